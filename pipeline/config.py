@@ -1,0 +1,417 @@
+"""The config: YAML into frozen models, every key checked before anything is opened.
+
+`load_config` is the way in: a file or the name of a shipped config, then `--set` overrides. Settings
+travel as arguments from here on; nothing reads the environment.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.errors import ConfigError, first_line
+
+# 0.0313725 is 8/255 to seven decimals, yet 255 * 0.0313725 = 7.9999875: decimals get this much slack.
+LEVEL_SLACK = 1e-6
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _check_split(name: str) -> str:
+    # Split names become file names and Hub split names, so slices such as `train[:10%]` cannot pass.
+    if not re.fullmatch(r"\w+(-\w+)*", name):
+        raise ValueError(f"{name!r} is not a split name; to take a part of a split use source.limit")
+    return name
+
+
+class SourceConfig(Section):
+    """Where images come from."""
+
+    kind: Literal["huggingface", "imagefolder", "torchvision", "digits"]
+    path: str | None = None
+    name: str | None = None
+    split: Annotated[tuple[Annotated[str, AfterValidator(_check_split)], ...] | None, BeforeValidator(_as_tuple)] = None
+    revision: str | None = None
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    streaming: Literal[False] = False
+    shuffle: bool = True
+    image_column: str | None = None
+    label_column: str | None = None
+    classes: tuple[str, ...] | None = None
+    keep_columns: tuple[str, ...] = ()
+    limit: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "SourceConfig":
+        if self.kind != "digits" and self.path is None:
+            raise ValueError(f"path is missing: kind {self.kind} needs it")
+        if self.split is not None and (not self.split or len(set(self.split)) < len(self.split)):
+            raise ValueError("split needs at least one name, each once")
+        if self.keep_columns and self.kind != "huggingface":
+            raise ValueError(f"keep_columns needs kind huggingface; a source of kind {self.kind} has no other columns")
+        if self.kwargs and self.kind != "torchvision":
+            raise ValueError("kwargs are for kind torchvision")
+        return self
+
+
+def _check_size(value: Any) -> Any:
+    if value is None:
+        return None
+    sides = value if isinstance(value, list | tuple) else [value]
+    if len(sides) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"got {value!r}; allowed: a positive whole number, or [height, width]")
+    return int(value) if isinstance(value, int) else tuple(sides)
+
+
+Size = Annotated[int | tuple[int, ...] | None, BeforeValidator(_check_size)]
+
+
+class PreprocessConfig(Section):
+    """Resize, then centre crop, with torchvision's meaning; `resize: 256` is the shorter side."""
+
+    resize: Size = None
+    crop: Size = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    mode: Literal["RGB", "L"] = "RGB"
+
+    @property
+    def fixes_size(self) -> bool:
+        """Whether every image comes out at one size, whatever size it had."""
+        return self.crop is not None or isinstance(self.resize, tuple)
+
+    @property
+    def channels(self) -> int:
+        return 3 if self.mode == "RGB" else 1
+
+
+class ModelConfig(Section):
+    """The victim: the model that is attacked."""
+
+    kind: Literal["torchvision", "timm", "transformers", "factory", "digits"]
+    name: str | None = None
+    weights: str | None = None
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    label_map: dict[str | int, str | int] | Literal["identity"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_weights(cls, values: Any) -> Any:
+        # The digits victim ships with trained weights; `weights: null` still asks for an untrained one.
+        if isinstance(values, dict) and values.get("kind") == "digits":
+            return {"weights": "digits", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.kind != "digits" and self.name is None:
+            raise ValueError(f"name is missing: kind {self.kind} needs it")
+        if self.kind == "factory" and ":" not in str(self.name):
+            raise ValueError(f"name {self.name!r} is not of the form package.module:callable or path/to/file.py:callable")
+        if self.std is not None and any(value <= 0 for value in self.std):
+            raise ValueError("std must be above 0")
+        return self
+
+
+class AttackConfig(Section):
+    """FGSM at several epsilons from one gradient."""
+
+    epsilons: tuple[str | float, ...] = Field(min_length=1)
+    label: Literal["dataset", "prediction"] = "dataset"
+    target: str | int | None = None
+    rounding: Literal["down", "nearest"] = "down"
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> "AttackConfig":
+        requested: dict[int, str | float] = {}
+        for epsilon in self.epsilons:
+            level = epsilon_level(epsilon, self.rounding)
+            if level in requested:
+                raise ValueError(
+                    f"epsilons: {requested[level]} and {epsilon} are both stored as {level}/255; keep one of them"
+                )
+            requested[level] = epsilon
+        return self
+
+    @property
+    def requested(self) -> dict[int, str | float]:
+        """Stored grey level -> the epsilon as it was asked for, by rising level."""
+        return dict(sorted((epsilon_level(epsilon, self.rounding), epsilon) for epsilon in self.epsilons))
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The stored epsilons in grey levels, rising, each in 1..255."""
+        return tuple(self.requested)
+
+
+def epsilon_value(epsilon: str | float) -> float:
+    """An epsilon as a number: `k/255` or a decimal.
+
+    Raises:
+        ValueError: it is neither, or lies outside [1/255, 1].
+    """
+    if isinstance(epsilon, str):
+        fraction = re.fullmatch(r"\s*(\d+)\s*/\s*255\s*", epsilon)
+        if fraction:
+            value = int(fraction[1]) / 255
+        else:
+            try:
+                value = float(epsilon)
+            except ValueError:
+                raise ValueError(f"epsilons: {epsilon!r} is neither a number nor of the form k/255") from None
+    else:
+        value = float(epsilon)
+    if not value <= 1:
+        hint = f"; write {value:g}/255" if 1 < value <= 255 else ""
+        raise ValueError(f"epsilons: {epsilon} is above 1, and pixels run from 0 to 1{hint}")
+    if 255 * value < 1 - LEVEL_SLACK:
+        raise ValueError(f"epsilons: {epsilon} is below 1/255, the smallest step an 8-bit image can hold")
+    return value
+
+
+def epsilon_level(epsilon: str | float, rounding: str) -> int:
+    """The epsilon on the 8-bit lattice, in grey levels 1..255.
+
+    Rounding `down` keeps the image inside the ball asked for; `nearest` is there to compare with
+    float papers.
+
+    Raises:
+        ValueError: as `epsilon_value`.
+    """
+    scaled = 255 * epsilon_value(epsilon)
+    return math.floor(scaled + LEVEL_SLACK) if rounding == "down" else round(scaled)
+
+
+def stored_just_below(epsilon: str | float) -> bool:
+    """Whether an epsilon lies so little under a grey level that the next level was probably meant.
+
+    0.031 is often written for 8/255, yet 255 * 0.031 = 7.905 stores 7.
+    """
+    missing = -(255 * epsilon_value(epsilon)) % 1
+    return LEVEL_SLACK < missing <= 0.1
+
+
+def _refuse_jpeg(value: Any) -> Any:
+    if str(value).lower() in ("jpeg", "jpg"):
+        raise ValueError(
+            "JPEG is lossy: the stored pixels would differ from the attacked ones and leave the epsilon ball; "
+            "use auto, webp or png, which are lossless"
+        )
+    return value
+
+
+class OutputConfig(Section):
+    """Where the dataset goes, and in what form."""
+
+    path: str
+    layout: Literal["images"] = "images"
+    image_format: Annotated[Literal["auto", "webp", "png"], BeforeValidator(_refuse_jpeg)] = "auto"
+    images_per_shard: PositiveInt = 4096
+
+    @field_validator("path")
+    @classmethod
+    def _local(cls, path: str) -> str:
+        if "://" in path:
+            raise ValueError(f"{path!r} is not a local folder, and this version writes to local folders only")
+        return path
+
+
+class RuntimeConfig(Section):
+    """How the run uses the machine."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    precision: Literal["fp32"] = "fp32"
+    batch_size: PositiveInt = 256
+    workers: NonNegativeInt | Literal["auto"] = "auto"
+    compile: Literal["auto", False] = "auto"
+    seed: NonNegativeInt = 0
+    on_error: Literal["skip", "fail"] = "skip"
+    max_skipped: float = Field(default=0.01, ge=0, le=1)
+    max_pixels: PositiveInt = 100_000_000
+
+
+class Config(Section):
+    """One run."""
+
+    source: SourceConfig
+    preprocess: PreprocessConfig = PreprocessConfig()
+    model: ModelConfig
+    attack: AttackConfig
+    output: OutputConfig
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.output.image_format == "webp" and self.preprocess.mode == "L":
+            raise ValueError("output.image_format: webp has no grayscale mode; use png or auto with preprocess.mode: L")
+        return self
+
+
+def packaged_configs() -> Path:
+    """The folder of shipped configs: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).with_name("configs")
+    return inside if inside.is_dir() else inside.parent.parent / "configs"
+
+
+def load_config(
+    name: str, overrides: Sequence[str] = (), *, output: str | None = None, limit: int | None = None
+) -> Config:
+    """Read a config file, or a shipped config by its name, and apply overrides.
+
+    Relative input paths in a file are relative to that file's folder; in a shipped config and in
+    overrides to the working directory, as is `output.path` everywhere.
+
+    Args:
+        name: a path to a YAML file, or the stem of a file in `configs/`.
+        overrides: `key=value`, dotted keys, YAML values; later ones win.
+        output: overrides `output.path`.
+        limit: overrides `source.limit`.
+
+    Raises:
+        ConfigError: the file is missing or is no YAML mapping, or a key or value is not allowed.
+    """
+    path = Path(name)
+    shipped = packaged_configs() / f"{name}.yaml"
+    if path.is_file():
+        raw = _anchor_inputs(_read_yaml(path), path.resolve().parent)
+    elif shipped.is_file():
+        raw = _read_yaml(shipped)
+    else:
+        names = ", ".join(sorted(file.stem for file in packaged_configs().glob("*.yaml")))
+        raise ConfigError(f"There is no config file {name}, and no shipped config of that name (shipped: {names}).")
+    for override in overrides:
+        _override(raw, override)
+    if output is not None:
+        _override_value(raw, "output.path", output)
+    if limit is not None:
+        _override_value(raw, "source.limit", limit)
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> Config:
+    """Check a config that is already a mapping.
+
+    Raises:
+        ConfigError: a key or value is not allowed; one sentence that names the first such key.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {first_line(error)}.") from None
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror}.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections such as source, model and attack.")
+    return raw
+
+
+def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make relative input paths of a config file relative to its folder."""
+    source = raw.get("source")
+    if isinstance(source, dict):
+        path = source.get("path")
+        # A Hub id looks like a relative path; it is one only if it says so or is there.
+        if isinstance(path, str) and (
+            source.get("kind") == "imagefolder"
+            or (source.get("kind") == "huggingface" and (path.startswith(".") or (folder / path).exists()))
+        ):
+            source["path"] = str(folder / path)
+        kwargs = source.get("kwargs")
+        if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
+            kwargs["root"] = str(folder / kwargs["root"])
+    model = raw.get("model")
+    if isinstance(model, dict):
+        weights, name = model.get("weights"), model.get("name")
+        if isinstance(weights, str) and is_checkpoint(weights):
+            model["weights"] = str(folder / weights)
+        if isinstance(name, str) and (
+            is_factory_file(name) or (model.get("kind") == "transformers" and (folder / name).is_dir())
+        ):
+            model["name"] = str(folder / name)
+    return raw
+
+
+def is_checkpoint(weights: str) -> bool:
+    """Whether `model.weights` names a checkpoint file rather than published weights."""
+    return weights.endswith((".safetensors", ".pt", ".pth"))
+
+
+def is_factory_file(name: str) -> bool:
+    """Whether a factory's `model.name` is `path/to/file.py:callable` rather than a module's."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as key=value, for example --set runtime.batch_size=64.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value.") from None
+    _override_value(raw, key, value)
+
+
+def _override_value(raw: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        if raw.get(section) is None:
+            raw[section] = {}
+        if not isinstance(raw[section], dict):
+            raise ConfigError(f"--set {key}: {section} is not a section.")
+        raw = raw[section]
+    raw[last] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem of a failed validation, as one sentence that names the key."""
+    problem = error.errors(include_url=False)[0]
+    # The config is sections of keys; deeper parts of a location are indices and branches of unions.
+    loc = [str(part) for part in problem["loc"][:2]]
+    location = ".".join(loc)
+    kind, got = problem["type"], problem.get("input")
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        section = Config.model_fields[loc[0]].annotation if len(loc) == 2 else Config
+        assert isinstance(section, type) and issubclass(section, BaseModel)
+        near = get_close_matches(loc[-1], section.model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(section.model_fields)}."
+        return f"{location} is an unknown key; {hint}"
+    if kind == "missing":
+        return f"{location} is missing from the config."
+    if kind == "literal_error":
+        return f"{location}: got {got!r}; allowed: {problem['ctx']['expected']}."
+    if kind == "value_error":
+        # A section's own checks begin their message with the key.
+        return f"{location}{'.' if len(loc) == 1 else ': '}{message}." if loc else f"{message}."
+    return f"{location}: {message} (got {got!r})."

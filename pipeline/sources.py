@@ -1,0 +1,510 @@
+"""Sources: an image classification dataset as labels that are known and images that are not yet decoded.
+
+`open_source` reads what is cheap (names, counts, labels) in the main process. Images are opened by the
+loader's workers, row by row, through the openers that a split hands out.
+"""
+
+import hashlib
+import inspect
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.config import SourceConfig
+from pipeline.errors import ConfigError, first_line
+from pipeline.images import Opener, UndecodableError
+
+UNLABELLED = -1
+# Evenly spaced images whose bytes enter a source's digest; sizes and labels of all rows enter it too.
+DIGEST_SAMPLES = 64
+
+Labels = NDArray[np.int64]
+
+
+class Rows(Protocol):
+    """The rows of a split, opened on demand; picklable, so that it reaches worker processes."""
+
+    def openers(self, rows: Sequence[int]) -> list[Opener]:
+        """One opener for each row: it opens the image or raises."""
+
+    def kept(self, rows: Sequence[int]) -> pa.Table:
+        """The columns of `source.keep_columns` for these rows, without columns where there are none."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its name, labels (N,) int64 with -1 for unlabelled, and its rows."""
+
+    name: str
+    labels: Labels
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened dataset.
+
+    `classes` is None where the dataset does not name its classes; then its labels are the model's own
+    indices. `kept` maps carried-through columns to their `datasets` features. `digest` changes when the
+    content does, and not when the dataset moves.
+    """
+
+    splits: tuple[Split, ...]
+    classes: tuple[str, ...] | None
+    digest: str
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+def open_source(config: SourceConfig, *, need_labels: bool) -> Source:
+    """Open the dataset that the config names.
+
+    Args:
+        config: the `source` section.
+        need_labels: whether a dataset without a label column is an error.
+
+    Raises:
+        ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
+    """
+    opened = {
+        "huggingface": _open_huggingface,
+        "imagefolder": _open_imagefolder,
+        "torchvision": _open_torchvision,
+        "digits": _open_digits,
+    }[config.kind](config, need_labels)
+    for split in opened.splits:
+        if len(split.labels) == 0:
+            raise ConfigError(f"source: split {split.name} is empty.")
+        if split.labels.min() < UNLABELLED:
+            raise ConfigError(
+                f"source: split {split.name} has a label {split.labels.min()}; labels are 0 or more, "
+                "and -1 or null for unlabelled."
+            )
+        if need_labels and (split.labels == UNLABELLED).any():
+            raise ConfigError(
+                f"source: split {split.name} has {int((split.labels == UNLABELLED).sum())} unlabelled rows, and "
+                "attack.label: dataset needs every label; drop those rows, or set attack.label=prediction."
+            )
+    return opened
+
+
+def _digest(parts: Iterable[bytes | str]) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+def _class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The dataset's class names: its own, or `source.classes` where it has none."""
+    if own is None:
+        return config.classes
+    if config.classes is not None and tuple(config.classes) != tuple(own):
+        raise ConfigError("source.classes: the source names its classes itself; remove the key.")
+    return tuple(own)
+
+
+# ---------------------------------------------------------------------------------------------- digits
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """Images that are already in memory, (N, H, W) uint8."""
+
+    images: NDArray[np.uint8]
+
+    def openers(self, rows: Sequence[int]) -> list[Opener]:
+        return [partial(Image.fromarray, self.images[row]) for row in rows]
+
+    def kept(self, rows: Sequence[int]) -> pa.Table:
+        return pa.table({})
+
+
+def _open_digits(config: SourceConfig, need_labels: bool) -> Source:
+    del need_labels  # every digit is labelled
+    from pipeline.digits import CLASSES, digits_split
+
+    names = config.split or ("train", "test")
+    _check_splits(names, ("train", "test"))
+    arrays = {name: digits_split(name) for name in names}
+    return Source(
+        splits=tuple(Split(name, labels, ArrayRows(images)) for name, (images, labels) in arrays.items()),
+        classes=_class_names(config, CLASSES),
+        digest=_digest(part for images, labels in arrays.values() for part in (images.tobytes(), labels.tobytes())),
+    )
+
+
+def _check_splits(asked: Sequence[str], there: Sequence[str]) -> None:
+    for name in asked:
+        if name not in there:
+            raise ConfigError(f"source.split: there is no split {name}; the source has {', '.join(there)}.")
+
+
+# ----------------------------------------------------------------------------------------- imagefolder
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Image files by their paths."""
+
+    paths: Sequence[str]
+
+    def openers(self, rows: Sequence[int]) -> list[Opener]:
+        return [partial(Image.open, self.paths[row]) for row in rows]
+
+    def kept(self, rows: Sequence[int]) -> pa.Table:
+        return pa.table({})
+
+
+def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
+    del need_labels  # the folder of an image is its label
+    from torchvision.datasets import ImageFolder
+
+    root = _existing_folder(config)
+    folders = _split_folders(root, config)
+    try:
+        opened = {name: ImageFolder(str(folder)) for name, folder in folders.items()}
+    except FileNotFoundError as error:
+        raise ConfigError(f"source.path: {root} is not a folder of class folders: {first_line(error)}.") from None
+    classes = next(iter(opened.values())).classes
+    for name, images in opened.items():
+        if images.classes != classes:
+            raise ConfigError(f"source.path: the class folders of split {name} differ from those of the first split.")
+    listing = (
+        f"{name}/{Path(path).relative_to(folders[name])}:{Path(path).stat().st_size}"
+        for name, images in opened.items()
+        for path, _ in images.samples
+    )
+    return Source(
+        splits=tuple(
+            Split(name, np.asarray(images.targets, dtype=np.int64), FileRows([path for path, _ in images.samples]))
+            for name, images in opened.items()
+        ),
+        classes=_class_names(config, classes),
+        digest=_digest(listing),
+    )
+
+
+def _existing_folder(config: SourceConfig) -> Path:
+    root = Path(str(config.path)).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"source.path: there is no folder {root}.")
+    return root
+
+
+def _split_folders(root: Path, config: SourceConfig) -> dict[str, Path]:
+    """Where each split's class folders are: `root/<split>` if that holds folders, else `root` itself."""
+    names = config.split or ("train",)
+    folders = {name: root / name for name in names}
+    nested = [name for name, folder in folders.items() if folder.is_dir() and any(map(Path.is_dir, folder.iterdir()))]
+    if len(nested) == len(names):
+        return folders
+    if len(names) > 1:
+        missing = next(name for name in names if name not in nested)
+        raise ConfigError(f"source.split: there is no folder {root / missing} with class folders in it.")
+    return {names[0]: root}
+
+
+# ----------------------------------------------------------------------------------------- torchvision
+
+# Where torchvision's classification datasets keep the labels of all rows.
+LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
+SAMPLE_ATTRIBUTES = ("_samples", "samples", "imgs")
+
+
+@dataclass(frozen=True)
+class ItemRows:
+    """A dataset whose items are (Pillow image, class)."""
+
+    dataset: Any
+
+    def _open(self, row: int) -> Image.Image:
+        image, _ = self.dataset[row]
+        return image  # type: ignore[no-any-return]
+
+    def openers(self, rows: Sequence[int]) -> list[Opener]:
+        return [partial(self._open, int(row)) for row in rows]
+
+    def kept(self, rows: Sequence[int]) -> pa.Table:
+        return pa.table({})
+
+
+def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
+    del need_labels  # a classification dataset has labels
+    import torchvision
+
+    kind = getattr(torchvision.datasets, str(config.path), None)
+    if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
+        raise ConfigError(f"source.path: torchvision has no dataset class {config.path}; CIFAR10 is one.")
+    names = config.split or ("train",)
+    datasets = {name: _make_torchvision(kind, name, config) for name in names}
+    labels = {name: _torchvision_labels(dataset, config) for name, dataset in datasets.items()}
+    own = getattr(next(iter(datasets.values())), "classes", None)
+    named = own if isinstance(own, list | tuple) and all(isinstance(name, str) for name in own) else None
+    content = (
+        part
+        for name, dataset in datasets.items()
+        for part in (name, labels[name].tobytes(), *_sample_pixels(ItemRows(dataset), len(dataset)))
+    )
+    options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
+    return Source(
+        splits=tuple(Split(name.replace("-", "_"), labels[name], ItemRows(datasets[name])) for name in names),
+        classes=_class_names(config, named),
+        digest=_digest([str(config.path), json.dumps(options, sort_keys=True, default=str), *content]),
+    )
+
+
+def _make_torchvision(kind: Any, split: str, config: SourceConfig) -> Any:
+    accepted = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    chooses = next((key for key in ("train", "split") if key in accepted), None)
+    if chooses in config.kwargs:
+        raise ConfigError(f"source.kwargs.{chooses}: name the split with source.split instead.")
+    if chooses == "train":
+        _check_splits([split], ("train", "test"))
+        arguments: dict[str, Any] = {"train": split == "train"}
+    elif chooses == "split":
+        arguments = {"split": split}
+    else:
+        _check_splits([split], ("train",))
+        arguments = {}
+    try:
+        return kind(**arguments, **config.kwargs)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"source: torchvision's {config.path} cannot be opened: {first_line(error)}") from None
+
+
+def _torchvision_labels(dataset: Any, config: SourceConfig) -> Labels:
+    values: Any = next((getattr(dataset, name) for name in LABEL_ATTRIBUTES if hasattr(dataset, name)), None)
+    if values is None:
+        samples = next((getattr(dataset, name) for name in SAMPLE_ATTRIBUTES if hasattr(dataset, name)), None)
+        # Datasets without either are read once from end to end: slow, but right.
+        values = [sample[1] for sample in (dataset if samples is None else samples)]
+    labels = np.asarray(values)
+    if labels.shape != (len(dataset),) or labels.dtype.kind not in "iu":
+        raise ConfigError(f"source.path: {config.path} does not give one class for each image, so it cannot be used.")
+    return labels.astype(np.int64)
+
+
+def _sample_pixels(rows: Rows, count: int) -> Iterable[bytes]:
+    for opener in rows.openers(_spread(count, DIGEST_SAMPLES)):
+        try:
+            yield np.asarray(opener()).tobytes()
+        except (OSError, ValueError, SyntaxError) as error:
+            yield type(error).__name__.encode()
+
+
+def _spread(count: int, samples: int) -> list[int]:
+    """Up to `samples` row numbers, evenly spaced over `count` rows."""
+    return np.unique(np.linspace(0, count - 1, min(samples, count)).astype(np.int64)).tolist() if count else []
+
+
+# ----------------------------------------------------------------------------------------- huggingface
+
+
+@dataclass(frozen=True)
+class ArrowRows:
+    """Rows of a `datasets.Dataset`; images stay encoded bytes until a worker opens them.
+
+    Images given as a path are opened only below `allowed`: a dataset must not be able to read other files
+    of the machine into a dataset that is published.
+    """
+
+    images: Any
+    carried: Any | None
+    allowed: tuple[Path, ...]
+
+    def openers(self, rows: Sequence[int]) -> list[Opener]:
+        return [partial(_open_cell, cell, self.allowed) for cell in self.cells(rows)]
+
+    def cells(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
+        """The image cells as stored: {bytes, path}, or None."""
+        cells: list[dict[str, Any] | None] = self.images[list(map(int, rows))].column(0).to_pylist()
+        return cells
+
+    def kept(self, rows: Sequence[int]) -> pa.Table:
+        if self.carried is None:
+            return pa.table({})
+        return self.carried[list(map(int, rows))].replace_schema_metadata(None)
+
+
+def _open_cell(cell: dict[str, Any] | None, allowed: tuple[Path, ...]) -> Image.Image:
+    if cell and cell["bytes"] is not None:
+        return Image.open(io.BytesIO(cell["bytes"]))
+    if not cell or cell["path"] is None:
+        raise UndecodableError("the row has no image")
+    path = Path(cell["path"])
+    candidates = [path] if path.is_absolute() else [folder / path for folder in allowed]
+    for candidate in map(Path.resolve, candidates):
+        if any(candidate.is_relative_to(folder) for folder in allowed):
+            return Image.open(candidate)
+    raise UndecodableError("its path leads out of the source's own folder")
+
+
+def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
+    import datasets
+
+    opened, allowed = _load_splits(config)
+    first = next(iter(opened.values()))
+    image_column = _image_column(first, config)
+    label_column = _label_column(first, config, need_labels)
+    for name in config.keep_columns:
+        if name not in first.column_names:
+            raise ConfigError(f"source.keep_columns: there is no column {name}; {_columns(first)}.")
+    labels, classes = _read_labels(opened, label_column, config)
+    splits, content = [], []
+    for name, dataset in opened.items():
+        try:
+            undecoded = dataset.cast_column(image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, pa.ArrowInvalid) as error:
+            raise ConfigError(
+                f"source.image_column: {image_column} does not hold images: {first_line(error)}"
+            ) from None
+        images = undecoded.select_columns([image_column]).with_format("arrow")
+        carried = dataset.select_columns(list(config.keep_columns)).with_format("arrow") if config.keep_columns else None
+        rows = ArrowRows(images, carried, allowed)
+        splits.append(Split(name, labels[name], rows))
+        content += [name, labels[name].tobytes(), *_arrow_content(rows, len(dataset))]
+    return Source(
+        splits=tuple(splits),
+        classes=classes,
+        digest=_digest([*content, json.dumps(sorted(config.keep_columns))]),
+        kept={name: first.features[name] for name in config.keep_columns},
+    )
+
+
+def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to."""
+    import datasets
+    from huggingface_hub import constants
+
+    path = str(config.path)
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (path.startswith((".", "~", "/")) or path.count("/") > 1):
+        raise ConfigError(f"source.path: there is no folder {folder}.")
+    allowed = (folder.resolve(),) if folder.is_dir() else ()
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(folder))
+        elif folder.is_dir():
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-local-{_listing_digest(folder)}"
+            loaded = datasets.load_dataset(str(folder.resolve()), config.name, cache_dir=str(cache))
+        else:
+            allowed = (Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve())
+            loaded = datasets.load_dataset(path, config.name, revision=config.revision)
+    except Exception as error:  # a dozen exception types of three libraries; all mean the same here
+        where = "" if folder.is_dir() else " (no such local folder, so it was looked up on the Hub)"
+        raise ConfigError(f"source.path: {path} cannot be opened{where}: {first_line(error)}") from error
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {str(loaded.split or "train"): loaded}
+    if config.split is None and len(loaded) > 1:
+        raise ConfigError(f"source.split: name one or more of the source's splits: {', '.join(loaded)}.")
+    names = config.split or tuple(loaded)
+    _check_splits(names, list(loaded))
+    return {name: loaded[name] for name in names}, allowed
+
+
+def _listing_digest(folder: Path) -> str:
+    """A digest of a folder's files by name, size and time.
+
+    `datasets` keys its cache of a local folder that has a card by neither time nor content, and would
+    return the rows it saw first.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    states = ((path.relative_to(folder), path.stat()) for path in files)
+    listing = (f"{path}:{state.st_size}:{state.st_mtime_ns}" for path, state in states)
+    return _digest([str(folder.resolve()), *listing])
+
+
+def _columns(dataset: Any) -> str:
+    return f"the columns are {', '.join(dataset.column_names)}"
+
+
+def _only(dataset: Any, key: str, kind: Callable[[Any], bool], what: str) -> str | None:
+    """The only column of that kind, None where there is none; several are an error."""
+    found = [name for name, feature in dataset.features.items() if kind(feature)]
+    if len(found) > 1:
+        raise ConfigError(f"source.{key}: there are several {what} columns ({', '.join(found)}); name one.")
+    return found[0] if found else None
+
+
+def _image_column(dataset: Any, config: SourceConfig) -> str:
+    import datasets
+
+    if config.image_column is not None:
+        if config.image_column not in dataset.column_names:
+            raise ConfigError(f"source.image_column: there is no column {config.image_column}; {_columns(dataset)}.")
+        return config.image_column
+    found = _only(dataset, "image_column", lambda feature: isinstance(feature, datasets.Image), "image")
+    if found is None:
+        raise ConfigError(f"source.image_column: no column holds images; {_columns(dataset)}.")
+    return found
+
+
+def _label_column(dataset: Any, config: SourceConfig, need_labels: bool) -> str | None:
+    import datasets
+
+    if config.label_column is not None:
+        if config.label_column not in dataset.column_names:
+            raise ConfigError(f"source.label_column: there is no column {config.label_column}; {_columns(dataset)}.")
+        return config.label_column
+    found = _only(dataset, "label_column", lambda feature: isinstance(feature, datasets.ClassLabel), "ClassLabel")
+    if found is None and need_labels:
+        raise ConfigError(
+            f"source.label_column: no column is a ClassLabel; name one of integers or strings ({_columns(dataset)}), "
+            "or set attack.label=prediction."
+        )
+    return found
+
+
+def _read_labels(
+    opened: dict[str, Any], column: str | None, config: SourceConfig
+) -> tuple[dict[str, Labels], tuple[str, ...] | None]:
+    """Labels of each split as class indices, and the class names if there are any."""
+    import datasets
+
+    if column is None:
+        return {name: np.full(len(rows), UNLABELLED) for name, rows in opened.items()}, _class_names(config, None)
+    feature = next(iter(opened.values())).features[column]
+    values = {
+        name: rows.select_columns([column]).with_format("arrow")[:].column(0).combine_chunks()
+        for name, rows in opened.items()
+    }
+    kind = next(iter(values.values())).type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        found = sorted({text for array in values.values() for text in array.unique().to_pylist() if text is not None})
+        classes = config.classes or tuple(found)
+        unknown = [text for text in found if text not in classes]
+        if unknown:
+            raise ConfigError(f"source.classes: the label {unknown[0]!r} in column {column} is not among them.")
+        indices = {name: pc.index_in(array, pa.array(classes, array.type)) for name, array in values.items()}
+        return {name: _index_array(array) for name, array in indices.items()}, classes
+    if not pa.types.is_integer(kind):
+        raise ConfigError(f"source.label_column: {column} holds {kind}; labels are integers or strings.")
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return {name: _index_array(array) for name, array in values.items()}, _class_names(config, names)
+
+
+def _index_array(array: pa.Array) -> Labels:
+    filled = pc.fill_null(array.cast(pa.int64()), UNLABELLED)
+    return np.array(filled.to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def _arrow_content(rows: ArrowRows, count: int) -> Iterable[bytes]:
+    """The size of every image and the bytes of some: enough to notice a source that changed."""
+    stored = pc.struct_field(rows.images.data.table.column(0), "bytes")
+    yield pc.fill_null(pc.binary_length(stored), UNLABELLED).to_numpy().astype(np.int64).tobytes()
+    for cell in rows.cells(_spread(count, DIGEST_SAMPLES)):
+        if cell and cell["bytes"] is not None:
+            yield cell["bytes"]
+        else:
+            yield Path(cell["path"] or "").name.encode() if cell else b""
