@@ -130,7 +130,9 @@ class ModelConfig(Section):
         if self.kind != "digits" and self.name is None:
             raise ValueError(f"name is missing: kind {self.kind} needs it")
         if self.kind == "factory" and ":" not in str(self.name):
-            raise ValueError(f"name {self.name!r} is not of the form package.module:callable or path/to/file.py:callable")
+            raise ValueError(
+                f"name {self.name!r} is not of the form package.module:callable or path/to/file.py:callable"
+            )
         if self.std is not None and any(value <= 0 for value in self.std):
             raise ValueError("std must be above 0")
         return self

@@ -370,7 +370,9 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
                 f"source.image_column: {image_column} does not hold images: {first_line(error)}"
             ) from None
         images = undecoded.select_columns([image_column]).with_format("arrow")
-        carried = dataset.select_columns(list(config.keep_columns)).with_format("arrow") if config.keep_columns else None
+        carried = (
+            dataset.select_columns(list(config.keep_columns)).with_format("arrow") if config.keep_columns else None
+        )
         rows = ArrowRows(images, carried, allowed)
         splits.append(Split(name, labels[name], rows))
         content += [name, labels[name].tobytes(), *_arrow_content(rows, len(dataset))]

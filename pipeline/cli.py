@@ -1,0 +1,148 @@
+"""The command line: parse, call, print. Results go to stdout, talk to stderr."""
+
+import contextlib
+import logging
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import Interrupted, PipelineError
+
+app = typer.Typer(
+    name="fgsm",
+    help="Turn an image dataset into Parquet shards of FGSM adversarial images, exact to the stored pixel.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config such as digits.")]
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder of a dataset.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; may be repeated.")
+]
+OutputOption = Annotated[str | None, typer.Option("--output", help="Where the dataset goes: output.path.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N of each split's order: source.limit.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command()
+def generate(
+    config: Config,
+    overrides: Overrides = None,
+    output: OutputOption = None,
+    limit: Limit = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
+    again = shlex.join(["fgsm", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
+    with _boundary(debug, f"Interrupted; what was committed is kept. To go on: {again}"):
+        from pipeline.config import load_config
+        from pipeline.generate import generate as run
+        from pipeline.summary import summary_table
+
+        loaded = load_config(config, overrides or (), output=output, limit=limit)
+        _say_epsilons(loaded.attack.requested)
+        manifest = run(loaded, overwrite=overwrite)
+        typer.echo(summary_table(manifest))
+        path = shlex.quote(loaded.output.path)
+        typer.echo(f"\nNext: fgsm verify {path} --recompute\n      fgsm inspect {path}", err=True)
+        subset = f"eps-{loaded.attack.levels[-1]}"
+        typer.echo(
+            f"      python -c \"import datasets; print(datasets.load_dataset('{loaded.output.path}', '{subset}'))\"",
+            err=True,
+        )
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    output: OutputOption = None,
+    limit: Limit = None,
+    debug: Debug = False,
+) -> None:
+    """Say what generate would write: rows, bytes, files and time. Nothing is written."""
+    with _boundary(debug, "Interrupted."):
+        from pipeline.config import load_config
+        from pipeline.estimate import describe_plan
+
+        loaded = load_config(config, overrides or (), output=output, limit=limit)
+        _say_epsilons(loaded.attack.requested)
+        text, warning = describe_plan(loaded)
+        typer.echo(text)
+        if warning:
+            typer.echo(f"Warning: {warning}", err=True)
+
+
+@app.command()
+def verify(
+    output: Output,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Derive every prediction anew.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop damaged shards; generate rewrites them.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check integrity, schema, counts and the epsilon ball; with --recompute the predictions too."""
+    with _boundary(debug, "Interrupted; nothing was changed."):
+        from pipeline.verify import damage_report, describe
+        from pipeline.verify import verify as check
+
+        findings = check(output, recompute=recompute, repair=repair)
+        typer.echo(describe(findings, recompute))
+        for problem in damage_report(findings):
+            typer.echo(problem, err=True)
+        if findings.problems:
+            dropped = f"{len(findings.damaged)} damaged shards were dropped; " if repair else ""
+            hint = "" if repair or not findings.damaged else " after fgsm verify --repair"
+            raise PipelineError(f"{output}: {dropped}the generate command that made it writes what is missing{hint}.")
+
+
+@app.command()
+def inspect(output: Output, debug: Debug = False) -> None:
+    """Show a table: per epsilon rows, accuracy, mean confidence, fooled, bytes."""
+    with _boundary(debug, "Interrupted."):
+        from pipeline.summary import inspect as table
+
+        typer.echo(table(output))
+
+
+def _say_epsilons(requested: dict[int, str | float]) -> None:
+    """Requested and stored epsilons side by side, and a warning where the next level was probably meant."""
+    from pipeline.config import stored_just_below
+
+    for level, epsilon in requested.items():
+        typer.echo(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
+        if stored_just_below(epsilon):
+            typer.echo(
+                f"Warning: {epsilon} lies just below {level + 1}/255; write {level + 1}/255 if you mean it.", err=True
+            )
+
+
+@contextlib.contextmanager
+def _boundary(debug: bool, farewell: str) -> Iterator[None]:
+    """Turn what a user can cause into one sentence and an exit code; anything else keeps its traceback."""
+    from pipeline.interrupts import interruptible
+
+    logging.basicConfig(stream=sys.stderr, format="%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    try:
+        with interruptible(farewell):
+            yield
+    except Interrupted as interrupt:
+        typer.echo(f"\n{farewell}", err=True)
+        raise typer.Exit(128 + interrupt.signum) from None
+    except PipelineError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+def main() -> None:
+    """The console command `fgsm`."""
+    app(prog_name="fgsm")

@@ -1,0 +1,165 @@
+"""Estimates before a run: how many bytes it will write, how long it will take, and whether the disk has room."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.fgsm import attack, step
+from pipeline.images import UndecodableError, encode_images, read_image
+from pipeline.loader import available_cores
+from pipeline.plan import Shard
+from pipeline.runs import Run, open_run
+from pipeline.shards import OutputFolder
+
+# Images encoded to estimate the size of all.
+SAMPLES = 16
+# Per row, for everything beside the image.
+ROW_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will write: source images, rows over all subsets, files, bytes, and seconds."""
+
+    images: int
+    rows: int
+    shards: int
+    files: int
+    bytes: int
+    seconds: float
+    free: int
+
+
+def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
+    """Bytes that some shards will take, from encoding a few of their images with random signs.
+
+    Random signs compress worse than a gradient's, so this leans to the high side.
+    """
+    images = _samples(run, shards)
+    if not len(images):
+        return 0
+    signs = torch.randint(-1, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    sizes = [
+        len(data)
+        for level in run.levels
+        for data in encode_images(step(images, signs, level) if level else images, run.image_format)
+    ]
+    return int(sum(map(len, shards)) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
+
+
+def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
+    """Some decoded images of the shards, (n, C, H, W) uint8, n up to SAMPLES."""
+    splits = {split.name: split.rows for split in run.source.splits}
+    found = []
+    for shard in shards[:SAMPLES]:
+        rows = run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist()
+        for opener in splits[shard.split].openers(rows):
+            try:
+                found.append(read_image(opener, run.reader.preprocess, run.reader.max_pixels))
+            except UndecodableError:
+                continue
+    return torch.stack(found) if found else torch.zeros((0, *run.reader.shape), dtype=torch.uint8)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that will hold a path, which need not be there yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_disk(run: Run, folder: OutputFolder, shards: Sequence[Shard]) -> None:
+    """Refuse to start a run that cannot end.
+
+    Raises:
+        PipelineError: the free space is less than the estimate.
+    """
+    needed, free = estimate_bytes(run, shards), free_bytes(folder.root.resolve())
+    if needed > free:
+        raise PipelineError(
+            f"output.path: about {human_bytes(needed)} are needed and {folder.root} has {human_bytes(free)} free; "
+            "choose another disk, fewer epsilons or a source.limit."
+        )
+
+
+def estimate(run: Run, folder: OutputFolder) -> Estimate:
+    """Estimate the whole run; its seconds from one timed batch of the real model and codec."""
+    images = len(run.plan)
+    return Estimate(
+        images=images,
+        rows=images * len(run.levels),
+        shards=len(run.plan.shards),
+        files=len(run.plan.shards) * len(run.levels),
+        bytes=estimate_bytes(run, run.plan.shards),
+        seconds=images / run.plan.batch_size * _batch_seconds(run),
+        free=free_bytes(folder.root.resolve()),
+    )
+
+
+def _batch_seconds(run: Run) -> float:
+    """Seconds of one batch through attack and encoding, after one to warm up."""
+    samples = _samples(run, run.plan.shards)
+    if not len(samples):
+        return 0.0
+    images = samples[torch.arange(run.plan.batch_size) % len(samples)].to(run.device)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
+    for _ in range(2):
+        started = time.perf_counter()
+        attacked = attack(
+            run.victim, images, labels, labels == 0, levels=run.config.attack.levels, goal=run.goal, draws=labels
+        )
+        stored = attacked.images.cpu()
+        computing = time.perf_counter() - started
+    started = time.perf_counter()
+    for level_images in stored[:, : len(samples)]:
+        encode_images(level_images, run.image_format)
+    encoding = (time.perf_counter() - started) * len(images) / len(samples) / available_cores()
+    # On the CPU both want the same cores; beside an accelerator the slower one sets the pace.
+    return computing + encoding if run.device.type == "cpu" else max(computing, encoding)
+
+
+def describe_plan(config: Config) -> tuple[str, str | None]:
+    """What `fgsm plan` prints, and a warning where the disk is too small.
+
+    Raises:
+        ConfigError: as `open_run`.
+    """
+    folder = OutputFolder(Path(config.output.path).expanduser())
+    run = open_run(config)
+    plan = estimate(run, folder)
+    channels, height, width = run.reader.shape
+    epsilons = ", ".join(f"{level}/255" for level in run.config.attack.levels)
+    splits = ", ".join(f"{name} {len(order):,}" for name, order in run.plan.orders.items())
+    rows = {
+        "source images": f"{plan.images:,} ({splits}), {width}x{height} {run.config.preprocess.mode}",
+        "epsilons": f"clean, {epsilons}",
+        "rows": f"{plan.rows:,}",
+        "files": f"{plan.files:,} Parquet files in {plan.shards:,} shards",
+        "bytes": f"about {human_bytes(plan.bytes)} ({run.image_format}), {human_bytes(plan.free)} free",
+        "time": f"about {tqdm.format_interval(plan.seconds)} on {run.device.type}, {plan.images / max(plan.seconds, 1e-9):.0f} images/s",
+        "batch": f"{run.plan.batch_size}",
+        "output": f"{folder.root} (run {run.run_id})",
+    }
+    column = max(map(len, rows))
+    text = "\n".join(f"{key.ljust(column)}  {value}" for key, value in rows.items())
+    warning = None
+    if plan.bytes > plan.free:
+        warning = f"{folder.root} has {human_bytes(plan.free)} free, and about {human_bytes(plan.bytes)} are needed."
+    return text, warning
+
+
+def human_bytes(count: float) -> str:
+    """A size for people: 1.5 GB, powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

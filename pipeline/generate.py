@@ -1,0 +1,324 @@
+"""Generate: the whole flow, from a config to a complete dataset.
+
+Loading, attacking, encoding and writing overlap: the loader's workers decode ahead, this thread drives the
+device, a pool of threads encodes (the codecs release the GIL), and one thread writes and commits in order.
+A bounded number of batches is in flight, so memory does not grow with the dataset.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.card import render_card
+from pipeline.config import Config
+from pipeline.errors import ConfigError, NonFiniteError, PipelineError
+from pipeline.estimate import check_disk
+from pipeline.fgsm import attack
+from pipeline.images import encode_images
+from pipeline.loader import Batch, available_cores, load_batches
+from pipeline.plan import Shard
+from pipeline.progress import Progress
+from pipeline.records import Scores, make_table, score
+from pipeline.runs import Manifest, Run, Subset, differences, open_run, read_manifest, versions
+from pipeline.shards import (
+    OutputFolder,
+    Receipt,
+    ShardWriter,
+    SkippedRow,
+    committed,
+    receipts_digest,
+    write_atomically,
+)
+from pipeline.sources import UNLABELLED
+
+# Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
+BATCHES_IN_FLIGHT = 2
+# Images of one encoding task: enough to hide the hand-over, few enough to keep every core busy.
+IMAGES_PER_TASK = 32
+
+logger = logging.getLogger(__name__)
+
+
+def generate(config: Config, *, overwrite: bool = False) -> Manifest:
+    """Write the dataset that a config describes, or what is missing of it.
+
+    Args:
+        config: the run.
+        overwrite: remove the run that is in the output folder first.
+
+    Returns:
+        The manifest of the complete dataset.
+
+    Raises:
+        ConfigError: the config, or what it names, cannot be used; nothing was written.
+        PipelineError: the run failed; what was committed is kept.
+    """
+    folder = OutputFolder(Path(config.output.path).expanduser())
+    folder.check_usable()
+    recorded = None if overwrite else read_manifest(folder)
+    run = open_run(config, recorded)
+    if recorded is not None:
+        _check_same(run, recorded, folder)
+    done = {} if overwrite else committed(folder, run.run_id)
+    check_disk(run, folder, [shard for shard in run.plan.shards if shard.name not in done])
+    with folder.held():
+        if overwrite and folder.manifest.exists():
+            folder.clear()
+        receipts = committed(folder, run.run_id)
+        manifest = _record(folder, recorded or run.manifest(), receipts)
+        pending = [shard for shard in run.plan.shards if shard.name not in receipts]
+        if receipts:
+            logger.info("%d of %d shards are already there.", len(receipts), len(run.plan.shards))
+        try:
+            for receipt in write_shards(run, folder, pending, list(receipts.values())):
+                receipts[receipt.shard] = receipt
+        finally:
+            # Also after a failure or Ctrl-C: the card must describe the shards that are there.
+            manifest = _record(folder, manifest, receipts)
+    return manifest
+
+
+def _check_same(run: Run, recorded: Manifest, folder: OutputFolder) -> None:
+    """Refuse to mix two runs in one folder."""
+    if recorded.run_id != run.run_id:
+        raise ConfigError(
+            f"output.path: {folder.root} holds another run ({recorded.run_id}), which differs in "
+            f"{differences(recorded.identity, run.identity)}; choose another folder, or start over with --overwrite."
+        )
+    here = versions(run.device)
+    changed = [
+        f"{name} {recorded.versions.get(name)} then, {here[name]} now"
+        for name in here
+        if here[name] != recorded.versions.get(name)
+    ]
+    if changed:
+        logger.warning("Resuming in another environment, where last digits may differ: %s.", "; ".join(changed))
+
+
+def _record(folder: OutputFolder, manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
+    """Write the manifest and the card as they follow from the receipts."""
+    ordered = [receipts[name] for name in sorted(receipts)]
+    files = tuple(entry for receipt in ordered for entry in receipt.files)
+    rows = sum(receipt.rows for receipt in ordered)
+    manifest = manifest.model_copy(
+        update={
+            "complete": len(receipts) == len(manifest.plan.shards),
+            "receipts": receipts_digest(receipts),
+            "rows": rows,
+            "subsets": _subsets(ordered, manifest),
+            "zero_sign_share": sum(receipt.zero_sign_share * receipt.rows for receipt in ordered) / max(rows, 1),
+            "files": files,
+            "skipped": tuple(
+                {"split": receipt.split, "source_index": row.source_index, "reason": row.reason}
+                for receipt in ordered
+                for row in receipt.skipped
+            ),
+        }
+    )
+    write_atomically(folder.manifest, manifest.model_dump_json(indent=1))
+    write_atomically(folder.card, render_card(manifest))
+    return manifest
+
+
+def _subsets(receipts: Sequence[Receipt], manifest: Manifest) -> tuple[Subset, ...]:
+    keys = ("rows", "bytes", "labelled", "correct", "fooled", "confidence_sum")
+    subsets = []
+    for split in manifest.split_rows:
+        for level in (0, *manifest.resolved.attack.levels):
+            entries = [
+                entry
+                for receipt in receipts
+                if receipt.split == split
+                for entry in receipt.files
+                if entry.level == level
+            ]
+            totals = {key: sum(getattr(entry, key) for entry in entries) for key in keys}
+            subsets.append(Subset(split=split, level=level, **totals))
+    return tuple(subsets)
+
+
+def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> Iterator[Receipt]:
+    """Attack, encode and commit some shards, in order.
+
+    Args:
+        run: the opened run.
+        folder: where they go.
+        shards: those to write.
+        done: receipts of the shards that are there, for the progress and the count of skipped rows.
+
+    Yields:
+        The receipt of each shard, once it is committed.
+
+    Raises:
+        PipelineError: a row or the numbers stop the run, or the disk refuses.
+    """
+    if not shards:
+        return
+    skipped = sum(len(receipt.skipped) for receipt in done)
+    finished = sum(receipt.planned for receipt in done)
+    sink = _Sink(run, folder)
+    encoders = ThreadPoolExecutor(available_cores(), "encode")
+    writer = ThreadPoolExecutor(1, "write")
+    in_flight: deque[Future[Receipt | None]] = deque()
+    try:
+        with Progress(len(run.plan), finished, run.levels) as progress:
+            for batch in load_batches(run.reader, run.plan, shards, run.device, run.config.runtime.workers):
+                skipped += len(batch.skipped)
+                _check_skipped(run, batch, skipped)
+                images, scores, zero_signs = _attack(run, batch)
+                encoded = [_encode(encoders, level_images, run) for level_images in images]
+                in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
+                progress.update(*_progress_counts(run, batch, scores))
+                if len(in_flight) > BATCHES_IN_FLIGHT:
+                    yield from _receipt(in_flight.popleft())
+            while in_flight:
+                yield from _receipt(in_flight.popleft())
+    finally:
+        # After a failure nothing waits for encodings that nobody will write.
+        writer.shutdown(wait=False, cancel_futures=True)
+        encoders.shutdown(cancel_futures=True)
+        writer.shutdown()
+        sink.close()
+
+
+def _receipt(future: Future[Receipt | None]) -> Iterator[Receipt]:
+    receipt = future.result()
+    if receipt is not None:
+        yield receipt
+
+
+def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
+    """Stop where undecodable images are not to be skipped, or are too many."""
+    if not batch.skipped:
+        return
+    runtime, last = run.config.runtime, batch.skipped[-1]
+    row = f"row {last.source_index} of split {batch.shard.split} cannot be decoded ({last.reason})"
+    if runtime.on_error == "fail":
+        raise PipelineError(f"source: {row}, and runtime.on_error is fail.")
+    if skipped > runtime.max_skipped * len(run.plan):
+        raise PipelineError(
+            f"source: {skipped} of {len(run.plan)} rows could not be decoded, more than runtime.max_skipped = "
+            f"{runtime.max_skipped:g} allows; the last: {row}."
+        )
+
+
+def _attack(run: Run, batch: Batch) -> tuple[Tensor, Scores, int]:
+    """The valid rows' images (1 + K, M, C, H, W) uint8 on the CPU, their scores, and the zero signs."""
+    labels = batch.labels
+    to_model = torch.from_numpy(run.space.to_model).to(labels.device)
+    model_labels = torch.where(labels == UNLABELLED, UNLABELLED, to_model[labels.clamp(min=0)])
+    try:
+        attacked = attack(
+            run.victim,
+            batch.images,
+            model_labels,
+            batch.valid,
+            levels=run.config.attack.levels,
+            goal=run.goal,
+            draws=_draws(run, batch).to(labels.device),
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error} in {batch.name}; check the weights, and model.mean and std.") from None
+    target = None if run.goal.target is None else attacked.classes
+    scores = score(attacked.logits, labels, batch.valid, target, run.space)
+    return attacked.images[:, batch.valid].cpu(), scores, int(attacked.zero_signs)
+
+
+def _draws(run: Run, batch: Batch) -> Tensor:
+    """A random number for each row that depends on the seed and its source row only, (N,) int64."""
+    draws = np.zeros(len(batch.labels), dtype=np.int64)
+    if run.goal.target == "random":
+        rows = run.plan.rows(batch.shard)[batch.place]
+        draws[: len(rows)] = [np.random.RandomState([run.config.runtime.seed, row]).randint(2**31) for row in rows]
+    return torch.from_numpy(draws)
+
+
+def _encode(encoders: ThreadPoolExecutor, images_u8: Tensor, run: Run) -> list[Future[list[bytes]]]:
+    return [encoders.submit(encode_images, part, run.image_format) for part in images_u8.split(IMAGES_PER_TASK)]
+
+
+def _progress_counts(run: Run, batch: Batch, scores: Scores) -> tuple[int, int, dict[int, int]]:
+    right = (scores.correct & scores.labelled).sum(1).tolist()
+    return batch.place.stop - batch.place.start, int(scores.labelled.sum()), dict(zip(run.levels, right, strict=True))
+
+
+class _Sink:
+    """Where encoded batches go, in order: the shard being written, and its counts so far.
+
+    Used by one thread, the writer's.
+    """
+
+    def __init__(self, run: Run, folder: OutputFolder) -> None:
+        self.run, self.folder = run, folder
+        self.schema = run.features.arrow_schema
+        self.versions = versions(run.device)
+        self._open: ShardWriter | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._totals = {
+            level: {"rows": 0, "labelled": 0, "correct": 0, "fooled": 0, "confidence_sum": 0.0}
+            for level in self.run.levels
+        }
+        self._skipped: list[SkippedRow] = []
+        self._zero_signs = 0
+
+    def add(
+        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[list[bytes]]]]
+    ) -> Receipt | None:
+        """Write a batch; the receipt if it was the last of its shard."""
+        if self._open is None:
+            self._open = ShardWriter(self.folder, batch.shard, self.run.levels, self.run.features, self.run.run_id)
+        images = [[image for part in parts for image in part.result()] for parts in encoded]
+        self._open.write(
+            [
+                make_table(self.schema, images[index], scores, index, level, batch)
+                for index, level in enumerate(self.run.levels)
+            ]
+        )
+        self._count(batch, scores, zero_signs)
+        if not batch.ends_shard:
+            return None
+        receipt = self._open.commit(self._receipt(batch.shard), self._totals)
+        self.close()
+        self._start()
+        return receipt
+
+    def _count(self, batch: Batch, scores: Scores, zero_signs: int) -> None:
+        for index, level in enumerate(self.run.levels):
+            totals = self._totals[level]
+            totals["rows"] += len(scores.label)
+            totals["labelled"] += int(scores.labelled.sum())
+            totals["correct"] += int((scores.correct[index] & scores.labelled).sum())
+            totals["fooled"] += int((scores.fooled[index] & scores.fooled_known(index)).sum())
+            totals["confidence_sum"] += float(scores.confidence[index].sum(dtype=np.float64))
+        self._zero_signs += zero_signs
+        self._skipped += [
+            SkippedRow(position=row.position, source_index=row.source_index, reason=row.reason) for row in batch.skipped
+        ]
+
+    def _receipt(self, shard: Shard) -> Receipt:
+        rows = int(self._totals[0]["rows"])
+        return Receipt(
+            run_id=self.run.run_id,
+            shard=shard.name,
+            split=shard.split,
+            planned=len(shard),
+            rows=rows,
+            skipped=tuple(self._skipped),
+            zero_sign_share=self._zero_signs / max(1, rows * int(np.prod(self.run.reader.shape))),
+            files=(),
+            versions=self.versions,
+        )
+
+    def close(self) -> None:
+        """Drop the shard being written, if any; committed files are elsewhere by then."""
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None

@@ -1,0 +1,167 @@
+"""Where a dataset's classes and a model's classes meet."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ConfigError
+from pipeline.sources import UNLABELLED, Source
+
+# Missing or unknown names listed in a message.
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """How labels and predictions translate.
+
+    dataset_classes: names of the `label` column. to_model: (dataset classes,) int64, the model's index of
+    each. recorded_classes: names of the `prediction` column, None where unknown. to_recorded: (model
+    classes,) int64, what is recorded for each model index: the dataset's class where the two spaces match
+    one to one, else the model's own index.
+    """
+
+    dataset_classes: tuple[str, ...]
+    to_model: NDArray[np.int64]
+    recorded_classes: tuple[str, ...] | None
+    to_recorded: NDArray[np.int64]
+
+    def recorded_index(self, target: str | int) -> int:
+        """A class named in the config, as it stands in the `prediction` column.
+
+        Raises:
+            ConfigError: there is no such class.
+        """
+        names = self.recorded_classes or ()
+        if isinstance(target, str) and target in names:
+            return names.index(target)
+        if isinstance(target, int) and 0 <= target < len(self.to_recorded):
+            return target
+        raise ConfigError(f"attack.target: {target!r} is no class of the model{_near(str(target), names)}.")
+
+
+def join_labels(
+    source: Source,
+    model_classes: Sequence[str] | None,
+    count: int,
+    label_map: Mapping[str | int, str | int] | str | None,
+) -> LabelSpace:
+    """Decide how the dataset's classes and the model's meet.
+
+    Args:
+        source: its class names, if any, and all labels.
+        model_classes: the model's class names, None where unknown.
+        count: the number of the model's classes.
+        label_map: {dataset class: model class}, `identity`, or None.
+
+    Raises:
+        ConfigError: they differ in count or in order and `label_map` does not say how they meet, it is
+            incomplete, or a label lies outside the classes.
+    """
+    classes = source.classes
+    if isinstance(label_map, Mapping):
+        to_model = _mapped(label_map, classes or _numbered(source), model_classes, count)
+        classes = classes or _numbered(source)
+    else:
+        if classes is not None and label_map is None:
+            _check_agreement(classes, model_classes, count)
+        if classes is not None and len(classes) > count:
+            raise ConfigError(
+                f"model.label_map: identity cannot hold: the dataset has {len(classes)} classes, the model {count}."
+            )
+        # A dataset that does not name its classes holds the model's own indices.
+        classes = classes or tuple(model_classes or map(str, range(count)))
+        to_model = np.arange(len(classes))
+    _check_range(source, len(classes))
+    one_to_one = len(to_model) == count and len(np.unique(to_model)) == count
+    inverse = np.argsort(to_model) if one_to_one else np.arange(count)
+    recorded = classes if one_to_one else model_classes
+    return LabelSpace(
+        _distinct(classes),
+        to_model.astype(np.int64),
+        _distinct(recorded) if recorded else None,
+        inverse.astype(np.int64),
+    )
+
+
+def _numbered(source: Source) -> tuple[str, ...]:
+    """Names for classes that have none, as many as the labels need."""
+    return tuple(map(str, range(1 + max(int(split.labels.max()) for split in source.splits))))
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """ClassLabel refuses equal names, and ImageNet has two cranes: the later one gets its index."""
+    distinct: dict[str, None] = {}
+    for index, name in enumerate(names):
+        distinct[f"{name} ({index})" if name in distinct else name] = None
+    return tuple(distinct)
+
+
+def _mapped(
+    label_map: Mapping[str | int, str | int], classes: Sequence[str], model_classes: Sequence[str] | None, count: int
+) -> NDArray[np.int64]:
+    translated: dict[str, int] = {}
+    for key, value in label_map.items():
+        name = (
+            classes[key] if isinstance(key, int) and 0 <= key < len(classes) and str(key) not in classes else str(key)
+        )
+        if name not in classes:
+            raise ConfigError(f"model.label_map: {key!r} is no class of the dataset{_near(name, classes)}.")
+        translated[name] = _model_index(value, model_classes or (), count)
+    missing = [name for name in classes if name not in translated]
+    if missing:
+        raise ConfigError(f"model.label_map: the dataset's {_listing(missing)} are not in it.")
+    return np.array([translated[name] for name in classes])
+
+
+def _model_index(value: str | int, model_classes: Sequence[str], count: int) -> int:
+    if isinstance(value, int) and 0 <= value < count:
+        return value
+    if isinstance(value, str) and value in model_classes:
+        return model_classes.index(value)
+    raise ConfigError(f"model.label_map: {value!r} is no class of the model{_near(str(value), model_classes)}.")
+
+
+def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None, count: int) -> None:
+    """Without a map, both must have the same classes in the same order, as far as names tell."""
+    if len(classes) != count:
+        raise ConfigError(
+            f"The dataset has {len(classes)} classes and the model {count}; say how they meet in model.label_map."
+        )
+    names = [_plain(name) for name in classes]
+    others = [_plain(name) for name in model_classes or ()]
+    for index, other in enumerate(others):
+        # Names that only one side uses tell nothing: `0 - zero` may well be `0`.
+        if other != names[index] and other in names:
+            raise ConfigError(
+                f"The dataset and the model name their classes in another order (class {index} is {classes[index]!r} "
+                f"in the dataset, {(model_classes or ())[index]!r} in the model); say how they meet in model.label_map."
+            )
+
+
+def _plain(name: str) -> str:
+    """A name without what differs between copies: the Hub's ImageNet says `tench, Tinca tinca`."""
+    return name.split(",")[0].strip().replace("_", " ").casefold()
+
+
+def _check_range(source: Source, count: int) -> None:
+    for split in source.splits:
+        highest = int(split.labels.max())
+        if highest >= count and highest != UNLABELLED:
+            raise ConfigError(
+                f"source: split {split.name} has label {highest}, outside the {count} classes (0 to {count - 1}); "
+                "a model with more classes is needed, or model.label_map."
+            )
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f" ({_listing(names)})" if names else ""
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:LISTED]))
+    return f"{shown} and {len(names) - LISTED} more" if len(names) > LISTED else shown

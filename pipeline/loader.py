@@ -1,0 +1,279 @@
+"""The loader: shards of the plan become batches of uint8 images on the device, ahead of use.
+
+Worker processes open, decode and resize whole batches. A batch never crosses a shard and always has the
+same shape: what is missing at the end of a shard, and every image that could not be decoded, is a masked
+row of zeros. Images cross the bus as uint8, a quarter of the bytes of float32.
+"""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.config import PreprocessConfig
+from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.images import UndecodableError, read_image
+from pipeline.plan import Plan, Shard
+from pipeline.sources import UNLABELLED, Source, Split
+
+MAX_WORKERS = 16
+# Batches whose copies to the device are under way while an earlier one is computed.
+BATCHES_AHEAD = 2
+# Images looked at before a run that takes all sizes as they are.
+SIZE_SAMPLES = 1000
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source row that is not in the output, and why; `position` is its place in the shard."""
+
+    position: int
+    source_index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Up to N rows of one shard, padded to N.
+
+    images: (N, C, H, W) uint8; labels: (N,) int64, -1 for unlabelled; valid: (N,) bool, false for padding
+    and skipped rows. source_index: (valid rows,) int64; kept: carried-through columns of the valid rows.
+    """
+
+    shard: Shard
+    place: slice
+    images: Tensor
+    labels: Tensor
+    valid: Tensor
+    source_index: NDArray[np.int64]
+    kept: pa.Table
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def ends_shard(self) -> bool:
+        return bool(self.place.stop == len(self.shard))
+
+    @property
+    def name(self) -> str:
+        """For messages: the shard and the rows within it."""
+        return f"shard {self.shard.name}, rows {self.place.start} to {self.place.stop - 1}"
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader: the tensors in page-locked memory, so that copies can be asynchronous."""
+        return self._with_tensors([tensor.pin_memory() for tensor in self._tensors()])
+
+    def to(self, device: torch.device) -> "Batch":
+        """The tensors on a device; from pinned memory the copy is only begun."""
+        return self._with_tensors([tensor.to(device, non_blocking=True) for tensor in self._tensors()])
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that a stream reads the tensors, which were made on another one."""
+        for tensor in self._tensors():
+            tensor.record_stream(stream)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.images, self.labels, self.valid]
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> "Batch":
+        images, labels, valid = tensors
+        return replace(self, images=images, labels=labels, valid=valid)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How rows become pixels: shared by every worker."""
+
+    source: Source
+    preprocess: PreprocessConfig
+    max_pixels: int
+    shape: Shape
+
+    def read(self, plan: Plan, shard: Shard, place: slice) -> Batch:
+        """Open and decode one batch.
+
+        Raises:
+            ConfigError: an image has another size than the first one, and nothing resizes it.
+        """
+        split = self._split(shard.split)
+        rows = plan.rows(shard)[place]
+        images = torch.zeros((plan.batch_size, *self.shape), dtype=torch.uint8)
+        labels = torch.full((plan.batch_size,), UNLABELLED, dtype=torch.int64)
+        valid = torch.zeros(plan.batch_size, dtype=torch.bool)
+        skipped = []
+        for slot, opener in enumerate(split.rows.openers(rows.tolist())):
+            try:
+                pixels = read_image(opener, self.preprocess, self.max_pixels)
+            except UndecodableError as error:
+                skipped.append(Skipped(place.start + slot, int(rows[slot]), str(error)))
+                continue
+            if tuple(pixels.shape) != self.shape:
+                raise _mixed_sizes(self.shape, tuple(pixels.shape), f"row {rows[slot]} of split {split.name}")
+            images[slot], valid[slot] = pixels, True
+        labels[: len(rows)] = torch.from_numpy(split.labels[rows])
+        kept_rows = rows[valid[: len(rows)].numpy()]
+        return Batch(
+            shard, place, images, labels, valid, kept_rows, split.rows.kept(kept_rows.tolist()), tuple(skipped)
+        )
+
+    def _split(self, name: str) -> Split:
+        return next(split for split in self.source.splits if split.name == name)
+
+
+def _mixed_sizes(expected: Sequence[int], found: Sequence[int], where: str) -> ConfigError:
+    return ConfigError(
+        f"source: images differ in size: most are {expected[2]}x{expected[1]} and {where} is {found[2]}x{found[1]}; "
+        "set preprocess.resize and preprocess.crop."
+    )
+
+
+def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pixels: int) -> Shape:
+    """The (C, H, W) that every image of the run has.
+
+    Where nothing brings images to one size, a spread of them is read, so that mixed sizes are noticed
+    before anything is written; the loader watches the rest.
+
+    Raises:
+        ConfigError: two images differ in size, or no image can be decoded.
+    """
+    samples = 1 if preprocess.fixes_size else SIZE_SAMPLES
+    shape: Shape | None = None
+    reason = ""
+    for split in source.splits:
+        order = plan.orders[split.name]
+        for row in order[:: max(1, len(order) // SIZE_SAMPLES)].tolist():
+            try:
+                pixels = read_image(split.rows.openers([row])[0], preprocess, max_pixels)
+            except UndecodableError as error:
+                reason = str(error)
+                continue
+            channels, height, width = pixels.shape
+            if shape is not None and shape != (channels, height, width):
+                raise _mixed_sizes(shape, pixels.shape, f"row {row} of split {split.name}")
+            shape = (channels, height, width)
+            samples -= 1
+            if samples <= 0:
+                return shape
+    if shape is None:
+        raise PipelineError(f"source: none of its images can be decoded; the last one tried says: {reason}.")
+    return shape
+
+
+class _Batches(Dataset[Batch | PipelineError]):
+    """The batches of some shards as a map-style dataset: one item is one whole batch."""
+
+    def __init__(self, reader: Reader, plan: Plan, shards: Sequence[Shard]) -> None:
+        self.reader, self.plan = reader, plan
+        self.places = [(shard, place) for shard in shards for place in plan.batches(shard)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Batch | PipelineError:
+        try:
+            return self.reader.read(self.plan, *self.places[index])
+        except PipelineError as error:
+            # Raised in a worker it would arrive wrapped in a traceback; returned it stays one sentence.
+            return error
+
+
+def _same(item: Batch | PipelineError) -> Batch | PipelineError:
+    return item
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process alone decides what it means."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_batches(
+    reader: Reader, plan: Plan, shards: Sequence[Shard], device: torch.device, workers: int | str
+) -> Iterator[Batch]:
+    """Read the batches of some shards, in order, onto a device.
+
+    Args:
+        reader: opens and decodes rows.
+        plan: the run's plan.
+        shards: those to read.
+        device: where images, labels and masks end up.
+        workers: decoding processes; 0 decodes in this one, `auto` takes the cores at hand.
+
+    Raises:
+        PipelineError: what `Reader.read` raises, or a worker process died.
+    """
+    batches = _Batches(reader, plan, shards)
+    count = min(available_cores(), MAX_WORKERS) if workers == "auto" else int(workers)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        collate_fn=_same,
+        num_workers=min(count, len(batches)),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_interrupt,
+    )
+    return _ahead(_unwrap(loader), device)
+
+
+def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Iterator[Batch]:
+    try:
+        for item in loader:
+            if isinstance(item, PipelineError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise PipelineError(
+            f"A decoding worker died ({first_line(error)}), perhaps for want of memory; "
+            "the same command goes on from what is committed, with a smaller runtime.workers if it happens again."
+        ) from error
+
+
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Move batches to the device; on CUDA over a side stream, ahead of use.
+
+    Each copy has its own event, which the computing stream waits for; the pinned buffer is held until
+    then, and the allocator is told which stream reads the copy. Without the first a batch could be read
+    before it has arrived, without the last two its memory could be reused too early.
+    """
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    side = torch.cuda.Stream(device)
+    under_way: deque[tuple[Batch, Batch, torch.cuda.Event]] = deque()
+
+    def arrive() -> Batch:
+        pinned, moved, copied = under_way.popleft()
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(copied)
+        moved.record_stream(stream)
+        # Waiting here costs nothing: the copy was begun batches ago, and the pinned buffer must outlive it.
+        copied.synchronize()
+        del pinned
+        return moved
+
+    for pinned in batches:
+        with torch.cuda.stream(side):
+            moved = pinned.to(device)
+            copied = torch.cuda.Event()
+            copied.record(side)
+        under_way.append((pinned, moved, copied))
+        if len(under_way) > BATCHES_AHEAD:
+            yield arrive()
+    while under_way:
+        yield arrive()

@@ -1,0 +1,328 @@
+"""A run: everything the config leaves open decided once, and the identity that decides the bytes.
+
+`open_run` opens the source and the victim, fits them together and resolves every `auto`. The manifest keeps
+the outcome, so that a resumed run decides nothing anew.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.config import Config, is_factory_file, parse_config
+from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.fgsm import Goal
+from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
+from pipeline.labels import LabelSpace, join_labels
+from pipeline.loader import Reader, find_shape
+from pipeline.plan import Plan, make_plan
+from pipeline.records import make_features
+from pipeline.shards import FileEntry, OutputFolder
+from pipeline.sources import Source, open_source
+from pipeline.victims import Victim, load_victim
+
+# Raised when the stored form changes: it is part of the identity of every run.
+FORMAT_VERSION = 1
+PACKAGES = ("fgsm-pipeline", "torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
+
+
+class Subset(BaseModel):
+    """What the rows of one epsilon in one split add up to; `level` 0 is clean."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    split: str
+    level: int
+    rows: int
+    bytes: int
+    labelled: int
+    correct: int
+    fooled: int
+    confidence_sum: float
+
+
+class Manifest(BaseModel):
+    """`manifest.json`: what the dataset is, and how it came about."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT_VERSION
+    run_id: str
+    complete: bool = False
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    versions: dict[str, str]
+    features: dict[str, Any]
+    dataset_classes: tuple[str, ...]
+    recorded_classes: tuple[str, ...] | None
+    to_model: tuple[int, ...]
+    to_recorded: tuple[int, ...]
+    split_rows: dict[str, int]
+    receipts: str = ""
+    rows: int = 0
+    subsets: tuple[Subset, ...] = ()
+    zero_sign_share: float = 0.0
+    files: tuple[FileEntry, ...] = ()
+    skipped: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def resolved(self) -> Config:
+        """The config with every `auto` resolved."""
+        return parse_config(self.config)
+
+    @property
+    def space(self) -> LabelSpace:
+        """How labels and predictions translate."""
+        return LabelSpace(
+            self.dataset_classes, np.array(self.to_model), self.recorded_classes, np.array(self.to_recorded)
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run, rebuilt from what the manifest records."""
+        return plan_of(self.resolved, self.split_rows)
+
+
+def read_manifest(folder: OutputFolder) -> Manifest | None:
+    """The manifest of a run, None where there is none.
+
+    Raises:
+        PipelineError: it cannot be read as one.
+    """
+    try:
+        return Manifest.model_validate_json(folder.manifest.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValidationError, OSError) as error:
+        raise PipelineError(
+            f"{folder.manifest} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
+        ) from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run: its resolved config and everything made from it."""
+
+    config: Config
+    source: Source
+    plan: Plan
+    reader: Reader
+    victim: Victim
+    space: LabelSpace
+    goal: Goal
+    features: datasets.Features
+    device: torch.device
+    image_format: ImageFormat
+    identity: dict[str, Any]
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Clean, 0, and every epsilon in grey levels."""
+        return (0, *self.config.attack.levels)
+
+    @property
+    def run_id(self) -> str:
+        """A digest of what decides the bytes, 16 hex digits."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def manifest(self) -> Manifest:
+        """The manifest before anything is written."""
+        return Manifest(
+            run_id=self.run_id,
+            config=self.config.model_dump(mode="json"),
+            identity=self.identity,
+            versions=versions(self.device),
+            features=self.features.to_dict(),
+            dataset_classes=self.space.dataset_classes,
+            recorded_classes=self.space.recorded_classes,
+            to_model=tuple(self.space.to_model.tolist()),
+            to_recorded=tuple(self.space.to_recorded.tolist()),
+            split_rows={split.name: len(split.labels) for split in self.source.splits},
+        )
+
+
+def open_run(config: Config, recorded: Manifest | None = None) -> Run:
+    """Open the source and the victim, check that they fit, and resolve every `auto`.
+
+    Args:
+        config: as the user wrote it.
+        recorded: the manifest of the run that is resumed; its resolved values are taken over.
+
+    Raises:
+        ConfigError: anything the config names is missing or does not fit.
+    """
+    if recorded is not None:
+        config = _take_over(config, recorded.resolved)
+    device = choose_device(config.runtime.device)
+    source = open_source(config.source, need_labels=config.attack.label == "dataset")
+    victim, published = load_victim(config.model, seed=config.runtime.seed, device=device)
+    preprocess = config.preprocess
+    if published.preprocess is not None and not preprocess.model_fields_set & {"resize", "crop", "interpolation"}:
+        preprocess = published.preprocess.model_copy(update={"mode": preprocess.mode})
+    plan = plan_of(config, {split.name: len(split.labels) for split in source.splits})
+    shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
+    count = victim.count_classes(shape)
+    space = join_labels(source, victim.classes, count, config.model.label_map)
+    image_format = _image_format(config, shape)
+    resolved = config.model_copy(
+        update={
+            "preprocess": preprocess,
+            "model": config.model.model_copy(
+                update={"mean": tuple(victim.mean.flatten().tolist()), "std": tuple(victim.std.flatten().tolist())}
+            ),
+            "output": config.output.model_copy(update={"image_format": image_format}),
+            "runtime": config.runtime.model_copy(
+                update={"device": device.type, "compile": False, "batch_size": plan.batch_size}
+            ),
+        }
+    )
+    targeted = config.attack.target is not None
+    return Run(
+        config=resolved,
+        source=source,
+        plan=plan,
+        reader=Reader(source, preprocess, config.runtime.max_pixels, shape),
+        victim=victim,
+        space=space,
+        goal=Goal(config.attack.label, _target(config, space)),
+        features=make_features(space, targeted=targeted, kept=source.kept),
+        device=device,
+        image_format=image_format,
+        identity=_identity(resolved, source, victim, space),
+    )
+
+
+def plan_of(config: Config, split_rows: Mapping[str, int]) -> Plan:
+    """The plan of a config over splits of so many rows."""
+    return make_plan(
+        split_rows,
+        shuffle=config.source.shuffle,
+        seed=config.runtime.seed,
+        limit=config.source.limit,
+        images_per_shard=config.output.images_per_shard,
+        batch_size=config.runtime.batch_size,
+    )
+
+
+def _take_over(config: Config, recorded: Config) -> Config:
+    """Replace each `auto` by what the run that is resumed decided."""
+    runtime, output = config.runtime, config.output
+    if runtime.device == "auto":
+        runtime = runtime.model_copy(update={"device": recorded.runtime.device})
+    if output.image_format == "auto":
+        output = output.model_copy(update={"image_format": recorded.output.image_format})
+    return config.model_copy(update={"runtime": runtime, "output": output})
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device to compute on, set up so that equal inputs give equal bits.
+
+    Raises:
+        ConfigError: the machine does not have it.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(name for name, available in there.items() if available)
+    if not there[wanted]:
+        raise ConfigError(
+            f"runtime.device: this machine has no {wanted} device; it has {', '.join(n for n in there if there[n])}."
+        )
+    if wanted == "cuda":
+        # fp32 means fp32: cuDNN would use tf32 by default.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device(wanted)
+
+
+def _image_format(config: Config, shape: tuple[int, int, int]) -> ImageFormat:
+    wanted = config.output.image_format
+    if wanted == "auto":
+        return choose_format(*shape)
+    if wanted == "webp" and max(shape[1:]) > WEBP_MAX_SIDE:
+        raise ConfigError(
+            f"output.image_format: webp holds at most {WEBP_MAX_SIDE} pixels a side, and these images are "
+            f"{shape[2]}x{shape[1]}; use png."
+        )
+    return wanted
+
+
+def _target(config: Config, space: LabelSpace) -> Any:
+    """The attack's target as `Goal` wants it: a class becomes the model's index."""
+    target = config.attack.target
+    if target is None or target in ("least_likely", "random"):
+        return target
+    return int(np.flatnonzero(space.to_recorded == space.recorded_index(target))[0])
+
+
+def _identity(config: Config, source: Source, victim: Victim, space: LabelSpace) -> dict[str, Any]:
+    """What decides the bytes, as dotted keys: neither paths nor workers."""
+    model, attack, runtime, output = config.model, config.attack, config.runtime, config.output
+    name = str(model.name)
+    sections: dict[str, dict[str, Any]] = {
+        "source": {
+            "content": source.digest,
+            "rows": {split.name: len(split.labels) for split in source.splits},
+            "shuffle": config.source.shuffle,
+            "limit": config.source.limit,
+            "keep_columns": config.source.keep_columns,
+            "classes": space.dataset_classes,
+        },
+        "preprocess": config.preprocess.model_dump(mode="json"),
+        "model": {
+            "kind": model.kind,
+            "name": name.rpartition(":")[2] if is_factory_file(name) else name,
+            "kwargs": model.kwargs,
+            "content": victim.digest,
+            "mean": model.mean,
+            "std": model.std,
+            "label_map": space.to_model.tolist(),
+        },
+        "attack": {
+            "epsilons": [f"{level}/255" for level in attack.levels],
+            "label": attack.label,
+            "target": attack.target,
+        },
+        "output": output.model_dump(mode="json", exclude={"path"}),
+        "runtime": {
+            **runtime.model_dump(
+                mode="json", include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
+            ),
+            "channels_last": victim.channels_last,
+        },
+    }
+    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    # Through JSON, so that it equals what a manifest gives back.
+    identity: dict[str, Any] = json.loads(json.dumps({"format": FORMAT_VERSION, **flat}, default=str))
+    return identity
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """How two identities differ, for a person: `key (value there, value here)`."""
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return "; ".join(f"{key} ({_short(there.get(key))} there, {_short(here.get(key))} here)" for key in keys)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What besides the config can change last digits: packages, device and threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    return {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+    }

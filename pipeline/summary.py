@@ -1,0 +1,66 @@
+"""`fgsm inspect`: what a dataset holds, as a table, from the counts in its manifest alone."""
+
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.estimate import human_bytes
+from pipeline.runs import Manifest, Subset, read_manifest
+from pipeline.shards import OutputFolder, subset_name
+
+HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
+
+
+def inspect(path: Path) -> str:
+    """The table of a dataset.
+
+    Raises:
+        ConfigError: there is none in the folder.
+    """
+    manifest = read_manifest(OutputFolder(path))
+    if manifest is None:
+        raise ConfigError(f"{path} holds no dataset of ours: there is no manifest.json.")
+    return summary_table(manifest)
+
+
+def summary_table(manifest: Manifest) -> str:
+    """Per split and epsilon: rows, accuracy, mean confidence, fooled rows and bytes.
+
+    Accuracy is over labelled rows; `fooled` counts rows predicted right when clean and wrong now, or, in a
+    targeted run, predicted as the target.
+    """
+    rows = [HEAD, *map(_cells, manifest.subsets)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index < 3 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in [*lines, "", *_notes(manifest)])
+
+
+def _cells(subset: Subset) -> tuple[str, ...]:
+    return (
+        subset.split,
+        subset_name(subset.level),
+        f"{subset.level}/255" if subset.level else "0",
+        f"{subset.rows:,}",
+        f"{subset.correct / subset.labelled:.2%}" if subset.labelled else "-",
+        f"{subset.confidence_sum / subset.rows:.3f}" if subset.rows else "-",
+        f"{subset.fooled:,}" if subset.level else "-",
+        human_bytes(subset.bytes),
+    )
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    planned = len(manifest.plan)
+    state = "complete" if manifest.complete else "INCOMPLETE: run generate again to finish it"
+    notes = [
+        f"run {manifest.run_id}, {state}; {manifest.rows:,} of {planned:,} source images, "
+        f"{len(manifest.skipped):,} skipped",
+        f"gradient exactly zero on {manifest.zero_sign_share:.2%} of the pixel values",
+    ]
+    for row in manifest.skipped[:5]:
+        notes.append(f"skipped: {row['split']} row {row['source_index']}: {row['reason']}")
+    return notes

@@ -1,0 +1,364 @@
+"""Verify: does the dataset hold what its receipts and its manifest say, down to the pixel?
+
+Always: every file's digest, schema, row count and columns, every source row accounted for, and no pixel
+outside its epsilon ball. With `recompute`: the victim looks at the stored bytes again, in the batches of
+the run, and every recorded prediction is derived anew.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.errors import ConfigError, first_line
+from pipeline.images import UndecodableError, decode_image
+from pipeline.labels import LabelSpace
+from pipeline.loader import available_cores
+from pipeline.plan import Plan, Shard
+from pipeline.records import IMAGE, Scores, score
+from pipeline.runs import Manifest, choose_device, read_manifest, versions
+from pipeline.shards import OutputFolder, Receipt, read_receipts, shard_file, subset_name
+from pipeline.sources import UNLABELLED
+from pipeline.victims import Victim, load_victim
+
+# Outside the recorded environment a prediction may differ where the two top logits are this close.
+NEAR_TIE = 1e-3
+# Recomputed probabilities may differ by this much.
+CONFIDENCE_TOLERANCE = 1e-3
+# Problems listed in full; the rest are counted.
+LISTED = 20
+
+
+@dataclass
+class Findings:
+    """What verification saw. `problems` are sentences; `damaged` names the shards to write again."""
+
+    problems: list[str] = field(default_factory=list)
+    damaged: set[str] = field(default_factory=set)
+    shards: int = 0
+    rows: int = 0
+    skipped: int = 0
+    outside_ball: int = 0
+    recomputed: int = 0
+    mismatches: int = 0
+    near_ties: int = 0
+    same_environment: bool = True
+
+    def damage(self, shard: str, problem: str) -> None:
+        self.damaged.add(shard)
+        self.problems.append(problem)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The victim that is asked again."""
+
+    victim: Victim
+    space: LabelSpace
+    device: torch.device
+    exact: bool
+
+
+def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Findings:
+    """Check a dataset.
+
+    Args:
+        path: the output folder.
+        recompute: derive every prediction anew from the stored bytes.
+        repair: drop the receipts and files of damaged shards, so that `generate` writes them again.
+
+    Raises:
+        PipelineError: there is no run in the folder, or its victim cannot be loaded again.
+    """
+    folder = OutputFolder(path)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigError(f"{path} holds no dataset of ours: there is no manifest.json.")
+    judge = _judge(manifest) if recompute else None
+    findings = Findings(same_environment=judge is None or judge.exact)
+    plan = manifest.plan
+    receipts, broken = read_receipts(folder)
+    for name in broken:
+        findings.damage(Path(name).stem, f".run/receipts/{name} cannot be read as a receipt.")
+    _check_listing(folder, manifest, plan, receipts, findings)
+    with ThreadPoolExecutor(available_cores()) as decoders:
+        shards = [shard for shard in plan.shards if shard.name in receipts]
+        for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
+            checker = _ShardCheck(folder, manifest, plan, shard, receipts[shard.name], findings, judge, decoders)
+            checker.run()
+    if repair:
+        _drop(folder, manifest, plan, findings.damaged)
+    return findings
+
+
+def _judge(manifest: Manifest) -> Judge:
+    config = manifest.resolved
+    try:
+        device = choose_device(config.runtime.device)
+    except ConfigError:
+        device = choose_device("auto")
+    victim, _ = load_victim(config.model, seed=config.runtime.seed, device=device)
+    if victim.digest != manifest.identity["model.content"]:
+        raise ConfigError(
+            "model: the victim that the config names has changed since the run, so it cannot be asked again."
+        )
+    return Judge(victim, manifest.space, device, exact=versions(device) == manifest.versions)
+
+
+def _check_listing(
+    folder: OutputFolder, manifest: Manifest, plan: Plan, receipts: Mapping[str, Receipt], findings: Findings
+) -> None:
+    """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
+    missing = [shard.name for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
+    if missing:
+        findings.problems.append(
+            f"{len(missing)} of {len(plan.shards)} shards are missing ({missing[0]} is the first); generate writes them."
+        )
+    for name, receipt in receipts.items():
+        if receipt.run_id != manifest.run_id:
+            findings.damage(name, f"The receipt of {name} is of another run ({receipt.run_id}).")
+    levels = (0, *manifest.resolved.attack.levels)
+    expected = {shard_file(level, shard) for shard in plan.shards for level in levels}
+    there = {
+        f"{subset_name(level)}/{file.name}" for level in levels for file in (folder.root / subset_name(level)).glob("*")
+    }
+    findings.problems += [f"{file} belongs to no shard of this run." for file in sorted(there - expected)]
+
+
+def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str]) -> None:
+    """Remove what is damaged, the receipts first: a shard without a receipt does not exist."""
+    with folder.held():
+        for name in damaged:
+            folder.receipt(name).unlink(missing_ok=True)
+        for shard in plan.shards:
+            if shard.name in damaged:
+                for level in (0, *manifest.resolved.attack.levels):
+                    folder.path(shard_file(level, shard)).unlink(missing_ok=True)
+
+
+class _Damage(Exception):
+    """Ends the check of one shard; the message is the problem."""
+
+
+class _ShardCheck:
+    """The check of one shard: its files side by side, batch by batch."""
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        manifest: Manifest,
+        plan: Plan,
+        shard: Shard,
+        receipt: Receipt,
+        findings: Findings,
+        judge: Judge | None,
+        decoders: ThreadPoolExecutor,
+    ) -> None:
+        self.folder, self.plan, self.shard, self.receipt = folder, plan, shard, receipt
+        self.findings, self.judge, self.decoders = findings, judge, decoders
+        self.levels = (0, *manifest.resolved.attack.levels)
+        self.targeted = manifest.resolved.attack.target is not None
+        self.schema = datasets.Features.from_dict(manifest.features).arrow_schema
+
+    def run(self) -> None:
+        """Check the shard; what is wrong goes to the findings."""
+        try:
+            for entry in self.receipt.files:
+                self._check_file(entry.path, entry.bytes, entry.sha256)
+            self._check_rows()
+        except _Damage as damage:
+            self.findings.damage(self.shard.name, str(damage))
+        self.findings.shards += 1
+
+    def _check_file(self, name: str, size: int, digest: str) -> None:
+        path = self.folder.path(name)
+        if not path.is_file():
+            raise _Damage(f"{name} is missing.")
+        if path.stat().st_size != size:
+            raise _Damage(f"{name} has {path.stat().st_size} bytes; its receipt says {size}.")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise _Damage(f"{name} was altered: its sha256 is not its receipt's.")
+
+    def _check_rows(self) -> None:
+        skipped = {row.position for row in self.receipt.skipped}
+        places = list(self.plan.batches(self.shard))
+        masks = [
+            np.array([place.start + i not in skipped for i in range(place.stop - place.start)]) for place in places
+        ]
+        counts = [int(mask.sum()) for mask in masks]
+        if sum(counts) != self.receipt.rows or len(skipped) + self.receipt.rows != len(self.shard):
+            raise _Damage(f"The receipt of {self.shard.name} does not account for its {len(self.shard)} source rows.")
+        tables = zip(*(self._read(level, counts) for level in self.levels), strict=True)
+        totals = np.zeros((len(self.levels), 3), dtype=np.int64)
+        for place, mask, subsets in zip(places, masks, tables, strict=True):
+            rows = self.plan.rows(self.shard)[place][mask]
+            totals += self._check_batch(rows, mask, subsets)
+        for entry, found in zip(self.receipt.files, totals.tolist(), strict=True):
+            if [entry.labelled, entry.correct, entry.fooled] != found:
+                raise _Damage(f"{entry.path} has other counts of right predictions than its receipt.")
+        self.findings.rows += self.receipt.rows * len(self.levels)
+        self.findings.skipped += len(skipped)
+
+    def _read(self, level: int, counts: Sequence[int]) -> Iterator[pa.Table]:
+        """One subset's rows in tables of so many rows each, without holding the file in memory."""
+        name = shard_file(level, self.shard)
+        try:
+            file = pq.ParquetFile(self.folder.path(name))
+            if not file.schema_arrow.equals(self.schema, check_metadata=True):
+                raise _Damage(f"{name} has other columns than the manifest says.")
+            if file.metadata.num_rows != sum(counts):
+                raise _Damage(f"{name} has {file.metadata.num_rows} rows; its receipt says {sum(counts)}.")
+            waiting = self.schema.empty_table()
+            batches = file.iter_batches(batch_size=max(1, *counts))
+            for count in counts:
+                while waiting.num_rows < count:
+                    waiting = pa.concat_tables([waiting, pa.Table.from_batches([next(batches)]).cast(self.schema)])
+                yield waiting.slice(0, count)
+                waiting = waiting.slice(count)
+        except (pa.ArrowException, OSError) as error:
+            raise _Damage(f"{name} cannot be read: {first_line(error)}") from None
+
+    def _check_batch(
+        self, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
+    ) -> NDArray[np.int64]:
+        """Check one batch of every subset; (1 + K, 3) counts of labelled, correct and fooled."""
+        images = [self._images(table, level) for table, level in zip(subsets, self.levels, strict=True)]
+        totals = []
+        for level, table, pixels in zip(self.levels, subsets, images, strict=True):
+            name = shard_file(level, self.shard)
+            if not np.array_equal(table.column("source_index").to_numpy(), rows):
+                raise _Damage(f"{name} holds other source rows than the plan says.")
+            if not np.array_equal(table.column("epsilon").to_numpy(), np.full(len(rows), level / 255)):
+                raise _Damage(f"{name} has another epsilon than {level}/255.")
+            if table.column("clean_prediction") != subsets[0].column("prediction"):
+                raise _Damage(f"{name} has a clean_prediction that differs from the clean subset's prediction.")
+            distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
+            outside = int((distance > level).flatten(1).any(1).sum()) if len(rows) else 0
+            if outside:
+                self.findings.outside_ball += outside
+                raise _Damage(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
+            totals.append(
+                [
+                    len(rows) - table.column("label").null_count,
+                    sum(filter(None, table.column("correct").to_pylist())),
+                    sum(filter(None, table.column("fooled").to_pylist())),
+                ]
+            )
+        if self.judge is not None and len(rows):
+            self._recompute(self.judge, mask, images, subsets)
+        return np.array(totals)
+
+    def _images(self, table: pa.Table, level: int) -> Tensor:
+        cells = table.column(IMAGE).combine_chunks()
+        try:
+            pixels = list(self.decoders.map(decode_image, cells.field("bytes").to_pylist()))
+        except UndecodableError as error:
+            raise _Damage(f"{shard_file(level, self.shard)} holds an image that cannot be decoded: {error}") from None
+        return torch.stack(pixels) if pixels else torch.zeros(0, dtype=torch.uint8)
+
+    def _recompute(
+        self, judge: Judge, mask: NDArray[np.bool_], images: Sequence[Tensor], subsets: Sequence[pa.Table]
+    ) -> None:
+        """Ask the victim again, in the same batch of the same shape, with the same holes."""
+        slots = torch.from_numpy(np.flatnonzero(mask))
+        labels = torch.full((self.plan.batch_size,), UNLABELLED)
+        labels[slots] = torch.from_numpy(_column(subsets[0], "label", UNLABELLED).astype(np.int64))
+        valid = torch.zeros(self.plan.batch_size, dtype=torch.bool)
+        valid[slots] = True
+        logits = []
+        for pixels in images:
+            padded = torch.zeros((self.plan.batch_size, *pixels.shape[1:]), dtype=torch.uint8)
+            padded[slots] = pixels
+            with torch.inference_mode():
+                logits.append(judge.victim(judge.victim.unit(padded.to(judge.device))))
+        target = self._target(judge, subsets, slots)
+        again = score(torch.stack(logits), labels.to(judge.device), valid.to(judge.device), target, judge.space)
+        margins = torch.stack(logits)[:, slots.to(judge.device)].topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
+        close = (margins < NEAR_TIE).cpu().numpy()
+        for index, (level, table) in enumerate(zip(self.levels, subsets, strict=True)):
+            self._compare(judge, again, index, level, table, close)
+
+    def _target(self, judge: Judge, subsets: Sequence[pa.Table], slots: Tensor) -> Tensor | None:
+        """The recorded targets as model indices, padded; None for the plain attack."""
+        if not self.targeted:
+            return None
+        recorded = _column(subsets[-1], "target", 0).astype(np.int64)
+        target = torch.zeros(self.plan.batch_size, dtype=torch.int64)
+        target[slots] = torch.from_numpy(np.argsort(judge.space.to_recorded)[recorded])
+        return target.to(judge.device)
+
+    def _compare(
+        self, judge: Judge, again: Scores, index: int, level: int, table: pa.Table, close: NDArray[np.bool_]
+    ) -> None:
+        findings, name = self.findings, shard_file(level, self.shard)
+        differs = _column(table, "prediction", -1) != again.prediction[index]
+        ties = np.zeros_like(differs) if judge.exact else differs & close[index]
+        wrong = differs & ~ties
+        findings.recomputed += len(differs)
+        findings.near_ties += int(ties.sum())
+        findings.mismatches += int(wrong.sum())
+        if wrong.any():
+            row = int(table.column("source_index")[int(wrong.argmax())].as_py())
+            raise _Damage(
+                f"{name} records {int(wrong.sum())} predictions that its pixels do not give; the first is row {row}."
+            )
+        # What follows from a prediction that lay on a tie cannot be held against it, nor on the clean one's.
+        checked = ~(ties | (close[0] & (not judge.exact)))
+        labelled, known = again.labelled & checked, again.fooled_known(index) & checked
+        flags = (("correct", again.correct[index], labelled), ("fooled", again.fooled[index], known))
+        for column, expected, where in flags:
+            if (_column(table, column, False).astype(np.bool_) != expected)[where].any():
+                raise _Damage(f"{name} has a wrong value in {column}.")
+        chances = (
+            ("confidence", again.confidence[index], checked),
+            ("label_confidence", again.label_confidence[index], labelled),
+        )
+        for column, expected, where in chances:
+            if (np.abs(_column(table, column, 0.0) - expected)[where] > CONFIDENCE_TOLERANCE).any():
+                raise _Damage(f"{name} has a {column} that its pixels do not give.")
+
+
+def _column(table: pa.Table, name: str, null: Any) -> NDArray[Any]:
+    """A column as NumPy, with a stand-in for null."""
+    values: NDArray[Any] = table.column(name).fill_null(null).to_numpy()
+    return values
+
+
+def describe(findings: Findings, recompute: bool) -> str:
+    """What was checked, in a few lines."""
+    lines = [
+        f"{findings.shards:,} shards and {findings.rows:,} rows checked; {findings.skipped:,} source rows were skipped",
+        f"{findings.outside_ball:,} images outside their epsilon ball",
+    ]
+    if recompute:
+        where = (
+            "the recorded environment, exactly"
+            if findings.same_environment
+            else (
+                f"another environment than the recorded one, with {findings.near_ties:,} near ties that fell otherwise"
+            )
+        )
+        lines.append(
+            f"{findings.recomputed:,} predictions re-derived from the stored pixels, {findings.mismatches:,} differ; "
+            f"compared in {where}"
+        )
+    lines.append(f"{len(findings.problems):,} problems in {len(findings.damaged):,} shards")
+    return "\n".join(lines)
+
+
+def damage_report(findings: Findings) -> list[str]:
+    """The problems as lines, the first ones in full."""
+    rest = len(findings.problems) - LISTED
+    return findings.problems[:LISTED] + ([f"and {rest} more."] if rest > 0 else [])
