@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import yaml
 
-from pipeline.runs import Manifest
-from pipeline.shards import subset_name
+from pipeline.manifest import Manifest
+from pipeline.outputs import subset_name
 
 
 def render_card(manifest: Manifest) -> str:

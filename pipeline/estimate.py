@@ -15,9 +15,10 @@ from pipeline.errors import PipelineError
 from pipeline.fgsm import attack, step
 from pipeline.images import UndecodableError, encode_images, read_image
 from pipeline.loader import available_cores
+from pipeline.outputs import OutputFolder
 from pipeline.plan import Shard
 from pipeline.runs import Run, open_run
-from pipeline.shards import OutputFolder
+from pipeline.summary import human_bytes
 
 # Images encoded to estimate the size of all.
 SAMPLES = 16
@@ -135,16 +136,17 @@ def describe_plan(config: Config) -> tuple[str, str | None]:
     folder = OutputFolder(Path(config.output.path).expanduser())
     run = open_run(config)
     plan = estimate(run, folder)
-    channels, height, width = run.reader.shape
+    _, height, width = run.reader.shape
     epsilons = ", ".join(f"{level}/255" for level in run.config.attack.levels)
     splits = ", ".join(f"{name} {len(order):,}" for name, order in run.plan.orders.items())
+    rate = plan.images / max(plan.seconds, 1e-9)
     rows = {
         "source images": f"{plan.images:,} ({splits}), {width}x{height} {run.config.preprocess.mode}",
         "epsilons": f"clean, {epsilons}",
         "rows": f"{plan.rows:,}",
         "files": f"{plan.files:,} Parquet files in {plan.shards:,} shards",
         "bytes": f"about {human_bytes(plan.bytes)} ({run.image_format}), {human_bytes(plan.free)} free",
-        "time": f"about {tqdm.format_interval(plan.seconds)} on {run.device.type}, {plan.images / max(plan.seconds, 1e-9):.0f} images/s",
+        "time": f"about {tqdm.format_interval(plan.seconds)} on {run.device.type}, {rate:.0f} images/s",
         "batch": f"{run.plan.batch_size}",
         "output": f"{folder.root} (run {run.run_id})",
     }
@@ -154,12 +156,3 @@ def describe_plan(config: Config) -> tuple[str, str | None]:
     if plan.bytes > plan.free:
         warning = f"{folder.root} has {human_bytes(plan.free)} free, and about {human_bytes(plan.bytes)} are needed."
     return text, warning
-
-
-def human_bytes(count: float) -> str:
-    """A size for people: 1.5 GB, powers of 1000."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

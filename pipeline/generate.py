@@ -22,19 +22,20 @@ from pipeline.estimate import check_disk
 from pipeline.fgsm import attack
 from pipeline.images import encode_images
 from pipeline.loader import Batch, available_cores, load_batches
-from pipeline.plan import Shard
-from pipeline.progress import Progress
-from pipeline.records import Scores, make_table, score
-from pipeline.runs import Manifest, Run, Subset, differences, open_run, read_manifest, versions
-from pipeline.shards import (
+from pipeline.manifest import Manifest, Subset, read_manifest
+from pipeline.outputs import (
     OutputFolder,
     Receipt,
-    ShardWriter,
     SkippedRow,
     committed,
     receipts_digest,
     write_atomically,
 )
+from pipeline.plan import Shard
+from pipeline.progress import Progress
+from pipeline.records import Scores, make_table, score
+from pipeline.runs import Run, differences, open_run, versions
+from pipeline.shards import ShardWriter
 from pipeline.sources import UNLABELLED
 
 # Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
@@ -274,7 +275,7 @@ class _Sink:
     ) -> Receipt | None:
         """Write a batch; the receipt if it was the last of its shard."""
         if self._open is None:
-            self._open = ShardWriter(self.folder, batch.shard, self.run.levels, self.run.features, self.run.run_id)
+            self._open = ShardWriter(self.folder, batch.shard, self.run.levels, self.schema, self.run.run_id)
         images = [[image for part in parts for image in part.result()] for parts in encoded]
         self._open.write(
             [

@@ -22,8 +22,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as transforms
 
 from pipeline.config import PreprocessConfig
 from pipeline.errors import PipelineError, first_line
@@ -92,6 +90,12 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _resize(image: Image.Image, preprocess: PreprocessConfig) -> Tensor:
+    if preprocess.resize is None and preprocess.crop is None:
+        return _to_tensor(image)
+    # Imported where it is needed: torchvision takes as long to import as torch itself.
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as transforms
+
     if preprocess.resize is not None:
         size = [preprocess.resize] if isinstance(preprocess.resize, int) else list(preprocess.resize)
         image = transforms.resize(image, size, InterpolationMode(preprocess.interpolation), antialias=True)
@@ -99,8 +103,13 @@ def _resize(image: Image.Image, preprocess: PreprocessConfig) -> Tensor:
         image = transforms.center_crop(
             image, preprocess.crop if isinstance(preprocess.crop, int) else list(preprocess.crop)
         )
-    pixels: Tensor = transforms.pil_to_tensor(image)
-    return pixels
+    return _to_tensor(image)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """(C, H, W) uint8."""
+    pixels = np.array(image)
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
 
 def choose_format(channels: int, height: int, width: int) -> ImageFormat:
@@ -143,7 +152,6 @@ def decode_image(data: bytes) -> Tensor:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = np.array(image)
+            return _to_tensor(image)
     except Exception as error:  # as in read_image
         raise UndecodableError(f"{type(error).__name__}: {first_line(error)}") from None
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())

@@ -10,6 +10,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -186,7 +187,7 @@ class _Batches(Dataset[Batch | PipelineError]):
             return error
 
 
-def _same(item: Batch | PipelineError) -> Batch | PipelineError:
+def _same(item: Any) -> Any:
     return item
 
 

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from pipeline.shards import subset_name
+from pipeline.outputs import subset_name
 
 LOG_SECONDS = 30.0
 

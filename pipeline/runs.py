@@ -15,96 +15,20 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.config import Config, is_factory_file, parse_config
-from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.config import Config, is_factory_file
+from pipeline.errors import ConfigError
 from pipeline.fgsm import Goal
 from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.labels import LabelSpace, join_labels
 from pipeline.loader import Reader, find_shape
-from pipeline.plan import Plan, make_plan
+from pipeline.manifest import FORMAT_VERSION, Manifest, plan_of
+from pipeline.plan import Plan
 from pipeline.records import make_features
-from pipeline.shards import FileEntry, OutputFolder
 from pipeline.sources import Source, open_source
 from pipeline.victims import Victim, load_victim
 
-# Raised when the stored form changes: it is part of the identity of every run.
-FORMAT_VERSION = 1
 PACKAGES = ("fgsm-pipeline", "torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
-
-
-class Subset(BaseModel):
-    """What the rows of one epsilon in one split add up to; `level` 0 is clean."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    split: str
-    level: int
-    rows: int
-    bytes: int
-    labelled: int
-    correct: int
-    fooled: int
-    confidence_sum: float
-
-
-class Manifest(BaseModel):
-    """`manifest.json`: what the dataset is, and how it came about."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: int = FORMAT_VERSION
-    run_id: str
-    complete: bool = False
-    config: dict[str, Any]
-    identity: dict[str, Any]
-    versions: dict[str, str]
-    features: dict[str, Any]
-    dataset_classes: tuple[str, ...]
-    recorded_classes: tuple[str, ...] | None
-    to_model: tuple[int, ...]
-    to_recorded: tuple[int, ...]
-    split_rows: dict[str, int]
-    receipts: str = ""
-    rows: int = 0
-    subsets: tuple[Subset, ...] = ()
-    zero_sign_share: float = 0.0
-    files: tuple[FileEntry, ...] = ()
-    skipped: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def resolved(self) -> Config:
-        """The config with every `auto` resolved."""
-        return parse_config(self.config)
-
-    @property
-    def space(self) -> LabelSpace:
-        """How labels and predictions translate."""
-        return LabelSpace(
-            self.dataset_classes, np.array(self.to_model), self.recorded_classes, np.array(self.to_recorded)
-        )
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the run, rebuilt from what the manifest records."""
-        return plan_of(self.resolved, self.split_rows)
-
-
-def read_manifest(folder: OutputFolder) -> Manifest | None:
-    """The manifest of a run, None where there is none.
-
-    Raises:
-        PipelineError: it cannot be read as one.
-    """
-    try:
-        return Manifest.model_validate_json(folder.manifest.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (ValidationError, OSError) as error:
-        raise PipelineError(
-            f"{folder.manifest} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -197,18 +121,6 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         device=device,
         image_format=image_format,
         identity=_identity(resolved, source, victim, space),
-    )
-
-
-def plan_of(config: Config, split_rows: Mapping[str, int]) -> Plan:
-    """The plan of a config over splits of so many rows."""
-    return make_plan(
-        split_rows,
-        shuffle=config.source.shuffle,
-        seed=config.runtime.seed,
-        limit=config.source.limit,
-        images_per_shard=config.output.images_per_shard,
-        batch_size=config.runtime.batch_size,
     )
 
 

@@ -38,7 +38,9 @@ class Rows(Protocol):
         """One opener for each row: it opens the image or raises."""
 
     def kept(self, rows: Sequence[int]) -> pa.Table:
-        """The columns of `source.keep_columns` for these rows, without columns where there are none."""
+        """The columns of `source.keep_columns` for these rows; most sources have none."""
+        del rows
+        return pa.table({})
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,13 @@ def _class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, 
 
 
 @dataclass(frozen=True)
-class ArrayRows:
+class ArrayRows(Rows):
     """Images that are already in memory, (N, H, W) uint8."""
 
     images: NDArray[np.uint8]
 
     def openers(self, rows: Sequence[int]) -> list[Opener]:
         return [partial(Image.fromarray, self.images[row]) for row in rows]
-
-    def kept(self, rows: Sequence[int]) -> pa.Table:
-        return pa.table({})
 
 
 def _open_digits(config: SourceConfig, need_labels: bool) -> Source:
@@ -154,16 +153,13 @@ def _check_splits(asked: Sequence[str], there: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class FileRows:
+class FileRows(Rows):
     """Image files by their paths."""
 
     paths: Sequence[str]
 
     def openers(self, rows: Sequence[int]) -> list[Opener]:
         return [partial(Image.open, self.paths[row]) for row in rows]
-
-    def kept(self, rows: Sequence[int]) -> pa.Table:
-        return pa.table({})
 
 
 def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
@@ -223,7 +219,7 @@ SAMPLE_ATTRIBUTES = ("_samples", "samples", "imgs")
 
 
 @dataclass(frozen=True)
-class ItemRows:
+class ItemRows(Rows):
     """A dataset whose items are (Pillow image, class)."""
 
     dataset: Any
@@ -234,9 +230,6 @@ class ItemRows:
 
     def openers(self, rows: Sequence[int]) -> list[Opener]:
         return [partial(self._open, int(row)) for row in rows]
-
-    def kept(self, rows: Sequence[int]) -> pa.Table:
-        return pa.table({})
 
 
 def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
@@ -251,11 +244,9 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
     labels = {name: _torchvision_labels(dataset, config) for name, dataset in datasets.items()}
     own = getattr(next(iter(datasets.values())), "classes", None)
     named = own if isinstance(own, list | tuple) and all(isinstance(name, str) for name in own) else None
-    content = (
-        part
-        for name, dataset in datasets.items()
-        for part in (name, labels[name].tobytes(), *_sample_pixels(ItemRows(dataset), len(dataset)))
-    )
+    content: list[bytes | str] = []
+    for name, dataset in datasets.items():
+        content += [name, labels[name].tobytes(), *_sample_pixels(ItemRows(dataset), len(dataset))]
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     return Source(
         splits=tuple(Split(name.replace("-", "_"), labels[name], ItemRows(datasets[name])) for name in names),
@@ -312,7 +303,7 @@ def _spread(count: int, samples: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class ArrowRows:
+class ArrowRows(Rows):
     """Rows of a `datasets.Dataset`; images stay encoded bytes until a worker opens them.
 
     Images given as a path are opened only below `allowed`: a dataset must not be able to read other files
@@ -361,7 +352,8 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
         if name not in first.column_names:
             raise ConfigError(f"source.keep_columns: there is no column {name}; {_columns(first)}.")
     labels, classes = _read_labels(opened, label_column, config)
-    splits, content = [], []
+    splits: list[Split] = []
+    content: list[bytes | str] = []
     for name, dataset in opened.items():
         try:
             undecoded = dataset.cast_column(image_column, datasets.Image(decode=False))
@@ -393,7 +385,7 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
     folder = Path(path).expanduser()
     if not folder.is_dir() and (path.startswith((".", "~", "/")) or path.count("/") > 1):
         raise ConfigError(f"source.path: there is no folder {folder}.")
-    allowed = (folder.resolve(),) if folder.is_dir() else ()
+    allowed: tuple[Path, ...] = (folder.resolve(),) if folder.is_dir() else ()
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(folder))

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.estimate import human_bytes
-from pipeline.runs import Manifest, Subset, read_manifest
-from pipeline.shards import OutputFolder, subset_name
+from pipeline.manifest import Manifest, Subset, read_manifest
+from pipeline.outputs import OutputFolder, subset_name
 
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
 
@@ -64,3 +63,12 @@ def _notes(manifest: Manifest) -> list[str]:
     for row in manifest.skipped[:5]:
         notes.append(f"skipped: {row['split']} row {row['source_index']}: {row['reason']}")
     return notes
+
+
+def human_bytes(count: float) -> str:
+    """A size for people: 1.5 GB, powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

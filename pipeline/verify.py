@@ -25,10 +25,11 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.images import UndecodableError, decode_image
 from pipeline.labels import LabelSpace
 from pipeline.loader import available_cores
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.outputs import OutputFolder, Receipt, read_receipts, shard_file, subset_name
 from pipeline.plan import Plan, Shard
 from pipeline.records import IMAGE, Scores, score
-from pipeline.runs import Manifest, choose_device, read_manifest, versions
-from pipeline.shards import OutputFolder, Receipt, read_receipts, shard_file, subset_name
+from pipeline.runs import choose_device, versions
 from pipeline.sources import UNLABELLED
 from pipeline.victims import Victim, load_victim
 
@@ -113,7 +114,17 @@ def _judge(manifest: Manifest) -> Judge:
         raise ConfigError(
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
-    return Judge(victim, manifest.space, device, exact=versions(device) == manifest.versions)
+    return Judge(victim, _space(manifest), device, exact=versions(device) == manifest.versions)
+
+
+def _space(manifest: Manifest) -> LabelSpace:
+    """How labels and predictions of the run translate."""
+    return LabelSpace(
+        manifest.dataset_classes,
+        np.array(manifest.to_model),
+        manifest.recorded_classes,
+        np.array(manifest.to_recorded),
+    )
 
 
 def _check_listing(
@@ -123,7 +134,7 @@ def _check_listing(
     missing = [shard.name for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
     if missing:
         findings.problems.append(
-            f"{len(missing)} of {len(plan.shards)} shards are missing ({missing[0]} is the first); generate writes them."
+            f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
         )
     for name, receipt in receipts.items():
         if receipt.run_id != manifest.run_id:
@@ -147,7 +158,7 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
                     folder.path(shard_file(level, shard)).unlink(missing_ok=True)
 
 
-class _Damage(Exception):
+class _DamageError(Exception):
     """Ends the check of one shard; the message is the problem."""
 
 
@@ -177,19 +188,19 @@ class _ShardCheck:
             for entry in self.receipt.files:
                 self._check_file(entry.path, entry.bytes, entry.sha256)
             self._check_rows()
-        except _Damage as damage:
+        except _DamageError as damage:
             self.findings.damage(self.shard.name, str(damage))
         self.findings.shards += 1
 
     def _check_file(self, name: str, size: int, digest: str) -> None:
         path = self.folder.path(name)
         if not path.is_file():
-            raise _Damage(f"{name} is missing.")
+            raise _DamageError(f"{name} is missing.")
         if path.stat().st_size != size:
-            raise _Damage(f"{name} has {path.stat().st_size} bytes; its receipt says {size}.")
+            raise _DamageError(f"{name} has {path.stat().st_size} bytes; its receipt says {size}.")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise _Damage(f"{name} was altered: its sha256 is not its receipt's.")
+                raise _DamageError(f"{name} was altered: its sha256 is not its receipt's.")
 
     def _check_rows(self) -> None:
         skipped = {row.position for row in self.receipt.skipped}
@@ -199,7 +210,7 @@ class _ShardCheck:
         ]
         counts = [int(mask.sum()) for mask in masks]
         if sum(counts) != self.receipt.rows or len(skipped) + self.receipt.rows != len(self.shard):
-            raise _Damage(f"The receipt of {self.shard.name} does not account for its {len(self.shard)} source rows.")
+            raise _DamageError(f"The receipt of {self.shard.name} does not account for all its source rows.")
         tables = zip(*(self._read(level, counts) for level in self.levels), strict=True)
         totals = np.zeros((len(self.levels), 3), dtype=np.int64)
         for place, mask, subsets in zip(places, masks, tables, strict=True):
@@ -207,7 +218,7 @@ class _ShardCheck:
             totals += self._check_batch(rows, mask, subsets)
         for entry, found in zip(self.receipt.files, totals.tolist(), strict=True):
             if [entry.labelled, entry.correct, entry.fooled] != found:
-                raise _Damage(f"{entry.path} has other counts of right predictions than its receipt.")
+                raise _DamageError(f"{entry.path} has other counts of right predictions than its receipt.")
         self.findings.rows += self.receipt.rows * len(self.levels)
         self.findings.skipped += len(skipped)
 
@@ -217,9 +228,9 @@ class _ShardCheck:
         try:
             file = pq.ParquetFile(self.folder.path(name))
             if not file.schema_arrow.equals(self.schema, check_metadata=True):
-                raise _Damage(f"{name} has other columns than the manifest says.")
+                raise _DamageError(f"{name} has other columns than the manifest says.")
             if file.metadata.num_rows != sum(counts):
-                raise _Damage(f"{name} has {file.metadata.num_rows} rows; its receipt says {sum(counts)}.")
+                raise _DamageError(f"{name} has {file.metadata.num_rows} rows; its receipt says {sum(counts)}.")
             waiting = self.schema.empty_table()
             batches = file.iter_batches(batch_size=max(1, *counts))
             for count in counts:
@@ -228,7 +239,7 @@ class _ShardCheck:
                 yield waiting.slice(0, count)
                 waiting = waiting.slice(count)
         except (pa.ArrowException, OSError) as error:
-            raise _Damage(f"{name} cannot be read: {first_line(error)}") from None
+            raise _DamageError(f"{name} cannot be read: {first_line(error)}") from None
 
     def _check_batch(
         self, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
@@ -239,16 +250,16 @@ class _ShardCheck:
         for level, table, pixels in zip(self.levels, subsets, images, strict=True):
             name = shard_file(level, self.shard)
             if not np.array_equal(table.column("source_index").to_numpy(), rows):
-                raise _Damage(f"{name} holds other source rows than the plan says.")
+                raise _DamageError(f"{name} holds other source rows than the plan says.")
             if not np.array_equal(table.column("epsilon").to_numpy(), np.full(len(rows), level / 255)):
-                raise _Damage(f"{name} has another epsilon than {level}/255.")
+                raise _DamageError(f"{name} has another epsilon than {level}/255.")
             if table.column("clean_prediction") != subsets[0].column("prediction"):
-                raise _Damage(f"{name} has a clean_prediction that differs from the clean subset's prediction.")
+                raise _DamageError(f"{name} has a clean_prediction that differs from the clean subset's prediction.")
             distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
             outside = int((distance > level).flatten(1).any(1).sum()) if len(rows) else 0
             if outside:
                 self.findings.outside_ball += outside
-                raise _Damage(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
+                raise _DamageError(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
             totals.append(
                 [
                     len(rows) - table.column("label").null_count,
@@ -265,7 +276,7 @@ class _ShardCheck:
         try:
             pixels = list(self.decoders.map(decode_image, cells.field("bytes").to_pylist()))
         except UndecodableError as error:
-            raise _Damage(f"{shard_file(level, self.shard)} holds an image that cannot be decoded: {error}") from None
+            raise _DamageError(f"{shard_file(level, self.shard)} holds a broken image: {error}") from None
         return torch.stack(pixels) if pixels else torch.zeros(0, dtype=torch.uint8)
 
     def _recompute(
@@ -311,7 +322,7 @@ class _ShardCheck:
         findings.mismatches += int(wrong.sum())
         if wrong.any():
             row = int(table.column("source_index")[int(wrong.argmax())].as_py())
-            raise _Damage(
+            raise _DamageError(
                 f"{name} records {int(wrong.sum())} predictions that its pixels do not give; the first is row {row}."
             )
         # What follows from a prediction that lay on a tie cannot be held against it, nor on the clean one's.
@@ -320,14 +331,14 @@ class _ShardCheck:
         flags = (("correct", again.correct[index], labelled), ("fooled", again.fooled[index], known))
         for column, expected, where in flags:
             if (_column(table, column, False).astype(np.bool_) != expected)[where].any():
-                raise _Damage(f"{name} has a wrong value in {column}.")
+                raise _DamageError(f"{name} has a wrong value in {column}.")
         chances = (
             ("confidence", again.confidence[index], checked),
             ("label_confidence", again.label_confidence[index], labelled),
         )
         for column, expected, where in chances:
             if (np.abs(_column(table, column, 0.0) - expected)[where] > CONFIDENCE_TOLERANCE).any():
-                raise _Damage(f"{name} has a {column} that its pixels do not give.")
+                raise _DamageError(f"{name} has a {column} that its pixels do not give.")
 
 
 def _column(table: pa.Table, name: str, null: Any) -> NDArray[Any]:

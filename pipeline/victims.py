@@ -85,7 +85,7 @@ class Victim(nn.Module):
             raise ConfigError(
                 f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) are needed."
             )
-        return logits.shape[1]
+        return int(logits.shape[1])
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _load_transformers(config: ModelConfig) -> Loaded:
     if wanted is None:
         return Loaded(_built(untrained, config))
     module = _built(lambda: auto.from_pretrained(wanted, use_safetensors=True, **config.kwargs), config)
-    names: Mapping[int, str] = module.config.id2label  # type: ignore[union-attr, assignment]
+    names: Mapping[int, str] = module.config.id2label  # type: ignore[assignment]
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(wanted).to_dict()
     except (OSError, ValueError):  # weights without a processor say nothing of their input

@@ -34,7 +34,7 @@ def shift(images: Tensor) -> Tensor:
 
 def accuracy(model: DigitsNet, images: Tensor, labels: Tensor) -> float:
     with torch.inference_mode():
-        return (model(images).argmax(1) == labels).float().mean().item()
+        return float((model(images).argmax(1) == labels).float().mean())
 
 
 def main() -> None:

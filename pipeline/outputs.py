@@ -1,0 +1,215 @@
+"""The output folder: what is where in it, who holds it, and the receipts that make its shards true.
+
+OUTPUT/manifest.json                            what the dataset is
+OUTPUT/README.md                                the card, which makes the subsets
+OUTPUT/clean/test-00000-of-00004.parquet
+OUTPUT/eps-8/test-00000-of-00004.parquet
+OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does not exist
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ConfigError, PipelineError, write_failure
+from pipeline.plan import Shard
+
+
+def subset_name(level: int) -> str:
+    """The folder, and the Hub's config name, of an epsilon in grey levels; 0 is clean."""
+    return f"eps-{level}" if level else "clean"
+
+
+def shard_file(level: int, shard: Shard) -> str:
+    """A shard's file relative to the output folder."""
+    return f"{subset_name(level)}/{shard.name}.parquet"
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(Record):
+    """One Parquet file of a receipt, with what its rows add up to.
+
+    `labelled` rows have a label, and `correct` of them are predicted right; `fooled` counts true values;
+    `confidence_sum` over `rows` is the mean confidence.
+    """
+
+    path: str
+    level: int
+    rows: int
+    bytes: int
+    sha256: str
+    labelled: int
+    correct: int
+    fooled: int
+    confidence_sum: float
+
+
+class SkippedRow(Record):
+    """A source row that could not be decoded; `position` is its place in the shard."""
+
+    position: int
+    source_index: int
+    reason: str
+
+
+class Receipt(Record):
+    """What a committed shard holds. Nothing in it depends on when or how fast it was written."""
+
+    run_id: str
+    shard: str
+    split: str
+    planned: int
+    rows: int
+    skipped: tuple[SkippedRow, ...]
+    zero_sign_share: float
+    files: tuple[FileEntry, ...]
+    versions: dict[str, str]
+
+
+class OutputFolder:
+    """The output folder: where things are in it, and who holds it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = root / "manifest.json"
+        self.card = root / "README.md"
+        self.run = root / ".run"
+        self.receipts = self.run / "receipts"
+        self.scratch = self.run / "tmp"
+
+    def path(self, file: str) -> Path:
+        return self.root / file
+
+    def receipt(self, shard: str) -> Path:
+        return self.receipts / f"{shard}.json"
+
+    def check_usable(self) -> None:
+        """Refuse a folder that holds something else, before anything is written.
+
+        Raises:
+            ConfigError: it is a file, or a folder with other content than a run's.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"output.path: {self.root} is a file, not a folder.")
+        if self.root.is_dir() and not self.manifest.is_file():
+            others = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(".")]
+            if others:
+                raise ConfigError(
+                    f"output.path: {self.root} is not empty and holds no run (there is {others[0]}); "
+                    "choose another folder."
+                )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder against a second run; the operating system lets go when the process ends.
+
+        Raises:
+            PipelineError: another process holds it, or it cannot be written.
+        """
+        try:
+            self.receipts.mkdir(parents=True, exist_ok=True)
+            lock = (self.run / "lock").open("a+")
+        except OSError as error:
+            raise write_failure(self.root, error) from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip()
+                raise PipelineError(f"{self.root} is in use by another run (process {holder}); wait for it.") from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            yield
+
+    def clear(self) -> None:
+        """Remove the run that is here: its receipts first and its manifest last, so that what is left of an
+        interrupted removal is still known as a run.
+
+        Raises:
+            PipelineError: the disk refused.
+        """
+        with writing(self.root):
+            shutil.rmtree(self.receipts)
+            self.receipts.mkdir()
+            for subset in (self.root / subset_name(0), *self.root.glob("eps-[0-9]*")):
+                shutil.rmtree(subset, ignore_errors=True)
+            self.card.unlink(missing_ok=True)
+            self.manifest.unlink(missing_ok=True)
+
+
+def read_receipts(folder: OutputFolder) -> tuple[dict[str, Receipt], list[str]]:
+    """All receipts by shard, sorted, and the names of files among them that are no receipts."""
+    receipts, broken = {}, []
+    for path in sorted(folder.receipts.glob("*.json")):
+        try:
+            receipts[path.stem] = Receipt.model_validate_json(path.read_bytes())
+        except ValidationError:
+            broken.append(path.name)
+    return receipts, broken
+
+
+def committed(folder: OutputFolder, run_id: str) -> dict[str, Receipt]:
+    """The receipts whose files are there with the sizes they state, by names and sizes alone."""
+    receipts, _ = read_receipts(folder)
+    sizes: dict[str, int] = {}
+    for subset in {Path(entry.path).parent for receipt in receipts.values() for entry in receipt.files}:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder.root / subset) as entries:
+            sizes.update({f"{subset}/{entry.name}": entry.stat().st_size for entry in entries})
+    return {
+        name: receipt
+        for name, receipt in receipts.items()
+        if receipt.run_id == run_id and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
+    }
+
+
+def receipts_digest(receipts: Mapping[str, Receipt]) -> str:
+    """One digest of all receipts; it changes whenever any stored byte does."""
+    total = hashlib.sha256()
+    for name in sorted(receipts):
+        total.update(receipts[name].model_dump_json().encode())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a rename to disk: the entry belongs to the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file as a whole, so that a reader or a crash sees the old one or the new one.
+
+    Raises:
+        PipelineError: the disk refused.
+    """
+    with writing(path):
+        scratch = path.with_name(f".{path.name}.tmp")
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.rename(path)
+        sync_folder(path.parent)
