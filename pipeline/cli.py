@@ -128,8 +128,7 @@ def _boundary(debug: bool, farewell: str) -> Iterator[None]:
     """Turn what a user can cause into one sentence and an exit code; anything else keeps its traceback."""
     from pipeline.interrupts import interruptible
 
-    logging.basicConfig(stream=sys.stderr, format="%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
-    logging.getLogger("pipeline").setLevel(logging.INFO)
+    _log_to_stderr()
     try:
         with interruptible(farewell):
             yield
@@ -141,6 +140,15 @@ def _boundary(debug: bool, farewell: str) -> Iterator[None]:
             traceback.print_exc()
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    # A log that is read in the morning wants times; a person at a terminal does not.
+    handler.setFormatter(logging.Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    logger = logging.getLogger("pipeline")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
 
 
 def main() -> None:

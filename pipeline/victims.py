@@ -243,8 +243,8 @@ def _load_transformers(config: ModelConfig) -> Loaded:
 
     if wanted is None:
         return Loaded(_built(untrained, config))
-    module = _built(lambda: auto.from_pretrained(wanted, use_safetensors=True, **config.kwargs), config)
-    names: Mapping[int, str] = module.config.id2label  # type: ignore[assignment]
+    module: Any = _built(lambda: auto.from_pretrained(wanted, use_safetensors=True, **config.kwargs), config)
+    names: Mapping[int, str] = module.config.id2label
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(wanted).to_dict()
     except (OSError, ValueError):  # weights without a processor say nothing of their input
@@ -270,7 +270,7 @@ def _processor_sizes(processor: Mapping[str, Any]) -> PreprocessConfig | None:
     return PreprocessConfig(
         resize=resize,
         crop=(crop["height"], crop["width"]) if crop else None,
-        interpolation=Image.Resampling(processor.get("resample", 2)).name.lower(),  # type: ignore[arg-type]
+        interpolation=Image.Resampling(processor.get("resample", 2)).name.lower(),
     )
 
 

@@ -1,0 +1,139 @@
+"""What tests share: small real datasets, a small real model, and the command line in this process."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from pipeline.cli import app
+
+CLASSES = ("cat", "dog", "eel")
+FACTORY = '''
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """Convolution, pooling, linear: small, smooth and not trivial."""
+
+    def __init__(self, channels: int = 3, classes: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 3, stride=2, padding=1)
+        self.linear = nn.Linear(6 * 16, classes)
+
+    def forward(self, x):
+        x = torch.nn.functional.adaptive_avg_pool2d(torch.tanh(3 * self.conv(x)), 4)
+        return 4 * self.linear(x.flatten(1))
+
+
+def make(**kwargs):
+    return Net(**kwargs)
+
+
+class Broken(Net):
+    def forward(self, x):
+        return super().forward(x) / 0.0
+
+
+not_callable = 3
+'''
+
+
+def random_pixels(count: int, side: int = 16, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
+    """(count, side, side, channels) uint8: coloured noise, with black and white corners to hit the clamp."""
+    pixels = np.random.RandomState(seed).randint(0, 256, (count, side, side, channels)).astype(np.uint8)
+    pixels[:, 0, 0], pixels[:, 0, 1] = 0, 255
+    return pixels
+
+
+def png_bytes(pixels: NDArray[np.uint8]) -> bytes:
+    """One (H, W, C) or (H, W) uint8 image as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(
+    folder: Path, images: Sequence[bytes | None], labels: Any, split: str = "test", **columns: Any
+) -> Path:
+    """A Hub-style folder with one Parquet file; integer labels become a ClassLabel of CLASSES."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features: dict[str, Any] = {"image": datasets.Image()}
+    rows: dict[str, Any] = {"image": [{"bytes": data, "path": None} for data in images]}
+    if labels is not None:
+        rows["label"] = list(labels)
+        features["label"] = datasets.ClassLabel(names=list(CLASSES))
+    for name, (feature, values) in columns.items():
+        rows[name], features[name] = values, feature
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    dataset.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` must not see what another test or the user has cached, and shows no bars."""
+    cache = tmp_path_factory.mktemp("datasets-cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def factory_file(tmp_path: Path) -> Path:
+    """A .py file whose `make` builds a small classifier of any size of image."""
+    path = tmp_path / "victim.py"
+    path.write_text(FACTORY)
+    return path
+
+
+@pytest.fixture
+def image_parquet(tmp_path: Path) -> Path:
+    """40 random 16x16 RGB images in three classes, as a local Parquet dataset."""
+    images = [png_bytes(pixels) for pixels in random_pixels(40)]
+    return write_parquet(tmp_path / "source", images, [i % 3 for i in range(40)])
+
+
+WriteConfig = Callable[..., Path]
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, factory_file: Path, image_parquet: Path) -> WriteConfig:
+    """Write a config over the small dataset and model; keyword arguments update its sections."""
+
+    def write(**sections: dict[str, Any]) -> Path:
+        config: dict[str, dict[str, Any]] = {
+            "source": {"kind": "huggingface", "path": str(image_parquet)},
+            "model": {"kind": "factory", "name": f"{factory_file}:make"},
+            "attack": {"epsilons": ["2/255", "8/255"]},
+            "output": {"path": str(tmp_path / "out"), "images_per_shard": 16},
+            "runtime": {"device": "cpu", "workers": 0, "batch_size": 6},
+        }
+        for name, section in sections.items():
+            config[name] = {**config.get(name, {}), **section}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+def fgsm(*arguments: str | Path) -> Result:
+    """Run the command line in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
