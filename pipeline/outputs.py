@@ -98,8 +98,9 @@ class OutputFolder:
         Raises:
             ConfigError: it is a file, or a folder with other content than a run's.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"output.path: {self.root} is a file, not a folder.")
+        for folder in (self.root, *self.root.parents):
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(f"output.path: {folder} is a file, not a folder.")
         if self.root.is_dir() and not self.manifest.is_file():
             others = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(".")]
             if others:

@@ -396,6 +396,8 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
             allowed = (Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve())
             loaded = datasets.load_dataset(path, config.name, revision=config.revision)
     except Exception as error:  # a dozen exception types of three libraries; all mean the same here
+        if "corresponds to no data" in str(error):
+            raise ConfigError(f"source.path: {path} is empty: it has no rows.") from None
         where = "" if folder.is_dir() else " (no such local folder, so it was looked up on the Hub)"
         raise ConfigError(f"source.path: {path} cannot be opened{where}: {first_line(error)}") from error
     if isinstance(loaded, datasets.Dataset):

@@ -68,7 +68,7 @@ def write_parquet(
     """A Hub-style folder with one Parquet file; integer labels become a ClassLabel of CLASSES."""
     folder.mkdir(parents=True, exist_ok=True)
     features: dict[str, Any] = {"image": datasets.Image()}
-    rows: dict[str, Any] = {"image": [{"bytes": data, "path": None} for data in images]}
+    rows: dict[str, Any] = {"image": [None if data is None else {"bytes": data, "path": None} for data in images]}
     if labels is not None:
         rows["label"] = list(labels)
         features["label"] = datasets.ClassLabel(names=list(CLASSES))

@@ -1,0 +1,257 @@
+"""Verify: every kind of damage is named, repaired, and written again byte for byte."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.images import decode_image, encode_images
+from pipeline.shards import _sync
+from tests.conftest import FACTORY, WriteConfig, fgsm
+from tests.test_generate import digests, generate
+
+SHARD = "test-00001-of-00003"
+FILE = f"eps-8/{SHARD}.parquet"
+
+
+def cut_short(out: Path) -> None:
+    path = out / FILE
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def alter_a_byte(out: Path) -> None:
+    path = out / FILE
+    data = bytearray(path.read_bytes())
+    data[random.Random(0).randrange(len(data))] ^= 1
+    path.write_bytes(data)
+
+
+def delete_a_file(out: Path) -> None:
+    (out / FILE).unlink()
+
+
+def break_a_receipt(out: Path) -> None:
+    path = out / f".run/receipts/{SHARD}.json"
+    path.write_text(path.read_text()[:40])
+
+
+def swap_a_receipt(out: Path) -> None:
+    path = out / f".run/receipts/{SHARD}.json"
+    path.write_text(path.read_text().replace('"run_id": "', '"run_id": "ff'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (cut_short, f"{FILE} has "),
+        (alter_a_byte, f"{FILE} was altered"),
+        (delete_a_file, f"{FILE} is missing"),
+        (break_a_receipt, f"{SHARD}.json cannot be read as a receipt"),
+        (swap_a_receipt, f"The receipt of {SHARD} is of another run"),
+    ],
+)
+def test_damage_is_named_repaired_and_written_again(
+    write_config: WriteConfig, tmp_path: Path, damage: Callable[[Path], None], named: str
+) -> None:
+    config, out = write_config(), tmp_path / "out"
+    generate(config)
+    before, receipt = digests(out), (out / f".run/receipts/{SHARD}.json").read_bytes()
+    damage(out)
+    result = fgsm("verify", out)
+    assert result.exit_code == 1
+    assert named in result.stderr
+    assert "--repair" in result.stderr
+    result = fgsm("verify", out, "--repair")
+    assert result.exit_code == 1
+    assert not (out / f".run/receipts/{SHARD}.json").exists()
+    assert not list(out.glob(f"*/{SHARD}.parquet"))
+    assert "2 of 3 shards are already there" in generate(config)
+    assert digests(out) == before
+    assert (out / f".run/receipts/{SHARD}.json").read_bytes() == receipt
+    assert fgsm("verify", out, "--recompute").exit_code == 0
+
+
+def test_a_sound_dataset_is_verified_in_full(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 0
+    assert "3 shards and 120 rows checked" in result.stdout
+    assert "0 images outside their epsilon ball" in result.stdout
+    assert "120 predictions re-derived from the stored pixels, 0 differ" in result.stdout
+    assert "the recorded environment, exactly" in result.stdout
+
+
+def test_repair_leaves_sound_shards_alone(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    before = digests(tmp_path / "out")
+    assert fgsm("verify", tmp_path / "out", "--repair").exit_code == 0
+    assert digests(tmp_path / "out") == before
+
+
+def test_missing_shards_and_foreign_files_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    out = tmp_path / "out"
+    (out / f".run/receipts/{SHARD}.json").unlink()
+    (out / "clean/test-99999.parquet").write_bytes(b"would be loaded along")
+    result = fgsm("verify", out)
+    assert result.exit_code == 1
+    assert f"1 of 3 shards are missing, {SHARD} first" in result.stderr
+    assert "clean/test-99999.parquet belongs to no shard" in result.stderr
+
+
+def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
+    for command in ("verify", "inspect"):
+        result = fgsm(command, tmp_path / "nowhere")
+        assert result.exit_code == 2
+        assert "holds no dataset of ours" in result.stderr
+
+
+def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], **counts: int) -> None:
+    """Rewrite rows of a file and make its receipt agree, as a bug or a liar would."""
+    path, receipt_path = out / FILE, out / f".run/receipts/{SHARD}.json"
+    table = pq.read_table(path)
+    columns = table.to_pydict()
+    edit(columns)
+    pq.write_table(pa.table(columns, schema=table.schema), path)
+    size, digest = _sync(path)
+    receipt = json.loads(receipt_path.read_text())
+    entry = next(entry for entry in receipt["files"] if entry["path"] == FILE)
+    entry.update(bytes=size, sha256=digest, **counts)
+    receipt_path.write_text(json.dumps(receipt))
+
+
+def leave_the_ball(columns: dict[str, list[Any]]) -> None:
+    pixels = decode_image(columns["image"][4]["bytes"])
+    pixels[0, 3, 3] = pixels[0, 3, 3] + 100 if pixels[0, 3, 3] < 128 else pixels[0, 3, 3] - 100
+    columns["image"][4]["bytes"] = encode_images(pixels[None], "webp")[0]
+
+
+def break_the_image(columns: dict[str, list[Any]]) -> None:
+    columns["image"][4]["bytes"] = b"no image"
+
+
+def exchange_rows(columns: dict[str, list[Any]]) -> None:
+    columns["source_index"][:2] = columns["source_index"][1::-1]
+
+
+def another_epsilon(columns: dict[str, list[Any]]) -> None:
+    columns["epsilon"][0] = 4 / 255
+
+
+def another_clean_prediction(columns: dict[str, list[Any]]) -> None:
+    columns["clean_prediction"][0] = (columns["clean_prediction"][0] + 1) % 3
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (leave_the_ball, "has 1 images outside the epsilon ball of 8/255"),
+        (break_the_image, "holds a broken image"),
+        (exchange_rows, "holds other source rows than the plan says"),
+        (another_epsilon, "has another epsilon than 8/255"),
+        (another_clean_prediction, "has a clean_prediction that differs"),
+    ],
+)
+def test_forged_rows_are_found_without_the_victim(
+    write_config: WriteConfig, tmp_path: Path, edit: Callable[[dict[str, list[Any]]], None], named: str
+) -> None:
+    generate(write_config())
+    forge(tmp_path / "out", edit)
+    result = fgsm("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"{FILE} {named}" in result.stderr
+
+
+def test_wrong_counts_in_a_receipt_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    forge(tmp_path / "out", lambda _: None, correct=16, fooled=16)
+    result = fgsm("verify", tmp_path / "out")
+    assert "other counts of right predictions" in result.stderr
+
+
+def test_lost_rows_and_other_columns_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    forge(tmp_path / "out", lambda columns: [values.pop() for values in columns.values()])  # type: ignore[func-returns-value]
+    assert "has 15 rows; its receipt says 16" in fgsm("verify", tmp_path / "out").stderr
+    path = tmp_path / "out" / FILE
+    pq.write_table(pq.read_table(path).drop_columns(["fooled"]), path)
+    size, digest = _sync(path)
+    receipt_path = tmp_path / f"out/.run/receipts/{SHARD}.json"
+    receipt = json.loads(receipt_path.read_text())
+    next(entry for entry in receipt["files"] if entry["path"] == FILE).update(bytes=size, sha256=digest)
+    receipt_path.write_text(json.dumps(receipt))
+    assert "has other columns than the manifest says" in fgsm("verify", tmp_path / "out").stderr
+
+
+def another_prediction(columns: dict[str, list[Any]]) -> None:
+    columns["prediction"][5] = (columns["prediction"][5] + 1) % 3
+
+
+def another_confidence(columns: dict[str, list[Any]]) -> None:
+    columns["confidence"][5] -= 0.01
+
+
+def another_label_confidence(columns: dict[str, list[Any]]) -> None:
+    columns["label_confidence"][5] += 0.01
+
+
+def exchange_correct(columns: dict[str, list[Any]]) -> None:
+    right, wrong = columns["correct"].index(True), columns["correct"].index(False)
+    columns["correct"][right], columns["correct"][wrong] = False, True
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (another_prediction, "records 1 predictions that its pixels do not give"),
+        (another_confidence, "has a confidence that its pixels do not give"),
+        (another_label_confidence, "has a label_confidence that its pixels do not give"),
+        (exchange_correct, "has a wrong value in correct"),
+    ],
+)
+def test_recompute_finds_what_the_pixels_do_not_give(
+    write_config: WriteConfig, tmp_path: Path, edit: Callable[[dict[str, list[Any]]], None], named: str
+) -> None:
+    generate(write_config())
+    forge(tmp_path / "out", edit)
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 1
+    assert f"{FILE} {named}" in result.stderr
+
+
+def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, tmp_path: Path) -> None:
+    moved = tmp_path / "other"
+    moved.mkdir()
+    (moved / "victim.py").write_text(FACTORY)
+    generate(write_config(model={"name": f"{moved / 'victim.py'}:make"}))
+    (moved / "victim.py").write_text(FACTORY + "\n# edited")
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 2
+    assert "has changed since the run" in result.stderr
+    (moved / "victim.py").unlink()
+    assert "there is no file" in fgsm("verify", tmp_path / "out", "--recompute").stderr
+
+
+def test_elsewhere_only_near_ties_are_forgiven(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(write_config())
+    forge(tmp_path / "out", another_prediction)
+    manifest = tmp_path / "out/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["versions"]["torch"] = "1.0"
+    manifest.write_text(json.dumps(content))
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 1
+    assert "another environment than the recorded one" in result.stdout
+    # With every margin counted as a tie, the forged prediction is one.
+    monkeypatch.setattr("pipeline.verify.NEAR_TIE", 1e9)
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 0
+    assert "1 near ties" in result.stdout
