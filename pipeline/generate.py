@@ -7,7 +7,7 @@ A bounded number of batches is in flight, so memory does not grow with the datas
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,11 +77,10 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
         if receipts:
             logger.info("%d of %d shards are already there.", len(receipts), len(run.plan.shards))
         try:
-            for receipt in write_shards(run, folder, pending, list(receipts.values())):
-                receipts[receipt.shard] = receipt
+            write_shards(run, folder, pending, list(receipts.values()))
         finally:
             # Also after a failure or Ctrl-C: the card must describe the shards that are there.
-            manifest = _record(folder, manifest, receipts)
+            manifest = _record(folder, manifest, committed(folder, run.run_id))
     return manifest
 
 
@@ -144,7 +143,7 @@ def _subsets(receipts: Sequence[Receipt], manifest: Manifest) -> tuple[Subset, .
     return tuple(subsets)
 
 
-def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> Iterator[Receipt]:
+def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
     """Attack, encode and commit some shards, in order.
 
     Args:
@@ -152,9 +151,6 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
         folder: where they go.
         shards: those to write.
         done: receipts of the shards that are there, for the progress and the count of skipped rows.
-
-    Yields:
-        The receipt of each shard, once it is committed.
 
     Raises:
         PipelineError: a row or the numbers stop the run, or the disk refuses.
@@ -166,7 +162,7 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
     sink = _Sink(run, folder)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
-    in_flight: deque[Future[Receipt | None]] = deque()
+    in_flight: deque[Future[None]] = deque()
     try:
         with Progress(len(run.plan), finished, run.levels) as progress:
             for batch in load_batches(run.reader, run.plan, shards, run.device, run.config.runtime.workers):
@@ -177,21 +173,15 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
                 in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
                 progress.update(*_progress_counts(run, batch, scores))
                 if len(in_flight) > BATCHES_IN_FLIGHT:
-                    yield from _receipt(in_flight.popleft())
+                    in_flight.popleft().result()
             while in_flight:
-                yield from _receipt(in_flight.popleft())
+                in_flight.popleft().result()
     finally:
         # After a failure nothing waits for encodings that nobody will write.
         writer.shutdown(wait=False, cancel_futures=True)
         encoders.shutdown(cancel_futures=True)
         writer.shutdown()
         sink.close()
-
-
-def _receipt(future: Future[Receipt | None]) -> Iterator[Receipt]:
-    receipt = future.result()
-    if receipt is not None:
-        yield receipt
 
 
 def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
@@ -272,8 +262,8 @@ class _Sink:
 
     def add(
         self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[list[bytes]]]]
-    ) -> Receipt | None:
-        """Write a batch; the receipt if it was the last of its shard."""
+    ) -> None:
+        """Write a batch, and commit its shard if it was the last one."""
         if self._open is None:
             self._open = ShardWriter(self.folder, batch.shard, self.run.levels, self.schema, self.run.run_id)
         images = [[image for part in parts for image in part.result()] for parts in encoded]
@@ -284,12 +274,10 @@ class _Sink:
             ]
         )
         self._count(batch, scores, zero_signs)
-        if not batch.ends_shard:
-            return None
-        receipt = self._open.commit(self._receipt(batch.shard), self._totals)
-        self.close()
-        self._start()
-        return receipt
+        if batch.ends_shard:
+            self._open.commit(self._receipt(batch.shard), self._totals)
+            self.close()
+            self._start()
 
     def _count(self, batch: Batch, scores: Scores, zero_signs: int) -> None:
         for index, level in enumerate(self.run.levels):

@@ -123,8 +123,10 @@ class OutputFolder:
             raise write_failure(self.root, error) from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                # lockf, not flock: a worker inherits an flock, and would hold the folder for the seconds that it
+                # outlives a killed run.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 lock.seek(0)
                 holder = lock.read().strip()
                 raise PipelineError(f"{self.root} is in use by another run (process {holder}); wait for it.") from None

@@ -96,15 +96,12 @@ class ShardWriter:
                     writer.write_table(pa.concat_tables(waiting))
                 waiting.clear()
 
-    def commit(self, receipt: Receipt, totals: Mapping[int, Mapping[str, Any]]) -> Receipt:
+    def commit(self, receipt: Receipt, totals: Mapping[int, Mapping[str, Any]]) -> None:
         """Close, sync and rename every file, then write the receipt, which is the commit.
 
         Args:
             receipt: the shard's, still without files.
             totals: for each level the counts of its `FileEntry`.
-
-        Returns:
-            The receipt as written.
 
         Raises:
             PipelineError: the disk refused; then there is no receipt.
@@ -132,7 +129,6 @@ class ShardWriter:
             )
         receipt = receipt.model_copy(update={"files": tuple(files)})
         write_atomically(self.folder.receipt(self.shard.name), receipt.model_dump_json(indent=1))
-        return receipt
 
 
 def _column_options(schema: pa.Schema) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The main job in this process: what it writes, what it skips, how it resumes and what it refuses."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -467,18 +466,6 @@ def test_non_finite_numbers_stop_the_run_and_name_the_batch(
     assert result.exit_code == 1
     assert "NaN or infinity in shard test-00000-of-00003, rows 0 to 5" in result.stderr
     assert list((tmp_path / "out").rglob("*.parquet")) == []
-
-
-def test_two_runs_cannot_hold_one_folder(write_config: WriteConfig, tmp_path: Path) -> None:
-    (tmp_path / "out/.run").mkdir(parents=True)
-    with (tmp_path / "out/.run/lock").open("w") as lock:
-        lock.write("4711")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = fgsm("generate", write_config())
-    assert result.exit_code == 1
-    assert "in use by another run (process 4711)" in result.stderr
-    generate(write_config())
 
 
 def test_resuming_under_other_versions_warns_and_goes_on(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -1,0 +1,257 @@
+"""Real processes: killed, interrupted, watched on a terminal. What is committed survives; the rest is repeated."""
+
+import fcntl
+import multiprocessing
+import os
+import pty
+import random
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.test_generate import digests, generate, manifest
+
+SLOW = """
+
+class Slow(Net):
+    def forward(self, x):
+        import time
+
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+class Deaf(Net):
+    # One operator that runs for a minute and that no Python signal handler can interrupt.
+    def forward(self, x):
+        import hashlib, pathlib
+
+        if len(x) > 1:
+            pathlib.Path(__file__).with_name("deaf").touch()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+        return super().forward(x)
+"""
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Starts real processes that need not import torch each: they fork from a server that has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "datasets", "tests.conftest"])
+    return context
+
+
+@pytest.fixture
+def slow_config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> Path:
+    """240 images in 30 shards, about five seconds of attacking."""
+    factory_file.write_text(FACTORY + SLOW)
+    images = [png_bytes(pixels) for pixels in random_pixels(240)]
+    write_parquet(tmp_path / "many", images, [i % 3 for i in range(240)])
+    return write_config(
+        source={"path": str(tmp_path / "many")},
+        model={"name": f"{factory_file}:Slow"},
+        output={"images_per_shard": 8},
+        runtime={"batch_size": 4, "workers": 1},
+    )
+
+
+def run_fgsm(cache: str, log: str, arguments: list[str]) -> None:
+    """The body of a process: the console command, in a group of its own, its output in a file or terminal."""
+    import datasets
+
+    from pipeline.cli import main
+
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    # As in a process that a shell starts, not as in a child of a fork server.
+    multiprocessing.set_start_method("fork", force=True)
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.argv = ["fgsm", *arguments]
+    main()
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def start(processes: Any, tmp_path: Path) -> Any:
+    """Start `fgsm` with some arguments in a process of its own."""
+    started = []
+
+    def begin(*arguments: str | Path, log: str | None = None) -> Any:
+        target = log or str(tmp_path / "log")
+        process = processes.Process(target=run_fgsm, args=(str(tmp_path / "cache"), target, [*map(str, arguments)]))
+        process.start()
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def holds(out: Path, process: Any) -> bool:
+    lock = out / ".run/lock"
+    return not process.is_alive() or (lock.exists() and lock.read_text() == str(process.pid))
+
+
+def receipts(out: Path) -> int:
+    return len(list((out / ".run/receipts").glob("*.json")))
+
+
+def commits_more(out: Path, process: Any, before: int) -> bool:
+    return not process.is_alive() or receipts(out) > before
+
+
+def group_is_gone(group: int) -> bool:
+    """Whether no process of a group runs; the dead that nobody has buried do not count."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(process_group) == group and state != "Z":
+            return False
+    return True
+
+
+def test_ten_sigkills_at_random_moments_change_no_byte(slow_config: Path, tmp_path: Path, start: Start) -> None:
+    generate(slow_config, "--output", str(tmp_path / "reference"))
+    out, moments, seen = tmp_path / "out", random.Random(0), set()
+    for attempt in range(10):
+        before = receipts(out)
+        process = start("generate", slow_config)
+        # Every other one dies while it starts, the rest some way into a shard.
+        wait_for(partial(commits_more, out, process, before) if attempt % 2 else partial(holds, out, process))
+        time.sleep(moments.uniform(0, 0.3))
+        assert process.is_alive(), (tmp_path / "log").read_text()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        seen.add(receipts(out))
+    assert len(seen) > 3, "the kills must fall between different commits"
+    process = start("generate", slow_config)
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert digests(out) == digests(tmp_path / "reference")
+    assert manifest(out) == {**manifest(tmp_path / "reference"), "config": manifest(out)["config"]}
+    assert not list((out / ".run/tmp").glob("*"))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_within_five_seconds_and_keep_what_is_committed(
+    slow_config: Path, tmp_path: Path, start: Start, signum: int, code: int
+) -> None:
+    out = tmp_path / "out"
+    process = start("generate", slow_config)
+    wait_for(lambda: receipts(out) >= 2)
+    began = time.monotonic()
+    os.killpg(process.pid, signum)  # as a terminal does: the workers get it too
+    process.join(6)
+    assert time.monotonic() - began < 5
+    assert process.exitcode == code
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert f"To go on: fgsm generate {slow_config}" in log
+    wait_for(lambda: group_is_gone(process.pid), 10)
+    kept = digests(out)
+    committed = receipts(out)
+    assert 2 <= committed < 30
+    assert manifest(out)["rows"] == 8 * committed
+    again = start("generate", slow_config)
+    again.join(60)
+    assert again.exitcode == 0
+    assert kept.items() <= digests(out).items()
+
+
+def test_an_operator_that_hears_nothing_does_not_hold_the_end_up(
+    slow_config: Path, tmp_path: Path, start: Start
+) -> None:
+    process = start("generate", slow_config, "--set", f"model.name={tmp_path / 'victim.py'}:Deaf")
+    wait_for((tmp_path / "deaf").exists)
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert time.monotonic() - began < 5
+    assert process.exitcode == 143
+    assert "Interrupted; what was committed is kept" in (tmp_path / "log").read_text()
+
+
+def test_a_killed_run_leaves_no_worker_behind(slow_config: Path, tmp_path: Path, start: Start) -> None:
+    process = start("generate", slow_config)
+    wait_for(lambda: receipts(tmp_path / "out") >= 1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    wait_for(lambda: group_is_gone(process.pid), 15)
+
+
+def test_two_runs_cannot_hold_one_folder(slow_config: Path, tmp_path: Path, start: Start) -> None:
+    process = start("generate", slow_config)
+    wait_for(lambda: receipts(tmp_path / "out") >= 1)
+    result = fgsm("generate", slow_config)
+    assert result.exit_code == 1
+    assert f"in use by another run (process {process.pid}); wait for it" in result.stderr
+    process.join(30)
+    assert process.exitcode == 0
+
+
+def test_on_a_terminal_there_is_a_bar_with_accuracy(slow_config: Path, start: Start) -> None:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = start("generate", slow_config, "--limit", "40", log=os.ttyname(follower))
+    shown = b""
+    while b"Next:" not in shown:
+        shown += os.read(leader, 4096)
+    process.join(30)
+    os.close(leader)
+    os.close(follower)
+    assert process.exitcode == 0
+    text = shown.decode()
+    assert "img/s" in text
+    assert "eps-8" in text
+    assert "0/40" in text
+
+
+def test_python_m_pipeline_is_the_same_program(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "generate",
+        "digits",
+        "--limit",
+        "4",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("split  subset")
+    assert "Traceback" not in result.stderr
+
+
+def test_shell_completion_completes() -> None:
+    environment = {**os.environ, "_FGSM_COMPLETE": "complete_bash", "COMP_WORDS": "fgsm gen", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "pipeline"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "generate" in result.stdout.split()
