@@ -105,8 +105,9 @@ def test_datasets_duckdb_polars_pandas_and_pillow_read_it(write_config: WriteCon
     streamed = datasets.load_dataset(str(out), "eps-2", split="test", streaming=True)
     assert [row["source_index"] for row in streamed] == load(out, "eps-2")["source_index"]
     glob = f"{out}/eps-8/*.parquet"
-    counted = duckdb.sql(f"select count(*) from '{glob}' where epsilon = 8/255").fetchall()
-    assert counted == [(40,)]
+    counted = duckdb.sql(f"select count(*) from '{glob}' where epsilon = 8/255")
+    assert counted is not None
+    assert counted.fetchall() == [(40,)]
     assert polars.read_parquet(glob)["epsilon"].to_list() == [8 / 255] * 40
     assert len(pandas.read_parquet(out / "eps-8")) == 40
 
