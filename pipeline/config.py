@@ -27,7 +27,7 @@ from pydantic import (
 
 from pipeline.errors import ConfigError, first_line
 
-# 0.0313725 is 8/255 to seven decimals, yet 255 * 0.0313725 = 7.9999875: decimals get this much slack.
+# 0.0313725490 is 8/255 to ten decimals, yet 255 * 0.0313725490 = 7.999999995: decimals get this much slack.
 LEVEL_SLACK = 1e-6
 
 
@@ -80,7 +80,7 @@ def _check_size(value: Any) -> Any:
     if value is None:
         return None
     sides = value if isinstance(value, list | tuple) else [value]
-    if len(sides) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in sides):
+    if (sides is value and len(sides) != 2) or not all(type(side) is int and side > 0 for side in sides):
         raise ValueError(f"got {value!r}; allowed: a positive whole number, or [height, width]")
     return int(value) if isinstance(value, int) else tuple(sides)
 
@@ -117,6 +117,15 @@ class ModelConfig(Section):
     std: tuple[float, ...] | None = None
     label_map: dict[str | int, str | int] | Literal["identity"] | None = None
 
+    @field_validator("label_map", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for part in (*value, *value.values()):
+                if isinstance(part, bool):
+                    raise ValueError(f"YAML reads an unquoted yes or no as {part}; put class names in quotes")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _default_weights(cls, values: Any) -> Any:
@@ -138,10 +147,16 @@ class ModelConfig(Section):
         return self
 
 
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is no number")
+    return value
+
+
 class AttackConfig(Section):
     """FGSM at several epsilons from one gradient."""
 
-    epsilons: tuple[str | float, ...] = Field(min_length=1)
+    epsilons: tuple[str | Annotated[float, BeforeValidator(_no_boolean)], ...] = Field(min_length=1)
     label: Literal["dataset", "prediction"] = "dataset"
     target: str | int | None = None
     rounding: Literal["down", "nearest"] = "down"
@@ -186,8 +201,10 @@ def epsilon_value(epsilon: str | float) -> float:
                 raise ValueError(f"epsilons: {epsilon!r} is neither a number nor of the form k/255") from None
     else:
         value = float(epsilon)
-    if not value <= 1:
-        hint = f"; write {value:g}/255" if 1 < value <= 255 else ""
+    if math.isnan(value):
+        raise ValueError(f"epsilons: {epsilon} is not a number")
+    if value > 1:
+        hint = f"; write {value:g}/255" if value <= 255 and "/" not in str(epsilon) else ""
         raise ValueError(f"epsilons: {epsilon} is above 1, and pixels run from 0 to 1{hint}")
     if 255 * value < 1 - LEVEL_SLACK:
         raise ValueError(f"epsilons: {epsilon} is below 1/255, the smallest step an 8-bit image can hold")
@@ -347,19 +364,19 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             source.get("kind") == "imagefolder"
             or (source.get("kind") == "huggingface" and (path.startswith(".") or (folder / path).exists()))
         ):
-            source["path"] = str(folder / path)
+            source["path"] = str(folder / Path(path).expanduser())
         kwargs = source.get("kwargs")
         if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
-            kwargs["root"] = str(folder / kwargs["root"])
+            kwargs["root"] = str(folder / Path(kwargs["root"]).expanduser())
     model = raw.get("model")
     if isinstance(model, dict):
         weights, name = model.get("weights"), model.get("name")
         if isinstance(weights, str) and is_checkpoint(weights):
-            model["weights"] = str(folder / weights)
+            model["weights"] = str(folder / Path(weights).expanduser())
         if isinstance(name, str) and (
             is_factory_file(name) or (model.get("kind") == "transformers" and (folder / name).is_dir())
         ):
-            model["name"] = str(folder / name)
+            model["name"] = str(folder / Path(name).expanduser())
     return raw
 
 

@@ -21,7 +21,7 @@ def digits_split(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The digits of one split.
 
     Args:
-        split: `train` (1,347 digits) or `test` (450).
+        split: `train` (1,352 digits) or `test` (445).
 
     Returns:
         Images (N, 64, 64) uint8, and their classes (N,) int64 in 0..9.

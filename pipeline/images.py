@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.config import PreprocessConfig
@@ -57,12 +57,19 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
         with opener() as image:
             _check_pixels(image.width, image.height, max_pixels)
             _check_resized(image.width, image.height, preprocess, max_pixels)
-            pixels = _convert(ImageOps.exif_transpose(image), preprocess.mode)
+            pixels = _convert(_upright(image), preprocess.mode)
         return _resize(pixels, preprocess)
     except (UndecodableError, MemoryError):
         raise
     except Exception as error:  # a broken file can raise anything from Pillow's parsers
-        raise UndecodableError(f"{type(error).__name__}: {first_line(error)}") from None
+        raise UndecodableError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """Why an image could not be read, in words that are the same on every read."""
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file"  # Pillow adds the address of the stream
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -75,6 +82,14 @@ def _check_resized(width: int, height: int, preprocess: PreprocessConfig, max_pi
     if isinstance(preprocess.resize, int):
         scale = preprocess.resize / min(width, height)
         _check_pixels(round(width * scale), round(height * scale), max_pixels)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF that cannot be parsed says nothing of the orientation; the pixels may be fine
+        return image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -150,8 +165,9 @@ def decode_image(data: bytes) -> Tensor:
     Raises:
         UndecodableError: the bytes are no image.
     """
+    Image.MAX_IMAGE_PIXELS = None  # as in read_image
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _to_tensor(image)
     except Exception as error:  # as in read_image
-        raise UndecodableError(f"{type(error).__name__}: {first_line(error)}") from None
+        raise UndecodableError(_reason(error)) from None

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,8 @@ from pipeline.images import Opener, UndecodableError
 UNLABELLED = -1
 # Evenly spaced images whose bytes enter a source's digest; sizes and labels of all rows enter it too.
 DIGEST_SAMPLES = 64
+# Rows of carried-through columns that are read at once for it.
+DIGEST_BATCH = 1000
 
 Labels = NDArray[np.int64]
 
@@ -181,13 +184,18 @@ def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
         for name, images in opened.items()
         for path, _ in images.samples
     )
+    sampled = (
+        Path(images.samples[row][0]).read_bytes()
+        for images in opened.values()
+        for row in _spread(len(images.samples), DIGEST_SAMPLES)
+    )
     return Source(
         splits=tuple(
             Split(name, np.asarray(images.targets, dtype=np.int64), FileRows([path for path, _ in images.samples]))
             for name, images in opened.items()
         ),
         classes=_class_names(config, classes),
-        digest=_digest(listing),
+        digest=_digest([*listing, *sampled]),
     )
 
 
@@ -208,6 +216,9 @@ def _split_folders(root: Path, config: SourceConfig) -> dict[str, Path]:
     if len(names) > 1:
         missing = next(name for name in names if name not in nested)
         raise ConfigError(f"source.split: there is no folder {root / missing} with class folders in it.")
+    inside = [path for folder in root.iterdir() if folder.is_dir() for path in folder.iterdir()]
+    if inside and all(path.is_dir() for path in inside):
+        raise ConfigError(f"source.split: there is no folder {root / names[0]} with class folders in it.")
     return {names[0]: root}
 
 
@@ -246,7 +257,11 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
     named = own if isinstance(own, list | tuple) and all(isinstance(name, str) for name in own) else None
     content: list[bytes | str] = []
     for name, dataset in datasets.items():
-        content += [name, labels[name].tobytes(), *_sample_pixels(ItemRows(dataset), len(dataset))]
+        content += [
+            name,
+            labels[name].tobytes(),
+            *_sample_pixels(ItemRows(dataset).openers(_spread(len(dataset), DIGEST_SAMPLES))),
+        ]
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     return Source(
         splits=tuple(Split(name.replace("-", "_"), labels[name], ItemRows(datasets[name])) for name in names),
@@ -270,7 +285,7 @@ def _make_torchvision(kind: Any, split: str, config: SourceConfig) -> Any:
         arguments = {}
     try:
         return kind(**arguments, **config.kwargs)
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         raise ConfigError(f"source: torchvision's {config.path} cannot be opened: {first_line(error)}") from None
 
 
@@ -280,17 +295,18 @@ def _torchvision_labels(dataset: Any, config: SourceConfig) -> Labels:
         samples = next((getattr(dataset, name) for name in SAMPLE_ATTRIBUTES if hasattr(dataset, name)), None)
         # Datasets without either are read once from end to end: slow, but right.
         values = [sample[1] for sample in (dataset if samples is None else samples)]
-    labels = np.asarray(values)
+    labels = np.asarray(values) if len(dataset) else np.empty(0, np.int64)
     if labels.shape != (len(dataset),) or labels.dtype.kind not in "iu":
         raise ConfigError(f"source.path: {config.path} does not give one class for each image, so it cannot be used.")
     return labels.astype(np.int64)
 
 
-def _sample_pixels(rows: Rows, count: int) -> Iterable[bytes]:
-    for opener in rows.openers(_spread(count, DIGEST_SAMPLES)):
+def _sample_pixels(openers: Iterable[Opener]) -> Iterable[bytes]:
+    """The pixels of some images, for a digest; what cannot be read is told apart by the kind of its error."""
+    for opener in openers:
         try:
             yield np.asarray(opener()).tobytes()
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # as in read_image
             yield type(error).__name__.encode()
 
 
@@ -351,13 +367,14 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
     for name in config.keep_columns:
         if name not in first.column_names:
             raise ConfigError(f"source.keep_columns: there is no column {name}; {_columns(first)}.")
+    _check_alike(opened, [image_column, *([label_column] if label_column else []), *config.keep_columns])
     labels, classes = _read_labels(opened, label_column, config)
     splits: list[Split] = []
     content: list[bytes | str] = []
     for name, dataset in opened.items():
         try:
             undecoded = dataset.cast_column(image_column, datasets.Image(decode=False))
-        except (TypeError, ValueError, pa.ArrowInvalid) as error:
+        except (TypeError, ValueError, pa.ArrowException) as error:
             raise ConfigError(
                 f"source.image_column: {image_column} does not hold images: {first_line(error)}"
             ) from None
@@ -376,6 +393,17 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
     )
 
 
+def _check_alike(opened: dict[str, Any], columns: Sequence[str]) -> None:
+    """Splits that were saved together may still differ in a column, or in the order of its class names."""
+    first = next(iter(opened.values()))
+    for name, dataset in opened.items():
+        for column in columns:
+            if dataset.features.get(column) != first.features[column]:
+                raise ConfigError(
+                    f"source.split: column {column} of split {name} is missing or differs from the first split's."
+                )
+
+
 def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to."""
     import datasets
@@ -388,6 +416,8 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
     allowed: tuple[Path, ...] = (folder.resolve(),) if folder.is_dir() else ()
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            if not any(folder.rglob("*.arrow")):
+                raise ConfigError(f"source.path: {folder} has no rows.")
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-local-{_listing_digest(folder)}"
@@ -395,13 +425,17 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
         else:
             allowed = (Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve())
             loaded = datasets.load_dataset(path, config.name, revision=config.revision)
+    except ConfigError:
+        raise
     except Exception as error:  # a dozen exception types of three libraries; all mean the same here
         if "corresponds to no data" in str(error):
             raise ConfigError(f"source.path: {path} is empty: it has no rows.") from None
         where = "" if folder.is_dir() else " (no such local folder, so it was looked up on the Hub)"
-        raise ConfigError(f"source.path: {path} cannot be opened{where}: {first_line(error)}") from error
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise ConfigError(f"source.path: {path} cannot be opened{where}: {first_line(cause or error)}") from error
     if isinstance(loaded, datasets.Dataset):
-        loaded = {str(loaded.split or "train"): loaded}
+        # A saved slice is called `train[:10%]`, or `train+test`.
+        loaded = {re.split(r"[^\w.-]", str(loaded.split or "train"))[0]: loaded}
     if config.split is None and len(loaded) > 1:
         raise ConfigError(f"source.split: name one or more of the source's splits: {', '.join(loaded)}.")
     names = config.split or tuple(loaded)
@@ -503,4 +537,8 @@ def _arrow_content(rows: ArrowRows, count: int) -> Iterable[bytes]:
         if cell and cell["bytes"] is not None:
             yield cell["bytes"]
         else:
-            yield Path(cell["path"] or "").name.encode() if cell else b""
+            yield from _sample_pixels([partial(_open_cell, cell, rows.allowed)])
+    # Carried-through columns are copied as they are, so all of them count.
+    for start in range(0, count if rows.carried is not None else 0, DIGEST_BATCH):
+        table = rows.kept(range(start, min(start + DIGEST_BATCH, count))).combine_chunks()
+        yield from (batch.serialize().to_pybytes() for batch in table.to_batches())

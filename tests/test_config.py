@@ -128,10 +128,11 @@ def levels(epsilons: Sequence[str | float], rounding: str = "down") -> tuple[int
         (0.0098, 2, 2),
         (1, 255, 255),
         (1.0, 255, 255),
-        # 8/255, 2/255 and 1/255 to seven decimals, all a little short.
-        (0.0313725, 8, 8),
-        (0.0078431, 2, 2),
-        (0.0039215, 1, 1),
+        # Written with ten decimals they are short of the level by less than the slack, with seven by more.
+        (0.0313725490, 8, 8),
+        (0.0313725, 7, 8),
+        (0.0078431372, 2, 2),
+        (0.0039215686, 1, 1),
     ],
 )
 def test_epsilon_in_grey_levels(epsilon: str | float, down: int, nearest: int) -> None:
@@ -207,7 +208,8 @@ def test_epsilons_come_in_rising_order_with_what_was_asked_for() -> None:
         (7.99 / 255, True),
         ("8/255", False),
         (8 / 255, False),
-        (0.0313725, False),
+        (0.0313725490, False),
+        (0.0313725, True),
         (8.01 / 255, False),
         (0.5, False),
         (1.0, False),

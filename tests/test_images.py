@@ -293,3 +293,11 @@ def test_stored_bytes_that_are_no_image(data: bytes) -> None:
 )
 def test_automatic_format(channels: int, height: int, width: int, image_format: str) -> None:
     assert choose_format(channels, height, width) == image_format
+
+
+def test_exif_that_cannot_be_parsed_does_not_cost_the_image() -> None:
+    buffer = io.BytesIO()
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(pixels).save(buffer, "PNG", exif=b"Exif\x00\x00no TIFF header")
+    read = read_image(lambda: Image.open(io.BytesIO(buffer.getvalue())), PreprocessConfig(), 100)
+    np.testing.assert_array_equal(read.permute(1, 2, 0).numpy(), pixels)

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -253,10 +254,10 @@ def without_label(dataset: datasets.Dataset) -> datasets.Dataset:
 @pytest.mark.parametrize(
     ("test", "sentence"),
     [
-        (lambda: without_label(pets()), r"^source\.label_column: .*test"),
-        (lambda: pets().remove_columns("image"), r"^source\.image_column: .*test"),
+        (lambda: without_label(pets()), r"^source\.split: column label of split test"),
+        (lambda: pets().remove_columns("image"), r"^source\.split: column image of split test"),
         # The same numbers would mean other classes.
-        (lambda: pets(names=["eel", "dog", "cat"]), r"^source\.label_column: .*test"),
+        (lambda: pets(names=["eel", "dog", "cat"]), r"^source\.split: column label of split test"),
     ],
 )
 def test_splits_with_other_columns_or_classes(
@@ -721,3 +722,12 @@ def test_rows_reach_worker_processes(tmp_path: Path, kind: str) -> None:
         Split("own", split.labels[:2], split.rows)
     )
     assert sent.kept([1, 0]).equals(split.rows.kept([1, 0]))
+
+
+def test_a_torchvision_dataset_whose_library_is_missing_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    config = SourceConfig(kind="torchvision", path="LSUN", kwargs={"root": str(tmp_path)}, split=("train",))
+    with pytest.raises(ConfigError, match="torchvision's LSUN cannot be opened"):
+        open_source(config, need_labels=True)
