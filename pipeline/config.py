@@ -88,12 +88,15 @@ def _check_size(value: Any) -> Any:
 Size = Annotated[int | tuple[int, ...] | None, BeforeValidator(_check_size)]
 
 
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
 class PreprocessConfig(Section):
     """Resize, then centre crop, with torchvision's meaning; `resize: 256` is the shorter side."""
 
     resize: Size = None
     crop: Size = None
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     mode: Literal["RGB", "L"] = "RGB"
 
     @property

@@ -23,12 +23,12 @@ from pipeline.config import PreprocessConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.images import UndecodableError, read_image
 from pipeline.plan import Plan, Shard
-from pipeline.sources import UNLABELLED, Source, Split
+from pipeline.sources import UNLABELLED, Source, Split, spread
 
 MAX_WORKERS = 16
 # Batches whose copies to the device are under way while an earlier one is computed.
 BATCHES_AHEAD = 2
-# Images looked at before a run that takes all sizes as they are.
+# Images of each split looked at before a run that takes all sizes as they are.
 SIZE_SAMPLES = 1000
 
 Shape = tuple[int, int, int]
@@ -132,7 +132,7 @@ class Reader:
 
 def _mixed_sizes(expected: Sequence[int], found: Sequence[int], where: str) -> ConfigError:
     return ConfigError(
-        f"source: images differ in size: most are {expected[2]}x{expected[1]} and {where} is {found[2]}x{found[1]}; "
+        f"source: images differ in size: one is {expected[2]}x{expected[1]} and {where} is {found[2]}x{found[1]}; "
         "set preprocess.resize and preprocess.crop."
     )
 
@@ -146,12 +146,11 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
     Raises:
         ConfigError: two images differ in size, or no image can be decoded.
     """
-    samples = 1 if preprocess.fixes_size else SIZE_SAMPLES
     shape: Shape | None = None
     reason = ""
     for split in source.splits:
         order = plan.orders[split.name]
-        for row in order[:: max(1, len(order) // SIZE_SAMPLES)].tolist():
+        for row in order[spread(len(order), SIZE_SAMPLES)].tolist():
             try:
                 pixels = read_image(split.rows.openers([row])[0], preprocess, max_pixels)
             except UndecodableError as error:
@@ -161,8 +160,7 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
             if shape is not None and shape != (channels, height, width):
                 raise _mixed_sizes(shape, pixels.shape, f"row {row} of split {split.name}")
             shape = (channels, height, width)
-            samples -= 1
-            if samples <= 0:
+            if preprocess.fixes_size:
                 return shape
     if shape is None:
         raise PipelineError(f"source: none of its images can be decoded; the last one tried says: {reason}.")

@@ -187,7 +187,7 @@ def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
     sampled = (
         Path(images.samples[row][0]).read_bytes()
         for images in opened.values()
-        for row in _spread(len(images.samples), DIGEST_SAMPLES)
+        for row in spread(len(images.samples), DIGEST_SAMPLES)
     )
     return Source(
         splits=tuple(
@@ -260,7 +260,7 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
         content += [
             name,
             labels[name].tobytes(),
-            *_sample_pixels(ItemRows(dataset).openers(_spread(len(dataset), DIGEST_SAMPLES))),
+            *_sample_pixels(ItemRows(dataset).openers(spread(len(dataset), DIGEST_SAMPLES))),
         ]
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     return Source(
@@ -310,7 +310,7 @@ def _sample_pixels(openers: Iterable[Opener]) -> Iterable[bytes]:
             yield type(error).__name__.encode()
 
 
-def _spread(count: int, samples: int) -> list[int]:
+def spread(count: int, samples: int) -> list[int]:
     """Up to `samples` row numbers, evenly spaced over `count` rows."""
     return np.unique(np.linspace(0, count - 1, min(samples, count)).astype(np.int64)).tolist() if count else []
 
@@ -533,7 +533,7 @@ def _arrow_content(rows: ArrowRows, count: int) -> Iterable[bytes]:
     """The size of every image and the bytes of some: enough to notice a source that changed."""
     stored = pc.struct_field(rows.images.data.table.column(0), "bytes")
     yield pc.fill_null(pc.binary_length(stored), UNLABELLED).to_numpy().astype(np.int64).tobytes()
-    for cell in rows.cells(_spread(count, DIGEST_SAMPLES)):
+    for cell in rows.cells(spread(count, DIGEST_SAMPLES)):
         if cell and cell["bytes"] is not None:
             yield cell["bytes"]
         else:

@@ -13,16 +13,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ModelConfig, PreprocessConfig, is_checkpoint, is_factory_file
+from pipeline.checkpoints import load_checkpoint
+from pipeline.config import Interpolation, ModelConfig, PreprocessConfig, is_checkpoint, is_factory_file
 from pipeline.errors import ConfigError, first_line
-
-# Keys listed of a checkpoint that does not fit.
-LISTED = 4
 
 
 class Victim(nn.Module):
@@ -81,9 +79,10 @@ class Victim(nn.Module):
             raise ConfigError(
                 f"model: it does not take images of shape {shape} (channels, height, width): {first_line(error)}"
             ) from error
-        if logits.ndim != 2 or len(logits) != 1:
+        if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
             raise ConfigError(
-                f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) are needed."
+                f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "
+                "of two classes or more are needed."
             )
         return int(logits.shape[1])
 
@@ -143,9 +142,21 @@ def _digest(module: nn.Module, config: ModelConfig) -> str:
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     if config.kind == "factory":
-        source = inspect.getsourcefile(_factory(config))
-        total.update(Path(source).read_bytes() if source else b"")
+        for file in sorted(_factory_files(config), key=lambda file: file.name):
+            total.update(file.read_bytes())
     return total.hexdigest()
+
+
+def _factory_files(config: ModelConfig) -> set[Path]:
+    """The code of a factory: the file that `model.name` names, and where the callable itself is written."""
+    factory = _factory(config)
+    where = str(config.name).rpartition(":")[0]
+    named = where if is_factory_file(str(config.name)) else sys.modules[where].__file__
+    try:
+        written = inspect.getsourcefile(inspect.unwrap(factory))
+    except TypeError:  # a partial or an instance is written nowhere
+        written = None
+    return {Path(file).expanduser().resolve() for file in (named, written) if file}
 
 
 def _extra(name: str) -> Any:
@@ -243,7 +254,22 @@ def _load_transformers(config: ModelConfig) -> Loaded:
 
     if wanted is None:
         return Loaded(_built(untrained, config))
-    module: Any = _built(lambda: auto.from_pretrained(wanted, use_safetensors=True, **config.kwargs), config)
+    # Weights are often published in half precision, and transformers would keep it.
+    options = {"dtype": torch.float32, **config.kwargs, "use_safetensors": True, "output_loading_info": True}
+    report: dict[str, Any] = {}
+
+    def pretrained() -> nn.Module:
+        module, info = auto.from_pretrained(wanted, **options)
+        report.update(info)
+        return module  # type: ignore[no-any-return]
+
+    transformers.utils.logging.disable_progress_bar()
+    module: Any = _built(pretrained, config)
+    if report["missing_keys"]:
+        raise ConfigError(
+            f"model.weights: {wanted} has no weights for {', '.join(sorted(report['missing_keys']))}; "
+            "it was not published as a classifier."
+        )
     names: Mapping[int, str] = module.config.id2label
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(wanted).to_dict()
@@ -259,19 +285,31 @@ def _load_transformers(config: ModelConfig) -> Loaded:
 
 
 def _processor_sizes(processor: Mapping[str, Any]) -> PreprocessConfig | None:
-    """A transformers image processor's sizes in torchvision's terms, None where it states none."""
-    size = processor.get("size") if processor.get("do_resize") else None
-    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    if not size:
-        return None
-    resize = size.get("shortest_edge") or (size["height"], size["width"])
+    """A transformers image processor in torchvision's terms, None where it states no size.
+
+    Raises:
+        ConfigError: it does to images what `preprocess` cannot express.
+    """
     from PIL import Image
 
-    return PreprocessConfig(
-        resize=resize,
-        crop=(crop["height"], crop["width"]) if crop else None,
-        interpolation=Image.Resampling(processor.get("resample", 2)).name.lower(),
-    )
+    filter_name = Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR)).name.lower()
+    scales = processor.get("do_rescale") and abs(255 * processor.get("rescale_factor", 1 / 255) - 1) > 1e-6
+    if processor.get("do_flip_channel_order") or scales or filter_name not in get_args(Interpolation):
+        raise ConfigError(
+            "model.weights: its image processor flips channels, rescales or resizes in a way that preprocess cannot "
+            "express; wrap the model with kind factory."
+        )
+    size = processor.get("size") if processor.get("do_resize") else None
+    if not size:
+        return None
+    edge = size.get("shortest_edge")
+    resize = edge or (size["height"], size["width"])
+    cropped = processor.get("crop_size") if processor.get("do_center_crop") else None
+    crop = (cropped["height"], cropped["width"]) if cropped else None
+    if edge and processor.get("crop_pct"):
+        # ConvNeXT: below 384 the image is resized to edge / crop_pct and cropped, from 384 on it is stretched.
+        resize, crop = (int(edge / processor["crop_pct"]), (edge, edge)) if edge < 384 else ((edge, edge), None)
+    return PreprocessConfig(resize=resize, crop=crop, interpolation=cast(Interpolation, filter_name))
 
 
 def _load_digits(config: ModelConfig) -> Loaded:
@@ -331,66 +369,3 @@ def _module_from_file(path: Path) -> Any:
             del sys.modules[name]
             raise
     return sys.modules[name]
-
-
-# ----------------------------------------------------------------------------------------- checkpoints
-
-
-def load_checkpoint(module: nn.Module, path: Path) -> None:
-    """Load weights into a module: safetensors, or .pt/.pth that holds nothing but weights.
-
-    A nesting under `state_dict` or `model`, and DataParallel's `module.` prefix, are taken off.
-
-    Raises:
-        ConfigError: there is no such file, it is not plain weights, or its keys or shapes do not fit.
-    """
-    if not path.is_file():
-        raise ConfigError(f"model.weights: there is no file {path}.")
-    weights = _plain_weights(_read_checkpoint(path), path)
-    expected = module.state_dict()
-    # Files without PyTorch's metadata may lack these counters; nothing in eval mode reads them.
-    missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in weights if key not in expected]
-    reshaped = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
-    problems = [
-        f"{what} {_listing(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if keys
-    ]
-    if problems:
-        raise ConfigError(f"model.weights: {path} does not fit the model: {'; '.join(problems)}.")
-    module.load_state_dict(weights, strict=False)
-
-
-def _read_checkpoint(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ConfigError(f"model.weights: {path} is not a safetensors file: {first_line(error)}") from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # broken zips, foreign pickles and empty files differ in type only
-        raise ConfigError(
-            f"model.weights: {path} is not plain weights, and nothing in it was executed; write it with "
-            "torch.save(model.state_dict(), path) or as safetensors."
-        ) from error
-
-
-def _plain_weights(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
-        raise ConfigError(f"model.weights: {path} holds no state dict.")
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content)
-
-
-def _listing(keys: Sequence[str]) -> str:
-    shown = ", ".join(keys[:LISTED])
-    return f"{shown} and {len(keys) - LISTED} more" if len(keys) > LISTED else shown

@@ -10,7 +10,7 @@ from pipeline.config import load_config, packaged_configs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-MODULES = re.findall(r"^    pipeline/(\w+)\.py  +\S", README, re.MULTILINE)
+MODULES = re.findall(r"^    pipeline/(\w+)\.py +\S", README, re.MULTILINE)
 
 
 def test_the_readme_lists_every_module() -> None:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.checkpoints import load_checkpoint
 from pipeline.config import ModelConfig, PreprocessConfig
 from pipeline.digits import WEIGHTS, DigitsNet, digits_split
 from pipeline.errors import ConfigError
 from pipeline.fgsm import Goal, attack
-from pipeline.victims import Loaded, Victim, load_checkpoint, load_victim
+from pipeline.victims import Loaded, Victim, load_victim
 from tests.conftest import FACTORY
 
 CPU = torch.device("cpu")
@@ -128,10 +129,12 @@ def test_frozen_and_in_eval_mode() -> None:
         (nn.Flatten(), {"mean": (0.5, 0.5)}, (3, 2, 2), "model: it does not take images of shape (3, 2, 2)"),
         (nn.Flatten(), {"std": (0.5,) * 4}, (3, 2, 2), "model: it does not take images of shape (3, 2, 2)"),
         (nn.LSTM(2, 5), {}, (1, 2, 2), "model: it does not take images of shape"),
-        (nn.Identity(), {}, (3, 2, 2), "shape (1, 3, 2, 2); logits (images, classes) are needed"),
-        (nn.Flatten(0), {}, (3, 2, 2), "shape (12,); logits (images, classes) are needed"),
-        (nn.Flatten(0, 1), {}, (3, 2, 2), "shape (3, 2, 2); logits (images, classes) are needed"),
-        (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), "shape (1, 3, 2, 1, 2); logits (images, classes) are needed"),
+        (nn.Identity(), {}, (3, 2, 2), "shape (1, 3, 2, 2); logits (images, classes)"),
+        (nn.Flatten(0), {}, (3, 2, 2), "shape (12,); logits (images, classes)"),
+        (nn.Flatten(0, 1), {}, (3, 2, 2), "shape (3, 2, 2); logits (images, classes)"),
+        (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), "shape (1, 3, 2, 1, 2); logits (images, classes)"),
+        # One class: nothing to confuse it with, and a gradient that is always zero.
+        (nn.Flatten(), {}, (1, 1, 1), "shape (1, 1); logits (images, classes) of two classes or more are needed"),
     ],
 )
 def test_models_whose_classes_cannot_be_counted(
