@@ -5,6 +5,7 @@ device, a pool of threads encodes (the codecs release the GIL), and one thread w
 A bounded number of batches is in flight, so memory does not grow with the dataset.
 """
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -164,8 +165,9 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
     writer = ThreadPoolExecutor(1, "write")
     in_flight: deque[Future[None]] = deque()
     try:
-        with Progress(len(run.plan), finished, run.levels) as progress:
-            for batch in load_batches(run.reader, run.plan, shards, run.device, run.config.runtime.workers):
+        batches = load_batches(run.reader, run.plan, shards, run.device, run.config.runtime.workers)
+        with contextlib.closing(batches), Progress(len(run.plan), finished, run.levels) as progress:
+            for batch in batches:
                 skipped += len(batch.skipped)
                 _check_skipped(run, batch, skipped)
                 images, scores, zero_signs = _attack(run, batch)
@@ -250,6 +252,7 @@ class _Sink:
         self.schema = run.features.arrow_schema
         self.versions = versions(run.device)
         self._open: ShardWriter | None = None
+        self._failed = False
         self._start()
 
     def _start(self) -> None:
@@ -263,7 +266,21 @@ class _Sink:
     def add(
         self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[list[bytes]]]]
     ) -> None:
-        """Write a batch, and commit its shard if it was the last one."""
+        """Write a batch, and commit its shard if it was the last one.
+
+        Batches that were already waiting when one failed are dropped: they must not complete its shard.
+        """
+        if self._failed:
+            return
+        try:
+            self._add(batch, scores, zero_signs, encoded)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _add(
+        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[list[bytes]]]]
+    ) -> None:
         if self._open is None:
             self._open = ShardWriter(self.folder, batch.shard, self.run.levels, self.schema, self.run.run_id)
         images = [[image for part in parts for image in part.result()] for parts in encoded]

@@ -8,7 +8,7 @@ row of zeros. Images cross the bus as uint8, a quarter of the bytes of float32.
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -202,7 +202,7 @@ def available_cores() -> int:
 
 def load_batches(
     reader: Reader, plan: Plan, shards: Sequence[Shard], device: torch.device, workers: int | str
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Read the batches of some shards, in order, onto a device.
 
     Args:
@@ -243,7 +243,7 @@ def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Iterator[Batch]:
         ) from error
 
 
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """Move batches to the device; on CUDA over a side stream, ahead of use.
 
     Each copy has its own event, which the computing stream waits for; the pinned buffer is held until

@@ -7,6 +7,7 @@ the outcome, so that a resumed run decides nothing anew.
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import datasets
 import numpy as np
 import torch
 
+from pipeline import __version__
 from pipeline.config import Config, is_factory_file
 from pipeline.errors import ConfigError
 from pipeline.fgsm import Goal
@@ -28,7 +30,7 @@ from pipeline.records import make_features
 from pipeline.sources import Source, open_source
 from pipeline.victims import Victim, load_victim
 
-PACKAGES = ("fgsm-pipeline", "torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
+PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def choose_device(wanted: str) -> torch.device:
             f"runtime.device: this machine has no {wanted} device; it has {', '.join(n for n in there if there[n])}."
         )
     if wanted == "cuda":
+        # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # fp32 means fp32: cuDNN would use tf32 by default.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -234,6 +238,7 @@ def versions(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {
         "python": platform.python_version(),
+        "fgsm-pipeline": __version__,
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "device": name,
         "threads": str(torch.get_num_threads()),

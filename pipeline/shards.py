@@ -106,6 +106,8 @@ class ShardWriter:
         Raises:
             PipelineError: the disk refused; then there is no receipt.
         """
+        if receipt.rows + len(receipt.skipped) != receipt.planned:
+            raise RuntimeError(f"{self.shard.name}: rows written and skipped do not add up to those planned")
         self._flush()
         footer = {"run_id": self.run_id, "shard": self.shard.name, "rows": receipt.rows}
         files = []

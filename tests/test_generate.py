@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 
-from pipeline.images import decode_image
+from pipeline.errors import PipelineError
+from pipeline.images import ImageFormat, decode_image, encode_images
 from pipeline.progress import Progress
 from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
@@ -433,6 +436,31 @@ def test_a_disk_that_refuses_in_the_middle_keeps_what_is_committed(write_config:
     assert list((tmp_path / "out").rglob("*.parquet")) == []
     generate(config)
     assert digests(tmp_path / "out") == digests(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("images_per_shard", [6, 12])
+def test_batches_behind_one_that_fails_are_not_committed(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images_per_shard: int
+) -> None:
+    # The batch after it is already waiting by then, and ends the same shard or is a shard of its own.
+    calls = []
+
+    def fail_once(images_u8: Tensor, image_format: ImageFormat) -> list[bytes]:
+        calls.append(1)
+        if len(calls) == 1:
+            time.sleep(0.3)
+            raise PipelineError("the codec failed")
+        return encode_images(images_u8, image_format)
+
+    monkeypatch.setattr("pipeline.generate.check_disk", lambda *_: None)
+    monkeypatch.setattr("pipeline.generate.encode_images", fail_once)
+    config = write_config(output={"images_per_shard": images_per_shard})
+    result = fgsm("generate", config)
+    assert result.exit_code == 1
+    assert "the codec failed" in result.stderr
+    assert list((tmp_path / "out").rglob("*.parquet")) == []
+    generate(config)
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
 def test_too_little_free_space_is_noticed_before_starting(
