@@ -42,6 +42,7 @@ class Manifest(Record):
     to_model: tuple[int, ...]
     to_recorded: tuple[int, ...]
     split_rows: dict[str, int]
+    shape: tuple[int, int, int]
     receipts: str = ""
     rows: int = 0
     subsets: tuple[Subset, ...] = ()

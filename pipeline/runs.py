@@ -71,6 +71,7 @@ class Run:
             recorded_classes=self.space.recorded_classes,
             to_model=tuple(self.space.to_model.tolist()),
             to_recorded=tuple(self.space.to_recorded.tolist()),
+            shape=self.reader.shape,
             split_rows={split.name: len(split.labels) for split in self.source.splits},
         )
 

@@ -7,7 +7,7 @@ the run, and every recorded prediction is derived anew.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pipeline.images import UndecodableError, decode_image
 from pipeline.labels import LabelSpace
 from pipeline.loader import available_cores
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.outputs import OutputFolder, Receipt, read_receipts, shard_file, subset_name
+from pipeline.outputs import FileEntry, OutputFolder, Receipt, read_receipts, shard_file, subset_name
 from pipeline.plan import Plan, Shard
 from pipeline.records import IMAGE, Scores, score
 from pipeline.runs import choose_device, versions
@@ -94,10 +94,10 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
         findings.damage(Path(name).stem, f".run/receipts/{name} cannot be read as a receipt.")
     _check_listing(folder, manifest, plan, receipts, findings)
     with ThreadPoolExecutor(available_cores()) as decoders:
-        shards = [shard for shard in plan.shards if shard.name in receipts]
+        checker = _Checker(folder, manifest, findings, judge, decoders)
+        shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
-            checker = _ShardCheck(folder, manifest, plan, shard, receipts[shard.name], findings, judge, decoders)
-            checker.run()
+            checker.check(shard, receipts[shard.name])
     if repair:
         _drop(folder, manifest, plan, findings.damaged)
     return findings
@@ -162,69 +162,65 @@ class _DamageError(Exception):
     """Ends the check of one shard; the message is the problem."""
 
 
-class _ShardCheck:
-    """The check of one shard: its files side by side, batch by batch."""
+class _Checker:
+    """Checks one shard after another: its files side by side, batch by batch."""
 
     def __init__(
-        self,
-        folder: OutputFolder,
-        manifest: Manifest,
-        plan: Plan,
-        shard: Shard,
-        receipt: Receipt,
-        findings: Findings,
-        judge: Judge | None,
-        decoders: ThreadPoolExecutor,
+        self, folder: OutputFolder, manifest: Manifest, findings: Findings, judge: Judge | None, decoders: Executor
     ) -> None:
-        self.folder, self.plan, self.shard, self.receipt = folder, plan, shard, receipt
-        self.findings, self.judge, self.decoders = findings, judge, decoders
+        self.folder, self.findings, self.judge, self.decoders = folder, findings, judge, decoders
+        self.plan = manifest.plan
+        self.shape = torch.Size(manifest.shape)
         self.levels = (0, *manifest.resolved.attack.levels)
         self.targeted = manifest.resolved.attack.target is not None
         self.schema = datasets.Features.from_dict(manifest.features).arrow_schema
+        # The same in every subset: what does not depend on epsilon.
+        self.shared = ("label", "source_index", *manifest.resolved.source.keep_columns)
 
-    def run(self) -> None:
-        """Check the shard; what is wrong goes to the findings."""
+    def check(self, shard: Shard, receipt: Receipt) -> None:
+        """Check a shard; what is wrong goes to the findings."""
         try:
-            for entry in self.receipt.files:
-                self._check_file(entry.path, entry.bytes, entry.sha256)
-            self._check_rows()
+            if [entry.path for entry in receipt.files] != [shard_file(level, shard) for level in self.levels]:
+                raise _DamageError(f"The receipt of {shard.name} lists other files than the run has.")
+            for entry in receipt.files:
+                self._check_file(entry)
+            self._check_rows(shard, receipt)
         except _DamageError as damage:
-            self.findings.damage(self.shard.name, str(damage))
+            self.findings.damage(shard.name, str(damage))
         self.findings.shards += 1
 
-    def _check_file(self, name: str, size: int, digest: str) -> None:
-        path = self.folder.path(name)
+    def _check_file(self, entry: FileEntry) -> None:
+        path = self.folder.path(entry.path)
         if not path.is_file():
-            raise _DamageError(f"{name} is missing.")
-        if path.stat().st_size != size:
-            raise _DamageError(f"{name} has {path.stat().st_size} bytes; its receipt says {size}.")
+            raise _DamageError(f"{entry.path} is missing.")
+        if path.stat().st_size != entry.bytes:
+            raise _DamageError(f"{entry.path} has {path.stat().st_size} bytes; its receipt says {entry.bytes}.")
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise _DamageError(f"{name} was altered: its sha256 is not its receipt's.")
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                raise _DamageError(f"{entry.path} was altered: its sha256 is not its receipt's.")
 
-    def _check_rows(self) -> None:
-        skipped = {row.position for row in self.receipt.skipped}
-        places = list(self.plan.batches(self.shard))
+    def _check_rows(self, shard: Shard, receipt: Receipt) -> None:
+        skipped = {row.position for row in receipt.skipped}
+        places = list(self.plan.batches(shard))
         masks = [
             np.array([place.start + i not in skipped for i in range(place.stop - place.start)]) for place in places
         ]
         counts = [int(mask.sum()) for mask in masks]
-        if sum(counts) != self.receipt.rows or len(skipped) + self.receipt.rows != len(self.shard):
-            raise _DamageError(f"The receipt of {self.shard.name} does not account for all its source rows.")
-        tables = zip(*(self._read(level, counts) for level in self.levels), strict=True)
+        if sum(counts) != receipt.rows or len(skipped) + receipt.rows != len(shard):
+            raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
+        tables = zip(*(self._read(entry.path, counts) for entry in receipt.files), strict=True)
         totals = np.zeros((len(self.levels), 3), dtype=np.int64)
         for place, mask, subsets in zip(places, masks, tables, strict=True):
-            rows = self.plan.rows(self.shard)[place][mask]
-            totals += self._check_batch(rows, mask, subsets)
-        for entry, found in zip(self.receipt.files, totals.tolist(), strict=True):
+            rows = self.plan.rows(shard)[place][mask]
+            totals += self._check_batch(shard, rows, mask, subsets)
+        for entry, found in zip(receipt.files, totals.tolist(), strict=True):
             if [entry.labelled, entry.correct, entry.fooled] != found:
                 raise _DamageError(f"{entry.path} has other counts of right predictions than its receipt.")
-        self.findings.rows += self.receipt.rows * len(self.levels)
+        self.findings.rows += receipt.rows * len(self.levels)
         self.findings.skipped += len(skipped)
 
-    def _read(self, level: int, counts: Sequence[int]) -> Iterator[pa.Table]:
-        """One subset's rows in tables of so many rows each, without holding the file in memory."""
-        name = shard_file(level, self.shard)
+    def _read(self, name: str, counts: Sequence[int]) -> Iterator[pa.Table]:
+        """One file's rows in tables of so many rows each, without holding the file in memory."""
         try:
             file = pq.ParquetFile(self.folder.path(name))
             if not file.schema_arrow.equals(self.schema, check_metadata=True):
@@ -242,45 +238,52 @@ class _ShardCheck:
             raise _DamageError(f"{name} cannot be read: {first_line(error)}") from None
 
     def _check_batch(
-        self, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
+        self, shard: Shard, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
     ) -> NDArray[np.int64]:
         """Check one batch of every subset; (1 + K, 3) counts of labelled, correct and fooled."""
-        images = [self._images(table, level) for table, level in zip(subsets, self.levels, strict=True)]
+        names = [shard_file(level, shard) for level in self.levels]
+        if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
+            raise _DamageError(f"{names[0]} holds other source rows than the plan says.")
+        images = [self._images(table, name) for table, name in zip(subsets, names, strict=True)]
         totals = []
-        for level, table, pixels in zip(self.levels, subsets, images, strict=True):
-            name = shard_file(level, self.shard)
-            if not np.array_equal(table.column("source_index").to_numpy(), rows):
-                raise _DamageError(f"{name} holds other source rows than the plan says.")
-            if not np.array_equal(table.column("epsilon").to_numpy(), np.full(len(rows), level / 255)):
-                raise _DamageError(f"{name} has another epsilon than {level}/255.")
-            if table.column("clean_prediction") != subsets[0].column("prediction"):
-                raise _DamageError(f"{name} has a clean_prediction that differs from the clean subset's prediction.")
+        for level, name, table, pixels in zip(self.levels, names, subsets, images, strict=True):
+            self._check_columns(name, level, table, subsets[0])
             distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
-            outside = int((distance > level).flatten(1).any(1).sum()) if len(rows) else 0
+            outside = int((distance > level).flatten(1).any(1).sum())
             if outside:
                 self.findings.outside_ball += outside
                 raise _DamageError(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
-            totals.append(
-                [
-                    len(rows) - table.column("label").null_count,
-                    sum(filter(None, table.column("correct").to_pylist())),
-                    sum(filter(None, table.column("fooled").to_pylist())),
-                ]
-            )
+            labelled = len(rows) - table.column("label").null_count
+            totals.append([labelled, *(int(_column(table, flag, False).sum()) for flag in ("correct", "fooled"))])
         if self.judge is not None and len(rows):
-            self._recompute(self.judge, mask, images, subsets)
+            self._recompute(self.judge, names, mask, images, subsets)
         return np.array(totals)
 
-    def _images(self, table: pa.Table, level: int) -> Tensor:
+    def _check_columns(self, name: str, level: int, table: pa.Table, clean: pa.Table) -> None:
+        if not np.array_equal(table.column("epsilon").to_numpy(), np.full(table.num_rows, level / 255)):
+            raise _DamageError(f"{name} has another epsilon than {level}/255.")
+        pairs = [("clean_prediction", "prediction"), *((column, column) for column in self.shared)]
+        for column, original in pairs:
+            if not table.column(column).equals(clean.column(original)):
+                raise _DamageError(f"{name} has a {column} that differs from the clean subset's {original}.")
+
+    def _images(self, table: pa.Table, name: str) -> Tensor:
         cells = table.column(IMAGE).combine_chunks()
         try:
             pixels = list(self.decoders.map(decode_image, cells.field("bytes").to_pylist()))
         except UndecodableError as error:
-            raise _DamageError(f"{shard_file(level, self.shard)} holds a broken image: {error}") from None
-        return torch.stack(pixels) if pixels else torch.zeros(0, dtype=torch.uint8)
+            raise _DamageError(f"{name} holds a broken image: {error}") from None
+        if any(image.shape != self.shape for image in pixels):
+            raise _DamageError(f"{name} holds an image of another size.")
+        return torch.stack(pixels) if pixels else torch.zeros((0, *self.shape), dtype=torch.uint8)
 
     def _recompute(
-        self, judge: Judge, mask: NDArray[np.bool_], images: Sequence[Tensor], subsets: Sequence[pa.Table]
+        self,
+        judge: Judge,
+        names: Sequence[str],
+        mask: NDArray[np.bool_],
+        images: Sequence[Tensor],
+        subsets: Sequence[pa.Table],
     ) -> None:
         """Ask the victim again, in the same batch of the same shape, with the same holes."""
         slots = torch.from_numpy(np.flatnonzero(mask))
@@ -298,8 +301,8 @@ class _ShardCheck:
         again = score(torch.stack(logits), labels.to(judge.device), valid.to(judge.device), target, judge.space)
         margins = torch.stack(logits)[:, slots.to(judge.device)].topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
         close = (margins < NEAR_TIE).cpu().numpy()
-        for index, (level, table) in enumerate(zip(self.levels, subsets, strict=True)):
-            self._compare(judge, again, index, level, table, close)
+        for index, (name, table) in enumerate(zip(names, subsets, strict=True)):
+            self._compare(judge, again, index, name, table, close)
 
     def _target(self, judge: Judge, subsets: Sequence[pa.Table], slots: Tensor) -> Tensor | None:
         """The recorded targets as model indices, padded; None for the plain attack."""
@@ -311,9 +314,9 @@ class _ShardCheck:
         return target.to(judge.device)
 
     def _compare(
-        self, judge: Judge, again: Scores, index: int, level: int, table: pa.Table, close: NDArray[np.bool_]
+        self, judge: Judge, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]
     ) -> None:
-        findings, name = self.findings, shard_file(level, self.shard)
+        findings = self.findings
         differs = _column(table, "prediction", -1) != again.prediction[index]
         ties = np.zeros_like(differs) if judge.exact else differs & close[index]
         wrong = differs & ~ties

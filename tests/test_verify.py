@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.images import decode_image, encode_images
 from pipeline.shards import _sync
-from tests.conftest import FACTORY, WriteConfig, fgsm
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels
 from tests.test_generate import digests, generate
 
 SHARD = "test-00001-of-00003"
@@ -111,16 +111,16 @@ def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
         assert "holds no dataset of ours" in result.stderr
 
 
-def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], **counts: int) -> None:
+def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = FILE, **counts: int) -> None:
     """Rewrite rows of a file and make its receipt agree, as a bug or a liar would."""
-    path, receipt_path = out / FILE, out / f".run/receipts/{SHARD}.json"
+    path, receipt_path = out / file, out / f".run/receipts/{SHARD}.json"
     table = pq.read_table(path)
     columns = table.to_pydict()
     edit(columns)
     pq.write_table(pa.table(columns, schema=table.schema), path)
     size, digest = _sync(path)
     receipt = json.loads(receipt_path.read_text())
-    entry = next(entry for entry in receipt["files"] if entry["path"] == FILE)
+    entry = next(entry for entry in receipt["files"] if entry["path"] == file)
     entry.update(bytes=size, sha256=digest, **counts)
     receipt_path.write_text(json.dumps(receipt))
 
@@ -133,6 +133,14 @@ def leave_the_ball(columns: dict[str, list[Any]]) -> None:
 
 def break_the_image(columns: dict[str, list[Any]]) -> None:
     columns["image"][4]["bytes"] = b"no image"
+
+
+def another_size(columns: dict[str, list[Any]]) -> None:
+    columns["image"][4]["bytes"] = png_bytes(random_pixels(1, side=8)[0])
+
+
+def another_label(columns: dict[str, list[Any]]) -> None:
+    columns["label"][0] = (columns["label"][0] + 1) % 3
 
 
 def exchange_rows(columns: dict[str, list[Any]]) -> None:
@@ -152,7 +160,9 @@ def another_clean_prediction(columns: dict[str, list[Any]]) -> None:
     [
         (leave_the_ball, "has 1 images outside the epsilon ball of 8/255"),
         (break_the_image, "holds a broken image"),
-        (exchange_rows, "holds other source rows than the plan says"),
+        (another_size, "holds an image of another size"),
+        (exchange_rows, "has a source_index that differs from the clean subset's"),
+        (another_label, "has a label that differs from the clean subset's"),
         (another_epsilon, "has another epsilon than 8/255"),
         (another_clean_prediction, "has a clean_prediction that differs"),
     ],
@@ -165,6 +175,22 @@ def test_forged_rows_are_found_without_the_victim(
     result = fgsm("verify", tmp_path / "out")
     assert result.exit_code == 1
     assert f"{FILE} {named}" in result.stderr
+
+
+def test_rows_that_the_plan_does_not_have_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    clean = f"clean/{SHARD}.parquet"
+    forge(tmp_path / "out", exchange_rows, clean)
+    assert f"{clean} holds other source rows than the plan says" in fgsm("verify", tmp_path / "out").stderr
+
+
+def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    path = tmp_path / f"out/.run/receipts/{SHARD}.json"
+    receipt = json.loads(path.read_text())
+    receipt["files"].pop()
+    path.write_text(json.dumps(receipt))
+    assert f"The receipt of {SHARD} lists other files" in fgsm("verify", tmp_path / "out").stderr
 
 
 def test_wrong_counts_in_a_receipt_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
