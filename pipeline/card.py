@@ -6,38 +6,72 @@ silently return the rows of another folder of the same name, or those from befor
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import yaml
 
-from pipeline.manifest import Manifest
-from pipeline.outputs import subset_name
+from pipeline.manifest import Manifest, summarise
+from pipeline.outputs import OutputFolder, committed, subset_name, write_atomically
 
 
-def render_card(manifest: Manifest) -> str:
-    """The card's text.
+def write_summaries(folder: OutputFolder, manifest: Manifest) -> Manifest:
+    """Write the manifest and the card as they follow from the receipts that are there.
+
+    A card that lists the right subsets is left alone, with whatever its owner has added to it.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        PipelineError: the disk refused.
+    """
+    manifest = summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
+    write_atomically(folder.manifest, manifest.model_dump_json(indent=1))
+    if read_configs(folder.card) != make_configs(manifest):
+        write_atomically(folder.card, render_card(manifest))
+    return manifest
+
+
+def needs_writing(folder: OutputFolder, manifest: Manifest, written: Manifest) -> bool:
+    """Whether the summaries on disk say something else than a manifest does."""
+    return manifest != written or read_configs(folder.card) != make_configs(manifest)
+
+
+def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
+    """The subsets of a dataset as the Hub's YAML lists them.
 
     Args:
         manifest: of the run, with the digest of the receipts there are.
     """
     levels = (0, *manifest.resolved.attack.levels)
     splits = list(manifest.split_rows)
-    stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16] or 'none yet'}"
-    everything = _config("all", splits, [subset_name(level) for level in levels], f"Clean and every epsilon; {stamp}")
-    subsets = [
-        _config(
-            subset_name(level),
-            splits,
-            [subset_name(level)],
-            f"{f'FGSM at epsilon {level}/255' if level else 'Clean images'}; {stamp}",
-        )
-        for level in levels
-    ]
-    head = {"configs": [{**everything, "default": True}, *subsets]}
-    front = yaml.safe_dump(head, sort_keys=False, width=1000)
-    return f"---\n{front}---\n\n{_body(levels)}"
+    stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
+    every = [subset_name(level) for level in levels]
+    configs = [{**_config("all", splits, every, f"Clean and every epsilon; {stamp}"), "default": True}]
+    for level in levels:
+        what = f"FGSM at epsilon {level}/255" if level else "Clean images"
+        configs.append(_config(subset_name(level), splits, [subset_name(level)], f"{what}; {stamp}"))
+    return configs
 
 
-def _config(name: str, splits: Sequence[str], folders: Sequence[str], description: str) -> dict[str, object]:
+def read_configs(card: Path) -> list[dict[str, Any]] | None:
+    """The subsets that a card lists, None where there is no card or none that can be read."""
+    try:
+        head: Any = next(iter(yaml.safe_load_all(card.read_text(encoding="utf-8"))))
+        configs: list[dict[str, Any]] = head["configs"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, StopIteration, TypeError, KeyError):
+        return None
+    return configs
+
+
+def render_card(manifest: Manifest) -> str:
+    """The card's text."""
+    front = yaml.safe_dump({"configs": make_configs(manifest)}, sort_keys=False, width=1000)
+    return f"---\n{front}---\n\n{_body((0, *manifest.resolved.attack.levels))}"
+
+
+def _config(name: str, splits: Sequence[str], folders: Sequence[str], description: str) -> dict[str, Any]:
     files = [{"split": split, "path": [f"{folder}/{split}-*.parquet" for folder in folders]} for split in splits]
     return {"config_name": name, "description": description, "data_files": files}
 

@@ -1,16 +1,12 @@
 """Checkpoints: weights from a file into a module, without running anything that the file contains."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, first_line
-
-# Keys listed of a checkpoint that does not fit.
-LISTED = 4
+from pipeline.errors import ConfigError, first_line, listing
 
 
 def load_checkpoint(module: nn.Module, path: Path) -> None:
@@ -30,7 +26,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     unexpected = [key for key in weights if key not in expected]
     reshaped = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
     problems = [
-        f"{what} {_listing(keys)}"
+        f"{what} {listing(keys)}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
         if keys
     ]
@@ -71,8 +67,3 @@ def _plain_weights(content: Any, path: Path) -> dict[str, Tensor]:
 def _is_weight(item: tuple[Any, Any]) -> bool:
     key, value = item
     return isinstance(key, str) and isinstance(value, Tensor)
-
-
-def _listing(keys: Sequence[str]) -> str:
-    shown = ", ".join(keys[:LISTED])
-    return f"{shown} and {len(keys) - LISTED} more" if len(keys) > LISTED else shown

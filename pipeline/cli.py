@@ -7,11 +7,14 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.errors import Interrupted, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.config import AttackConfig
 
 app = typer.Typer(
     name="fgsm",
@@ -47,16 +50,14 @@ def generate(
         from pipeline.summary import summary_table
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
-        _say_epsilons(loaded.attack.requested)
+        _say_epsilons(loaded.attack)
         manifest = run(loaded, overwrite=overwrite)
         typer.echo(summary_table(manifest))
-        path = shlex.quote(loaded.output.path)
-        typer.echo(f"\nNext: fgsm verify {path} --recompute\n      fgsm inspect {path}", err=True)
-        subset = f"eps-{loaded.attack.levels[-1]}"
-        typer.echo(
-            f"      python -c \"import datasets; print(datasets.load_dataset('{loaded.output.path}', '{subset}'))\"",
-            err=True,
-        )
+        path, subset = str(Path(loaded.output.path).expanduser()), f"eps-{loaded.attack.levels[-1]}"
+        one_line = f"import datasets; print(datasets.load_dataset({path!r}, {subset!r}))"
+        typer.echo(f"\nNext: fgsm verify {shlex.quote(path)} --recompute", err=True)
+        typer.echo(f"      fgsm inspect {shlex.quote(path)}", err=True)
+        typer.echo(f"      python -c {shlex.quote(one_line)}", err=True)
 
 
 @app.command()
@@ -73,7 +74,7 @@ def plan(
         from pipeline.estimate import describe_plan
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
-        _say_epsilons(loaded.attack.requested)
+        _say_epsilons(loaded.attack)
         text, warning = describe_plan(loaded)
         typer.echo(text)
         if warning:
@@ -88,7 +89,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check integrity, schema, counts and the epsilon ball; with --recompute the predictions too."""
-    with _boundary(debug, "Interrupted; nothing was changed."):
+    with _boundary(debug, "Interrupted."):
         from pipeline.verify import damage_report, describe
         from pipeline.verify import verify as check
 
@@ -97,9 +98,10 @@ def verify(
         for problem in damage_report(findings):
             typer.echo(problem, err=True)
         if findings.problems:
-            dropped = f"{len(findings.damaged)} damaged shards were dropped; " if repair else ""
-            hint = "" if repair or not findings.damaged else " after fgsm verify --repair"
-            raise PipelineError(f"{output}: {dropped}the generate command that made it writes what is missing{hint}.")
+            mends = "; run the generate command that made it" if findings.damaged or findings.missing else ""
+            first = " after fgsm verify --repair" if findings.damaged and not repair else ""
+            dropped = f", {len(findings.damaged)} damaged shards dropped" if repair else ""
+            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{mends}{first}.")
 
 
 @app.command()
@@ -111,13 +113,13 @@ def inspect(output: Output, debug: Debug = False) -> None:
         typer.echo(table(output))
 
 
-def _say_epsilons(requested: dict[int, str | float]) -> None:
+def _say_epsilons(attack: "AttackConfig") -> None:
     """Requested and stored epsilons side by side, and a warning where the next level was probably meant."""
     from pipeline.config import stored_just_below
 
-    for level, epsilon in requested.items():
+    for level, epsilon in attack.requested.items():
         typer.echo(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
-        if stored_just_below(epsilon):
+        if attack.rounding == "down" and stored_just_below(epsilon):
             typer.echo(
                 f"Warning: {epsilon} lies just below {level + 1}/255; write {level + 1}/255 if you mean it.", err=True
             )

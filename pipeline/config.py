@@ -18,8 +18,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -32,7 +30,32 @@ LEVEL_SLACK = 1e-6
 
 
 class Section(BaseModel):
+    """A part of the config: unknown keys are errors, and a key without a value stands for its default."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        # Where None is the default it may mean something that leaving the key out does not: weights of digits.
+        return {
+            key: value
+            for key, value in values.items()
+            if value is not None or key not in fields or fields[key].get_default() is None
+        }
+
+    def _refuse_unread(self, kind: str, read: Sequence[str]) -> None:
+        """Refuse keys that a kind does not read: whoever sets one expects something of it."""
+        for key, field in type(self).model_fields.items():
+            if key not in (*read, "kind") and getattr(self, key) != field.get_default(call_default_factory=True):
+                raise ValueError(f"{key} has no effect with kind {kind}")
+
+
+# Numbers are numbers: pydantic would take true for 1 and "256" for 256.
+Count = Annotated[int, Field(gt=0, strict=True)]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -41,9 +64,21 @@ def _as_tuple(value: Any) -> Any:
 
 def _check_split(name: str) -> str:
     # Split names become file names and Hub split names, so slices such as `train[:10%]` cannot pass.
-    if not re.fullmatch(r"\w+(-\w+)*", name):
+    if not re.fullmatch(r"\w+([.-]\w+)*", name):
         raise ValueError(f"{name!r} is not a split name; to take a part of a split use source.limit")
     return name
+
+
+_EVERY_SOURCE = ("split", "shuffle", "limit")
+SOURCE_KEYS = {
+    "huggingface": (
+        *("path", "name", "revision", "image_column", "label_column", "classes", "keep_columns", "streaming"),
+        *_EVERY_SOURCE,
+    ),
+    "imagefolder": ("path", *_EVERY_SOURCE),
+    "torchvision": ("path", "kwargs", "classes", *_EVERY_SOURCE),
+    "digits": _EVERY_SOURCE,
+}
 
 
 class SourceConfig(Section):
@@ -61,7 +96,7 @@ class SourceConfig(Section):
     label_column: str | None = None
     classes: tuple[str, ...] | None = None
     keep_columns: tuple[str, ...] = ()
-    limit: PositiveInt | None = None
+    limit: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "SourceConfig":
@@ -69,10 +104,9 @@ class SourceConfig(Section):
             raise ValueError(f"path is missing: kind {self.kind} needs it")
         if self.split is not None and (not self.split or len(set(self.split)) < len(self.split)):
             raise ValueError("split needs at least one name, each once")
-        if self.keep_columns and self.kind != "huggingface":
-            raise ValueError(f"keep_columns needs kind huggingface; a source of kind {self.kind} has no other columns")
-        if self.kwargs and self.kind != "torchvision":
-            raise ValueError("kwargs are for kind torchvision")
+        if len(set(self.keep_columns)) < len(self.keep_columns):
+            raise ValueError("keep_columns names a column twice")
+        self._refuse_unread(self.kind, SOURCE_KEYS[self.kind])
         return self
 
 
@@ -103,10 +137,6 @@ class PreprocessConfig(Section):
     def fixes_size(self) -> bool:
         """Whether every image comes out at one size, whatever size it had."""
         return self.crop is not None or isinstance(self.resize, tuple)
-
-    @property
-    def channels(self) -> int:
-        return 3 if self.mode == "RGB" else 1
 
 
 class ModelConfig(Section):
@@ -145,8 +175,14 @@ class ModelConfig(Section):
             raise ValueError(
                 f"name {self.name!r} is not of the form package.module:callable or path/to/file.py:callable"
             )
+        if not all(map(math.isfinite, (*(self.mean or ()), *(self.std or ())))):
+            raise ValueError("mean and std must be finite numbers")
         if self.std is not None and any(value <= 0 for value in self.std):
             raise ValueError("std must be above 0")
+        if self.label_map == {}:
+            raise ValueError("label_map is empty; name each class of the dataset, or leave the key out")
+        if self.kind == "digits":
+            self._refuse_unread("digits", ("weights", "mean", "std", "label_map"))
         return self
 
 
@@ -161,7 +197,7 @@ class AttackConfig(Section):
 
     epsilons: tuple[str | Annotated[float, BeforeValidator(_no_boolean)], ...] = Field(min_length=1)
     label: Literal["dataset", "prediction"] = "dataset"
-    target: str | int | None = None
+    target: str | Annotated[int, Field(strict=True)] | None = None
     rounding: Literal["down", "nearest"] = "down"
 
     @model_validator(mode="after")
@@ -251,7 +287,7 @@ class OutputConfig(Section):
     path: str
     layout: Literal["images"] = "images"
     image_format: Annotated[Literal["auto", "webp", "png"], BeforeValidator(_refuse_jpeg)] = "auto"
-    images_per_shard: PositiveInt = 4096
+    images_per_shard: Count = 4096
 
     @field_validator("path")
     @classmethod
@@ -261,18 +297,27 @@ class OutputConfig(Section):
         return path
 
 
+class RayConfig(Section):
+    """Resources of the Ray executor, which this version does not have: nothing but the defaults."""
+
+    workers: Literal["auto"] = "auto"
+    gpus_per_worker: Literal["auto"] = "auto"
+    cpus_per_worker: Literal["auto"] = "auto"
+
+
 class RuntimeConfig(Section):
     """How the run uses the machine."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["fp32"] = "fp32"
-    batch_size: PositiveInt = 256
-    workers: NonNegativeInt | Literal["auto"] = "auto"
+    batch_size: Count = 256
+    workers: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] = "auto"
     compile: Literal["auto", False] = "auto"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     on_error: Literal["skip", "fail"] = "skip"
     max_skipped: float = Field(default=0.01, ge=0, le=1)
-    max_pixels: PositiveInt = 100_000_000
+    max_pixels: Count = 100_000_000
+    ray: RayConfig = RayConfig()
 
 
 class Config(Section):
@@ -282,6 +327,7 @@ class Config(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
     model: ModelConfig
     attack: AttackConfig
+    evaluators: tuple[()] = ()
     output: OutputConfig
     runtime: RuntimeConfig = RuntimeConfig()
 
@@ -289,6 +335,10 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.output.image_format == "webp" and self.preprocess.mode == "L":
             raise ValueError("output.image_format: webp has no grayscale mode; use png or auto with preprocess.mode: L")
+        for key, size in (("resize", self.preprocess.resize), ("crop", self.preprocess.crop)):
+            height, width = size if isinstance(size, tuple) else (size or 0, size or 0)
+            if height * width > self.runtime.max_pixels:
+                raise ValueError(f"preprocess.{key}: {width}x{height} is more than runtime.max_pixels allows")
         return self
 
 
@@ -326,6 +376,9 @@ def load_config(
         raise ConfigError(f"There is no config file {name}, and no shipped config of that name (shipped: {names}).")
     for override in overrides:
         _override(raw, override)
+    # What is still relative came from an override or a shipped config. Absolute paths let `verify --recompute`
+    # find the model again from any folder.
+    raw = _anchor_inputs(raw, Path.cwd())
     if output is not None:
         _override_value(raw, "output.path", output)
     if limit is not None:
@@ -345,9 +398,20 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         raise ConfigError(_sentence(error)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, except that a key that stands twice is an error; PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {first_line(error)}.") from None
     except OSError as error:
@@ -433,6 +497,12 @@ def _sentence(error: ValidationError) -> str:
         return f"{location} is missing from the config."
     if kind == "literal_error":
         return f"{location}: got {got!r}; allowed: {problem['ctx']['expected']}."
+    if kind in ("model_type", "dict_type"):
+        return f"{location} must be a mapping of keys (got {got!r})."
+    if kind == "tuple_type":
+        return f"{location} must be a list (got {got!r})."
+    if location == "evaluators":
+        return "evaluators: this version has none yet; remove the key."
     if kind == "value_error":
         # A section's own checks begin their message with the key.
         return f"{location}{'.' if len(loc) == 1 else ': '}{message}." if loc else f"{message}."

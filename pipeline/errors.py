@@ -8,6 +8,7 @@
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -39,6 +40,12 @@ def first_line(error: BaseException) -> str:
     """The first non-empty line of an exception's message, or its type's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def listing(names: Sequence[str], most: int = 5) -> str:
+    """The first few names of a list, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def write_failure(path: Path, error: OSError) -> PipelineError:

@@ -77,13 +77,15 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_disk(run: Run, folder: OutputFolder, shards: Sequence[Shard]) -> None:
-    """Refuse to start a run that cannot end.
+def check_disk(run: Run, folder: OutputFolder, shards: Sequence[Shard], *, overwrite: bool) -> None:
+    """Refuse to start a run that cannot end. Overwriting frees what is there.
 
     Raises:
         PipelineError: the free space is less than the estimate.
     """
     needed, free = estimate_bytes(run, shards), free_bytes(folder.root.resolve())
+    if overwrite:
+        free += sum(path.stat().st_size for path in folder.root.rglob("*.parquet"))
     if needed > free:
         raise PipelineError(
             f"output.path: about {human_bytes(needed)} are needed and {folder.root} has {human_bytes(free)} free; "
@@ -133,7 +135,7 @@ def describe_plan(config: Config) -> tuple[str, str | None]:
     Raises:
         ConfigError: as `open_run`.
     """
-    folder = OutputFolder(Path(config.output.path).expanduser())
+    folder = OutputFolder(Path(config.output.path))
     run = open_run(config)
     plan = estimate(run, folder)
     _, height, width = run.reader.shape

@@ -8,7 +8,7 @@ A bounded number of batches is in flight, so memory does not grow with the datas
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,28 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.card import render_card
+from pipeline.card import needs_writing, write_summaries
 from pipeline.config import Config
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.estimate import check_disk
 from pipeline.fgsm import attack
 from pipeline.images import encode_images
 from pipeline.loader import Batch, available_cores, load_batches
-from pipeline.manifest import Manifest, Subset, read_manifest
+from pipeline.manifest import Manifest, read_manifest, summarise
 from pipeline.outputs import (
     OutputFolder,
     Receipt,
     SkippedRow,
     committed,
-    receipts_digest,
-    write_atomically,
+    read_receipts,
 )
 from pipeline.plan import Shard
 from pipeline.progress import Progress
 from pipeline.records import Scores, make_table, score
 from pipeline.runs import Run, differences, open_run, versions
 from pipeline.shards import ShardWriter
-from pipeline.sources import UNLABELLED
 
 # Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
 BATCHES_IN_FLIGHT = 2
@@ -61,32 +59,47 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
         ConfigError: the config, or what it names, cannot be used; nothing was written.
         PipelineError: the run failed; what was committed is kept.
     """
-    folder = OutputFolder(Path(config.output.path).expanduser())
+    folder = OutputFolder(Path(config.output.path))
     folder.check_usable()
     recorded = None if overwrite else read_manifest(folder)
     run = open_run(config, recorded)
-    if recorded is not None:
+    if not overwrite:
         _check_same(run, recorded, folder)
-    done = {} if overwrite else committed(folder, run.run_id)
-    check_disk(run, folder, [shard for shard in run.plan.shards if shard.name not in done])
+    shards = run.plan.shards
+    done = {} if overwrite else committed(folder, run.run_id, shards)
+    if recorded is not None and recorded.complete and not needs_writing(folder, summarise(recorded, done), recorded):
+        logger.info("All %d shards are already there.", len(shards))
+        return recorded
+    check_disk(run, folder, [shard for shard in shards if shard.name not in done], overwrite=overwrite)
     with folder.held():
-        if overwrite and folder.manifest.exists():
+        if overwrite:
             folder.clear()
-        receipts = committed(folder, run.run_id)
-        manifest = _record(folder, recorded or run.manifest(), receipts)
-        pending = [shard for shard in run.plan.shards if shard.name not in receipts]
-        if receipts:
-            logger.info("%d of %d shards are already there.", len(receipts), len(run.plan.shards))
+        elif read_manifest(folder) != recorded:
+            raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
+        done = committed(folder, run.run_id, shards)
+        if done:
+            logger.info("%d of %d shards are already there.", len(done), len(shards))
+        manifest = write_summaries(folder, recorded or run.manifest())
         try:
-            write_shards(run, folder, pending, list(receipts.values()))
-        finally:
-            # Also after a failure or Ctrl-C: the card must describe the shards that are there.
-            manifest = _record(folder, manifest, committed(folder, run.run_id))
-    return manifest
+            write_shards(run, folder, [shard for shard in shards if shard.name not in done], list(done.values()))
+        except BaseException:
+            # The card must describe the shards that are there; but what failed first is what the user must read.
+            with contextlib.suppress(PipelineError):
+                write_summaries(folder, manifest)
+            raise
+        return write_summaries(folder, manifest)
 
 
-def _check_same(run: Run, recorded: Manifest, folder: OutputFolder) -> None:
+def _check_same(run: Run, recorded: Manifest | None, folder: OutputFolder) -> None:
     """Refuse to mix two runs in one folder."""
+    if recorded is None:
+        others = {receipt.run_id for receipt in read_receipts(folder)[0].values()} - {run.run_id}
+        if others:
+            raise ConfigError(
+                f"output.path: {folder.root} holds shards of another run ({min(others)}) and no manifest; "
+                "choose another folder, or start over with --overwrite."
+            )
+        return
     if recorded.run_id != run.run_id:
         raise ConfigError(
             f"output.path: {folder.root} holds another run ({recorded.run_id}), which differs in "
@@ -100,48 +113,6 @@ def _check_same(run: Run, recorded: Manifest, folder: OutputFolder) -> None:
     ]
     if changed:
         logger.warning("Resuming in another environment, where last digits may differ: %s.", "; ".join(changed))
-
-
-def _record(folder: OutputFolder, manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
-    """Write the manifest and the card as they follow from the receipts."""
-    ordered = [receipts[name] for name in sorted(receipts)]
-    files = tuple(entry for receipt in ordered for entry in receipt.files)
-    rows = sum(receipt.rows for receipt in ordered)
-    manifest = manifest.model_copy(
-        update={
-            "complete": len(receipts) == len(manifest.plan.shards),
-            "receipts": receipts_digest(receipts),
-            "rows": rows,
-            "subsets": _subsets(ordered, manifest),
-            "zero_sign_share": sum(receipt.zero_sign_share * receipt.rows for receipt in ordered) / max(rows, 1),
-            "files": files,
-            "skipped": tuple(
-                {"split": receipt.split, "source_index": row.source_index, "reason": row.reason}
-                for receipt in ordered
-                for row in receipt.skipped
-            ),
-        }
-    )
-    write_atomically(folder.manifest, manifest.model_dump_json(indent=1))
-    write_atomically(folder.card, render_card(manifest))
-    return manifest
-
-
-def _subsets(receipts: Sequence[Receipt], manifest: Manifest) -> tuple[Subset, ...]:
-    keys = ("rows", "bytes", "labelled", "correct", "fooled", "confidence_sum")
-    subsets = []
-    for split in manifest.split_rows:
-        for level in (0, *manifest.resolved.attack.levels):
-            entries = [
-                entry
-                for receipt in receipts
-                if receipt.split == split
-                for entry in receipt.files
-                if entry.level == level
-            ]
-            totals = {key: sum(getattr(entry, key) for entry in entries) for key in keys}
-            subsets.append(Subset(split=split, level=level, **totals))
-    return tuple(subsets)
 
 
 def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
@@ -204,13 +175,11 @@ def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
 def _attack(run: Run, batch: Batch) -> tuple[Tensor, Scores, int]:
     """The valid rows' images (1 + K, M, C, H, W) uint8 on the CPU, their scores, and the zero signs."""
     labels = batch.labels
-    to_model = torch.from_numpy(run.space.to_model).to(labels.device)
-    model_labels = torch.where(labels == UNLABELLED, UNLABELLED, to_model[labels.clamp(min=0)])
     try:
         attacked = attack(
             run.victim,
             batch.images,
-            model_labels,
+            run.space.model_labels(labels),
             batch.valid,
             levels=run.config.attack.levels,
             goal=run.goal,
@@ -326,5 +295,5 @@ class _Sink:
     def close(self) -> None:
         """Drop the shard being written, if any; committed files are elsewhere by then."""
         if self._open is not None:
-            self._open.__exit__(None, None, None)
+            self._open.close()
             self._open = None

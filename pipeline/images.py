@@ -69,6 +69,8 @@ def _reason(error: Exception) -> str:
     """Why an image could not be read, in words that are the same on every read."""
     if isinstance(error, UnidentifiedImageError):
         return "cannot identify image file"  # Pillow adds the address of the stream
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}"  # without the path, which is the machine's own
     return f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listing
 from pipeline.sources import UNLABELLED, Source
-
-# Missing or unknown names listed in a message.
-LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,11 @@ class LabelSpace:
     to_model: NDArray[np.int64]
     recorded_classes: tuple[str, ...] | None
     to_recorded: NDArray[np.int64]
+
+    def model_labels(self, labels: Tensor) -> Tensor:
+        """(N,) int64 dataset classes as the model's indices, on the same device; -1, unlabelled, stays."""
+        to_model = torch.from_numpy(self.to_model).to(labels.device)
+        return torch.where(labels == UNLABELLED, UNLABELLED, to_model[labels.clamp(min=0)])
 
     def recorded_index(self, target: str | int) -> int:
         """A class named in the config, as it stands in the `prediction` column.
@@ -115,7 +119,7 @@ def _mapped(
         translated[name] = _model_index(value, model_classes or (), count)
     missing = [name for name in classes if name not in translated]
     if missing:
-        raise ConfigError(f"model.label_map: the dataset's {_listing(missing)} are not in it.")
+        raise ConfigError(f"model.label_map: the dataset's {listing([repr(name) for name in missing])} are not in it.")
     return np.array([translated[name] for name in classes])
 
 
@@ -137,8 +141,9 @@ def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None
     others = [_plain(name) for name in model_classes or ()]
     # Names that only one side uses tell nothing: `0 - zero` may well be `0`.
     moved = [index for index, other in enumerate(others) if other != names[index] and other in names]
-    # Homonyms are no other order: of ImageNet's 1,000 classes the Hub and torchvision call different ones `crane`.
-    if len(moved) > count / 100:
+    # A homonym is no other order: of ImageNet's 1,000 classes the Hub and torchvision call different ones `crane`.
+    # But where both sides know both names of a place, or many have moved, it is one.
+    if any(names[index] in others for index in moved) or len(moved) > count / 100:
         here, there = classes[moved[0]], (model_classes or ())[moved[0]]
         raise ConfigError(
             f"The dataset and the model name their classes in another order (class {moved[0]} is {here!r} in the "
@@ -163,9 +168,4 @@ def _check_range(source: Source, count: int) -> None:
 
 def _near(name: str, names: Sequence[str]) -> str:
     near = get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" ({_listing(names)})" if names else ""
-
-
-def _listing(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:LISTED]))
-    return f"{shown} and {len(names) - LISTED} more" if len(names) > LISTED else shown
+    return f"; did you mean {near[0]!r}?" if near else f" ({listing([repr(name) for name in names])})" if names else ""

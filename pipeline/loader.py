@@ -235,7 +235,8 @@ def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Iterator[Batch]:
                 raise item
             yield item
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # `worker (pid 7) is killed by signal`; an exception of our own says `worker process 7`.
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise PipelineError(
             f"A decoding worker died ({first_line(error)}), perhaps for want of memory; "
@@ -261,7 +262,7 @@ def _ahead(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, N
         stream = torch.cuda.current_stream(device)
         stream.wait_event(copied)
         moved.record_stream(stream)
-        # Waiting here costs nothing: the copy was begun batches ago, and the pinned buffer must outlive it.
+        # The pinned buffer must outlive the copy, which was begun batches ago but for the last few.
         copied.synchronize()
         del pinned
         return moved

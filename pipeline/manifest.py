@@ -1,13 +1,13 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.config import Config, parse_config
 from pipeline.errors import PipelineError, first_line
-from pipeline.outputs import FileEntry, OutputFolder, Record
+from pipeline.outputs import FileEntry, OutputFolder, Receipt, Record, receipts_digest
 from pipeline.plan import Plan, make_plan
 
 # Raised when the stored form changes: it is part of the identity of every run.
@@ -87,3 +87,46 @@ def plan_of(config: Config, split_rows: Mapping[str, int]) -> Plan:
         images_per_shard=config.output.images_per_shard,
         batch_size=config.runtime.batch_size,
     )
+
+
+def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
+    """The manifest with everything that follows from the receipts: totals, files, skipped rows, their digest.
+
+    Args:
+        manifest: of the run; only what was decided at its start is kept.
+        receipts: of the shards that are there, by name.
+    """
+    ordered = [receipts[name] for name in sorted(receipts)]
+    rows = sum(receipt.rows for receipt in ordered)
+    return manifest.model_copy(
+        update={
+            "complete": len(receipts) == len(manifest.plan.shards),
+            "receipts": receipts_digest(receipts),
+            "rows": rows,
+            "subsets": _subsets(manifest, ordered),
+            "zero_sign_share": sum(receipt.zero_sign_share * receipt.rows for receipt in ordered) / max(rows, 1),
+            "files": tuple(entry for receipt in ordered for entry in receipt.files),
+            "skipped": tuple(
+                {"split": receipt.split, "source_index": row.source_index, "reason": row.reason}
+                for receipt in ordered
+                for row in receipt.skipped
+            ),
+        }
+    )
+
+
+def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, ...]:
+    keys = ("rows", "bytes", "labelled", "correct", "fooled", "confidence_sum")
+    subsets = []
+    for split in manifest.split_rows:
+        for level in (0, *manifest.resolved.attack.levels):
+            entries = [
+                entry
+                for receipt in receipts
+                if receipt.split == split
+                for entry in receipt.files
+                if entry.level == level
+            ]
+            totals = {key: sum(getattr(entry, key) for entry in entries) for key in keys}
+            subsets.append(Subset(split=split, level=level, **totals))
+    return tuple(subsets)

@@ -8,11 +8,12 @@ OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does n
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,6 +80,7 @@ class OutputFolder:
     """The output folder: where things are in it, and who holds it."""
 
     def __init__(self, root: Path) -> None:
+        root = root.expanduser()
         self.root = root
         self.manifest = root / "manifest.json"
         self.card = root / "README.md"
@@ -101,7 +103,7 @@ class OutputFolder:
         for folder in (self.root, *self.root.parents):
             if folder.exists() and not folder.is_dir():
                 raise ConfigError(f"output.path: {folder} is a file, not a folder.")
-        if self.root.is_dir() and not self.manifest.is_file():
+        if self.root.is_dir() and not self.manifest.is_file() and not self.receipts.is_dir():
             others = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(".")]
             if others:
                 raise ConfigError(
@@ -126,7 +128,9 @@ class OutputFolder:
                 # lockf, not flock: a worker inherits an flock, and would hold the folder for the seconds that it
                 # outlives a killed run.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise write_failure(self.root, error) from None  # a file system without locks
                 lock.seek(0)
                 holder = lock.read().strip()
                 raise PipelineError(f"{self.root} is in use by another run (process {holder}); wait for it.") from None
@@ -153,7 +157,7 @@ class OutputFolder:
 
 
 def read_receipts(folder: OutputFolder) -> tuple[dict[str, Receipt], list[str]]:
-    """All receipts by shard, sorted, and the names of files among them that are no receipts."""
+    """All receipts by the name of their file, sorted, and the names of files that are no receipts."""
     receipts, broken = {}, []
     for path in sorted(folder.receipts.glob("*.json")):
         try:
@@ -163,9 +167,10 @@ def read_receipts(folder: OutputFolder) -> tuple[dict[str, Receipt], list[str]]:
     return receipts, broken
 
 
-def committed(folder: OutputFolder, run_id: str) -> dict[str, Receipt]:
-    """The receipts whose files are there with the sizes they state, by names and sizes alone."""
-    receipts, _ = read_receipts(folder)
+def committed(folder: OutputFolder, run_id: str, shards: Iterable[Shard]) -> dict[str, Receipt]:
+    """The receipts of some shards whose files are there with the sizes they state, by names and sizes alone."""
+    found, _ = read_receipts(folder)
+    receipts = {shard.name: found[shard.name] for shard in shards if shard.name in found}
     sizes: dict[str, int] = {}
     for subset in {Path(entry.path).parent for receipt in receipts.values() for entry in receipt.files}:
         with contextlib.suppress(FileNotFoundError), os.scandir(folder.root / subset) as entries:
@@ -210,9 +215,12 @@ def write_atomically(path: Path, text: str) -> None:
     """
     with writing(path):
         scratch = path.with_name(f".{path.name}.tmp")
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(path)
+        try:
+            with scratch.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.rename(path)
+        finally:
+            scratch.unlink(missing_ok=True)
         sync_folder(path.parent)

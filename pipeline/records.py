@@ -91,12 +91,11 @@ def score(logits: Tensor, labels: Tensor, valid: Tensor, target: Tensor | None, 
         target: (N,) int64 model indices, None for the plain attack.
         space: translates between the two.
     """
-    to_model = torch.from_numpy(space.to_model).to(logits.device)
     to_recorded = torch.from_numpy(space.to_recorded).to(logits.device)
     logits, labels = logits[:, valid], labels[valid]
     probabilities = logits.float().softmax(-1)
     confidence, predicted = probabilities.max(-1)
-    wanted = to_model[labels.clamp(min=0)]
+    wanted = space.model_labels(labels).clamp(min=0)
     label_confidence = probabilities.gather(-1, wanted.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
     correct = predicted == wanted
     fooled = correct[:1] & ~correct if target is None else predicted == target[valid]

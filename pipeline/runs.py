@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -86,6 +87,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     Raises:
         ConfigError: anything the config names is missing or does not fit.
     """
+    _check_apart(config)
     if recorded is not None:
         config = _take_over(config, recorded.resolved)
     device = choose_device(config.runtime.device)
@@ -125,6 +127,16 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         image_format=image_format,
         identity=_identity(resolved, source, victim, space),
     )
+
+
+def _check_apart(config: Config) -> None:
+    """The output must not become part of the source, which the next run would then read."""
+    source, output = (
+        Path(str(config.source.path)).expanduser().resolve(),
+        Path(config.output.path).expanduser().resolve(),
+    )
+    if config.source.kind in ("huggingface", "imagefolder") and source.is_dir() and output.is_relative_to(source):
+        raise ConfigError(f"output.path: {output} lies in the source's own folder {source}; choose another place.")
 
 
 def _take_over(config: Config, recorded: Config) -> Config:

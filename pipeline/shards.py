@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -62,14 +61,10 @@ class ShardWriter:
                     )
                 )
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # a full disk fails again on closing
-            for writer in self._writers:
+    def close(self) -> None:
+        """Let go of the files and drop what is not committed."""
+        for writer in self._writers:
+            with contextlib.suppress(OSError):  # a full disk fails again on closing
                 writer.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -93,7 +88,10 @@ class ShardWriter:
         with writing(self.scratch):
             for waiting, writer in zip(self._waiting, self._writers, strict=True):
                 if waiting:
-                    writer.write_table(pa.concat_tables(waiting))
+                    table = pa.concat_tables(waiting)
+                    # One batch of large images may be many row groups' worth.
+                    rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
+                    writer.write_table(table, row_group_size=min(ROW_GROUP_ROWS, rows))
                 waiting.clear()
 
     def commit(self, receipt: Receipt, totals: Mapping[int, Mapping[str, Any]]) -> None:

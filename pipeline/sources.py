@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +86,10 @@ def open_source(config: SourceConfig, *, need_labels: bool) -> Source:
         "torchvision": _open_torchvision,
         "digits": _open_digits,
     }[config.kind](config, need_labels)
+    renamed = tuple(replace(split, name=re.sub(r"[^\w.]", "_", split.name)) for split in opened.splits)
+    if len({split.name for split in renamed}) < len(renamed):
+        raise ConfigError("source.split: two splits would have the same name as files, where - becomes _.")
+    opened = replace(opened, splits=renamed)
     for split in opened.splits:
         if len(split.labels) == 0:
             raise ConfigError(f"source: split {split.name} is empty.")
@@ -264,7 +268,7 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
         ]
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     return Source(
-        splits=tuple(Split(name.replace("-", "_"), labels[name], ItemRows(datasets[name])) for name in names),
+        splits=tuple(Split(name, labels[name], ItemRows(datasets[name])) for name in names),
         classes=_class_names(config, named),
         digest=_digest([str(config.path), json.dumps(options, sort_keys=True, default=str), *content]),
     )
@@ -423,7 +427,9 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-local-{_listing_digest(folder)}"
             loaded = datasets.load_dataset(str(folder.resolve()), config.name, cache_dir=str(cache))
         else:
-            allowed = (Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve())
+            cache, hub = Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve()
+            own = path.replace("/", "--")
+            allowed = (cache / "downloads", cache / path.replace("/", "___"), hub / f"datasets--{own}")
             loaded = datasets.load_dataset(path, config.name, revision=config.revision)
     except ConfigError:
         raise

@@ -1,10 +1,10 @@
-"""`fgsm inspect`: what a dataset holds, as a table, from the counts in its manifest alone."""
+"""`fgsm inspect`: what a dataset holds, as a table, from the counts in its receipts alone."""
 
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.manifest import Manifest, Subset, read_manifest
-from pipeline.outputs import OutputFolder, subset_name
+from pipeline.manifest import Manifest, Subset, read_manifest, summarise
+from pipeline.outputs import OutputFolder, committed, subset_name
 
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
 
@@ -15,10 +15,12 @@ def inspect(path: Path) -> str:
     Raises:
         ConfigError: there is none in the folder.
     """
-    manifest = read_manifest(OutputFolder(path))
+    folder = OutputFolder(path)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise ConfigError(f"{path} holds no dataset of ours: there is no manifest.json.")
-    return summary_table(manifest)
+    # From the receipts: a run that was killed has not had the time to write its manifest again.
+    return summary_table(summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards)))
 
 
 def summary_table(manifest: Manifest) -> str:

@@ -21,12 +21,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.card import make_configs, read_configs, write_summaries
 from pipeline.errors import ConfigError, first_line
 from pipeline.images import UndecodableError, decode_image
 from pipeline.labels import LabelSpace
 from pipeline.loader import available_cores
-from pipeline.manifest import Manifest, read_manifest
-from pipeline.outputs import FileEntry, OutputFolder, Receipt, read_receipts, shard_file, subset_name
+from pipeline.manifest import Manifest, read_manifest, summarise
+from pipeline.outputs import (
+    FileEntry,
+    OutputFolder,
+    Receipt,
+    committed,
+    read_receipts,
+    shard_file,
+    subset_name,
+    writing,
+)
 from pipeline.plan import Plan, Shard
 from pipeline.records import IMAGE, Scores, score
 from pipeline.runs import choose_device, versions
@@ -47,6 +57,7 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
+    missing: int = 0
     shards: int = 0
     rows: int = 0
     skipped: int = 0
@@ -63,12 +74,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Judge:
-    """The victim that is asked again."""
+    """The victim that is asked again, and the environment in which it answers."""
 
     victim: Victim
     space: LabelSpace
     device: torch.device
-    exact: bool
+    versions: dict[str, str]
 
 
 def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Findings:
@@ -87,12 +98,13 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
     if manifest is None:
         raise ConfigError(f"{path} holds no dataset of ours: there is no manifest.json.")
     judge = _judge(manifest) if recompute else None
-    findings = Findings(same_environment=judge is None or judge.exact)
+    findings = Findings()
     plan = manifest.plan
     receipts, broken = read_receipts(folder)
     for name in broken:
         findings.damage(Path(name).stem, f".run/receipts/{name} cannot be read as a receipt.")
     _check_listing(folder, manifest, plan, receipts, findings)
+    _check_summaries(folder, manifest, plan, findings)
     with ThreadPoolExecutor(available_cores()) as decoders:
         checker = _Checker(folder, manifest, findings, judge, decoders)
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
@@ -114,7 +126,7 @@ def _judge(manifest: Manifest) -> Judge:
         raise ConfigError(
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
-    return Judge(victim, _space(manifest), device, exact=versions(device) == manifest.versions)
+    return Judge(victim, _space(manifest), device, versions(device))
 
 
 def _space(manifest: Manifest) -> LabelSpace:
@@ -132,30 +144,45 @@ def _check_listing(
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
     missing = [shard.name for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
+    findings.missing = len(missing)
     if missing:
         findings.problems.append(
             f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
         )
     for name, receipt in receipts.items():
-        if receipt.run_id != manifest.run_id:
+        if name not in {shard.name for shard in plan.shards}:
+            findings.problems.append(f".run/receipts/{name}.json belongs to no shard of this run; delete it.")
+        elif receipt.run_id != manifest.run_id:
             findings.damage(name, f"The receipt of {name} is of another run ({receipt.run_id}).")
     levels = (0, *manifest.resolved.attack.levels)
     expected = {shard_file(level, shard) for shard in plan.shards for level in levels}
     there = {
         f"{subset_name(level)}/{file.name}" for level in levels for file in (folder.root / subset_name(level)).glob("*")
     }
-    findings.problems += [f"{file} belongs to no shard of this run." for file in sorted(there - expected)]
+    findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in sorted(there - expected)]
+
+
+def _check_summaries(folder: OutputFolder, manifest: Manifest, plan: Plan, findings: Findings) -> None:
+    """The manifest's totals and the card's subsets follow from the receipts."""
+    expected = summarise(manifest, committed(folder, manifest.run_id, plan.shards))
+    if manifest != expected:
+        findings.problems.append("manifest.json does not agree with the receipts; generate writes it again.")
+    if read_configs(folder.card) != make_configs(expected):
+        findings.problems.append("README.md does not list the subsets as they are; generate writes it again.")
 
 
 def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str]) -> None:
     """Remove what is damaged, the receipts first: a shard without a receipt does not exist."""
-    with folder.held():
+    if not damaged:
+        return
+    with folder.held(), writing(folder.root):
         for name in damaged:
             folder.receipt(name).unlink(missing_ok=True)
         for shard in plan.shards:
             if shard.name in damaged:
                 for level in (0, *manifest.resolved.attack.levels):
                     folder.path(shard_file(level, shard)).unlink(missing_ok=True)
+        write_summaries(folder, manifest)
 
 
 class _DamageError(Exception):
@@ -173,7 +200,9 @@ class _Checker:
         self.shape = torch.Size(manifest.shape)
         self.levels = (0, *manifest.resolved.attack.levels)
         self.targeted = manifest.resolved.attack.target is not None
-        self.schema = datasets.Features.from_dict(manifest.features).arrow_schema
+        self.features = datasets.Features.from_dict(manifest.features)
+        self.schema = self.features.arrow_schema
+        self.exact = True
         # The same in every subset: what does not depend on epsilon.
         self.shared = ("label", "source_index", *manifest.resolved.source.keep_columns)
 
@@ -182,6 +211,9 @@ class _Checker:
         try:
             if [entry.path for entry in receipt.files] != [shard_file(level, shard) for level in self.levels]:
                 raise _DamageError(f"The receipt of {shard.name} lists other files than the run has.")
+            # Each shard has its own: a run may have been resumed elsewhere.
+            self.exact = self.judge is None or receipt.versions == self.judge.versions
+            self.findings.same_environment &= self.exact
             for entry in receipt.files:
                 self._check_file(entry)
             self._check_rows(shard, receipt)
@@ -214,8 +246,8 @@ class _Checker:
             rows = self.plan.rows(shard)[place][mask]
             totals += self._check_batch(shard, rows, mask, subsets)
         for entry, found in zip(receipt.files, totals.tolist(), strict=True):
-            if [entry.labelled, entry.correct, entry.fooled] != found:
-                raise _DamageError(f"{entry.path} has other counts of right predictions than its receipt.")
+            if [entry.rows, entry.labelled, entry.correct, entry.fooled] != [receipt.rows, *found]:
+                raise _DamageError(f"{entry.path} has other counts than its receipt.")
         self.findings.rows += receipt.rows * len(self.levels)
         self.findings.skipped += len(skipped)
 
@@ -223,7 +255,8 @@ class _Checker:
         """One file's rows in tables of so many rows each, without holding the file in memory."""
         try:
             file = pq.ParquetFile(self.folder.path(name))
-            if not file.schema_arrow.equals(self.schema, check_metadata=True):
+            # Not the Arrow schemas: Parquet has its own name for the items of a list.
+            if datasets.Features.from_arrow_schema(file.schema_arrow) != self.features:
                 raise _DamageError(f"{name} has other columns than the manifest says.")
             if file.metadata.num_rows != sum(counts):
                 raise _DamageError(f"{name} has {file.metadata.num_rows} rows; its receipt says {sum(counts)}.")
@@ -292,17 +325,20 @@ class _Checker:
         valid = torch.zeros(self.plan.batch_size, dtype=torch.bool)
         valid[slots] = True
         logits = []
-        for pixels in images:
-            padded = torch.zeros((self.plan.batch_size, *pixels.shape[1:]), dtype=torch.uint8)
+        for index, pixels in enumerate(images):
+            padded = torch.zeros((self.plan.batch_size, *self.shape), dtype=torch.uint8)
             padded[slots] = pixels
-            with torch.inference_mode():
-                logits.append(judge.victim(judge.victim.unit(padded.to(judge.device))))
+            unit = judge.victim.unit(padded.to(judge.device))
+            # The clean logits of the run came with the gradient, and some layers (attention) have another kernel
+            # for that, with other last digits.
+            with torch.inference_mode(index > 0), torch.set_grad_enabled(index == 0):
+                logits.append(judge.victim(unit.requires_grad_(index == 0)).detach())
         target = self._target(judge, subsets, slots)
         again = score(torch.stack(logits), labels.to(judge.device), valid.to(judge.device), target, judge.space)
         margins = torch.stack(logits)[:, slots.to(judge.device)].topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
         close = (margins < NEAR_TIE).cpu().numpy()
         for index, (name, table) in enumerate(zip(names, subsets, strict=True)):
-            self._compare(judge, again, index, name, table, close)
+            self._compare(again, index, name, table, close)
 
     def _target(self, judge: Judge, subsets: Sequence[pa.Table], slots: Tensor) -> Tensor | None:
         """The recorded targets as model indices, padded; None for the plain attack."""
@@ -313,12 +349,10 @@ class _Checker:
         target[slots] = torch.from_numpy(np.argsort(judge.space.to_recorded)[recorded])
         return target.to(judge.device)
 
-    def _compare(
-        self, judge: Judge, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]
-    ) -> None:
+    def _compare(self, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]) -> None:
         findings = self.findings
         differs = _column(table, "prediction", -1) != again.prediction[index]
-        ties = np.zeros_like(differs) if judge.exact else differs & close[index]
+        ties = np.zeros_like(differs) if self.exact else differs & close[index]
         wrong = differs & ~ties
         findings.recomputed += len(differs)
         findings.near_ties += int(ties.sum())
@@ -329,7 +363,7 @@ class _Checker:
                 f"{name} records {int(wrong.sum())} predictions that its pixels do not give; the first is row {row}."
             )
         # What follows from a prediction that lay on a tie cannot be held against it, nor on the clean one's.
-        checked = ~(ties | (close[0] & (not judge.exact)))
+        checked = ~(ties | (close[0] & (not self.exact)))
         labelled, known = again.labelled & checked, again.fooled_known(index) & checked
         flags = (("correct", again.correct[index], labelled), ("fooled", again.fooled[index], known))
         for column, expected, where in flags:

@@ -66,15 +66,15 @@ class Victim(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def count_classes(self, shape: tuple[int, int, int]) -> int:
-        """The number of classes, found by running one black image of that (C, H, W).
+        """The number of classes, found by running one black image of that (C, H, W) forward and back.
 
         Raises:
-            ConfigError: the model does not take such images, or does not return logits.
+            ConfigError: the model does not take such images, does not return logits, or lets no gradient through.
         """
         device = self.mean.device
         try:
-            with torch.inference_mode():
-                logits = self(self.unit(torch.zeros((1, *shape), dtype=torch.uint8, device=device)))
+            image = self.unit(torch.zeros((1, *shape), dtype=torch.uint8, device=device)).requires_grad_()
+            logits = self(image)
         except Exception as error:  # the model is the user's code
             raise ConfigError(
                 f"model: it does not take images of shape {shape} (channels, height, width): {first_line(error)}"
@@ -84,6 +84,9 @@ class Victim(nn.Module):
                 f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "
                 "of two classes or more are needed."
             )
+        reached = torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] if logits.requires_grad else None
+        if reached is None:
+            raise ConfigError("model: no gradient reaches its input; does it run under torch.no_grad or detach?")
         return int(logits.shape[1])
 
 
@@ -340,7 +343,11 @@ def _factory(config: ModelConfig) -> Callable[..., nn.Module]:
     where, _, attribute = str(config.name).rpartition(":")
     try:
         module = _module_from_file(Path(where).expanduser()) if is_factory_file(str(config.name)) else None
-        module = module or importlib.import_module(where)
+        if module is None:
+            # As with `python -m`: a module in the working folder counts, which a console script's path lacks.
+            if str(Path.cwd()) not in sys.path:
+                sys.path.append(str(Path.cwd()))
+            module = importlib.import_module(where)
     except ConfigError:
         raise
     except Exception as error:  # the user's module runs on import

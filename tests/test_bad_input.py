@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.conftest import WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
 PNGS = [png_bytes(pixels) for pixels in random_pixels(12)]
 
@@ -49,8 +49,8 @@ def refused(config: Path, *arguments: str | Path, code: int = 2) -> str:
         ("model.kwargs={classes: 7}", "The dataset has 3 classes and the model 7"),
         ("model.kwargs={colour: red}", "unexpected keyword argument 'colour'"),
         ("model.kwargs={channels: 1}", "model: it does not take images of shape (3, 16, 16)"),
-        ("model.name=nowhere.py:make", "model.name: there is no file nowhere.py"),
-        ("model.weights=nowhere.pt", "model.weights: there is no file nowhere.pt"),
+        ("model.name=nowhere.py:make", "/nowhere.py."),
+        ("model.weights=nowhere.pt", "/nowhere.pt."),
         ("model.label_map={cat: 0, dog: 1, eel: 9}", "model.label_map: 9 is no class of the model"),
         ("model.label_map={cat: 0, dog: 1}", "model.label_map: the dataset's 'eel' are not in it"),
         ("runtime.device=cuda", "runtime.device: this machine has no cuda device"),
@@ -129,7 +129,7 @@ def nothing_decodable(folder: Path) -> None:
         (several_splits, {}, "source.split: name one or more of the source's splits", 2),
         (
             classes_in_another_order,
-            {"model": {"kind": "digits"}, "preprocess": {"mode": "L"}},
+            {"model": {"kind": "digits", "name": None}, "preprocess": {"mode": "L"}},
             "name their classes in another order (class 0 is '1' in the dataset, '0' in the model)",
             2,
         ),
@@ -199,9 +199,32 @@ def test_a_wrong_option_is_bad_usage() -> None:
 
 
 def test_a_bug_of_ours_keeps_its_traceback(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr("pipeline.generate.check_disk", broken)
     with pytest.raises(KeyError, match="a bug"):
         fgsm("generate", write_config())
+
+
+FROZEN = """
+
+class Frozen(Net):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+"""
+
+
+def test_a_victim_that_lets_no_gradient_through(write_config: WriteConfig, factory_file: Path) -> None:
+    factory_file.write_text(FACTORY + FROZEN)
+    assert "no gradient reaches its input" in refused(write_config(model={"name": f"{factory_file}:Frozen"}))
+
+
+def test_splits_whose_files_would_be_named_alike(write_config: WriteConfig, tmp_path: Path) -> None:
+    for split in ("a-b", "a_b"):
+        path = tmp_path / "photos" / split / "cat" / "1.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(path)
+    photos = {"kind": "imagefolder", "path": str(tmp_path / "photos"), "split": ["a-b", "a_b"]}
+    assert "two splits would have the same name" in refused(write_config(source=photos))

@@ -5,7 +5,9 @@ import importlib.metadata
 import json
 import logging
 import resource
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.images import ImageFormat, decode_image, encode_images
 from pipeline.progress import Progress
+from pipeline.runs import open_run
 from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
 
@@ -149,7 +152,7 @@ def test_the_same_command_again_does_nothing(write_config: WriteConfig, tmp_path
     config = write_config()
     generate(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
-    assert "3 of 3 shards are already there" in generate(config)
+    assert "All 3 shards are already there" in generate(config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
 
 
@@ -452,7 +455,7 @@ def test_batches_behind_one_that_fails_are_not_committed(
             raise PipelineError("the codec failed")
         return encode_images(images_u8, image_format)
 
-    monkeypatch.setattr("pipeline.generate.check_disk", lambda *_: None)
+    monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
     monkeypatch.setattr("pipeline.generate.encode_images", fail_once)
     config = write_config(output={"images_per_shard": images_per_shard})
     result = fgsm("generate", config)
@@ -478,7 +481,6 @@ def test_too_little_free_space_is_noticed_before_starting(
 def test_the_estimate_of_bytes_is_close(write_config: WriteConfig, tmp_path: Path) -> None:
     from pipeline.config import load_config
     from pipeline.estimate import estimate_bytes
-    from pipeline.runs import open_run
 
     config = write_config()
     generate(config)
@@ -618,3 +620,113 @@ def test_progress_lines_are_30_seconds_apart(caplog: pytest.LogCaptureFixture, m
             clock[0] = float(second)
             progress.update(1, 1, {0: 1})
     assert len(caplog.messages) == 3
+
+
+def test_a_run_that_another_one_overtakes_is_refused(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config()
+
+    def overtake(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        generate(config, "--set", "output.images_per_shard=20")
+
+    monkeypatch.setattr("pipeline.generate.check_disk", overtake)
+    result = fgsm("generate", config)
+    assert result.exit_code == 1
+    assert "was changed by another run meanwhile" in result.stderr
+    assert len(list((tmp_path / "out/clean").iterdir())) == 2
+
+
+def test_a_lost_manifest_does_not_lose_the_shards(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config()
+    generate(config)
+    before = digests(tmp_path / "out")
+    (tmp_path / "out/manifest.json").unlink()
+    result = fgsm("generate", config, "--set", "runtime.seed=1")
+    assert result.exit_code == 2
+    assert "holds shards of another run" in result.stderr
+    assert "3 of 3 shards are already there" in generate(config)
+    assert digests(tmp_path / "out") == before
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
+
+
+def test_the_output_may_not_lie_in_the_source(write_config: WriteConfig, image_parquet: Path) -> None:
+    result = fgsm("generate", write_config(output={"path": str(image_parquet / "out")}))
+    assert result.exit_code == 2
+    assert "lies in the source's own folder" in result.stderr
+    assert not (image_parquet / "out").exists()
+
+
+def test_overwriting_counts_the_space_that_it_frees(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(output={"images_per_shard": 40})
+    generate(config)
+    monkeypatch.setattr("pipeline.estimate.free_bytes", lambda _: 60_000)
+    assert fgsm("generate", config, "--output", str(tmp_path / "second")).exit_code == 1
+    generate(config, "--overwrite")
+
+
+def test_split_names_become_file_names_that_load(write_config: WriteConfig, tmp_path: Path) -> None:
+    for split in ("train", "train-b"):
+        for index, pixels_u8 in enumerate(random_pixels(6)):
+            path = tmp_path / "photos" / split / CLASSES[index % 3] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels_u8).save(path)
+    photos = {"kind": "imagefolder", "path": str(tmp_path / "photos"), "split": ["train", "train-b"]}
+    generate(write_config(source=photos))
+    loaded = datasets.load_dataset(str(tmp_path / "out"), "eps-8")
+    assert {name: len(split) for name, split in loaded.items()} == {"train": 6, "train_b": 6}
+
+
+def test_the_printed_commands_survive_odd_paths(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = fgsm("generate", write_config(), "--output", "~/it's here")
+    assert result.exit_code == 0
+    out = tmp_path / "it's here"
+    commands = [shlex.split(line.removeprefix("Next:")) for line in result.stderr.splitlines()[-3:]]
+    assert commands[0] == ["fgsm", "verify", str(out), "--recompute"]
+    assert commands[2][:2] == ["python", "-c"]
+    exec(commands[2][2])
+    assert fgsm("inspect", "~/it's here").exit_code == 0
+
+
+def test_a_relative_model_is_found_again_from_another_folder(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generate(write_config(), "--set", "model.name=victim.py:make")
+    monkeypatch.chdir("/")
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+def test_a_module_in_the_working_folder_is_a_factory(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_own_victims.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    generate(write_config(model={"name": "my_own_victims:make"}))
+
+
+def test_rounding_to_the_nearest_level_does_not_warn_of_the_next(write_config: WriteConfig) -> None:
+    result = fgsm("plan", write_config(attack={"epsilons": [0.031], "rounding": "nearest"}))
+    assert "epsilon 0.031 is stored as 8/255" in result.stderr
+    assert "Warning" not in result.stderr
+
+
+def test_large_batches_are_cut_into_row_groups(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("pipeline.shards.ROW_GROUP_BYTES", 3000)
+    generate(write_config(runtime={"batch_size": 16}))
+    metadata = pq.ParquetFile(tmp_path / "out/clean/test-00000-of-00003.parquet").metadata
+    rows_of = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert sum(rows_of) == 16
+    assert max(rows_of) <= 5
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0

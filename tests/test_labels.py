@@ -146,6 +146,16 @@ def test_map_onto_a_model_without_names() -> None:
     assert space.to_recorded.tolist() == list(range(10))
 
 
+@pytest.mark.parametrize("swapped", [(0, 1), (17, 180)])
+def test_two_swapped_classes_of_many_are_another_order(swapped: tuple[int, int]) -> None:
+    names = [f"class {index}" for index in range(200)]
+    first, second = swapped
+    others = [*names]
+    others[first], others[second] = names[second], names[first]
+    with pytest.raises(ConfigError, match="name their classes in another order"):
+        join_labels(Source((), tuple(names), ""), others, 200, None)
+
+
 @pytest.mark.parametrize(
     ("label_map", "sentence"),
     [

@@ -452,3 +452,13 @@ def test_a_batch_is_pinned_before_it_is_copied() -> None:
     assert pinned.labels.is_pinned()
     assert pinned.valid.is_pinned()
     assert_same(pinned, batch)
+
+
+def test_a_bug_in_a_worker_is_not_called_a_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    source = mixed_sizes(tmp_path)
+    monkeypatch.setattr(Reader, "read", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        read(source, plan_of(source), workers=1)

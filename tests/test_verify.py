@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.card import write_summaries
 from pipeline.images import decode_image, encode_images
+from pipeline.manifest import read_manifest
+from pipeline.outputs import OutputFolder
 from pipeline.shards import _sync
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.test_generate import digests, generate
 
 SHARD = "test-00001-of-00003"
@@ -112,7 +116,7 @@ def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
 
 
 def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = FILE, **counts: int) -> None:
-    """Rewrite rows of a file and make its receipt agree, as a bug or a liar would."""
+    """Rewrite rows of a file and make receipt and manifest agree, as a bug or a liar would."""
     path, receipt_path = out / file, out / f".run/receipts/{SHARD}.json"
     table = pq.read_table(path)
     columns = table.to_pydict()
@@ -123,6 +127,15 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
     entry = next(entry for entry in receipt["files"] if entry["path"] == file)
     entry.update(bytes=size, sha256=digest, **counts)
     receipt_path.write_text(json.dumps(receipt))
+    agree(out)
+
+
+def agree(out: Path) -> None:
+    """Write manifest and card as they follow from the receipts."""
+    folder = OutputFolder(out)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    write_summaries(folder, manifest)
 
 
 def leave_the_ball(columns: dict[str, list[Any]]) -> None:
@@ -197,7 +210,7 @@ def test_wrong_counts_in_a_receipt_are_found(write_config: WriteConfig, tmp_path
     generate(write_config())
     forge(tmp_path / "out", lambda _: None, correct=16, fooled=16)
     result = fgsm("verify", tmp_path / "out")
-    assert "other counts of right predictions" in result.stderr
+    assert "other counts than its receipt" in result.stderr
 
 
 def lose_a_row(columns: dict[str, list[Any]]) -> None:
@@ -274,10 +287,11 @@ def test_elsewhere_only_near_ties_are_forgiven(
 ) -> None:
     generate(write_config())
     forge(tmp_path / "out", another_prediction)
-    manifest = tmp_path / "out/manifest.json"
-    content = json.loads(manifest.read_text())
-    content["versions"]["torch"] = "1.0"
-    manifest.write_text(json.dumps(content))
+    path = tmp_path / f"out/.run/receipts/{SHARD}.json"
+    receipt = json.loads(path.read_text())
+    receipt["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(receipt))
+    agree(tmp_path / "out")
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 1
     assert "another environment than the recorded one" in result.stdout
@@ -286,3 +300,100 @@ def test_elsewhere_only_near_ties_are_forgiven(
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0
     assert "1 near ties" in result.stdout
+
+
+@pytest.mark.parametrize(("old", "new"), [('"rows": 40,', '"rows": 41,'), ('"complete": true', '"complete": false')])
+def test_a_manifest_that_claims_otherwise_is_found_and_written_again(
+    write_config: WriteConfig, tmp_path: Path, old: str, new: str
+) -> None:
+    config, path = write_config(), tmp_path / "out/manifest.json"
+    generate(config)
+    text = path.read_text()
+    path.write_text(text.replace(old, new, 1))
+    result = fgsm("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "manifest.json does not agree with the receipts" in result.stderr
+    generate(config)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("card", [None, "", "no front matter", "---\nconfigs: []\n---\n"])
+def test_a_card_without_the_subsets_is_found_and_written_again(
+    write_config: WriteConfig, tmp_path: Path, card: str | None
+) -> None:
+    config, path = write_config(), tmp_path / "out/README.md"
+    generate(config)
+    text = path.read_text()
+    path.unlink()
+    if card is not None:
+        path.write_text(card)
+    assert "README.md does not list the subsets" in fgsm("verify", tmp_path / "out").stderr
+    generate(config)
+    assert path.read_text() == text
+
+
+def test_a_card_keeps_what_its_owner_adds(write_config: WriteConfig, tmp_path: Path) -> None:
+    config, path = write_config(), tmp_path / "out/README.md"
+    generate(config)
+    path.write_text(path.read_text().replace("configs:", "license: mit\nconfigs:") + "\nThank you, Ian.\n")
+    text = path.read_text()
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
+    generate(config)
+    assert path.read_text() == text
+
+
+def test_after_a_repair_manifest_and_card_speak_of_what_is_left(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    card = (tmp_path / "out/README.md").read_text()
+    cut_short(tmp_path / "out")
+    fgsm("verify", tmp_path / "out", "--repair")
+    assert "INCOMPLETE" in fgsm("inspect", tmp_path / "out").stdout
+    assert (tmp_path / "out/README.md").read_text() != card
+    result = fgsm("verify", tmp_path / "out")
+    assert "1 of 3 shards are missing" in result.stderr
+    assert "manifest.json" not in result.stderr
+
+
+def test_inspect_counts_receipts_where_the_manifest_is_behind(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    (tmp_path / f"out/.run/receipts/{SHARD}.json").unlink()
+    assert "INCOMPLETE" in fgsm("inspect", tmp_path / "out").stdout
+    assert "24 of 40 source images" in fgsm("inspect", tmp_path / "out").stdout
+
+
+def test_a_foreign_receipt_is_named_and_does_not_count(write_config: WriteConfig, tmp_path: Path) -> None:
+    config, receipts = write_config(), tmp_path / "out/.run/receipts"
+    generate(config)
+    (receipts / "test-00007-of-00003.json").write_bytes((receipts / f"{SHARD}.json").read_bytes())
+    assert (
+        "test-00007-of-00003.json belongs to no shard of this run; delete it" in fgsm("verify", tmp_path / "out").stderr
+    )
+    assert "All 3 shards are already there" in generate(config)
+
+
+def test_lists_and_structs_that_are_kept_verify(write_config: WriteConfig, tmp_path: Path) -> None:
+    boxes = datasets.List({"x": datasets.Value("int32"), "names": datasets.List(datasets.Value("string"))})
+    source = write_parquet(
+        tmp_path / "boxes",
+        [png_bytes(pixels) for pixels in random_pixels(8)],
+        [0] * 8,
+        boxes=(boxes, [[{"x": i, "names": ["a", "b"][: i % 3]}] * (i % 2) for i in range(8)]),
+    )
+    generate(write_config(source={"path": str(source), "keep_columns": ["boxes"]}))
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 0, result.output
+
+
+def test_attention_gives_the_same_digits_again(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Attention has one kernel with and another without a gradient; the clean logits of a run had one.
+    path = tmp_path / "vit.py"
+    path.write_text(
+        "import torchvision\n\n\ndef make():\n"
+        "    return torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 16, num_classes=3)\n"
+    )
+    generate(write_config(model={"name": f"{path}:make"}))
+    monkeypatch.setattr("pipeline.verify.CONFIDENCE_TOLERANCE", 0.0)
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 0, result.output
