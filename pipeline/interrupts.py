@@ -43,6 +43,8 @@ def interruptible(farewell: str, grace: float = GRACE_SECONDS) -> Iterator[None]
         del frame
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        # A SIGTERM to the group ends the workers too, and DataLoader's handler would take that for a failure.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Interrupted(signum)
 
     over = threading.Event()

@@ -190,7 +190,10 @@ def _same(item: Any) -> Any:
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process alone decides what it means."""
+    """Ctrl-C reaches the whole process group; the main process alone decides what it means.
+
+    SIGTERM stays as it is: DataLoader itself ends workers with it.
+    """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -615,8 +615,8 @@ def test_keys_that_do_not_fit_are_listed_in_one_sentence(tmp_path: Path) -> None
         load_checkpoint(module, path)
     assert str(caught.value) == (
         f"model.weights: {path} does not fit the model: "
-        "missing 0.weight, 1.weight, 1.running_mean, 1.running_var and 1 more; "
-        "unexpected head.0, head.1, head.2, head.3 and 2 more; "
+        "missing 0.weight, 1.weight, 1.running_mean, 1.running_var, 3.bias; "
+        "unexpected head.0, head.1, head.2, head.3, head.4 and 1 more; "
         "of another shape 0.bias, 3.weight."
     )
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
