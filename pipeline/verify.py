@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.card import make_configs, read_configs, write_summaries
-from pipeline.errors import ConfigError, first_line
+from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.images import UndecodableError, decode_image
 from pipeline.labels import LabelSpace
 from pipeline.loader import available_cores
@@ -200,7 +200,10 @@ class _Checker:
         self.shape = torch.Size(manifest.shape)
         self.levels = (0, *manifest.resolved.attack.levels)
         self.targeted = manifest.resolved.attack.target is not None
-        self.features = datasets.Features.from_dict(manifest.features)
+        try:
+            self.features = datasets.Features.from_dict(manifest.features)
+        except (ValueError, TypeError, KeyError) as error:
+            raise PipelineError(f"{folder.manifest}: its features cannot be read: {first_line(error)}") from None
         self.schema = self.features.arrow_schema
         self.exact = True
         # The same in every subset: what does not depend on epsilon.

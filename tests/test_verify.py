@@ -397,3 +397,12 @@ def test_attention_gives_the_same_digits_again(
     monkeypatch.setattr("pipeline.verify.CONFIDENCE_TOLERANCE", 0.0)
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0, result.output
+
+
+def test_features_that_cannot_be_read_are_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    path = tmp_path / "out/manifest.json"
+    path.write_text(path.read_text().replace('"_type": "Image"', '"_type": "Picture"'))
+    result = fgsm("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "manifest.json: its features cannot be read" in result.stderr
