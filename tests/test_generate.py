@@ -1,5 +1,6 @@
 """The main job in this process: what it writes, what it skips, how it resumes and what it refuses."""
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -730,3 +731,33 @@ def test_large_batches_are_cut_into_row_groups(
     assert sum(rows_of) == 16
     assert max(rows_of) <= 5
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+def test_what_failed_first_is_what_the_user_reads(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A full disk also refuses the manifest that is written on the way out.
+    def fail(*_: Any) -> list[bytes]:
+        monkeypatch.setattr("pipeline.generate.write_summaries", refuse)
+        raise PipelineError("the shard could not be written")
+
+    def refuse(*_: Any) -> None:
+        raise PipelineError("the manifest could not be written")
+
+    monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
+    monkeypatch.setattr("pipeline.generate.encode_images", fail)
+    result = fgsm("generate", write_config())
+    assert result.exit_code == 1
+    assert "the shard could not be written" in result.stderr
+    assert "the manifest" not in result.stderr
+
+
+def test_a_file_system_without_locks_is_one_sentence(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("pipeline.outputs.fcntl.lockf", no_locks)
+    result = fgsm("generate", write_config())
+    assert result.exit_code == 1
+    assert "No locks available" in result.stderr
+    assert "in use" not in result.stderr

@@ -301,3 +301,9 @@ def test_exif_that_cannot_be_parsed_does_not_cost_the_image() -> None:
     Image.fromarray(pixels).save(buffer, "PNG", exif=b"Exif\x00\x00no TIFF header")
     read = read_image(lambda: Image.open(io.BytesIO(buffer.getvalue())), PreprocessConfig(), 100)
     np.testing.assert_array_equal(read.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_a_reason_does_not_name_the_machine_s_own_paths(tmp_path: Path) -> None:
+    with pytest.raises(UndecodableError) as caught:
+        read_image(lambda: Image.open(tmp_path / "gone.png"), PreprocessConfig(), 100)
+    assert str(caught.value) == "FileNotFoundError: No such file or directory"

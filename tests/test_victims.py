@@ -22,7 +22,7 @@ from pipeline.config import ModelConfig, PreprocessConfig
 from pipeline.digits import WEIGHTS, DigitsNet, digits_split
 from pipeline.errors import ConfigError
 from pipeline.fgsm import Goal, attack
-from pipeline.victims import Loaded, Victim, load_victim
+from pipeline.victims import Loaded, Victim, _processor_sizes, load_victim
 from tests.conftest import FACTORY
 
 CPU = torch.device("cpu")
@@ -698,3 +698,16 @@ def test_files_that_are_no_checkpoint(
     assert str(caught.value).startswith("model.weights: ")
     assert f"{path} {sentence}" in str(caught.value) or f"{sentence} {path}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"do_flip_channel_order": True},
+        {"do_rescale": True, "rescale_factor": 1 / 127.5},
+        {"do_resize": True, "size": {"shortest_edge": 32}, "resample": 5},
+    ],
+)
+def test_an_image_processor_that_preprocess_cannot_express_is_refused(processor: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"its image processor .* cannot express; wrap the model with kind factory"):
+        _processor_sizes(processor)
