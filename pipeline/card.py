@@ -28,14 +28,14 @@ def write_summaries(folder: OutputFolder, manifest: Manifest) -> Manifest:
     """
     manifest = summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
     write_atomically(folder.manifest, manifest.model_dump_json(indent=1))
-    if read_configs(folder.card) != make_configs(manifest):
+    if not card_agrees(folder, manifest):
         write_atomically(folder.card, render_card(manifest))
     return manifest
 
 
-def needs_writing(folder: OutputFolder, manifest: Manifest, written: Manifest) -> bool:
-    """Whether the summaries on disk say something else than a manifest does."""
-    return manifest != written or read_configs(folder.card) != make_configs(manifest)
+def card_agrees(folder: OutputFolder, manifest: Manifest) -> bool:
+    """Whether the card on disk lists the subsets of a manifest."""
+    return read_configs(folder.card) == make_configs(manifest)
 
 
 def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     Args:
         manifest: of the run, with the digest of the receipts there are.
     """
-    levels = (0, *manifest.resolved.attack.levels)
+    levels = manifest.levels
     splits = list(manifest.split_rows)
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
     every = [subset_name(level) for level in levels]
@@ -68,7 +68,7 @@ def read_configs(card: Path) -> list[dict[str, Any]] | None:
 def render_card(manifest: Manifest) -> str:
     """The card's text."""
     front = yaml.safe_dump({"configs": make_configs(manifest)}, sort_keys=False, width=1000)
-    return f"---\n{front}---\n\n{_body((0, *manifest.resolved.attack.levels))}"
+    return f"---\n{front}---\n\n{_body(manifest.levels)}"
 
 
 def _config(name: str, splits: Sequence[str], folders: Sequence[str], description: str) -> dict[str, Any]:

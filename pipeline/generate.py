@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.card import needs_writing, write_summaries
+from pipeline.card import card_agrees, write_summaries
 from pipeline.config import Config
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.estimate import check_disk
@@ -24,13 +24,7 @@ from pipeline.fgsm import attack
 from pipeline.images import encode_images
 from pipeline.loader import Batch, available_cores, load_batches
 from pipeline.manifest import Manifest, read_manifest, summarise
-from pipeline.outputs import (
-    OutputFolder,
-    Receipt,
-    SkippedRow,
-    committed,
-    read_receipts,
-)
+from pipeline.outputs import OutputFolder, Receipt, SkippedRow, committed, read_receipts
 from pipeline.plan import Shard
 from pipeline.progress import Progress
 from pipeline.records import Scores, make_table, score
@@ -67,7 +61,8 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
         _check_same(run, recorded, folder)
     shards = run.plan.shards
     done = {} if overwrite else committed(folder, run.run_id, shards)
-    if recorded is not None and recorded.complete and not needs_writing(folder, summarise(recorded, done), recorded):
+    unchanged = recorded is not None and summarise(recorded, done) == recorded and card_agrees(folder, recorded)
+    if recorded is not None and recorded.complete and unchanged:
         logger.info("All %d shards are already there.", len(shards))
         return recorded
     check_disk(run, folder, [shard for shard in shards if shard.name not in done], overwrite=overwrite)

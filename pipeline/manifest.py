@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config import Config, parse_config
-from pipeline.errors import PipelineError, first_line
+from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.outputs import FileEntry, OutputFolder, Receipt, Record, receipts_digest
 from pipeline.plan import Plan, make_plan
 
@@ -56,6 +56,11 @@ class Manifest(Record):
         return parse_config(self.config)
 
     @property
+    def levels(self) -> tuple[int, ...]:
+        """Clean, 0, and every epsilon in grey levels."""
+        return (0, *self.resolved.attack.levels)
+
+    @property
     def plan(self) -> Plan:
         """The plan of the run, rebuilt from what the manifest records."""
         return plan_of(self.resolved, self.split_rows)
@@ -75,6 +80,19 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
         raise PipelineError(
             f"{folder.manifest} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
         ) from None
+
+
+def require_manifest(folder: OutputFolder) -> Manifest:
+    """The manifest of a run that must be there.
+
+    Raises:
+        ConfigError: there is none.
+        PipelineError: as `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigError(f"{folder.root} holds no dataset of ours: there is no manifest.json.")
+    return manifest
 
 
 def plan_of(config: Config, split_rows: Mapping[str, int]) -> Plan:
@@ -117,9 +135,10 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
 
 def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, ...]:
     keys = ("rows", "bytes", "labelled", "correct", "fooled", "confidence_sum")
+    levels = manifest.levels
     subsets = []
     for split in manifest.split_rows:
-        for level in (0, *manifest.resolved.attack.levels):
+        for level in levels:
             entries = [
                 entry
                 for receipt in receipts

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.errors import ConfigError
-from pipeline.manifest import Manifest, Subset, read_manifest, summarise
+from pipeline.manifest import Manifest, Subset, require_manifest, summarise
 from pipeline.outputs import OutputFolder, committed, subset_name
 
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
@@ -16,9 +15,7 @@ def inspect(path: Path) -> str:
         ConfigError: there is none in the folder.
     """
     folder = OutputFolder(path)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ConfigError(f"{path} holds no dataset of ours: there is no manifest.json.")
+    manifest = require_manifest(folder)
     # From the receipts: a run that was killed has not had the time to write its manifest again.
     return summary_table(summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards)))
 

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.card import make_configs, read_configs, write_summaries
+from pipeline.card import card_agrees, write_summaries
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.images import UndecodableError, decode_image
 from pipeline.labels import LabelSpace
 from pipeline.loader import available_cores
-from pipeline.manifest import Manifest, read_manifest, summarise
+from pipeline.manifest import Manifest, require_manifest, summarise
 from pipeline.outputs import (
     FileEntry,
     OutputFolder,
@@ -94,9 +94,7 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
         PipelineError: there is no run in the folder, or its victim cannot be loaded again.
     """
     folder = OutputFolder(path)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ConfigError(f"{path} holds no dataset of ours: there is no manifest.json.")
+    manifest = require_manifest(folder)
     judge = _judge(manifest) if recompute else None
     findings = Findings()
     plan = manifest.plan
@@ -106,7 +104,7 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
     _check_listing(folder, manifest, plan, receipts, findings)
     _check_summaries(folder, manifest, plan, findings)
     with ThreadPoolExecutor(available_cores()) as decoders:
-        checker = _Checker(folder, manifest, findings, judge, decoders)
+        checker = _Checker(folder, manifest, plan, findings, judge, decoders)
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
             checker.check(shard, receipts[shard.name])
@@ -149,12 +147,13 @@ def _check_listing(
         findings.problems.append(
             f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
         )
+    planned = {shard.name for shard in plan.shards}
     for name, receipt in receipts.items():
-        if name not in {shard.name for shard in plan.shards}:
+        if name not in planned:
             findings.problems.append(f".run/receipts/{name}.json belongs to no shard of this run; delete it.")
         elif receipt.run_id != manifest.run_id:
             findings.damage(name, f"The receipt of {name} is of another run ({receipt.run_id}).")
-    levels = (0, *manifest.resolved.attack.levels)
+    levels = manifest.levels
     expected = {shard_file(level, shard) for shard in plan.shards for level in levels}
     there = {
         f"{subset_name(level)}/{file.name}" for level in levels for file in (folder.root / subset_name(level)).glob("*")
@@ -167,7 +166,7 @@ def _check_summaries(folder: OutputFolder, manifest: Manifest, plan: Plan, findi
     expected = summarise(manifest, committed(folder, manifest.run_id, plan.shards))
     if manifest != expected:
         findings.problems.append("manifest.json does not agree with the receipts; generate writes it again.")
-    if read_configs(folder.card) != make_configs(expected):
+    if not card_agrees(folder, expected):
         findings.problems.append("README.md does not list the subsets as they are; generate writes it again.")
 
 
@@ -175,12 +174,13 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
     """Remove what is damaged, the receipts first: a shard without a receipt does not exist."""
     if not damaged:
         return
+    levels = manifest.levels
     with folder.held(), writing(folder.root):
         for name in damaged:
             folder.receipt(name).unlink(missing_ok=True)
         for shard in plan.shards:
             if shard.name in damaged:
-                for level in (0, *manifest.resolved.attack.levels):
+                for level in levels:
                     folder.path(shard_file(level, shard)).unlink(missing_ok=True)
         write_summaries(folder, manifest)
 
@@ -193,12 +193,17 @@ class _Checker:
     """Checks one shard after another: its files side by side, batch by batch."""
 
     def __init__(
-        self, folder: OutputFolder, manifest: Manifest, findings: Findings, judge: Judge | None, decoders: Executor
+        self,
+        folder: OutputFolder,
+        manifest: Manifest,
+        plan: Plan,
+        findings: Findings,
+        judge: Judge | None,
+        decoders: Executor,
     ) -> None:
-        self.folder, self.findings, self.judge, self.decoders = folder, findings, judge, decoders
-        self.plan = manifest.plan
+        self.folder, self.plan, self.findings, self.judge, self.decoders = folder, plan, findings, judge, decoders
         self.shape = torch.Size(manifest.shape)
-        self.levels = (0, *manifest.resolved.attack.levels)
+        self.levels = manifest.levels
         self.targeted = manifest.resolved.attack.target is not None
         try:
             self.features = datasets.Features.from_dict(manifest.features)
