@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Results go to stdout, talk to stderr."""
 
 import contextlib
+import json
 import logging
 import shlex
 import sys
@@ -54,7 +55,8 @@ def generate(
         manifest = run(loaded, overwrite=overwrite)
         typer.echo(summary_table(manifest))
         path, subset = str(Path(loaded.output.path).expanduser()), f"eps-{loaded.attack.levels[-1]}"
-        one_line = f"import datasets; print(datasets.load_dataset({path!r}, {subset!r}))"
+        # JSON's double quotes: Python's single ones become unreadable inside the shell's.
+        one_line = f"import datasets; print(datasets.load_dataset({json.dumps(path)}, {json.dumps(subset)}))"
         typer.echo(f"\nNext: fgsm verify {shlex.quote(path)} --recompute", err=True)
         typer.echo(f"      fgsm inspect {shlex.quote(path)}", err=True)
         typer.echo(f"      python -c {shlex.quote(one_line)}", err=True)
