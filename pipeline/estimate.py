@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.fgsm import attack, step
+from pipeline.fgsm import attack
 from pipeline.images import UndecodableError, encode_images, read_image
+from pipeline.lattice import step
 from pipeline.loader import available_cores
 from pipeline.outputs import OutputFolder
 from pipeline.plan import Shard
@@ -119,11 +120,11 @@ def _batch_seconds(run: Run) -> float:
         attacked = attack(
             run.victim, images, labels, labels == 0, levels=run.config.attack.levels, goal=run.goal, draws=labels
         )
-        stored = attacked.images.cpu()
+        stored = [images.cpu() for images in attacked.images]
         computing = time.perf_counter() - started
     started = time.perf_counter()
-    for level_images in stored[:, : len(samples)]:
-        encode_images(level_images, run.image_format)
+    for level_images in stored:
+        encode_images(level_images[: len(samples)], run.image_format)
     encoding = (time.perf_counter() - started) * len(images) / len(samples) / available_cores()
     # On the CPU both want the same cores; beside an accelerator the slower one sets the pace.
     return computing + encoding if run.device.type == "cpu" else max(computing, encoding)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import NonFiniteError
+from pipeline.lattice import step
 from pipeline.victims import Victim
 
 
@@ -57,15 +58,30 @@ class Goal:
 class Attacked:
     """A batch at every epsilon, clean first.
 
-    images: (1 + K, N, C, H, W) uint8; logits: (1 + K, N, classes) of exactly those images; classes: (N,)
-    int64, whose loss was changed; zero_signs: how many values of valid rows have gradient exactly 0, a
-    scalar int64 tensor.
+    images: 1 + K times (N, C, H, W) uint8; sign: (N, C, H, W) int8, the direction in which they lie;
+    logits: (1 + K, N, classes) of exactly those images; classes: (N,) int64, whose loss was changed;
+    zero_signs: how many values of valid rows have gradient exactly 0, and finite_logits and
+    finite_gradient: whether those of valid rows are numbers, each a scalar tensor. Nothing here has waited
+    for the device.
     """
 
-    images: Tensor
+    images: tuple[Tensor, ...]
+    sign: Tensor
     logits: Tensor
     classes: Tensor
     zero_signs: Tensor
+    finite_logits: Tensor
+    finite_gradient: Tensor
+
+    def check_finite(self) -> None:
+        """Wait for the numbers, and look at them.
+
+        Raises:
+            NonFiniteError: logits or the loss gradient of a valid row hold NaN or infinity.
+        """
+        for finite, what in ((self.finite_logits, "logits"), (self.finite_gradient, "loss gradient")):
+            if not bool(finite):
+                raise NonFiniteError(f"The victim's {what} hold NaN or infinity")
 
 
 def attack(
@@ -88,58 +104,48 @@ def attack(
         levels: epsilons in grey levels, 1..255.
         goal: which class's loss is raised or lowered.
         draws: (N,) int64 random numbers for random targets.
-
-    Raises:
-        NonFiniteError: logits or the loss gradient of a valid row hold NaN or infinity.
     """
-    sign, clean_logits, classes = gradient_sign(victim, images_u8, labels, valid, goal=goal, draws=draws)
-    stored = torch.stack([images_u8, *(step(images_u8, sign, level) for level in levels)])
-    with torch.inference_mode():
-        logits = torch.stack([clean_logits, *(victim(victim.unit(images)) for images in stored[1:])])
-    _check_finite(logits, valid.expand(logits.shape[:2]), "logits")
-    return Attacked(stored, logits, classes, (sign[valid] == 0).sum())
+    direction = gradient_sign(victim, images_u8, labels, goal=goal, draws=draws)
+    stored = (images_u8, *(step(images_u8, direction.sign, level) for level in levels))
+    logits = torch.stack([direction.logits, *(victim.predict(images) for images in stored[1:])])
+    rows = valid.view(-1, 1, 1, 1)
+    return Attacked(
+        images=stored,
+        sign=direction.sign,
+        logits=logits,
+        classes=direction.classes,
+        zero_signs=((direction.sign == 0) & rows).sum(),
+        finite_logits=_finite(logits, valid.view(1, -1, 1)),
+        finite_gradient=_finite(direction.gradient, rows),
+    )
 
 
-def gradient_sign(
-    victim: Victim, images_u8: Tensor, labels: Tensor, valid: Tensor, *, goal: Goal, draws: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Direction:
+    """Where the attack leads: sign (N, C, H, W) int8 in -1, 0, 1, of the gradient (N, C, H, W) of the loss of
+    `classes` (N,), or against it in a targeted attack; logits (N, classes) of the clean images."""
+
+    sign: Tensor
+    gradient: Tensor
+    logits: Tensor
+    classes: Tensor
+
+
+def gradient_sign(victim: Victim, images_u8: Tensor, labels: Tensor, *, goal: Goal, draws: Tensor) -> Direction:
     """The direction of the attack, from one forward and one backward pass to the input only.
 
     The loss is summed over the batch, in float32 or more: a mean over a large batch can push small
     gradients to zero, and an image's gradient would depend on how many others share its batch.
-
-    Returns:
-        sign (N, C, H, W) int8 in -1, 0, 1; logits (N, classes); the classes (N,) whose loss is changed.
-
-    Raises:
-        NonFiniteError: as `attack`.
     """
     images = victim.unit(images_u8).requires_grad_()
     logits = victim(images)
     classes = goal.classes(logits.detach(), labels, draws)
     loss = F.cross_entropy(logits, classes, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, images)
-    _check_finite(logits.detach(), valid, "logits")
-    _check_finite(gradient, valid, "loss gradient")
     sign = gradient.sign().to(torch.int8)
-    return (sign if goal.target is None else -sign), logits.detach(), classes
+    return Direction(sign if goal.target is None else -sign, gradient, logits.detach(), classes)
 
 
-def step(images_u8: Tensor, sign: Tensor, level: int) -> Tensor:
-    """clip(x + k*s, 0, 255).
-
-    Args:
-        images_u8: x, uint8, any shape.
-        sign: s, int8 in -1, 0, 1, the same shape.
-        level: k, 0..255.
-
-    Returns:
-        uint8, no value further than k from x.
-    """
-    # int16: x + k reaches 510.
-    return (images_u8.to(torch.int16) + level * sign.to(torch.int16)).clamp_(0, 255).to(torch.uint8)
-
-
-def _check_finite(values: Tensor, valid: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(values[valid]).all()):
-        raise NonFiniteError(f"The victim's {what} hold NaN or infinity")
+def _finite(values: Tensor, valid: Tensor) -> Tensor:
+    """Whether all values of the valid rows are numbers, a scalar bool."""
+    return (torch.isfinite(values) | ~valid).all()

@@ -167,8 +167,8 @@ def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
         )
 
 
-def _attack(run: Run, batch: Batch) -> tuple[Tensor, Scores, int]:
-    """The valid rows' images (1 + K, M, C, H, W) uint8 on the CPU, their scores, and the zero signs."""
+def _attack(run: Run, batch: Batch) -> tuple[list[Tensor], Scores, int]:
+    """The valid rows' images, 1 + K times (M, C, H, W) uint8 on the CPU, their scores, and the zero signs."""
     labels = batch.labels
     try:
         attacked = attack(
@@ -180,11 +180,12 @@ def _attack(run: Run, batch: Batch) -> tuple[Tensor, Scores, int]:
             goal=run.goal,
             draws=_draws(run, batch).to(labels.device),
         )
+        attacked.check_finite()
     except NonFiniteError as error:
         raise NonFiniteError(f"{error} in {batch.name}; check the weights, and model.mean and std.") from None
     target = None if run.goal.target is None else attacked.classes
     scores = score(attacked.logits, labels, batch.valid, target, run.space)
-    return attacked.images[:, batch.valid].cpu(), scores, int(attacked.zero_signs)
+    return [images[batch.valid].cpu() for images in attacked.images], scores, int(attacked.zero_signs)
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:

@@ -124,9 +124,9 @@ def _resize(image: Image.Image, preprocess: PreprocessConfig) -> Tensor:
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    """(C, H, W) uint8."""
+    """(C, H, W) uint8, a view of pixels that lie channels last, as Pillow and the victims have them."""
     pixels = np.array(image)
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
 def choose_format(channels: int, height: int, width: int) -> ImageFormat:
@@ -138,7 +138,8 @@ def encode_images(images_u8: Tensor, image_format: ImageFormat) -> list[bytes]:
     """Encode images losslessly.
 
     Args:
-        images_u8: (N, C, H, W) uint8 on the CPU, C 1 or 3; WebP takes 3 only.
+        images_u8: (N, C, H, W) uint8 on the CPU, C 1 or 3; WebP takes 3 only. Channels last in memory, there is
+            nothing to copy.
         image_format: measured on 224-px images: WebP at its fastest takes 1.5 to 3.6 ms, PNG 5.
 
     Returns:

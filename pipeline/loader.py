@@ -47,8 +47,9 @@ class Skipped:
 class Batch:
     """Up to N rows of one shard, padded to N.
 
-    images: (N, C, H, W) uint8; labels: (N,) int64, -1 for unlabelled; valid: (N,) bool, false for padding
-    and skipped rows. source_index: (valid rows,) int64; kept: carried-through columns of the valid rows.
+    images: (N, C, H, W) uint8, channels last in memory; labels: (N,) int64, -1 for unlabelled; valid: (N,)
+    bool, false for padding and skipped rows. source_index: (valid rows,) int64; kept: carried-through
+    columns of the valid rows.
     """
 
     shard: Shard
@@ -107,7 +108,8 @@ class Reader:
         """
         split = self._split(shard.split)
         rows = plan.rows(shard)[place]
-        images = torch.zeros((plan.batch_size, *self.shape), dtype=torch.uint8)
+        channels, height, width = self.shape
+        images = torch.zeros((plan.batch_size, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
         labels = torch.full((plan.batch_size,), UNLABELLED, dtype=torch.int64)
         valid = torch.zeros(plan.batch_size, dtype=torch.bool)
         skipped = []

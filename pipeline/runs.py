@@ -222,12 +222,9 @@ def _identity(config: Config, source: Source, victim: Victim, space: LabelSpace)
             "target": attack.target,
         },
         "output": output.model_dump(mode="json", exclude={"path"}),
-        "runtime": {
-            **runtime.model_dump(
-                mode="json", include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
-            ),
-            "channels_last": victim.channels_last,
-        },
+        "runtime": runtime.model_dump(
+            mode="json", include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
+        ),
     }
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     # Through JSON, so that it equals what a manifest gives back.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import NonFiniteError
-from pipeline.fgsm import Attacked, Goal, attack, gradient_sign, step
+from pipeline.fgsm import Attacked, Goal, attack, gradient_sign
+from pipeline.lattice import step
 from pipeline.victims import Victim
 from tests.conftest import random_pixels
 
@@ -35,7 +36,7 @@ def run(
     """Attack with every row valid, labelled 0 and drawn 0, unless said otherwise."""
     count, device = len(images), images.device
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
-    return attack(
+    attacked = attack(
         victim,
         images,
         zeros if labels is None else labels,
@@ -44,6 +45,13 @@ def run(
         goal=goal or Goal(),
         draws=zeros if draws is None else draws,
     )
+    attacked.check_finite()
+    return attacked
+
+
+def pixels(attacked: Attacked) -> Tensor:
+    """(1 + K, N, C, H, W) uint8."""
+    return torch.stack(attacked.images)
 
 
 def noise(count: int, side: int = 16, seed: int = 0) -> Tensor:
@@ -96,8 +104,8 @@ def test_exact_pixels_where_the_gradient_is_known(goal: Goal, label: int, expect
     # The third pixel has no influence at all: its sign is 0.
     victim = linear([[1.0, 1.0, 0.0, -1.0, 0.0], [-1.0, 0.0, 0.0, 2.0, 1.0]])
     attacked = run(victim, BY_HAND, torch.tensor([label]), levels=tuple(expected), goal=goal)
-    assert attacked.images.dtype == torch.uint8
-    assert attacked.images.flatten(1).tolist() == [BY_HAND.flatten().tolist(), *expected.values()]
+    assert all(images.dtype == torch.uint8 for images in attacked.images)
+    assert [images.flatten().tolist() for images in attacked.images] == [BY_HAND.flatten().tolist(), *expected.values()]
     assert attacked.classes.tolist() == [label if goal.target is None else goal.target]
     assert int(attacked.zero_signs) == 1
 
@@ -206,7 +214,7 @@ def test_batch_size_does_not_matter(size: int, goal: Goal) -> None:
     for start in range(0, 12, size):
         rows = slice(start, start + size)
         part = run(victim, images[rows], labels[rows], levels=(1, 8, 64), goal=goal, draws=draws[rows])
-        assert torch.equal(part.images, whole.images[:, rows])
+        assert torch.equal(pixels(part), pixels(whole)[:, rows])
         assert torch.equal(part.classes, whole.classes[rows])
         torch.testing.assert_close(part.logits, whole.logits[:, rows], rtol=0, atol=1e-12)
 
@@ -224,7 +232,7 @@ def test_neighbours_and_masked_rows_do_not_change_a_row(garbage: str) -> None:
     }[garbage]
     labels[~valid] = -1
     together = run(victim, images, labels, valid=valid)
-    assert torch.equal(together.images[:, valid], alone.images)
+    assert torch.equal(pixels(together)[:, valid], pixels(alone))
     torch.testing.assert_close(together.logits[:, valid], alone.logits, rtol=0, atol=1e-12)
     assert int(together.zero_signs) == int(alone.zero_signs)
 
@@ -243,7 +251,7 @@ def test_what_comes_back_belongs_to_the_stored_pixels(levels: tuple[int, ...]) -
     victim, images = Victim(conv_net(0), mean=MEAN, std=STD), noise(4)
     before = images.clone()
     attacked = run(victim, images, levels=levels)
-    assert attacked.images.shape == (1 + len(levels), 4, 3, 16, 16)
+    assert [images.shape for images in attacked.images] == [(4, 3, 16, 16)] * (1 + len(levels))
     assert attacked.logits.shape == (1 + len(levels), 4, 7)
     assert torch.equal(images, before)
     assert torch.equal(attacked.images[0], before)
@@ -304,9 +312,10 @@ def test_the_loss_is_summed() -> None:
 
 def test_the_sign_is_the_direction_of_the_attack() -> None:
     victim, images, labels = random_linear(48), noise(3, side=4), torch.tensor([0, 1, 2])
-    valid, draws = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
-    raised, logits, classes = gradient_sign(victim, images, labels, valid, goal=Goal(), draws=draws)
-    lowered, _, _ = gradient_sign(victim, images, labels, valid, goal=Goal(target=1), draws=draws)
+    draws = torch.zeros(3, dtype=torch.int64)
+    direction = gradient_sign(victim, images, labels, goal=Goal(), draws=draws)
+    raised, logits, classes = direction.sign, direction.logits, direction.classes
+    lowered = gradient_sign(victim, images, labels, goal=Goal(target=1), draws=draws).sign
     assert raised.dtype == torch.int8
     assert raised.shape == images.shape
     assert classes.tolist() == [0, 1, 2]
@@ -323,13 +332,13 @@ def test_prediction_ignores_the_labels_and_unlabelled_rows_fall_back_to_it() -> 
     labels = (predictions + 1) % 5
     by_prediction = run(victim, images, labels, goal=Goal(label="prediction"))
     assert torch.equal(by_prediction.classes, predictions)
-    assert torch.equal(by_prediction.images, run(victim, images, predictions).images)
+    assert torch.equal(pixels(by_prediction), pixels(run(victim, images, predictions)))
 
     half = torch.where(torch.arange(20) % 2 == 0, labels, -1)
     mixed = run(victim, images, half)
     assert torch.equal(mixed.classes, torch.where(half >= 0, labels, predictions))
-    assert torch.equal(mixed.images[:, 1::2], by_prediction.images[:, 1::2])
-    assert not torch.equal(mixed.images[:, 0::2], by_prediction.images[:, 0::2])
+    assert torch.equal(pixels(mixed)[:, 1::2], pixels(by_prediction)[:, 1::2])
+    assert not torch.equal(pixels(mixed)[:, 0::2], pixels(by_prediction)[:, 0::2])
 
 
 @pytest.mark.parametrize("goal", [Goal(target="least_likely"), Goal(target="random"), Goal(target=3)])
@@ -448,18 +457,19 @@ def test_cuda_attacks_as_the_cpu_does(dtype: str, noise_floor: float, tolerance:
     cuda, net, levels = torch.device("cuda"), conv_net(0).to(getattr(torch, dtype)), (1, 8, 64)
     images, labels = noise(32), torch.arange(32) % 7
     host = Victim(copy.deepcopy(net), mean=MEAN, std=STD)
-    device = Victim(net, mean=MEAN, std=STD, channels_last=True).to(cuda)
+    device = Victim(net, mean=MEAN, std=STD).to(cuda)
 
     here = run(host, images, labels, levels=levels)
     # As in a run: by default cuDNN convolves in tf32, with errors near a thousandth.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         there = run(device, images.to(cuda), labels.to(cuda), levels=levels)
-    assert there.images.device.type == "cuda"
+    assert there.images[0].device.type == "cuda"
 
     unit = host.unit(images).requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(host(unit), labels, reduction="sum"), unit)
     clear = gradient.abs() > noise_floor * gradient.abs().amax((1, 2, 3), keepdim=True)
     assert clear.float().mean() > 0.95
-    assert torch.equal(there.images.cpu()[:, clear], here.images[:, clear])
-    for stored, logits in zip(there.images.cpu(), there.logits.cpu(), strict=True):
-        torch.testing.assert_close(logits, host(host.unit(stored)), rtol=tolerance, atol=tolerance)
+    for found, expected in zip(there.images, here.images, strict=True):
+        assert torch.equal(found.cpu()[clear], expected[clear])
+    for stored, logits in zip(there.images, there.logits.cpu(), strict=True):
+        torch.testing.assert_close(logits, host(host.unit(stored.cpu())), rtol=tolerance, atol=tolerance)
