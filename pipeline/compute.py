@@ -70,16 +70,23 @@ class Attacker:
         )
 
 
-def rehearse(attacker: Attacker, device: torch.device, shape: tuple[int, int, int], batch_size: int) -> None:
-    """Attack black batches in all lanes at once, as the run will.
+def rehearse(
+    attacker: Attacker,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    batch_size: int,
+    *,
+    lanes: int | None = None,
+) -> None:
+    """Attack black batches in all lanes at once, as the run will, or in a few.
 
     Raises:
         Exception: whatever the model raises; torch.OutOfMemoryError where the batch is too large.
     """
     zeros = torch.zeros(batch_size, dtype=torch.int64)
     images = torch.zeros((batch_size, *shape), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    with Lanes(device, chunk_images(device, batch_size, shape)) as lanes:
-        batches = [lanes.submit(attacker, images, zeros, zeros, valid=zeros == 0) for _ in range(lanes.count)]
+    with Lanes(device, chunk_images(device, batch_size, shape), lanes) as pool:
+        batches = [pool.submit(attacker, images, zeros, zeros, valid=zeros == 0) for _ in range(pool.count)]
         for future in [future for futures in batches for future in futures]:
             future.result()
 
@@ -117,8 +124,8 @@ def repays(device: torch.device, images: int) -> bool:
     return images >= COMPILE_FROM.get(device.type, images + 1)
 
 
-def compile_victim(victim: Victim, rehearsal: Callable[[], None]) -> None:
-    """Compile a victim, and run it once to see that it works.
+def compile_victim(attacker: Attacker, device: torch.device, shape: tuple[int, int, int], batch_size: int) -> None:
+    """Compile an attacker's victim for batches of one size, and run it once to see that it works.
 
     A victim that is compiled already is left alone.
 
@@ -126,12 +133,13 @@ def compile_victim(victim: Victim, rehearsal: Callable[[], None]) -> None:
         PipelineError: torch.compile fails, for want of a compiler or for the model's code; the victim then
             runs as it is.
     """
-    if victim.compiled:
+    if attacker.victim.compiled:
         return
     started = time.perf_counter()
     try:
-        with victim.compiling():
-            rehearsal()
+        with attacker.victim.compiling():
+            # In one lane: two that meet new code at once both compile it.
+            rehearse(attacker, device, shape, batch_size, lanes=1)
     except Exception as error:  # compilers fail in their own ways
         raise PipelineError(
             f"torch.compile fails on this victim: {type(error).__name__}: {first_line(error)}"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.card import card_agrees, write_summaries
-from pipeline.compute import Part, compile_victim, rehearse
+from pipeline.compute import Part, compile_victim
 from pipeline.config import Config
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.estimate import check_disk
@@ -167,7 +167,7 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
 def _compile(run: Run) -> None:
     """Compile the victim of a run that was compiled when it began."""
     try:
-        compile_victim(run.victim, lambda: rehearse(run.attacker, run.device, run.reader.shape, run.plan.batch_size))
+        compile_victim(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
     except PipelineError as error:
         raise PipelineError(
             f"{error}; the run was begun with a compiled victim. Mend the compiler, or start over with "

@@ -50,9 +50,9 @@ def chunk_images(device: torch.device, batch_size: int, shape: tuple[int, int, i
 class Lanes:
     """Threads that run functions of a batch's rows on a device; a context that waits for them."""
 
-    def __init__(self, device: torch.device, chunk: int) -> None:
+    def __init__(self, device: torch.device, chunk: int, count: int | None = None) -> None:
         self.device, self.chunk = device, chunk
-        self.count = {"cpu": available_cores(), "cuda": DEVICE_LANES}.get(device.type, 1)
+        self.count = count or {"cpu": available_cores(), "cuda": DEVICE_LANES}.get(device.type, 1)
         self._local = threading.local()
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.count, "lane", self._open)

@@ -199,7 +199,7 @@ def _compile(
     if not wanted or recorded is not None:
         return wanted
     try:
-        compile_victim(attacker.victim, lambda: rehearse(attacker, device, shape, plan.batch_size))
+        compile_victim(attacker, device, shape, plan.batch_size)
     except PipelineError as error:
         if config.runtime.compile != "auto":
             raise ConfigError(f"runtime.compile: {error}; leave the key out, or set it to false.") from error

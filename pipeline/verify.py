@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.card import card_agrees, write_summaries
-from pipeline.compute import Attacker, compile_victim, rehearse
+from pipeline.compute import Attacker, compile_victim
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.fgsm import Goal
 from pipeline.images import UndecodableError, decode_image
@@ -143,9 +143,8 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
 def _compiles(victim: Victim, manifest: Manifest, device: torch.device) -> bool:
     """Compile the victim as the run's was; where that fails it runs as it is, with other last digits."""
     attacker = Attacker(victim, Goal(), manifest.resolved.attack.levels)
-    batch_size = manifest.resolved.runtime.batch_size
     try:
-        compile_victim(victim, lambda: rehearse(attacker, device, manifest.shape, batch_size))
+        compile_victim(attacker, device, manifest.shape, manifest.resolved.runtime.batch_size)
     except PipelineError as error:
         logger.warning("%s; its predictions are compared as from another environment.", error)
         return False

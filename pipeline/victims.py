@@ -89,12 +89,16 @@ class Victim(nn.Module):
         """
         import torch._inductor.config as inductor  # the compiler takes a second to import
 
-        self._differentiable = torch.compile(self._logits, dynamic=False)
-        self._inferred = torch.compile(self._logits_of_pixels, dynamic=False)
-        try:
-            # As an option of torch.compile it does not reach the tracer, which must see it to keep the weights.
+        compiled = torch.compile(self._logits_of_pixels, dynamic=False)
+
+        def frozen(images_u8: Tensor) -> Tensor:
+            # As an option of torch.compile it does not reach the tracer, and set once it does not reach other threads.
             with inductor.patch(freezing=True):
-                yield
+                return compiled(images_u8)
+
+        self._differentiable, self._inferred = torch.compile(self._logits, dynamic=False), frozen
+        try:
+            yield
             self.compiled = True
         except BaseException:
             self._differentiable, self._inferred = self._logits, self._logits_of_pixels
