@@ -63,7 +63,7 @@ class Attacker:
         *copies, logits, classes, kept = to_host([*pictures, attacked.logits, attacked.classes, valid])
         attacked.check_finite()
         return Part(
-            pictures=tuple(copy[kept] for copy in copies),
+            pictures=tuple(copies) if bool(kept.all()) else tuple(copy[kept] for copy in copies),
             logits=logits[:, kept],
             classes=classes[kept],
             zero_signs=int(attacked.zero_signs),
