@@ -43,17 +43,15 @@ class Estimate:
 def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     """Bytes that some shards will take, from encoding a few of their images with random signs.
 
-    Random signs compress worse than a gradient's, so this leans to the high side.
+    Random signs compress worse than a gradient's, so this leans to the high side. None is 0, as hardly one of a
+    gradient's is.
     """
     images = _samples(run, shards)
     if not len(images):
         return 0
-    signs = torch.randint(-1, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    sizes = [
-        len(data)
-        for level in run.levels
-        for data in encode_images(step(images, signs, level) if level else images, run.image_format)
-    ]
+    signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    stored = run.layout.stored([step(images, signs, level) for level in run.levels], signs)
+    sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
     return int(sum(map(len, shards)) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
 
 
@@ -99,9 +97,9 @@ def estimate(run: Run, folder: OutputFolder) -> Estimate:
     images = len(run.plan)
     return Estimate(
         images=images,
-        rows=images * len(run.levels),
+        rows=images * len(run.stored),
         shards=len(run.plan.shards),
-        files=len(run.plan.shards) * len(run.levels),
+        files=len(run.plan.shards) * len(run.stored),
         bytes=estimate_bytes(run, run.plan.shards),
         seconds=images / run.plan.batch_size * _batch_seconds(run),
         free=free_bytes(folder.root.resolve()),
@@ -120,11 +118,11 @@ def _batch_seconds(run: Run) -> float:
         attacked = attack(
             run.victim, images, labels, labels == 0, levels=run.config.attack.levels, goal=run.goal, draws=labels
         )
-        stored = [images.cpu() for images in attacked.images]
+        stored = [pictures.cpu() for pictures in run.layout.stored(attacked.images, attacked.sign)]
         computing = time.perf_counter() - started
     started = time.perf_counter()
-    for level_images in stored:
-        encode_images(level_images[: len(samples)], run.image_format)
+    for pictures in stored:
+        encode_images(pictures[: len(samples)], run.image_format)
     encoding = (time.perf_counter() - started) * len(images) / len(samples) / available_cores()
     # On the CPU both want the same cores; beside an accelerator the slower one sets the pace.
     return computing + encoding if run.device.type == "cpu" else max(computing, encoding)

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -21,13 +23,12 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.estimate import check_disk
 from pipeline.fgsm import attack
-from pipeline.images import encode_images
 from pipeline.loader import Batch, available_cores, load_batches
 from pipeline.manifest import Manifest, read_manifest, summarise
-from pipeline.outputs import OutputFolder, Receipt, SkippedRow, committed, read_receipts
+from pipeline.outputs import LevelCounts, OutputFolder, Receipt, SkippedRow, committed, read_receipts
 from pipeline.plan import Shard
 from pipeline.progress import Progress
-from pipeline.records import Scores, make_table, score
+from pipeline.records import Scores, encode_column, score
 from pipeline.runs import Run, differences, open_run, versions
 from pipeline.shards import ShardWriter
 
@@ -136,8 +137,8 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
             for batch in batches:
                 skipped += len(batch.skipped)
                 _check_skipped(run, batch, skipped)
-                images, scores, zero_signs = _attack(run, batch)
-                encoded = [_encode(encoders, level_images, run) for level_images in images]
+                pictures, scores, zero_signs = _attack(run, batch)
+                encoded = [_encode(encoders, images, run) for images in pictures]
                 in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
                 progress.update(*_progress_counts(run, batch, scores))
                 if len(in_flight) > BATCHES_IN_FLIGHT:
@@ -168,7 +169,7 @@ def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
 
 
 def _attack(run: Run, batch: Batch) -> tuple[list[Tensor], Scores, int]:
-    """The valid rows' images, 1 + K times (M, C, H, W) uint8 on the CPU, their scores, and the zero signs."""
+    """The valid rows' images that are stored, each (M, C, H, W) uint8 on the CPU, their scores, and the zero signs."""
     labels = batch.labels
     try:
         attacked = attack(
@@ -185,7 +186,8 @@ def _attack(run: Run, batch: Batch) -> tuple[list[Tensor], Scores, int]:
         raise NonFiniteError(f"{error} in {batch.name}; check the weights, and model.mean and std.") from None
     target = None if run.goal.target is None else attacked.classes
     scores = score(attacked.logits, labels, batch.valid, target, run.space)
-    return [images[batch.valid].cpu() for images in attacked.images], scores, int(attacked.zero_signs)
+    stored = run.layout.stored(attacked.images, attacked.sign)
+    return [images[batch.valid].cpu() for images in stored], scores, int(attacked.zero_signs)
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:
@@ -197,8 +199,8 @@ def _draws(run: Run, batch: Batch) -> Tensor:
     return torch.from_numpy(draws)
 
 
-def _encode(encoders: ThreadPoolExecutor, images_u8: Tensor, run: Run) -> list[Future[list[bytes]]]:
-    return [encoders.submit(encode_images, part, run.image_format) for part in images_u8.split(IMAGES_PER_TASK)]
+def _encode(encoders: ThreadPoolExecutor, images_u8: Tensor, run: Run) -> list[Future[pa.StructArray]]:
+    return [encoders.submit(encode_column, part, run.image_format) for part in images_u8.split(IMAGES_PER_TASK)]
 
 
 def _progress_counts(run: Run, batch: Batch, scores: Scores) -> tuple[int, int, dict[int, int]]:
@@ -221,7 +223,7 @@ class _Sink:
         self._start()
 
     def _start(self) -> None:
-        self._totals = {
+        self._totals: dict[int, dict[str, Any]] = {
             level: {"rows": 0, "labelled": 0, "correct": 0, "fooled": 0, "confidence_sum": 0.0}
             for level in self.run.levels
         }
@@ -229,7 +231,7 @@ class _Sink:
         self._zero_signs = 0
 
     def add(
-        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[list[bytes]]]]
+        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
     ) -> None:
         """Write a batch, and commit its shard if it was the last one.
 
@@ -244,20 +246,16 @@ class _Sink:
             raise
 
     def _add(
-        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[list[bytes]]]]
+        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
     ) -> None:
+        run = self.run
         if self._open is None:
-            self._open = ShardWriter(self.folder, batch.shard, self.run.levels, self.schema, self.run.run_id)
-        images = [[image for part in parts for image in part.result()] for parts in encoded]
-        self._open.write(
-            [
-                make_table(self.schema, images[index], scores, index, level, batch)
-                for index, level in enumerate(self.run.levels)
-            ]
-        )
+            self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.run_id)
+        pictures = [pa.chunked_array([part.result() for part in parts]) for parts in encoded]
+        self._open.write(run.layout.tables(self.schema, pictures, scores, run.levels, batch))
         self._count(batch, scores, zero_signs)
         if batch.ends_shard:
-            self._open.commit(self._receipt(batch.shard), self._totals)
+            self._open.commit(self._receipt(batch.shard))
             self.close()
             self._start()
 
@@ -284,6 +282,7 @@ class _Sink:
             rows=rows,
             skipped=tuple(self._skipped),
             zero_sign_share=self._zero_signs / max(1, rows * int(np.prod(self.run.reader.shape))),
+            counts=tuple(LevelCounts(level=level, **totals) for level, totals in self._totals.items()),
             files=(),
             versions=self.versions,
         )

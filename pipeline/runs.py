@@ -26,8 +26,9 @@ from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.labels import LabelSpace, join_labels
 from pipeline.loader import Reader, find_shape
 from pipeline.manifest import FORMAT_VERSION, Manifest, plan_of
+from pipeline.outputs import stored_subsets
 from pipeline.plan import Plan
-from pipeline.records import make_features
+from pipeline.records import LAYOUTS, Layout, make_features
 from pipeline.sources import Source, open_source
 from pipeline.victims import Victim, load_victim
 
@@ -54,6 +55,16 @@ class Run:
     def levels(self) -> tuple[int, ...]:
         """Clean, 0, and every epsilon in grey levels."""
         return (0, *self.config.attack.levels)
+
+    @property
+    def layout(self) -> Layout:
+        """How its rows are stored."""
+        return LAYOUTS[self.config.output.layout]
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The subsets that are stored, each a folder."""
+        return stored_subsets(self.config.output.layout, self.levels)
 
     @property
     def run_id(self) -> str:
@@ -122,7 +133,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         victim=victim,
         space=space,
         goal=Goal(config.attack.label, _target(config, space)),
-        features=make_features(space, targeted=targeted, kept=source.kept),
+        features=make_features(LAYOUTS[config.output.layout], space, targeted=targeted, kept=source.kept),
         device=device,
         image_format=image_format,
         identity=_identity(resolved, source, victim, space),

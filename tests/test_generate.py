@@ -18,6 +18,7 @@ import duckdb
 import numpy as np
 import pandas
 import polars
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -25,8 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.images import ImageFormat, decode_image, encode_images
+from pipeline.images import ImageFormat, decode_image
 from pipeline.progress import Progress
+from pipeline.records import encode_column
 from pipeline.runs import open_run
 from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
@@ -136,7 +138,7 @@ def test_the_parquet_is_what_the_hub_wants(write_config: WriteConfig, tmp_path: 
         "run_id": manifest(tmp_path / "out")["run_id"],
         "shard": "test-00000-of-00003",
         "rows": 16,
-        "level": 8,
+        "subset": "eps-8",
     }
 
 
@@ -449,15 +451,15 @@ def test_batches_behind_one_that_fails_are_not_committed(
     # The batch after it is already waiting by then, and ends the same shard or is a shard of its own.
     calls = []
 
-    def fail_once(images_u8: Tensor, image_format: ImageFormat) -> list[bytes]:
+    def fail_once(images_u8: Tensor, image_format: ImageFormat) -> pa.StructArray:
         calls.append(1)
         if len(calls) == 1:
             time.sleep(0.3)
             raise PipelineError("the codec failed")
-        return encode_images(images_u8, image_format)
+        return encode_column(images_u8, image_format)
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.generate.encode_images", fail_once)
+    monkeypatch.setattr("pipeline.generate.encode_column", fail_once)
     config = write_config(output={"images_per_shard": images_per_shard})
     result = fgsm("generate", config)
     assert result.exit_code == 1
@@ -743,7 +745,7 @@ def test_what_failed_first_is_what_the_user_reads(write_config: WriteConfig, mon
         raise PipelineError("the manifest could not be written")
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.generate.encode_images", fail)
+    monkeypatch.setattr("pipeline.generate.encode_column", fail)
     result = fgsm("generate", write_config())
     assert result.exit_code == 1
     assert "the shard could not be written" in result.stderr
