@@ -23,13 +23,19 @@ SHARD = "test-00001-of-00003"
 FILE = f"eps-8/{SHARD}.parquet"
 
 
-def cut_short(out: Path) -> None:
-    path = out / FILE
+def cut_short_of(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def cut_short(out: Path) -> None:
+    cut_short_of(out / FILE)
+
+
 def alter_a_byte(out: Path) -> None:
-    path = out / FILE
+    alter_a_byte_of(out / FILE)
+
+
+def alter_a_byte_of(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[random.Random(0).randrange(len(data))] ^= 1
     path.write_bytes(data)
