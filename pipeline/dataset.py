@@ -8,7 +8,7 @@ and formats set as with stored images, and nothing is copied.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,6 @@ from pipeline.images import decode_image
 from pipeline.lattice import picture_to_sign, step
 from pipeline.outputs import SIGNS, subset_name
 
-# The clean image beside the attacked one; no column that is carried through will be called so.
-CLEAN_IMAGE = "image of the clean subset"
 # Rows that a streaming view holds at a time.
 STREAMED_ROWS = 64
 
@@ -60,7 +58,8 @@ class SteppedImage:
         if not isinstance(value, dict):
             return value
         if value["direction"] is None:
-            return datasets.Image().decode_example({"bytes": value["picture"], "path": None})
+            # A copy has no format: `datasets` would encode what was a WebP as one again, with loss.
+            return datasets.Image().decode_example({"bytes": value["picture"], "path": None}).copy()
         picture, direction = decode_image(value["picture"]), decode_image(value["direction"])
         # sign(x_k - x) is s but where clipping kept x_k at x, on 0 or 255; there every other step ends as well.
         sign = (direction.short() - picture.short()).sign() if self.attacked else picture_to_sign(direction)
@@ -84,9 +83,9 @@ class SteppedImage:
         )
 
     def embed_storage(self, *_: Any, **__: Any) -> pa.Array:
-        """Called where `datasets` writes files, which no other program could read."""
+        """Called where `datasets` uploads, for readers that do not have this feature."""
         raise PipelineError(
-            "These images are made on reading, so they cannot be written as they are; first make them with "
+            "These images are made on reading, so they cannot be uploaded as they are; first make them with "
             'ds.map(lambda row: {"image": row["image"]}, '
             'features=datasets.Features({**ds.features, "image": datasets.Image()})).'
         )
@@ -100,8 +99,9 @@ with warnings.catch_warnings():
     register_feature(SteppedImage, "SteppedImage")
 
 
-# One epsilon: rows as they are stored, and what makes those of the result from them, table by table.
-Part = tuple[Any, Callable[[pa.Table], pa.Table]]
+# One epsilon, or a piece of one: stored rows, side by side where there are several of them, and what makes those of
+# the result from as many tables.
+Part = tuple[Sequence[Any], Callable[..., pa.Table]]
 
 
 def load(
@@ -227,7 +227,7 @@ def _from_signs(rows: Any, asked: Sequence[int] | None, streaming: bool) -> Any:
     kept = {name: stored[name] for name in kept_columns(list(stored))}
     features = datasets.Features({**columns, **kept, IMAGE: SteppedImage()})
     levels = [0, *recorded] if asked is None else asked
-    parts = [(rows, partial(_step_along_sign, level=level, recorded=recorded)) for level in levels]
+    parts: list[Part] = [([rows], partial(_step_along_sign, level=level, recorded=recorded)) for level in levels]
     return _view(parts, features, rows.split, streaming)
 
 
@@ -236,10 +236,9 @@ def _from_images(subsets: Mapping[int, Any], levels: Sequence[int], streaming: b
     if all(level in subsets for level in levels):
         return datasets.concatenate_datasets([subsets[level] for level in levels])
     # Rows of the subsets lie side by side, since a shard's files are committed together. Any attacked one will do.
-    clean = subsets[0].select_columns([IMAGE]).rename_column(IMAGE, CLEAN_IMAGE)
-    beside = datasets.concatenate_datasets([subsets[max(subsets)], clean], axis=1)
+    aligned = [subsets[max(subsets)], subsets[0]]
     parts: list[Part] = [
-        (subsets[level], _as_stored) if level in subsets else (beside, partial(_step_as_attacked, level=level))
+        ([subsets[level]], _as_stored) if level in subsets else (aligned, partial(_step_as_attacked, level=level))
         for level in levels
     ]
     features = datasets.Features({**subsets[0].features, IMAGE: SteppedImage(attacked=True)})
@@ -257,10 +256,9 @@ def _as_stored(rows: pa.Table) -> pa.Table:
     return _with_image(rows, _cells(rows.column(IMAGE), None, 0))
 
 
-def _step_as_attacked(rows: pa.Table, level: int) -> pa.Table:
-    """Another level out of attacked rows of layout images, with the clean image beside them."""
-    image = _cells(rows.column(CLEAN_IMAGE), rows.column(IMAGE), level)
-    rows = _with_image(rows.drop_columns([CLEAN_IMAGE]), image)
+def _step_as_attacked(rows: pa.Table, clean: pa.Table, level: int) -> pa.Table:
+    """Another level out of attacked rows of layout images and the clean ones of the same images."""
+    rows = _with_image(rows, _cells(clean.column(IMAGE), rows.column(IMAGE), level))
     answers: dict[str, Any] = {"epsilon": np.full(len(rows), level / 255), **dict.fromkeys((*ANSWER, "fooled"))}
     for name, values in answers.items():
         index, kind = rows.schema.get_field_index(name), rows.schema.field(name).type
@@ -288,27 +286,28 @@ def _cells(pictures: pa.ChunkedArray, directions: pa.ChunkedArray | None, level:
 
 def _view(parts: Sequence[Part], features: Any, split: Any, streaming: bool) -> Any:
     """The rows of all parts, one part after the other."""
-    if not streaming:
-        table = _ViewTable(partial(_join, [(rows.data, make) for rows, make in parts], list(features)))
-        return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), split=split)
-    streams = [
-        # A removed column that the function makes anew would be removed from its result.
-        rows.with_format("arrow")
-        .map(
-            make,
-            batched=True,
-            batch_size=STREAMED_ROWS,
-            features=features,
-            remove_columns=[name for name in rows.column_names if name not in features],
-        )
-        .with_format(None)
-        for rows, make in parts
-    ]
-    return datasets.concatenate_datasets(streams)
+    if streaming:
+        # A list, so that `datasets` can deal its items out to the workers of a DataLoader.
+        shards = [
+            ([rows.shard(stored[0].num_shards, index) for rows in stored], make)
+            for stored, make in parts
+            for index in range(stored[0].num_shards)
+        ]
+        return datasets.IterableDataset.from_generator(_rows, features, {"shards": shards}, split=split)
+    table = _ViewTable(
+        partial(_join, [([rows.data for rows in stored], make) for stored, make in parts], list(features))
+    )
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), split=split)
 
 
-def _join(parts: Sequence[tuple[Any, Callable[[pa.Table], pa.Table]]], columns: Sequence[str]) -> pa.Table:
-    return pa.concat_tables([make(rows.table).select(columns) for rows, make in parts])
+def _rows(shards: Sequence[Part]) -> Iterator[dict[str, Any]]:
+    for stored, make in shards:
+        for tables in zip(*(rows.with_format("arrow").iter(STREAMED_ROWS) for rows in stored), strict=True):
+            yield from make(*tables).to_pylist()
+
+
+def _join(parts: Sequence[Part], columns: Sequence[str]) -> pa.Table:
+    return pa.concat_tables([make(*(rows.table for rows in stored)).select(columns) for stored, make in parts])
 
 
 class _ViewTable(datasets.table.InMemoryTable):  # type: ignore[misc]

@@ -94,8 +94,9 @@ class ShardWriter:
     def _flush(self) -> None:
         with writing(self.scratch):
             for waiting, writer in zip(self._waiting, self._writers, strict=True):
-                if waiting:
-                    table = pa.concat_tables(waiting)
+                table = pa.concat_tables(waiting) if waiting else None
+                # `datasets` 5.2 fails on a row group without rows; a file without row groups it reads as empty.
+                if table:
                     # One batch of large images may be many row groups' worth.
                     rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
                     writer.write_table(table, row_group_size=min(ROW_GROUP_ROWS, rows))

@@ -321,6 +321,24 @@ def test_unlabelled_rows_are_attacked_by_prediction_and_stored_as_null(
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
+@pytest.mark.parametrize("layout", ["images", "signs"])
+def test_a_shard_of_which_nothing_could_be_decoded_loads(
+    write_config: WriteConfig, tmp_path: Path, layout: str
+) -> None:
+    images = [b""] * 6 + [png_bytes(image) for image in random_pixels(10)]
+    source = write_parquet(tmp_path / "broken", images, [0] * 16)
+    generate(
+        write_config(
+            source={"path": str(source), "shuffle": False},
+            runtime={"max_skipped": 0.5},
+            output={"layout": layout, "images_per_shard": 6},
+        )
+    )
+    subset = "clean" if layout == "images" else "signs"
+    assert load(tmp_path / "out", subset)["source_index"][:] == list(range(6, 16))
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
 def test_no_label_column_is_needed_for_predictions(write_config: WriteConfig, tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "bare", [png_bytes(image) for image in random_pixels(8)], None)
     generate(write_config(source={"path": str(source)}, attack={"label": "prediction"}))
@@ -519,6 +537,29 @@ def test_a_broken_manifest_is_one_sentence(write_config: WriteConfig, tmp_path: 
     assert result.exit_code == 1
     assert "manifest.json cannot be read" in result.stderr
     generate(write_config(), "--overwrite")
+
+
+def test_a_manifest_of_another_version_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    path = tmp_path / "out/manifest.json"
+    # As version 0.1.0 wrote it at first: counts belonged to files.
+    content = {**manifest(tmp_path / "out"), "format": 1}
+    for file in content["files"]:
+        file["level"] = 8
+    path.write_text(json.dumps(content))
+    for command, argument in (
+        ("generate", write_config()),
+        ("verify", tmp_path / "out"),
+        ("inspect", tmp_path / "out"),
+    ):
+        result = fgsm(command, argument)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1] == (
+            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is 2); "
+            "use that version, or start over with --overwrite."
+        )
+    generate(write_config(), "--overwrite")
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
 
 
 def test_requested_and_stored_epsilons_are_printed_side_by_side(write_config: WriteConfig) -> None:

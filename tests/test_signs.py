@@ -199,15 +199,6 @@ def test_a_kept_column_may_be_called_sign_in_layout_images(write_config: WriteCo
     assert set(rows(tmp_path / "out", "eps-8")["sign"]) == {"stop", "yield"}
 
 
-def test_a_batch_without_a_valid_row_and_a_skipped_one(write_config: WriteConfig, tmp_path: Path) -> None:
-    images = [b""] * 6 + [png_bytes(image) for image in random_pixels(10)]
-    source = write_parquet(tmp_path / "broken", images, [0] * 16)
-    config = write_config(source={"path": str(source), "shuffle": False}, runtime={"max_skipped": 0.5}, output=SIGNS)
-    generate(config)
-    assert rows(tmp_path / "out", "signs")["source_index"].tolist() == list(range(6, 16))
-    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
-
-
 # --------------------------------------------------------------------------------------------------- verify
 
 
