@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipeline.manifest import Manifest, summarise
-from pipeline.outputs import OutputFolder, committed, subset_name, write_atomically
+from pipeline.outputs import SIGNS, OutputFolder, committed, write_atomically
 
 
 def write_summaries(folder: OutputFolder, manifest: Manifest) -> Manifest:
@@ -44,15 +44,18 @@ def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     Args:
         manifest: of the run, with the digest of the receipts there are.
     """
-    levels = manifest.levels
-    splits = list(manifest.split_rows)
+    splits, stored = list(manifest.split_rows), manifest.stored
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
-    every = [subset_name(level) for level in levels]
-    configs = [{**_config("all", splits, every, f"Clean and every epsilon; {stamp}"), "default": True}]
-    for level in levels:
-        what = f"FGSM at epsilon {level}/255" if level else "Clean images"
-        configs.append(_config(subset_name(level), splits, [subset_name(level)], f"{what}; {stamp}"))
-    return configs
+    configs = [_config(subset, splits, [subset], f"{_about(subset)}; {stamp}") for subset in stored]
+    if len(stored) > 1:
+        configs.insert(0, _config("all", splits, stored, f"Clean and every epsilon; {stamp}"))
+    return [{**configs[0], "default": True}, *configs[1:]]
+
+
+def _about(subset: str) -> str:
+    if subset.startswith("eps-"):
+        return f"FGSM at epsilon {subset.removeprefix('eps-')}/255"
+    return {"clean": "Clean images", SIGNS: "Clean images, and the sign that leads to every epsilon"}[subset]
 
 
 def read_configs(card: Path) -> list[dict[str, Any]] | None:
@@ -68,7 +71,7 @@ def read_configs(card: Path) -> list[dict[str, Any]] | None:
 def render_card(manifest: Manifest) -> str:
     """The card's text."""
     front = yaml.safe_dump({"configs": make_configs(manifest)}, sort_keys=False, width=1000)
-    return f"---\n{front}---\n\n{_body(manifest.levels)}"
+    return f"---\n{front}---\n\n{_body(manifest)}"
 
 
 def _config(name: str, splits: Sequence[str], folders: Sequence[str], description: str) -> dict[str, Any]:
@@ -76,11 +79,31 @@ def _config(name: str, splits: Sequence[str], folders: Sequence[str], descriptio
     return {"config_name": name, "description": description, "data_files": files}
 
 
-def _body(levels: Sequence[int]) -> str:
-    rows = "\n".join(f"| `{subset_name(level)}` | {f'{level}/255' if level else '0 (clean)'} |" for level in levels)
+def _body(manifest: Manifest) -> str:
     return (
         "# FGSM adversarial images\n\n"
         "Clean images and their fast-gradient-sign versions, with the victim's predictions on exactly these pixels.\n\n"
-        f"| subset | epsilon |\n|---|---|\n{rows}\n\n"
+        f"{_reading(manifest)}\n"
         "`manifest.json` holds the config and the counts. Made with fgsm-pipeline.\n"
     )
+
+
+def _reading(manifest: Manifest) -> str:
+    """What the rows are, and in layout signs how an image follows from one."""
+    if SIGNS not in manifest.stored:
+        rows = "\n".join(f"| `{subset}` | {_about(subset)} |" for subset in manifest.stored)
+        return f"| subset | |\n|---|---|\n{rows}\n"
+    *_, largest = manifest.levels
+    recorded = ", ".join(f"{level}/255" for level in manifest.levels[1:])
+    return f"""One row per source image: `image` is clean, `sign` holds 0, 127 and 254 for the signs -1, 0 and +1 by
+which its values move, and `attacks` lists what the victim says at the epsilons {recorded}. The image at
+any epsilon k/255 follows exactly, here for k = {largest}:
+
+```python
+x, s = (np.asarray(row[name]).astype(np.int16) for name in ("image", "sign"))
+x_k = np.clip(x + {largest} * (s // 127 - 1), 0, 255).astype(np.uint8)
+attacked = PIL.Image.fromarray(x_k)
+```
+
+`pipeline.load`, of fgsm-pipeline, gives a row per image and epsilon.
+"""

@@ -54,7 +54,7 @@ def generate(
         _say_epsilons(loaded.attack)
         manifest = run(loaded, overwrite=overwrite)
         typer.echo(summary_table(manifest))
-        path, subset = str(Path(loaded.output.path).expanduser()), f"eps-{loaded.attack.levels[-1]}"
+        path, subset = str(Path(loaded.output.path).expanduser()), manifest.stored[-1]
         # JSON's double quotes: Python's single ones become unreadable inside the shell's.
         one_line = f"import datasets; print(datasets.load_dataset({json.dumps(path)}, {json.dumps(subset)}))"
         typer.echo(f"\nNext: fgsm verify {shlex.quote(path)} --recompute", err=True)

@@ -5,7 +5,7 @@ A rehearsal attacks one black batch: it finds the batch size that fits, and comp
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +40,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Attacker:
-    """The attack on chunks of rows; a lane calls it."""
+    """The attack on chunks of rows; a lane calls it.
+
+    stored: picks what is stored from the 1 + K images and the sign, so that nothing else leaves the device.
+    """
 
     victim: Victim
     goal: Goal
     levels: tuple[int, ...]
+    stored: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
 
     def __call__(self, images_u8: Tensor, labels: Tensor, draws: Tensor, valid: Tensor) -> Part:
         """Attack a chunk and wait for the outcome.
@@ -59,7 +63,7 @@ class Attacker:
             NonFiniteError: logits or the loss gradient of a valid row hold NaN or infinity.
         """
         attacked = attack(self.victim, images_u8, labels, valid, levels=self.levels, goal=self.goal, draws=draws)
-        pictures = attacked.images
+        pictures = self.stored(attacked.images, attacked.sign)
         *copies, logits, classes, kept = to_host([*pictures, attacked.logits, attacked.classes, valid])
         attacked.check_finite()
         return Part(

@@ -285,7 +285,7 @@ class OutputConfig(Section):
     """Where the dataset goes, and in what form."""
 
     path: str
-    layout: Literal["images"] = "images"
+    layout: Literal["images", "signs"] = "images"
     image_format: Annotated[Literal["auto", "webp", "png"], BeforeValidator(_refuse_jpeg)] = "auto"
     images_per_shard: Count = 4096
 

@@ -42,17 +42,15 @@ class Estimate:
 def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     """Bytes that some shards will take, from encoding a few of their images with random signs.
 
-    Random signs compress worse than a gradient's, so this leans to the high side.
+    Random signs compress worse than a gradient's, so this leans to the high side. None is 0, as hardly one of a
+    gradient's is.
     """
     images = _samples(run, shards)
     if not len(images):
         return 0
-    signs = torch.randint(-1, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    sizes = [
-        len(data)
-        for level in run.levels
-        for data in encode_images(step(images, signs, level) if level else images, run.image_format)
-    ]
+    signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    stored = run.layout.stored([step(images, signs, level) for level in run.levels], signs)
+    sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
     return int(sum(map(len, shards)) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
 
 
@@ -98,9 +96,9 @@ def estimate(run: Run, folder: OutputFolder) -> Estimate:
     images = len(run.plan)
     return Estimate(
         images=images,
-        rows=images * len(run.levels),
+        rows=images * len(run.stored),
         shards=len(run.plan.shards),
-        files=len(run.plan.shards) * len(run.levels),
+        files=len(run.plan.shards) * len(run.stored),
         bytes=estimate_bytes(run, run.plan.shards),
         seconds=images / run.plan.batch_size * _batch_seconds(run),
         free=free_bytes(folder.root.resolve()),

@@ -12,24 +12,26 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.card import card_agrees, write_summaries
+from pipeline.columns import IMAGE
 from pipeline.compute import Part, compile_victim
 from pipeline.config import Config
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.estimate import check_disk
-from pipeline.images import encode_images
 from pipeline.lanes import DEVICE_LANES, Lanes, available_cores
 from pipeline.loader import Batch, load_batches
 from pipeline.manifest import Manifest, read_manifest, summarise
-from pipeline.outputs import OutputFolder, Receipt, SkippedRow, committed, read_receipts
+from pipeline.outputs import LevelCounts, OutputFolder, Receipt, SkippedRow, committed, read_receipts
 from pipeline.plan import Shard
 from pipeline.progress import Busy, Progress
-from pipeline.records import Scores, make_table, score
+from pipeline.records import Scores, encode_column, score
 from pipeline.runs import Run, differences, open_run, versions
 from pipeline.shards import ShardWriter
 
@@ -255,16 +257,16 @@ def _draws(run: Run, batch: Batch) -> Tensor:
 
 def _encode(
     encoders: ThreadPoolExecutor, parts: Sequence[Part], run: Run, busy: Busy
-) -> list[list[Future[list[bytes]]]]:
-    """Begin to encode a batch: for each level, its rows in pieces that follow each other."""
-    encode = busy.timed("encode", encode_images)
+) -> list[list[Future[pa.StructArray]]]:
+    """Begin to encode a batch: for each stored picture, its rows in pieces that follow each other."""
+    encode = busy.timed("encode", encode_column)
     return [
         [
             encoders.submit(encode, piece, run.image_format)
             for part in parts
             for piece in part.pictures[index].split(IMAGES_PER_TASK)
         ]
-        for index in range(len(run.levels))
+        for index in range(run.pictures)
     ]
 
 
@@ -288,7 +290,7 @@ class _Sink:
         self._start()
 
     def _start(self) -> None:
-        self._totals = {
+        self._totals: dict[int, dict[str, Any]] = {
             level: {"rows": 0, "labelled": 0, "correct": 0, "fooled": 0, "confidence_sum": 0.0}
             for level in self.run.levels
         }
@@ -296,7 +298,7 @@ class _Sink:
         self._zero_signs = 0
 
     def add(
-        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[list[bytes]]]]
+        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
     ) -> None:
         """Write a batch, and commit its shard if it was the last one.
 
@@ -311,20 +313,17 @@ class _Sink:
             raise
 
     def _add(
-        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[list[bytes]]]]
+        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
     ) -> None:
+        run = self.run
         if self._open is None:
-            self._open = ShardWriter(self.folder, batch.shard, self.run.levels, self.schema, self.run.run_id)
-        images = [[image for part in parts for image in part.result()] for parts in encoded]
-        self._open.write(
-            [
-                make_table(self.schema, images[index], scores, index, level, batch)
-                for index, level in enumerate(self.run.levels)
-            ]
-        )
+            self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.run_id)
+        kind = self.schema.field(IMAGE).type
+        pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
+        self._open.write(run.layout.tables(self.schema, pictures, scores, run.levels, batch))
         self._count(batch, scores, zero_signs)
         if batch.ends_shard:
-            self._open.commit(self._receipt(batch.shard), self._totals)
+            self._open.commit(self._receipt(batch.shard))
             self.close()
             self._start()
 
@@ -351,6 +350,7 @@ class _Sink:
             rows=rows,
             skipped=tuple(self._skipped),
             zero_sign_share=self._zero_signs / max(1, rows * int(np.prod(self.run.reader.shape))),
+            counts=tuple(LevelCounts(level=level, **totals) for level, totals in self._totals.items()),
             files=(),
             versions=self.versions,
         )

@@ -1,30 +1,32 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.config import Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
-from pipeline.outputs import FileEntry, OutputFolder, Receipt, Record, receipts_digest
+from pipeline.outputs import (
+    FileEntry,
+    LevelCounts,
+    OutputFolder,
+    Receipt,
+    Record,
+    receipts_digest,
+    stored_subsets,
+    subset_name,
+)
 from pipeline.plan import Plan, make_plan
 
 # Raised when the stored form changes: it is part of the identity of every run.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
-class Subset(Record):
-    """What the rows of one epsilon in one split add up to; `level` 0 is clean."""
+class Subset(LevelCounts):
+    """What the images of one split at one epsilon add up to; `bytes` is None where other epsilons share their files."""
 
     split: str
-    level: int
-    rows: int
-    bytes: int
-    labelled: int
-    correct: int
-    fooled: int
-    confidence_sum: float
+    bytes: int | None
 
 
 class Manifest(Record):
@@ -62,6 +64,11 @@ class Manifest(Record):
         return (0, *self.resolved.attack.levels)
 
     @property
+    def stored(self) -> tuple[str, ...]:
+        """The subsets that are stored, each a folder."""
+        return stored_subsets(self.resolved.output.layout, self.levels)
+
+    @property
     def plan(self) -> Plan:
         """The plan of the run, rebuilt from what the manifest records."""
         return plan_of(self.resolved, self.split_rows)
@@ -71,13 +78,20 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     """The manifest of a run, None where there is none.
 
     Raises:
-        PipelineError: it cannot be read as one.
+        PipelineError: it cannot be read as one, or another version of this package wrote it.
     """
     try:
-        return Manifest.model_validate_json(folder.manifest.read_bytes())
+        content = json.loads(folder.manifest.read_bytes())
+        there = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
+        if there != FORMAT_VERSION:
+            raise PipelineError(
+                f"{folder.manifest} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
+                f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
+            )
+        return Manifest.model_validate(content)
     except FileNotFoundError:
         return None
-    except (ValidationError, OSError) as error:
+    except (ValueError, OSError) as error:  # neither JSON nor a manifest
         raise PipelineError(
             f"{folder.manifest} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
         ) from None
@@ -135,18 +149,17 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
 
 
 def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, ...]:
-    keys = ("rows", "bytes", "labelled", "correct", "fooled", "confidence_sum")
-    levels = manifest.levels
+    keys = ("rows", "labelled", "correct", "fooled", "confidence_sum")
+    levels, stored = manifest.levels, manifest.stored
     subsets = []
     for split in manifest.split_rows:
+        own = [receipt for receipt in receipts if receipt.split == split]
         for level in levels:
-            entries = [
-                entry
-                for receipt in receipts
-                if receipt.split == split
-                for entry in receipt.files
-                if entry.level == level
-            ]
-            totals = {key: sum(getattr(entry, key) for entry in entries) for key in keys}
-            subsets.append(Subset(split=split, level=level, **totals))
+            counts = [count for receipt in own for count in receipt.counts if count.level == level]
+            size = None
+            if subset_name(level) in stored:
+                folder = f"{subset_name(level)}/"
+                size = sum(file.bytes for receipt in own for file in receipt.files if file.path.startswith(folder))
+            totals = {key: sum(getattr(count, key) for count in counts) for key in keys}
+            subsets.append(Subset(split=split, level=level, bytes=size, **totals))
     return tuple(subsets)

@@ -4,6 +4,7 @@ OUTPUT/manifest.json                            what the dataset is
 OUTPUT/README.md                                the card, which makes the subsets
 OUTPUT/clean/test-00000-of-00004.parquet
 OUTPUT/eps-8/test-00000-of-00004.parquet
+OUTPUT/signs/test-00000-of-00004.parquet        in layout signs, instead of the two above
 OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does not exist
 """
 
@@ -21,15 +22,28 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.errors import ConfigError, PipelineError, write_failure
 from pipeline.plan import Shard
 
+# The one subset of layout signs.
+SIGNS = "signs"
+
 
 def subset_name(level: int) -> str:
-    """The folder, and the Hub's config name, of an epsilon in grey levels; 0 is clean."""
+    """The subset that holds one epsilon in grey levels, 0 for clean, in layout images."""
     return f"eps-{level}" if level else "clean"
 
 
-def shard_file(level: int, shard: Shard) -> str:
+def stored_subsets(layout: str, levels: Iterable[int]) -> tuple[str, ...]:
+    """The subsets that a layout stores: each is a folder, and a config of the Hub's.
+
+    Args:
+        layout: `images`, a subset for each epsilon, or `signs`, one for all of them.
+        levels: 0 and every epsilon in grey levels.
+    """
+    return (SIGNS,) if layout == SIGNS else tuple(map(subset_name, levels))
+
+
+def shard_file(subset: str, shard: Shard) -> str:
     """A shard's file relative to the output folder."""
-    return f"{subset_name(level)}/{shard.name}.parquet"
+    return f"{subset}/{shard.name}.parquet"
 
 
 class Record(BaseModel):
@@ -37,17 +51,23 @@ class Record(BaseModel):
 
 
 class FileEntry(Record):
-    """One Parquet file of a receipt, with what its rows add up to.
-
-    `labelled` rows have a label, and `correct` of them are predicted right; `fooled` counts true values;
-    `confidence_sum` over `rows` is the mean confidence.
-    """
+    """One Parquet file of a receipt."""
 
     path: str
-    level: int
     rows: int
     bytes: int
     sha256: str
+
+
+class LevelCounts(Record):
+    """What a shard's images at one epsilon add up to; `level` 0 is clean.
+
+    `labelled` of them have a label, and `correct` of those are predicted right; `fooled` counts true values;
+    `confidence_sum` over `rows` is the mean confidence.
+    """
+
+    level: int
+    rows: int
     labelled: int
     correct: int
     fooled: int
@@ -72,6 +92,7 @@ class Receipt(Record):
     rows: int
     skipped: tuple[SkippedRow, ...]
     zero_sign_share: float
+    counts: tuple[LevelCounts, ...]
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
 
@@ -150,7 +171,7 @@ class OutputFolder:
         with writing(self.root):
             shutil.rmtree(self.receipts)
             self.receipts.mkdir()
-            for subset in (self.root / subset_name(0), *self.root.glob("eps-[0-9]*")):
+            for subset in (self.root / subset_name(0), self.root / SIGNS, *self.root.glob("eps-[0-9]*")):
                 shutil.rmtree(subset, ignore_errors=True)
             self.card.unlink(missing_ok=True)
             self.manifest.unlink(missing_ok=True)

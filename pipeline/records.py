@@ -1,58 +1,28 @@
-"""Records: what a row of the dataset is.
+"""Records: how a batch of results is stored, in either layout, and read back.
 
-The schema, and one batch of results as Arrow tables. Column types follow what `datasets` recognises by
-itself: an Image is a nullable struct<bytes, path>, a ClassLabel an int64.
+Column types follow what `datasets` recognises by itself: an Image is a nullable struct<bytes, path>, a
+ClassLabel an int64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.columns import ATTACKS, IMAGE, SIGN, MakeColumns, image_columns, one_level, sign_columns
 from pipeline.errors import ConfigError
+from pipeline.images import ImageFormat, encode_images
 from pipeline.labels import LabelSpace
+from pipeline.lattice import picture_to_sign, sign_to_picture, step
 from pipeline.loader import Batch
 from pipeline.sources import UNLABELLED
-
-IMAGE = "image"
-
-
-def make_features(space: LabelSpace, *, targeted: bool, kept: Mapping[str, Any]) -> datasets.Features:
-    """The columns of every subset, in order, as `datasets` features.
-
-    Args:
-        space: names of the dataset's classes and of the recorded predictions.
-        targeted: whether there is a `target` column.
-        kept: features of the carried-through columns.
-
-    Raises:
-        ConfigError: a carried-through column has the name of one of ours.
-    """
-    value = datasets.Value
-    predicted = datasets.ClassLabel(names=list(space.recorded_classes)) if space.recorded_classes else value("int64")
-    features: dict[str, Any] = {
-        IMAGE: datasets.Image(),
-        "label": datasets.ClassLabel(names=list(space.dataset_classes)),
-        "epsilon": value("float64"),
-        "prediction": predicted,
-        "confidence": value("float32"),
-        "label_confidence": value("float32"),
-        "correct": value("bool"),
-        "clean_prediction": predicted,
-        "fooled": value("bool"),
-        **({"target": predicted} if targeted else {}),
-        "source_index": value("int64"),
-    }
-    clashes = [name for name in kept if name in features]
-    if clashes:
-        raise ConfigError(f"source.keep_columns: {clashes[0]} is a column of the output itself; rename it first.")
-    return datasets.Features({**features, **kept})
 
 
 @dataclass(frozen=True)
@@ -109,34 +79,166 @@ def score(logits: Tensor, labels: Tensor, target: Tensor | None, space: LabelSpa
     )
 
 
-def make_table(
-    schema: pa.Schema, images: Sequence[bytes], scores: Scores, index: int, level: int, batch: Batch
-) -> pa.Table:
-    """One batch at one epsilon, as a table of the schema.
+def encode_column(images_u8: Tensor, image_format: ImageFormat) -> pa.StructArray:
+    """Images as an Arrow column of `datasets`, losslessly encoded.
 
     Args:
-        schema: of the features.
-        images: the M encoded images.
-        scores: of the same batch.
-        index: which epsilon of the scores; 0 is clean.
-        level: that epsilon in grey levels.
-        batch: where the rows come from, and their carried-through columns.
+        images_u8: (N, C, H, W) uint8 on the CPU.
+        image_format: as `encode_images`.
     """
-    count, unlabelled = len(images), ~scores.labelled
-    encoded = pa.array(images, pa.binary())
+    encoded = pa.array(encode_images(images_u8, image_format), pa.binary())
+    return pa.StructArray.from_arrays([encoded, pa.nulls(len(encoded), pa.string())], ["bytes", "path"])
+
+
+def _image_tables(
+    schema: pa.Schema, pictures: Sequence[pa.ChunkedArray], scores: Scores, levels: Sequence[int], batch: Batch
+) -> list[pa.Table]:
+    unlabelled = ~scores.labelled
+    tables = []
+    for index, (level, picture) in enumerate(zip(levels, pictures, strict=True)):
+        columns: dict[str, Any] = {
+            IMAGE: picture,
+            "epsilon": np.full(len(unlabelled), level / 255),
+            "prediction": scores.prediction[index],
+            "confidence": scores.confidence[index],
+            "label_confidence": pa.array(scores.label_confidence[index], mask=unlabelled),
+            "correct": pa.array(scores.correct[index], mask=unlabelled),
+            "fooled": pa.array(scores.fooled[index], mask=~scores.fooled_known(index)),
+            **_shared_columns(scores, batch),
+        }
+        if scores.target is not None:
+            columns["target"] = pa.array(scores.target, mask=np.full(len(unlabelled), level == 0))
+        tables.append(pa.table([columns[name] for name in schema.names], schema=schema))
+    return tables
+
+
+def _sign_tables(
+    schema: pa.Schema, pictures: Sequence[pa.ChunkedArray], scores: Scores, levels: Sequence[int], batch: Batch
+) -> list[pa.Table]:
+    unlabelled = ~scores.labelled
+    image, sign = pictures
     columns: dict[str, Any] = {
-        IMAGE: pa.StructArray.from_arrays([encoded, pa.nulls(count, pa.string())], ["bytes", "path"]),
-        "label": pa.array(scores.label, mask=unlabelled),
-        "epsilon": np.full(count, level / 255),
-        "prediction": scores.prediction[index],
-        "confidence": scores.confidence[index],
-        "label_confidence": pa.array(scores.label_confidence[index], mask=unlabelled),
-        "correct": pa.array(scores.correct[index], mask=unlabelled),
+        IMAGE: image,
+        SIGN: sign,
+        "clean_confidence": scores.confidence[0],
+        "clean_label_confidence": pa.array(scores.label_confidence[0], mask=unlabelled),
+        "clean_correct": pa.array(scores.correct[0], mask=unlabelled),
+        ATTACKS: _attacks(schema.field(ATTACKS).type, scores, levels),
+        **_shared_columns(scores, batch),
+    }
+    if scores.target is not None:
+        columns["target"] = scores.target
+    return [pa.table([columns[name] for name in schema.names], schema=schema)]
+
+
+def _shared_columns(scores: Scores, batch: Batch) -> dict[str, Any]:
+    """What both layouts have under one name, the same for every epsilon."""
+    return {
+        "label": pa.array(scores.label, mask=~scores.labelled),
         "clean_prediction": scores.prediction[0],
-        "fooled": pa.array(scores.fooled[index], mask=~scores.fooled_known(index)),
         "source_index": batch.source_index,
         **{name: batch.kept.column(name) for name in batch.kept.column_names},
     }
-    if scores.target is not None:
-        columns["target"] = pa.array(scores.target, mask=np.full(count, index == 0))
-    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _attacks(kind: pa.ListType, scores: Scores, levels: Sequence[int]) -> pa.ListArray:
+    """The list of every row: what the victim says at each epsilon but the clean one."""
+    epsilons, rows = len(levels) - 1, len(scores.label)
+    known = [scores.fooled_known(index) for index in range(1, len(levels))]
+    unlabelled = np.repeat(~scores.labelled, epsilons)
+
+    def by_row(values: NDArray[Any] | Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """(K, M) to (M * K,): row after row, each with all epsilons."""
+        return np.stack(list(values)).T.ravel()
+
+    columns = {
+        "epsilon": pa.array(np.tile(np.array(levels[1:]) / 255, rows)),
+        "prediction": pa.array(by_row(scores.prediction[1:])),
+        "confidence": pa.array(by_row(scores.confidence[1:])),
+        "label_confidence": pa.array(by_row(scores.label_confidence[1:]), mask=unlabelled),
+        "correct": pa.array(by_row(scores.correct[1:]), mask=unlabelled),
+        "fooled": pa.array(by_row(scores.fooled[1:]), mask=~by_row(known)),
+    }
+    fields = list(kind.value_type)
+    entries = pa.StructArray.from_arrays([columns[field.name] for field in fields], fields=fields)
+    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * epsilons, entries, type=kind)
+
+
+def _from_signs(pictures: Sequence[Tensor], levels: Sequence[int]) -> list[Tensor]:
+    image, sign = pictures[0], picture_to_sign(pictures[1])
+    return [image, *(step(image, sign, level) for level in levels[1:])]
+
+
+def _split_levels(tables: Sequence[pa.Table], levels: Sequence[int]) -> list[pa.Table]:
+    (rows,) = tables
+    lists, recorded = rows.column(ATTACKS), levels[1:]
+    # A null list has no length, and `equal` says null of it.
+    if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), len(recorded)), min_count=0).as_py():
+        raise ValueError(f"the attacks of a row are not the run's {len(recorded)}")
+    return [pa.table(one_level(rows, level, recorded)) for level in levels]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a batch at 1 + K epsilons, clean first, becomes rows, and rows a batch again.
+
+    pictures: the Image columns of a row. columns: our own columns as features. stored: the images that are
+    encoded, for each subset one for each picture, from the 1 + K images (N, C, H, W) uint8 and the sign (N, C,
+    H, W) int8. tables: a table of the schema for each subset, from those images as columns, the scores, the
+    levels and the batch that they are of.
+
+    Backwards, images: the 1 + K images from the decoded pictures and the levels; a ValueError says what is
+    wrong with them. levels: for each epsilon a table with the columns of layout images but the image, from the tables
+    of the subsets and the levels; a ValueError as there.
+    """
+
+    pictures: tuple[str, ...]
+    columns: MakeColumns
+    stored: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
+    tables: Callable[[pa.Schema, Sequence[pa.ChunkedArray], Scores, Sequence[int], Batch], list[pa.Table]]
+    images: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]]
+    levels: Callable[[Sequence[pa.Table], Sequence[int]], list[pa.Table]]
+
+
+LAYOUTS = {
+    "images": Layout(
+        pictures=(IMAGE,),
+        columns=image_columns,
+        stored=lambda images, _: tuple(images),
+        tables=_image_tables,
+        images=lambda pictures, _: list(pictures),
+        levels=lambda tables, _: list(tables),
+    ),
+    "signs": Layout(
+        pictures=(IMAGE, SIGN),
+        columns=sign_columns,
+        stored=lambda images, sign: (images[0], sign_to_picture(sign)),
+        tables=_sign_tables,
+        images=_from_signs,
+        levels=_split_levels,
+    ),
+}
+
+
+def make_features(layout: Layout, space: LabelSpace, *, targeted: bool, kept: Mapping[str, Any]) -> datasets.Features:
+    """The columns of every subset of a layout, in order, as `datasets` features.
+
+    Args:
+        layout: how a batch is stored.
+        space: names of the dataset's classes and of the recorded predictions.
+        targeted: whether there is a `target` column.
+        kept: features of the carried-through columns.
+
+    Raises:
+        ConfigError: a carried-through column has the name of one of ours.
+    """
+    label = datasets.ClassLabel(names=list(space.dataset_classes))
+    predicted = (
+        datasets.ClassLabel(names=list(space.recorded_classes)) if space.recorded_classes else datasets.Value("int64")
+    )
+    ours = layout.columns(label, predicted, targeted)
+    # Every layout is read back as layout images, whose names must be free as well.
+    for name in kept:
+        if name in ours or name in image_columns(label, predicted, targeted):
+            raise ConfigError(f"source.keep_columns: {name} is a column of the output itself; rename it first.")
+    return datasets.Features({**ours, **kept})

@@ -29,8 +29,9 @@ from pipeline.labels import LabelSpace, join_labels
 from pipeline.lanes import chunk_images
 from pipeline.loader import Reader, Shape, find_shape
 from pipeline.manifest import FORMAT_VERSION, Manifest, plan_of
+from pipeline.outputs import stored_subsets
 from pipeline.plan import Plan
-from pipeline.records import make_features
+from pipeline.records import LAYOUTS, Layout, make_features
 from pipeline.sources import Source, open_source
 from pipeline.victims import Victim, load_victim
 
@@ -59,7 +60,7 @@ class Run:
     @property
     def attacker(self) -> Attacker:
         """The attack on chunks of rows."""
-        return Attacker(self.victim, self.goal, self.config.attack.levels)
+        return Attacker(self.victim, self.goal, self.config.attack.levels, self.layout.stored)
 
     @property
     def chunk(self) -> int:
@@ -70,6 +71,21 @@ class Run:
     def levels(self) -> tuple[int, ...]:
         """Clean, 0, and every epsilon in grey levels."""
         return (0, *self.config.attack.levels)
+
+    @property
+    def layout(self) -> Layout:
+        """How its rows are stored."""
+        return LAYOUTS[self.config.output.layout]
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The subsets that are stored, each a folder."""
+        return stored_subsets(self.config.output.layout, self.levels)
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures are stored of a source image."""
+        return len(self.stored) * len(self.layout.pictures)
 
     @property
     def run_id(self) -> str:
@@ -121,7 +137,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     count = victim.count_classes(shape)
     space = join_labels(source, victim.classes, count, config.model.label_map)
     goal = Goal(config.attack.label, _target(config, space))
-    attacker = Attacker(victim, goal, config.attack.levels)
+    attacker = Attacker(victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored)
     if recorded is None:
         plan = replace(plan, batch_size=_fit_batch(attacker, device, shape, plan.batch_size))
     compiled = _compile(attacker, device, shape, plan, config, recorded)
@@ -147,7 +163,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         victim=victim,
         space=space,
         goal=goal,
-        features=make_features(space, targeted=targeted, kept=source.kept),
+        features=make_features(LAYOUTS[config.output.layout], space, targeted=targeted, kept=source.kept),
         device=device,
         image_format=image_format,
         identity=_identity(resolved, source, victim, space, chunk_images(device, plan.batch_size, shape)),

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ from pipeline.outputs import (
     OutputFolder,
     Receipt,
     shard_file,
-    subset_name,
     sync_folder,
     write_atomically,
     writing,
 )
 from pipeline.plan import Shard
-from pipeline.records import IMAGE
 
 # A row group closes at whichever comes first. The Hub's viewer reads whole row groups and wants under 300 MB
 # of them; streaming readers buffer one per file; a reader that skips by statistics wants them small.
@@ -39,25 +37,34 @@ FOOTER_KEY = "fgsm"
 
 
 class ShardWriter:
-    """The Parquet files of one shard, one for each level, until they are committed or dropped."""
+    """The Parquet files of one shard, one for each subset, until they are committed or dropped.
+
+    `pictures` names the schema's columns of encoded images.
+    """
 
     def __init__(
-        self, folder: OutputFolder, shard: Shard, levels: Sequence[int], schema: pa.Schema, run_id: str
+        self,
+        folder: OutputFolder,
+        shard: Shard,
+        subsets: Sequence[str],
+        schema: pa.Schema,
+        pictures: Sequence[str],
+        run_id: str,
     ) -> None:
-        self.folder, self.shard, self.levels, self.run_id = folder, shard, levels, run_id
+        self.folder, self.shard, self.subsets, self.run_id = folder, shard, subsets, run_id
         self.scratch = folder.scratch / shard.name
-        self._waiting: list[list[pa.Table]] = [[] for _ in levels]
+        self._waiting: list[list[pa.Table]] = [[] for _ in subsets]
         self._writers: list[pq.ParquetWriter] = []
         with writing(self.scratch):
             self.scratch.mkdir(parents=True, exist_ok=True)
-            for level in levels:
+            for subset in subsets:
                 self._writers.append(
                     pq.ParquetWriter(
-                        self._scratch_file(level),
+                        self._scratch_file(subset),
                         schema,
                         write_page_index=True,
                         use_content_defined_chunking=CONTENT_DEFINED_CHUNKING,
-                        **_column_options(schema),
+                        **_column_options(schema, pictures),
                     )
                 )
 
@@ -68,11 +75,11 @@ class ShardWriter:
                 writer.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _scratch_file(self, level: int) -> Path:
-        return self.scratch / f"{subset_name(level)}.parquet"
+    def _scratch_file(self, subset: str) -> Path:
+        return self.scratch / f"{subset}.parquet"
 
     def write(self, tables: Sequence[pa.Table]) -> None:
-        """Add one batch: a table for each level.
+        """Add one batch: a table for each subset.
 
         Raises:
             PipelineError: the disk refused.
@@ -87,19 +94,19 @@ class ShardWriter:
     def _flush(self) -> None:
         with writing(self.scratch):
             for waiting, writer in zip(self._waiting, self._writers, strict=True):
-                if waiting:
-                    table = pa.concat_tables(waiting)
+                table = pa.concat_tables(waiting) if waiting else None
+                # `datasets` 5.2 fails on a row group without rows; a file without row groups it reads as empty.
+                if table:
                     # One batch of large images may be many row groups' worth.
                     rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
                     writer.write_table(table, row_group_size=min(ROW_GROUP_ROWS, rows))
                 waiting.clear()
 
-    def commit(self, receipt: Receipt, totals: Mapping[int, Mapping[str, Any]]) -> None:
+    def commit(self, receipt: Receipt) -> None:
         """Close, sync and rename every file, then write the receipt, which is the commit.
 
         Args:
             receipt: the shard's, still without files.
-            totals: for each level the counts of its `FileEntry`.
 
         Raises:
             PipelineError: the disk refused; then there is no receipt.
@@ -109,32 +116,31 @@ class ShardWriter:
         self._flush()
         footer = {"run_id": self.run_id, "shard": self.shard.name, "rows": receipt.rows}
         files = []
-        for level, writer in zip(self.levels, self._writers, strict=True):
-            final = self.folder.path(shard_file(level, self.shard))
+        for subset, writer in zip(self.subsets, self._writers, strict=True):
+            file = shard_file(subset, self.shard)
+            final = self.folder.path(file)
             with writing(final):
                 writer.add_key_value_metadata(
                     {
-                        FOOTER_KEY: json.dumps({**footer, "level": level}),
+                        FOOTER_KEY: json.dumps({**footer, "subset": subset}),
                         # As `datasets` marks it, so that tools know how the pages were cut.
                         "content_defined_chunking": json.dumps(CONTENT_DEFINED_CHUNKING),
                     }
                 )
                 writer.close()
-                size, digest = _sync(self._scratch_file(level))
+                size, digest = _sync(self._scratch_file(subset))
                 final.parent.mkdir(exist_ok=True)
-                self._scratch_file(level).rename(final)
+                self._scratch_file(subset).rename(final)
                 sync_folder(final.parent)
-            files.append(
-                FileEntry(path=shard_file(level, self.shard), level=level, bytes=size, sha256=digest, **totals[level])
-            )
+            files.append(FileEntry(path=file, rows=receipt.rows, bytes=size, sha256=digest))
         receipt = receipt.model_copy(update={"files": tuple(files)})
         write_atomically(self.folder.receipt(self.shard.name), receipt.model_dump_json(indent=1))
 
 
-def _column_options(schema: pa.Schema) -> dict[str, Any]:
+def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:
     """Per-column options as `datasets` chooses them: encoded images are not compressed again."""
     leaves = [leaf for field in schema for leaf in _leaves(field.name, field.type)]
-    images = [leaf for leaf in leaves if leaf.split(".")[0] == IMAGE]
+    images = [leaf for leaf in leaves if leaf.split(".")[0] in pictures]
     return {
         "compression": {leaf: "none" if leaf in images else "snappy" for leaf in leaves},
         "use_dictionary": [leaf for leaf in leaves if leaf not in images],

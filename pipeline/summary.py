@@ -47,7 +47,7 @@ def _cells(subset: Subset) -> tuple[str, ...]:
         f"{subset.correct / subset.labelled:.2%}" if subset.labelled else "-",
         f"{subset.confidence_sum / subset.rows:.3f}" if subset.rows else "-",
         f"{subset.fooled:,}" if subset.level else "-",
-        human_bytes(subset.bytes),
+        "-" if subset.bytes is None else human_bytes(subset.bytes),
     )
 
 
@@ -59,9 +59,20 @@ def _notes(manifest: Manifest) -> list[str]:
         f"{len(manifest.skipped):,} skipped",
         f"gradient exactly zero on {manifest.zero_sign_share:.2%} of the pixel values",
     ]
+    if any(subset.bytes is None for subset in manifest.subsets):
+        notes.append(f"files: {_split_sizes(manifest)}")
     for row in manifest.skipped[:5]:
         notes.append(f"skipped: {row['split']} row {row['source_index']}: {row['reason']}")
     return notes
+
+
+def _split_sizes(manifest: Manifest) -> str:
+    """The size of each split's files, where those of the epsilons are the same."""
+    sizes = dict.fromkeys(manifest.split_rows, 0)
+    splits = {shard.name: shard.split for shard in manifest.plan.shards}
+    for file in manifest.files:
+        sizes[splits[Path(file.path).stem]] += file.bytes
+    return ", ".join(f"{split} {human_bytes(size)}" for split, size in sizes.items())
 
 
 def human_bytes(count: float) -> str:

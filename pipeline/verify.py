@@ -2,7 +2,8 @@
 
 Always: every file's digest, schema, row count and columns, every source row accounted for, and no pixel
 outside its epsilon ball. With `recompute`: the victim looks at the stored bytes again, in the batches of
-the run, and every recorded prediction is derived anew.
+the run, and every recorded prediction is derived anew. From either layout a batch is first read back as its
+images at every epsilon, and a table for each of what is recorded of them.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.card import card_agrees, write_summaries
+from pipeline.columns import kept_columns
 from pipeline.compute import Attacker, compile_victim
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.fgsm import Goal
@@ -43,7 +45,7 @@ from pipeline.outputs import (
     writing,
 )
 from pipeline.plan import Plan, Shard
-from pipeline.records import IMAGE, Scores, score
+from pipeline.records import LAYOUTS, Scores, score
 from pipeline.runs import choose_device, versions
 from pipeline.sources import UNLABELLED
 from pipeline.victims import Victim, load_victim
@@ -142,9 +144,10 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
 
 def _compiles(victim: Victim, manifest: Manifest, device: torch.device) -> bool:
     """Compile the victim as the run's was; where that fails it runs as it is, with other last digits."""
-    attacker = Attacker(victim, Goal(), manifest.resolved.attack.levels)
+    config = manifest.resolved
+    attacker = Attacker(victim, Goal(), config.attack.levels, LAYOUTS[config.output.layout].stored)
     try:
-        compile_victim(attacker, device, manifest.shape, manifest.resolved.runtime.batch_size)
+        compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
     except PipelineError as error:
         logger.warning("%s; its predictions are compared as from another environment.", error)
         return False
@@ -177,11 +180,8 @@ def _check_listing(
             findings.problems.append(f".run/receipts/{name}.json belongs to no shard of this run; delete it.")
         elif receipt.run_id != manifest.run_id:
             findings.damage(name, f"The receipt of {name} is of another run ({receipt.run_id}).")
-    levels = manifest.levels
-    expected = {shard_file(level, shard) for shard in plan.shards for level in levels}
-    there = {
-        f"{subset_name(level)}/{file.name}" for level in levels for file in (folder.root / subset_name(level)).glob("*")
-    }
+    expected = {shard_file(subset, shard) for shard in plan.shards for subset in manifest.stored}
+    there = {f"{subset}/{file.name}" for subset in manifest.stored for file in (folder.root / subset).glob("*")}
     findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in sorted(there - expected)]
 
 
@@ -198,14 +198,13 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
     """Remove what is damaged, the receipts first: a shard without a receipt does not exist."""
     if not damaged:
         return
-    levels = manifest.levels
     with folder.held(), writing(folder.root):
         for name in damaged:
             folder.receipt(name).unlink(missing_ok=True)
         for shard in plan.shards:
             if shard.name in damaged:
-                for level in levels:
-                    folder.path(shard_file(level, shard)).unlink(missing_ok=True)
+                for subset in manifest.stored:
+                    folder.path(shard_file(subset, shard)).unlink(missing_ok=True)
         write_summaries(folder, manifest)
 
 
@@ -236,7 +235,8 @@ class _Checker:
     ) -> None:
         self.folder, self.plan, self.findings, self.judge, self.decoders = folder, plan, findings, judge, decoders
         self.shape = torch.Size(manifest.shape)
-        self.levels = manifest.levels
+        self.levels, self.stored = manifest.levels, manifest.stored
+        self.layout = LAYOUTS[manifest.resolved.output.layout]
         self.targeted = manifest.resolved.attack.target is not None
         try:
             self.features = datasets.Features.from_dict(manifest.features)
@@ -245,13 +245,13 @@ class _Checker:
         self.schema = self.features.arrow_schema
         self.exact = True
         self.tolerance = TOLERANCE[manifest.resolved.runtime.precision]
-        # The same in every subset: what does not depend on epsilon.
-        self.shared = ("label", "source_index", *manifest.resolved.source.keep_columns)
+        # What does not depend on epsilon.
+        self.shared = ("label", "source_index", *kept_columns(self.schema.names))
 
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
         try:
-            if [entry.path for entry in receipt.files] != [shard_file(level, shard) for level in self.levels]:
+            if [entry.path for entry in receipt.files] != [shard_file(subset, shard) for subset in self.stored]:
                 raise _DamageError(f"The receipt of {shard.name} lists other files than the run has.")
             # Each shard has its own: a run may have been resumed elsewhere.
             self.exact = self.judge is None or (receipt.versions == self.judge.versions and self.judge.compiled_alike)
@@ -287,11 +287,21 @@ class _Checker:
         for place, mask, subsets in zip(places, masks, tables, strict=True):
             rows = self.plan.rows(shard)[place][mask]
             totals += self._check_batch(shard, rows, mask, subsets)
-        for entry, found in zip(receipt.files, totals.tolist(), strict=True):
-            if [entry.rows, entry.labelled, entry.correct, entry.fooled] != [receipt.rows, *found]:
-                raise _DamageError(f"{entry.path} has other counts than its receipt.")
-        self.findings.rows += receipt.rows * len(self.levels)
+        there = [(count.level, count.rows, count.labelled, count.correct, count.fooled) for count in receipt.counts]
+        for name, level, found in zip(self._names(shard), self.levels, totals.tolist(), strict=True):
+            if (level, receipt.rows, *found) not in there:
+                raise _DamageError(f"{name} has other counts than its receipt.")
+        self.findings.rows += receipt.rows * len(self.stored)
         self.findings.skipped += len(skipped)
+
+    def _names(self, shard: Shard) -> list[str]:
+        """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
+        return [
+            shard_file(subset_name(level), shard)
+            if subset_name(level) in self.stored
+            else f"{shard_file(self.stored[0], shard)} at {level}/255"
+            for level in self.levels
+        ]
 
     def _read(self, name: str, counts: Sequence[int]) -> Iterator[pa.Table]:
         """One file's rows in tables of so many rows each, without holding the file in memory."""
@@ -316,13 +326,14 @@ class _Checker:
         self, shard: Shard, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
     ) -> NDArray[np.int64]:
         """Check one batch of every subset; (1 + K, 3) counts of labelled, correct and fooled."""
-        names = [shard_file(level, shard) for level in self.levels]
+        files = [shard_file(subset, shard) for subset in self.stored]
         if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
-            raise _DamageError(f"{names[0]} holds other source rows than the plan says.")
-        images = [self._images(table, name) for table, name in zip(subsets, names, strict=True)]
+            raise _DamageError(f"{files[0]} holds other source rows than the plan says.")
+        images, tables = self._unpack(files, subsets)
+        names = self._names(shard)
         totals = []
-        for level, name, table, pixels in zip(self.levels, names, subsets, images, strict=True):
-            self._check_columns(name, level, table, subsets[0])
+        for level, name, table, pixels in zip(self.levels, names, tables, images, strict=True):
+            self._check_columns(name, level, table, tables[0])
             distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
             outside = int((distance > level).flatten(1).any(1).sum())
             if outside:
@@ -331,8 +342,20 @@ class _Checker:
             labelled = len(rows) - table.column("label").null_count
             totals.append([labelled, *(int(_column(table, flag, False).sum()) for flag in ("correct", "fooled"))])
         if self.judge is not None and len(rows):
-            self._recompute(self.judge, names, mask, images, subsets)
+            self._recompute(self.judge, names, mask, images, tables)
         return np.array(totals)
+
+    def _unpack(self, files: Sequence[str], subsets: Sequence[pa.Table]) -> tuple[list[Tensor], list[pa.Table]]:
+        """The images at every epsilon, 1 + K times (M, C, H, W) uint8, and what is recorded of them."""
+        pictures = [
+            self._pictures(table.column(column), file)
+            for file, table in zip(files, subsets, strict=True)
+            for column in self.layout.pictures
+        ]
+        try:
+            return self.layout.images(pictures, self.levels), self.layout.levels(subsets, self.levels)
+        except ValueError as error:
+            raise _DamageError(f"{files[0]}: {error}.") from None
 
     def _check_columns(self, name: str, level: int, table: pa.Table, clean: pa.Table) -> None:
         if not np.array_equal(table.column("epsilon").to_numpy(), np.full(table.num_rows, level / 255)):
@@ -341,11 +364,28 @@ class _Checker:
         for column, original in pairs:
             if not table.column(column).equals(clean.column(original)):
                 raise _DamageError(f"{name} has a {column} that differs from the clean subset's {original}.")
+        self._check_nulls(name, level, table)
 
-    def _images(self, table: pa.Table, name: str) -> Tensor:
-        cells = table.column(IMAGE).combine_chunks()
+    def _check_nulls(self, name: str, level: int, table: pa.Table) -> None:
+        """Null is what cannot be said, and nothing else."""
+        everywhere, nowhere = pa.repeat(True, table.num_rows), pa.repeat(False, table.num_rows)
+        unlabelled = table.column("label").is_null()
+        fooled = everywhere if not level else nowhere if self.targeted else unlabelled
+        expected = {
+            "prediction": nowhere,
+            "confidence": nowhere,
+            "label_confidence": unlabelled,
+            "correct": unlabelled,
+            "fooled": fooled,
+            **({"target": nowhere if level else everywhere} if self.targeted else {}),
+        }
+        for column, nulls in expected.items():
+            if not table.column(column).is_null().equals(pa.chunked_array(nulls)):
+                raise _DamageError(f"{name} has a {column} that is null in other rows than it should be.")
+
+    def _pictures(self, column: pa.ChunkedArray, name: str) -> Tensor:
         try:
-            pixels = list(self.decoders.map(decode_image, cells.field("bytes").to_pylist()))
+            pixels = list(self.decoders.map(decode_image, column.combine_chunks().field("bytes").to_pylist()))
         except UndecodableError as error:
             raise _DamageError(f"{name} holds a broken image: {error}") from None
         if any(image.shape != self.shape for image in pixels):

@@ -126,6 +126,35 @@ def write_config(tmp_path: Path, factory_file: Path, image_parquet: Path) -> Wri
     return write
 
 
+def wide_parquet(folder: Path, labels: Sequence[int | None]) -> Path:
+    """Random images with two columns to keep."""
+    count = len(labels)
+    return write_parquet(
+        folder,
+        [png_bytes(image) for image in random_pixels(count, seed=1)],
+        labels,
+        caption=(datasets.Value("string"), [f"number {i}" if i else None for i in range(count)]),
+        boxes=(datasets.List(datasets.Value("int32")), [[i, i + 1][: i % 3] for i in range(count)]),
+    )
+
+
+def _kept(folder: Path, labels: Sequence[int | None]) -> dict[str, Any]:
+    return {"path": str(wide_parquet(folder / "wide", labels)), "keep_columns": ["caption", "boxes"]}
+
+
+LABELS = [i % 3 for i in range(20)]
+# Runs that differ in what their rows hold: sections of a config for `write_config`, given a folder for their source.
+KINDS: dict[str, Callable[[Path], dict[str, dict[str, Any]]]] = {
+    "plain": lambda _: {},
+    "gray": lambda _: {"preprocess": {"mode": "L"}, "model": {"kwargs": {"channels": 1}}},
+    "targeted": lambda folder: {"source": _kept(folder, LABELS), "attack": {"target": "random"}},
+    "unlabelled": lambda folder: {
+        "source": _kept(folder, [None if i % 4 == 0 else label for i, label in enumerate(LABELS)]),
+        "attack": {"label": "prediction"},
+    },
+}
+
+
 def fgsm(*arguments: str | Path) -> Result:
     """Run the command line in this process."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -18,6 +18,7 @@ import duckdb
 import numpy as np
 import pandas
 import polars
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -25,8 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.images import ImageFormat, decode_image, encode_images
+from pipeline.images import ImageFormat, decode_image
 from pipeline.progress import Progress
+from pipeline.records import encode_column
 from pipeline.runs import open_run
 from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
@@ -136,7 +138,7 @@ def test_the_parquet_is_what_the_hub_wants(write_config: WriteConfig, tmp_path: 
         "run_id": manifest(tmp_path / "out")["run_id"],
         "shard": "test-00000-of-00003",
         "rows": 16,
-        "level": 8,
+        "subset": "eps-8",
     }
 
 
@@ -319,6 +321,24 @@ def test_unlabelled_rows_are_attacked_by_prediction_and_stored_as_null(
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
+@pytest.mark.parametrize("layout", ["images", "signs"])
+def test_a_shard_of_which_nothing_could_be_decoded_loads(
+    write_config: WriteConfig, tmp_path: Path, layout: str
+) -> None:
+    images = [b""] * 6 + [png_bytes(image) for image in random_pixels(10)]
+    source = write_parquet(tmp_path / "broken", images, [0] * 16)
+    generate(
+        write_config(
+            source={"path": str(source), "shuffle": False},
+            runtime={"max_skipped": 0.5},
+            output={"layout": layout, "images_per_shard": 6},
+        )
+    )
+    subset = "clean" if layout == "images" else "signs"
+    assert load(tmp_path / "out", subset)["source_index"][:] == list(range(6, 16))
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
 def test_no_label_column_is_needed_for_predictions(write_config: WriteConfig, tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "bare", [png_bytes(image) for image in random_pixels(8)], None)
     generate(write_config(source={"path": str(source)}, attack={"label": "prediction"}))
@@ -449,15 +469,15 @@ def test_batches_behind_one_that_fails_are_not_committed(
     # The batch after it is already waiting by then, and ends the same shard or is a shard of its own.
     calls = []
 
-    def fail_once(images_u8: Tensor, image_format: ImageFormat) -> list[bytes]:
+    def fail_once(images_u8: Tensor, image_format: ImageFormat) -> pa.StructArray:
         calls.append(1)
         if len(calls) == 1:
             time.sleep(0.3)
             raise PipelineError("the codec failed")
-        return encode_images(images_u8, image_format)
+        return encode_column(images_u8, image_format)
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.generate.encode_images", fail_once)
+    monkeypatch.setattr("pipeline.generate.encode_column", fail_once)
     config = write_config(output={"images_per_shard": images_per_shard})
     result = fgsm("generate", config)
     assert result.exit_code == 1
@@ -517,6 +537,29 @@ def test_a_broken_manifest_is_one_sentence(write_config: WriteConfig, tmp_path: 
     assert result.exit_code == 1
     assert "manifest.json cannot be read" in result.stderr
     generate(write_config(), "--overwrite")
+
+
+def test_a_manifest_of_another_version_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    path = tmp_path / "out/manifest.json"
+    # As version 0.1.0 wrote it at first: counts belonged to files.
+    content = {**manifest(tmp_path / "out"), "format": 1}
+    for file in content["files"]:
+        file["level"] = 8
+    path.write_text(json.dumps(content))
+    for command, argument in (
+        ("generate", write_config()),
+        ("verify", tmp_path / "out"),
+        ("inspect", tmp_path / "out"),
+    ):
+        result = fgsm(command, argument)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1] == (
+            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is 2); "
+            "use that version, or start over with --overwrite."
+        )
+    generate(write_config(), "--overwrite")
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
 
 
 def test_requested_and_stored_epsilons_are_printed_side_by_side(write_config: WriteConfig) -> None:
@@ -743,7 +786,7 @@ def test_what_failed_first_is_what_the_user_reads(write_config: WriteConfig, mon
         raise PipelineError("the manifest could not be written")
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.generate.encode_images", fail)
+    monkeypatch.setattr("pipeline.generate.encode_column", fail)
     result = fgsm("generate", write_config())
     assert result.exit_code == 1
     assert "the shard could not be written" in result.stderr

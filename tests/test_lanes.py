@@ -93,7 +93,7 @@ def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
     valid = torch.arange(32) % 5 != 1
     chunk = 8 if name == "cpu" else 32
     with Lanes(device, chunk) as lanes:
-        attacker = Attacker(victim, goal, LEVELS)
+        attacker = Attacker(victim, goal, LEVELS, lambda images, _: tuple(images))
         waiting = [lanes.submit(attacker, images, labels, draws, valid=valid) for images in batches]
         found = [joined([future.result() for future in futures]) for futures in waiting]
     for images, (pictures, logits, classes, zero_signs) in zip(batches, found, strict=True):

@@ -17,9 +17,9 @@ from pipeline.errors import ConfigError
 from pipeline.labels import LabelSpace, join_labels
 from pipeline.loader import Batch
 from pipeline.plan import Shard
-from pipeline.records import Scores, make_features, make_table, score
+from pipeline.records import LAYOUTS, Scores, encode_column, make_features, score
 from pipeline.sources import ArrayRows, Source, Split
-from tests.conftest import CLASSES, png_bytes, random_pixels
+from tests.conftest import CLASSES, random_pixels
 
 
 def space_of(
@@ -34,6 +34,7 @@ def space_of(
     return join_labels(source, model_classes, count, label_map)
 
 
+IMAGES = LAYOUTS["images"]
 SAME = space_of()
 # The model knows the same classes in another order.
 TURNED = space_of(model_classes=("eel", "cat", "dog"), label_map={"cat": "cat", "dog": "dog", "eel": "eel"})
@@ -66,7 +67,7 @@ COLUMNS = {
 @pytest.mark.parametrize("targeted", [False, True])
 def test_the_columns_are_those_of_the_contract(space: LabelSpace, targeted: bool) -> None:
     kept = {"caption": datasets.Value("string"), "rating": datasets.ClassLabel(names=["bad", "good"])}
-    features = make_features(space, targeted=targeted, kept=kept)
+    features = make_features(IMAGES, space, targeted=targeted, kept=kept)
     schema = features.arrow_schema
     expected = {
         **COLUMNS,
@@ -81,13 +82,13 @@ def test_the_columns_are_those_of_the_contract(space: LabelSpace, targeted: bool
 
 
 def test_the_schema_tells_datasets_what_the_columns_are() -> None:
-    schema = make_features(SAME, targeted=True, kept={"caption": datasets.Value("string")}).arrow_schema
+    schema = make_features(IMAGES, SAME, targeted=True, kept={"caption": datasets.Value("string")}).arrow_schema
     described = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     assert described["image"] == {"_type": "Image"}
     for name in ("label", "prediction", "clean_prediction", "target"):
         assert described[name] == {"names": list(CLASSES), "_type": "ClassLabel"}
     assert datasets.Features.from_arrow_schema(schema) == make_features(
-        SAME, targeted=True, kept={"caption": datasets.Value("string")}
+        IMAGES, SAME, targeted=True, kept={"caption": datasets.Value("string")}
     )
 
 
@@ -102,7 +103,7 @@ def test_the_schema_tells_datasets_what_the_columns_are() -> None:
     ids=["same", "turned", "many to one", "unnamed"],
 )
 def test_predictions_have_names_where_they_are_known(space: LabelSpace, recorded: Any) -> None:
-    features = make_features(space, targeted=True, kept={})
+    features = make_features(IMAGES, space, targeted=True, kept={})
     assert features["label"] == datasets.ClassLabel(names=list(CLASSES))
     assert features["prediction"] == features["clean_prediction"] == features["target"] == recorded
 
@@ -110,14 +111,16 @@ def test_predictions_have_names_where_they_are_known(space: LabelSpace, recorded
 @pytest.mark.parametrize("name", [*COLUMNS, "target"])
 def test_a_kept_column_must_not_have_the_name_of_ours(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_features(SAME, targeted=True, kept={"caption": datasets.Value("string"), name: datasets.Value("string")})
+        make_features(
+            IMAGES, SAME, targeted=True, kept={"caption": datasets.Value("string"), name: datasets.Value("string")}
+        )
     assert str(caught.value) == (f"source.keep_columns: {name} is a column of the output itself; rename it first.")
 
 
 def test_a_kept_column_may_be_called_target_where_there_is_none() -> None:
-    assert make_features(SAME, targeted=False, kept={"target": datasets.Value("string")})["target"] == datasets.Value(
-        "string"
-    )
+    assert make_features(IMAGES, SAME, targeted=False, kept={"target": datasets.Value("string")})[
+        "target"
+    ] == datasets.Value("string")
 
 
 # --------------------------------------------------------------------------------------------------- scores
@@ -231,9 +234,10 @@ def tables(
     kept: Mapping[str, Any] | None = None,
 ) -> list[pa.Table]:
     """The clean table, then one for each level."""
-    schema = make_features(space, targeted=scores.target is not None, kept=kept or {}).arrow_schema
-    images = [png_bytes(pixels) for pixels in random_pixels(len(scores.label), side=2)]
-    made = [make_table(schema, images, scores, index, level, batch) for index, level in enumerate((0, *levels))]
+    schema = make_features(IMAGES, space, targeted=scores.target is not None, kept=kept or {}).arrow_schema
+    pixels = torch.from_numpy(random_pixels(len(scores.label), side=2)).permute(0, 3, 1, 2)
+    pictures = [pa.chunked_array([encode_column(pixels, "png")])] * (1 + len(levels))
+    made = IMAGES.tables(schema, pictures, scores, (0, *levels), batch)
     for table in made:
         assert table.schema.equals(schema, check_metadata=True)
         table.validate(full=True)

@@ -23,13 +23,19 @@ SHARD = "test-00001-of-00003"
 FILE = f"eps-8/{SHARD}.parquet"
 
 
-def cut_short(out: Path) -> None:
-    path = out / FILE
+def cut_short_of(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def cut_short(out: Path) -> None:
+    cut_short_of(out / FILE)
+
+
 def alter_a_byte(out: Path) -> None:
-    path = out / FILE
+    alter_a_byte_of(out / FILE)
+
+
+def alter_a_byte_of(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[random.Random(0).randrange(len(data))] ^= 1
     path.write_bytes(data)
@@ -116,7 +122,10 @@ def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
 
 
 def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = FILE, **counts: int) -> None:
-    """Rewrite rows of a file and make receipt and manifest agree, as a bug or a liar would."""
+    """Rewrite rows of a file and make receipt and manifest agree, as a bug or a liar would.
+
+    Keyword arguments are other counts of the largest epsilon.
+    """
     path, receipt_path = out / file, out / f".run/receipts/{SHARD}.json"
     table = pq.read_table(path)
     columns = table.to_pydict()
@@ -125,7 +134,8 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
     size, digest = _sync(path)
     receipt = json.loads(receipt_path.read_text())
     entry = next(entry for entry in receipt["files"] if entry["path"] == file)
-    entry.update(bytes=size, sha256=digest, **counts)
+    entry.update(bytes=size, sha256=digest)
+    receipt["counts"][-1].update(counts)
     receipt_path.write_text(json.dumps(receipt))
     agree(out)
 

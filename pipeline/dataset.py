@@ -1,0 +1,331 @@
+"""Read a dataset back: the same rows from either layout, at any epsilon, with nothing of the attack in memory.
+
+Rows of layout images are read as they are. Those of layout signs, and those at an epsilon that was not
+recorded, are views: their `image` cell holds a stored picture, the picture that says in which direction its
+values move, and how far. Reading the cell makes the image, so that columns can be selected, rows shuffled
+and formats set as with stored images, and nothing is copied.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.features.features import register_feature
+from PIL import Image
+
+from pipeline.columns import ANSWER, ATTACKS, IMAGE, SIGN, image_columns, kept_columns, one_level
+from pipeline.config import epsilon_level
+from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.images import decode_image
+from pipeline.lattice import picture_to_sign, step
+from pipeline.outputs import SIGNS, subset_name
+
+# Rows that a streaming view holds at a time.
+STREAMED_ROWS = 64
+
+# A view's image, in Arrow: without a direction the picture is the image. No field is called `bytes`, or a cast to
+# datasets.Image would silently take the picture for the image.
+STEPPED_TYPE = pa.struct({"picture": pa.binary(), "direction": pa.binary(), "level": pa.uint8()})
+
+
+@dataclass
+class SteppedImage:
+    """A feature of `datasets` whose cells are images made on reading: `level` grey levels along a direction.
+
+    attacked: directions are attacked images rather than sign maps.
+    """
+
+    attacked: bool = False
+    decode: bool = True
+    id: str | None = field(default=None, repr=False)
+    dtype: ClassVar[str] = "PIL.Image.Image"
+    pa_type: ClassVar[Any] = STEPPED_TYPE
+    _type: str = field(default="SteppedImage", init=False, repr=False)
+
+    def __call__(self) -> Any:
+        return self.pa_type
+
+    def decode_example(self, value: Any, token_per_repo_id: Mapping[str, Any] | None = None) -> Any:
+        """The image of a cell, as PIL's; what is one already stays."""
+        del token_per_repo_id
+        if not isinstance(value, dict):
+            return value
+        if value["direction"] is None:
+            # A copy has no format: `datasets` would encode what was a WebP as one again, with loss.
+            return datasets.Image().decode_example({"bytes": value["picture"], "path": None}).copy()
+        picture, direction = decode_image(value["picture"]), decode_image(value["direction"])
+        # sign(x_k - x) is s but where clipping kept x_k at x, on 0 or 255; there every other step ends as well.
+        sign = (direction.short() - picture.short()).sign() if self.attacked else picture_to_sign(direction)
+        pixels = step(picture, sign, value["level"]).permute(1, 2, 0).numpy()
+        return Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]))
+
+    def encode_example(self, value: Any) -> dict[str, Any]:
+        """A cell from what `datasets.map` returns: a cell as it was, or a new image."""
+        if isinstance(value, dict) and "picture" in value:
+            return value
+        return {"picture": datasets.Image().encode_example(value)["bytes"], "direction": None, "level": 0}
+
+    def cast_storage(self, storage: pa.Array) -> pa.Array:
+        """Cells as they are, or images as `datasets` stores them."""
+        if pa.types.is_struct(storage.type) and storage.type.get_field_index("picture") >= 0:
+            return storage.cast(self.pa_type)
+        pictures = datasets.Image().cast_storage(storage).field("bytes")
+        return pa.StructArray.from_arrays(
+            [pictures, pa.nulls(len(pictures), pa.binary()), pa.repeat(pa.scalar(0, pa.uint8()), len(pictures))],
+            fields=list(self.pa_type),
+        )
+
+    def embed_storage(self, *_: Any, **__: Any) -> pa.Array:
+        """Called where `datasets` uploads, for readers that do not have this feature."""
+        raise PipelineError(
+            "These images are made on reading, so they cannot be uploaded as they are; first make them with "
+            'ds.map(lambda row: {"image": row["image"]}, '
+            'features=datasets.Features({**ds.features, "image": datasets.Image()})).'
+        )
+
+    def flatten(self) -> "SteppedImage":
+        return self
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # `register_feature is experimental`
+    register_feature(SteppedImage, "SteppedImage")
+
+
+# One epsilon, or a piece of one: stored rows, side by side where there are several of them, and what makes those of
+# the result from as many tables.
+Part = tuple[Sequence[Any], Callable[..., pa.Table]]
+
+
+def load(
+    path_or_repo: str | Path,
+    epsilons: Sequence[str | float] | None = None,
+    split: str | None = None,
+    streaming: bool = False,
+) -> Any:
+    """Load a dataset of either layout: a row per image and epsilon, with the columns of layout images.
+
+    Args:
+        path_or_repo: an output folder, or a Hub id.
+        epsilons: `k/255`, a decimal as in the config (rounded down), or 0 for clean; rows come in this order.
+            None: clean and every recorded epsilon, rising. At an epsilon that is not recorded the images are made
+            exactly, and `prediction`, `confidence`, `label_confidence`, `correct` and `fooled` are null.
+        split: one of the dataset's; None loads all.
+        streaming: read ahead of use only, in bounded memory.
+
+    Returns:
+        What `datasets.load_dataset` returns: a `Dataset`, or an `IterableDataset` when streaming; without a split
+        a `DatasetDict` or `IterableDatasetDict` of them.
+
+    Raises:
+        ConfigError: there is no such dataset or split, it is not of ours, or an epsilon cannot be stored.
+    """
+    asked = None if epsilons is None else _levels(epsilons)
+    place = _place(path_or_repo)
+    recorded = _recorded_subsets(place)
+    if recorded is None:
+        opened = _open(place, SIGNS, streaming)
+        splits = {name: _from_signs(rows, asked, streaming) for name, rows in _chosen(opened, split, place).items()}
+    else:
+        wanted = recorded if asked is None else asked
+        subsets = {
+            level: _chosen(_open(place, subset_name(level), streaming), split, place)
+            for level in _needed(wanted, recorded)
+        }
+        names = list(next(iter(subsets.values())))
+        splits = {
+            name: _from_images({level: rows[name] for level, rows in subsets.items()}, wanted, streaming)
+            for name in names
+        }
+    if split is not None:
+        return splits[split]
+    return (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)(splits)
+
+
+def _place(path_or_repo: str | Path) -> str:
+    """What `datasets` is asked for: a local folder by its whole path, or a Hub id."""
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_repo)):
+        raise ConfigError(f"There is no folder {folder}.")
+    return str(path_or_repo)
+
+
+def _levels(epsilons: Sequence[str | float]) -> list[int]:
+    """Epsilons in grey levels, 0 for clean, in the order asked for."""
+    if isinstance(epsilons, str) or not epsilons:
+        raise ConfigError(f"epsilons: got {epsilons!r}; name them in a list, such as ['8/255'].")
+    requested: dict[int, str | float] = {}
+    for epsilon in epsilons:
+        try:
+            level = 0 if epsilon in (0, "0", "0/255") else epsilon_level(epsilon, "down")
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from None
+        if level in requested:
+            raise ConfigError(f"epsilons: {requested[level]} and {epsilon} are both {level}/255; keep one of them.")
+        requested[level] = epsilon
+    return list(requested)
+
+
+def _recorded_subsets(place: str) -> list[int] | None:
+    """The recorded levels of layout images, 0 first, as its subsets name them; None for layout signs."""
+    try:
+        names = datasets.get_dataset_config_names(place)
+    except Exception as error:  # a dozen exception types of three libraries; all mean the same here
+        raise ConfigError(f"{place} cannot be read as a dataset: {first_line(error)}") from error
+    if SIGNS in names:
+        return None
+    numbers = [name.removeprefix("eps-") for name in names if name.startswith("eps-")]
+    if "clean" not in names or not numbers or not all(number.isdecimal() for number in numbers):
+        raise ConfigError(
+            f"{place} is no dataset of fgsm-pipeline: its card lists neither signs nor clean and eps-... "
+            f"but {', '.join(names)}."
+        )
+    return [0, *sorted(map(int, numbers))]
+
+
+def _needed(wanted: Sequence[int], recorded: Sequence[int]) -> list[int]:
+    """The subsets to open: those wanted, and clean and an attacked one if others are to be made from them."""
+    there = [level for level in wanted if level in recorded]
+    return there if len(there) == len(wanted) else sorted({*there, *recorded[:2]})
+
+
+def _open(place: str, subset: str, streaming: bool) -> Mapping[str, Any]:
+    try:
+        opened: Mapping[str, Any] = datasets.load_dataset(place, subset, streaming=streaming)
+    except Exception as error:  # as in _recorded_subsets
+        raise ConfigError(f"{place}: its subset {subset} cannot be read: {first_line(error)}") from error
+    expected = {ATTACKS, SIGN} if subset == SIGNS else {"epsilon", *ANSWER}
+    for rows in opened.values():
+        if not expected <= set(rows.column_names or ()):
+            raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
+    return opened
+
+
+def _chosen(opened: Mapping[str, Any], split: str | None, place: str) -> Mapping[str, Any]:
+    if split is None:
+        return opened
+    if split not in opened:
+        raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened)}.")
+    return {split: opened[split]}
+
+
+def _from_signs(rows: Any, asked: Sequence[int] | None, streaming: bool) -> Any:
+    """One split of layout signs at some levels, None for all that are recorded."""
+    first: dict[str, Any] = next(iter(rows.select_columns([ATTACKS])), {ATTACKS: []})
+    recorded = [round(255 * attack["epsilon"]) for attack in first[ATTACKS]]
+    stored = rows.features
+    columns = image_columns(stored["label"], stored["clean_prediction"], "target" in stored)
+    kept = {name: stored[name] for name in kept_columns(list(stored))}
+    features = datasets.Features({**columns, **kept, IMAGE: SteppedImage()})
+    levels = [0, *recorded] if asked is None else asked
+    parts: list[Part] = [([rows], partial(_step_along_sign, level=level, recorded=recorded)) for level in levels]
+    return _view(parts, features, rows.split, streaming)
+
+
+def _from_images(subsets: Mapping[int, Any], levels: Sequence[int], streaming: bool) -> Any:
+    """One split of layout images at some levels, from its subsets by level."""
+    if all(level in subsets for level in levels):
+        return datasets.concatenate_datasets([subsets[level] for level in levels])
+    # Rows of the subsets lie side by side, since a shard's files are committed together. Any attacked one will do.
+    aligned = [subsets[max(subsets)], subsets[0]]
+    parts: list[Part] = [
+        ([subsets[level]], _as_stored) if level in subsets else (aligned, partial(_step_as_attacked, level=level))
+        for level in levels
+    ]
+    features = datasets.Features({**subsets[0].features, IMAGE: SteppedImage(attacked=True)})
+    return _view(parts, features, subsets[0].split, streaming)
+
+
+def _step_along_sign(rows: pa.Table, level: int, recorded: Sequence[int]) -> pa.Table:
+    """One level out of rows of layout signs."""
+    image = _cells(rows.column(IMAGE), rows.column(SIGN) if level else None, level)
+    return pa.table({IMAGE: image, **one_level(rows, level, recorded)})
+
+
+def _as_stored(rows: pa.Table) -> pa.Table:
+    """Rows of layout images, their images as those of a view."""
+    return _with_image(rows, _cells(rows.column(IMAGE), None, 0))
+
+
+def _step_as_attacked(rows: pa.Table, clean: pa.Table, level: int) -> pa.Table:
+    """Another level out of attacked rows of layout images and the clean ones of the same images."""
+    rows = _with_image(rows, _cells(clean.column(IMAGE), rows.column(IMAGE), level))
+    answers: dict[str, Any] = {"epsilon": np.full(len(rows), level / 255), **dict.fromkeys((*ANSWER, "fooled"))}
+    for name, values in answers.items():
+        index, kind = rows.schema.get_field_index(name), rows.schema.field(name).type
+        rows = rows.set_column(index, name, pa.nulls(len(rows), kind) if values is None else pa.array(values))
+    return rows
+
+
+def _with_image(rows: pa.Table, image: pa.ChunkedArray) -> pa.Table:
+    return rows.set_column(rows.schema.get_field_index(IMAGE), IMAGE, image)
+
+
+def _cells(pictures: pa.ChunkedArray, directions: pa.ChunkedArray | None, level: int) -> pa.ChunkedArray:
+    """Image columns as one of STEPPED_TYPE; the encoded bytes stay where they are."""
+    names = ["picture", "direction"]
+    beside = pa.table([pictures, pictures if directions is None else directions], names)
+    cells = []
+    for batch in beside.to_batches():  # as long as the chunks of both allow
+        picture, direction = (batch.column(name).field("bytes") for name in names)
+        if directions is None:
+            direction = pa.nulls(len(batch), pa.binary())
+        levels = pa.array(np.full(len(batch), level, dtype=np.uint8))
+        cells.append(pa.StructArray.from_arrays([picture, direction, levels], fields=list(STEPPED_TYPE)))
+    return pa.chunked_array(cells, STEPPED_TYPE)
+
+
+def _view(parts: Sequence[Part], features: Any, split: Any, streaming: bool) -> Any:
+    """The rows of all parts, one part after the other."""
+    if streaming:
+        # A list, so that `datasets` can deal its items out to the workers of a DataLoader.
+        shards = [
+            ([rows.shard(stored[0].num_shards, index) for rows in stored], make)
+            for stored, make in parts
+            for index in range(stored[0].num_shards)
+        ]
+        return datasets.IterableDataset.from_generator(_rows, features, {"shards": shards}, split=split)
+    table = _ViewTable(
+        partial(_join, [([rows.data for rows in stored], make) for stored, make in parts], list(features))
+    )
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), split=split)
+
+
+def _rows(shards: Sequence[Part]) -> Iterator[dict[str, Any]]:
+    for stored, make in shards:
+        for tables in zip(*(rows.with_format("arrow").iter(STREAMED_ROWS) for rows in stored), strict=True):
+            yield from make(*tables).to_pylist()
+
+
+def _join(parts: Sequence[Part], columns: Sequence[str]) -> pa.Table:
+    return pa.concat_tables([make(*(rows.table for rows in stored)).select(columns) for stored, make in parts])
+
+
+class _ViewTable(datasets.table.InMemoryTable):  # type: ignore[misc]
+    """A table over memory-mapped ones that is pickled as the way to make it.
+
+    By value, as its base class does it, every worker process would get a copy of the whole dataset.
+    """
+
+    def __init__(self, make: Callable[[], pa.Table], table: pa.Table | None = None) -> None:
+        super().__init__(make() if table is None else table)
+        self.make = make
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"make": self.make, "metadata": self.table.schema.metadata}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        make = state["make"]
+        _ViewTable.__init__(self, make, make().replace_schema_metadata(state["metadata"]))
+
+    def replace_schema_metadata(self, metadata: Mapping[Any, Any] | None = None) -> "_ViewTable":
+        return _ViewTable(self.make, self.table.replace_schema_metadata(metadata))
