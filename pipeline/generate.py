@@ -140,7 +140,11 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
     try:
         batches = load_batches(run.reader, run.plan, shards, run.config.runtime.workers, pin=run.device.type == "cuda")
         attacked = attack_ahead(run, batches, busy)
-        with contextlib.closing(attacked), Progress(len(run.plan), finished, run.levels) as progress:
+        with (
+            contextlib.closing(batches),
+            contextlib.closing(attacked),
+            Progress(len(run.plan), finished, run.levels) as progress,
+        ):
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 _check_skipped(run, batch, skipped)

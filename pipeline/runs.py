@@ -246,6 +246,8 @@ def choose_device(wanted: str, precision: str = "fp32") -> torch.device:
     if wanted == "cuda":
         # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # The compiler times candidates and keeps the fastest, whose sums may run in another order the next time.
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
         # fp32 means fp32: cuDNN would use tf32 by default.
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"

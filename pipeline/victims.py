@@ -89,14 +89,17 @@ class Victim(nn.Module):
         """
         import torch._inductor.config as inductor  # the compiler takes a second to import
 
-        compiled = torch.compile(self._logits_of_pixels, dynamic=False)
+        # On a CPU: code that is called from C++ lets go of the GIL; called from Python, one lane holds up the others.
+        options = {"cpp_wrapper": True} if self.mean.device.type == "cpu" else {}
+        compiled = torch.compile(self._logits_of_pixels, dynamic=False, options=options)
 
         def frozen(images_u8: Tensor) -> Tensor:
             # As an option of torch.compile it does not reach the tracer, and set once it does not reach other threads.
             with inductor.patch(freezing=True):
                 return compiled(images_u8)
 
-        self._differentiable, self._inferred = torch.compile(self._logits, dynamic=False), frozen
+        self._differentiable = torch.compile(self._logits, dynamic=False, options=options)
+        self._inferred = frozen
         try:
             yield
             self.compiled = True
