@@ -309,10 +309,10 @@ class RuntimeConfig(Section):
     """How the run uses the machine."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     batch_size: Count = 256
     workers: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] = "auto"
-    compile: Literal["auto", False] = "auto"
+    compile: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     on_error: Literal["skip", "fail"] = "skip"
     max_skipped: float = Field(default=0.01, ge=0, le=1)

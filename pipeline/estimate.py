@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.fgsm import attack
 from pipeline.images import UndecodableError, encode_images, read_image
+from pipeline.lanes import Lanes, available_cores
 from pipeline.lattice import step
-from pipeline.loader import available_cores
 from pipeline.outputs import OutputFolder
 from pipeline.plan import Shard
 from pipeline.runs import Run, open_run
@@ -111,19 +110,20 @@ def _batch_seconds(run: Run) -> float:
     samples = _samples(run, run.plan.shards)
     if not len(samples):
         return 0.0
-    images = samples[torch.arange(run.plan.batch_size) % len(samples)].to(run.device)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
-    for _ in range(2):
-        started = time.perf_counter()
-        attacked = attack(
-            run.victim, images, labels, labels == 0, levels=run.config.attack.levels, goal=run.goal, draws=labels
-        )
-        stored = [pictures.cpu() for pictures in run.layout.stored(attacked.images, attacked.sign)]
-        computing = time.perf_counter() - started
+    images = samples[torch.arange(run.plan.batch_size) % len(samples)]
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    with Lanes(run.device, run.chunk) as lanes:
+        for _ in range(2):
+            started = time.perf_counter()
+            parts = [
+                future.result() for future in lanes.submit(run.attacker, images, labels, labels, valid=labels == 0)
+            ]
+            computing = time.perf_counter() - started
     started = time.perf_counter()
-    for pictures in stored:
+    for pictures in parts[0].pictures:
         encode_images(pictures[: len(samples)], run.image_format)
-    encoding = (time.perf_counter() - started) * len(images) / len(samples) / available_cores()
+    encoded = min(len(samples), len(parts[0].classes))
+    encoding = (time.perf_counter() - started) * len(images) / encoded / available_cores()
     # On the CPU both want the same cores; beside an accelerator the slower one sets the pace.
     return computing + encoding if run.device.type == "cpu" else max(computing, encoding)
 

@@ -1,14 +1,15 @@
 """Generate: the whole flow, from a config to a complete dataset.
 
-Loading, attacking, encoding and writing overlap: the loader's workers decode ahead, this thread drives the
-device, a pool of threads encodes (the codecs release the GIL), and one thread writes and commits in order.
-A bounded number of batches is in flight, so memory does not grow with the dataset.
+Loading, attacking, encoding and writing overlap: the loader's workers decode ahead, lanes drive the device,
+a pool of threads encodes (the codecs release the GIL), and one thread writes and commits in order. A bounded
+number of batches is in flight, so memory does not grow with the dataset.
 """
 
 import contextlib
 import logging
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ import torch
 from torch import Tensor
 
 from pipeline.card import card_agrees, write_summaries
+from pipeline.columns import IMAGE
+from pipeline.compute import Part, compile_victim
 from pipeline.config import Config
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.estimate import check_disk
-from pipeline.fgsm import attack
-from pipeline.loader import Batch, available_cores, load_batches
+from pipeline.lanes import DEVICE_LANES, Lanes, available_cores
+from pipeline.loader import Batch, load_batches
 from pipeline.manifest import Manifest, read_manifest, summarise
 from pipeline.outputs import LevelCounts, OutputFolder, Receipt, SkippedRow, committed, read_receipts
 from pipeline.plan import Shard
-from pipeline.progress import Progress
+from pipeline.progress import Busy, Progress
 from pipeline.records import Scores, encode_column, score
 from pipeline.runs import Run, differences, open_run, versions
 from pipeline.shards import ShardWriter
@@ -125,32 +128,97 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
     """
     if not shards:
         return
+    if run.config.runtime.compile:
+        _compile(run)
     skipped = sum(len(receipt.skipped) for receipt in done)
     finished = sum(receipt.planned for receipt in done)
+    busy = Busy()
     sink = _Sink(run, folder)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
     in_flight: deque[Future[None]] = deque()
     try:
-        batches = load_batches(run.reader, run.plan, shards, run.device, run.config.runtime.workers)
-        with contextlib.closing(batches), Progress(len(run.plan), finished, run.levels) as progress:
-            for batch in batches:
+        batches = load_batches(run.reader, run.plan, shards, run.config.runtime.workers, pin=run.device.type == "cuda")
+        attacked = attack_ahead(run, batches, busy)
+        with contextlib.closing(attacked), Progress(len(run.plan), finished, run.levels) as progress:
+            for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 _check_skipped(run, batch, skipped)
-                pictures, scores, zero_signs = _attack(run, batch)
-                encoded = [_encode(encoders, images, run) for images in pictures]
-                in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
+                busy.add("load", batch.seconds)
+                scores = _score(run, batch, parts)
+                encoded = _encode(encoders, parts, run, busy)
+                zero_signs = sum(part.zero_signs for part in parts)
+                in_flight.append(writer.submit(busy.timed("write", sink.add), batch, scores, zero_signs, encoded))
                 progress.update(*_progress_counts(run, batch, scores))
                 if len(in_flight) > BATCHES_IN_FLIGHT:
                     in_flight.popleft().result()
             while in_flight:
                 in_flight.popleft().result()
+        cores = available_cores()
+        lanes = cores if run.device.type == "cpu" else DEVICE_LANES
+        workers = {"load": cores, "attack": lanes, "encode": cores, "write": cores}
+        logger.info("%s", busy.line(progress.rate, workers))
     finally:
         # After a failure nothing waits for encodings that nobody will write.
         writer.shutdown(wait=False, cancel_futures=True)
         encoders.shutdown(cancel_futures=True)
         writer.shutdown()
         sink.close()
+
+
+def _compile(run: Run) -> None:
+    """Compile the victim of a run that was compiled when it began."""
+    try:
+        compile_victim(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
+    except PipelineError as error:
+        raise PipelineError(
+            f"{error}; the run was begun with a compiled victim. Mend the compiler, or start over with "
+            "--set runtime.compile=false --overwrite."
+        ) from error
+
+
+def attack_ahead(run: Run, batches: Iterable[Batch], busy: Busy) -> Generator[tuple[Batch, list[Part]], None, None]:
+    """Attack batches on the run's device, in order, with enough of them under way that no lane waits.
+
+    Args:
+        run: the opened run.
+        batches: of the plan's batch size, on the CPU.
+        busy: takes the seconds of the attack.
+
+    Yields:
+        Each batch, and its valid rows, attacked, in parts that follow each other.
+
+    Raises:
+        NonFiniteError: logits or a gradient hold NaN or infinity; names the batch.
+        PipelineError: the device's memory is too small.
+    """
+    waiting: deque[tuple[Batch, list[Future[Part]]]] = deque()
+    with Lanes(run.device, run.chunk) as lanes:
+        # Two chunks for each lane: one under way, one that follows.
+        ahead = -(-2 * lanes.count * run.chunk // run.plan.batch_size)
+        clock = time.thread_time if run.device.type == "cpu" else time.perf_counter
+        attacker = busy.timed("attack", run.attacker, clock)
+        for batch in batches:
+            labels = run.space.model_labels(batch.labels)
+            waiting.append((batch, lanes.submit(attacker, batch.images, labels, _draws(run, batch), valid=batch.valid)))
+            if len(waiting) > ahead:
+                yield _arrive(*waiting.popleft())
+        while waiting:
+            yield _arrive(*waiting.popleft())
+
+
+def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[Part]]:
+    try:
+        return batch, [future.result() for future in futures]
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error} in {batch.name}; check the weights, and model.mean and std.") from None
+    except torch.OutOfMemoryError as error:
+        size = len(batch.labels)
+        raise PipelineError(
+            f"runtime.batch_size: {batch.name} did not fit in the device's memory, though a batch of {size} did at the "
+            "start; free what else uses it and run the same command again, or start over with "
+            f"--set runtime.batch_size={max(1, size // 2)} --overwrite."
+        ) from error
 
 
 def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
@@ -168,26 +236,14 @@ def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
         )
 
 
-def _attack(run: Run, batch: Batch) -> tuple[list[Tensor], Scores, int]:
-    """The valid rows' images that are stored, each (M, C, H, W) uint8 on the CPU, their scores, and the zero signs."""
-    labels = batch.labels
-    try:
-        attacked = attack(
-            run.victim,
-            batch.images,
-            run.space.model_labels(labels),
-            batch.valid,
-            levels=run.config.attack.levels,
-            goal=run.goal,
-            draws=_draws(run, batch).to(labels.device),
-        )
-        attacked.check_finite()
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{error} in {batch.name}; check the weights, and model.mean and std.") from None
-    target = None if run.goal.target is None else attacked.classes
-    scores = score(attacked.logits, labels, batch.valid, target, run.space)
-    stored = run.layout.stored(attacked.images, attacked.sign)
-    return [images[batch.valid].cpu() for images in stored], scores, int(attacked.zero_signs)
+def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
+    """The scores of a batch's valid rows."""
+    labels = batch.labels[batch.valid]
+    if not parts:  # every image was skipped
+        logits, classes = torch.zeros((len(run.levels), 0, 2)), labels
+    else:
+        logits, classes = torch.cat([part.logits for part in parts], 1), torch.cat([part.classes for part in parts])
+    return score(logits, labels, None if run.goal.target is None else classes, run.space)
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:
@@ -199,8 +255,19 @@ def _draws(run: Run, batch: Batch) -> Tensor:
     return torch.from_numpy(draws)
 
 
-def _encode(encoders: ThreadPoolExecutor, images_u8: Tensor, run: Run) -> list[Future[pa.StructArray]]:
-    return [encoders.submit(encode_column, part, run.image_format) for part in images_u8.split(IMAGES_PER_TASK)]
+def _encode(
+    encoders: ThreadPoolExecutor, parts: Sequence[Part], run: Run, busy: Busy
+) -> list[list[Future[pa.StructArray]]]:
+    """Begin to encode a batch: for each stored picture, its rows in pieces that follow each other."""
+    encode = busy.timed("encode", encode_column)
+    return [
+        [
+            encoders.submit(encode, piece, run.image_format)
+            for part in parts
+            for piece in part.pictures[index].split(IMAGES_PER_TASK)
+        ]
+        for index in range(run.pictures)
+    ]
 
 
 def _progress_counts(run: Run, batch: Batch, scores: Scores) -> tuple[int, int, dict[int, int]]:
@@ -251,7 +318,8 @@ class _Sink:
         run = self.run
         if self._open is None:
             self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.run_id)
-        pictures = [pa.chunked_array([part.result() for part in parts]) for parts in encoded]
+        kind = self.schema.field(IMAGE).type
+        pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
         self._open.write(run.layout.tables(self.schema, pictures, scores, run.levels, batch))
         self._count(batch, scores, zero_signs)
         if batch.ends_shard:

@@ -10,7 +10,9 @@ How every image becomes what `preprocess.mode` says:
     animations    the first frame
     float pixels  refused: their range is not known
 
-Then torchvision's resize (antialiased) and centre crop.
+Then torchvision's resize (antialiased) and centre crop. A JPEG is decoded at its full size: decoding it at
+half the size and resizing the rest (Pillow's draft mode) saves 6 ms on 900 pixels a side, and moved real
+images by 1 to 3 grey levels on average and by up to 96.
 """
 
 import io

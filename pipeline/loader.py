@@ -1,14 +1,13 @@
-"""The loader: shards of the plan become batches of uint8 images on the device, ahead of use.
+"""The loader: shards of the plan become batches of uint8 images, ahead of use.
 
 Worker processes open, decode and resize whole batches. A batch never crosses a shard and always has the
 same shape: what is missing at the end of a shard, and every image that could not be decoded, is a masked
 row of zeros. Images cross the bus as uint8, a quarter of the bytes of float32.
 """
 
-import os
 import signal
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.config import PreprocessConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.images import UndecodableError, read_image
+from pipeline.lanes import available_cores
 from pipeline.plan import Plan, Shard
 from pipeline.sources import UNLABELLED, Source, Split, spread
 
 MAX_WORKERS = 16
-# Batches whose copies to the device are under way while an earlier one is computed.
-BATCHES_AHEAD = 2
 # Images of each split looked at before a run that takes all sizes as they are.
 SIZE_SAMPLES = 1000
 
@@ -49,7 +47,7 @@ class Batch:
 
     images: (N, C, H, W) uint8, channels last in memory; labels: (N,) int64, -1 for unlabelled; valid: (N,)
     bool, false for padding and skipped rows. source_index: (valid rows,) int64; kept: carried-through
-    columns of the valid rows.
+    columns of the valid rows; seconds: of a core, that reading took.
     """
 
     shard: Shard
@@ -60,6 +58,7 @@ class Batch:
     source_index: NDArray[np.int64]
     kept: pa.Table
     skipped: tuple[Skipped, ...]
+    seconds: float
 
     @property
     def ends_shard(self) -> bool:
@@ -72,23 +71,9 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader: the tensors in page-locked memory, so that copies can be asynchronous."""
-        return self._with_tensors([tensor.pin_memory() for tensor in self._tensors()])
-
-    def to(self, device: torch.device) -> "Batch":
-        """The tensors on a device; from pinned memory the copy is only begun."""
-        return self._with_tensors([tensor.to(device, non_blocking=True) for tensor in self._tensors()])
-
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell the allocator that a stream reads the tensors, which were made on another one."""
-        for tensor in self._tensors():
-            tensor.record_stream(stream)
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.images, self.labels, self.valid]
-
-    def _with_tensors(self, tensors: Sequence[Tensor]) -> "Batch":
-        images, labels, valid = tensors
-        return replace(self, images=images, labels=labels, valid=valid)
+        return replace(
+            self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), valid=self.valid.pin_memory()
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +91,7 @@ class Reader:
         Raises:
             ConfigError: an image has another size than the first one, and nothing resizes it.
         """
+        started = time.thread_time()
         split = self._split(shard.split)
         rows = plan.rows(shard)[place]
         channels, height, width = self.shape
@@ -124,9 +110,9 @@ class Reader:
             images[slot], valid[slot] = pixels, True
         labels[: len(rows)] = torch.from_numpy(split.labels[rows])
         kept_rows = rows[valid[: len(rows)].numpy()]
-        return Batch(
-            shard, place, images, labels, valid, kept_rows, split.rows.kept(kept_rows.tolist()), tuple(skipped)
-        )
+        kept = split.rows.kept(kept_rows.tolist())
+        seconds = time.thread_time() - started
+        return Batch(shard, place, images, labels, valid, kept_rows, kept, tuple(skipped), seconds)
 
     def _split(self, name: str) -> Split:
         return next(split for split in self.source.splits if split.name == name)
@@ -200,22 +186,17 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def available_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def load_batches(
-    reader: Reader, plan: Plan, shards: Sequence[Shard], device: torch.device, workers: int | str
+    reader: Reader, plan: Plan, shards: Sequence[Shard], workers: int | str, *, pin: bool = False
 ) -> Generator[Batch, None, None]:
-    """Read the batches of some shards, in order, onto a device.
+    """Read the batches of some shards, in order.
 
     Args:
         reader: opens and decodes rows.
         plan: the run's plan.
         shards: those to read.
-        device: where images, labels and masks end up.
         workers: decoding processes; 0 decodes in this one, `auto` takes the cores at hand.
+        pin: put images, labels and masks into page-locked memory, from which copies to CUDA are asynchronous.
 
     Raises:
         PipelineError: what `Reader.read` raises, or a worker process died.
@@ -227,13 +208,13 @@ def load_batches(
         batch_size=None,
         collate_fn=_same,
         num_workers=min(count, len(batches)),
-        pin_memory=device.type == "cuda",
+        pin_memory=pin,
         worker_init_fn=_ignore_interrupt,
     )
-    return _ahead(_unwrap(loader), device)
+    return _unwrap(loader)
 
 
-def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Iterator[Batch]:
+def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Generator[Batch, None, None]:
     try:
         for item in loader:
             if isinstance(item, PipelineError):
@@ -247,38 +228,3 @@ def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Iterator[Batch]:
             f"A decoding worker died ({first_line(error)}), perhaps for want of memory; "
             "the same command goes on from what is committed, with a smaller runtime.workers if it happens again."
         ) from error
-
-
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
-    """Move batches to the device; on CUDA over a side stream, ahead of use.
-
-    Each copy has its own event, which the computing stream waits for; the pinned buffer is held until
-    then, and the allocator is told which stream reads the copy. Without the first a batch could be read
-    before it has arrived, without the last two its memory could be reused too early.
-    """
-    if device.type != "cuda":
-        yield from (batch.to(device) for batch in batches)
-        return
-    side = torch.cuda.Stream(device)
-    under_way: deque[tuple[Batch, Batch, torch.cuda.Event]] = deque()
-
-    def arrive() -> Batch:
-        pinned, moved, copied = under_way.popleft()
-        stream = torch.cuda.current_stream(device)
-        stream.wait_event(copied)
-        moved.record_stream(stream)
-        # The pinned buffer must outlive the copy, which was begun batches ago but for the last few.
-        copied.synchronize()
-        del pinned
-        return moved
-
-    for pinned in batches:
-        with torch.cuda.stream(side):
-            moved = pinned.to(device)
-            copied = torch.cuda.Event()
-            copied.record(side)
-        under_way.append((pinned, moved, copied))
-        if len(under_way) > BATCHES_AHEAD:
-            yield arrive()
-    while under_way:
-        yield arrive()

@@ -45,6 +45,7 @@ class Manifest(Record):
     to_recorded: tuple[int, ...]
     split_rows: dict[str, int]
     shape: tuple[int, int, int]
+    asked_batch_size: int
     receipts: str = ""
     rows: int = 0
     subsets: tuple[Subset, ...] = ()

@@ -2,9 +2,11 @@
 
 import logging
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from tqdm import tqdm
 
@@ -12,7 +14,56 @@ from pipeline.outputs import subset_name
 
 LOG_SECONDS = 30.0
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 logger = logging.getLogger(__name__)
+
+
+class Busy:
+    """How busy each stage of a run was, in seconds of a core."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count seconds of a core for a stage; from any thread."""
+        with self._lock:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def timed(
+        self,
+        stage: str,
+        function: Callable[Arguments, Result],
+        clock: Callable[[], float] = time.thread_time,
+    ) -> Callable[Arguments, Result]:
+        """The function, each call of it counted for a stage.
+
+        The clock is that of the thread's own computing: a thread that waits for a core is not busy. Work on an
+        accelerator needs `time.perf_counter`.
+        """
+
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            started = clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.add(stage, clock() - started)
+
+        return call
+
+    def line(self, rate: float, workers: Mapping[str, int]) -> str:
+        """For the end of a run: how busy each stage was, and source images a second.
+
+        Args:
+            rate: source images a second.
+            workers: how many cores, or lanes of an accelerator, 100% of a stage would be.
+        """
+        wall = max(time.monotonic() - self._started, 1e-9)
+        shares = (f"{stage} {self._seconds.get(stage, 0.0) / wall / count:.0%}" for stage, count in workers.items())
+        return f"Busy: {', '.join(shares)}; {rate:.1f} images/s."
 
 
 class Progress:
@@ -24,6 +75,8 @@ class Progress:
         self._correct = dict.fromkeys(levels, 0)
         self._started = self._logged = time.monotonic()
         self._fresh = 0
+        self._updated = self._started
+        self._first: tuple[float, int] | None = None
         # Without a terminal the bar is off, and `update` logs instead.
         self._bar = tqdm(total=total, initial=done, unit="img", file=sys.stderr, disable=None, dynamic_ncols=True)
 
@@ -39,6 +92,8 @@ class Progress:
         """Add a batch: source images finished, how many of them are labelled, and right ones per level."""
         self.done += images
         self._fresh += images
+        self._updated = time.monotonic()
+        self._first = self._first or (self._updated, self._fresh)
         self._labelled += labelled
         for level, count in correct.items():
             self._correct[level] += count
@@ -48,6 +103,14 @@ class Progress:
         elif time.monotonic() - self._logged >= self.log_seconds:
             self._logged = time.monotonic()
             logger.info("%s", self.line())
+
+    @property
+    def rate(self) -> float:
+        """Source images a second, without the first batch, which waits for everything to start."""
+        if self._first is None or self._updated <= self._first[0]:
+            return self._fresh / max(time.monotonic() - self._started, 1e-9)
+        began, images = self._first
+        return (self._fresh - images) / (self._updated - began)
 
     def accuracy(self) -> str:
         """Accuracy so far for each epsilon, `clean 99% eps-8 91%`; empty where nothing is labelled."""

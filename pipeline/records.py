@@ -51,33 +51,31 @@ class Scores:
         return self.labelled if self.target is None else np.ones_like(self.labelled)
 
 
-def score(logits: Tensor, labels: Tensor, valid: Tensor, target: Tensor | None, space: LabelSpace) -> Scores:
-    """Predictions and confidences of a batch, computed on the device of the logits.
+def score(logits: Tensor, labels: Tensor, target: Tensor | None, space: LabelSpace) -> Scores:
+    """Predictions and confidences of the valid rows of a batch, on the CPU.
 
     Args:
-        logits: (1 + K, N, classes), clean first.
-        labels: (N,) int64 dataset classes, -1 for unlabelled.
-        valid: (N,) bool, the M rows to score.
-        target: (N,) int64 model indices, None for the plain attack.
+        logits: (1 + K, M, classes), clean first.
+        labels: (M,) int64 dataset classes, -1 for unlabelled.
+        target: (M,) int64 model indices, None for the plain attack.
         space: translates between the two.
     """
-    to_recorded = torch.from_numpy(space.to_recorded).to(logits.device)
-    logits, labels = logits[:, valid], labels[valid]
+    to_recorded = torch.from_numpy(space.to_recorded)
     probabilities = logits.float().softmax(-1)
     confidence, predicted = probabilities.max(-1)
     wanted = space.model_labels(labels).clamp(min=0)
     label_confidence = probabilities.gather(-1, wanted.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
     correct = predicted == wanted
-    fooled = correct[:1] & ~correct if target is None else predicted == target[valid]
+    fooled = correct[:1] & ~correct if target is None else predicted == target
     return Scores(
-        prediction=to_recorded[predicted].cpu().numpy(),
-        confidence=confidence.cpu().numpy(),
-        label_confidence=label_confidence.cpu().numpy(),
-        correct=correct.cpu().numpy(),
-        fooled=fooled.cpu().numpy(),
-        label=labels.cpu().numpy(),
-        labelled=(labels != UNLABELLED).cpu().numpy(),
-        target=None if target is None else to_recorded[target[valid]].cpu().numpy(),
+        prediction=to_recorded[predicted].numpy(),
+        confidence=confidence.numpy(),
+        label_confidence=label_confidence.numpy(),
+        correct=correct.numpy(),
+        fooled=fooled.numpy(),
+        label=labels.numpy(),
+        labelled=(labels != UNLABELLED).numpy(),
+        target=None if target is None else to_recorded[target].numpy(),
     )
 
 

@@ -7,10 +7,11 @@ the outcome, so that a resumed run decides nothing anew.
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ import numpy as np
 import torch
 
 from pipeline import __version__
+from pipeline.compute import Attacker, compile_victim, fit_batch_size, rehearse, repays
 from pipeline.config import Config, is_factory_file
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.fgsm import Goal
 from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.labels import LabelSpace, join_labels
-from pipeline.loader import Reader, find_shape
+from pipeline.lanes import chunk_images
+from pipeline.loader import Reader, Shape, find_shape
 from pipeline.manifest import FORMAT_VERSION, Manifest, plan_of
 from pipeline.outputs import stored_subsets
 from pipeline.plan import Plan
 from pipeline.records import LAYOUTS, Layout, make_features
 from pipeline.sources import Source, open_source
 from pipeline.victims import Victim, load_victim
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
 
@@ -50,6 +55,17 @@ class Run:
     device: torch.device
     image_format: ImageFormat
     identity: dict[str, Any]
+    asked_batch_size: int
+
+    @property
+    def attacker(self) -> Attacker:
+        """The attack on chunks of rows."""
+        return Attacker(self.victim, self.goal, self.config.attack.levels, self.layout.stored)
+
+    @property
+    def chunk(self) -> int:
+        """Rows of a batch that are computed at once."""
+        return chunk_images(self.device, self.plan.batch_size, self.reader.shape)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -65,6 +81,11 @@ class Run:
     def stored(self) -> tuple[str, ...]:
         """The subsets that are stored, each a folder."""
         return stored_subsets(self.config.output.layout, self.levels)
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures are stored of a source image."""
+        return len(self.stored) * len(self.layout.pictures)
 
     @property
     def run_id(self) -> str:
@@ -85,6 +106,7 @@ class Run:
             to_recorded=tuple(self.space.to_recorded.tolist()),
             shape=self.reader.shape,
             split_rows={split.name: len(split.labels) for split in self.source.splits},
+            asked_batch_size=self.asked_batch_size,
         )
 
 
@@ -99,11 +121,14 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         ConfigError: anything the config names is missing or does not fit.
     """
     _check_apart(config)
+    asked_batch_size = config.runtime.batch_size
     if recorded is not None:
-        config = _take_over(config, recorded.resolved)
-    device = choose_device(config.runtime.device)
+        config = _take_over(config, recorded)
+    device = choose_device(config.runtime.device, config.runtime.precision)
     source = open_source(config.source, need_labels=config.attack.label == "dataset")
-    victim, published = load_victim(config.model, seed=config.runtime.seed, device=device)
+    victim, published = load_victim(
+        config.model, seed=config.runtime.seed, device=device, bf16=config.runtime.precision == "bf16"
+    )
     preprocess = config.preprocess
     if published.preprocess is not None and not preprocess.model_fields_set & {"resize", "crop", "interpolation"}:
         preprocess = published.preprocess.model_copy(update={"mode": preprocess.mode})
@@ -111,6 +136,11 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
     count = victim.count_classes(shape)
     space = join_labels(source, victim.classes, count, config.model.label_map)
+    goal = Goal(config.attack.label, _target(config, space))
+    attacker = Attacker(victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored)
+    if recorded is None:
+        plan = replace(plan, batch_size=_fit_batch(attacker, device, shape, plan.batch_size))
+    compiled = _compile(attacker, device, shape, plan, config, recorded)
     image_format = _image_format(config, shape)
     resolved = config.model_copy(
         update={
@@ -120,7 +150,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
             ),
             "output": config.output.model_copy(update={"image_format": image_format}),
             "runtime": config.runtime.model_copy(
-                update={"device": device.type, "compile": False, "batch_size": plan.batch_size}
+                update={"device": device.type, "compile": compiled, "batch_size": plan.batch_size}
             ),
         }
     )
@@ -132,11 +162,12 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         reader=Reader(source, preprocess, config.runtime.max_pixels, shape),
         victim=victim,
         space=space,
-        goal=Goal(config.attack.label, _target(config, space)),
+        goal=goal,
         features=make_features(LAYOUTS[config.output.layout], space, targeted=targeted, kept=source.kept),
         device=device,
         image_format=image_format,
-        identity=_identity(resolved, source, victim, space),
+        identity=_identity(resolved, source, victim, space, chunk_images(device, plan.batch_size, shape)),
+        asked_batch_size=asked_batch_size,
     )
 
 
@@ -150,21 +181,58 @@ def _check_apart(config: Config) -> None:
         raise ConfigError(f"output.path: {output} lies in the source's own folder {source}; choose another place.")
 
 
-def _take_over(config: Config, recorded: Config) -> Config:
-    """Replace each `auto` by what the run that is resumed decided."""
-    runtime, output = config.runtime, config.output
-    if runtime.device == "auto":
-        runtime = runtime.model_copy(update={"device": recorded.runtime.device})
+def _take_over(config: Config, recorded: Manifest) -> Config:
+    """Replace each `auto`, and a batch size that was halved, by what the run that is resumed decided."""
+    then, runtime, output = recorded.resolved, config.runtime, config.output
+    decided = {key: getattr(then.runtime, key) for key in ("device", "compile") if getattr(runtime, key) == "auto"}
+    if runtime.batch_size == recorded.asked_batch_size:
+        decided["batch_size"] = then.runtime.batch_size
     if output.image_format == "auto":
-        output = output.model_copy(update={"image_format": recorded.output.image_format})
-    return config.model_copy(update={"runtime": runtime, "output": output})
+        output = output.model_copy(update={"image_format": then.output.image_format})
+    return config.model_copy(update={"runtime": runtime.model_copy(update=decided), "output": output})
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device to compute on, set up so that equal inputs give equal bits.
+def _fit_batch(attacker: Attacker, device: torch.device, shape: Shape, batch_size: int) -> int:
+    """The batch size that fits in the device's memory; on a CPU chunks are small, and nothing is tried."""
+    if device.type == "cpu":
+        return batch_size
+    return fit_batch_size(lambda size: rehearse(attacker, device, shape, size), batch_size)
+
+
+def _compile(
+    attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, config: Config, recorded: Manifest | None
+) -> bool:
+    """Resolve `runtime.compile`, and compile a new run's victim: whether that works is part of its identity.
+
+    A run that is resumed compiles when it has something to write.
 
     Raises:
-        ConfigError: the machine does not have it.
+        ConfigError: compilation was asked for, and fails.
+    """
+    wanted = config.runtime.compile
+    if wanted == "auto":
+        wanted = repays(device, len(plan))
+    if not wanted or recorded is not None:
+        return wanted
+    try:
+        compile_victim(attacker, device, shape, plan.batch_size)
+    except PipelineError as error:
+        if config.runtime.compile != "auto":
+            raise ConfigError(f"runtime.compile: {error}; leave the key out, or set it to false.") from error
+        logger.warning("%s; the run goes on without.", error)
+        return False
+    return True
+
+
+def choose_device(wanted: str, precision: str = "fp32") -> torch.device:
+    """The device to compute on, set up so that equal inputs give equal bits.
+
+    Args:
+        wanted: `auto`, or the type of a device.
+        precision: tf32 lets CUDA's matrix units round float32 to 10 bits of mantissa.
+
+    Raises:
+        ConfigError: the machine does not have it, or it does not have the precision.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
@@ -173,12 +241,14 @@ def choose_device(wanted: str) -> torch.device:
         raise ConfigError(
             f"runtime.device: this machine has no {wanted} device; it has {', '.join(n for n in there if there[n])}."
         )
+    if precision == "tf32" and wanted != "cuda":
+        raise ConfigError(f"runtime.precision: tf32 is a mode of CUDA devices, and the run is on {wanted}.")
     if wanted == "cuda":
         # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # fp32 means fp32: cuDNN would use tf32 by default.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device(wanted)
@@ -204,7 +274,7 @@ def _target(config: Config, space: LabelSpace) -> Any:
     return int(np.flatnonzero(space.to_recorded == space.recorded_index(target))[0])
 
 
-def _identity(config: Config, source: Source, victim: Victim, space: LabelSpace) -> dict[str, Any]:
+def _identity(config: Config, source: Source, victim: Victim, space: LabelSpace, chunk: int) -> dict[str, Any]:
     """What decides the bytes, as dotted keys: neither paths nor workers."""
     model, attack, runtime, output = config.model, config.attack, config.runtime, config.output
     name = str(model.name)
@@ -233,9 +303,12 @@ def _identity(config: Config, source: Source, victim: Victim, space: LabelSpace)
             "target": attack.target,
         },
         "output": output.model_dump(mode="json", exclude={"path"}),
-        "runtime": runtime.model_dump(
-            mode="json", include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
-        ),
+        "runtime": {
+            **runtime.model_dump(
+                mode="json", include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
+            ),
+            "chunk": chunk,
+        },
     }
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     # Through JSON, so that it equals what a manifest gives back.
@@ -255,12 +328,11 @@ def _short(value: Any) -> str:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What besides the config can change last digits: packages, device and threads."""
+    """What besides the config can change last digits: packages and device. Not the cores: a lane has one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {
         "python": platform.python_version(),
         "fgsm-pipeline": __version__,
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "device": name,
-        "threads": str(torch.get_num_threads()),
     }

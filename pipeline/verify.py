@@ -6,10 +6,13 @@ the run, and every recorded prediction is derived anew. From either layout a bat
 images at every epsilon, and a table for each of what is recorded of them.
 """
 
+import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,12 @@ from tqdm import tqdm
 
 from pipeline.card import card_agrees, write_summaries
 from pipeline.columns import kept_columns
+from pipeline.compute import Attacker, compile_victim
 from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.fgsm import Goal
 from pipeline.images import UndecodableError, decode_image
 from pipeline.labels import LabelSpace
-from pipeline.loader import available_cores
+from pipeline.lanes import Lanes, available_cores, chunk_images
 from pipeline.manifest import Manifest, require_manifest, summarise
 from pipeline.outputs import (
     FileEntry,
@@ -45,10 +50,11 @@ from pipeline.runs import choose_device, versions
 from pipeline.sources import UNLABELLED
 from pipeline.victims import Victim, load_victim
 
-# Outside the recorded environment a prediction may differ where the two top logits are this close.
-NEAR_TIE = 1e-3
-# Recomputed probabilities may differ by this much.
-CONFIDENCE_TOLERANCE = 1e-3
+logger = logging.getLogger(__name__)
+
+# Outside the recorded environment logits may differ by this much: a prediction may fall otherwise where the two
+# top ones are closer, and probabilities may be off by as much.
+TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 2e-2}
 # Problems listed in full; the rest are counted.
 LISTED = 20
 
@@ -80,8 +86,9 @@ class Judge:
 
     victim: Victim
     space: LabelSpace
-    device: torch.device
+    lanes: Lanes
     versions: dict[str, str]
+    compiled_alike: bool
 
 
 def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Findings:
@@ -97,7 +104,6 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
     """
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
-    judge = _judge(manifest) if recompute else None
     findings = Findings()
     plan = manifest.plan
     receipts, broken = read_receipts(folder)
@@ -105,7 +111,9 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
         findings.damage(Path(name).stem, f".run/receipts/{name} cannot be read as a receipt.")
     _check_listing(folder, manifest, plan, receipts, findings)
     _check_summaries(folder, manifest, plan, findings)
-    with ThreadPoolExecutor(available_cores()) as decoders:
+    with contextlib.ExitStack() as stack:
+        judge = stack.enter_context(_judge(manifest)) if recompute else None
+        decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
         checker = _Checker(folder, manifest, plan, findings, judge, decoders)
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
@@ -115,18 +123,35 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
     return findings
 
 
-def _judge(manifest: Manifest) -> Judge:
+@contextlib.contextmanager
+def _judge(manifest: Manifest) -> Iterator[Judge]:
     config = manifest.resolved
+    precision = config.runtime.precision
     try:
-        device = choose_device(config.runtime.device)
+        device = choose_device(config.runtime.device, precision)
     except ConfigError:
         device = choose_device("auto")
-    victim, _ = load_victim(config.model, seed=config.runtime.seed, device=device)
+    victim, _ = load_victim(config.model, seed=config.runtime.seed, device=device, bf16=precision == "bf16")
     if victim.digest != manifest.identity["model.content"]:
         raise ConfigError(
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
-    return Judge(victim, _space(manifest), device, versions(device))
+    compiled_alike = not config.runtime.compile or _compiles(victim, manifest, device)
+    chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
+    with Lanes(device, chunk) as lanes:
+        yield Judge(victim, _space(manifest), lanes, versions(device), compiled_alike)
+
+
+def _compiles(victim: Victim, manifest: Manifest, device: torch.device) -> bool:
+    """Compile the victim as the run's was; where that fails it runs as it is, with other last digits."""
+    config = manifest.resolved
+    attacker = Attacker(victim, Goal(), config.attack.levels, LAYOUTS[config.output.layout].stored)
+    try:
+        compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
+    except PipelineError as error:
+        logger.warning("%s; its predictions are compared as from another environment.", error)
+        return False
+    return True
 
 
 def _space(manifest: Manifest) -> LabelSpace:
@@ -183,6 +208,15 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
         write_summaries(folder, manifest)
 
 
+def _look_again(victim: Victim, *chunk: Tensor) -> Tensor:
+    """Logits (1 + K, M, classes) of the valid rows of a chunk: 1 + K times (N, C, H, W) uint8, then (N,) bool."""
+    *images, valid = chunk
+    # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
+    # that, with other last digits.
+    clean = victim(victim.unit(images[0]).requires_grad_()).detach()
+    return torch.stack([clean, *map(victim.predict, images[1:])])[:, valid].cpu()
+
+
 class _DamageError(Exception):
     """Ends the check of one shard; the message is the problem."""
 
@@ -210,6 +244,7 @@ class _Checker:
             raise PipelineError(f"{folder.manifest}: its features cannot be read: {first_line(error)}") from None
         self.schema = self.features.arrow_schema
         self.exact = True
+        self.tolerance = TOLERANCE[manifest.resolved.runtime.precision]
         # What does not depend on epsilon.
         self.shared = ("label", "source_index", *kept_columns(self.schema.names))
 
@@ -219,7 +254,7 @@ class _Checker:
             if [entry.path for entry in receipt.files] != [shard_file(subset, shard) for subset in self.stored]:
                 raise _DamageError(f"The receipt of {shard.name} lists other files than the run has.")
             # Each shard has its own: a run may have been resumed elsewhere.
-            self.exact = self.judge is None or receipt.versions == self.judge.versions
+            self.exact = self.judge is None or (receipt.versions == self.judge.versions and self.judge.compiled_alike)
             self.findings.same_environment &= self.exact
             for entry in receipt.files:
                 self._check_file(entry)
@@ -367,34 +402,28 @@ class _Checker:
     ) -> None:
         """Ask the victim again, in the same batch of the same shape, with the same holes."""
         slots = torch.from_numpy(np.flatnonzero(mask))
-        labels = torch.full((self.plan.batch_size,), UNLABELLED)
-        labels[slots] = torch.from_numpy(_column(subsets[0], "label", UNLABELLED).astype(np.int64))
         valid = torch.zeros(self.plan.batch_size, dtype=torch.bool)
         valid[slots] = True
-        logits = []
-        for index, pixels in enumerate(images):
-            padded = torch.zeros((self.plan.batch_size, *self.shape), dtype=torch.uint8)
-            padded[slots] = pixels
-            unit = judge.victim.unit(padded.to(judge.device))
-            # The clean logits of the run came with the gradient, and some layers (attention) have another kernel
-            # for that, with other last digits.
-            with torch.inference_mode(index > 0), torch.set_grad_enabled(index == 0):
-                logits.append(judge.victim(unit.requires_grad_(index == 0)).detach())
-        target = self._target(judge, subsets, slots)
-        again = score(torch.stack(logits), labels.to(judge.device), valid.to(judge.device), target, judge.space)
-        margins = torch.stack(logits)[:, slots.to(judge.device)].topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
-        close = (margins < NEAR_TIE).cpu().numpy()
+        padded = []
+        for pixels in images:
+            batch = torch.zeros((self.plan.batch_size, *self.shape), dtype=torch.uint8)
+            batch[slots] = pixels
+            padded.append(batch)
+        futures = judge.lanes.submit(partial(_look_again, judge.victim), *padded, valid=valid)
+        logits = torch.cat([future.result() for future in futures], 1)
+        labels = torch.from_numpy(_column(subsets[0], "label", UNLABELLED).astype(np.int64))
+        again = score(logits, labels, self._target(judge, subsets), judge.space)
+        margins = logits.topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
+        close = (margins < self.tolerance).numpy()
         for index, (name, table) in enumerate(zip(names, subsets, strict=True)):
             self._compare(again, index, name, table, close)
 
-    def _target(self, judge: Judge, subsets: Sequence[pa.Table], slots: Tensor) -> Tensor | None:
-        """The recorded targets as model indices, padded; None for the plain attack."""
+    def _target(self, judge: Judge, subsets: Sequence[pa.Table]) -> Tensor | None:
+        """The recorded targets as model indices; None for the plain attack."""
         if not self.targeted:
             return None
         recorded = _column(subsets[-1], "target", 0).astype(np.int64)
-        target = torch.zeros(self.plan.batch_size, dtype=torch.int64)
-        target[slots] = torch.from_numpy(np.argsort(judge.space.to_recorded)[recorded])
-        return target.to(judge.device)
+        return torch.from_numpy(np.argsort(judge.space.to_recorded)[recorded])
 
     def _compare(self, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]) -> None:
         findings = self.findings
@@ -421,7 +450,7 @@ class _Checker:
             ("label_confidence", again.label_confidence[index], labelled),
         )
         for column, expected, where in chances:
-            if (np.abs(_column(table, column, 0.0) - expected)[where] > CONFIDENCE_TOLERANCE).any():
+            if (np.abs(_column(table, column, 0.0) - expected)[where] > self.tolerance).any():
                 raise _DamageError(f"{name} has a {column} that its pixels do not give.")
 
 

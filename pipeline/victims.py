@@ -4,13 +4,14 @@ A `Victim` takes images in [0, 1] and owns everything else: normalisation, eval 
 memory format. timm and transformers are imported only when a config names them.
 """
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -42,6 +43,7 @@ class Victim(nn.Module):
         std: Sequence[float] = (1.0,),
         classes: Sequence[str] | None = None,
         digest: str = "",
+        bf16: bool = False,
     ) -> None:
         super().__init__()
         self.module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -50,6 +52,10 @@ class Victim(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=dtype).view(1, -1, 1, 1))
         self.classes = tuple(classes) if classes else None
         self.digest = digest
+        self.bf16 = bf16
+        self.compiled = False
+        self._differentiable: Callable[[Tensor], Tensor] = self._logits
+        self._inferred: Callable[[Tensor], Tensor] = self._logits_of_pixels
 
     def unit(self, images_u8: Tensor) -> Tensor:
         """(N, C, H, W) uint8 to the victim's floating type in [0, 1]."""
@@ -57,15 +63,46 @@ class Victim(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] to logits (N, classes), in float32 or float64."""
-        output = self.module((images - self.mean) / self.std)
-        logits: Tensor = getattr(output, "logits", output)  # transformers wrap their logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self._differentiable(images)
 
     @torch.inference_mode()
     def predict(self, images_u8: Tensor) -> Tensor:
         """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted."""
-        logits: Tensor = self(self.unit(images_u8))
-        return logits
+        return self._inferred(images_u8)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.module((images - self.mean) / self.std)
+        logits: Tensor = getattr(output, "logits", output)  # transformers wrap their logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _logits_of_pixels(self, images_u8: Tensor) -> Tensor:
+        return self._logits(self.unit(images_u8))
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Compile both ways through the model; the first calls, within this context, do the work.
+
+        Where no gradient is wanted the weights are frozen into the code (batch norm into convolutions, casts
+        done ahead): ResNet-20 in bf16 took 46 ms a chunk as it is, 40 compiled, 30 compiled and frozen. If
+        the context fails the victim runs as it is.
+        """
+        import torch._inductor.config as inductor  # the compiler takes a second to import
+
+        compiled = torch.compile(self._logits_of_pixels, dynamic=False)
+
+        def frozen(images_u8: Tensor) -> Tensor:
+            # As an option of torch.compile it does not reach the tracer, and set once it does not reach other threads.
+            with inductor.patch(freezing=True):
+                return compiled(images_u8)
+
+        self._differentiable, self._inferred = torch.compile(self._logits, dynamic=False), frozen
+        try:
+            yield
+            self.compiled = True
+        except BaseException:
+            self._differentiable, self._inferred = self._logits, self._logits_of_pixels
+            raise
 
     def count_classes(self, shape: tuple[int, int, int]) -> int:
         """The number of classes, found by running one black image of that (C, H, W) forward and back.
@@ -103,13 +140,14 @@ class Loaded:
     preprocess: PreprocessConfig | None = None
 
 
-def load_victim(config: ModelConfig, *, seed: int, device: torch.device) -> tuple[Victim, Loaded]:
+def load_victim(config: ModelConfig, *, seed: int, device: torch.device, bf16: bool = False) -> tuple[Victim, Loaded]:
     """Load the model that the config names.
 
     Args:
         config: the `model` section.
         seed: of the weights of an untrained model.
         device: where it runs.
+        bf16: whether PyTorch's autocast takes it to bfloat16.
 
     Returns:
         The victim on the device, and what its weights say of their preprocessing.
@@ -135,6 +173,7 @@ def load_victim(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
         std=config.std or loaded.std or (1.0,),
         classes=loaded.classes,
         digest=_digest(loaded.module, config),
+        bf16=bf16,
     )
     return victim.to(device), loaded
 

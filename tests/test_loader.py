@@ -3,7 +3,7 @@
 import os
 import pickle
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -24,7 +24,6 @@ from pipeline.plan import Plan, make_plan
 from pipeline.sources import ArrayRows, FileRows, Rows, Source, Split, open_source
 from tests.conftest import CLASSES, png_bytes, random_pixels, write_parquet
 
-CPU = torch.device("cpu")
 AS_IT_IS = PreprocessConfig()
 MAX_PIXELS = 10_000
 
@@ -49,7 +48,7 @@ def read(
     shape: tuple[int, int, int] = (3, 16, 16),
 ) -> list[Batch]:
     reader = Reader(source, preprocess, MAX_PIXELS, shape)
-    return list(load_batches(reader, plan, plan.shards, CPU, workers))
+    return list(load_batches(reader, plan, plan.shards, workers))
 
 
 def one_split(rows: Rows, labels: Sequence[int], name: str = "test") -> Source:
@@ -129,10 +128,10 @@ def test_batches_come_in_order_with_one_shape_and_never_cross_shards(shuffle: bo
 def test_only_the_shards_asked_for_are_read() -> None:
     source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
     plan, reader = plan_of(source), Reader(source, AS_IT_IS, MAX_PIXELS, (3, 16, 16))
-    batches = list(load_batches(reader, plan, plan.shards[1:], CPU, 0))
+    batches = list(load_batches(reader, plan, plan.shards[1:], 0))
     assert {batch.shard for batch in batches} == {plan.shards[1]}
     assert len(batches) == 2
-    assert list(load_batches(reader, plan, [], CPU, 2)) == []
+    assert list(load_batches(reader, plan, [], 2)) == []
 
 
 def test_each_split_is_read_from_its_own_rows() -> None:
@@ -196,7 +195,7 @@ def test_a_batch_may_hold_no_image_at_all(tmp_path: Path) -> None:
 def test_an_image_above_max_pixels_is_skipped_with_the_reason() -> None:
     source = one_split(ArrayRows(random_pixels(1)), [0])
     plan = plan_of(source)
-    (batch,) = load_batches(Reader(source, AS_IT_IS, 255, (3, 16, 16)), plan, plan.shards, CPU, 0)
+    (batch,) = load_batches(Reader(source, AS_IT_IS, 255, (3, 16, 16)), plan, plan.shards, 0)
     assert batch.skipped == (Skipped(0, 0, "16x16 pixels are more than runtime.max_pixels = 255"),)
 
 
@@ -393,53 +392,12 @@ def test_reading_may_stop_early() -> None:
     """What happens after a failure or Ctrl-C: the workers are told to go, and nothing hangs or warns."""
     source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
     plan = plan_of(source)
-    batches = load_batches(Reader(source, AS_IT_IS, MAX_PIXELS, (3, 16, 16)), plan, plan.shards, CPU, 1)
+    batches = load_batches(Reader(source, AS_IT_IS, MAX_PIXELS, (3, 16, 16)), plan, plan.shards, 1)
     assert next(batches).place == slice(0, 3)
     del batches
 
 
 # --------------------------------------------------------------------------------------------------- CUDA
-
-
-def default_stream() -> torch.cuda.Stream:
-    return torch.cuda.current_stream()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("stream", [default_stream, torch.cuda.Stream], ids=["default stream", "another stream"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_prefetched_batches_are_the_plain_ones(stream: Callable[[], torch.cuda.Stream], workers: int) -> None:
-    """Copies of 6 MB each go ahead over the side stream, while the computing stream lags far behind.
-
-    Each batch is dropped before the computing stream has read it: were the allocator not told of that
-    stream, later copies would land in memory that is still to be read.
-    """
-    side, count = 512, 64
-    noise = np.random.RandomState(0).randint(0, 256, (count, side, side, 3)).astype(np.uint8)
-    source = one_split(ArrayRows(noise), [row % 3 for row in range(count)])
-    plan = plan_of(source, images_per_shard=30, batch_size=8)
-    reader = Reader(source, AS_IT_IS, side * side, (3, side, side))
-    plain = list(load_batches(reader, plan, plan.shards, CPU, 0))
-    cuda = torch.device("cuda")
-
-    with torch.cuda.stream(stream()):
-        seen = []
-        for batch in load_batches(reader, plan, plan.shards, cuda, workers):
-            assert batch.images.device.type == batch.labels.device.type == batch.valid.device.type == "cuda"
-            torch.cuda._sleep(300_000_000)  # about 150 ms in which nothing after it on this stream runs
-            seen.append((batch.images.clone(), batch.labels.clone(), batch.valid.clone()))
-            index, skipped = batch.source_index, batch.skipped
-            expected = plain[len(seen) - 1]
-            np.testing.assert_array_equal(index, expected.source_index)
-            assert skipped == expected.skipped
-            del batch
-        torch.cuda.synchronize()
-    assert len(seen) == len(plain)
-    for (images, labels, valid), expected in zip(seen, plain, strict=True):
-        assert torch.equal(images.cpu(), expected.images)
-        assert torch.equal(labels.cpu(), expected.labels)
-        assert torch.equal(valid.cpu(), expected.valid)
 
 
 @pytest.mark.gpu

@@ -255,3 +255,36 @@ def test_shell_completion_completes() -> None:
     command = [sys.executable, "-m", "pipeline"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert "generate" in result.stdout.split()
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def peak_rss(config: Path, cache: Path, limit: int, sender: Any) -> None:
+    """The body of a process: a run of so many images, and the most memory that it held, in bytes."""
+    import resource
+
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = cache
+    multiprocessing.set_start_method("fork", force=True)
+    result = fgsm("generate", config, "--limit", str(limit), "--overwrite")
+    assert result.exit_code == 0, result.output
+    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def test_memory_does_not_grow_with_the_dataset(processes: Any, write_config: WriteConfig, tmp_path: Path) -> None:
+    """Four times the images, which decoded and attacked are 154 MB more, in less than 5% more memory."""
+    images = [png_bytes(pixels) for pixels in random_pixels(16, side=256)]
+    write_parquet(tmp_path / "large", images * 16, [i % 3 for i in range(256)])
+    config = write_config(
+        source={"path": str(tmp_path / "large")}, output={"images_per_shard": 32}, runtime={"batch_size": 8}
+    )
+    peaks = []
+    for limit in (64, 256):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = processes.Process(target=peak_rss, args=(config, tmp_path / "cache", limit, sender))
+        process.start()
+        peaks.append(receiver.recv())
+        process.join()
+    assert peaks[1] < 1.05 * peaks[0], peaks

@@ -1,0 +1,240 @@
+"""What is tried out before a run is fixed: the batch that fits, the compiled victim; and precision."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.compute import COMPILE_FROM, fit_batch_size, repays
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from pipeline.runs import choose_device, open_run
+from tests.conftest import FACTORY, WriteConfig, fgsm
+from tests.test_generate import digests, generate, manifest
+
+# A victim whose memory ends: torch raises the same error where a device's does.
+SMALL_MEMORY = (
+    FACTORY
+    + """
+
+class Hungry(Net):
+    calls = 0
+
+    def forward(self, x):
+        Hungry.calls += 1
+        if Hungry.calls > {most}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward(x)
+"""
+)
+
+
+def break_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Leave no C++ compiler, and nothing that was compiled earlier."""
+    from torch._inductor.utils import clear_caches
+
+    torch._dynamo.reset()
+    clear_caches()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+
+
+def resolved(folder: Path) -> dict[str, Any]:
+    runtime: dict[str, Any] = manifest(folder)["config"]["runtime"]
+    return runtime
+
+
+# -------------------------------------------------------------------------------------------- batch size
+
+
+@pytest.mark.parametrize(("fits", "expected"), [(256, 256), (255, 128), (33, 32), (1, 1)])
+def test_a_batch_is_halved_until_it_fits(fits: int, expected: int, caplog: pytest.LogCaptureFixture) -> None:
+    tried = []
+
+    def attempt(size: int) -> None:
+        tried.append(size)
+        if size > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert fit_batch_size(attempt, 256) == expected
+    assert tried == [256 >> halvings for halvings in range(len(tried))]
+    assert len(caplog.records) == (expected < 256)
+
+
+def test_where_no_image_fits_the_sentence_says_so() -> None:
+    def attempt(size: int) -> None:
+        raise torch.OutOfMemoryError(f"{size}")
+
+    with pytest.raises(ConfigError, match=r"^runtime\.batch_size: not even one image fits"):
+        fit_batch_size(attempt, 6)
+
+
+def test_other_errors_do_not_make_a_batch_smaller() -> None:
+    def attempt(size: int) -> None:
+        raise RuntimeError(f"a bug at {size}")
+
+    with pytest.raises(RuntimeError, match="a bug at 6"):
+        fit_batch_size(attempt, 6)
+
+
+def test_the_size_that_fitted_stays_with_the_run(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = write_config(runtime={"batch_size": 6}), tmp_path / "out"
+    monkeypatch.setattr("pipeline.runs._fit_batch", lambda *_: 3)
+    generate(config)
+    before = digests(out)
+    assert resolved(out)["batch_size"] == 3
+    assert manifest(out)["asked_batch_size"] == 6
+    # Later, or elsewhere, all six would fit; the run has decided.
+    monkeypatch.setattr("pipeline.runs._fit_batch", lambda *_: 6)
+    (out / ".run/receipts/test-00001-of-00003.json").unlink()
+    generate(config)
+    assert digests(out) == before
+    # Who asks for another size asks for another run; who asks for the size that fitted, for this one.
+    result = fgsm("generate", config, "--set", "runtime.batch_size=5")
+    assert result.exit_code == 2
+    assert "runtime.batch_size (3 there, 5 here)" in result.stderr
+    generate(config, "--set", "runtime.batch_size=3")
+
+
+def test_memory_that_ends_later_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = tmp_path / "hungry.py"
+    # Per batch of 6 the victim runs three times; the third batch of the first shard is its last.
+    path.write_text(SMALL_MEMORY.format(most=13))
+    result = fgsm("generate", write_config(model={"name": f"{path}:Hungry"}))
+    assert result.exit_code == 1
+    assert "did not fit in the device's memory, though a batch of 6 did at the start" in result.stderr
+    assert "--set runtime.batch_size=3 --overwrite" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_device_finds_the_batch_that_fits(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = tmp_path / "greedy.py"
+    path.write_text(
+        FACTORY
+        + "\n\nclass Greedy(Net):\n    def forward(self, x):\n"
+        + "        share = torch.cuda.get_device_properties(x.device).total_memory // 4 // 4\n"
+        + "        return super().forward(x) + torch.empty(len(x) * share // 4, device=x.device)[:1].sum() * 0\n"
+    )
+    config = write_config(model={"name": f"{path}:Greedy"}, runtime={"device": "cuda", "batch_size": 16})
+    output = generate(config)
+    assert "does not fit in the device's memory" in output
+    assert resolved(tmp_path / "out")["batch_size"] < 16
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+# -------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.mark.parametrize(("device", "images"), COMPILE_FROM.items())
+def test_auto_compiles_where_the_run_is_long_enough(device: str, images: int) -> None:
+    assert repays(torch.device(device), images)
+    assert not repays(torch.device(device), images - 1)
+    assert not repays(torch.device("mps"), 10**12)
+
+
+def test_a_compiled_run_resumes_and_verifies_exactly(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    torch._dynamo.reset()
+    monkeypatch.setattr("pipeline.compute.COMPILE_FROM", {"cpu": 40})
+    config, out = write_config(), tmp_path / "out"
+    generate(config)
+    assert sum("Compiled the victim in" in record.message for record in caplog.records) == 1
+    assert resolved(out)["compile"] is True
+    before = digests(out)
+    # Nothing is compiled where nothing is written.
+    generate(config)
+    assert sum("Compiled the victim in" in record.message for record in caplog.records) == 1
+    (out / ".run/receipts/test-00001-of-00003.json").unlink()
+    # A shorter run would not compile; this one has decided.
+    monkeypatch.setattr("pipeline.compute.COMPILE_FROM", {})
+    generate(config)
+    assert sum("Compiled the victim in" in record.message for record in caplog.records) == 2
+    assert digests(out) == before
+    result = fgsm("verify", out, "--recompute")
+    assert "120 predictions re-derived from the stored pixels, 0 differ; compared in the recorded" in result.stdout
+    assert sum("Compiled the victim in" in record.message for record in caplog.records) == 3
+    # The same run uncompiled is another run: last digits differ.
+    result = fgsm("generate", config, "--set", "runtime.compile=false")
+    assert result.exit_code == 2
+    assert "runtime.compile (true there, false here)" in result.stderr
+    # Where it can no longer be compiled it is not resumed with other digits, and not verified as if they were its own.
+    break_compiler(monkeypatch, tmp_path)
+    result = fgsm("verify", out, "--recompute")
+    assert "its predictions are compared as from another environment" in caplog.text
+    assert "another environment than the recorded one" in result.stdout
+    (out / ".run/receipts/test-00001-of-00003.json").unlink()
+    result = fgsm("generate", config)
+    assert result.exit_code == 1
+    assert "the run was begun with a compiled victim. Mend the compiler" in result.stderr
+
+
+def test_auto_goes_on_without_a_compiler_and_says_so_once(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_compiler(monkeypatch, tmp_path)
+    config = write_config()
+    generate(config, "--output", str(tmp_path / "plain"))
+    monkeypatch.setattr("pipeline.compute.COMPILE_FROM", {"cpu": 1})
+    generate(config)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    (sentence,) = [warning for warning in warnings if "torch.compile fails on this victim" in warning]
+    assert sentence.endswith("the run goes on without.")
+    assert "\n" not in sentence
+    assert resolved(tmp_path / "out")["compile"] is False
+    assert digests(tmp_path / "out") == digests(tmp_path / "plain")
+
+
+def test_compilation_that_was_asked_for_must_work(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_compiler(monkeypatch, tmp_path)
+    result = fgsm("generate", write_config(runtime={"compile": True}))
+    assert result.exit_code == 2
+    assert "runtime.compile: torch.compile fails on this victim" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- precision
+
+
+def test_bf16_is_recorded_and_verified(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(), "--output", str(tmp_path / "fp32"))
+    generate(write_config(runtime={"precision": "bf16"}))
+    assert manifest(tmp_path / "out")["identity"]["runtime.precision"] == "bf16"
+    assert digests(tmp_path / "out") != digests(tmp_path / "fp32")
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 0
+    assert "120 predictions re-derived from the stored pixels, 0 differ; compared in the recorded" in result.stdout
+
+
+def test_bf16_is_near_fp32(write_config: WriteConfig) -> None:
+    """And not equal to it: the logits really come from another precision."""
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    runs = [
+        open_run(load_config(str(write_config(runtime={"precision": precision})))) for precision in ("fp32", "bf16")
+    ]
+    full, half = (run.victim.predict(images) for run in runs)
+    assert half.dtype == torch.float32
+    assert 0 < (full - half).abs().max() < 0.2
+
+
+def test_tf32_needs_cuda(write_config: WriteConfig) -> None:
+    result = fgsm("generate", write_config(runtime={"precision": "tf32"}))
+    assert result.exit_code == 2
+    assert "runtime.precision: tf32 is a mode of CUDA devices, and the run is on cpu" in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_the_matrix_units_round_only_where_asked(precision: str, allowed: bool) -> None:
+    choose_device("cuda", precision)
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed

@@ -1,0 +1,69 @@
+"""How busy the stages were."""
+
+import re
+import threading
+import time
+
+import pytest
+
+from pipeline.progress import Busy, Progress
+
+
+def spin(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def share(line: str, stage: str) -> int:
+    found = re.search(rf"{stage} (\d+)%", line)
+    assert found is not None
+    return int(found[1])
+
+
+def test_a_stage_is_busy_while_its_threads_compute_and_not_while_they_wait() -> None:
+    busy = Busy()
+    threads = [
+        threading.Thread(target=busy.timed("attack", spin), args=(0.15,)),
+        threading.Thread(target=busy.timed("write", time.sleep), args=(0.3,)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    line = busy.line(12.34, {"attack": 1, "write": 1, "load": 2})
+    assert line.endswith("; 12.3 images/s.")
+    assert share(line, "attack") > share(line, "write") + 10
+    assert share(line, "load") == 0
+    # Half of two cores is all of one.
+    assert abs(share(busy.line(0, {"attack": 2}), "attack") - share(line, "attack") / 2) <= 1
+
+
+def test_an_accelerator_is_timed_by_the_wall() -> None:
+    busy = Busy()
+    busy.timed("attack", time.sleep, time.perf_counter)(0.1)
+    assert share(busy.line(1, {"attack": 1}), "attack") > 50
+
+
+def test_a_call_that_fails_counts_and_still_fails() -> None:
+    busy = Busy()
+
+    def broken() -> None:
+        spin(0.05)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        busy.timed("encode", broken)()
+    assert share(busy.line(1, {"encode": 1}), "encode") > 10
+
+
+def test_the_rate_leaves_out_the_first_batch_which_waited_for_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now[0])
+    with Progress(300, 0, (0,)) as progress:
+        now[0] = 10.0
+        progress.update(100, 0, {})
+        assert progress.rate == 10.0, "nothing to tell apart yet"
+        now[0] = 11.0
+        progress.update(100, 0, {})
+        assert progress.rate == 100.0
