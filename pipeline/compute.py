@@ -1,9 +1,13 @@
 """Compute: the attack as a lane runs it, and what is tried out before a run is fixed.
 
-A rehearsal attacks one black batch: it finds the batch size that fits, and compiles the victim.
+A rehearsal attacks a few batches of noise: it finds the batch size that fits, and compiles the victim.
 """
 
+import contextlib
+import copy
+import gc
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.errors import ConfigError, NonFiniteError, PipelineError, first_line
 from pipeline.fgsm import Goal, attack
 from pipeline.lanes import Lanes, chunk_images, to_host
 from pipeline.victims import Victim
@@ -20,6 +24,9 @@ from pipeline.victims import Victim
 # 0.3 ms an image on ResNet-20 at 32 px (a repayment after some 100,000) and nothing on ResNet-18 at 224 px,
 # where so many images take hours and the attempt costs less than 1%. On CUDA the figure is an estimate.
 COMPILE_FROM = {"cpu": 100_000, "cuda": 500_000}
+
+# Batches for each lane of a rehearsal, so that their peaks meet as they will in the run.
+REHEARSED_BATCHES = 3
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +69,9 @@ class Attacker:
         Raises:
             NonFiniteError: logits or the loss gradient of a valid row hold NaN or infinity.
         """
-        attacked = attack(self.victim, images_u8, labels, valid, levels=self.levels, goal=self.goal, draws=draws)
+        attacked = attack(
+            own_copy(self.victim), images_u8, labels, valid, levels=self.levels, goal=self.goal, draws=draws
+        )
         pictures = self.stored(attacked.images, attacked.sign)
         *copies, logits, classes, kept = to_host([*pictures, attacked.logits, attacked.classes, valid])
         attacked.check_finite()
@@ -74,6 +83,25 @@ class Attacker:
         )
 
 
+# Each lane's copies of victims; they go with its thread.
+_own = threading.local()
+
+
+def own_copy(victim: Victim) -> Victim:
+    """A victim that no other lane calls: a copy with the same weights.
+
+    A module may keep something in an attribute during its forward, which another lane must not overwrite. What is
+    compiled keeps nothing, and is shared.
+    """
+    if victim.compiled:
+        return victim
+    copies: dict[Victim, Victim] = _own.__dict__.setdefault("copies", {})
+    if victim not in copies:
+        shared = {id(tensor): tensor for tensor in (*victim.parameters(), *victim.buffers())}
+        copies[victim] = copy.deepcopy(victim, shared)
+    return copies[victim]
+
+
 def rehearse(
     attacker: Attacker,
     device: torch.device,
@@ -82,17 +110,24 @@ def rehearse(
     *,
     lanes: int | None = None,
 ) -> None:
-    """Attack black batches in all lanes at once, as the run will, or in a few.
+    """Attack batches of noise in all lanes at once, as the run will, or in a few.
+
+    NaN is no failure here: what noise brings out need not be in the data.
 
     Raises:
         Exception: whatever the model raises; torch.OutOfMemoryError where the batch is too large.
     """
     zeros = torch.zeros(batch_size, dtype=torch.int64)
-    images = torch.zeros((batch_size, *shape), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
     with Lanes(device, chunk_images(device, batch_size, shape), lanes) as pool:
-        batches = [pool.submit(attacker, images, zeros, zeros, valid=zeros == 0) for _ in range(pool.count)]
+        batches = [
+            pool.submit(attacker, images, zeros, zeros, valid=zeros == 0) for _ in range(REHEARSED_BATCHES * pool.count)
+        ]
         for future in [future for futures in batches for future in futures]:
-            future.result()
+            with contextlib.suppress(NonFiniteError):
+                future.result()
 
 
 def fit_batch_size(attempt: Callable[[int], None], batch_size: int) -> int:
@@ -106,18 +141,24 @@ def fit_batch_size(attempt: Callable[[int], None], batch_size: int) -> int:
         ConfigError: not even one image fits.
     """
     size = batch_size
-    while True:
-        try:
-            attempt(size)
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise ConfigError("runtime.batch_size: not even one image fits in the device's memory.") from None
-            torch.cuda.empty_cache()
-            size = max(1, size // 2)
-        else:
-            if size < batch_size:
-                logger.warning("A batch of %d does not fit in the device's memory; %d does.", batch_size, size)
-            return size
+    while not _fits(attempt, size):
+        if size == 1:
+            raise ConfigError("runtime.batch_size: not even one image fits in the device's memory.")
+        # The failed attempt's tensors hang on its traceback, which hangs on itself.
+        gc.collect()
+        torch.cuda.empty_cache()
+        size //= 2
+    if size < batch_size:
+        logger.warning("A batch of %d does not fit in the device's memory; %d does.", batch_size, size)
+    return size
+
+
+def _fits(attempt: Callable[[int], None], size: int) -> bool:
+    try:
+        attempt(size)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def repays(device: torch.device, images: int) -> bool:
@@ -136,6 +177,7 @@ def compile_victim(attacker: Attacker, device: torch.device, shape: tuple[int, i
     Raises:
         PipelineError: torch.compile fails, for want of a compiler or for the model's code; the victim then
             runs as it is.
+        torch.OutOfMemoryError: the batch is too large.
     """
     if attacker.victim.compiled:
         return
@@ -144,6 +186,8 @@ def compile_victim(attacker: Attacker, device: torch.device, shape: tuple[int, i
         with attacker.victim.compiling():
             # In one lane: two that meet new code at once both compile it.
             rehearse(attacker, device, shape, batch_size, lanes=1)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # compilers fail in their own ways
         raise PipelineError(
             f"torch.compile fails on this victim: {type(error).__name__}: {first_line(error)}"

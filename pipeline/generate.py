@@ -25,7 +25,7 @@ from pipeline.compute import Part, compile_victim
 from pipeline.config import Config
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.estimate import check_disk
-from pipeline.lanes import DEVICE_LANES, Lanes, available_cores
+from pipeline.lanes import Lanes, available_cores, lane_count
 from pipeline.loader import Batch, load_batches
 from pipeline.manifest import Manifest, read_manifest, summarise
 from pipeline.outputs import LevelCounts, OutputFolder, Receipt, SkippedRow, committed, read_receipts
@@ -133,7 +133,7 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
     skipped = sum(len(receipt.skipped) for receipt in done)
     finished = sum(receipt.planned for receipt in done)
     busy = Busy()
-    sink = _Sink(run, folder)
+    sink = _Sink(run, folder, busy)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
     in_flight: deque[Future[None]] = deque()
@@ -152,15 +152,14 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
                 scores = _score(run, batch, parts)
                 encoded = _encode(encoders, parts, run, busy)
                 zero_signs = sum(part.zero_signs for part in parts)
-                in_flight.append(writer.submit(busy.timed("write", sink.add), batch, scores, zero_signs, encoded))
+                in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
                 progress.update(*_progress_counts(run, batch, scores))
                 if len(in_flight) > BATCHES_IN_FLIGHT:
                     in_flight.popleft().result()
             while in_flight:
                 in_flight.popleft().result()
         cores = available_cores()
-        lanes = cores if run.device.type == "cpu" else DEVICE_LANES
-        workers = {"load": cores, "attack": lanes, "encode": cores, "write": cores}
+        workers = {"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1}
         logger.info("%s", busy.line(progress.rate, workers))
     finally:
         # After a failure nothing waits for encodings that nobody will write.
@@ -174,6 +173,8 @@ def _compile(run: Run) -> None:
     """Compile the victim of a run that was compiled when it began."""
     try:
         compile_victim(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
+    except torch.OutOfMemoryError as error:
+        raise _too_large("the compiled victim", run.plan.batch_size) from error
     except PipelineError as error:
         raise PipelineError(
             f"{error}; the run was begun with a compiled victim. Mend the compiler, or start over with "
@@ -217,12 +218,7 @@ def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[
     except NonFiniteError as error:
         raise NonFiniteError(f"{error} in {batch.name}; check the weights, and model.mean and std.") from None
     except torch.OutOfMemoryError as error:
-        size = len(batch.labels)
-        raise PipelineError(
-            f"runtime.batch_size: {batch.name} did not fit in the device's memory, though a batch of {size} did at the "
-            "start; free what else uses it and run the same command again, or start over with "
-            f"--set runtime.batch_size={max(1, size // 2)} --overwrite."
-        ) from error
+        raise _too_large(batch.name, len(batch.labels)) from error
 
 
 def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
@@ -238,6 +234,13 @@ def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
             f"source: {skipped} of {len(run.plan)} rows could not be decoded, more than runtime.max_skipped = "
             f"{runtime.max_skipped:g} allows; the last: {row}."
         )
+
+
+def _too_large(what: str, size: int) -> PipelineError:
+    return PipelineError(
+        f"runtime.batch_size: {what}: a batch of {size} does not fit in the device's memory; free what else uses it "
+        f"and run the same command again, or start over with --set runtime.batch_size={max(1, size // 2)} --overwrite."
+    )
 
 
 def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
@@ -285,8 +288,8 @@ class _Sink:
     Used by one thread, the writer's.
     """
 
-    def __init__(self, run: Run, folder: OutputFolder) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: Run, folder: OutputFolder, busy: Busy) -> None:
+        self.run, self.folder, self.busy = run, folder, busy
         self.schema = run.features.arrow_schema
         self.versions = versions(run.device)
         self._open: ShardWriter | None = None
@@ -324,10 +327,13 @@ class _Sink:
             self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.run_id)
         kind = self.schema.field(IMAGE).type
         pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
-        self._open.write(run.layout.tables(self.schema, pictures, scores, run.levels, batch))
+        # By the wall, without the encoders: what holds a writer up is the disk.
+        self.busy.timed("write", self._open.write, time.perf_counter)(
+            run.layout.tables(self.schema, pictures, scores, run.levels, batch)
+        )
         self._count(batch, scores, zero_signs)
         if batch.ends_shard:
-            self._open.commit(self._receipt(batch.shard))
+            self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
             self.close()
             self._start()
 

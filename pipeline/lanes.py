@@ -44,7 +44,14 @@ def chunk_images(device: torch.device, batch_size: int, shape: tuple[int, int, i
     if device.type != "cpu":
         return batch_size
     least, most = CHUNK_IMAGES
-    return min(batch_size, max(least, min(most, CHUNK_VALUES // (shape[0] * shape[1] * shape[2]))))
+    fitting = max(least, min(most, CHUNK_VALUES // (shape[0] * shape[1] * shape[2])))
+    # A power of two divides most batches: chunks of one shape are compiled once.
+    return min(batch_size, 1 << (fitting.bit_length() - 1))
+
+
+def lane_count(device: torch.device) -> int:
+    """How many lanes keep a device busy."""
+    return {"cpu": available_cores(), "cuda": DEVICE_LANES}.get(device.type, 1)
 
 
 class Lanes:
@@ -52,7 +59,7 @@ class Lanes:
 
     def __init__(self, device: torch.device, chunk: int, count: int | None = None) -> None:
         self.device, self.chunk = device, chunk
-        self.count = count or {"cpu": available_cores(), "cuda": DEVICE_LANES}.get(device.type, 1)
+        self.count = count or lane_count(device)
         self._local = threading.local()
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.count, "lane", self._open)

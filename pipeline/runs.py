@@ -138,9 +138,11 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     space = join_labels(source, victim.classes, count, config.model.label_map)
     goal = Goal(config.attack.label, _target(config, space))
     attacker = Attacker(victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored)
+    # A run that is resumed has decided; it compiles when it has something to write.
+    compiled, batch_size = config.runtime.compile, plan.batch_size
     if recorded is None:
-        plan = replace(plan, batch_size=_fit_batch(attacker, device, shape, plan.batch_size))
-    compiled = _compile(attacker, device, shape, plan, config, recorded)
+        compiled, batch_size = _settle(attacker, device, shape, plan, config)
+    plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
     resolved = config.model_copy(
         update={
@@ -192,36 +194,35 @@ def _take_over(config: Config, recorded: Manifest) -> Config:
     return config.model_copy(update={"runtime": runtime.model_copy(update=decided), "output": output})
 
 
-def _fit_batch(attacker: Attacker, device: torch.device, shape: Shape, batch_size: int) -> int:
-    """The batch size that fits in the device's memory; on a CPU chunks are small, and nothing is tried."""
-    if device.type == "cpu":
-        return batch_size
-    return fit_batch_size(lambda size: rehearse(attacker, device, shape, size), batch_size)
+def _settle(attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, config: Config) -> tuple[bool, int]:
+    """Resolve `runtime.compile` and the batch size of a new run, by trying out what it will do.
 
+    On a CPU chunks are small, and memory is not tried.
 
-def _compile(
-    attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, config: Config, recorded: Manifest | None
-) -> bool:
-    """Resolve `runtime.compile`, and compile a new run's victim: whether that works is part of its identity.
-
-    A run that is resumed compiles when it has something to write.
+    Returns:
+        Whether the victim is compiled, and the batch size that fits.
 
     Raises:
-        ConfigError: compilation was asked for, and fails.
+        ConfigError: compilation was asked for, and fails; or not even one image fits.
     """
     wanted = config.runtime.compile
-    if wanted == "auto":
-        wanted = repays(device, len(plan))
-    if not wanted or recorded is not None:
-        return wanted
-    try:
-        compile_victim(attacker, device, shape, plan.batch_size)
-    except PipelineError as error:
-        if config.runtime.compile != "auto":
-            raise ConfigError(f"runtime.compile: {error}; leave the key out, or set it to false.") from error
-        logger.warning("%s; the run goes on without.", error)
-        return False
-    return True
+    compiles = repays(device, len(plan)) if wanted == "auto" else wanted
+
+    def attempt(size: int) -> None:
+        nonlocal compiles
+        if compiles:
+            try:
+                compile_victim(attacker, device, shape, size)
+            except PipelineError as error:
+                if wanted != "auto":
+                    raise ConfigError(f"runtime.compile: {error}; leave the key out, or set it to false.") from error
+                logger.warning("%s; the run goes on without.", error)
+                compiles = False
+        if device.type != "cpu":
+            rehearse(attacker, device, shape, size)
+
+    size = fit_batch_size(attempt, plan.batch_size)
+    return compiles, size
 
 
 def choose_device(wanted: str, precision: str = "fp32") -> torch.device:
@@ -241,8 +242,8 @@ def choose_device(wanted: str, precision: str = "fp32") -> torch.device:
         raise ConfigError(
             f"runtime.device: this machine has no {wanted} device; it has {', '.join(n for n in there if there[n])}."
         )
-    if precision == "tf32" and wanted != "cuda":
-        raise ConfigError(f"runtime.precision: tf32 is a mode of CUDA devices, and the run is on {wanted}.")
+    if precision == "tf32" and (wanted != "cuda" or torch.cuda.get_device_capability()[0] < 8):
+        raise ConfigError(f"runtime.precision: tf32 is a mode of CUDA devices from Ampere on; this is {wanted}.")
     if wanted == "cuda":
         # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -253,6 +254,8 @@ def choose_device(wanted: str, precision: str = "fp32") -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Nothing here reads what it has not written, and filling every new tensor costs bandwidth.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return torch.device(wanted)
 
 
@@ -331,7 +334,9 @@ def _short(value: Any) -> str:
 
 def versions(device: torch.device) -> dict[str, str]:
     """What besides the config can change last digits: packages and device. Not the cores: a lane has one."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    name = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "python": platform.python_version(),
         "fgsm-pipeline": __version__,

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pipeline.card import card_agrees, write_summaries
 from pipeline.columns import kept_columns
-from pipeline.compute import Attacker, compile_victim
+from pipeline.compute import Attacker, compile_victim, own_copy
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.fgsm import Goal
 from pipeline.images import UndecodableError, decode_image
@@ -138,6 +138,8 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
         )
     compiled_alike = not config.runtime.compile or _compiles(victim, manifest, device)
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
+    if device.type == config.runtime.device:
+        chunk = manifest.identity["runtime.chunk"]
     with Lanes(device, chunk) as lanes:
         yield Judge(victim, _space(manifest), lanes, versions(device), compiled_alike)
 
@@ -213,8 +215,9 @@ def _look_again(victim: Victim, *chunk: Tensor) -> Tensor:
     *images, valid = chunk
     # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
     # that, with other last digits.
-    clean = victim(victim.unit(images[0]).requires_grad_()).detach()
-    return torch.stack([clean, *map(victim.predict, images[1:])])[:, valid].cpu()
+    own = own_copy(victim)
+    clean = own(own.unit(images[0]).requires_grad_()).detach()
+    return torch.stack([clean, *map(own.predict, images[1:])])[:, valid].cpu()
 
 
 class _DamageError(Exception):
@@ -410,7 +413,13 @@ class _Checker:
             batch[slots] = pixels
             padded.append(batch)
         futures = judge.lanes.submit(partial(_look_again, judge.victim), *padded, valid=valid)
-        logits = torch.cat([future.result() for future in futures], 1)
+        try:
+            logits = torch.cat([future.result() for future in futures], 1)
+        except torch.OutOfMemoryError as error:
+            raise PipelineError(
+                f"A batch of {self.plan.batch_size}, as the run had it, does not fit in this device's memory; free "
+                "what else uses it, or verify on the machine of the run."
+            ) from error
         labels = torch.from_numpy(_column(subsets[0], "label", UNLABELLED).astype(np.int64))
         again = score(logits, labels, self._target(judge, subsets), judge.space)
         margins = logits.topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
@@ -445,12 +454,14 @@ class _Checker:
         for column, expected, where in flags:
             if (_column(table, column, False).astype(np.bool_) != expected)[where].any():
                 raise _DamageError(f"{name} has a wrong value in {column}.")
+        # In the recorded environment every digit is the same.
+        tolerance = 0.0 if self.exact else self.tolerance
         chances = (
             ("confidence", again.confidence[index], checked),
             ("label_confidence", again.label_confidence[index], labelled),
         )
         for column, expected, where in chances:
-            if (np.abs(_column(table, column, 0.0) - expected)[where] > self.tolerance).any():
+            if (np.abs(_column(table, column, 0.0) - expected)[where] > tolerance).any():
                 raise _DamageError(f"{name} has a {column} that its pixels do not give.")
 
 

@@ -90,7 +90,7 @@ class Victim(nn.Module):
         import torch._inductor.config as inductor  # the compiler takes a second to import
 
         # On a CPU: code that is called from C++ lets go of the GIL; called from Python, one lane holds up the others.
-        options = {"cpp_wrapper": True} if self.mean.device.type == "cpu" else {}
+        options: dict[str, Any] = {"cpp_wrapper": True} if self.mean.device.type == "cpu" else {}
         compiled = torch.compile(self._logits_of_pixels, dynamic=False, options=options)
 
         def frozen(images_u8: Tensor) -> Tensor:
