@@ -22,7 +22,7 @@ from datasets.features.features import register_feature
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.columns import ANSWER, ATTACKS, IMAGE, SIGN, image_columns, kept_columns, one_level
+from pipeline.columns import ANSWER, ATTACKS, IMAGE, LAST, SIGN, image_columns, kept_columns, one_level
 from pipeline.config import epsilon_level
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.lattice import SIGN_UNIT
@@ -89,7 +89,7 @@ class SteppedImage:
         raise PipelineError(
             "These images are made on reading, so they cannot be uploaded as they are; first make them with "
             'ds.map(lambda row: {"image": row["image"]}, '
-            'features=datasets.Features({**ds.features, "image": datasets.Image()})).'
+            'features=datasets.Features({**ds.features, "image": datasets.Image()}), cache_file_name="images.arrow").'
         )
 
     def flatten(self) -> "SteppedImage":
@@ -266,6 +266,8 @@ def _as_stored(rows: pa.Table) -> pa.Table:
 
 def _step_as_attacked(rows: pa.Table, clean: pa.Table, level: int) -> pa.Table:
     """Another level out of attacked rows of layout images and the clean ones of the same images."""
+    if not rows.column(LAST).equals(clean.column(LAST)):
+        raise ConfigError("Attacked and clean rows are not those of the same images; is the dataset complete?")
     rows = _with_image(rows, _cells(clean.column(IMAGE), rows.column(IMAGE), level))
     answers: dict[str, Any] = {"epsilon": np.full(len(rows), level / 255), **dict.fromkeys((*ANSWER, "fooled"))}
     for name, values in answers.items():

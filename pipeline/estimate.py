@@ -106,19 +106,24 @@ def estimate(run: Run, folder: OutputFolder) -> Estimate:
 
 
 def _batch_seconds(run: Run) -> float:
-    """Seconds of one batch through attack and encoding, after one to warm up."""
+    """Seconds of a batch through attack and encoding with all lanes at work, after a round to warm up."""
     samples = _samples(run, run.plan.shards)
     if not len(samples):
         return 0.0
     images = samples[torch.arange(run.plan.batch_size) % len(samples)]
     labels = torch.zeros(len(images), dtype=torch.int64)
     with Lanes(run.device, run.chunk) as lanes:
+        # Enough batches for two chunks in each lane, as in the run.
+        batches = -(-2 * lanes.count * run.chunk // run.plan.batch_size)
         for _ in range(2):
             started = time.perf_counter()
-            parts = [
-                future.result() for future in lanes.submit(run.attacker, images, labels, labels, valid=labels == 0)
+            waiting = [
+                future
+                for _ in range(batches)
+                for future in lanes.submit(run.attacker, images, labels, labels, valid=labels == 0)
             ]
-            computing = time.perf_counter() - started
+            parts = [future.result() for future in waiting]
+            computing = (time.perf_counter() - started) / batches
     started = time.perf_counter()
     for pictures in parts[0].pictures:
         encode_images(pictures[: len(samples)], run.image_format)

@@ -373,6 +373,8 @@ class Bench:
         environment = dict(os.environ)
         # As on any user's machine: without bytecode every start would compile torch anew.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        # This checkout, whatever is installed.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         environment["HF_DATASETS_CACHE"] = str(self.folder / "datasets")
         # Its own, and empty in its first round, so that a cold compilation is seen; later rounds find it.
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "inductor" / case.name.replace(" ", "-"))
@@ -545,8 +547,17 @@ def machine() -> Row:
         "cores": available_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
+        "commit": commit(),
         "versions": versions,
     }
+
+
+def commit() -> str | None:
+    """What is measured, as `git describe` names it, with `-dirty` where files were changed; None without git."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 # ------------------------------------------------------------------------------------------- command line

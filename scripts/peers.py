@@ -5,7 +5,8 @@
 `scripts/benchmark.py` starts them. Each reads the config that ours would read, and leaves marks: when how many
 images were finished.
 
-- bound: our own engine and nothing else: batches in memory, nothing decoded, encoded or stored.
+- bound: our own engine and nothing else: batches in memory, nothing decoded, encoded or stored. On CUDA the copies to
+  and from the device are part of it.
 - plain: the model work in PyTorch as anyone would write it, one batch in memory over and over.
 - torchattacks, foolbox, art: as their documentation shows them, between a DataLoader and `datasets`. Nobody freezes
   the parameters there, so foolbox and art compute the weights' gradients along: ResNet-18 takes them a quarter longer.
@@ -13,6 +14,7 @@ images were finished.
 
 import importlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -250,6 +252,7 @@ def main(
 ) -> None:
     """Run one contender."""
     datasets.disable_progress_bars()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the bound says how long it compiled
     config = load_config(str(config_path))
     runners = {"bound": run_bound, "plain": run_plain}
     done = runners[name](config, images) if name in runners else run_peer(name, config, images)

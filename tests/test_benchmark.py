@@ -186,7 +186,7 @@ def test_ours_and_its_bound_on_digits(tmp_path: Path) -> None:
     options = ["--workload", "digits", "--variant", "eager", "--contender", "ours", "--contender", "bound"]
     sizes = ["--limit", "64", "--batch-size", "8", "--rounds", "1", "--json", str(tmp_path / "report.json")]
     command = [sys.executable, str(benchmark.__file__), *options, *sizes]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     ours, bound = report["workloads"][0]["contenders"]

