@@ -59,11 +59,25 @@ class FileEntry(Record):
     sha256: str
 
 
+class EvaluatorCounts(Record):
+    """What an evaluator says of images at one epsilon: how far the victim's mistakes are its own.
+
+    Of labelled images, `correct` are predicted right, and `fooled` right when clean and wrong now. Of those that
+    fool the victim, `exposed` are ones that the evaluator gets right when clean, and `transferred` ones that fool
+    it too: transferred / exposed is the rate at which the attack transfers.
+    """
+
+    correct: int
+    fooled: int
+    exposed: int
+    transferred: int
+
+
 class LevelCounts(Record):
     """What a shard's images at one epsilon add up to; `level` 0 is clean.
 
     `labelled` of them have a label, and `correct` of those are predicted right; `fooled` counts true values;
-    `confidence_sum` over `rows` is the mean confidence.
+    `confidence_sum` over `rows` is the mean confidence; `evaluators` by their ids.
     """
 
     level: int
@@ -72,6 +86,7 @@ class LevelCounts(Record):
     correct: int
     fooled: int
     confidence_sum: float
+    evaluators: dict[str, EvaluatorCounts] = {}
 
 
 class SkippedRow(Record):

@@ -188,7 +188,7 @@ class Layout:
     levels and the batch that they are of.
 
     Backwards, images: the 1 + K images from the decoded pictures and the levels; a ValueError says what is
-    wrong with them. levels: for each epsilon a table with the columns of layout images but the image, from the tables
+    wrong with them. by_level: for each epsilon a table with the columns of layout images but the image, from the tables
     of the subsets and the levels; a ValueError as there.
     """
 
@@ -197,7 +197,7 @@ class Layout:
     stored: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
     tables: Callable[[pa.Schema, Sequence[pa.ChunkedArray], Scores, Sequence[int], Batch], list[pa.Table]]
     images: Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]]
-    levels: Callable[[Sequence[pa.Table], Sequence[int]], list[pa.Table]]
+    by_level: Callable[[Sequence[pa.Table], Sequence[int]], list[pa.Table]]
 
 
 LAYOUTS = {
@@ -207,7 +207,7 @@ LAYOUTS = {
         stored=lambda images, _: tuple(images),
         tables=_image_tables,
         images=lambda pictures, _: list(pictures),
-        levels=lambda tables, _: list(tables),
+        by_level=lambda tables, _: list(tables),
     ),
     "signs": Layout(
         pictures=(IMAGE, SIGN),
@@ -215,7 +215,7 @@ LAYOUTS = {
         stored=lambda images, sign: (images[0], sign_to_picture(sign)),
         tables=_sign_tables,
         images=_from_signs,
-        levels=_split_levels,
+        by_level=_split_levels,
     ),
 }
 

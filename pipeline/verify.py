@@ -356,7 +356,7 @@ class _Checker:
             for column in self.layout.pictures
         ]
         try:
-            return self.layout.images(pictures, self.levels), self.layout.levels(subsets, self.levels)
+            return self.layout.images(pictures, self.levels), self.layout.by_level(subsets, self.levels)
         except ValueError as error:
             raise _DamageError(f"{files[0]}: {error}.") from None
 

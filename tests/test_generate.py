@@ -159,13 +159,17 @@ def test_the_same_command_again_does_nothing(write_config: WriteConfig, tmp_path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
 
 
-def test_missing_shards_are_written_again_byte_for_byte(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = write_config()
+@pytest.mark.parametrize(("layout", "last"), [("images", "eps-8"), ("signs", "signs")])
+def test_missing_shards_are_written_again_byte_for_byte(
+    write_config: WriteConfig, tmp_path: Path, layout: str, last: str
+) -> None:
+    config = write_config(output={"layout": layout})
     generate(config)
     out = tmp_path / "out"
     complete, summary = digests(out), manifest(out)
+    assert len(complete) == {"images": 9, "signs": 3}[layout]
     (out / ".run/receipts/test-00001-of-00003.json").unlink()
-    (out / "eps-8/test-00002-of-00003.parquet").write_bytes(b"cut short")
+    (out / last / "test-00002-of-00003.parquet").write_bytes(b"cut short")
     generate(config)
     assert digests(out) == complete
     assert manifest(out) == summary

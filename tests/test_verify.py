@@ -121,6 +121,13 @@ def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
         assert "holds no dataset of ours" in result.stderr
 
 
+def assert_found(named: str, out: Path, *arguments: str) -> None:
+    """`fgsm verify` fails, and says so."""
+    result = fgsm("verify", out, *arguments)
+    assert result.exit_code == 1
+    assert named in result.stderr
+
+
 def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = FILE, **counts: int) -> None:
     """Rewrite rows of a file and make receipt and manifest agree, as a bug or a liar would.
 
@@ -195,9 +202,7 @@ def test_forged_rows_are_found_without_the_victim(
 ) -> None:
     generate(write_config())
     forge(tmp_path / "out", edit)
-    result = fgsm("verify", tmp_path / "out")
-    assert result.exit_code == 1
-    assert f"{FILE} {named}" in result.stderr
+    assert_found(f"{FILE} {named}", tmp_path / "out")
 
 
 def test_rows_that_the_plan_does_not_have_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -274,9 +279,7 @@ def test_recompute_finds_what_the_pixels_do_not_give(
     generate(write_config())
     forge(tmp_path / "out", edit)
     assert fgsm("verify", tmp_path / "out").exit_code == 0
-    result = fgsm("verify", tmp_path / "out", "--recompute")
-    assert result.exit_code == 1
-    assert f"{FILE} {named}" in result.stderr
+    assert_found(f"{FILE} {named}", tmp_path / "out", "--recompute")
 
 
 def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -320,9 +323,7 @@ def test_a_manifest_that_claims_otherwise_is_found_and_written_again(
     generate(config)
     text = path.read_text()
     path.write_text(text.replace(old, new, 1))
-    result = fgsm("verify", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "manifest.json does not agree with the receipts" in result.stderr
+    assert_found("manifest.json does not agree with the receipts", tmp_path / "out")
     generate(config)
     assert path.read_text() == text
 
@@ -413,6 +414,4 @@ def test_features_that_cannot_be_read_are_one_sentence(write_config: WriteConfig
     generate(write_config())
     path = tmp_path / "out/manifest.json"
     path.write_text(path.read_text().replace('"_type": "Image"', '"_type": "Picture"'))
-    result = fgsm("verify", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "manifest.json: its features cannot be read" in result.stderr
+    assert_found("manifest.json: its features cannot be read", tmp_path / "out")
