@@ -209,7 +209,8 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._place = place
         self._resume: dict[str, Any] | None = None
-        self._reading = (0, 0)
+        # Epoch, rows that were given, and whose stretch this is.
+        self._reading = 0, 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process need not know of torch.distributed.
@@ -242,8 +243,15 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
     def state_dict(self) -> dict[str, Any]:
         """Where this consumer stands. In a worker, StatefulDataLoader asks; in the main process it is right only
         without workers."""
-        epoch, rows = self._reading
-        return {"epoch": epoch, "rows": rows, "consumer": self._consumer(), "of": self.digest}
+        rank, world, _, workers = self._consumer()
+        epoch, rows, stretch = self._reading
+        return {
+            "epoch": epoch,
+            "rows": rows,
+            "stretch": stretch,
+            "of": self.digest,
+            "consumers": [rank, world, workers],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next iteration begin where a consumer stood; what lies before is neither read nor decoded.
@@ -253,16 +261,21 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         """
         if state["of"] != self.digest:
             raise ConfigError("The state is that of another dataset, or of another split, epsilons, clean or seed.")
-        if list(state["consumer"]) != self._consumer():
-            raise ConfigError(
-                f"The state is of {_consumer_name(state['consumer'])}, and this is {_consumer_name(self._consumer())}; "
-                "resume with as many ranks and workers."
+        rank, world, _, workers = self._consumer()
+        if list(state["consumers"]) != [rank, world, workers]:
+            there, here = (
+                "rank {} of {} with {} readers".format(*consumers)
+                for consumers in (state["consumers"], (rank, world, workers))
             )
+            raise ConfigError(f"The state is of {there}, and this is {here}; resume with as many ranks and workers.")
         self._resume = dict(state)
 
     def resume_at(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Make the next iteration of a plain DataLoader begin after so many batches of an epoch, as with the same
-        number of ranks and workers they would have been dealt out."""
+        """Make the next iteration of a plain DataLoader begin after so many of this rank's batches of an epoch.
+
+        What comes is what would have come, with the same number of ranks and workers; what lies before is neither read
+        nor decoded.
+        """
         self.set_epoch(epoch)
         self._resume = {"epoch": epoch, "batches": batches, "batch_size": batch_size}
 
@@ -273,26 +286,27 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         rank, world, worker, workers = self._consumer()
-        start, stop = _share(*_share(0, self.rows, rank, world), worker, workers)
+        epoch, done, stretch = int(self._epoch), 0, worker
         resume, self._resume = self._resume, None
-        epoch, done = int(self._epoch), 0
         if resume is not None:
             epoch = resume["epoch"]
-            # DataLoader asks its workers in turn. Earlier ones have as many rows or one more, so that holds to the end.
-            done = (
-                resume["rows"]
-                if "rows" in resume
-                else resume["batch_size"] * len(range(worker, resume["batches"], workers))
-            )
+            if "batches" in resume:
+                # DataLoader asks its workers in turn, to the end: none has more than one batch more than the last one.
+                # It begins with worker 0, who therefore goes on with the stretch whose turn it was.
+                stretch = (worker + resume["batches"]) % workers
+                done = resume["batch_size"] * len(range(stretch, resume["batches"], workers))
+            else:
+                done, stretch = resume["rows"], resume["stretch"]
+        start, stop = _share(*_share(0, self.rows, rank, world), stretch, workers)
         # Now, not with the first row: StatefulDataLoader asks for the state before.
-        self._reading = epoch, min(done, stop - start)
-        return self._counted(epoch, start + done, stop)
+        self._reading = epoch, min(done, stop - start), stretch
+        return self._counted(start + done, stop)
 
-    def _counted(self, epoch: int, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
-        done = self._reading[1]
+    def _counted(self, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
+        epoch, done, stretch = self._reading
         for row in self._rows(epoch, start, stop):
             done += 1
-            self._reading = epoch, done
+            self._reading = epoch, done, stretch
             yield row
 
     def _rows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
@@ -363,11 +377,6 @@ def _share(start: int, stop: int, index: int, count: int) -> tuple[int, int]:
     each, more = divmod(stop - start, count)
     first = start + index * each + min(index, more)
     return first, first + each + (index < more)
-
-
-def _consumer_name(consumer: Sequence[int]) -> str:
-    rank, world, worker, workers = consumer
-    return f"worker {worker} of {workers} on rank {rank} of {world}"
 
 
 def training_dataset(
