@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.config import reading_levels
 from pipeline.errors import ConfigError, PipelineError, first_line
-from pipeline.images import ImageFormat, UndecodableError, decode_image
+from pipeline.images import ImageFormat, UndecodableError, decode_images
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
 from pipeline.manifest import Manifest, require_manifest
 from pipeline.outputs import SIGNS, OutputFolder, local_folder, subset_name
@@ -77,8 +77,10 @@ class Shards:
     It holds paths and row counts, no image: that is what a worker process is given.
     """
 
-    def __init__(self, root: Path, layout: str, image_format: ImageFormat, sources: Mapping[int, Sequence[Column]]):
-        self.root, self.image_format, self.signs = root, image_format, layout == SIGNS
+    def __init__(self, root: Path, manifest: Manifest, sources: Mapping[int, Sequence[Column]]) -> None:
+        output = manifest.resolved.output
+        self.root, self.shape, self.signs = root, manifest.shape, output.layout == SIGNS
+        self.image_format: ImageFormat = "webp" if output.image_format == "webp" else "png"
         self.columns = sorted({column for columns in sources.values() for column in columns})
         self.subsets = tuple(dict.fromkeys(column.subset for column in self.columns))
         # Whether a column is read for an image at a level.
@@ -153,33 +155,28 @@ class Shards:
             raise PipelineError(f"{path} cannot be read ({first_line(error)}); see fgsm verify.") from None
         return pa.chunked_array([chunk.field(field) for chunk in column.chunks]) if field else column
 
-    def decode(self, cells: Sequence[Cell], levels: NDArray[np.int64]) -> list[Tensor]:
-        """Images (C, H, W) uint8 from cells and the level of each.
+    def decode(self, cells: Sequence[Cell], levels: NDArray[np.int64]) -> Tensor:
+        """Images (N, C, H, W) uint8, channels last in memory, from N cells and the level of each.
 
         Raises:
             PipelineError: a picture is damaged.
         """
         try:
-            images = [decode_image(cell[0], self.image_format) for cell in cells]
+            images = self._decoded([cell[0] for cell in cells])
             made = [index for index, cell in enumerate(cells) if len(cell) > 1]
             if made:
-                # All at once, as they lie in memory: channels last.
-                pictures = _stacked([images[index] for index in made])
-                directions = _stacked([decode_image(cells[index][1], self.image_format) for index in made])
+                directions = self._decoded([cells[index][1] for index in made])
+                pictures, steps = images[made], levels[made].astype(np.int16)[:, None, None, None]
                 sign = picture_to_sign_array(directions) if self.signs else sign_between(pictures, directions)
-                stepped = step_array(pictures, sign, levels[made].astype(np.int16)[:, None, None, None])
-                for index, image in zip(made, torch.from_numpy(stepped).permute(0, 3, 1, 2), strict=True):
-                    images[index] = image
+                images[made] = step_array(pictures, sign, steps)
         except (UndecodableError, ValueError) as error:
             raise PipelineError(
                 f"{self.root}: a stored picture is damaged ({error}); fgsm verify names its file."
             ) from None
-        return images
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
 
-
-def _stacked(images: Sequence[Tensor]) -> NDArray[np.uint8]:
-    """Images (C, H, W) that lie channels last as one array (N, H, W, C)."""
-    return np.stack([image.permute(1, 2, 0).numpy() for image in images])
+    def _decoded(self, pictures: Sequence[bytes]) -> NDArray[np.uint8]:
+        return decode_images(pictures, self.image_format, self.shape)
 
 
 class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
@@ -475,9 +472,8 @@ def _check_split(manifest: Manifest, split: str, name: str) -> None:
 
 def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float) -> Shards:
     """Where the images at 0 and at some levels are; what is never drawn is not looked for."""
-    output = manifest.resolved.output
     wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
-    if output.layout == SIGNS:
+    if manifest.resolved.output.layout == SIGNS:
         image, sign = Column(SIGNS, "image"), Column(SIGNS, "sign")
         sources = {level: [image, sign] if level else [image] for level in wanted}
     else:
@@ -485,8 +481,7 @@ def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float)
         # The direction of every other level is that of any recorded one.
         between = [stored[0], stored[manifest.levels[1]]]
         sources = {level: [stored[level]] if level in stored else between for level in wanted}
-    image_format: ImageFormat = "webp" if output.image_format == "webp" else "png"
-    return Shards(root, output.layout, image_format, sources)
+    return Shards(root, manifest, sources)
 
 
 def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:

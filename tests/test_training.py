@@ -29,7 +29,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import pipeline
 from pipeline import shards, training
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.images import decode_image
+from pipeline.images import decode_images
 from pipeline.training import TrainingDataset
 from tests.conftest import FACTORY, KINDS, WriteConfig, png_bytes, random_pixels, write_parquet
 from tests.test_dataset import LAYOUTS, loaded_by
@@ -371,11 +371,11 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every picture that is decoded in this process."""
     calls: list[int] = []
 
-    def counting(data: bytes, *arguments: Any) -> Any:
-        calls.append(len(data))
-        return decode_image(data, *arguments)
+    def counting(data: Sequence[bytes], *arguments: Any) -> Any:
+        calls.extend(map(len, data))
+        return decode_images(data, *arguments)
 
-    monkeypatch.setattr(training, "decode_image", counting)
+    monkeypatch.setattr(training, "decode_images", counting)
     return calls
 
 
