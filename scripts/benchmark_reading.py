@@ -14,8 +14,9 @@ Every reader gives an epoch of uint8 tensors and labels, in random order, throug
 
 Rates are those from the first batch to the last, medians over rounds that each begin with another reader. What came
 before is the start, of the epoch and of the workers; what comes after counts for nothing (a shuffled stream of
-`datasets` 5.2 sleeps for five seconds at its end). `others` is how many cores the machine spent on something else meanwhile:
-figures count on an idle machine only.
+`datasets` 5.2 sleeps for five seconds at its end). `others` is how many cores the machine spent on something else
+meanwhile: rates count on an idle machine only. Rows per core-second, over all processes of a reader and the whole
+epoch, suffer less from that.
 """
 
 import json
@@ -58,10 +59,11 @@ Open = Callable[[int, int], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of one reader. others_cores is None where that is not known."""
+    """One epoch of one reader."""
 
     rows: int
     rows_per_s: float
+    rows_per_core_s: float
     start_s: float
     others_cores: float
 
@@ -156,8 +158,9 @@ def measure(open_epoch: Callable[[], Iterable[Any]]) -> Epoch:
     if len(marks) < 2:
         raise PipelineError("A rate needs at least two batches; lower --batch-size.")
     rate, start = steady(marks, launched)
-    others = (busy_cores()[0] - total_before) - (_own_seconds() - own_before)
-    return Epoch(rows, rate, start, max(0.0, others / (over - launched)))
+    own = _own_seconds() - own_before
+    others = busy_cores()[0] - total_before - own
+    return Epoch(rows, rate, rows / own, start, max(0.0, others / (over - launched)))
 
 
 def _own_seconds() -> float:
@@ -175,6 +178,7 @@ def summarise(name: str, workers: int, epochs: Sequence[Epoch]) -> Row:
         "rows_per_s": statistics.median(rates),
         "slowest": min(rates),
         "fastest": max(rates),
+        "rows_per_core_s": statistics.median(epoch.rows_per_core_s for epoch in epochs),
         "start_s": statistics.median(epoch.start_s for epoch in epochs),
         "others_cores": statistics.median(epoch.others_cores for epoch in epochs),
         "rounds": [asdict(epoch) for epoch in epochs],
@@ -201,13 +205,23 @@ def compare(rows: Sequence[Row]) -> list[Row]:
 
 def describe(rows: Sequence[Row]) -> str:
     """The table, for a person."""
-    header = ["reader", "workers", "rows/s", "min..max", "x fastest other", "x datasets", "start", "others"]
+    header = [
+        "reader",
+        "workers",
+        "rows/s",
+        "min..max",
+        "x fastest other",
+        "x datasets",
+        "rows/core-s",
+        "start",
+        "others",
+    ]
     lines = []
     for row in rows:
         line = [row["reader"], str(row["workers"]), f"{row['rows_per_s']:,.0f}"]
         line += [f"{row['slowest']:,.0f}..{row['fastest']:,.0f}"]
         line += [f"{row[ratio]:.2f}" if ratio in row else "-" for ratio in ("x_fastest", "x_datasets")]
-        line += [f"{row['start_s']:.2f} s", f"{row['others_cores']:.1f} cores"]
+        line += [f"{row['rows_per_core_s']:,.0f}", f"{row['start_s']:.2f} s", f"{row['others_cores']:.1f} cores"]
         lines.append(line)
     return table(header, lines)
 
