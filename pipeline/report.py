@@ -87,9 +87,10 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> Path:
     Raises:
         PipelineError: a file cannot be read, or the disk refuses.
     """
+    with writing(folder.assets):
+        folder.assets.mkdir(exist_ok=True)  # before all the drawing, as the disk may refuse
     page, assets = _make(folder, manifest)
     with writing(folder.assets):
-        folder.assets.mkdir(exist_ok=True)
         for stale in set(ASSETS) - set(assets):
             (folder.assets / stale).unlink(missing_ok=True)
     for name, data in assets.items():

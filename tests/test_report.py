@@ -544,7 +544,7 @@ def test_transfer_is_a_table_and_a_matrix(digits: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- what it reads
 
 
-def damage(path: Path, groups: Iterator[int]) -> None:
+def damage(path: Path, groups: range) -> None:
     """Overwrite the pages of some row groups of a file; its footer stays."""
     file, data = pq.ParquetFile(path), bytearray(path.read_bytes())
     for group in groups:
