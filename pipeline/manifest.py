@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.config import Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.origins import UNKNOWN, Origin
 from pipeline.outputs import (
     FileEntry,
     LevelCounts,
@@ -38,6 +39,7 @@ class Manifest(Record):
     config: dict[str, Any]
     identity: dict[str, Any]
     versions: dict[str, str]
+    origin: Origin = UNKNOWN
     features: dict[str, Any]
     dataset_classes: tuple[str, ...]
     recorded_classes: tuple[str, ...] | None

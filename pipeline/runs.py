@@ -99,6 +99,7 @@ class Run:
             config=self.config.model_dump(mode="json"),
             identity=self.identity,
             versions=versions(self.device),
+            origin=self.source.origin,
             features=self.features.to_dict(),
             dataset_classes=self.space.dataset_classes,
             recorded_classes=self.space.recorded_classes,
