@@ -23,8 +23,8 @@ from pipeline.origins import front_matter
 from pipeline.outputs import SIGNS, OutputFolder, committed, write_atomically
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-# Where the card's examples find the dataset: in the folder itself, until it is published.
-HERE = "."
+# What the card's examples load until the dataset is published. (`datasets` cannot load ".", which has no name.)
+HERE = "path/to/this/folder"
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 TAGS = ("adversarial", "adversarial-examples", "fgsm", "robustness")
 # Licences of datasets that the Hub knows by these names. Any other is `other` there, and stands in the text.
@@ -190,7 +190,12 @@ def _model(model: Mapping[str, Any]) -> Markup:
         name = Path(name).name
     if weights and is_checkpoint(weights):
         weights = Path(weights).name
-    trained = "its own weights" if weights == model["kind"] else f"weights {code(weights)}" if weights else "untrained"
+    if weights == model["kind"]:
+        trained = "its own weights"
+    elif weights:
+        trained = f"weights {code(weights)}"
+    else:
+        trained = "as its callable makes it" if model["kind"] == "factory" else "untrained"
     return Markup(f"{model['kind']} {code(name)}, {trained}" if name else f"{model['kind']}, {trained}")
 
 
@@ -262,7 +267,7 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "signs": SIGNS in manifest.stored,
         "place": place,
         "here": place == HERE,
-        "files": "" if place == HERE else f"hf://datasets/{place}/",
+        "files": place if place == HERE else f"hf://datasets/{place}",
         # The last split is the one to measure with, as a rule.
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),

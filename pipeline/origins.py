@@ -4,6 +4,7 @@ None of it decides a byte, so none of it is part of the run id. What is not know
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ DIGITS = Origin(
 )
 
 
-def revision_of(files: Any) -> str | None:
-    """The commit in the addresses `hf://datasets/ID@COMMIT/...` of a dataset's files; None where there is none."""
-    for file in files or ():
-        found = re.match(r"hf://datasets/[^@]+@([0-9a-f]{7,64})/", str(file))
-        if found:
-            return found[1]
+def revision_of(cached: Iterable[Mapping[str, str]]) -> str | None:
+    """The commit of a dataset of the Hub, which `datasets` keeps its Arrow files under; None where there is none."""
+    for file in cached:
+        folder = Path(file["filename"]).parent.name
+        if re.fullmatch(r"[0-9a-f]{40}", folder):
+            return folder
     return None
 
 

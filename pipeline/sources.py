@@ -407,11 +407,11 @@ def _huggingface_origin(config: SourceConfig, dataset: Any) -> Origin:
     """What a dataset of the Hub, or a local copy of one, says of itself; nothing is asked of the network for it."""
     from huggingface_hub import try_to_load_from_cache
 
-    path, info = str(config.path), dataset.info
-    folder, stated = Path(path).expanduser(), str(info.license or "").strip() or None
+    path, stated = str(config.path), str(dataset.info.license or "").strip() or None
+    folder = Path(path).expanduser()
     if folder.is_dir():
         return Origin(name=folder.resolve().name, license=stated or card_license(folder / "README.md"))
-    revision = revision_of(info.download_checksums)
+    revision = revision_of(dataset.cache_files)
     # `datasets` has just read the card of that commit.
     card = try_to_load_from_cache(path, "README.md", repo_type="dataset", revision=revision)
     return Origin(
