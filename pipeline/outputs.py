@@ -17,10 +17,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import ConfigError, PipelineError, write_failure
 from pipeline.plan import Shard
+
+Flags = NDArray[np.bool_]
 
 # The one subset of layout signs.
 SIGNS = "signs"
@@ -67,10 +71,30 @@ class EvaluatorCounts(Record):
     it too: transferred / exposed is the rate at which the attack transfers.
     """
 
-    correct: int
-    fooled: int
-    exposed: int
-    transferred: int
+    correct: int = 0
+    fooled: int = 0
+    exposed: int = 0
+    transferred: int = 0
+
+    def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
+        return EvaluatorCounts(**{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields})
+
+
+def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
+    """Count what an evaluator says of M labelled images at one epsilon.
+
+    Args:
+        clean: (M,) bool, whether it is right about the clean image.
+        now: (M,) bool, whether it is right about this one.
+        fooled: (M,) bool, whether this one fools the victim.
+    """
+    lost = clean & ~now
+    return EvaluatorCounts(
+        correct=int(now.sum()),
+        fooled=int(lost.sum()),
+        exposed=int((fooled & clean).sum()),
+        transferred=int((fooled & lost).sum()),
+    )
 
 
 class LevelCounts(Record):

@@ -107,8 +107,10 @@ class Victim(nn.Module):
             self._differentiable, self._inferred = self._logits, self._logits_of_pixels
             raise
 
-    def count_classes(self, shape: tuple[int, int, int]) -> int:
+    def count_classes(self, shape: tuple[int, int, int], *, attacked: bool = True) -> int:
         """The number of classes, found by running one black image of that (C, H, W) forward and back.
+
+        A model that is not attacked need not let a gradient through.
 
         Raises:
             ConfigError: the model does not take such images, does not return logits, or lets no gradient through.
@@ -126,6 +128,8 @@ class Victim(nn.Module):
                 f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "
                 "of two classes or more are needed."
             )
+        if not attacked:
+            return int(logits.shape[1])
         reached = torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] if logits.requires_grad else None
         if reached is None:
             raise ConfigError("model: no gradient reaches its input; does it run under torch.no_grad or detach?")
