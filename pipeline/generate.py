@@ -6,6 +6,7 @@ number of batches is in flight, so memory does not grow with the dataset.
 """
 
 import contextlib
+import json
 import logging
 import time
 from collections import deque
@@ -37,6 +38,7 @@ from pipeline.outputs import (
     committed,
     count_evaluator,
     read_receipts,
+    writing,
 )
 from pipeline.plan import Shard
 from pipeline.progress import Busy, Progress
@@ -167,15 +169,30 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
                     in_flight.popleft().result()
             while in_flight:
                 in_flight.popleft().result()
-        cores = available_cores()
-        workers = {"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1}
-        logger.info("%s", busy.line(progress.rate, workers))
+        _tell_speed(run, folder, busy, progress)
     finally:
         # After a failure nothing waits for encodings that nobody will write.
         writer.shutdown(wait=False, cancel_futures=True)
         encoders.shutdown(cancel_futures=True)
         writer.shutdown()
         sink.close()
+
+
+def _tell_speed(run: Run, folder: OutputFolder, busy: Busy, progress: Progress) -> None:
+    """Say how fast a session was and what kept it busy, and keep it for the report."""
+    cores = available_cores()
+    shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
+    logger.info(
+        "Busy: %s; %.1f images/s.", ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items()), progress.rate
+    )
+    session = {
+        "images": progress.fresh,
+        "images_per_second": round(progress.rate, 1),
+        "device": versions(run.device)["device"],
+        "busy": {stage: round(share, 3) for stage, share in shares.items()},
+    }
+    with writing(folder.sessions), folder.sessions.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(session) + "\n")
 
 
 def _compile(run: Run) -> None:

@@ -6,6 +6,7 @@ OUTPUT/clean/test-00000-of-00004.parquet
 OUTPUT/eps-8/test-00000-of-00004.parquet
 OUTPUT/signs/test-00000-of-00004.parquet        in layout signs, instead of the two above
 OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does not exist
+OUTPUT/.run/sessions.jsonl                      how fast each session that wrote something was
 """
 
 import contextlib
@@ -147,6 +148,7 @@ class OutputFolder:
         self.run = root / ".run"
         self.receipts = self.run / "receipts"
         self.scratch = self.run / "tmp"
+        self.sessions = self.run / "sessions.jsonl"
 
     def path(self, file: str) -> Path:
         return self.root / file
@@ -212,6 +214,7 @@ class OutputFolder:
             self.receipts.mkdir()
             for subset in (self.root / subset_name(0), self.root / SIGNS, *self.root.glob("eps-[0-9]*")):
                 shutil.rmtree(subset, ignore_errors=True)
+            self.sessions.unlink(missing_ok=True)
             self.card.unlink(missing_ok=True)
             self.manifest.unlink(missing_ok=True)
 
