@@ -24,6 +24,11 @@ from pipeline.config import Interpolation, ModelConfig, PreprocessConfig, is_che
 from pipeline.errors import ConfigError, first_line
 
 
+# The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
+# of a process, in two batch sizes.
+COMPILED_FORMS = 256
+
+
 class Victim(nn.Module):
     """A frozen classifier of images in [0, 1].
 
@@ -87,19 +92,25 @@ class Victim(nn.Module):
         done ahead): ResNet-20 in bf16 took 46 ms a chunk as it is, 40 compiled, 30 compiled and frozen. If
         the context fails the victim runs as it is.
         """
-        import torch._inductor.config as inductor  # the compiler takes a second to import
+        import torch._dynamo.config as dynamo  # the compiler takes a second to import
+        import torch._inductor.config as inductor
 
         # On a CPU: code that is called from C++ lets go of the GIL; called from Python, one lane holds up the others.
         options: dict[str, Any] = {"cpp_wrapper": True} if self.mean.device.type == "cpu" else {}
-        compiled = torch.compile(self._logits_of_pixels, dynamic=False, options=options)
+        differentiable = torch.compile(self._logits, dynamic=False, options=options)
+        inferred = torch.compile(self._logits_of_pixels, dynamic=False, options=options)
+
+        # Settings of the compiler do not reach other threads, so they are made for each call.
+        def patient(images: Tensor) -> Tensor:
+            with dynamo.patch(recompile_limit=COMPILED_FORMS):
+                return differentiable(images)
 
         def frozen(images_u8: Tensor) -> Tensor:
-            # As an option of torch.compile it does not reach the tracer, and set once it does not reach other threads.
-            with inductor.patch(freezing=True):
-                return compiled(images_u8)
+            # As an option of torch.compile `freezing` does not reach the tracer.
+            with dynamo.patch(recompile_limit=COMPILED_FORMS), inductor.patch(freezing=True):
+                return inferred(images_u8)
 
-        self._differentiable = torch.compile(self._logits, dynamic=False, options=options)
-        self._inferred = frozen
+        self._differentiable, self._inferred = patient, frozen
         try:
             yield
             self.compiled = True
