@@ -23,7 +23,6 @@ from pipeline.checkpoints import load_checkpoint
 from pipeline.config import Interpolation, ModelConfig, PreprocessConfig, is_checkpoint, is_factory_file
 from pipeline.errors import ConfigError, first_line
 
-
 # The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
 # of a process, in two batch sizes.
 COMPILED_FORMS = 256
