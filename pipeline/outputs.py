@@ -6,6 +6,7 @@ OUTPUT/clean/test-00000-of-00004.parquet
 OUTPUT/eps-8/test-00000-of-00004.parquet
 OUTPUT/signs/test-00000-of-00004.parquet        in layout signs, instead of the two above
 OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does not exist
+OUTPUT/.run/sessions.jsonl                      how fast each session that wrote something was
 """
 
 import contextlib
@@ -17,10 +18,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import ConfigError, PipelineError, write_failure
 from pipeline.plan import Shard
+
+Flags = NDArray[np.bool_]
 
 # The one subset of layout signs.
 SIGNS = "signs"
@@ -67,10 +72,30 @@ class EvaluatorCounts(Record):
     it too: transferred / exposed is the rate at which the attack transfers.
     """
 
-    correct: int
-    fooled: int
-    exposed: int
-    transferred: int
+    correct: int = 0
+    fooled: int = 0
+    exposed: int = 0
+    transferred: int = 0
+
+    def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
+        return EvaluatorCounts(**{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields})
+
+
+def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
+    """Count what an evaluator says of M labelled images at one epsilon.
+
+    Args:
+        clean: (M,) bool, whether it is right about the clean image.
+        now: (M,) bool, whether it is right about this one.
+        fooled: (M,) bool, whether this one fools the victim.
+    """
+    lost = clean & ~now
+    return EvaluatorCounts(
+        correct=int(now.sum()),
+        fooled=int(lost.sum()),
+        exposed=int((fooled & clean).sum()),
+        transferred=int((fooled & lost).sum()),
+    )
 
 
 class LevelCounts(Record):
@@ -123,6 +148,7 @@ class OutputFolder:
         self.run = root / ".run"
         self.receipts = self.run / "receipts"
         self.scratch = self.run / "tmp"
+        self.sessions = self.run / "sessions.jsonl"
 
     def path(self, file: str) -> Path:
         return self.root / file
@@ -188,6 +214,7 @@ class OutputFolder:
             self.receipts.mkdir()
             for subset in (self.root / subset_name(0), self.root / SIGNS, *self.root.glob("eps-[0-9]*")):
                 shutil.rmtree(subset, ignore_errors=True)
+            self.sessions.unlink(missing_ok=True)
             self.card.unlink(missing_ok=True)
             self.manifest.unlink(missing_ok=True)
 
