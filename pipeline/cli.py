@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.errors import Interrupted, PipelineError, first_line
 
 if TYPE_CHECKING:
     from pipeline.config import AttackConfig
+    from pipeline.manifest import Manifest
 
 app = typer.Typer(
     name="fgsm",
@@ -55,6 +56,7 @@ def generate(
         _say_epsilons(loaded.attack)
         manifest = run(loaded, overwrite=overwrite)
         typer.echo(summary_table(manifest))
+        _report_on(manifest, loaded.output.path, debug)
         path, subset = str(Path(loaded.output.path).expanduser()), manifest.stored[-1]
         # JSON's double quotes: Python's single ones become unreadable inside the shell's.
         one_line = f"import datasets; print(datasets.load_dataset({json.dumps(path)}, {json.dumps(subset)}))"
@@ -114,6 +116,37 @@ def inspect(output: Output, debug: Debug = False) -> None:
         from pipeline.summary import inspect as table
 
         typer.echo(table(output))
+
+
+@app.command()
+def report(output: Output, debug: Debug = False) -> None:
+    """Make report.html and its pictures: what the attack did, for people."""
+    with _boundary(debug, "Interrupted."):
+        from pipeline.report import report as make
+
+        typer.echo(make(output))
+
+
+def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
+    """Make the report of a complete dataset unless it is there. Without it the dataset is as complete."""
+    from pipeline.outputs import OutputFolder, reported_receipts
+
+    folder = OutputFolder(Path(path))
+    if reported_receipts(folder) == manifest.receipts:
+        return
+    try:
+        from pipeline.report import write_report
+
+        typer.echo(f"\nReport: {write_report(folder, manifest)}", err=True)
+    except Exception as error:  # whatever it is, it is no failure of the run
+        if debug:
+            traceback.print_exc()
+        reason = first_line(error).rstrip(".")
+        typer.echo(
+            f"\nWarning: the dataset is complete, but its report was not made: {reason}. Try fgsm report "
+            f"{shlex.quote(str(folder.root))}",
+            err=True,
+        )
 
 
 @app.command()

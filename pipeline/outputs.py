@@ -5,6 +5,7 @@ OUTPUT/README.md                                the card, which makes the subset
 OUTPUT/clean/test-00000-of-00004.parquet
 OUTPUT/eps-8/test-00000-of-00004.parquet
 OUTPUT/signs/test-00000-of-00004.parquet        in layout signs, instead of the two above
+OUTPUT/report.html, OUTPUT/assets/*.png         what it looks like
 OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does not exist
 OUTPUT/.run/sessions.jsonl                      how fast each session that wrote something was
 """
@@ -14,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -145,6 +147,8 @@ class OutputFolder:
         self.root = root
         self.manifest = root / "manifest.json"
         self.card = root / "README.md"
+        self.report = root / "report.html"
+        self.assets = root / "assets"
         self.run = root / ".run"
         self.receipts = self.run / "receipts"
         self.scratch = self.run / "tmp"
@@ -215,6 +219,8 @@ class OutputFolder:
             for subset in (self.root / subset_name(0), self.root / SIGNS, *self.root.glob("eps-[0-9]*")):
                 shutil.rmtree(subset, ignore_errors=True)
             self.sessions.unlink(missing_ok=True)
+            shutil.rmtree(self.assets, ignore_errors=True)
+            self.report.unlink(missing_ok=True)
             self.card.unlink(missing_ok=True)
             self.manifest.unlink(missing_ok=True)
 
@@ -253,6 +259,16 @@ def receipts_digest(receipts: Mapping[str, Receipt]) -> str:
     return total.hexdigest()
 
 
+def reported_receipts(folder: OutputFolder) -> str | None:
+    """The digest of the receipts that the report is of, None where there is no report that says."""
+    try:
+        with folder.report.open(encoding="utf-8") as file:
+            found = re.search(r'<meta name="fgsm-receipts" content="(\w*)">', file.read(4096))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found[1] if found else None
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     try:
@@ -270,7 +286,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a small file as a whole, so that a reader or a crash sees the old one or the new one.
 
     Raises:
@@ -279,8 +295,8 @@ def write_atomically(path: Path, text: str) -> None:
     with writing(path):
         scratch = path.with_name(f".{path.name}.tmp")
         try:
-            with scratch.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with scratch.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             scratch.rename(path)

@@ -36,7 +36,7 @@ from pipeline import __version__
 from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError, first_line, listing
 from pipeline.manifest import Manifest, require_manifest
-from pipeline.outputs import OutputFolder, write_atomically
+from pipeline.outputs import OutputFolder, reported_receipts, write_atomically
 from pipeline.summary import human_bytes
 from pipeline.verify import verify
 
@@ -93,6 +93,8 @@ def publish(path: Path, repo_id: str, *, private: bool = True) -> str:
             repository.check_visibility(private)
         _check_ours(repository, folder, manifest, there)
         _move_card(folder, manifest, repo_id)
+        if reported_receipts(folder) != manifest.receipts:
+            _report(folder, manifest)
         files = list_files(folder, manifest)
         _upload(repository, folder, files, there)
         _check_arrived(repository, files)
@@ -111,7 +113,10 @@ def dry_run(path: Path, repo_id: str) -> str:
     sizes = [human_bytes(file.bytes) for file in files.values()]
     total = f"{len(files):,} files, {human_bytes(sum(file.bytes for file in files.values()))}, for {repo_id}"
     width = max(map(len, sizes))
-    return "\n".join([*(f"{size:>{width}}  {name}" for size, name in zip(sizes, files, strict=True)), "", total])
+    lines = [f"{size:>{width}}  {name}" for size, name in zip(sizes, files, strict=True)]
+    if reported_receipts(folder) != manifest.receipts:
+        lines.append(f"{'?':>{width}}  report.html and assets/, which publishing makes anew")
+    return "\n".join([*lines, "", total])
 
 
 def _check_id(repo_id: str) -> None:
@@ -152,8 +157,8 @@ def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, LocalFile]
         entry.path: LocalFile(folder.path(entry.path), entry.bytes, entry.sha256)
         for entry in sorted(manifest.files, key=lambda entry: entry.path)
     }
-    pictures = sorted(path for path in (folder.root / "assets").glob("[!.]*") if path.is_file())
-    for path in (folder.card, folder.manifest, folder.root / "report.html", *pictures):
+    pictures = sorted(path for path in folder.assets.glob("[!.]*") if path.is_file())
+    for path in (folder.card, folder.manifest, folder.report, *pictures):
         if path.is_file():
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -199,6 +204,13 @@ def _move_card(folder: OutputFolder, manifest: Manifest, repo_id: str) -> None:
     moved = moved_card(text, manifest, repo_id)
     if moved != text:
         write_atomically(folder.card, moved)
+
+
+def _report(folder: OutputFolder, manifest: Manifest) -> None:
+    from pipeline.report import write_report  # and with it matplotlib, which is seldom needed here
+
+    logger.info("Making the report.")
+    write_report(folder, manifest)
 
 
 def _upload(
