@@ -305,10 +305,11 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
         self._writer(asked["organization"])
+        url = f"{self.server.endpoint}/datasets/{name}"
         if name in self.server.repositories:
-            raise _RefusedError(409, "You already created this dataset repo")
+            return self._json({"error": "You already created this dataset repo", "url": url}, 409)
         self.server.repositories[name] = Repository(private=asked.get("visibility") == "private")
-        self._json({"url": f"{self.server.endpoint}/datasets/{name}"})
+        return self._json({"url": url})
 
     def _validate_yaml(self) -> None:
         content = json.loads(self.body)["content"]

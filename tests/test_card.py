@@ -1,5 +1,6 @@
 """The card: what it says is so, what it shows runs, and no name breaks out of it."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from huggingface_hub import DatasetCard
 from pipeline.card import HERE, code, moved_card, plain, render_card, size_category
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.origins import DIGITS, Origin
-from pipeline.outputs import EvaluatorCounts, OutputFolder
+from pipeline.outputs import OutputFolder
 from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.test_generate import generate
 
@@ -233,38 +234,25 @@ def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     assert "as it states it, is Ask Ian &#124; first." in text
 
 
-def test_evaluators_have_their_columns(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
-    manifest = manifest_of(tmp_path / "out")
-    counts = EvaluatorCounts(correct=20, fooled=3, exposed=8, transferred=2)
-    judges = [{"id": "vgg", "kind": "torchvision", "name": "vgg11", "weights": None}]
-    text = render_card(
-        manifest.model_copy(
-            update={
-                "config": Judged({**manifest.config, "evaluators": ()}, judges),
-                "subsets": tuple(row.model_copy(update={"evaluators": {"vgg": counts}}) for row in manifest.subsets),
-                "features": {**manifest.features, "prediction_vgg": {"_type": "ClassLabel"}},
-            }
-        )
-    )
-    head, rule, clean, attacked, _ = next(table for table in tables(text) if "accuracy" in table[0][3])
-    assert [cell.strip() for cell in head[6:]] == ["accuracy of `vgg`", "transfer to `vgg`"]
-    assert len(rule) == len(head) == len(clean) == len(attacked) == 8
-    assert [cell.strip() for cell in clean[6:]] == ["50.00%", "-"]
-    assert [cell.strip() for cell in attacked[6:]] == ["50.00%", "25.00%"]
-    assert "**Evaluator** `vgg`: torchvision `vgg11`, untrained." in text
-    assert "| `prediction_vgg` | ClassLabel | as prediction, of evaluator vgg |" in text.replace("&#95;", "_")
-
-
-class Judged(dict[str, Any]):
-    """A config with evaluators, which the config's own model does not take yet."""
-
-    def __init__(self, config: dict[str, Any], judges: list[dict[str, Any]]) -> None:
-        super().__init__(config)
-        self.judges = judges
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.judges if key == "evaluators" else super().get(key, default)
+@pytest.mark.parametrize("layout", ["images", "signs"])
+def test_evaluators_have_their_columns(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    config = write_config(output={"layout": layout})
+    judge = {"id": "an_other", "kind": "factory", "name": f"{tmp_path}/victim.py:make"}
+    config.write_text(config.read_text() + f"evaluators: {json.dumps([judge])}\n")
+    generate(config)
+    text, manifest = card_of(tmp_path / "out"), manifest_of(tmp_path / "out")
+    head, rule, *body = next(table for table in tables(text) if "accuracy" in table[0][3])
+    assert [cell.strip() for cell in head[6:]] == ["accuracy of `an_other`", "transfer to `an_other`"]
+    assert {len(row) for row in (head, rule, *body)} == {8}
+    for row, subset in zip(body, manifest.subsets, strict=True):
+        counts = subset.evaluators["an_other"]
+        rate = f"{counts.transferred / counts.exposed:.2%}" if counts.exposed else "-"
+        assert [cell.strip() for cell in row[6:]] == [f"{counts.correct / 40:.2%}", rate if subset.level else "-"]
+    assert "**Evaluator** `an_other`: factory `victim.py:make`, as its callable makes it." in text
+    assert "| `prediction_an_other` | ClassLabel | as prediction, of evaluator an_other |" in text
+    assert "| `correct_an_other` | bool | as correct, of evaluator an_other |" in text
+    clean = "| `clean_correct_an_other` | bool | as clean_correct, of evaluator an_other |"
+    assert (clean in text) == (layout == "signs")
 
 
 # ------------------------------------------------------------------------------------------- names from elsewhere

@@ -19,7 +19,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 from pipeline.outputs import OutputFolder
 from pipeline.publish import redact
 from tests.conftest import CLASSES, FACTORY, fgsm, png_bytes, random_pixels, write_parquet
-from tests.hub import Hub, Repository, User, git_blob, lfs_blob, running_hub
+from tests.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
 from tests.test_generate import pixels, rows
 
 # The client's own way to send a file through LFS, which its HTTP library would have otherwise.
@@ -164,11 +164,8 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
         hub.released.set()
         hub.requests.clear()
 
-        hub.fail("GET", "/tree/", 502)
-        hub.fail("POST", "/preupload/", 500)
         hub.fail("PUT", "/lfs/", 503)
         hub.fail("PUT", "/lfs/", "drop")
-        hub.fail("POST", "/validate-yaml", "drop")
         hub.fail("POST", "/commit/", "lose", after=1)
         second = subprocess.run(command, env=known, capture_output=True, text=True, timeout=110, check=False)
         assert second.returncode == 0, second.stderr
@@ -178,7 +175,7 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
         assert hub.repositories[ID].private
         sent = {re.sub(r"/lfs/(\w+).*", r"\1", path) for path in hub.asked("PUT")}
         assert not sent & before, "what had arrived is not sent again"
-        assert len(sent) == 9 - 4
+        assert len(sent) == sum(name.endswith(LFS_SUFFIXES) for name in local(out)) - 4
         for secret in (TOKEN, "signed"):
             assert secret not in second.stdout + second.stderr + (tmp_path / "log").read_text()
         assert_token_is_nowhere(out)
@@ -260,9 +257,21 @@ def test_only_what_changed_goes(out: Path, hub: Hub) -> None:
     published(out, ID)
     hub.requests.clear()
     (out / "README.md").write_text((out / "README.md").read_text() + "\nMore.\n")
-    assert "Uploading 1 of 11 files" in published(out, ID)
+    assert f"Uploading 1 of {len(local(out))} files" in published(out, ID)
     assert hub.asked("PUT") == []
     assert hub.repositories[ID].files["README.md"].content == (out / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize("report", [None, '<meta name="fgsm-receipts" content="0123">'])
+def test_a_report_that_is_missing_or_of_another_state_is_made(out: Path, hub: Hub, report: str | None) -> None:
+    whole = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    if report is not None:
+        (out / "report.html").write_text(report)
+    published(out, ID)
+    assert (out / "report.html").read_text() == whole
+    assert hub.repositories[ID].files["report.html"].content == whole.encode()
+    assert {"assets/accuracy.png", "assets/confidence.png", "assets/examples.png"} <= there(hub)
 
 
 def test_shards_are_there_before_the_card_that_lists_them(out: Path, hub: Hub) -> None:
@@ -286,7 +295,10 @@ def test_a_dry_run_lists_every_file_and_touches_nothing(out: Path, hub: Hub, mon
     assert empty == ""
     assert {line.split()[-1] for line in listed} == local(out)
     size = sum((out / name).stat().st_size for name in local(out))
-    assert total == f"11 files, {size / 1000:.1f} KB, for {ID}"
+    assert total == f"{len(listed)} files, {size / 1000:.1f} KB, for {ID}"
+    (out / "report.html").unlink()
+    assert "?  report.html and assets/, which publishing makes anew" in fgsm("publish", out, ID, "--dry-run").stdout
+    assert not (out / "report.html").exists()
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -418,6 +430,26 @@ def test_what_an_earlier_upload_left_is_removed_and_the_owner_s_files_stay(out: 
 
 
 # ------------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("kind", [500, "drop", "lose"])
+def test_what_fails_once_at_any_step_is_tried_again(out: Path, hub: Hub, kind: int | str) -> None:
+    """Whether or not the client itself tries it again."""
+    steps = [
+        *(("GET", "/tree/"), ("POST", "/repos/create"), ("POST", "/preupload/"), ("POST", "/objects/batch")),
+        *(("PUT", "/lfs/"), ("POST", "/verify"), ("POST", "/validate-yaml"), ("POST", "/commit/")),
+    ]
+    for method, path in steps:
+        hub.fail(method, path, kind, times=2 if path == "/commit/" else 1)
+    published(out, ID)
+    assert all(not fault.times for fault in hub.faults)
+    assert there(hub) == local(out)
+    hub.fail("GET", "/resolve/main/manifest.json", kind)
+    hub.fail("GET", f"/api/datasets/{ID}$", kind)
+    hub.requests.clear()
+    published(out, ID)
+    assert all(not fault.times for fault in hub.faults)
+    assert hub.writes == []
 
 
 def test_a_connection_that_stays_lost(out: Path, hub: Hub) -> None:
