@@ -8,6 +8,7 @@ The text is `card.md.j2`. Names in it come from elsewhere (classes, models, file
 puts in is escaped for Markdown unless it says otherwise.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -199,6 +200,7 @@ def _model(model: Mapping[str, Any]) -> Markup:
     return Markup(f"{model['kind']} {code(name)}, {trained}" if name else f"{model['kind']}, {trained}")
 
 
+@functools.cache
 def _template() -> jinja2.Template:
     # No autoescape: that is for HTML. `finalize` does for Markdown what it does there.
     environment = jinja2.Environment(
