@@ -147,7 +147,7 @@ def _varied(order: Sequence[int], sample: Sample, taken: set[int]) -> list[int]:
 def _example(manifest: Manifest, sample: Sample, row: int, pictures: tuple[bytes, bytes], name: Names) -> Example:
     """A row with its images, made as `pipeline.load` makes them: exactly the stored ones."""
     clean, direction = pictures
-    attacked = manifest.stored[0] != SIGNS
+    attacked = manifest.resolved.output.layout != SIGNS
     stepped = SteppedImage(attacked=attacked)
     cells = []
     for index, level in enumerate(sample.levels):
