@@ -1,6 +1,7 @@
 """The report: what it says, what it reads, and what a person sees of it in a real browser."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -88,7 +89,7 @@ class Page(HTMLParser):
     def words(self) -> str:
         """All text, its spaces made one, without markup."""
         body = self.text[self.text.index("<body>") :]
-        return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+        return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
 def opened(folder: Path) -> tuple[OutputFolder, Manifest]:
@@ -100,17 +101,42 @@ def make(folder: Path) -> Page:
     return Page(report(folder))
 
 
-def self_labelled(folder: Path, names: Sequence[str], count: int = 60, side: int = 16) -> Path:
-    """Random images that the untrained victim of so many classes reads all right: they are labelled as it says."""
+LINEAR = """
+import torch
+from torch import nn
+
+
+class Linear(nn.Module):
+    # Of a coarse image, around grey: it takes images of all colours for all classes.
+    def __init__(self, classes):
+        super().__init__()
+        self.linear = nn.Linear(48, classes, bias=False)
+
+    def forward(self, x):
+        return 20 * self.linear(nn.functional.adaptive_avg_pool2d(x - 0.5, 4).flatten(1))
+"""
+
+
+def self_labelled(folder: Path, names: Sequence[str], count: int = 60, side: int = 16) -> dict[str, dict[str, Any]]:
+    """A dataset of noise of all colours, and a victim that reads it all right: it is labelled as the victim says.
+
+    Returns:
+        The sections of a config for both.
+    """
     namespace: dict[str, Any] = {}
-    exec(FACTORY, namespace)
+    exec(LINEAR, namespace)
     torch.manual_seed(0)  # runtime.seed
-    model = namespace["make"](classes=len(names)).eval()
-    pixels = random_pixels(count, side)
+    model = namespace["Linear"](len(names)).eval()
+    colours = np.random.RandomState(1).randint(0, 256, (count, 4, 4, 3)).repeat(side // 4, 1).repeat(side // 4, 2)
+    pixels = (random_pixels(count, side) // 4 + 3 * (colours // 4)).astype(np.uint8)
     with torch.inference_mode():
         labels = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float() / 255).argmax(1).tolist()
     label = (datasets.ClassLabel(names=list(names)), labels)
-    return write_parquet(folder, [png_bytes(image) for image in pixels], None, label=label)
+    source = write_parquet(folder / "own", [png_bytes(image) for image in pixels], None, label=label)
+    victim = folder / "linear.py"
+    victim.write_text(LINEAR)
+    model_section = {"name": f"{victim}:Linear", "kwargs": {"classes": len(names)}}
+    return {"source": {"path": str(source)}, "model": model_section}
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +173,6 @@ def test_generate_ends_with_a_report_and_makes_it_once(write_config: WriteConfig
     assert "Report:" not in fgsm("generate", config).stderr
     assert page.stat().st_mtime_ns == written
     page.write_text(page.read_text().replace(manifest.receipts, "0" * 64))  # as after another state of the run
-    assert "Report:" in fgsm("generate", config).stderr
-    page.unlink()
     assert "Report:" in fgsm("generate", config).stderr
     assert fgsm("verify", tmp_path / "out").exit_code == 0
 
@@ -342,8 +366,8 @@ def test_a_sample_is_what_the_rows_say(kind: str, layout: str, write_config: Wri
 @pytest.mark.parametrize("layout", ["images", "signs"])
 def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
     """Pixel for pixel, as the page carries them."""
-    source = self_labelled(tmp_path / "own", "abc")
-    generate(write_config(source={"path": str(source)}, output={"layout": layout, "images_per_shard": 16}))
+    own = self_labelled(tmp_path, "abc")
+    generate(write_config(**own, output={"layout": layout, "images_per_shard": 16}))
     folder, manifest = opened(tmp_path / "out")
     sample = read_sample(folder, manifest, "test", 10_000)
     assert len(sample.shards) == 4
@@ -389,9 +413,8 @@ def test_without_labels_it_counts_answers_that_change(write_config: WriteConfig,
 
 
 def test_a_targeted_run_is_about_its_target(write_config: WriteConfig, tmp_path: Path) -> None:
-    source = self_labelled(tmp_path / "own", ("cat", "dog", "eel"))
     attack = {"epsilons": ["4/255", "12/255"], "target": "dog"}
-    generate(write_config(source={"path": str(source)}, attack=attack))
+    generate(write_config(**self_labelled(tmp_path, ("cat", "dog", "eel")), attack=attack))
     page, frame = make(tmp_path / "out"), rows(tmp_path / "out", "eps-12")
     reached = frame["fooled"].sum()
     assert 0 < reached < 60
@@ -403,15 +426,14 @@ def test_a_targeted_run_is_about_its_target(write_config: WriteConfig, tmp_path:
 
 
 def test_one_epsilon_is_enough(write_config: WriteConfig, tmp_path: Path) -> None:
-    source = self_labelled(tmp_path / "own", "abc")
-    generate(write_config(source={"path": str(source)}, attack={"epsilons": ["16/255"]}))
+    generate(write_config(**self_labelled(tmp_path, "abc"), attack={"epsilons": ["16/255"]}))
     assert len(make(tmp_path / "out").tables["Counts at each epsilon"]) == 3
 
 
 def test_of_many_epsilons_some_have_pictures(write_config: WriteConfig, tmp_path: Path) -> None:
-    source = self_labelled(tmp_path / "own", "abc")
     levels = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89]
-    generate(write_config(source={"path": str(source)}, attack={"epsilons": [f"{level}/255" for level in levels]}))
+    attack = {"epsilons": [f"{level}/255" for level in levels]}
+    generate(write_config(**self_labelled(tmp_path, "abc"), attack=attack))
     page = make(tmp_path / "out")
     assert "5 of 10 epsilons are shown." in page.words
     assert len(page.tables["Counts at each epsilon"]) == 12
@@ -467,9 +489,7 @@ def test_a_split_or_a_dataset_of_skipped_rows_only(write_config: WriteConfig, tm
 
 def test_a_thousand_classes_are_ten_and_all_others(write_config: WriteConfig, tmp_path: Path) -> None:
     names = [f"class number {index}" for index in range(1000)]
-    source = self_labelled(tmp_path / "own", names, count=80)
-    epsilons = {"epsilons": ["2/255", "32/255"]}
-    generate(write_config(source={"path": str(source)}, model={"kwargs": {"classes": 1000}}, attack=epsilons))
+    generate(write_config(**self_labelled(tmp_path, names, count=80), attack={"epsilons": ["2/255", "32/255"]}))
     page = make(tmp_path / "out")
     (alt,) = (image["alt"] or "" for image in page.all("img") if "Heat map" in (image["alt"] or ""))
     assert alt.startswith("Heat map of what 10 classes are taken for at")
@@ -492,8 +512,7 @@ def test_predictions_without_names_are_numbers(write_config: WriteConfig, tmp_pa
 
 
 def test_large_images_are_shown_smaller(write_config: WriteConfig, tmp_path: Path) -> None:
-    source = self_labelled(tmp_path / "own", "abc", count=8, side=300)
-    generate(write_config(source={"path": str(source)}))
+    generate(write_config(**self_labelled(tmp_path, "abc", count=8, side=300)))
     page = make(tmp_path / "out")
     (first, *_) = (image for image in page.all("img") if image["width"] == "300")
     assert first["src"] is not None
@@ -889,9 +908,7 @@ def test_the_first_tab_reaches_the_skip_link(digits: Path, look: Look) -> None:
 
 
 def test_names_of_classes_stay_text(write_config: WriteConfig, tmp_path: Path, look: Look) -> None:
-    source = self_labelled(tmp_path / "own", NASTY)
-    model = {"kwargs": {"classes": len(NASTY)}}
-    generate(write_config(source={"path": str(source)}, model=model, attack={"epsilons": ["4/255", "32/255"]}))
+    generate(write_config(**self_labelled(tmp_path, NASTY), attack={"epsilons": ["4/255", "32/255"]}))
     made = make(tmp_path / "out")
     assert "<script" not in made.text
     assert "onerror=" not in made.text.replace("onerror=&#34;", "")
@@ -901,8 +918,7 @@ def test_names_of_classes_stay_text(write_config: WriteConfig, tmp_path: Path, l
     assert "under FGSM" in page.title()
     shown = page.evaluate("[...document.querySelectorAll('.flip bdi')].map(name => name.textContent)")
     assert {*shown} <= {name.strip() or "(no name)" for name in NASTY}
-    assert "49" not in shown
-    assert len(shown) > 4
+    assert len({*shown}) >= 5
 
 
 def test_a_page_with_everything_fits(digits: Path, tmp_path: Path, look: Look) -> None:
