@@ -154,7 +154,10 @@ def plain(text: str) -> Markup:
 
 
 def _reference(found: re.Match[str]) -> str:
-    return f"&#{ord(found[1])};" if found[1] else found[0]
+    mark, before, after = found[0], found.string[: found.start()], found.string[found.end() :]
+    # At the start of a line these make a list, a rule or a heading of what is above.
+    leads = (mark in "-+=" and not before.strip()) or (mark in ".)" and before.isdecimal() and after[:1] in ("", " "))
+    return f"&#{ord(mark)};" if found[1] or leads else mark
 
 
 def code(name: str) -> Markup:
@@ -170,7 +173,7 @@ def _finalize(value: Any) -> Any:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.2%}" if whole else "-"
+    return f"{part / whole:.2%}" if whole else Markup("-")
 
 
 def _enumerate(words: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names them only by importing them
     build_hf_headers,
+    disable_progress_bars,
     hf_raise_for_status,
     http_backoff,
     httpx,
@@ -331,12 +332,13 @@ class _Repository:
             # The first attempt may have been heard, though its answer was lost: what is gone cannot be deleted.
             left = [path for path in stale if path in (self.files() or {})] if stale else []
             added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
-            self.api.create_commit(
-                self.id,
-                [*added, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in left)],
-                commit_message="Upload card, manifest and report with fgsm-pipeline",
-                repo_type="dataset",
-            )
+            with disable_progress_bars():  # a bar for each small file
+                self.api.create_commit(
+                    self.id,
+                    [*added, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in left)],
+                    commit_message="Upload card, manifest and report with fgsm-pipeline",
+                    repo_type="dataset",
+                )
 
         self._ask(ask)
 
@@ -398,7 +400,7 @@ def _is_passing(error: BaseException) -> bool:
         if isinstance(cause, HfHubHTTPError):
             status: int = cause.response.status_code
             # Files are put into a storage, at addresses that expire; another attempt gets new ones.
-            return status in (408, 409, 429) or status >= 500 or cause.response.request.method == "PUT"
+            return status in (408, 409, 412, 429) or status >= 500 or cause.response.request.method == "PUT"
         if isinstance(cause, OfflineModeIsEnabled):
             return False
         # A page of HTML instead of an answer comes from a proxy before a Hub that is down.
