@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -146,6 +147,29 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
             f"{shlex.quote(str(folder.root))}",
             err=True,
         )
+
+
+@app.command()
+def publish(
+    output: Output,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The dataset on the Hub: user/name.")],
+    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a repository that is created.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a dataset to the Hugging Face Hub and check that it arrived; again, and only what is missing goes."""
+    again = shlex.join(["fgsm", *sys.argv[1:]])
+    with _boundary(debug, f"Interrupted; what has arrived is kept. To go on: {again}"):
+        if not sys.stderr.isatty():
+            # The client's bars for LFS, which it draws into a log too: tqdm reads this when it is imported.
+            os.environ.setdefault("TQDM_MININTERVAL", "30")
+        from pipeline import publish as hub
+
+        if dry_run:
+            typer.echo(hub.dry_run(output, repo_id))
+            return
+        typer.echo(f"Published: {hub.publish(output, repo_id, private=private)}")
+        typer.echo(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
 
 
 def _say_epsilons(attack: "AttackConfig") -> None:

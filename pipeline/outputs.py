@@ -7,6 +7,7 @@ OUTPUT/eps-8/test-00000-of-00004.parquet
 OUTPUT/signs/test-00000-of-00004.parquet        in layout signs, instead of the two above
 OUTPUT/report.html, OUTPUT/assets/*.png         what it looks like
 OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does not exist
+OUTPUT/.run/sessions.jsonl                      how fast each session that wrote something was
 """
 
 import contextlib
@@ -19,10 +20,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import ConfigError, PipelineError, write_failure
 from pipeline.plan import Shard
+
+Flags = NDArray[np.bool_]
 
 # The one subset of layout signs.
 SIGNS = "signs"
@@ -41,6 +46,20 @@ def stored_subsets(layout: str, levels: Iterable[int]) -> tuple[str, ...]:
         levels: 0 and every epsilon in grey levels.
     """
     return (SIGNS,) if layout == SIGNS else tuple(map(subset_name, levels))
+
+
+def local_folder(path_or_repo: str | Path) -> Path | None:
+    """The folder that a reader means, as a whole path; None where it is the id of a Hub dataset.
+
+    Raises:
+        ConfigError: it is neither a folder nor looks like an id.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_repo)):
+        raise ConfigError(f"There is no folder {folder}.")
+    return None
 
 
 def shard_file(subset: str, shard: Shard) -> str:
@@ -69,10 +88,30 @@ class EvaluatorCounts(Record):
     it too: transferred / exposed is the rate at which the attack transfers.
     """
 
-    correct: int
-    fooled: int
-    exposed: int
-    transferred: int
+    correct: int = 0
+    fooled: int = 0
+    exposed: int = 0
+    transferred: int = 0
+
+    def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
+        return EvaluatorCounts(**{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields})
+
+
+def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
+    """Count what an evaluator says of M labelled images at one epsilon.
+
+    Args:
+        clean: (M,) bool, whether it is right about the clean image.
+        now: (M,) bool, whether it is right about this one.
+        fooled: (M,) bool, whether this one fools the victim.
+    """
+    lost = clean & ~now
+    return EvaluatorCounts(
+        correct=int(now.sum()),
+        fooled=int(lost.sum()),
+        exposed=int((fooled & clean).sum()),
+        transferred=int((fooled & lost).sum()),
+    )
 
 
 class LevelCounts(Record):
@@ -127,6 +166,7 @@ class OutputFolder:
         self.run = root / ".run"
         self.receipts = self.run / "receipts"
         self.scratch = self.run / "tmp"
+        self.sessions = self.run / "sessions.jsonl"
 
     def path(self, file: str) -> Path:
         return self.root / file
@@ -192,6 +232,7 @@ class OutputFolder:
             self.receipts.mkdir()
             for subset in (self.root / subset_name(0), self.root / SIGNS, *self.root.glob("eps-[0-9]*")):
                 shutil.rmtree(subset, ignore_errors=True)
+            self.sessions.unlink(missing_ok=True)
             shutil.rmtree(self.assets, ignore_errors=True)
             self.report.unlink(missing_ok=True)
             self.card.unlink(missing_ok=True)

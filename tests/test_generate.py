@@ -187,6 +187,23 @@ def test_missing_shards_are_written_again_byte_for_byte(
     assert manifest(out) == summary
 
 
+def test_every_session_that_wrote_something_says_how_fast_it_was(write_config: WriteConfig, tmp_path: Path) -> None:
+    def sessions() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / "out/.run/sessions.jsonl").read_text().splitlines()]
+
+    output = generate(write_config())
+    (first,) = sessions()
+    assert first["images"] == 40
+    assert f"{first['images_per_second']} images/s." in output
+    assert set(first["busy"]) == {"load", "attack", "encode", "write"}
+    (tmp_path / "out/.run/receipts/test-00001-of-00003.json").unlink()
+    generate(write_config())
+    generate(write_config())  # nothing is left to do
+    assert [session["images"] for session in sessions()] == [40, 16]
+    generate(write_config(), "--overwrite")
+    assert [session["images"] for session in sessions()] == [40]
+
+
 def test_bytes_depend_neither_on_workers_nor_on_the_folder(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     generate(write_config(), "--output", str(tmp_path / "elsewhere"), "--set", "runtime.workers=2")
@@ -571,7 +588,7 @@ def test_a_manifest_of_another_version_is_one_sentence(write_config: WriteConfig
         result = fgsm(command, argument)
         assert result.exit_code == 1
         assert result.stderr.splitlines()[-1] == (
-            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is 2); "
+            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is 3); "
             "use that version, or start over with --overwrite."
         )
     generate(write_config(), "--overwrite")
