@@ -253,7 +253,7 @@ def _sessions(folder: OutputFolder) -> list[Session]:
     """The last sessions that wrote something. A line that cannot be read is not worth a failure."""
     sessions = []
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in (folder.run / "sessions.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in folder.sessions.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValidationError):
                 sessions.append(Session.model_validate_json(line))
     return sessions[-MOST_SESSIONS:]

@@ -31,6 +31,7 @@ from pipeline.plots import Curve, Ridge, curves_plot, matrix_plot, ridges_plot, 
 from pipeline.report import report, write_report
 from pipeline.sample import Sample, read_pictures, read_sample
 from tests.conftest import FACTORY, KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.test_evaluators import ROOM
 from tests.test_generate import generate, rows
 
 # ------------------------------------------------------------------------------------------------- helpers
@@ -43,7 +44,7 @@ NASTY = (
     "🐢 turtle",
     "\u202eقطة",
     "",
-    "$\\frac{1}{0}$ {{ 7 * 7 }}\n%",
+    "$\\nope{1}$ {{ 7 * 7 }}\n%",
 )
 
 
@@ -559,6 +560,30 @@ def test_transfer_is_a_table_and_a_matrix(digits: Path, tmp_path: Path) -> None:
     assert page.tables["Counts at each epsilon"][0][2:5] == ["accuracy of digits", "vit", "<b>wide</b>"]
     (alt,) = (image["alt"] or "" for image in page.all("img") if "Transfer matrix" in (image["alt"] or ""))
     assert "of vit at" in alt
+
+
+@pytest.mark.parametrize("layout", ["images", "signs"])
+def test_transfer_of_a_real_run_is_that_of_its_rows(layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
+    sections = {**self_labelled(tmp_path, ("cat", "dog", "eel")), "output": {"layout": layout}}
+    config = write_config(**sections, attack={"epsilons": ["4/255", "16/255"]})
+    (tmp_path / "room.py").write_text(ROOM)
+    other = {"id": "sums", "kind": "factory", "name": f"{tmp_path}/room.py:make"}
+    config.write_text(config.read_text() + f"evaluators: {json.dumps([other])}\n")
+    generate(config)
+    page = make(tmp_path / "out")
+    loaded = pipeline.load(tmp_path / "out", split="test").remove_columns("image").to_pandas()
+    clean, *attacked = (loaded[loaded["epsilon"] == level / 255].reset_index() for level in (0, 4, 16))
+    rates = page.tables["Transfer rate, and the images it is a share of, from the manifest"][1:]
+    for frame, row in zip(attacked, rates, strict=True):
+        exposed = frame["fooled"].astype(bool) & clean["correct_sums"]
+        transferred = exposed & ~frame["correct_sums"]
+        assert exposed.any()
+        rate = f"{100 * transferred.sum() / exposed.sum():.1f}%"
+        assert row[1:] == [str(frame["fooled"].sum()), f"{rate}{transferred.sum()} of {exposed.sum()}"]
+    counts = page.tables["Counts at each epsilon"]
+    assert counts[0][2:4] == ["accuracy of linear.py:Linear", "sums"]
+    assert counts[1][3] == f"{100 * clean['correct_sums'].mean():.2f}%"
+    assert any(caption.startswith("How fast it was written") for caption in page.tables)
 
 
 def test_evaluators_that_nothing_exposes_have_no_matrix(digits: Path, tmp_path: Path) -> None:
