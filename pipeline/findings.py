@@ -130,7 +130,8 @@ def headline(focus: Focus) -> str:
         return f"{start}; no step up to {sample.levels[-1]} of 255 grey levels {nothing[sample.aim]}."
     surer = percent(there.surer, 0)
     if sample.aim == "fooled":
-        before = "" if clean.wrong is None else f", against {percent(clean.wrong, 0)} on clean images"
+        whose = f"the {clean.mistakes:,}" if len(sample) == sample.rows else "those"
+        before = "" if clean.wrong is None else f", against {percent(clean.wrong, 0)} for {whose} on clean images"
         return (
             f"{reads}; {step} leaves {percent(right_share(focus, focus.index))}. Its mistakes are then "
             f"{percent(there.wrong, 0)} sure on average{before}, and {surer} of the fooled images get a surer answer "

@@ -281,6 +281,11 @@ def test_flips_are_ranked_and_the_headline_is_of_real_numbers(digits: Path, page
     clean, there = (next(s for s in manifest.subsets if s.split == "test" and s.level == level) for level in (0, 32))
     said = f"reads {clean.correct / 1.2:.1f}% of the test images right; moving every pixel value by at most 32 of 255"
     assert f"{said} grey levels leaves {there.correct / 1.2:.1f}%." in page.words
+    wrong = {level: rows(digits, subset)["correct"].eq(False) for level, subset in ((0, "clean"), (32, "eps-32"))}
+    sure = {level: rows(digits, subset)["confidence"] for level, subset in ((0, "clean"), (32, "eps-32"))}
+    then, before = (f"{100 * sure[level][wrong[level]].mean():.0f}%" for level in (32, 0))
+    said = f"Its mistakes are then {then} sure on average, against {before} for the {wrong[0].sum()} on clean images"
+    assert said in page.words
 
 
 def test_the_same_dataset_gives_the_same_bytes_but_for_the_sessions(digits: Path, tmp_path: Path) -> None:
@@ -292,7 +297,7 @@ def test_the_same_dataset_gives_the_same_bytes_but_for_the_sessions(digits: Path
         assert (digits / name).read_bytes() == (copy / name).read_bytes()
     session = {
         "images": 240,
-        "images_per_second": 537.25,
+        "images_per_second": 1537.25,
         "device": "cpu <AVX>",
         "busy": {"load": 0.01, "attack": 0.88},
     }
@@ -302,8 +307,8 @@ def test_the_same_dataset_gives_the_same_bytes_but_for_the_sessions(digits: Path
     (caption,) = (caption for caption in page.tables if caption.startswith("How fast"))
     assert page.tables[caption] == [
         ["session", "images", "images/s", "load", "attack", "device"],
-        ["1", "240", "537.2", "1%", "88%", "cpu <AVX>"],
-        ["2", "240", "537.2", "1%", "88%", "cpu <AVX>"],
+        ["1", "240", "1,537.2", "1%", "88%", "cpu <AVX>"],
+        ["2", "240", "1,537.2", "1%", "88%", "cpu <AVX>"],
     ]
 
 
