@@ -278,6 +278,26 @@ def epsilon_level(epsilon: str | float, rounding: str) -> int:
     return math.floor(scaled + LEVEL_SLACK) if rounding == "down" else round(scaled)
 
 
+def reading_levels(epsilons: Sequence[str | float]) -> list[int]:
+    """Epsilons as a reader asks for them, in grey levels and in that order; 0 is clean.
+
+    Raises:
+        ConfigError: one cannot be stored, two are the same, or there is none.
+    """
+    if isinstance(epsilons, str) or not epsilons:
+        raise ConfigError(f"epsilons: got {epsilons!r}; name them in a list, such as ['8/255'].")
+    requested: dict[int, str | float] = {}
+    for epsilon in epsilons:
+        try:
+            level = 0 if epsilon in (0, "0", "0/255") else epsilon_level(epsilon, "down")
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from None
+        if level in requested:
+            raise ConfigError(f"epsilons: {requested[level]} and {epsilon} are both {level}/255; keep one of them.")
+        requested[level] = epsilon
+    return list(requested)
+
+
 def stored_just_below(epsilon: str | float) -> bool:
     """Whether an epsilon lies so little under a grey level that the next level was probably meant.
 

@@ -7,7 +7,6 @@ and formats set as with stored images, and nothing is copied.
 """
 
 import io
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,10 +33,10 @@ from pipeline.columns import (
     kept_columns,
     one_level,
 )
-from pipeline.config import epsilon_level
+from pipeline.config import reading_levels
 from pipeline.errors import ConfigError, PipelineError, first_line
-from pipeline.lattice import SIGN_UNIT
-from pipeline.outputs import SIGNS, subset_name
+from pipeline.lattice import picture_to_sign_array, sign_between, step_array
+from pipeline.outputs import SIGNS, local_folder, subset_name
 
 # Rows that a streaming view holds at a time.
 STREAMED_ROWS = 64
@@ -73,11 +72,11 @@ class SteppedImage:
             # A copy has no format: `datasets` would encode what was a WebP as one again, with loss.
             return datasets.Image().decode_example({"bytes": value["picture"], "path": None}).copy()
         picture, direction = _decode(value["picture"]), _decode(value["direction"])
-        # sign(x_k - x) is s but where clipping kept x_k at x, on 0 or 255; there every other step ends as well.
-        sign = np.sign(direction - picture) if self.attacked else direction // SIGN_UNIT - 1
-        # lattice.step, in NumPy: torch would share so small an image among threads, and on a busy machine wait 40 ms
-        # for them where this takes 0.1.
-        return Image.fromarray(np.clip(picture + value["level"] * sign, 0, 255).astype(np.uint8))
+        try:
+            sign = sign_between(picture, direction) if self.attacked else picture_to_sign_array(direction)
+        except ValueError as error:
+            raise PipelineError(f"A row cannot be read: {error}; fgsm verify names the damaged file.") from None
+        return Image.fromarray(step_array(picture, sign, value["level"]))
 
     def encode_example(self, value: Any) -> dict[str, Any]:
         """A cell from what `datasets.map` returns: a cell as it was, or a new image."""
@@ -107,10 +106,10 @@ class SteppedImage:
         return self
 
 
-def _decode(data: bytes) -> NDArray[np.int16]:
-    """(H, W) or (H, W, 3), wide enough for a step."""
+def _decode(data: bytes) -> NDArray[np.uint8]:
+    """(H, W) or (H, W, 3)."""
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image).astype(np.int16)
+        return np.asarray(image)
 
 
 with warnings.catch_warnings():
@@ -146,8 +145,8 @@ def load(
     Raises:
         ConfigError: there is no such dataset or split, it is not of ours, or an epsilon cannot be stored.
     """
-    asked = None if epsilons is None else _levels(epsilons)
-    place = _place(path_or_repo)
+    asked = None if epsilons is None else reading_levels(epsilons)
+    place = str(local_folder(path_or_repo) or path_or_repo)
     recorded = _recorded_subsets(place)
     if recorded is None:
         opened = _open(place, SIGNS, streaming)
@@ -166,32 +165,6 @@ def load(
     if split is not None:
         return splits[split]
     return (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)(splits)
-
-
-def _place(path_or_repo: str | Path) -> str:
-    """What `datasets` is asked for: a local folder by its whole path, or a Hub id."""
-    folder = Path(path_or_repo).expanduser()
-    if folder.is_dir():
-        return str(folder.resolve())
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_repo)):
-        raise ConfigError(f"There is no folder {folder}.")
-    return str(path_or_repo)
-
-
-def _levels(epsilons: Sequence[str | float]) -> list[int]:
-    """Epsilons in grey levels, 0 for clean, in the order asked for."""
-    if isinstance(epsilons, str) or not epsilons:
-        raise ConfigError(f"epsilons: got {epsilons!r}; name them in a list, such as ['8/255'].")
-    requested: dict[int, str | float] = {}
-    for epsilon in epsilons:
-        try:
-            level = 0 if epsilon in (0, "0", "0/255") else epsilon_level(epsilon, "down")
-        except ValueError as error:
-            raise ConfigError(f"{error}.") from None
-        if level in requested:
-            raise ConfigError(f"epsilons: {requested[level]} and {epsilon} are both {level}/255; keep one of them.")
-        requested[level] = epsilon
-    return list(requested)
 
 
 def _recorded_subsets(place: str) -> list[int] | None:

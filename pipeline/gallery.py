@@ -27,7 +27,7 @@ LARGE_SIDE, LARGE_QUALITY = 256, 90
 
 # The sheet as one picture, in pixels of a dense screen.
 CELL, GAP, MARGIN = 192, 28, 36
-HEAD, TITLE, CAPTION = 44, 62, 64
+HEAD, TITLE, CAPTION = 44, 62, 84
 SHEET_EXAMPLES_PER_GROUP = 2
 
 # What a group shows, for each aim of an attack: the smallest step, the surest success, the resistance.
@@ -147,7 +147,7 @@ def _varied(order: Sequence[int], sample: Sample, taken: set[int]) -> list[int]:
 def _example(manifest: Manifest, sample: Sample, row: int, pictures: tuple[bytes, bytes], name: Names) -> Example:
     """A row with its images, made as `pipeline.load` makes them: exactly the stored ones."""
     clean, direction = pictures
-    attacked = manifest.stored[0] != SIGNS
+    attacked = manifest.resolved.output.layout != SIGNS
     stepped = SteppedImage(attacked=attacked)
     cells = []
     for index, level in enumerate(sample.levels):
@@ -226,17 +226,17 @@ def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left:
     canvas.paste(cell.image.resize(size, resampling), (left + (CELL - size[0]) // 2, top + (CELL - size[1]) // 2))
     if cell.answer:
         colour = LIGHT.wrong if cell.wrong else LIGHT.right
-        text = _fitted(f"{cell.sign} {shortened(cell.answer, 40)}", f"  {cell.confidence:.0%}", _font(23, bold=True))
-        draw.text((left + CELL / 2, top + CELL + 24), text, colour, _font(23, bold=True), anchor="mm")
+        bold, middle = _font(22, bold=True), left + CELL / 2
+        draw.text((middle, top + CELL + 22), _fitted(f"{cell.sign} {cell.answer}", bold), colour, bold, anchor="mm")
+        draw.text((middle, top + CELL + 50), f"{cell.confidence:.0%}", LIGHT.soft, _font(20), anchor="mm")
 
 
-def _fitted(text: str, end: str, font: ImageFont.FreeTypeFont) -> str:
-    """A text that is no wider than a cell; its end stays."""
-    if font.getlength(text + end) <= CELL:
-        return text + end
-    while text and font.getlength(f"{text}…{end}") > CELL:
-        text = text[:-1]
-    return f"{text}…{end}"
+def _fitted(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """A text that is not much wider than a cell."""
+    length = len(text)
+    while font.getlength(shortened(text, length)) > CELL + GAP / 2:
+        length -= 1
+    return shortened(text, length)
 
 
 @cache

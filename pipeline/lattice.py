@@ -1,9 +1,14 @@
 """The 8-bit lattice: a step of whole grey levels along a sign, and a sign as a picture.
 
 The arithmetic is exact, so what is attacked, predicted, stored and read back is one and the same image.
+
+Makers step in torch, on the device; readers in NumPy (`step_array`), since torch would share a small image among
+threads, and on a busy machine wait 40 ms for them where the step takes 0.1.
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # A sign map as an image holds 0, 127 and 254 for -1, 0 and 1.
@@ -31,12 +36,52 @@ def sign_to_picture(sign: Tensor) -> Tensor:
 
 
 def picture_to_sign(picture_u8: Tensor) -> Tensor:
-    """A stored sign map back to int8 in -1, 0, 1.
+    """A stored sign map on the CPU back to int8 in -1, 0, 1.
+
+    Raises:
+        ValueError: the picture holds another value than 0, 127 and 254.
+    """
+    return torch.from_numpy(picture_to_sign_array(picture_u8.numpy()))
+
+
+def step_array(
+    images_u8: NDArray[np.uint8], sign: NDArray[np.int8], levels: int | NDArray[np.int16]
+) -> NDArray[np.uint8]:
+    """`step`, in NumPy.
+
+    Args:
+        images_u8: x, uint8, any shape.
+        sign: s, int8 in -1, 0, 1, the same shape.
+        levels: k, 0..255, one or an int16 array that broadcasts: one for each image.
+    """
+    moved = sign.astype(np.int16)
+    moved *= levels
+    moved += images_u8
+    return np.clip(moved, 0, 255, out=moved).astype(np.uint8)
+
+
+def picture_to_sign_array(picture_u8: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """`picture_to_sign`, in NumPy.
 
     Raises:
         ValueError: the picture holds another value than 0, 127 and 254.
     """
     sign = picture_u8 // SIGN_UNIT
-    if not torch.equal(sign * SIGN_UNIT, picture_u8) or (picture_u8 > 2 * SIGN_UNIT).any():
+    if not np.array_equal(sign * SIGN_UNIT, picture_u8):
         raise ValueError("a sign map holds other values than 0, 127 and 254")
-    return sign.to(torch.int8) - 1
+    return sign.astype(np.int8) - np.int8(1)
+
+
+def sign_between(images_u8: NDArray[np.uint8], attacked_u8: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """A sign map that makes of x what x_k is, at k and at every other level.
+
+    It is s but where clipping kept x_k at x, on 0 or 255; there every other step ends as well.
+
+    Args:
+        images_u8: x, uint8, any shape.
+        attacked_u8: x_k of any k but 0, the same shape.
+
+    Returns:
+        int8 in -1, 0, 1.
+    """
+    return (attacked_u8 > images_u8).astype(np.int8) - (attacked_u8 < images_u8)

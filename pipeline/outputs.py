@@ -48,6 +48,20 @@ def stored_subsets(layout: str, levels: Iterable[int]) -> tuple[str, ...]:
     return (SIGNS,) if layout == SIGNS else tuple(map(subset_name, levels))
 
 
+def local_folder(path_or_repo: str | Path) -> Path | None:
+    """The folder that a reader means, as a whole path; None where it is the id of a Hub dataset.
+
+    Raises:
+        ConfigError: it is neither a folder nor looks like an id.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_repo)):
+        raise ConfigError(f"There is no folder {folder}.")
+    return None
+
+
 def shard_file(subset: str, shard: Shard) -> str:
     """A shard's file relative to the output folder."""
     return f"{subset}/{shard.name}.parquet"

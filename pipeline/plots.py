@@ -15,9 +15,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 # Inches. On a phone's 360 px a point is then a pixel.
 WIDTH = 4.8
@@ -234,7 +236,7 @@ def matrix_plot(
         axes = figure.add_subplot()
         paper, right, wrong = (np.array(to_rgb(colour)) for colour in (scheme.paper, scheme.right, scheme.wrong))
         colours = paper + (np.where(stays[..., None], right, wrong) - paper) * weights
-        axes.imshow(colours, aspect="auto")
+        axes.imshow(colours, aspect="auto", interpolation="nearest")
         for (row, column), share in np.ndenumerate(shares):
             if share >= 0.005:
                 ink = _legible(colours[row, column], (scheme.paper, scheme.ink))
@@ -296,12 +298,14 @@ def _on_both_papers(draw: Callable[[Scheme], Figure], alt: str) -> Plot:
     images = []
     for scheme in (LIGHT, DARK):
         with _style(scheme):
-            figure = draw(scheme)
+            canvas = FigureCanvasAgg(draw(scheme))
+            # savefig would draw twice.
+            canvas.draw()
+            image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
             buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=DPI, metadata={"Software": None})
+            image.save(buffer, "PNG")
             images.append(buffer.getvalue())
-    width, height = (round(float(inches) * DPI) for inches in figure.get_size_inches())
-    return Plot(images[0], images[1], alt, width, height)
+    return Plot(images[0], images[1], alt, image.width, image.height)
 
 
 @contextmanager
@@ -319,7 +323,7 @@ def _style(scheme: Scheme) -> Iterator[None]:
                 "text.parse_math": False,
                 "text.color": scheme.ink,
                 "figure.facecolor": scheme.paper,
-                "savefig.facecolor": scheme.paper,
+                "figure.dpi": DPI,
                 "axes.facecolor": scheme.paper,
                 "axes.edgecolor": scheme.line,
                 "axes.labelcolor": scheme.soft,

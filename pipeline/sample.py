@@ -21,9 +21,7 @@ from pipeline.errors import PipelineError, first_line
 from pipeline.manifest import Manifest
 from pipeline.outputs import SIGNS, OutputFolder
 
-# A share of so many rows is known to within one percent, and they are read in a second.
-SAMPLE_ROWS = 10_000
-# Shards that they are taken from at most: each costs the footers of its files.
+# Shards that a sample is taken from at most: each costs the footers of its files.
 SAMPLE_SHARDS = 16
 
 
@@ -78,7 +76,7 @@ def is_labelled(manifest: Manifest) -> bool:
     return any(subset.labelled for subset in manifest.subsets)
 
 
-def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int = SAMPLE_ROWS) -> Sample:
+def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int) -> Sample:
     """Read the scores of at most so many rows of a split.
 
     Args:
@@ -91,7 +89,7 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int 
         PipelineError: a file cannot be read, or holds other rows than the manifest says.
     """
     labelled, targeted = is_labelled(manifest), manifest.resolved.attack.target is not None
-    shares = _shares(_shard_rows(manifest, split), most)
+    recorded, shares = manifest.levels, _shares(_shard_rows(manifest, split), most)
     tables, shard, place = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for index, (name, rows) in enumerate(shares.items()):
         levels = _read_scores(folder, manifest, name, rows)
@@ -104,7 +102,7 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int 
         """One column, (1 + K, M); null, as `fooled` and `target` are on clean rows, becomes 0."""
         columns = [
             [np.empty(0), *(table[level].column(name).cast(kind).fill_null(0).to_numpy() for table in tables)]
-            for level in range(len(manifest.levels))
+            for level in range(len(recorded))
         ]
         return np.stack([np.concatenate(column) for column in columns]).astype(kind.to_pandas_dtype())
 
@@ -116,7 +114,7 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int 
         rows=clean.labelled if labelled else clean.rows,
         aim="target" if targeted else "fooled" if labelled else "changed",
         labelled=labelled,
-        levels=manifest.levels,
+        levels=recorded,
         prediction=prediction,
         confidence=stacked("confidence", pa.float32()),
         right=stacked("correct", pa.int8()).astype(bool) if labelled else same,
@@ -152,8 +150,8 @@ def read_pictures(
 
 def _shard_rows(manifest: Manifest, split: str) -> dict[str, int]:
     """The rows of each shard of a split that is there, by its name."""
-    files = [entry for entry in manifest.files if entry.path.startswith(f"{manifest.stored[0]}/")]
-    names = {Path(entry.path).stem: entry.rows for entry in files}
+    first = f"{manifest.stored[0]}/"
+    names = {Path(entry.path).stem: entry.rows for entry in manifest.files if entry.path.startswith(first)}
     # A shard is called SPLIT-00000-of-00004.
     return {name: rows for name, rows in names.items() if name.rsplit("-", 3)[0] == split}
 
@@ -173,11 +171,12 @@ def _shares(rows: Mapping[str, int], most: int) -> dict[str, int]:
 
 def _read_scores(folder: OutputFolder, manifest: Manifest, shard: str, rows: int) -> list[pa.Table]:
     """For each epsilon, what the columns of layout images but the pictures say of a shard's first rows."""
-    paths = [folder.path(f"{subset}/{shard}.parquet") for subset in manifest.stored]
+    stored, levels = manifest.stored, manifest.levels
+    paths = [folder.path(f"{subset}/{shard}.parquet") for subset in stored]
     tables = [_first_rows(path, rows) for path in paths]
     with _readable(paths[0]):
-        if manifest.stored == (SIGNS,):
-            tables = [pa.table(one_level(tables[0], level, manifest.levels[1:])) for level in manifest.levels]
+        if stored == (SIGNS,):
+            tables = [pa.table(one_level(tables[0], level, levels[1:])) for level in levels]
         if any(table.num_rows != rows or table.column(LAST) != tables[0].column(LAST) for table in tables):
             raise ValueError("its rows are not those of the other epsilons")
     return tables
