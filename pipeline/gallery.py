@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.dataset import SteppedImage
+from pipeline.errors import PipelineError, first_line
 from pipeline.lattice import SIGN_UNIT
 from pipeline.manifest import Manifest
 from pipeline.outputs import SIGNS, OutputFolder
@@ -88,7 +89,7 @@ def make_groups(folder: OutputFolder, manifest: Manifest, sample: Sample, name: 
         Groups that have rows: what the smallest epsilon fools, the most confident mistakes, and what resists.
 
     Raises:
-        PipelineError: a picture cannot be read.
+        PipelineError: a picture cannot be read or decoded.
     """
     chosen = choose_rows(sample)
     pictures = read_pictures(folder, manifest, sample, [row for _, _, rows in chosen for row in rows])
@@ -146,17 +147,21 @@ def _varied(order: Sequence[int], sample: Sample, taken: set[int]) -> list[int]:
 
 def _example(manifest: Manifest, sample: Sample, row: int, pictures: tuple[bytes, bytes], name: Names) -> Example:
     """A row with its images, made as `pipeline.load` makes them: exactly the stored ones."""
-    clean, direction = pictures
-    attacked = manifest.resolved.output.layout != SIGNS
-    stepped = SteppedImage(attacked=attacked)
+    try:
+        images, sign_map = _decode(pictures, sample.levels, attacked=manifest.resolved.output.layout != SIGNS)
+    except Exception as error:  # a broken file can raise anything from Pillow's parsers
+        shard = sample.shards[sample.shard[row]]
+        raise PipelineError(
+            f"A picture in row {sample.place[row]} of {shard} cannot be decoded ({first_line(error)}); fgsm verify "
+            "says what is damaged."
+        ) from error
     cells = []
-    for index, level in enumerate(sample.levels):
-        image = stepped.decode_example({"picture": clean, "direction": direction if level else None, "level": level})
+    for index, (level, image) in enumerate(zip(sample.levels, images, strict=True)):
         answer = name(int(sample.prediction[index, row]))
         sign, verdict = _verdict(sample, index, row)
         confidence, wrong = float(sample.confidence[index, row]), not sample.right[index, row]
         cells.append(Cell(level_name(level), image, answer, confidence, sign, verdict, bool(wrong)))
-    cells.insert(1, Cell("sign map", _sign_map(cells[0].image, direction, attacked)))
+    cells.insert(1, Cell("sign map", sign_map))
     target = None if sample.target is None else name(int(sample.target[row]))
     return Example(cells[0].answer, target, tuple(cells))
 
@@ -170,13 +175,24 @@ def _verdict(sample: Sample, index: int, row: int) -> tuple[str, str]:
     return ("=", "as when clean") if sample.right[index, row] else ("≠", "not as when clean")
 
 
-def _sign_map(clean: Image.Image, direction: bytes, attacked: bool) -> Image.Image:
-    """-1, 0 and 1 as 0, 127 and 254, the stored form of a sign; from an attacked image, 0 where clipping held it."""
+def _decode(
+    pictures: tuple[bytes, bytes], levels: Sequence[int], *, attacked: bool
+) -> tuple[list[Image.Image], Image.Image]:
+    """The image at each level, clean first, and the sign map: -1, 0 and 1 as 0, 127 and 254.
+
+    Where the direction is an attacked image, the sign is 0 also where clipping held it.
+    """
+    clean, direction = pictures
+    stepped = SteppedImage(attacked=attacked)
+    images = [
+        stepped.decode_example({"picture": clean, "direction": direction if level else None, "level": level})
+        for level in levels
+    ]
     with Image.open(io.BytesIO(direction)) as opened:
         picture = np.asarray(opened).astype(np.int16)
-    if not attacked:
-        return Image.fromarray(picture.astype(np.uint8))
-    return Image.fromarray(((np.sign(picture - np.asarray(clean)) + 1) * SIGN_UNIT).astype(np.uint8))
+    if attacked:
+        picture = (np.sign(picture - np.asarray(images[0])) + 1) * SIGN_UNIT
+    return images, Image.fromarray(picture.astype(np.uint8))
 
 
 def web_image(image: Image.Image) -> tuple[bytes, str]:

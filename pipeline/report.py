@@ -38,7 +38,7 @@ from pipeline.gallery import draw_sheet, make_groups, web_image
 from pipeline.manifest import Manifest, require_manifest, summarise
 from pipeline.outputs import OutputFolder, committed, write_atomically, writing
 from pipeline.plots import Curve, Plot, Ridge, curves_plot, level_name, matrix_plot, ridges_plot
-from pipeline.sample import is_labelled, read_sample
+from pipeline.sample import SAMPLE_SHARDS, is_labelled, read_sample
 from pipeline.summary import human_bytes
 
 # What may lie in assets/: the first three in every dataset with an image that has an answer to count.
@@ -113,6 +113,8 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, byte
         "labelled": is_labelled(manifest),
         "counts": counts,
         "samples": samples,
+        "most_shards": SAMPLE_SHARDS,
+        "shuffled": manifest.resolved.source.shuffle,
         "skipped": manifest.skipped[:MOST_SKIPPED],
         "bytes": sum(file.bytes for file in manifest.files),
         "config": yaml.safe_dump(manifest.config, sort_keys=False, allow_unicode=True),
@@ -175,7 +177,7 @@ def _plots(focus: Focus, manifest: Manifest) -> dict[str, Plot]:
     }
     if sample.success[focus.index].any():
         plots["confusion"] = _confusion_plot(focus)
-    if focus.evaluators:
+    if any(counts.exposed for subset in focus.subsets.values() for counts in subset.evaluators.values()):
         plots["transfer"] = _transfer_plot(focus)
     return plots
 
@@ -251,7 +253,7 @@ def _sessions(folder: OutputFolder) -> list[Session]:
     """The last sessions that wrote something. A line that cannot be read is not worth a failure."""
     sessions = []
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in (folder.run / "sessions.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in folder.sessions.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValidationError):
                 sessions.append(Session.model_validate_json(line))
     return sessions[-MOST_SESSIONS:]

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -30,6 +31,7 @@ from pipeline.plots import Curve, Ridge, curves_plot, matrix_plot, ridges_plot, 
 from pipeline.report import report, write_report
 from pipeline.sample import Sample, read_pictures, read_sample
 from tests.conftest import FACTORY, KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.test_evaluators import ROOM
 from tests.test_generate import generate, rows
 
 # ------------------------------------------------------------------------------------------------- helpers
@@ -42,7 +44,7 @@ NASTY = (
     "🐢 turtle",
     "\u202eقطة",
     "",
-    "$\\frac{1}{0}$ {{ 7 * 7 }}\n%",
+    "$\\nope{1}$ {{ 7 * 7 }}\n%",
 )
 
 
@@ -560,6 +562,39 @@ def test_transfer_is_a_table_and_a_matrix(digits: Path, tmp_path: Path) -> None:
     assert "of vit at" in alt
 
 
+@pytest.mark.parametrize("layout", ["images", "signs"])
+def test_transfer_of_a_real_run_is_that_of_its_rows(layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
+    sections = {**self_labelled(tmp_path, ("cat", "dog", "eel")), "output": {"layout": layout}}
+    config = write_config(**sections, attack={"epsilons": ["4/255", "16/255"]})
+    (tmp_path / "room.py").write_text(ROOM)
+    other = {"id": "sums", "kind": "factory", "name": f"{tmp_path}/room.py:make"}
+    config.write_text(config.read_text() + f"evaluators: {json.dumps([other])}\n")
+    generate(config)
+    page = make(tmp_path / "out")
+    loaded = pipeline.load(tmp_path / "out", split="test").remove_columns("image").to_pandas()
+    clean, *attacked = (loaded[loaded["epsilon"] == level / 255].reset_index() for level in (0, 4, 16))
+    rates = page.tables["Transfer rate, and the images it is a share of, from the manifest"][1:]
+    for frame, row in zip(attacked, rates, strict=True):
+        exposed = frame["fooled"].astype(bool) & clean["correct_sums"]
+        transferred = exposed & ~frame["correct_sums"]
+        assert exposed.any()
+        rate = f"{100 * transferred.sum() / exposed.sum():.1f}%"
+        assert row[1:] == [str(frame["fooled"].sum()), f"{rate}{transferred.sum()} of {exposed.sum()}"]
+    counts = page.tables["Counts at each epsilon"]
+    assert counts[0][2:4] == ["accuracy of linear.py:Linear", "sums"]
+    assert counts[1][3] == f"{100 * clean['correct_sums'].mean():.2f}%"
+    assert any(caption.startswith("How fast it was written") for caption in page.tables)
+
+
+def test_evaluators_that_nothing_exposes_have_no_matrix(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "copy")
+    folder, manifest = opened(tmp_path / "copy")
+    unfooled = tuple(subset.model_copy(update={"fooled": 0}) for subset in manifest.subsets)
+    page = Page(write_report(folder, with_evaluators(manifest.model_copy(update={"subsets": unfooled}), vit=0.5)))
+    assert "Transfer" not in page.words
+    assert not folder.path("assets/transfer.png").exists()
+
+
 # ------------------------------------------------------------------------------------------------- what it reads
 
 
@@ -580,7 +615,8 @@ def test_no_more_is_read_than_the_sample_needs(
 ) -> None:
     """All files but three, and all row groups but the first of those, are destroyed: whoever read them would fail."""
     monkeypatch.setattr("pipeline.shards.ROW_GROUP_ROWS", 6)
-    monkeypatch.setattr("pipeline.sample.SAMPLE_SHARDS", 3)
+    for module in ("sample", "report"):
+        monkeypatch.setattr(f"pipeline.{module}.SAMPLE_SHARDS", 3)
     monkeypatch.setattr("pipeline.report.SAMPLE_ROWS", 12)
     generate(write_config(output={"layout": layout, "images_per_shard": 12}, runtime={"batch_size": 6}))
     assert len(list((tmp_path / "out").glob("*/test-00000-*"))) == (3 if layout == "images" else 1)
@@ -589,6 +625,7 @@ def test_no_more_is_read_than_the_sample_needs(
         damage(path, range(0 if "test-00003" in path.name else 1, groups))
     page = make(tmp_path / "out")
     assert "a sample of 12 of 40 test images" in page.words
+    assert "A sample is the first rows of up to 3 shards, which are cut from a permutation of the split." in page.words
     assert page.tables["Counts at each epsilon"][1][1] == "40"
     # The damage is one that a reader notices.
     monkeypatch.setattr("pipeline.report.SAMPLE_ROWS", 40)
@@ -608,6 +645,27 @@ def test_a_sample_is_filled_from_the_shards_there_are() -> None:
     assert list(many) == [f"{1000 * index // SAMPLE_SHARDS:04d}" for index in range(SAMPLE_SHARDS)]
     assert _shares({"a": 3, "b": 3}, 1) == {"b": 1}
     assert _shares({}, 10) == {}
+
+
+def test_a_sample_in_the_source_s_order_may_not_be_fair(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.report.SAMPLE_ROWS", 12)
+    own = self_labelled(tmp_path, "abc")
+    generate(write_config(**{**own, "source": {**own["source"], "shuffle": False}}))
+    page = make(tmp_path / "out")
+    assert "which are cut from the source in its own order, so it may not be a fair one." in page.words
+
+
+def test_a_picture_that_cannot_be_decoded_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(**self_labelled(tmp_path, "abc")))
+    path = next((tmp_path / "out/clean").glob("*.parquet"))
+    table = pq.read_table(path)
+    broken = pa.array([{"bytes": b"RIFF", "path": None}] * len(table), table.schema.field("image").type)
+    folder, manifest = opened(tmp_path / "out")
+    pq.write_table(table.set_column(0, table.schema.field("image"), broken), path)
+    with pytest.raises(pipeline.errors.PipelineError, match=r"A picture in row \d+ of test-0000\d-of-00004 cannot be"):
+        write_report(folder, manifest)
 
 
 @pytest.mark.parametrize("change", ["rows", "column", "gone"])
