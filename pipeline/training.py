@@ -320,11 +320,15 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
             order = np.arange(rows)
             if self.shuffle:
                 order = self._random(epoch, WITHIN, number).permutation(rows)
-            cells, levels, labels = self._gather(epoch, window, order[here.start : here.stop])
-            block = max(1, BLOCK_VALUES // int(np.prod(self.shape)))
-            for first in range(0, len(cells), block):
-                part = slice(first, first + block)
-                yield from zip(self.shards.decode(cells[part], levels[part]), labels[part], strict=True)
+            yield from self._shown(epoch, window, order[here.start : here.stop])
+
+    def _shown(self, epoch: int, window: Sequence[Piece], chosen: NDArray[np.int64]) -> Iterator[tuple[Tensor, int]]:
+        """The chosen rows of a window, decoded a block at a time. What was gathered is let go of with the window."""
+        cells, levels, labels = self._gather(epoch, window, chosen)
+        block = max(1, BLOCK_VALUES // int(np.prod(self.shape)))
+        for first in range(0, len(cells), block):
+            part = slice(first, first + block)
+            yield from zip(self.shards.decode(cells[part], levels[part]), labels[part], strict=True)
 
     def _windows(self, epoch: int) -> Iterator[list[Piece]]:
         """The pieces in the order of an epoch, neighbours together."""
