@@ -398,7 +398,7 @@ def training_dataset(
         for epoch in range(90):
             data.set_epoch(epoch)
             for images_u8, labels in loader:
-                ...
+                logits = model(images_u8.to(device).float() / 255)  # normalisation belongs to the model
 
     Every epoch has every source image once. An order and a draw belong to a seed and an epoch; they do not depend on
     workers, ranks or machine.
@@ -411,7 +411,8 @@ def training_dataset(
     DataLoader call `resume_at(epoch, batches, batch_size)`; skipped images are not decoded.
 
     Layout images reads one row group of each epsilon to show one image of it; layout signs reads what it shows. So
-    where reading, not decoding, is the bottleneck, name few epsilons or take signs.
+    where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the process
+    itself without any) holds the encoded images of a window, 64 MB and one row group more.
 
     Args:
         path_or_repo: an output folder, or a Hub id, of which the files needed are downloaded first.
@@ -441,7 +442,7 @@ def training_dataset(
     if local is None:
         _download(name, root, list(entries))
     shards.open(entries)
-    return TrainingDataset(shards, manifest, levels=levels, clean=clean, shuffle=shuffle, seed=seed, place=place)
+    return TrainingDataset(shards, manifest, levels=levels, clean=float(clean), shuffle=shuffle, seed=seed, place=place)
 
 
 def _checked(clean: float, seed: int, rank: int | None, world_size: int | None) -> tuple[int, int] | None:

@@ -12,8 +12,9 @@ Every reader gives an epoch of uint8 tensors and labels, in random order, throug
 - `streaming`: its streaming mode, with a shuffle buffer;
 - `image folder`: torchvision's ImageFolder of the same encoded images in files of their own.
 
-Rates are those from the first batch on, medians over rounds that each begin with another reader; what came before is
-the start: of the epoch and of the workers. `others` is how many cores the machine spent on something else meanwhile:
+Rates are those from the first batch to the last, medians over rounds that each begin with another reader. What came
+before is the start, of the epoch and of the workers; what comes after counts for nothing (a shuffled stream of
+`datasets` 5.2 sleeps for five seconds at its end). `others` is how many cores the machine spent on something else meanwhile:
 figures count on an idle machine only.
 """
 
@@ -35,7 +36,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import typer
-from benchmark import busy_cores, machine, table
+from benchmark import busy_cores, machine, steady, table
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -140,19 +141,23 @@ def write_files(images: Path, split: str, level: int, folder: Path) -> int:
 
 
 def measure(open_epoch: Callable[[], Iterable[Any]]) -> Epoch:
-    """Read an epoch through a loader; the rate is that after the first batch."""
+    """Read an epoch through a loader; the rate is that from the first batch to the last.
+
+    Raises:
+        PipelineError: there is one batch only.
+    """
     (total_before, _), own_before = busy_cores(), _own_seconds()
     launched = time.perf_counter()
-    first = rows = 0
-    began = launched
+    marks, rows = [], 0
     for batch in open_epoch():
-        labels = batch["label"] if isinstance(batch, dict) else batch[1]
-        rows += len(labels)
-        if not first:
-            first, began = rows, time.perf_counter()
-    ended = time.perf_counter()
+        rows += len(batch["label"] if isinstance(batch, dict) else batch[1])
+        marks.append((time.perf_counter(), rows))
+    over = time.perf_counter()
+    if len(marks) < 2:
+        raise PipelineError("A rate needs at least two batches; lower --batch-size.")
+    rate, start = steady(marks, launched)
     others = (busy_cores()[0] - total_before) - (_own_seconds() - own_before)
-    return Epoch(rows, (rows - first) / (ended - began), began - launched, max(0.0, others / (ended - launched)))
+    return Epoch(rows, rate, start, max(0.0, others / (over - launched)))
 
 
 def _own_seconds() -> float:

@@ -309,6 +309,17 @@ def test_damaged_files_are_one_sentence(write_config: WriteConfig, tmp_path: Pat
         pipeline.load(tmp_path / "out")
 
 
+def test_a_sign_map_with_other_values_is_one_sentence() -> None:
+    from pipeline.dataset import SteppedImage
+
+    clean, direction = random_pixels(1)[0], np.full((16, 16, 3), 254, dtype=np.uint8)
+    for value in (1, 126, 128, 255):
+        direction[3, 4, 1] = value
+        cell = {"picture": png_bytes(clean), "direction": png_bytes(direction), "level": 4}
+        with pytest.raises(PipelineError, match="a sign map holds other values than 0, 127 and 254; fgsm verify names"):
+            SteppedImage().decode_example(cell)
+
+
 # ------------------------------------------------------------------------------------------------- importing
 
 
