@@ -1,18 +1,57 @@
-"""The dataset card: the YAML at the head of OUTPUT/README.md that makes the subsets.
+"""The dataset card, OUTPUT/README.md: YAML that makes the subsets, and what a reader of the dataset must know.
 
 Each config carries the run id and a digest of the receipts in its description. `datasets` 5.2 builds its
 cache key of a local folder from that YAML and neither from path nor content: without them it would
 silently return the rows of another folder of the same name, or those from before an overwrite.
+
+The text is `card.md.j2`. Names in it come from elsewhere (classes, models, files, columns), so whatever the template
+puts in is escaped for Markdown unless it says otherwise.
 """
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
+from markupsafe import Markup
 
+from pipeline.config import is_checkpoint, is_factory_file
 from pipeline.manifest import Manifest, summarise
+from pipeline.origins import front_matter
 from pipeline.outputs import SIGNS, OutputFolder, committed, write_atomically
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+# What the card's examples load until the dataset is published. (`datasets` cannot load ".", which has no name.)
+HERE = "path/to/this/folder"
+SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+TAGS = ("adversarial", "adversarial-examples", "fgsm", "robustness")
+# Licences of datasets that the Hub knows by these names. Any other is `other` there, and stands in the text.
+HUB_LICENSES = (
+    *("cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "pddl"),
+    *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-3.0"),
+    *("cc-by-nc-sa-4.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "odbl", "odc-by"),
+    *("mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "unlicense", "unknown", "other"),
+)
+MEANINGS = {
+    "image": "lossless",
+    "sign": "0, 127 and 254 for the signs -1, 0 and +1, lossless",
+    "label": "null where the source has none",
+    "epsilon": "k/255; 0 is clean",
+    "prediction": "the victim's, of these pixels",
+    "confidence": "probability of the prediction",
+    "label_confidence": "probability of the label",
+    "correct": "whether the prediction is the label",
+    "clean_prediction": "the victim's, of the clean image",
+    "clean_confidence": "probability of that prediction",
+    "clean_label_confidence": "probability of the label, of the clean image",
+    "clean_correct": "whether the clean prediction is the label",
+    "attacks": "for each recorded epsilon, rising: what the victim says of the image at it",
+    "target": "the class that the attack aimed at; null on clean images",
+    "source_index": "row in the source's split",
+}
 
 
 def write_summaries(folder: OutputFolder, manifest: Manifest) -> Manifest:
@@ -38,6 +77,9 @@ def card_agrees(folder: OutputFolder, manifest: Manifest) -> bool:
     return read_configs(folder.card) == make_configs(manifest)
 
 
+# -------------------------------------------------------------------------------------------------- YAML
+
+
 def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     """The subsets of a dataset as the Hub's YAML lists them.
 
@@ -58,52 +100,213 @@ def _about(subset: str) -> str:
     return {"clean": "Clean images", SIGNS: "Clean images, and the sign that leads to every epsilon"}[subset]
 
 
-def read_configs(card: Path) -> list[dict[str, Any]] | None:
-    """The subsets that a card lists, None where there is no card or none that can be read."""
-    try:
-        head: Any = next(iter(yaml.safe_load_all(card.read_text(encoding="utf-8"))))
-        configs: list[dict[str, Any]] = head["configs"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, StopIteration, TypeError, KeyError):
-        return None
-    return configs
-
-
-def render_card(manifest: Manifest) -> str:
-    """The card's text."""
-    front = yaml.safe_dump({"configs": make_configs(manifest)}, sort_keys=False, width=1000)
-    return f"---\n{front}---\n\n{_body(manifest)}"
-
-
 def _config(name: str, splits: Sequence[str], folders: Sequence[str], description: str) -> dict[str, Any]:
     files = [{"split": split, "path": [f"{folder}/{split}-*.parquet" for folder in folders]} for split in splits]
     return {"config_name": name, "description": description, "data_files": files}
 
 
-def _body(manifest: Manifest) -> str:
-    return (
-        "# FGSM adversarial images\n\n"
-        "Clean images and their fast-gradient-sign versions, with the victim's predictions on exactly these pixels.\n\n"
-        f"{_reading(manifest)}\n"
-        "`manifest.json` holds the config and the counts. Made with fgsm-pipeline.\n"
+def read_configs(card: Path) -> list[dict[str, Any]] | None:
+    """The subsets that a card lists, None where there is no card or none that can be read."""
+    front = front_matter(card)
+    return front.get("configs") if front else None
+
+
+def _front(manifest: Manifest) -> dict[str, Any]:
+    """The card's YAML. No counts: `datasets` refuses to load where one is wrong."""
+    origin = manifest.origin
+    front: dict[str, Any] = {"pretty_name": _title(manifest)}
+    if origin.license:
+        stated = origin.license.strip().lower()
+        front["license"] = stated if stated in HUB_LICENSES else "other"
+    if origin.repository:
+        front["source_datasets"] = [origin.repository]
+    # Rows of the default config: an image's clean and attacked ones, or in layout signs one.
+    size = size_category(manifest.rows * len(manifest.stored))
+    hub = {"task_categories": ["image-classification"], "size_categories": [size], "tags": list(TAGS)}
+    return {**front, **hub, "configs": make_configs(manifest)}
+
+
+def _title(manifest: Manifest) -> str:
+    name = " ".join((manifest.origin.name or "").split())
+    return f"{name} under FGSM" if name else "Images under FGSM"
+
+
+def size_category(rows: int) -> str:
+    """The Hub's category for a dataset of so many rows."""
+    index = next((power for power in range(len(SIZES)) if rows < 10 ** (power + 3)), len(SIZES))
+    if index == 0:
+        return f"n<{SIZES[0]}"
+    return f"{SIZES[index - 1]}<n<{SIZES[index]}" if index < len(SIZES) else f"n>{SIZES[-1]}"
+
+
+# -------------------------------------------------------------------------------------------------- text
+
+
+def plain(text: str) -> Markup:
+    """A text from elsewhere as Markdown that says just that: on one line, in a table too.
+
+    What could be markup becomes a character reference, which Markdown never takes for any; control characters
+    become their escapes.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    # An underscore inside a word is one to Markdown too.
+    return Markup(re.sub(r"(?<=[^\W_])_(?=[^\W_])|[^\W_]|[ .,:;/+='%()-]|(.)", _reference, shown))
+
+
+def _reference(found: re.Match[str]) -> str:
+    mark, before, after = found[0], found.string[: found.start()], found.string[found.end() :]
+    # At the start of a line these make a list, a rule or a heading of what is above.
+    leads = (mark in "-+=" and not before.strip()) or (mark in ".)" and before.isdecimal() and after[:1] in ("", " "))
+    return f"&#{ord(mark)};" if found[1] or leads else mark
+
+
+def code(name: str) -> Markup:
+    """A name from elsewhere, in code type."""
+    if re.fullmatch(r"[\w./:@+=,#%()-]+( [\w./:@+=,#%()-]+)*", name):
+        return Markup(f"`{name}`")
+    return Markup(f"<code>{plain(name)}</code>")
+
+
+def _finalize(value: Any) -> Any:
+    """What every value of the template goes through."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else Markup("-")
+
+
+def _enumerate(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _floats(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:.4g}' for value in values)})"
+
+
+def _model(model: Mapping[str, Any]) -> Markup:
+    """A model in words, without the folders of the machine that ran it."""
+    name, weights = model["name"], model["weights"]
+    if name and is_factory_file(name):
+        path, _, function = name.rpartition(":")
+        name = f"{Path(path).name}:{function}"
+    elif name and Path(name).is_absolute():
+        name = Path(name).name
+    if weights and is_checkpoint(weights):
+        weights = Path(weights).name
+    if weights == model["kind"]:
+        trained = "its own weights"
+    elif weights:
+        trained = f"weights {code(weights)}"
+    else:
+        trained = "as its callable makes it" if model["kind"] == "factory" else "untrained"
+    return Markup(f"{model['kind']} {code(name)}, {trained}" if name else f"{model['kind']}, {trained}")
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    # No autoescape: that is for HTML. `finalize` does for Markdown what it does there.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters |= {
+        "code": code,
+        "enumerate": _enumerate,
+        "floats": _floats,
+        "model": _model,
+        "share": _share,
+        "thousands": "{:,}".format,
+    }
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _reading(manifest: Manifest) -> str:
-    """What the rows are, and in layout signs how an image follows from one."""
-    if SIGNS not in manifest.stored:
-        rows = "\n".join(f"| `{subset}` | {_about(subset)} |" for subset in manifest.stored)
-        return f"| subset | |\n|---|---|\n{rows}\n"
-    *_, largest = manifest.levels
-    recorded = ", ".join(f"{level}/255" for level in manifest.levels[1:])
-    return f"""One row per source image: `image` is clean, `sign` holds 0, 127 and 254 for the signs -1, 0 and +1 by
-which its values move, and `attacks` lists what the victim says at the epsilons {recorded}. The image at
-any epsilon k/255 follows exactly, here for k = {largest}:
+def render_card(manifest: Manifest, place: str = HERE) -> str:
+    """The card's text.
 
-```python
-x, s = (np.asarray(row[name]).astype(np.int16) for name in ("image", "sign"))
-x_k = np.clip(x + {largest} * (s // 127 - 1), 0, 255).astype(np.uint8)
-attacked = PIL.Image.fromarray(x_k)
-```
+    Args:
+        manifest: of the run.
+        place: what the examples load: the folder itself, or a Hub id.
+    """
+    # One line a value: nothing that comes from elsewhere begins a line, where `---` would end the YAML.
+    front = yaml.safe_dump(_front(manifest), sort_keys=False, allow_unicode=True, width=float("inf"))
+    return f"---\n{front}---\n\n{_template().render(_values(manifest, place))}"
 
-`pipeline.load`, of fgsm-pipeline, gives a row per image and epsilon.
-"""
+
+def moved_card(text: str, manifest: Manifest, place: str) -> str:
+    """A card with its examples loading from another place; whatever its owner has added to it stays.
+
+    Args:
+        text: of the card.
+        manifest: of the run that it describes.
+        place: a Hub id.
+    """
+    former = re.search(r'datasets\.load_dataset\("([^"\n]+)"', text)
+    if former is None:
+        return text
+    before, after = (render_card(manifest, where).split("\n") for where in (former[1], place))
+    moved = dict(zip(before, after, strict=True))
+    return "\n".join(moved.get(line, line) for line in text.split("\n"))
+
+
+def _values(manifest: Manifest, place: str) -> dict[str, Any]:
+    config, levels, subsets = manifest.resolved, manifest.levels, manifest.subsets
+    features, attacks = manifest.features, manifest.features.get("attacks")
+    judges = [
+        judge for judge in manifest.config.get("evaluators") or () if subsets and judge["id"] in subsets[0].evaluators
+    ]
+    ids = [judge["id"] for judge in judges]
+    return {
+        **dict(manifest),
+        **dict(config),
+        "title": _title(manifest),
+        "planned": len(manifest.plan),
+        "epsilons": [f"{level}/255" for level in levels[1:]],
+        "requested": [_requested(level, epsilon) for level, epsilon in config.attack.requested.items()],
+        "levels": levels,
+        "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
+        "stored": manifest.stored,
+        "signs": SIGNS in manifest.stored,
+        "place": place,
+        "here": place == HERE,
+        "files": place if place == HERE else f"hf://datasets/{place}",
+        # The last split is the one to measure with, as a rule.
+        "split": list(manifest.split_rows)[-1],
+        "labelled": all(row.labelled == row.rows for row in subsets),
+        "victim": manifest.config["model"],
+        "judges": judges,
+        "classes": manifest.dataset_classes,
+        "columns": list(_describe(features, ids, config.attack.target is not None)),
+        "fields": list(_describe(attacks["feature"], ids, config.attack.target is not None)) if attacks else [],
+    }
+
+
+def _requested(level: int, epsilon: str | float) -> str:
+    exact = re.sub(r"\s", "", str(epsilon)) == f"{level}/255"
+    return f"{level} ({level}/255 = {level / 255:.4f}{'' if exact else f', asked for as {epsilon}'})"
+
+
+def _describe(features: Mapping[str, Any], judges: Sequence[str], targeted: bool) -> Iterator[dict[str, str]]:
+    """Name, type and meaning of columns, as a manifest records them."""
+    fooled = "whether the prediction is the target" if targeted else "whether it was right when clean and is wrong now"
+    meanings = {**MEANINGS, "fooled": f"{fooled}; null on clean images"}
+    for judge in judges:
+        for column in ("prediction", "correct", "clean_prediction", "clean_correct"):
+            meanings[f"{column}_{judge}"] = f"as {column}, of evaluator {judge}"
+    for name, feature in features.items():
+        yield {
+            "name": name,
+            "type": _type_name(feature),
+            "meaning": meanings.get(name, "from the source, unchanged"),
+        }
+
+
+def _type_name(feature: Any) -> str:
+    if not isinstance(feature, Mapping) or "_type" not in feature:
+        return "struct"
+    if feature["_type"] == "List":
+        return f"list of {_type_name(feature['feature'])}"
+    return str(feature["dtype"] if feature["_type"] == "Value" else feature["_type"])

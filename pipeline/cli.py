@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.errors import Interrupted, PipelineError, first_line
 
 if TYPE_CHECKING:
     from pipeline.config import AttackConfig
+    from pipeline.manifest import Manifest
 
 app = typer.Typer(
     name="fgsm",
@@ -54,6 +56,7 @@ def generate(
         _say_epsilons(loaded.attack)
         manifest = run(loaded, overwrite=overwrite)
         typer.echo(summary_table(manifest))
+        _report_on(manifest, loaded.output.path, debug)
         path, subset = str(Path(loaded.output.path).expanduser()), manifest.stored[-1]
         # JSON's double quotes: Python's single ones become unreadable inside the shell's.
         one_line = f"import datasets; print(datasets.load_dataset({json.dumps(path)}, {json.dumps(subset)}))"
@@ -113,6 +116,60 @@ def inspect(output: Output, debug: Debug = False) -> None:
         from pipeline.summary import inspect as table
 
         typer.echo(table(output))
+
+
+@app.command()
+def report(output: Output, debug: Debug = False) -> None:
+    """Make report.html and its pictures: what the attack did, for people."""
+    with _boundary(debug, "Interrupted."):
+        from pipeline.report import report as make
+
+        typer.echo(make(output))
+
+
+def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
+    """Make the report of a complete dataset unless it is there. Without it the dataset is as complete."""
+    from pipeline.outputs import OutputFolder, reported_receipts
+
+    folder = OutputFolder(Path(path))
+    if reported_receipts(folder) == manifest.receipts:
+        return
+    try:
+        from pipeline.report import write_report
+
+        typer.echo(f"\nReport: {write_report(folder, manifest)}", err=True)
+    except Exception as error:  # whatever it is, it is no failure of the run
+        if debug:
+            traceback.print_exc()
+        reason = first_line(error).rstrip(".")
+        typer.echo(
+            f"\nWarning: the dataset is complete, but its report was not made: {reason}. Try fgsm report "
+            f"{shlex.quote(str(folder.root))}",
+            err=True,
+        )
+
+
+@app.command()
+def publish(
+    output: Output,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The dataset on the Hub: user/name.")],
+    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a repository that is created.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a dataset to the Hugging Face Hub and check that it arrived; again, and only what is missing goes."""
+    again = shlex.join(["fgsm", *sys.argv[1:]])
+    with _boundary(debug, f"Interrupted; what has arrived is kept. To go on: {again}"):
+        if not sys.stderr.isatty():
+            # The client's bars for LFS, which it draws into a log too: tqdm reads this when it is imported.
+            os.environ.setdefault("TQDM_MININTERVAL", "30")
+        from pipeline import publish as hub
+
+        if dry_run:
+            typer.echo(hub.dry_run(output, repo_id))
+            return
+        typer.echo(f"Published: {hub.publish(output, repo_id, private=private)}")
+        typer.echo(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
 
 
 def _say_epsilons(attack: "AttackConfig") -> None:

@@ -9,14 +9,14 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError, first_line
-from pipeline.fgsm import Goal, attack
+from pipeline.fgsm import Goal, all_finite, attack
 from pipeline.lanes import Lanes, chunk_images, to_host
 from pipeline.victims import Victim
 
@@ -36,13 +36,15 @@ class Part:
     """The M valid rows of a chunk, attacked, on the CPU.
 
     pictures: what is stored of them, each (M, C, H, W) uint8; logits: (1 + K, M, classes), clean first;
-    classes: (M,) int64, whose loss was changed; zero_signs: values whose gradient is exactly 0.
+    classes: (M,) int64, whose loss was changed; zero_signs: values whose gradient is exactly 0; evaluations: (E, 1 + K,
+    M) int64, what each evaluator predicts, as its own index.
     """
 
     pictures: tuple[Tensor, ...]
     logits: Tensor
     classes: Tensor
     zero_signs: int
+    evaluations: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Attacker:
     """The attack on chunks of rows; a lane calls it.
 
     stored: picks what is stored from the 1 + K images and the sign, so that nothing else leaves the device.
+    evaluators: models that look at the same images, by their ids.
     """
 
     victim: Victim
     goal: Goal
     levels: tuple[int, ...]
     stored: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
+    evaluators: Mapping[str, Victim] = field(default_factory=dict)
 
     def __call__(self, images_u8: Tensor, labels: Tensor, draws: Tensor, valid: Tensor) -> Part:
         """Attack a chunk and wait for the outcome.
@@ -67,20 +71,57 @@ class Attacker:
             valid: (N,) bool, the M rows that count.
 
         Raises:
-            NonFiniteError: logits or the loss gradient of a valid row hold NaN or infinity.
+            NonFiniteError: logits or the loss gradient of a valid row hold NaN or infinity, or an evaluator's logits.
         """
         attacked = attack(
             own_copy(self.victim), images_u8, labels, valid, levels=self.levels, goal=self.goal, draws=draws
         )
+        evaluations, finite = evaluate(self.evaluators, attacked.images, valid)
         pictures = self.stored(attacked.images, attacked.sign)
-        *copies, logits, classes, kept = to_host([*pictures, attacked.logits, attacked.classes, valid])
+        *copies, logits, classes, evaluations, finite, kept = to_host(
+            [*pictures, attacked.logits, attacked.classes, evaluations, finite, valid]
+        )
         attacked.check_finite()
+        check_evaluators(self.evaluators, finite)
         return Part(
             pictures=tuple(copies) if bool(kept.all()) else tuple(copy[kept] for copy in copies),
             logits=logits[:, kept],
             classes=classes[kept],
             zero_signs=int(attacked.zero_signs),
+            evaluations=evaluations[:, :, kept],
         )
+
+
+def evaluate(evaluators: Mapping[str, Victim], images: Sequence[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
+    """What evaluators predict, without waiting for the device.
+
+    Args:
+        evaluators: by their ids.
+        images: 1 + K times (N, C, H, W) uint8.
+        valid: (N,) bool, the rows that count.
+
+    Returns:
+        (E, 1 + K, N) int64, and whether each one's logits of the valid rows are numbers, (E,) bool.
+    """
+    predictions = torch.zeros((len(evaluators), len(images), len(valid)), dtype=torch.int64, device=valid.device)
+    finite = torch.ones(len(evaluators), dtype=torch.bool, device=valid.device)
+    for index, victim in enumerate(map(own_copy, evaluators.values())):
+        for place, pixels in enumerate(images):
+            logits = victim.predict(pixels)
+            predictions[index, place] = logits.argmax(1)
+            finite[index] &= all_finite(logits, valid.view(-1, 1))
+    return predictions, finite
+
+
+def check_evaluators(evaluators: Mapping[str, Victim], finite: Tensor) -> None:
+    """Look at what `evaluate` says of its numbers.
+
+    Raises:
+        NonFiniteError: an evaluator's logits hold NaN or infinity.
+    """
+    for name, numbers in zip(evaluators, finite.tolist(), strict=True):
+        if not numbers:
+            raise NonFiniteError(f"The logits of the evaluator {name} hold NaN or infinity")
 
 
 # Each lane's copies of victims; they go with its thread.
@@ -170,20 +211,22 @@ def repays(device: torch.device, images: int) -> bool:
 
 
 def compile_victim(attacker: Attacker, device: torch.device, shape: tuple[int, int, int], batch_size: int) -> None:
-    """Compile an attacker's victim for batches of one size, and run it once to see that it works.
+    """Compile an attacker's victim and evaluators for batches of one size, and run them once to see that it works.
 
-    A victim that is compiled already is left alone.
+    Those that are compiled already are left alone.
 
     Raises:
-        PipelineError: torch.compile fails, for want of a compiler or for the model's code; the victim then
-            runs as it is.
+        PipelineError: torch.compile fails, for want of a compiler or for a model's code; all then run as they are.
         torch.OutOfMemoryError: the batch is too large.
     """
-    if attacker.victim.compiled:
+    models = (attacker.victim, *attacker.evaluators.values())
+    if all(model.compiled for model in models):
         return
     started = time.perf_counter()
     try:
-        with attacker.victim.compiling():
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(model.compiling())
             # In one lane: two that meet new code at once both compile it.
             rehearse(attacker, device, shape, batch_size, lanes=1)
     except torch.OutOfMemoryError:

@@ -50,7 +50,9 @@ class Section(BaseModel):
     def _refuse_unread(self, kind: str, read: Sequence[str]) -> None:
         """Refuse keys that a kind does not read: whoever sets one expects something of it."""
         for key, field in type(self).model_fields.items():
-            if key not in (*read, "kind") and getattr(self, key) != field.get_default(call_default_factory=True):
+            if field.is_required() or key in read:
+                continue
+            if getattr(self, key) != field.get_default(call_default_factory=True):
                 raise ValueError(f"{key} has no effect with kind {kind}")
 
 
@@ -184,6 +186,19 @@ class ModelConfig(Section):
         if self.kind == "digits":
             self._refuse_unread("digits", ("weights", "mean", "std", "label_map"))
         return self
+
+
+class EvaluatorConfig(ModelConfig):
+    """One more model: its predictions on the victim's images are recorded in columns that bear its id."""
+
+    id: str
+
+    @field_validator("id")
+    @classmethod
+    def _fits_a_column(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+            raise ValueError(f"got {name!r}; allowed: up to 64 letters, digits and underscores, a letter first")
+        return name
 
 
 def _no_boolean(value: Any) -> Any:
@@ -347,12 +362,16 @@ class Config(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
     model: ModelConfig
     attack: AttackConfig
-    evaluators: tuple[()] = ()
+    evaluators: tuple[EvaluatorConfig, ...] = ()
     output: OutputConfig
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        ids = [evaluator.id for evaluator in self.evaluators]
+        twice = next((name for name in ids if ids.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"evaluators: two of them have the id {twice}; each needs its own")
         if self.output.image_format == "webp" and self.preprocess.mode == "L":
             raise ValueError("output.image_format: webp has no grayscale mode; use png or auto with preprocess.mode: L")
         for key, size in (("resize", self.preprocess.resize), ("crop", self.preprocess.crop)):
@@ -455,16 +474,21 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         kwargs = source.get("kwargs")
         if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
             kwargs["root"] = str(folder / Path(kwargs["root"]).expanduser())
-    model = raw.get("model")
-    if isinstance(model, dict):
-        weights, name = model.get("weights"), model.get("name")
-        if isinstance(weights, str) and is_checkpoint(weights):
-            model["weights"] = str(folder / Path(weights).expanduser())
-        if isinstance(name, str) and (
-            is_factory_file(name) or (model.get("kind") == "transformers" and (folder / name).is_dir())
-        ):
-            model["name"] = str(folder / Path(name).expanduser())
+    evaluators = raw.get("evaluators")
+    for model in (raw.get("model"), *(evaluators if isinstance(evaluators, list) else ())):
+        if isinstance(model, dict):
+            _anchor_model(model, folder)
     return raw
+
+
+def _anchor_model(model: dict[str, Any], folder: Path) -> None:
+    weights, name = model.get("weights"), model.get("name")
+    if isinstance(weights, str) and is_checkpoint(weights):
+        model["weights"] = str(folder / Path(weights).expanduser())
+    if isinstance(name, str) and (
+        is_factory_file(name) or (model.get("kind") == "transformers" and (folder / name).is_dir())
+    ):
+        model["name"] = str(folder / Path(name).expanduser())
 
 
 def is_checkpoint(weights: str) -> bool:
@@ -502,14 +526,16 @@ def _override_value(raw: dict[str, Any], key: str, value: Any) -> None:
 def _sentence(error: ValidationError) -> str:
     """The first problem of a failed validation, as one sentence that names the key."""
     problem = error.errors(include_url=False)[0]
-    # The config is sections of keys; deeper parts of a location are indices and branches of unions.
-    loc = [str(part) for part in problem["loc"][:2]]
+    # The config is sections of keys, and a list of sections; deeper parts of a location are branches of unions.
+    deep = 3 if problem["loc"][:1] == ("evaluators",) else 2
+    loc = [str(part) for part in problem["loc"][:deep]]
     location = ".".join(loc)
     kind, got = problem["type"], problem.get("input")
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        section = Config.model_fields[loc[0]].annotation if len(loc) == 2 else Config
-        assert isinstance(section, type) and issubclass(section, BaseModel)
+        section: Any = Config
+        if len(loc) > 1:
+            section = EvaluatorConfig if loc[0] == "evaluators" else Config.model_fields[loc[0]].annotation
         near = get_close_matches(loc[-1], section.model_fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(section.model_fields)}."
         return f"{location} is an unknown key; {hint}"
@@ -521,9 +547,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{location} must be a mapping of keys (got {got!r})."
     if kind == "tuple_type":
         return f"{location} must be a list (got {got!r})."
-    if location == "evaluators":
-        return "evaluators: this version has none yet; remove the key."
     if kind == "value_error":
         # A section's own checks begin their message with the key.
-        return f"{location}{'.' if len(loc) == 1 else ': '}{message}." if loc else f"{message}."
+        return f"{location}{'.' if len(loc) == deep - 1 else ': '}{message}." if loc else f"{message}."
     return f"{location}: {message} (got {got!r})."

@@ -21,7 +21,18 @@ from datasets.features.features import register_feature
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.columns import ANSWER, ATTACKS, IMAGE, LAST, SIGN, image_columns, kept_columns, one_level
+from pipeline.columns import (
+    ANSWER,
+    ATTACKS,
+    IMAGE,
+    LAST,
+    SIGN,
+    evaluator_columns,
+    evaluator_ids,
+    image_columns,
+    kept_columns,
+    one_level,
+)
 from pipeline.config import reading_levels
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
@@ -123,7 +134,7 @@ def load(
         path_or_repo: an output folder, or a Hub id.
         epsilons: `k/255`, a decimal as in the config (rounded down), or 0 for clean; rows come in this order.
             None: clean and every recorded epsilon, rising. At an epsilon that is not recorded the images are made
-            exactly, and `prediction`, `confidence`, `label_confidence`, `correct` and `fooled` are null.
+            exactly, and what the victim and the evaluators would say of them is null.
         split: one of the dataset's; None loads all.
         streaming: read ahead of use only, in bounded memory.
 
@@ -204,7 +215,8 @@ def _from_signs(rows: Any, asked: Sequence[int] | None, streaming: bool) -> Any:
     first: dict[str, Any] = next(iter(rows.select_columns([ATTACKS])), {ATTACKS: []})
     recorded = [round(255 * attack["epsilon"]) for attack in first[ATTACKS]]
     stored = rows.features
-    columns = image_columns(stored["label"], stored["clean_prediction"], "target" in stored)
+    evaluators = {name: stored[f"clean_{evaluator_columns(name)[0]}"] for name in evaluator_ids(list(stored))}
+    columns = image_columns(stored["label"], stored["clean_prediction"], "target" in stored, evaluators)
     kept = {name: stored[name] for name in kept_columns(list(stored))}
     features = datasets.Features({**columns, **kept, IMAGE: SteppedImage()})
     levels = [0, *recorded] if asked is None else asked
@@ -242,7 +254,9 @@ def _step_as_attacked(rows: pa.Table, clean: pa.Table, level: int) -> pa.Table:
     if not rows.column(LAST).equals(clean.column(LAST)):
         raise ConfigError("Attacked and clean rows are not those of the same images; is the dataset complete?")
     rows = _with_image(rows, _cells(clean.column(IMAGE), rows.column(IMAGE), level))
-    answers: dict[str, Any] = {"epsilon": np.full(len(rows), level / 255), **dict.fromkeys((*ANSWER, "fooled"))}
+    evaluated = [column for name in evaluator_ids(rows.column_names) for column in evaluator_columns(name)]
+    unknown = dict.fromkeys((*ANSWER, "fooled", *evaluated))
+    answers: dict[str, Any] = {"epsilon": np.full(len(rows), level / 255), **unknown}
     for name, values in answers.items():
         index, kind = rows.schema.get_field_index(name), rows.schema.field(name).type
         rows = rows.set_column(index, name, pa.nulls(len(rows), kind) if values is None else pa.array(values))

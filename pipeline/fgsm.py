@@ -115,8 +115,8 @@ def attack(
         logits=logits,
         classes=direction.classes,
         zero_signs=((direction.sign == 0) & rows).sum(),
-        finite_logits=_finite(logits, valid.view(1, -1, 1)),
-        finite_gradient=_finite(direction.gradient, rows),
+        finite_logits=all_finite(logits, valid.view(1, -1, 1)),
+        finite_gradient=all_finite(direction.gradient, rows),
     )
 
 
@@ -146,6 +146,6 @@ def gradient_sign(victim: Victim, images_u8: Tensor, labels: Tensor, *, goal: Go
     return Direction(sign if goal.target is None else -sign, gradient, logits.detach(), classes)
 
 
-def _finite(values: Tensor, valid: Tensor) -> Tensor:
+def all_finite(values: Tensor, valid: Tensor) -> Tensor:
     """Whether all values of the valid rows are numbers, a scalar bool."""
     return (torch.isfinite(values) | ~valid).all()

@@ -6,6 +6,7 @@ number of batches is in flight, so memory does not grow with the dataset.
 """
 
 import contextlib
+import json
 import logging
 import time
 from collections import deque
@@ -28,10 +29,20 @@ from pipeline.estimate import check_disk
 from pipeline.lanes import Lanes, available_cores, lane_count
 from pipeline.loader import Batch, load_batches
 from pipeline.manifest import Manifest, read_manifest, summarise
-from pipeline.outputs import LevelCounts, OutputFolder, Receipt, SkippedRow, committed, read_receipts
+from pipeline.outputs import (
+    EvaluatorCounts,
+    LevelCounts,
+    OutputFolder,
+    Receipt,
+    SkippedRow,
+    committed,
+    count_evaluator,
+    read_receipts,
+    writing,
+)
 from pipeline.plan import Shard
 from pipeline.progress import Busy, Progress
-from pipeline.records import Scores, encode_column, score
+from pipeline.records import Scores, encode_column, opinions, score
 from pipeline.runs import Run, differences, open_run, versions
 from pipeline.shards import ShardWriter
 
@@ -158,15 +169,30 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
                     in_flight.popleft().result()
             while in_flight:
                 in_flight.popleft().result()
-        cores = available_cores()
-        workers = {"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1}
-        logger.info("%s", busy.line(progress.rate, workers))
+        _tell_speed(run, folder, busy, progress)
     finally:
         # After a failure nothing waits for encodings that nobody will write.
         writer.shutdown(wait=False, cancel_futures=True)
         encoders.shutdown(cancel_futures=True)
         writer.shutdown()
         sink.close()
+
+
+def _tell_speed(run: Run, folder: OutputFolder, busy: Busy, progress: Progress) -> None:
+    """Say how fast a session was and what kept it busy, and keep it for the report."""
+    cores = available_cores()
+    shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
+    logger.info(
+        "Busy: %s; %.1f images/s.", ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items()), progress.rate
+    )
+    session = {
+        "images": progress.fresh,
+        "images_per_second": round(progress.rate, 1),
+        "device": versions(run.device)["device"],
+        "busy": {stage: round(share, 3) for stage, share in shares.items()},
+    }
+    with writing(folder.sessions), folder.sessions.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(session) + "\n")
 
 
 def _compile(run: Run) -> None:
@@ -248,9 +274,12 @@ def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
     labels = batch.labels[batch.valid]
     if not parts:  # every image was skipped
         logits, classes = torch.zeros((len(run.levels), 0, 2)), labels
+        evaluations = torch.zeros((len(run.evaluators), len(run.levels), 0), dtype=torch.int64)
     else:
         logits, classes = torch.cat([part.logits for part in parts], 1), torch.cat([part.classes for part in parts])
-    return score(logits, labels, None if run.goal.target is None else classes, run.space)
+        evaluations = torch.cat([part.evaluations for part in parts], 2)
+    target = None if run.goal.target is None else classes
+    return score(logits, labels, target, run.space, opinions(evaluations, labels, run.spaces))
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:
@@ -301,6 +330,7 @@ class _Sink:
             level: {"rows": 0, "labelled": 0, "correct": 0, "fooled": 0, "confidence_sum": 0.0}
             for level in self.run.levels
         }
+        self._evaluated = {level: dict.fromkeys(self.run.evaluators, EvaluatorCounts()) for level in self.run.levels}
         self._skipped: list[SkippedRow] = []
         self._zero_signs = 0
 
@@ -345,6 +375,12 @@ class _Sink:
             totals["correct"] += int((scores.correct[index] & scores.labelled).sum())
             totals["fooled"] += int((scores.fooled[index] & scores.fooled_known(index)).sum())
             totals["confidence_sum"] += float(scores.confidence[index].sum(dtype=np.float64))
+            known = scores.labelled
+            fooled = (scores.fooled[index] & scores.fooled_known(index))[known]
+            for name, opinion in scores.evaluators.items():
+                self._evaluated[level][name] += count_evaluator(
+                    opinion.correct[0][known], opinion.correct[index][known], fooled
+                )
         self._zero_signs += zero_signs
         self._skipped += [
             SkippedRow(position=row.position, source_index=row.source_index, reason=row.reason) for row in batch.skipped
@@ -360,7 +396,10 @@ class _Sink:
             rows=rows,
             skipped=tuple(self._skipped),
             zero_sign_share=self._zero_signs / max(1, rows * int(np.prod(self.run.reader.shape))),
-            counts=tuple(LevelCounts(level=level, **totals) for level, totals in self._totals.items()),
+            counts=tuple(
+                LevelCounts(level=level, evaluators=self._evaluated[level], **totals)
+                for level, totals in self._totals.items()
+            ),
             files=(),
             versions=self.versions,
         )

@@ -4,9 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.config import Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.origins import UNKNOWN, Origin
 from pipeline.outputs import (
+    EvaluatorCounts,
     FileEntry,
     LevelCounts,
     OutputFolder,
@@ -19,7 +23,15 @@ from pipeline.outputs import (
 from pipeline.plan import Plan, make_plan
 
 # Raised when the stored form changes: it is part of the identity of every run.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+
+class Space(Record):
+    """How an evaluator's classes translate: see labels.LabelSpace."""
+
+    recorded_classes: tuple[str, ...] | None
+    to_model: tuple[int, ...]
+    to_recorded: tuple[int, ...]
 
 
 class Subset(LevelCounts):
@@ -38,11 +50,13 @@ class Manifest(Record):
     config: dict[str, Any]
     identity: dict[str, Any]
     versions: dict[str, str]
+    origin: Origin = UNKNOWN
     features: dict[str, Any]
     dataset_classes: tuple[str, ...]
     recorded_classes: tuple[str, ...] | None
     to_model: tuple[int, ...]
     to_recorded: tuple[int, ...]
+    evaluators: Mapping[str, Space] = Field(default_factory=dict)
     split_rows: dict[str, int]
     shape: tuple[int, int, int]
     asked_batch_size: int
@@ -161,5 +175,9 @@ def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, .
                 folder = f"{subset_name(level)}/"
                 size = sum(file.bytes for receipt in own for file in receipt.files if file.path.startswith(folder))
             totals = {key: sum(getattr(count, key) for count in counts) for key in keys}
-            subsets.append(Subset(split=split, level=level, bytes=size, **totals))
+            evaluators = {
+                name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in counts), EvaluatorCounts())
+                for name in manifest.evaluators
+            }
+            subsets.append(Subset(split=split, level=level, bytes=size, evaluators=evaluators, **totals))
     return tuple(subsets)

@@ -5,7 +5,9 @@ OUTPUT/README.md                                the card, which makes the subset
 OUTPUT/clean/test-00000-of-00004.parquet
 OUTPUT/eps-8/test-00000-of-00004.parquet
 OUTPUT/signs/test-00000-of-00004.parquet        in layout signs, instead of the two above
+OUTPUT/report.html, OUTPUT/assets/*.png         what it looks like
 OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does not exist
+OUTPUT/.run/sessions.jsonl                      how fast each session that wrote something was
 """
 
 import contextlib
@@ -18,10 +20,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import ConfigError, PipelineError, write_failure
 from pipeline.plan import Shard
+
+Flags = NDArray[np.bool_]
 
 # The one subset of layout signs.
 SIGNS = "signs"
@@ -82,10 +88,30 @@ class EvaluatorCounts(Record):
     it too: transferred / exposed is the rate at which the attack transfers.
     """
 
-    correct: int
-    fooled: int
-    exposed: int
-    transferred: int
+    correct: int = 0
+    fooled: int = 0
+    exposed: int = 0
+    transferred: int = 0
+
+    def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
+        return EvaluatorCounts(**{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields})
+
+
+def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
+    """Count what an evaluator says of M labelled images at one epsilon.
+
+    Args:
+        clean: (M,) bool, whether it is right about the clean image.
+        now: (M,) bool, whether it is right about this one.
+        fooled: (M,) bool, whether this one fools the victim.
+    """
+    lost = clean & ~now
+    return EvaluatorCounts(
+        correct=int(now.sum()),
+        fooled=int(lost.sum()),
+        exposed=int((fooled & clean).sum()),
+        transferred=int((fooled & lost).sum()),
+    )
 
 
 class LevelCounts(Record):
@@ -135,9 +161,12 @@ class OutputFolder:
         self.root = root
         self.manifest = root / "manifest.json"
         self.card = root / "README.md"
+        self.report = root / "report.html"
+        self.assets = root / "assets"
         self.run = root / ".run"
         self.receipts = self.run / "receipts"
         self.scratch = self.run / "tmp"
+        self.sessions = self.run / "sessions.jsonl"
 
     def path(self, file: str) -> Path:
         return self.root / file
@@ -203,6 +232,9 @@ class OutputFolder:
             self.receipts.mkdir()
             for subset in (self.root / subset_name(0), self.root / SIGNS, *self.root.glob("eps-[0-9]*")):
                 shutil.rmtree(subset, ignore_errors=True)
+            self.sessions.unlink(missing_ok=True)
+            shutil.rmtree(self.assets, ignore_errors=True)
+            self.report.unlink(missing_ok=True)
             self.card.unlink(missing_ok=True)
             self.manifest.unlink(missing_ok=True)
 
@@ -241,6 +273,16 @@ def receipts_digest(receipts: Mapping[str, Receipt]) -> str:
     return total.hexdigest()
 
 
+def reported_receipts(folder: OutputFolder) -> str | None:
+    """The digest of the receipts that the report is of, None where there is no report that says."""
+    try:
+        with folder.report.open(encoding="utf-8") as file:
+            found = re.search(r'<meta name="fgsm-receipts" content="(\w*)">', file.read(4096))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found[1] if found else None
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     try:
@@ -258,7 +300,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a small file as a whole, so that a reader or a crash sees the old one or the new one.
 
     Raises:
@@ -267,8 +309,8 @@ def write_atomically(path: Path, text: str) -> None:
     with writing(path):
         scratch = path.with_name(f".{path.name}.tmp")
         try:
-            with scratch.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with scratch.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             scratch.rename(path)

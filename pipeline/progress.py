@@ -54,27 +54,25 @@ class Busy:
 
         return call
 
-    def line(self, rate: float, workers: Mapping[str, int]) -> str:
-        """For the end of a run: how busy each stage was, and source images a second.
+    def shares(self, workers: Mapping[str, int]) -> dict[str, float]:
+        """How busy each stage has been so far, 1 for always.
 
         Args:
-            rate: source images a second.
-            workers: how many cores, or lanes of an accelerator, 100% of a stage would be.
+            workers: how many cores, or lanes of an accelerator, always would be.
         """
         wall = max(time.monotonic() - self._started, 1e-9)
-        shares = (f"{stage} {self._seconds.get(stage, 0.0) / wall / count:.0%}" for stage, count in workers.items())
-        return f"Busy: {', '.join(shares)}; {rate:.1f} images/s."
+        return {stage: self._seconds.get(stage, 0.0) / wall / count for stage, count in workers.items()}
 
 
 class Progress:
-    """Counts source images and how often each epsilon is predicted right."""
+    """Counts source images, `fresh` ones of this session, and how often each epsilon is predicted right."""
 
     def __init__(self, total: int, done: int, levels: Sequence[int], log_seconds: float = LOG_SECONDS) -> None:
         self.total, self.done, self.log_seconds = total, done, log_seconds
         self._labelled = 0
         self._correct = dict.fromkeys(levels, 0)
         self._started = self._logged = time.monotonic()
-        self._fresh = 0
+        self.fresh = 0
         self._updated = self._started
         self._first: tuple[float, int] | None = None
         # Without a terminal the bar is off, and `update` logs instead.
@@ -91,9 +89,9 @@ class Progress:
     def update(self, images: int, labelled: int, correct: Mapping[int, int]) -> None:
         """Add a batch: source images finished, how many of them are labelled, and right ones per level."""
         self.done += images
-        self._fresh += images
+        self.fresh += images
         self._updated = time.monotonic()
-        self._first = self._first or (self._updated, self._fresh)
+        self._first = self._first or (self._updated, self.fresh)
         self._labelled += labelled
         for level, count in correct.items():
             self._correct[level] += count
@@ -108,9 +106,9 @@ class Progress:
     def rate(self) -> float:
         """Source images a second, without the first batch, which waits for everything to start."""
         if self._first is None or self._updated <= self._first[0]:
-            return self._fresh / max(time.monotonic() - self._started, 1e-9)
+            return self.fresh / max(time.monotonic() - self._started, 1e-9)
         began, images = self._first
-        return (self._fresh - images) / (self._updated - began)
+        return (self.fresh - images) / (self._updated - began)
 
     def accuracy(self) -> str:
         """Accuracy so far for each epsilon, `clean 99% eps-8 91%`; empty where nothing is labelled."""
@@ -120,7 +118,7 @@ class Progress:
 
     def line(self) -> str:
         """One line for a log: share, rate, time left, accuracy."""
-        rate = self._fresh / max(time.monotonic() - self._started, 1e-9)
+        rate = self.fresh / max(time.monotonic() - self._started, 1e-9)
         left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
         share = self.done / self.total
         return (

@@ -5,7 +5,8 @@ ClassLabel an int64.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import datasets
@@ -16,7 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.columns import ATTACKS, IMAGE, SIGN, MakeColumns, image_columns, one_level, sign_columns
+from pipeline.columns import (
+    ATTACKS,
+    EVALUATED,
+    IMAGE,
+    SIGN,
+    MakeColumns,
+    evaluator_columns,
+    image_columns,
+    one_level,
+    sign_columns,
+)
 from pipeline.errors import ConfigError
 from pipeline.images import ImageFormat, encode_images
 from pipeline.labels import LabelSpace
@@ -26,13 +37,22 @@ from pipeline.sources import UNLABELLED
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """What an evaluator says: prediction (1 + K, M), in its recorded indices, and correct (1 + K, M), which means
+    nothing where a row is unlabelled."""
+
+    prediction: NDArray[np.int64]
+    correct: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What the victim says of the valid rows of a batch at every epsilon, clean first.
+    """What the victim says of the valid rows of a batch at every epsilon, clean first, and what others say.
 
     prediction (1 + K, M), in recorded indices; confidence, label_confidence (1 + K, M) in [0, 1]; correct,
     fooled (1 + K, M); label, labelled, target (M,), the last in recorded indices and None for the plain
-    attack. Where a row is unlabelled, label_confidence and correct mean nothing; nor does fooled without
-    a target.
+    attack; evaluators: by their ids. Where a row is unlabelled, label_confidence and correct mean nothing; nor
+    does fooled without a target.
     """
 
     prediction: NDArray[np.int64]
@@ -43,6 +63,7 @@ class Scores:
     label: NDArray[np.int64]
     labelled: NDArray[np.bool_]
     target: NDArray[np.int64] | None
+    evaluators: Mapping[str, Opinion] = field(default_factory=dict)
 
     def fooled_known(self, index: int) -> NDArray[np.bool_]:
         """(M,) where `fooled` says something: never on clean, and without a target on labelled rows."""
@@ -51,7 +72,13 @@ class Scores:
         return self.labelled if self.target is None else np.ones_like(self.labelled)
 
 
-def score(logits: Tensor, labels: Tensor, target: Tensor | None, space: LabelSpace) -> Scores:
+def score(
+    logits: Tensor,
+    labels: Tensor,
+    target: Tensor | None,
+    space: LabelSpace,
+    evaluators: Mapping[str, Opinion] | None = None,
+) -> Scores:
     """Predictions and confidences of the valid rows of a batch, on the CPU.
 
     Args:
@@ -59,6 +86,7 @@ def score(logits: Tensor, labels: Tensor, target: Tensor | None, space: LabelSpa
         labels: (M,) int64 dataset classes, -1 for unlabelled.
         target: (M,) int64 model indices, None for the plain attack.
         space: translates between the two.
+        evaluators: what others say of the same rows.
     """
     to_recorded = torch.from_numpy(space.to_recorded)
     probabilities = logits.float().softmax(-1)
@@ -76,7 +104,25 @@ def score(logits: Tensor, labels: Tensor, target: Tensor | None, space: LabelSpa
         label=labels.numpy(),
         labelled=(labels != UNLABELLED).numpy(),
         target=None if target is None else to_recorded[target].numpy(),
+        evaluators=evaluators or {},
     )
+
+
+def opinions(evaluations: Tensor, labels: Tensor, spaces: Mapping[str, LabelSpace]) -> dict[str, Opinion]:
+    """What evaluators say of the valid rows of a batch, in terms of the dataset.
+
+    Args:
+        evaluations: (E, 1 + K, M) int64, each one's own indices.
+        labels: (M,) int64 dataset classes, -1 for unlabelled.
+        spaces: translate for each of them, by its id.
+    """
+    return {
+        name: Opinion(
+            prediction=space.to_recorded[predicted.numpy()],
+            correct=(predicted == space.model_labels(labels)).numpy(),
+        )
+        for (name, space), predicted in zip(spaces.items(), evaluations, strict=True)
+    }
 
 
 def encode_column(images_u8: Tensor, image_format: ImageFormat) -> pa.StructArray:
@@ -105,6 +151,7 @@ def _image_tables(
             "correct": pa.array(scores.correct[index], mask=unlabelled),
             "fooled": pa.array(scores.fooled[index], mask=~scores.fooled_known(index)),
             **_shared_columns(scores, batch),
+            **_opinion_columns(scores, itemgetter(index), unlabelled),
         }
         if scores.target is not None:
             columns["target"] = pa.array(scores.target, mask=np.full(len(unlabelled), level == 0))
@@ -126,6 +173,8 @@ def _sign_tables(
         ATTACKS: _attacks(schema.field(ATTACKS).type, scores, levels),
         **_shared_columns(scores, batch),
     }
+    for name, values in _opinion_columns(scores, itemgetter(0), unlabelled).items():
+        columns[f"clean_{name}"] = values
     if scores.target is not None:
         columns["target"] = scores.target
     return [pa.table([columns[name] for name in schema.names], schema=schema)]
@@ -139,6 +188,18 @@ def _shared_columns(scores: Scores, batch: Batch) -> dict[str, Any]:
         "source_index": batch.source_index,
         **{name: batch.kept.column(name) for name in batch.kept.column_names},
     }
+
+
+def _opinion_columns(
+    scores: Scores, pick: Callable[[NDArray[Any]], NDArray[Any]], unlabelled: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """What evaluators say, of those of the values (1 + K, M) that are picked."""
+    columns: dict[str, Any] = {}
+    for name, opinion in scores.evaluators.items():
+        prediction, correct = evaluator_columns(name)
+        columns[prediction] = pa.array(pick(opinion.prediction))
+        columns[correct] = pa.array(pick(opinion.correct), mask=unlabelled)
+    return columns
 
 
 def _attacks(kind: pa.ListType, scores: Scores, levels: Sequence[int]) -> pa.ListArray:
@@ -158,6 +219,7 @@ def _attacks(kind: pa.ListType, scores: Scores, levels: Sequence[int]) -> pa.Lis
         "label_confidence": pa.array(by_row(scores.label_confidence[1:]), mask=unlabelled),
         "correct": pa.array(by_row(scores.correct[1:]), mask=unlabelled),
         "fooled": pa.array(by_row(scores.fooled[1:]), mask=~by_row(known)),
+        **_opinion_columns(scores, lambda values: by_row(values[1:]), unlabelled),
     }
     fields = list(kind.value_type)
     entries = pa.StructArray.from_arrays([columns[field.name] for field in fields], fields=fields)
@@ -220,7 +282,14 @@ LAYOUTS = {
 }
 
 
-def make_features(layout: Layout, space: LabelSpace, *, targeted: bool, kept: Mapping[str, Any]) -> datasets.Features:
+def make_features(
+    layout: Layout,
+    space: LabelSpace,
+    *,
+    targeted: bool,
+    kept: Mapping[str, Any],
+    evaluators: Mapping[str, LabelSpace] | None = None,
+) -> datasets.Features:
     """The columns of every subset of a layout, in order, as `datasets` features.
 
     Args:
@@ -228,17 +297,26 @@ def make_features(layout: Layout, space: LabelSpace, *, targeted: bool, kept: Ma
         space: names of the dataset's classes and of the recorded predictions.
         targeted: whether there is a `target` column.
         kept: features of the carried-through columns.
+        evaluators: names of what each evaluator's predictions are, by its id.
 
     Raises:
         ConfigError: a carried-through column has the name of one of ours.
     """
     label = datasets.ClassLabel(names=list(space.dataset_classes))
-    predicted = (
-        datasets.ClassLabel(names=list(space.recorded_classes)) if space.recorded_classes else datasets.Value("int64")
-    )
-    ours = layout.columns(label, predicted, targeted)
+    predicted = _predicted(space)
+    others = {name: _predicted(other) for name, other in (evaluators or {}).items()}
+    ours = layout.columns(label, predicted, targeted, others)
     # Every layout is read back as layout images, whose names must be free as well.
     for name in kept:
-        if name in ours or name in image_columns(label, predicted, targeted):
+        if EVALUATED.fullmatch(name):
+            raise ConfigError(f"source.keep_columns: {name} could be taken for an evaluator's column; rename it first.")
+        if name in ours or name in image_columns(label, predicted, targeted, others):
             raise ConfigError(f"source.keep_columns: {name} is a column of the output itself; rename it first.")
     return datasets.Features({**ours, **kept})
+
+
+def _predicted(space: LabelSpace) -> Any:
+    """The feature of a model's predictions."""
+    if space.recorded_classes is None:
+        return datasets.Value("int64")
+    return datasets.ClassLabel(names=list(space.recorded_classes))

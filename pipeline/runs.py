@@ -4,16 +4,17 @@
 the outcome, so that a resumed run decides nothing anew.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -21,23 +22,33 @@ import torch
 
 from pipeline import __version__
 from pipeline.compute import Attacker, compile_victim, fit_batch_size, rehearse, repays
-from pipeline.config import Config, is_factory_file
+from pipeline.config import Config, ModelConfig, is_factory_file
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.fgsm import Goal
 from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.labels import LabelSpace, join_labels
 from pipeline.lanes import chunk_images
 from pipeline.loader import Reader, Shape, find_shape
-from pipeline.manifest import FORMAT_VERSION, Manifest, plan_of
+from pipeline.manifest import FORMAT_VERSION, Manifest, Space, plan_of
 from pipeline.outputs import stored_subsets
 from pipeline.plan import Plan
 from pipeline.records import LAYOUTS, Layout, make_features
 from pipeline.sources import Source, open_source
 from pipeline.victims import Victim, load_victim
 
+ModelSection = TypeVar("ModelSection", bound=ModelConfig)
+
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """One more model that looks at the victim's images, and how its classes meet the dataset's."""
+
+    model: Victim
+    space: LabelSpace
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,17 @@ class Run:
     image_format: ImageFormat
     identity: dict[str, Any]
     asked_batch_size: int
+    evaluators: Mapping[str, Evaluator]
 
     @property
     def attacker(self) -> Attacker:
         """The attack on chunks of rows."""
-        return Attacker(self.victim, self.goal, self.config.attack.levels, self.layout.stored)
+        return make_attacker(self.config, self.victim, self.goal, self.evaluators)
+
+    @property
+    def spaces(self) -> dict[str, LabelSpace]:
+        """How the evaluators' classes translate, by their ids."""
+        return {name: evaluator.space for name, evaluator in self.evaluators.items()}
 
     @property
     def chunk(self) -> int:
@@ -99,11 +116,13 @@ class Run:
             config=self.config.model_dump(mode="json"),
             identity=self.identity,
             versions=versions(self.device),
+            origin=self.source.origin,
             features=self.features.to_dict(),
             dataset_classes=self.space.dataset_classes,
             recorded_classes=self.space.recorded_classes,
             to_model=tuple(self.space.to_model.tolist()),
             to_recorded=tuple(self.space.to_recorded.tolist()),
+            evaluators={name: _recorded_space(space) for name, space in self.spaces.items()},
             shape=self.reader.shape,
             split_rows={split.name: len(split.labels) for split in self.source.splits},
             asked_batch_size=self.asked_batch_size,
@@ -137,7 +156,8 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     count = victim.count_classes(shape)
     space = join_labels(source, victim.classes, count, config.model.label_map)
     goal = Goal(config.attack.label, _target(config, space))
-    attacker = Attacker(victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored)
+    evaluators = _open_evaluators(config, source, shape, device)
+    attacker = make_attacker(config, victim, goal, evaluators)
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
     if recorded is None:
@@ -147,9 +167,8 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     resolved = config.model_copy(
         update={
             "preprocess": preprocess,
-            "model": config.model.model_copy(
-                update={"mean": tuple(victim.mean.flatten().tolist()), "std": tuple(victim.std.flatten().tolist())}
-            ),
+            "model": _normalised(config.model, victim),
+            "evaluators": tuple(_normalised(other, evaluators[other.id].model) for other in config.evaluators),
             "output": config.output.model_copy(update={"image_format": image_format}),
             "runtime": config.runtime.model_copy(
                 update={"device": device.type, "compile": compiled, "batch_size": plan.batch_size}
@@ -165,11 +184,72 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         victim=victim,
         space=space,
         goal=goal,
-        features=make_features(LAYOUTS[config.output.layout], space, targeted=targeted, kept=source.kept),
+        features=make_features(
+            LAYOUTS[config.output.layout],
+            space,
+            targeted=targeted,
+            kept=source.kept,
+            evaluators={name: evaluator.space for name, evaluator in evaluators.items()},
+        ),
         device=device,
         image_format=image_format,
-        identity=_identity(resolved, source, victim, space, chunk_images(device, plan.batch_size, shape)),
+        identity=_identity(resolved, source, victim, space, evaluators, chunk_images(device, plan.batch_size, shape)),
         asked_batch_size=asked_batch_size,
+        evaluators=evaluators,
+    )
+
+
+def make_attacker(config: Config, victim: Victim, goal: Goal, evaluators: Mapping[str, Evaluator]) -> Attacker:
+    """The attack that a config describes, on chunks of rows."""
+    others = {name: evaluator.model for name, evaluator in evaluators.items()}
+    return Attacker(victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, others)
+
+
+def _open_evaluators(config: Config, source: Source, shape: Shape, device: torch.device) -> dict[str, Evaluator]:
+    """Load the evaluators. They see the victim's images, so what their weights say of preprocessing is left aside."""
+    evaluators = {}
+    for other in config.evaluators:
+        with naming_evaluator(other.id):
+            model = load_model(other, config, device)
+            count = model.count_classes(shape, attacked=False)
+            evaluators[other.id] = Evaluator(model, join_labels(source, model.classes, count, other.label_map))
+    return evaluators
+
+
+@contextlib.contextmanager
+def naming_evaluator(name: str) -> Iterator[None]:
+    """Whatever cannot be used within is an evaluator's, not the victim's.
+
+    Raises:
+        ConfigError: as raised within, with the evaluator's id.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"evaluators, {name}: {error}") from error
+
+
+def load_model(model: ModelConfig, config: Config, device: torch.device) -> Victim:
+    """A model of a run, in the run's precision.
+
+    Raises:
+        ConfigError: as `load_victim`.
+    """
+    bf16 = config.runtime.precision == "bf16"
+    return load_victim(model, seed=config.runtime.seed, device=device, bf16=bf16)[0]
+
+
+def _normalised(model: ModelSection, victim: Victim) -> ModelSection:
+    """A model's section with the mean and std that it came to have."""
+    mean, std = (tuple(values.flatten().tolist()) for values in (victim.mean, victim.std))
+    return model.model_copy(update={"mean": mean, "std": std})
+
+
+def _recorded_space(space: LabelSpace) -> Space:
+    return Space(
+        recorded_classes=space.recorded_classes,
+        to_model=tuple(space.to_model.tolist()),
+        to_recorded=tuple(space.to_recorded.tolist()),
     )
 
 
@@ -279,10 +359,29 @@ def _target(config: Config, space: LabelSpace) -> Any:
     return int(np.flatnonzero(space.to_recorded == space.recorded_index(target))[0])
 
 
-def _identity(config: Config, source: Source, victim: Victim, space: LabelSpace, chunk: int) -> dict[str, Any]:
-    """What decides the bytes, as dotted keys: neither paths nor workers."""
-    model, attack, runtime, output = config.model, config.attack, config.runtime, config.output
+def _model_identity(model: ModelConfig, victim: Victim, space: LabelSpace) -> dict[str, Any]:
     name = str(model.name)
+    return {
+        "kind": model.kind,
+        "name": name.rpartition(":")[2] if is_factory_file(name) else name,
+        "kwargs": model.kwargs,
+        "content": victim.digest,
+        "mean": model.mean,
+        "std": model.std,
+        "label_map": space.to_model.tolist(),
+    }
+
+
+def _identity(
+    config: Config,
+    source: Source,
+    victim: Victim,
+    space: LabelSpace,
+    evaluators: Mapping[str, Evaluator],
+    chunk: int,
+) -> dict[str, Any]:
+    """What decides the bytes, as dotted keys: neither paths nor workers."""
+    attack, runtime, output = config.attack, config.runtime, config.output
     sections: dict[str, dict[str, Any]] = {
         "source": {
             "content": source.digest,
@@ -293,15 +392,7 @@ def _identity(config: Config, source: Source, victim: Victim, space: LabelSpace,
             "classes": space.dataset_classes,
         },
         "preprocess": config.preprocess.model_dump(mode="json"),
-        "model": {
-            "kind": model.kind,
-            "name": name.rpartition(":")[2] if is_factory_file(name) else name,
-            "kwargs": model.kwargs,
-            "content": victim.digest,
-            "mean": model.mean,
-            "std": model.std,
-            "label_map": space.to_model.tolist(),
-        },
+        "model": _model_identity(config.model, victim, space),
         "attack": {
             "epsilons": [f"{level}/255" for level in attack.levels],
             "label": attack.label,
@@ -315,6 +406,9 @@ def _identity(config: Config, source: Source, victim: Victim, space: LabelSpace,
             "chunk": chunk,
         },
     }
+    for other in config.evaluators:
+        evaluator = evaluators[other.id]
+        sections[f"evaluators.{other.id}"] = _model_identity(other, evaluator.model, evaluator.space)
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     # Through JSON, so that it equals what a manifest gives back.
     identity: dict[str, Any] = json.loads(json.dumps({"format": FORMAT_VERSION, **flat}, default=str))

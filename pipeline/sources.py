@@ -24,6 +24,7 @@ from PIL import Image
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.images import Opener, UndecodableError
+from pipeline.origins import DIGITS, UNKNOWN, Origin, card_license, revision_of
 
 UNLABELLED = -1
 # Evenly spaced images whose bytes enter a source's digest; sizes and labels of all rows enter it too.
@@ -61,13 +62,14 @@ class Source:
 
     `classes` is None where the dataset does not name its classes; then its labels are the model's own
     indices. `kept` maps carried-through columns to their `datasets` features. `digest` changes when the
-    content does, and not when the dataset moves.
+    content does, and not when the dataset moves. `origin` is for the card.
     """
 
     splits: tuple[Split, ...]
     classes: tuple[str, ...] | None
     digest: str
     kept: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = UNKNOWN
 
 
 def open_source(config: SourceConfig, *, need_labels: bool) -> Source:
@@ -147,6 +149,7 @@ def _open_digits(config: SourceConfig, need_labels: bool) -> Source:
         splits=tuple(Split(name, labels, ArrayRows(images)) for name, (images, labels) in arrays.items()),
         classes=_class_names(config, CLASSES),
         digest=_digest(part for images, labels in arrays.values() for part in (images.tobytes(), labels.tobytes())),
+        origin=DIGITS,
     )
 
 
@@ -200,6 +203,7 @@ def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
         ),
         classes=_class_names(config, classes),
         digest=_digest([*listing, *sampled]),
+        origin=Origin(name=root.resolve().name),
     )
 
 
@@ -271,6 +275,7 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
         splits=tuple(Split(name, labels[name], ItemRows(datasets[name])) for name in names),
         classes=_class_names(config, named),
         digest=_digest([str(config.path), json.dumps(options, sort_keys=True, default=str), *content]),
+        origin=Origin(name=str(config.path), credit=f"torchvision.datasets.{config.path}"),
     )
 
 
@@ -394,6 +399,26 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
         classes=classes,
         digest=_digest([*content, json.dumps(sorted(config.keep_columns))]),
         kept={name: first.features[name] for name in config.keep_columns},
+        origin=_huggingface_origin(config, first),
+    )
+
+
+def _huggingface_origin(config: SourceConfig, dataset: Any) -> Origin:
+    """What a dataset of the Hub, or a local copy of one, says of itself; nothing is asked of the network for it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path, stated = str(config.path), str(dataset.info.license or "").strip() or None
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return Origin(name=folder.resolve().name, license=stated or card_license(folder / "README.md"))
+    revision = revision_of(dataset.cache_files)
+    # `datasets` has just read the card of that commit.
+    card = try_to_load_from_cache(path, "README.md", repo_type="dataset", revision=revision)
+    return Origin(
+        name=path.rpartition("/")[2],
+        repository=path,
+        revision=revision,
+        license=stated or (card_license(Path(card)) if isinstance(card, str) else None),
     )
 
 

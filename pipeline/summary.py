@@ -1,11 +1,13 @@
 """`fgsm inspect`: what a dataset holds, as a table, from the counts in its receipts alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.manifest import Manifest, Subset, require_manifest, summarise
 from pipeline.outputs import OutputFolder, committed, subset_name
 
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
+EVALUATOR_HEAD = ("split", "subset", "evaluator", "accuracy", "fooled", "transferred")
 
 
 def inspect(path: Path) -> str:
@@ -24,9 +26,18 @@ def summary_table(manifest: Manifest) -> str:
     """Per split and epsilon: rows, accuracy, mean confidence, fooled rows and bytes.
 
     Accuracy is over labelled rows; `fooled` counts rows predicted right when clean and wrong now, or, in a
-    targeted run, predicted as the target.
+    targeted run, predicted as the target. Evaluators have a table of their own: `transferred` counts what fools the
+    victim and this evaluator, of what fools the victim and is right for the evaluator when clean.
     """
-    rows = [HEAD, *map(_cells, manifest.subsets)]
+    lines = _aligned([HEAD, *map(_cells, manifest.subsets)])
+    others = [_evaluator_cells(subset, name) for subset in manifest.subsets for name in subset.evaluators]
+    if others:
+        lines += ["", *_aligned([EVALUATOR_HEAD, *others])]
+    return "\n".join([*lines, "", *_notes(manifest)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns, the first three to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -35,7 +46,20 @@ def summary_table(manifest: Manifest) -> str:
         )
         for row in rows
     ]
-    return "\n".join(line.rstrip() for line in [*lines, "", *_notes(manifest)])
+    return [line.rstrip() for line in lines]
+
+
+def _evaluator_cells(subset: Subset, name: str) -> tuple[str, ...]:
+    counts = subset.evaluators[name]
+    share = f" ({counts.transferred / counts.exposed:.1%})" if counts.exposed else ""
+    return (
+        subset.split,
+        subset_name(subset.level),
+        name,
+        f"{counts.correct / subset.labelled:.2%}" if subset.labelled else "-",
+        f"{counts.fooled:,}" if subset.level else "-",
+        f"{counts.transferred:,} of {counts.exposed:,}{share}" if subset.level else "-",
+    )
 
 
 def _cells(subset: Subset) -> tuple[str, ...]:

@@ -26,29 +26,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.card import card_agrees, write_summaries
-from pipeline.columns import kept_columns
-from pipeline.compute import Attacker, compile_victim, own_copy
+from pipeline.columns import evaluator_columns, kept_columns
+from pipeline.compute import compile_victim, own_copy
+from pipeline.config import EvaluatorConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.fgsm import Goal
 from pipeline.images import UndecodableError, decode_image
 from pipeline.labels import LabelSpace
 from pipeline.lanes import Lanes, available_cores, chunk_images
-from pipeline.manifest import Manifest, require_manifest, summarise
+from pipeline.manifest import Manifest, Space, require_manifest, summarise
 from pipeline.outputs import (
+    EvaluatorCounts,
     FileEntry,
+    LevelCounts,
     OutputFolder,
     Receipt,
     committed,
+    count_evaluator,
     read_receipts,
     shard_file,
     subset_name,
     writing,
 )
 from pipeline.plan import Plan, Shard
-from pipeline.records import LAYOUTS, Scores, score
-from pipeline.runs import choose_device, versions
+from pipeline.records import LAYOUTS, Opinion, Scores, opinions, score
+from pipeline.runs import Evaluator, choose_device, load_model, make_attacker, naming_evaluator, versions
 from pipeline.sources import UNLABELLED
-from pipeline.victims import Victim, load_victim
+from pipeline.victims import Victim
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +86,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class Judge:
-    """The victim that is asked again, and the environment in which it answers."""
+    """The models that are asked again, and the environment in which they answer."""
 
     victim: Victim
     space: LabelSpace
+    evaluators: dict[str, Evaluator]
     lanes: Lanes
     versions: dict[str, str]
     compiled_alike: bool
@@ -131,23 +136,33 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
         device = choose_device(config.runtime.device, precision)
     except ConfigError:
         device = choose_device("auto")
-    victim, _ = load_victim(config.model, seed=config.runtime.seed, device=device, bf16=precision == "bf16")
+    victim = load_model(config.model, config, device)
     if victim.digest != manifest.identity["model.content"]:
         raise ConfigError(
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
-    compiled_alike = not config.runtime.compile or _compiles(victim, manifest, device)
+    evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
+    compiled_alike = not config.runtime.compile or _compiles(victim, evaluators, manifest, device)
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
     if device.type == config.runtime.device:
         chunk = manifest.identity["runtime.chunk"]
     with Lanes(device, chunk) as lanes:
-        yield Judge(victim, _space(manifest), lanes, versions(device), compiled_alike)
+        space = _space(manifest, manifest)
+        yield Judge(victim, space, evaluators, lanes, versions(device), compiled_alike)
 
 
-def _compiles(victim: Victim, manifest: Manifest, device: torch.device) -> bool:
-    """Compile the victim as the run's was; where that fails it runs as it is, with other last digits."""
+def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Evaluator:
+    with naming_evaluator(config.id):
+        model = load_model(config, manifest.resolved, device)
+        if model.digest != manifest.identity[f"evaluators.{config.id}.content"]:
+            raise ConfigError("it has changed since the run, so it cannot be asked again.")
+    return Evaluator(model, _space(manifest, manifest.evaluators[config.id]))
+
+
+def _compiles(victim: Victim, evaluators: Mapping[str, Evaluator], manifest: Manifest, device: torch.device) -> bool:
+    """Compile the models as the run's were; where that fails they run as they are, with other last digits."""
     config = manifest.resolved
-    attacker = Attacker(victim, Goal(), config.attack.levels, LAYOUTS[config.output.layout].stored)
+    attacker = make_attacker(config, victim, Goal(), evaluators)
     try:
         compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
     except PipelineError as error:
@@ -156,13 +171,13 @@ def _compiles(victim: Victim, manifest: Manifest, device: torch.device) -> bool:
     return True
 
 
-def _space(manifest: Manifest) -> LabelSpace:
-    """How labels and predictions of the run translate."""
+def _space(manifest: Manifest, model: Manifest | Space) -> LabelSpace:
+    """How labels and predictions of a model translate; the victim's stand in the manifest itself."""
     return LabelSpace(
         manifest.dataset_classes,
-        np.array(manifest.to_model),
-        manifest.recorded_classes,
-        np.array(manifest.to_recorded),
+        np.array(model.to_model),
+        model.recorded_classes,
+        np.array(model.to_recorded),
     )
 
 
@@ -210,14 +225,22 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
         write_summaries(folder, manifest)
 
 
-def _look_again(victim: Victim, *chunk: Tensor) -> Tensor:
-    """Logits (1 + K, M, classes) of the valid rows of a chunk: 1 + K times (N, C, H, W) uint8, then (N,) bool."""
+def _look_again(victim: Victim, evaluators: Sequence[Victim], *chunk: Tensor) -> list[Tensor]:
+    """Each model's logits (1 + K, M, classes) of the valid rows of a chunk, the victim's first.
+
+    Args:
+        victim: the victim.
+        evaluators: those that looked at the same images.
+        chunk: 1 + K times (N, C, H, W) uint8, then (N,) bool.
+    """
     *images, valid = chunk
     # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
     # that, with other last digits.
     own = own_copy(victim)
     clean = own(own.unit(images[0]).requires_grad_()).detach()
-    return torch.stack([clean, *map(own.predict, images[1:])])[:, valid].cpu()
+    answers = [torch.stack([clean, *map(own.predict, images[1:])])]
+    answers += [torch.stack([*map(model.predict, images)]) for model in map(own_copy, evaluators)]
+    return [logits[:, valid].cpu() for logits in answers]
 
 
 class _DamageError(Exception):
@@ -250,6 +273,7 @@ class _Checker:
         self.tolerance = TOLERANCE[manifest.resolved.runtime.precision]
         # What does not depend on epsilon.
         self.shared = ("label", "source_index", *kept_columns(self.schema.names))
+        self.evaluators = tuple(manifest.evaluators)
 
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
@@ -286,13 +310,14 @@ class _Checker:
         if sum(counts) != receipt.rows or len(skipped) + receipt.rows != len(shard):
             raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
         tables = zip(*(self._read(entry.path, counts) for entry in receipt.files), strict=True)
-        totals = np.zeros((len(self.levels), 3), dtype=np.int64)
+        width = 3 + len(EvaluatorCounts.model_fields) * len(self.evaluators)
+        totals = np.zeros((len(self.levels), width), dtype=np.int64)
         for place, mask, subsets in zip(places, masks, tables, strict=True):
             rows = self.plan.rows(shard)[place][mask]
             totals += self._check_batch(shard, rows, mask, subsets)
-        there = [(count.level, count.rows, count.labelled, count.correct, count.fooled) for count in receipt.counts]
+        there = [(count.level, count.rows, self._flat(count)) for count in receipt.counts]
         for name, level, found in zip(self._names(shard), self.levels, totals.tolist(), strict=True):
-            if (level, receipt.rows, *found) not in there:
+            if (level, receipt.rows, found) not in there:
                 raise _DamageError(f"{name} has other counts than its receipt.")
         self.findings.rows += receipt.rows * len(self.stored)
         self.findings.skipped += len(skipped)
@@ -328,7 +353,7 @@ class _Checker:
     def _check_batch(
         self, shard: Shard, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
     ) -> NDArray[np.int64]:
-        """Check one batch of every subset; (1 + K, 3) counts of labelled, correct and fooled."""
+        """Check one batch of every subset; (1 + K, n) counts, as `_flat` orders them."""
         files = [shard_file(subset, shard) for subset in self.stored]
         if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
             raise _DamageError(f"{files[0]} holds other source rows than the plan says.")
@@ -342,11 +367,37 @@ class _Checker:
             if outside:
                 self.findings.outside_ball += outside
                 raise _DamageError(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
-            labelled = len(rows) - table.column("label").null_count
-            totals.append([labelled, *(int(_column(table, flag, False).sum()) for flag in ("correct", "fooled"))])
+            totals.append(self._count(level, table, tables[0]))
         if self.judge is not None and len(rows):
             self._recompute(self.judge, names, mask, images, tables)
         return np.array(totals)
+
+    def _count(self, level: int, table: pa.Table, clean: pa.Table) -> list[int]:
+        """What a batch's rows at one epsilon add up to."""
+        known = np.asarray(table.column("label").is_valid())
+        correct, fooled = (_column(table, flag, False).astype(np.bool_) for flag in ("correct", "fooled"))
+        evaluators = {}
+        for name in self.evaluators:
+            _, right = evaluator_columns(name)
+            before, now = (_column(rows, right, False).astype(np.bool_)[known] for rows in (clean, table))
+            evaluators[name] = count_evaluator(before, now, fooled[known])
+        return self._flat(
+            LevelCounts(
+                level=level,
+                rows=len(known),
+                labelled=int(known.sum()),
+                correct=int(correct.sum()),
+                fooled=int(fooled.sum()),
+                confidence_sum=0.0,
+                evaluators=evaluators,
+            )
+        )
+
+    def _flat(self, counts: LevelCounts) -> list[int]:
+        """Whole numbers of one epsilon that its rows must add up to, evaluators last."""
+        evaluators = [counts.evaluators.get(name, EvaluatorCounts()) for name in self.evaluators]
+        values = [value for evaluator in evaluators for value in evaluator.model_dump().values()]
+        return [counts.labelled, counts.correct, counts.fooled, *values]
 
     def _unpack(self, files: Sequence[str], subsets: Sequence[pa.Table]) -> tuple[list[Tensor], list[pa.Table]]:
         """The images at every epsilon, 1 + K times (M, C, H, W) uint8, and what is recorded of them."""
@@ -382,6 +433,8 @@ class _Checker:
             "fooled": fooled,
             **({"target": nowhere if level else everywhere} if self.targeted else {}),
         }
+        for evaluator in self.evaluators:
+            expected |= dict(zip(evaluator_columns(evaluator), (nowhere, unlabelled), strict=True))
         for column, nulls in expected.items():
             if not table.column(column).is_null().equals(pa.chunked_array(nulls)):
                 raise _DamageError(f"{name} has a {column} that is null in other rows than it should be.")
@@ -403,7 +456,7 @@ class _Checker:
         images: Sequence[Tensor],
         subsets: Sequence[pa.Table],
     ) -> None:
-        """Ask the victim again, in the same batch of the same shape, with the same holes."""
+        """Ask the models again, in the same batch of the same shape, with the same holes."""
         slots = torch.from_numpy(np.flatnonzero(mask))
         valid = torch.zeros(self.plan.batch_size, dtype=torch.bool)
         valid[slots] = True
@@ -412,20 +465,32 @@ class _Checker:
             batch = torch.zeros((self.plan.batch_size, *self.shape), dtype=torch.uint8)
             batch[slots] = pixels
             padded.append(batch)
-        futures = judge.lanes.submit(partial(_look_again, judge.victim), *padded, valid=valid)
+        models = [evaluator.model for evaluator in judge.evaluators.values()]
+        futures = judge.lanes.submit(partial(_look_again, judge.victim, models), *padded, valid=valid)
         try:
-            logits = torch.cat([future.result() for future in futures], 1)
+            chunks = [future.result() for future in futures]
         except torch.OutOfMemoryError as error:
             raise PipelineError(
                 f"A batch of {self.plan.batch_size}, as the run had it, does not fit in this device's memory; free "
                 "what else uses it, or verify on the machine of the run."
             ) from error
+        logits, *others = (torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
         labels = torch.from_numpy(_column(subsets[0], "label", UNLABELLED).astype(np.int64))
         again = score(logits, labels, self._target(judge, subsets), judge.space)
-        margins = logits.topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
-        close = (margins < self.tolerance).numpy()
+        close = self._close(logits)
         for index, (name, table) in enumerate(zip(names, subsets, strict=True)):
             self._compare(again, index, name, table, close)
+        for (evaluator, opened), answers in zip(judge.evaluators.items(), others, strict=True):
+            (opinion,) = opinions(answers.argmax(-1)[None], labels, {evaluator: opened.space}).values()
+            close = self._close(answers)
+            for index, (name, table) in enumerate(zip(names, subsets, strict=True)):
+                self._compare_opinion(evaluator, opinion, index, name, table, close[index])
+
+    def _close(self, logits: Tensor) -> NDArray[np.bool_]:
+        """(1 + K, M): whether a prediction may fall otherwise outside the recorded environment."""
+        margins = logits.topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
+        close: NDArray[np.bool_] = (margins < self.tolerance).numpy()
+        return close
 
     def _target(self, judge: Judge, subsets: Sequence[pa.Table]) -> Tensor | None:
         """The recorded targets as model indices; None for the plain attack."""
@@ -434,19 +499,37 @@ class _Checker:
         recorded = _column(subsets[-1], "target", 0).astype(np.int64)
         return torch.from_numpy(np.argsort(judge.space.to_recorded)[recorded])
 
-    def _compare(self, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]) -> None:
+    def _compare_predictions(
+        self, expected: NDArray[np.int64], column: str, name: str, table: pa.Table, close: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Compare one model's predictions at one epsilon; (M,) those that fell otherwise on a near tie."""
         findings = self.findings
-        differs = _column(table, "prediction", -1) != again.prediction[index]
-        ties = np.zeros_like(differs) if self.exact else differs & close[index]
+        differs = _column(table, column, -1) != expected
+        ties: NDArray[np.bool_] = np.zeros_like(differs) if self.exact else differs & close
         wrong = differs & ~ties
         findings.recomputed += len(differs)
         findings.near_ties += int(ties.sum())
         findings.mismatches += int(wrong.sum())
         if wrong.any():
             row = int(table.column("source_index")[int(wrong.argmax())].as_py())
+            of = "" if column == "prediction" else f" in {column}"
             raise _DamageError(
-                f"{name} records {int(wrong.sum())} predictions that its pixels do not give; the first is row {row}."
+                f"{name} records {int(wrong.sum())} predictions{of} that its pixels do not give; "
+                f"the first is row {row}."
             )
+        return ties
+
+    def _compare_opinion(
+        self, evaluator: str, opinion: Opinion, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]
+    ) -> None:
+        prediction, correct = evaluator_columns(evaluator)
+        ties = self._compare_predictions(opinion.prediction[index], prediction, name, table, close)
+        known = np.asarray(table.column("label").is_valid()) & ~ties
+        if (_column(table, correct, False).astype(np.bool_) != opinion.correct[index])[known].any():
+            raise _DamageError(f"{name} has a wrong value in {correct}.")
+
+    def _compare(self, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]) -> None:
+        ties = self._compare_predictions(again.prediction[index], "prediction", name, table, close[index])
         # What follows from a prediction that lay on a tie cannot be held against it, nor on the clean one's.
         checked = ~(ties | (close[0] & (not self.exact)))
         labelled, known = again.labelled & checked, again.fooled_known(index) & checked

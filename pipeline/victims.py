@@ -23,6 +23,10 @@ from pipeline.checkpoints import load_checkpoint
 from pipeline.config import Interpolation, ModelConfig, PreprocessConfig, is_checkpoint, is_factory_file
 from pipeline.errors import ConfigError, first_line
 
+# The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
+# of a process, in two batch sizes.
+COMPILED_FORMS = 256
+
 
 class Victim(nn.Module):
     """A frozen classifier of images in [0, 1].
@@ -87,19 +91,25 @@ class Victim(nn.Module):
         done ahead): ResNet-20 in bf16 took 46 ms a chunk as it is, 40 compiled, 30 compiled and frozen. If
         the context fails the victim runs as it is.
         """
-        import torch._inductor.config as inductor  # the compiler takes a second to import
+        import torch._dynamo.config as dynamo  # the compiler takes a second to import
+        import torch._inductor.config as inductor
 
         # On a CPU: code that is called from C++ lets go of the GIL; called from Python, one lane holds up the others.
         options: dict[str, Any] = {"cpp_wrapper": True} if self.mean.device.type == "cpu" else {}
-        compiled = torch.compile(self._logits_of_pixels, dynamic=False, options=options)
+        differentiable = torch.compile(self._logits, dynamic=False, options=options)
+        inferred = torch.compile(self._logits_of_pixels, dynamic=False, options=options)
+
+        # Settings of the compiler do not reach other threads, so they are made for each call.
+        def patient(images: Tensor) -> Tensor:
+            with dynamo.patch(recompile_limit=COMPILED_FORMS):
+                return differentiable(images)
 
         def frozen(images_u8: Tensor) -> Tensor:
-            # As an option of torch.compile it does not reach the tracer, and set once it does not reach other threads.
-            with inductor.patch(freezing=True):
-                return compiled(images_u8)
+            # As an option of torch.compile `freezing` does not reach the tracer.
+            with dynamo.patch(recompile_limit=COMPILED_FORMS), inductor.patch(freezing=True):
+                return inferred(images_u8)
 
-        self._differentiable = torch.compile(self._logits, dynamic=False, options=options)
-        self._inferred = frozen
+        self._differentiable, self._inferred = patient, frozen
         try:
             yield
             self.compiled = True
@@ -107,8 +117,10 @@ class Victim(nn.Module):
             self._differentiable, self._inferred = self._logits, self._logits_of_pixels
             raise
 
-    def count_classes(self, shape: tuple[int, int, int]) -> int:
+    def count_classes(self, shape: tuple[int, int, int], *, attacked: bool = True) -> int:
         """The number of classes, found by running one black image of that (C, H, W) forward and back.
+
+        A model that is not attacked need not let a gradient through.
 
         Raises:
             ConfigError: the model does not take such images, does not return logits, or lets no gradient through.
@@ -126,6 +138,8 @@ class Victim(nn.Module):
                 f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "
                 "of two classes or more are needed."
             )
+        if not attacked:
+            return int(logits.shape[1])
         reached = torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] if logits.requires_grad else None
         if reached is None:
             raise ConfigError("model: no gradient reaches its input; does it run under torch.no_grad or detach?")

@@ -235,6 +235,23 @@ def test_a_compiled_run_resumes_and_verifies_exactly(
     assert "the run was begun with a compiled victim. Mend the compiler" in result.stderr
 
 
+def test_every_model_of_a_process_is_compiled(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, factory_file: Path
+) -> None:
+    """The compiler counts how often it meets the same code, and runs it as it is from the ninth time on."""
+    monkeypatch.setattr(logging.getLogger("torch._dynamo"), "propagate", True)
+    models = [
+        load_victim(ModelConfig(kind="factory", name=f"{factory_file}:make"), seed=seed, device=CPU)[0]
+        for seed in range(3)
+    ]
+    images = torch.zeros((4, 3, 16, 16), dtype=torch.uint8)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for model in models:
+            with model.compiling():
+                model.predict(images)
+    assert not [record for record in caplog.records if "recompile_limit" in record.getMessage()]
+
+
 def test_auto_goes_on_without_a_compiler_and_says_so_once(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

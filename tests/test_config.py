@@ -479,11 +479,6 @@ def test_the_contract_s_defaults_are_accepted() -> None:
     parse_config({**small(source=source, runtime=runtime), "evaluators": []})
 
 
-def test_evaluators_are_refused_for_now() -> None:
-    with pytest.raises(ConfigError, match=r"^evaluators: this version has none yet"):
-        parse_config({**small(), "evaluators": [{"id": "b", "kind": "digits"}]})
-
-
 def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("source: {kind: digits}\nmodel: {kind: digits}\nsource: {kind: digits, limit: 3}\n")

@@ -39,9 +39,10 @@ def test_a_shipped_config_is_valid_and_commented(name: str) -> None:
 
 
 def test_the_readme_s_config_is_valid(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    examples = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     path = tmp_path / "config.yaml"
-    path.write_text(example)
+    path.write_text("".join(examples))
     config = load_config(str(path))
+    assert [evaluator.id for evaluator in config.evaluators] == ["vit", "robust"]
     assert config.attack.levels == (1, 2, 4, 8)
     assert config.model.name == f"{tmp_path}/resnet20.py:make"

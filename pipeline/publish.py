@@ -1,0 +1,439 @@
+"""Publish: the dataset to the Hugging Face Hub, and the proof that it arrived.
+
+The Parquet files go first, by the client's path for large folders: in several commits, resumed where they stopped.
+What says what they are (card, manifest, report and its pictures) follows in one commit: until then nobody can load a
+part of the dataset and take it for the whole. Then the repository is listed, and published is what it holds with the
+sizes and digests that were verified here.
+
+A repository is ours if its manifest is of this run, or if it holds nothing but files of this dataset, byte for byte:
+that is a first upload that was cut off.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names them only by importing them
+    build_hf_headers,
+    disable_progress_bars,
+    hf_raise_for_status,
+    http_backoff,
+    httpx,
+    validate_repo_id,
+)
+
+from pipeline import __version__
+from pipeline.card import moved_card
+from pipeline.errors import ConfigError, PipelineError, first_line, listing
+from pipeline.manifest import Manifest, require_manifest
+from pipeline.outputs import OutputFolder, reported_receipts, write_atomically
+from pipeline.summary import human_bytes
+from pipeline.verify import verify
+
+# Seconds between our attempts at what fails for a passing reason. The client makes its own within each, but for none
+# of creating, listing and committing through LFS.
+PAUSES = (2.0, 20.0, 120.0)
+# Seconds without a byte after which a connection counts as lost; the client itself would wait for ever.
+STALL_SECONDS = 300.0
+# Made by Git's host for every repository.
+ATTRIBUTES = ".gitattributes"
+# Files of ours by their names: where the Hub has one that the dataset does not, it is left from an earlier upload.
+OURS = (
+    r"(clean|eps-\d+|signs)/[^/]+\.parquet|report\.html|assets/(accuracy|confidence|examples|confusion|transfer)\.png"
+)
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of the dataset, with the digest that verification found."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+
+def publish(path: Path, repo_id: str, *, private: bool = True) -> str:
+    """Upload a dataset, or what of it the repository does not hold yet, and check that all of it is there.
+
+    Args:
+        path: the output folder of a complete dataset.
+        repo_id: `user/name`.
+        private: of a repository that is created; one that is there keeps its visibility.
+
+    Returns:
+        The address of the dataset.
+
+    Raises:
+        ConfigError: the id is none, the folder holds no dataset, there is no token, or the repository is not ours.
+        PipelineError: the dataset is damaged or incomplete, or the Hub or the connection to it failed.
+    """
+    _check_id(repo_id)
+    folder, manifest = _verified(path)
+    repository = _Repository(repo_id, _token())
+    with _client_log(repository.token):
+        there = repository.files()
+        if there is None:
+            repository.create(private)
+            there = repository.files() or {}
+        else:
+            repository.check_visibility(private)
+        _check_ours(repository, folder, manifest, there)
+        _move_card(folder, manifest, repo_id)
+        if reported_receipts(folder) != manifest.receipts:
+            _report(folder, manifest)
+        files = list_files(folder, manifest)
+        _upload(repository, folder, files, there)
+        _check_arrived(repository, files)
+    return repository.url
+
+
+def dry_run(path: Path, repo_id: str) -> str:
+    """What `publish` would upload, as a table of sizes and names. Asks nobody, and writes nothing.
+
+    Raises:
+        ConfigError, PipelineError: as `publish`, as far as that can be known without the Hub.
+    """
+    _check_id(repo_id)
+    folder, manifest = _verified(path)
+    files = list_files(folder, manifest)
+    sizes = [human_bytes(file.bytes) for file in files.values()]
+    total = f"{len(files):,} files, {human_bytes(sum(file.bytes for file in files.values()))}, for {repo_id}"
+    width = max(map(len, sizes))
+    lines = [f"{size:>{width}}  {name}" for size, name in zip(sizes, files, strict=True)]
+    if reported_receipts(folder) != manifest.receipts:
+        lines.append(f"{'?':>{width}}  report.html and assets/, which publishing makes anew")
+    return "\n".join([*lines, "", total])
+
+
+def _check_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        sound = repo_id.count("/") == 1
+    except HFValidationError:
+        sound = False
+    if not sound:
+        raise ConfigError(
+            f"{repo_id!r} is not the id of a dataset on the Hub; write it as user/name, of letters, digits, ., _ and -."
+        )
+
+
+def _verified(path: Path) -> tuple[OutputFolder, Manifest]:
+    """The dataset in a folder, all of it checked but for what the victim would say again."""
+    folder = OutputFolder(path)
+    manifest = require_manifest(folder)
+    logger.info("Verifying %s.", folder.root)
+    findings = verify(path)
+    if findings.problems:
+        mend = "; then publish again"
+        if findings.missing:
+            mend = "; run the generate command that made it"
+        if findings.damaged:
+            mend = f"; run fgsm verify {path} --repair and then the generate command that made it"
+        # That manifest and card do not agree follows from what is damaged or missing.
+        causes = [problem for problem in findings.problems if "generate writes it again" not in problem]
+        first, *others = causes or findings.problems
+        more = f" (and {len(others)} problems more)" if others else ""
+        raise PipelineError(f"{path} cannot be published: {first.rstrip('.')}{more}{mend}.")
+    return folder, manifest
+
+
+def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, LocalFile]:
+    """The files that are published, by their names in the repository: never `.run/`, nor what else lies about."""
+    files = {
+        entry.path: LocalFile(folder.path(entry.path), entry.bytes, entry.sha256)
+        for entry in sorted(manifest.files, key=lambda entry: entry.path)
+    }
+    pictures = sorted(path for path in folder.assets.glob("[!.]*") if path.is_file())
+    for path in (folder.card, folder.manifest, folder.report, *pictures):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[path.relative_to(folder.root).as_posix()] = LocalFile(path, path.stat().st_size, digest)
+    return files
+
+
+def _token() -> str:
+    """The token as the client finds it: in the environment, or where `hf auth login` put it."""
+    token = get_token()
+    if token is None:
+        raise ConfigError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
+    if not re.fullmatch(r"[!-~]+", token):
+        # An error of the HTTP library would show it.
+        raise ConfigError("The token for the Hub holds characters that no token has; log in again, or mend HF_TOKEN.")
+    return token
+
+
+def _check_ours(
+    repository: "_Repository", folder: OutputFolder, manifest: Manifest, there: Mapping[str, RepoFile]
+) -> None:
+    """Refuse a repository that holds anything else than this run."""
+    advice = "choose another repository; nothing was uploaded"
+    if folder.manifest.name in there:
+        run_id = repository.run_id(folder.manifest.name)
+        if run_id != manifest.run_id:
+            what = f"another run ({run_id}, this one is {manifest.run_id})" if run_id else "a manifest that is not ours"
+            raise ConfigError(f"{repository.id} holds {what}; {advice}.")
+        return
+    files = list_files(folder, manifest)
+    strange = [
+        path
+        for path, file in there.items()
+        if path != ATTRIBUTES and not (path in files and _is_same(files[path], file))
+    ]
+    if strange:
+        raise ConfigError(f"{repository.id} holds other files already ({listing(strange, 3)}); {advice}.")
+
+
+def _move_card(folder: OutputFolder, manifest: Manifest, repo_id: str) -> None:
+    """Let the card's examples load from the Hub."""
+    text = folder.card.read_text(encoding="utf-8")
+    moved = moved_card(text, manifest, repo_id)
+    if moved != text:
+        write_atomically(folder.card, moved)
+
+
+def _report(folder: OutputFolder, manifest: Manifest) -> None:
+    from pipeline.report import write_report  # and with it matplotlib, which is seldom needed here
+
+    logger.info("Making the report.")
+    write_report(folder, manifest)
+
+
+def _upload(
+    repository: "_Repository", folder: OutputFolder, files: Mapping[str, LocalFile], there: Mapping[str, RepoFile]
+) -> None:
+    """Send what is not there, the data first; remove what an earlier upload left."""
+    missing = [path for path, file in files.items() if not (path in there and _is_same(file, there[path]))]
+    stale = [path for path in there if path not in files and re.fullmatch(OURS, path)]
+    if others := [path for path in there if path not in files and path not in (*stale, ATTRIBUTES)]:
+        logger.info("Left as they are, not of this dataset: %s.", listing(others))
+    if not missing and not stale:
+        logger.info("All %d files are already there.", len(files))
+        return
+    size = human_bytes(sum(files[path].bytes for path in missing))
+    logger.info("Uploading %d of %d files, %s, to %s.", len(missing), len(files), size, repository.id)
+    data = [path for path in missing if path.endswith(".parquet")]
+    if data:
+        # By folders: the client compares every name with every pattern. What is there already it finds out itself.
+        repository.upload(folder.root, sorted({f"{path.rpartition('/')[0]}/*.parquet" for path in data}))
+    rest = [path for path in missing if path not in set(data)]
+    if rest or stale:
+        if stale:
+            logger.info("Removing what an earlier upload left: %s.", listing(stale))
+        repository.commit({path: files[path].path for path in rest}, stale)
+
+
+def _check_arrived(repository: "_Repository", files: Mapping[str, LocalFile]) -> None:
+    """Published is what the Hub lists with the names, sizes and digests that were verified here."""
+    there = repository.files() or {}
+    wrong = [path for path, file in files.items() if not (path in there and _is_same(file, there[path]))]
+    wrong += [path for path in there if path not in files and re.fullmatch(OURS, path)]
+    if wrong:
+        raise PipelineError(
+            f"{repository.id} does not hold what was verified here: {listing(wrong)}; run the same command again."
+        )
+
+
+def _is_same(local: LocalFile, remote: RepoFile) -> bool:
+    """Whether the Hub's file has the same size and content: LFS and Xet say its sha256, Git the sha1 of its blob."""
+    if local.bytes != remote.size:
+        return False
+    if remote.lfs is not None:
+        return bool(local.sha256 == remote.lfs.sha256)
+    blob = hashlib.sha1(b"blob %d\0" % local.bytes, usedforsecurity=False)
+    with local.path.open("rb") as file:
+        while block := file.read(1 << 20):
+            blob.update(block)
+    return bool(blob.hexdigest() == remote.blob_id)
+
+
+class _Repository:
+    """A dataset repository of the Hub. What fails for a passing reason is tried again; what fails is one sentence."""
+
+    def __init__(self, repo_id: str, token: str) -> None:
+        self.id, self.token = repo_id, token
+        self.api = HfApi(token=token, library_name="fgsm-pipeline", library_version=__version__)
+        self.url = f"{self.api.endpoint}/datasets/{repo_id}"
+
+    def files(self) -> dict[str, RepoFile] | None:
+        """What it holds, by path; None where there is no such repository, or none that this token may see."""
+
+        def ask() -> dict[str, RepoFile] | None:
+            try:
+                tree = self.api.list_repo_tree(self.id, recursive=True, repo_type="dataset")
+                return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            except RepositoryNotFoundError:
+                return None
+
+        return self._ask(ask)
+
+    def create(self, private: bool) -> None:
+        """Create it; where it has been created meanwhile, that is as well."""
+        self._ask(lambda: self.api.create_repo(self.id, repo_type="dataset", private=private, exist_ok=True))
+        logger.info("Created %s, %s.", self.id, "private" if private else "public")
+
+    def check_visibility(self, private: bool) -> None:
+        """Say so where it is seen by others than asked for; changing that is its owner's business."""
+        is_private = self._ask(lambda: self.api.repo_info(self.id, repo_type="dataset")).private
+        if bool(is_private) != private:
+            logger.warning(
+                "%s is there already, and is %s; it stays so. Its settings on the Hub change that.",
+                self.id,
+                "private" if is_private else "public",
+            )
+
+    def run_id(self, manifest: str) -> str | None:
+        """The run of the manifest that it holds; None where that is not one of ours."""
+
+        def ask() -> bytes:
+            address = f"{self.url}/resolve/main/{manifest}"
+            answer = http_backoff("GET", address, headers=build_hf_headers(token=self.token))
+            hf_raise_for_status(answer)
+            return bytes(answer.content)
+
+        try:
+            content = json.loads(self._ask(ask))
+        except ValueError:
+            return None
+        run_id = content.get("run_id") if isinstance(content, dict) else None
+        return run_id if isinstance(run_id, str) else None
+
+    def upload(self, folder: Path, patterns: Sequence[str]) -> None:
+        """Upload the files of a folder that match, but for those that are there."""
+        self._ask(
+            lambda: self.api.upload_folder(
+                repo_id=self.id,
+                repo_type="dataset",
+                folder_path=folder,
+                allow_patterns=list(patterns),
+                commit_message="Upload shards with fgsm-pipeline",
+            )
+        )
+
+    def commit(self, files: Mapping[str, Path], stale: Sequence[str]) -> None:
+        """Upload some files and delete others in one commit."""
+
+        def ask() -> None:
+            # The first attempt may have been heard, though its answer was lost: what is gone cannot be deleted.
+            left = [path for path in stale if path in (self.files() or {})] if stale else []
+            added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
+            with disable_progress_bars():  # a bar for each small file
+                self.api.create_commit(
+                    self.id,
+                    [*added, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in left)],
+                    commit_message="Upload card, manifest and report with fgsm-pipeline",
+                    repo_type="dataset",
+                )
+
+        self._ask(ask)
+
+    def _ask(self, call: Callable[[], Result]) -> Result:
+        for pause in (*PAUSES, None):
+            get_session().timeout = STALL_SECONDS
+            try:
+                return call()
+            except PipelineError:
+                raise
+            except Exception as error:  # a dozen exception types of three libraries; all mean the same here
+                sentence = self._sentence(error)
+                if pause is None or not _is_passing(error):
+                    shown = "".join(_messages(error))
+                    # What the Hub answers may quote the token, and --debug would show it.
+                    raise PipelineError(sentence) from (None if self.token in shown else error)
+                logger.warning("%s Trying again in %g s.", sentence, pause)
+                time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _sentence(self, error: BaseException) -> str:
+        """What went wrong, for a person."""
+        again = "run the same command again: what has arrived is not sent twice"
+        refused = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+        if refused is not None:
+            status, said = refused.response.status_code, first_line(Exception(refused.server_message or ""))
+            quoted = f" ({said})" if refused.server_message else ""
+            known = {
+                400: f"The Hub refuses what it was sent ({' '.join(str(error).split())[:300]})",
+                401: "The Hub does not accept the token; log in again with `hf auth login`, or mend HF_TOKEN",
+                403: f"The token may not write to {self.id}{quoted}; use one that has the right to, of that account",
+                429: f"The Hub answers too many requests at the moment; wait, and {again}",
+            }
+            unknown = f"The Hub answered {status}{quoted} about {self.id}; {again}"
+            return redact(known.get(status, unknown) + ".", self.token)
+        if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+            return "HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it."
+        if _is_passing(error):
+            return f"The connection to the Hub was lost; {again}."
+        reasons = dict.fromkeys(first_line(cause).rstrip(".") for cause in _causes(error))
+        return redact(f"{self.id}: the upload failed ({': '.join(reasons)}); {again}.", self.token)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and those that it came from: the client wraps what befalls a single file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _messages(error: BaseException) -> Iterator[str]:
+    return (str(cause) for cause in _causes(error))
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether it is worth another attempt: the connection, or a Hub that is busy or broken."""
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            status: int = cause.response.status_code
+            # Files are put into a storage, at addresses that expire; another attempt gets new ones.
+            return status in (408, 409, 412, 429) or status >= 500 or cause.response.request.method == "PUT"
+        if isinstance(cause, OfflineModeIsEnabled):
+            return False
+        # A page of HTML instead of an answer comes from a proxy before a Hub that is down.
+        if isinstance(cause, (httpx.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)):
+            return True
+    return False
+
+
+def redact(text: str, token: str) -> str:
+    """A message without the token, and without the signatures in the addresses that uploads go to."""
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text.replace(token, "***"))
+
+
+@contextlib.contextmanager
+def _client_log(token: str) -> Iterator[None]:
+    """Let the client's log go where ours goes, without secrets; where there is no terminal, with its progress."""
+
+    def clean(record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage(), token), ()
+        return True
+
+    client, ours = logging.getLogger("huggingface_hub"), logging.getLogger("pipeline")
+    former, level = client.handlers[:], client.level
+    client.handlers[:] = ours.handlers
+    for handler in ours.handlers:
+        handler.addFilter(clean)
+    if not sys.stderr.isatty():
+        # A line every 30 seconds: on a terminal it draws a bar instead.
+        client.setLevel(min(level, logging.INFO))
+    try:
+        yield
+    finally:
+        client.handlers[:] = former
+        client.setLevel(level)
+        for handler in ours.handlers:
+            handler.removeFilter(clean)
