@@ -244,11 +244,11 @@ def moved_card(text: str, manifest: Manifest, place: str) -> str:
         manifest: of the run that it describes.
         place: a Hub id.
     """
-    former = re.search(r'datasets\.load_dataset\("([^"\n]+)"', text)
-    if former is None:
-        return text
-    before, after = (render_card(manifest, where).split("\n") for where in (former[1], place))
-    moved = dict(zip(before, after, strict=True))
+    after = render_card(manifest, place).split("\n")
+    moved: dict[str, str] = {}
+    # Its owner may have added an example that loads something else.
+    for former in dict.fromkeys(re.findall(r'datasets\.load_dataset\("([^"\n]+)"', text)):
+        moved |= zip(render_card(manifest, former).split("\n"), after, strict=True)
     return "\n".join(moved.get(line, line) for line in text.split("\n"))
 
 

@@ -153,7 +153,10 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
 def publish(
     output: Output,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The dataset on the Hub: user/name.")],
-    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a repository that is created.")] = True,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Who sees a repository that is created; private by default."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
     debug: Debug = False,
 ) -> None:

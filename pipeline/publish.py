@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names them only by importing them
@@ -32,6 +32,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
     httpx,
     validate_repo_id,
 )
+from huggingface_hub.utils._http import default_client_factory  # it has no public name
 
 from pipeline import __version__
 from pipeline.card import moved_card
@@ -67,13 +68,13 @@ class LocalFile:
     sha256: str
 
 
-def publish(path: Path, repo_id: str, *, private: bool = True) -> str:
+def publish(path: Path, repo_id: str, *, private: bool | None = None) -> str:
     """Upload a dataset, or what of it the repository does not hold yet, and check that all of it is there.
 
     Args:
         path: the output folder of a complete dataset.
         repo_id: `user/name`.
-        private: of a repository that is created; one that is there keeps its visibility.
+        private: of a repository that is created, private by default; one that is there keeps its visibility.
 
     Returns:
         The address of the dataset.
@@ -85,12 +86,12 @@ def publish(path: Path, repo_id: str, *, private: bool = True) -> str:
     _check_id(repo_id)
     folder, manifest = _verified(path)
     repository = _Repository(repo_id, _token())
-    with _client_log(repository.token):
+    with _client_log(repository.token), _client_that_gives_up():
         there = repository.files()
         if there is None:
-            repository.create(private)
+            repository.create(private is not False)
             there = repository.files() or {}
-        else:
+        elif private is not None:
             repository.check_visibility(private)
         _check_ours(repository, folder, manifest, there)
         _move_card(folder, manifest, repo_id)
@@ -344,7 +345,6 @@ class _Repository:
 
     def _ask(self, call: Callable[[], Result]) -> Result:
         for pause in (*PAUSES, None):
-            get_session().timeout = STALL_SECONDS
             try:
                 return call()
             except PipelineError:
@@ -353,8 +353,8 @@ class _Repository:
                 sentence = self._sentence(error)
                 if pause is None or not _is_passing(error):
                     shown = "".join(_messages(error))
-                    # What the Hub answers may quote the token, and --debug would show it.
-                    raise PipelineError(sentence) from (None if self.token in shown else error)
+                    # It may quote the token, or the signature of an address, and --debug would show them.
+                    raise PipelineError(sentence) from (error if redact(shown, self.token) == shown else None)
                 logger.warning("%s Trying again in %g s.", sentence, pause)
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
@@ -412,6 +412,22 @@ def _is_passing(error: BaseException) -> bool:
 def redact(text: str, token: str) -> str:
     """A message without the token, and without the signatures in the addresses that uploads go to."""
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text.replace(token, "***"))
+
+
+@contextlib.contextmanager
+def _client_that_gives_up() -> Iterator[None]:
+    """Let no connection of the client be silent for ever, nor those of a session that it makes after a failure."""
+
+    def impatient() -> httpx.Client:
+        client = default_client_factory()
+        client.timeout = STALL_SECONDS
+        return client
+
+    set_client_factory(impatient)
+    try:
+        yield
+    finally:
+        set_client_factory(default_client_factory)
 
 
 @contextlib.contextmanager

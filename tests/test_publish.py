@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, get_session
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
 from pipeline.outputs import OutputFolder
-from pipeline.publish import redact
+from pipeline.publish import _client_that_gives_up, redact
 from tests.conftest import CLASSES, FACTORY, fgsm, png_bytes, random_pixels, write_parquet
 from tests.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
 from tests.test_generate import pixels, rows
@@ -397,20 +397,20 @@ def test_a_first_upload_that_was_cut_off_between_two_commits_is_ours(out: Path, 
     hub.repositories[ID].commits.append(part)
     hub.requests.clear()
     published(out, ID)
-    assert hub.repositories[ID].files == {**whole, ".gitattributes": whole[".gitattributes"]} or there(hub) == local(
-        out
-    )
+    assert there(hub) == local(out)
     assert hub.asked("PUT") == []
 
 
 def test_a_repository_keeps_its_visibility(out: Path, hub: Hub) -> None:
     hub.repositories[ID] = Repository(private=False)
-    assert f"{ID} is there already, and is public; it stays so" in published(out, ID)
+    assert f"{ID} is there already, and is public; it stays so" in published(out, ID, "--private")
     assert not hub.repositories[ID].private
     hub.repositories[ID] = Repository(private=True)
     assert f"{ID} is there already, and is private; it stays so" in published(out, ID, "--public")
     assert hub.repositories[ID].private
-    assert "stays so" not in published(out, ID)
+    assert "stays so" not in published(out, ID, "--private")
+    hub.repositories[ID] = Repository(private=False)
+    assert "stays so" not in published(out, ID), "nothing was asked"
 
 
 def test_what_an_earlier_upload_left_is_removed_and_the_owner_s_files_stay(out: Path, hub: Hub) -> None:
@@ -474,6 +474,23 @@ def test_a_connection_that_says_nothing_more(out: Path, hub: Hub, monkeypatch: p
     monkeypatch.setattr("pipeline.publish.STALL_SECONDS", 0.2)
     hub.fail("POST", "/repos/create", "hang", times=9)
     assert_lost(out)
+
+
+def test_a_connection_that_is_silent_after_another_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client makes itself a new session after a failure, whose connections must give up as well."""
+    monkeypatch.setattr("pipeline.publish.STALL_SECONDS", 0.2)
+    with _client_that_gives_up():
+        close_session()
+        assert get_session().timeout.read == 0.2
+    assert get_session().timeout.read is None
+
+
+def test_signatures_of_addresses_are_not_shown(out: Path, hub: Hub) -> None:
+    hub.fail("PUT", "/", 403, times=999)
+    result = fgsm("publish", out, ID, "--debug")
+    assert result.exit_code == 1
+    assert hub.asked("PUT")
+    assert "signed" not in result.output
 
 
 def test_a_hub_that_stays_broken(out: Path, hub: Hub) -> None:
