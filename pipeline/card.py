@@ -14,8 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jinja2
 import yaml
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
 from pipeline.config import is_checkpoint, is_factory_file
@@ -80,6 +83,16 @@ def card_agrees(folder: OutputFolder, manifest: Manifest) -> bool:
 # -------------------------------------------------------------------------------------------------- YAML
 
 
+class _OneLine(yaml.SafeDumper):
+    """One line a value: nothing that comes from elsewhere begins a line, where `---` would end the YAML."""
+
+
+_OneLine.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"'),
+)
+
+
 def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     """The subsets of a dataset as the Hub's YAML lists them.
 
@@ -123,7 +136,18 @@ def _front(manifest: Manifest) -> dict[str, Any]:
     # Rows of the default config: an image's clean and attacked ones, or in layout signs one.
     size = size_category(manifest.rows * len(manifest.stored))
     hub = {"task_categories": ["image-classification"], "size_categories": [size], "tags": list(TAGS)}
-    return {**front, **hub, "configs": make_configs(manifest)}
+    configs = make_configs(manifest)
+    # Of the default config; all have the same features, and of a thousand classes one list is long enough.
+    return {**front, **hub, "dataset_info": _dataset_info(configs[0]["config_name"], manifest), "configs": configs}
+
+
+def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
+    """The features of a config as the Hub's YAML has them."""
+    described = DatasetCardData()
+    info = datasets.DatasetInfo(features=datasets.Features.from_dict(manifest.features), config_name=config)
+    DatasetInfosDict({config: info}).to_dataset_card_data(described)
+    found: dict[str, Any] = described.to_dict()["dataset_info"]  # type: ignore[no-untyped-call]
+    return found
 
 
 def _title(manifest: Manifest) -> str:
@@ -231,8 +255,7 @@ def render_card(manifest: Manifest, place: str = HERE) -> str:
         manifest: of the run.
         place: what the examples load: the folder itself, or a Hub id.
     """
-    # One line a value: nothing that comes from elsewhere begins a line, where `---` would end the YAML.
-    front = yaml.safe_dump(_front(manifest), sort_keys=False, allow_unicode=True, width=float("inf"))
+    front = yaml.dump(_front(manifest), Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=float("inf"))
     return f"---\n{front}---\n\n{_template().render(_values(manifest, place))}"
 
 

@@ -159,11 +159,16 @@ def test_yaml_is_what_the_hub_wants(write_config: WriteConfig, tmp_path: Path) -
     text = card_of(tmp_path / "out")
     front = front_of(text)
     assert front["task_categories"] == ["image-classification"]
+    assert front["dataset_info"]["config_name"] == front["configs"][0]["config_name"]
+    stated = datasets.DatasetInfo._from_yaml_dict(front["dataset_info"]).features
+    assert (
+        stated
+        == datasets.load_dataset(str(tmp_path / "out"), front["configs"][-1]["config_name"], split="test").features
+    )
     assert front["size_categories"] == ["n<1K"]  # 3 * 40 rows
     assert {"adversarial", "fgsm"} <= set(front["tags"])
     assert [config["config_name"] for config in front["configs"] if config.get("default")] == ["all"]
     assert "license" not in front, "it is not known"
-    assert "dataset_info" not in front, "a wrong count in it would keep the dataset from loading"
     assert "The licence of the source is unknown" in text
     assert DatasetCard(text).data.get("pretty_name") == "source under FGSM"
 
@@ -332,7 +337,9 @@ def test_nasty_names_stay_inside(write_config: WriteConfig, tmp_path: Path) -> N
     text = card_of(tmp_path / "out")
     assert text.count("\n---\n") == 1, "only our own line ends the YAML"
     front = front_of(text)
-    assert set(front) == {"pretty_name", "license", "task_categories", "size_categories", "tags", "configs"}
+    assert set(front) == {
+        *("pretty_name", "license", "task_categories", "size_categories", "tags", "dataset_info", "configs"),
+    }
     assert front["pretty_name"] == f"{folder.name} under FGSM"
     assert front["license"] == "other"
     seen = Seen(text.split("\n---\n", 1)[1])

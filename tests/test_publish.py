@@ -447,7 +447,7 @@ def test_what_fails_once_at_any_step_is_tried_again(out: Path, hub: Hub, kind: i
     hub.fail("GET", "/resolve/main/manifest.json", kind)
     hub.fail("GET", f"/api/datasets/{ID}$", kind)
     hub.requests.clear()
-    published(out, ID)
+    published(out, ID, "--private")
     assert all(not fault.times for fault in hub.faults)
     assert hub.writes == []
 
