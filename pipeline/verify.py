@@ -117,10 +117,11 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
     _check_listing(folder, manifest, plan, receipts, findings)
     _check_summaries(folder, manifest, plan, findings)
     with contextlib.ExitStack() as stack:
-        judge = stack.enter_context(_judge(manifest)) if recompute else None
+        shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
+        # Loading a victim may run code that the manifest names: never for a dataset of which nothing was made here.
+        judge = stack.enter_context(_judge(manifest)) if recompute and shards else None
         decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
         checker = _Checker(folder, manifest, plan, findings, judge, decoders)
-        shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
             checker.check(shard, receipts[shard.name])
     if repair:

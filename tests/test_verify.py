@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,18 @@ def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
         result = fgsm(command, tmp_path / "nowhere")
         assert result.exit_code == 2
         assert "holds no dataset of ours" in result.stderr
+
+
+def test_a_downloaded_dataset_runs_no_code_of_its_own(write_config: WriteConfig, tmp_path: Path) -> None:
+    """Receipts do not travel; what a manifest from elsewhere names as its victim is not imported."""
+    generate(write_config())
+    shutil.rmtree(tmp_path / "out/.run")
+    path = tmp_path / "out/manifest.json"
+    ran = tmp_path / "ran"
+    (tmp_path / "victim.py").write_text(f"open({str(ran)!r}, 'w').close()")
+    assert "victim.py:make" in path.read_text()
+    assert_found("3 of 3 shards are missing", tmp_path / "out", "--recompute")
+    assert not ran.exists()
 
 
 def assert_found(named: str, out: Path, *arguments: str) -> None:
