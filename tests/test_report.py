@@ -476,6 +476,21 @@ def test_an_incomplete_dataset_is_reported_as_one(write_config: WriteConfig, tmp
     assert "every source row is in the dataset" not in page.words
 
 
+def test_a_dataset_without_receipts_is_what_its_manifest_says(digits: Path, page: Page, tmp_path: Path) -> None:
+    """As it comes from the Hub, which gets no `.run/`."""
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy, ignore=shutil.ignore_patterns(".run", "report.html", "assets"))
+    result = fgsm("report", copy)
+    assert result.exit_code == 0
+    tables = {caption: rows for caption, rows in page.tables.items() if not caption.startswith("How fast")}
+    assert Page(copy / "report.html").tables == tables
+    for name in ("accuracy.png", "confidence.png", "examples.png"):
+        assert (copy / "assets" / name).read_bytes() == (digits / "assets" / name).read_bytes()
+    assert fgsm("inspect", copy).stdout == fgsm("inspect", digits).stdout
+    assert "complete; 240 of 240 source images" in fgsm("inspect", copy).stdout
+    assert not (copy / ".run").exists()
+
+
 def test_a_split_or_a_dataset_of_skipped_rows_only(write_config: WriteConfig, tmp_path: Path) -> None:
     images = [png_bytes(image) for image in random_pixels(20)]
     write_parquet(tmp_path / "two", images, [i % 3 for i in range(20)], split="train")
