@@ -125,7 +125,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, byte
         return _template().render(view), {}
     chosen = focus_split([sample.split for sample in samples])
     focus = focus_on(manifest, next(sample for sample in samples if sample.split == chosen))
-    groups = make_groups(folder, manifest, focus.sample.at(focus.shown), focus.name)
+    groups = make_groups(folder, manifest, focus.sample, focus.shown, focus.name)
     plots = _plots(focus, manifest)
     view |= {"focus": focus, "groups": groups, "plots": plots}
     assets = {f"{name}.png": plot.light for name, plot in plots.items()}

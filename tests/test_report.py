@@ -384,8 +384,8 @@ def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config
     place = [f"test-{int(sample.shard[row]):05d}-of-00004" for row in picked]
     assert [sample.shards[sample.shard[row]] for row in picked] == place
     assert list(read_pictures(folder, manifest, sample, picked)) == sorted(picked)
-    (name, _, chosen), *_ = choose_rows(sample)
-    group = make_groups(folder, manifest, sample, str)[0]
+    (name, _, chosen), *_ = choose_rows(sample, sample.levels)
+    group = make_groups(folder, manifest, sample, sample.levels, str)[0]
     assert group.title == name
     for row, example in zip(chosen, group.examples, strict=True):
         # The sample has the rows of the shards in order, as has a subset.
@@ -737,9 +737,8 @@ def test_the_most_instructive_rows_are_chosen() -> None:
     small = [0.9, 0.6, 0.6, 0.6, 0.6, 0.9, 0.9, 0.9]
     large = [0.9, 0.6, 0.6, 0.6, 0.6, 0.998, 0.7, 0.8]
     largest = [0.999, 0.6, 0.6, 0.6, 0.6, 0.999, 0.7, 0.8]
-    (easy, text, first), (_, _, second), (_, held, third) = choose_rows(
-        sample_of(success, [clean, small, large, largest])
-    )
+    sample = sample_of(success, [clean, small, large, largest])
+    (easy, text, first), (_, _, second), (_, held, third) = choose_rows(sample, sample.levels)
     assert easy == "Fooled by the smallest step"
     assert text.startswith("2/255 is enough.")
     # One of each class first, the surest when clean: 4 is of class 0, 3 of class 1.
@@ -752,22 +751,39 @@ def test_the_most_instructive_rows_are_chosen() -> None:
 
 def test_where_none_resists_those_are_shown_that_hold_out_longest() -> None:
     success = [[0] * 8, [1] * 7 + [0], [1] * 8]
-    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3))
+    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), (0, 2, 8))
     title, text, chosen = groups[-1]
     assert (title, chosen) == ("Those that resist", [7])
     assert text == "None resists every epsilon; these give in at 8/255 only."
-    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2))
+    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), (0, 2))
     assert [title for title, _, _ in together] == ["Fooled by the smallest step", "The most confident mistakes"]
 
 
 def test_who_is_called_the_target_when_clean_resists_nothing() -> None:
     sample = sample_of([[0] * 4, [0] * 4], [[0.9] * 4] * 2, aim="target", target=np.array([0, 0, 0, 0]))
-    assert [chosen for _, _, chosen in choose_rows(sample)] == [[1, 3]]
+    assert [chosen for _, _, chosen in choose_rows(sample, sample.levels)] == [[1, 3]]
+
+
+def test_what_is_said_of_a_row_holds_at_the_epsilons_that_are_not_shown(digits: Path) -> None:
+    """Row 0 is fooled from the second of ten epsilons on, 1 at the sixth only, 2 from the last but one."""
+    _, manifest = opened(digits)
+    levels = tuple(range(11))
+    fooled = {0: range(2, 11), 1: [6], 2: range(9, 11), 3: []}
+    success = [[level in fooled[row] for row in fooled] for level in levels]
+    sure = [[0.9, 0.99 if level == 6 else 0.9, 0.9, 0.9] for level in levels]
+    focus = focus_on(manifest, sample_of(success, sure, levels=levels))
+    assert focus.shown == (0, 1, 2, 3, 5, 8, 9, 10)  # 2 and 9: where the first and the last give in
+    groups = {title: (text, chosen) for title, text, chosen in choose_rows(focus.sample, focus.shown)}
+    text, chosen = groups["Fooled by the smallest step"]
+    assert (text[:16], chosen) == ("2/255 is enough.", [0])
+    assert groups["The most confident mistakes"][1] == [2]  # that of 1 could not be seen
+    assert groups["Those that resist"][1] == [3]
 
 
 def test_no_row_is_shown_twice(digits: Path) -> None:
     folder, manifest = opened(digits)
-    groups = choose_rows(read_sample(folder, manifest, "test", 10_000))
+    sample = read_sample(folder, manifest, "test", 10_000)
+    groups = choose_rows(sample, sample.levels)
     chosen = [row for _, _, own in groups for row in own]
     assert len(groups) == 3
     assert len(chosen) == len(set(chosen)) == 9
