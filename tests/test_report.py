@@ -844,6 +844,11 @@ def test_plots_have_two_papers_and_no_traces_of_when(digits: Path) -> None:
     assert opened_png((digits / "assets/examples.png").read_bytes()).info == {}
 
 
+def test_models_of_the_same_colour_have_other_markers() -> None:
+    plots = [curves_plot((0, 8), [Curve("a", (1.0, 0.5), colour)], "it", "alt") for colour in (0, 5, 10, 15)]
+    assert len({plot.light for plot in plots}) == len({plot.dark for plot in plots}) == 4
+
+
 @pytest.mark.parametrize("name", NASTY)
 def test_a_class_of_any_name_can_be_drawn(name: str) -> None:
     matrix = matrix_plot(np.array([[0.5, np.nan], [1.0, 0.0]]), ([name, "b"], [name, name]), (name, name), "alt")
