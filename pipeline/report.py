@@ -169,7 +169,7 @@ def _plots(focus: Focus, manifest: Manifest) -> dict[str, Plot]:
     lines = [f"{curve.name}, {percent(curve.values[0])} clean, {percent(curve.values[-1])} last" for curve in curves]
     plots = {
         "accuracy": curves_plot(
-            sample.levels, curves, words.share, f"{words.share} against epsilon. {'; '.join(lines)}.".capitalize()
+            sample.levels, curves, words.share, f"{words.share.capitalize()} against epsilon. {'; '.join(lines)}."
         ),
         "confidence": _ridges_plot(focus),
     }

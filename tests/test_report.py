@@ -606,6 +606,15 @@ def test_transfer_of_a_real_run_is_that_of_its_rows(layout: str, write_config: W
     assert any(caption.startswith("How fast it was written") for caption in page.tables)
 
 
+def test_names_of_models_keep_their_capitals(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "copy")
+    folder, manifest = opened(tmp_path / "copy")
+    page = Page(write_report(folder, with_evaluators(manifest, ResNet50=0.5)))
+    (alt,) = (image["alt"] or "" for image in page.all("img") if "against epsilon" in (image["alt"] or ""))
+    assert alt.startswith("Accuracy against epsilon. digits, test, ")
+    assert "; ResNet50, test, " in alt
+
+
 def test_evaluators_that_nothing_exposes_have_no_matrix(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "copy")
     folder, manifest = opened(tmp_path / "copy")
