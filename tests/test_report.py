@@ -1000,6 +1000,16 @@ def test_a_person_sees_it(width: int, scheme: str, digits: Path, look: Look) -> 
     assert rendering == "pixelated"
 
 
+def test_the_marked_epsilon_is_so_without_colour(digits: Path, look: Look) -> None:
+    page = look(digits / "report.html")
+    marks = page.evaluate(
+        "[...document.querySelectorAll('tbody th[scope=row]')].map(cell => ["
+        "  cell.parentElement.getAttribute('aria-current'), getComputedStyle(cell, '::before').content])"
+    )
+    marked = [mark for mark in marks if mark != [None, "none"]]
+    assert marked == [["true", '"▸ "']] * 2  # one in each table of epsilons
+
+
 def test_the_first_tab_reaches_the_skip_link(digits: Path, look: Look) -> None:
     page = look(digits / "report.html")
     page.keyboard.press("Tab")
