@@ -89,7 +89,8 @@ def make_groups(
         name: of a recorded class.
 
     Returns:
-        Groups that have rows: what the smallest epsilon fools, the most confident mistakes, and what resists.
+        Groups that have rows: what the smallest epsilon fools, the most confident mistakes, and what resists. Where
+        there is nothing of these, the surest answers: a sample that has rows gives at least one group.
 
     Raises:
         PipelineError: a picture cannot be read or decoded.
@@ -132,6 +133,9 @@ def choose_rows(sample: Sample, shown: Sequence[int]) -> list[tuple[str, str, li
     elif len(beaten) and latest > soonest:
         text = f"None resists every epsilon; these give in at {level_name(levels[latest])} only."
         groups.append((resisting, text, _ranked(beaten[first[beaten] == latest], doubt)))
+    if not groups:
+        text = "The attack succeeds on none of the images, and of none can it be said that it resists."
+        groups.append(("The surest answers", text, _ranked(np.arange(len(sample)), doubt)))
     taken: set[int] = set()
     return [(title, text, rows) for title, text, order in groups if (rows := _varied(order, sample, taken))]
 

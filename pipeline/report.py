@@ -129,8 +129,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, byte
     plots = _plots(focus, manifest)
     view |= {"focus": focus, "groups": groups, "plots": plots}
     assets = {f"{name}.png": plot.light for name, plot in plots.items()}
-    if groups:
-        assets["examples.png"] = draw_sheet(groups)
+    assets["examples.png"] = draw_sheet(groups)
     return _template().render(view), assets
 
 

@@ -448,21 +448,36 @@ def test_of_many_epsilons_some_have_pictures(write_config: WriteConfig, tmp_path
     assert focus_on(manifest, read_sample(folder, manifest, "test", 10_000)).shown == (0, 1, 3, 8, 34, 89)
 
 
-def test_nobody_is_fooled(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> None:
-    """A victim that does not look at the image: no gradient, no flip, nothing to draw of them."""
-    stubborn = """
+STUBBORN = """
 
 class Stubborn(Net):
     def forward(self, x):
         return 0 * super().forward(x) + torch.tensor([0.0, 1.0, 0.0])
 """
-    factory_file.write_text(FACTORY + stubborn)
+
+
+def test_nobody_is_fooled(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> None:
+    """A victim that does not look at the image: no gradient, no flip, nothing to draw of them."""
+    factory_file.write_text(FACTORY + STUBBORN)
     generate(write_config(model={"name": f"{factory_file}:Stubborn"}))
     page = make(tmp_path / "out")
     assert "right; no step up to 8 of 255 grey levels fools it on any of them." in page.words
     assert "What becomes what" not in page.words
     assert "Those that resist" in page.words
     assert not (tmp_path / "out/assets/confusion.png").exists()
+
+
+def test_no_answer_is_right_and_none_is_fooled(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> None:
+    """The card shows the examples of any complete dataset with rows, so there are some."""
+    factory_file.write_text(FACTORY + STUBBORN)
+    source = write_parquet(tmp_path / "wrong", [png_bytes(image) for image in random_pixels(8)], [0] * 8)
+    generate(write_config(source={"path": str(source)}, model={"name": f"{factory_file}:Stubborn"}))
+    page = make(tmp_path / "out")
+    assert "The surest answers" in page.words
+    linked = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "out/README.md").read_text())
+    assert sorted(linked) == ["assets/accuracy.png", "assets/confidence.png", "assets/examples.png"]
+    for name in linked:
+        Image.open(tmp_path / "out" / name).verify()
 
 
 def test_an_incomplete_dataset_is_reported_as_one(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -611,7 +626,7 @@ def test_names_of_models_keep_their_capitals(digits: Path, tmp_path: Path) -> No
     folder, manifest = opened(tmp_path / "copy")
     page = Page(write_report(folder, with_evaluators(manifest, ResNet50=0.5)))
     (alt,) = (image["alt"] or "" for image in page.all("img") if "against epsilon" in (image["alt"] or ""))
-    assert alt.startswith("Accuracy against epsilon. digits, test, ")
+    assert alt.startswith("Accuracy against epsilon. digits, train, ")
     assert "; ResNet50, test, " in alt
 
 
