@@ -18,7 +18,7 @@ from pipeline.manifest import Manifest, Subset
 from pipeline.outputs import EvaluatorCounts
 from pipeline.sample import Aim, Sample
 
-# Epsilons that pictures show: spread over those there are.
+# Epsilons that pictures show, spread over those there are; the first and the last to succeed come on top.
 SHOWN_LEVELS = 5
 MOST_FLIPS = 10
 
@@ -105,11 +105,14 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
     half = np.flatnonzero(2 * reached >= _started(sample).sum())
     most = int(reached.argmax()) or len(reached) - 1
     attacked = sample.levels[1:]
-    spread = np.unique(np.linspace(0, len(attacked) - 1, SHOWN_LEVELS).round().astype(int))
+    spread = {attacked[index] for index in np.linspace(0, len(attacked) - 1, SHOWN_LEVELS).round().astype(int)}
+    # Examples are of the images that give in first and of those that give in last: so they must be seen to.
+    onset = sample.onset[sample.success.any(0)]
+    decisive = {sample.levels[index] for index in (onset.min(), onset.max())} if len(onset) else set()
     return Focus(
         sample=sample,
         index=int(half[0]) if reached.any() and len(half) else most,
-        shown=(0, *(attacked[index] for index in spread)),
+        shown=(0, *sorted(spread | decisive)),
         subsets={subset.level: subset for subset in manifest.subsets if subset.split == sample.split},
         victim=model_name(manifest.config["model"]),
         evaluators=evaluator_names(manifest),

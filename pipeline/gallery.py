@@ -76,34 +76,42 @@ class Group:
 Names = Callable[[int], str]
 
 
-def make_groups(folder: OutputFolder, manifest: Manifest, sample: Sample, name: Names) -> list[Group]:
+def make_groups(
+    folder: OutputFolder, manifest: Manifest, sample: Sample, shown: Sequence[int], name: Names
+) -> list[Group]:
     """The most instructive rows of a sample, with their images.
 
     Args:
         folder: of the dataset.
         manifest: of it.
-        sample: at the epsilons to show.
+        sample: at every epsilon: what is said of a row holds for all of them.
+        shown: the levels to show, as a focus has them.
         name: of a recorded class.
 
     Returns:
-        Groups that have rows: what the smallest epsilon fools, the most confident mistakes, and what resists.
+        Groups that have rows: what the smallest epsilon fools, the most confident mistakes, and what resists. Where
+        there is nothing of these, the surest answers: a sample that has rows gives at least one group.
 
     Raises:
         PipelineError: a picture cannot be read or decoded.
     """
-    chosen = choose_rows(sample)
+    chosen, seen = choose_rows(sample, shown), sample.at(shown)
     pictures = read_pictures(folder, manifest, sample, [row for _, _, rows in chosen for row in rows])
     return [
-        Group(title, text, tuple(_example(manifest, sample, row, pictures[row], name) for row in rows))
+        Group(title, text, tuple(_example(manifest, seen, row, pictures[row], name) for row in rows))
         for title, text, rows in chosen
     ]
 
 
-def choose_rows(sample: Sample) -> list[tuple[str, str, list[int]]]:
-    """The rows of each group, with its title and what they have in common; groups without rows are left out."""
-    levels, never = sample.levels[1:], len(sample.levels) - 1
-    success, confidence = sample.success[1:], sample.confidence[1:]
-    first = np.where(success.any(0), success.argmax(0), never)
+def choose_rows(sample: Sample, shown: Sequence[int]) -> list[tuple[str, str, list[int]]]:
+    """The rows of each group, with its title and what they have in common; groups without rows are left out.
+
+    Args:
+        sample: at every epsilon.
+        shown: the levels with pictures: the most confident are chosen by these, as they must be seen to be.
+    """
+    levels, first, seen = sample.levels, sample.onset, sample.at(shown)
+    never = len(levels)
     doubt = 1 - sample.confidence[0]
     # Who is called the target when clean resists nothing.
     resists = sample.right[0] if sample.target is None else sample.right[0] & (sample.prediction[0] != sample.target)
@@ -115,15 +123,19 @@ def choose_rows(sample: Sample) -> list[tuple[str, str, list[int]]]:
         text = f"{level_name(levels[soonest])} is enough. The network was surest of these when they were clean."
         groups.append((easiest, text, _ranked(beaten[first[beaten] == soonest], doubt)))
         # In whole percents, so that among equals the smaller epsilon comes first.
-        percent = np.where(success, np.round(100 * confidence), -1)
-        text = "At any epsilon; among equally confident ones the smallest."
-        groups.append((surest, text, _ranked(beaten, -percent.max(0), percent.argmax(0), doubt)))
+        percent = np.where(seen.success, np.round(100 * seen.confidence), -1)
+        text = "At any epsilon shown; among equally confident ones the smallest."
+        caught = np.flatnonzero(seen.success.any(0))
+        groups.append((surest, text, _ranked(caught, -percent.max(0), percent.argmax(0), doubt)))
     if len(held):
         text = f"Up to {level_name(levels[-1])}, the largest epsilon. The network is then surest of these."
-        groups.append((resisting, text, _ranked(held, -confidence[-1])))
+        groups.append((resisting, text, _ranked(held, -sample.confidence[-1])))
     elif len(beaten) and latest > soonest:
         text = f"None resists every epsilon; these give in at {level_name(levels[latest])} only."
         groups.append((resisting, text, _ranked(beaten[first[beaten] == latest], doubt)))
+    if not groups:
+        text = "The attack succeeds on none of the images, and of none can it be said that it resists."
+        groups.append(("The surest answers", text, _ranked(np.arange(len(sample)), doubt)))
     taken: set[int] = set()
     return [(title, text, rows) for title, text, order in groups if (rows := _varied(order, sample, taken))]
 

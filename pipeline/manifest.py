@@ -16,6 +16,7 @@ from pipeline.outputs import (
     OutputFolder,
     Receipt,
     Record,
+    committed,
     receipts_digest,
     stored_subsets,
     subset_name,
@@ -122,6 +123,21 @@ def require_manifest(folder: OutputFolder) -> Manifest:
     if manifest is None:
         raise ConfigError(f"{folder.root} holds no dataset of ours: there is no manifest.json.")
     return manifest
+
+
+def current_manifest(folder: OutputFolder) -> Manifest:
+    """The manifest of a dataset as it is now, for those who only look.
+
+    Its totals follow from the receipts, as a run that was killed has not had the time to write it again. A dataset
+    from the Hub comes without any: there the manifest is all there is to go by.
+
+    Raises:
+        ConfigError, PipelineError: as `require_manifest`.
+    """
+    manifest = require_manifest(folder)
+    if not folder.receipts.is_dir():
+        return manifest
+    return summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
 
 
 def plan_of(config: Config, split_rows: Mapping[str, int]) -> Plan:

@@ -96,7 +96,8 @@ class Ridge:
 
 # Solid, dashed, dotted, dash-dotted: one for each split.
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-MARKERS = "osD^v"
+# Two more than there are colours: as the numbers have no common factor, only the 36th model looks as the first.
+MARKERS = "osD^vPX"
 
 
 def level_name(level: int) -> str:

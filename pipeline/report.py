@@ -35,8 +35,8 @@ from pipeline.findings import (
     transfer_rate,
 )
 from pipeline.gallery import draw_sheet, make_groups, web_image
-from pipeline.manifest import Manifest, require_manifest, summarise
-from pipeline.outputs import OutputFolder, committed, write_atomically, writing
+from pipeline.manifest import Manifest, current_manifest
+from pipeline.outputs import OutputFolder, write_atomically, writing
 from pipeline.plots import Curve, Plot, Ridge, curves_plot, level_name, matrix_plot, ridges_plot
 from pipeline.sample import SAMPLE_SHARDS, is_labelled, read_sample
 from pipeline.summary import human_bytes
@@ -69,9 +69,7 @@ def report(path: Path) -> Path:
         PipelineError: one of its files cannot be read, or the disk refuses.
     """
     folder = OutputFolder(path)
-    manifest = require_manifest(folder)
-    # From the receipts, as `inspect`: a run that was killed has not had the time to write its manifest again.
-    return write_report(folder, summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards)))
+    return write_report(folder, current_manifest(folder))
 
 
 def write_report(folder: OutputFolder, manifest: Manifest) -> Path:
@@ -79,7 +77,7 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> Path:
 
     Args:
         folder: of the dataset.
-        manifest: as it follows from the receipts that are there.
+        manifest: of the files that are there, as `current_manifest` gives it.
 
     Returns:
         The path of report.html.
@@ -127,12 +125,11 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, byte
         return _template().render(view), {}
     chosen = focus_split([sample.split for sample in samples])
     focus = focus_on(manifest, next(sample for sample in samples if sample.split == chosen))
-    groups = make_groups(folder, manifest, focus.sample.at(focus.shown), focus.name)
+    groups = make_groups(folder, manifest, focus.sample, focus.shown, focus.name)
     plots = _plots(focus, manifest)
     view |= {"focus": focus, "groups": groups, "plots": plots}
     assets = {f"{name}.png": plot.light for name, plot in plots.items()}
-    if groups:
-        assets["examples.png"] = draw_sheet(groups)
+    assets["examples.png"] = draw_sheet(groups)
     return _template().render(view), assets
 
 
@@ -171,7 +168,7 @@ def _plots(focus: Focus, manifest: Manifest) -> dict[str, Plot]:
     lines = [f"{curve.name}, {percent(curve.values[0])} clean, {percent(curve.values[-1])} last" for curve in curves]
     plots = {
         "accuracy": curves_plot(
-            sample.levels, curves, words.share, f"{words.share} against epsilon. {'; '.join(lines)}.".capitalize()
+            sample.levels, curves, words.share, f"{words.share.capitalize()} against epsilon. {'; '.join(lines)}."
         ),
         "confidence": _ridges_plot(focus),
     }

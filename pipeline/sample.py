@@ -58,6 +58,11 @@ class Sample:
     def __len__(self) -> int:
         return len(self.place)
 
+    @property
+    def onset(self) -> NDArray[np.int64]:
+        """(M,) the index of the first level at which the attack succeeds, the number of levels where it never does."""
+        return np.where(self.success.any(0), self.success.argmax(0), len(self.levels))
+
     def at(self, levels: Sequence[int]) -> "Sample":
         """The same rows at some of the levels."""
         kept = [self.levels.index(level) for level in levels]

@@ -1,10 +1,10 @@
-"""`fgsm inspect`: what a dataset holds, as a table, from the counts in its receipts alone."""
+"""`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.manifest import Manifest, Subset, require_manifest, summarise
-from pipeline.outputs import OutputFolder, committed, subset_name
+from pipeline.manifest import Manifest, Subset, current_manifest
+from pipeline.outputs import OutputFolder, subset_name
 
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
 EVALUATOR_HEAD = ("split", "subset", "evaluator", "accuracy", "fooled", "transferred")
@@ -16,10 +16,7 @@ def inspect(path: Path) -> str:
     Raises:
         ConfigError: there is none in the folder.
     """
-    folder = OutputFolder(path)
-    manifest = require_manifest(folder)
-    # From the receipts: a run that was killed has not had the time to write its manifest again.
-    return summary_table(summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards)))
+    return summary_table(current_manifest(OutputFolder(path)))
 
 
 def summary_table(manifest: Manifest) -> str:

@@ -384,8 +384,8 @@ def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config
     place = [f"test-{int(sample.shard[row]):05d}-of-00004" for row in picked]
     assert [sample.shards[sample.shard[row]] for row in picked] == place
     assert list(read_pictures(folder, manifest, sample, picked)) == sorted(picked)
-    (name, _, chosen), *_ = choose_rows(sample)
-    group = make_groups(folder, manifest, sample, str)[0]
+    (name, _, chosen), *_ = choose_rows(sample, sample.levels)
+    group = make_groups(folder, manifest, sample, sample.levels, str)[0]
     assert group.title == name
     for row, example in zip(chosen, group.examples, strict=True):
         # The sample has the rows of the shards in order, as has a subset.
@@ -448,21 +448,36 @@ def test_of_many_epsilons_some_have_pictures(write_config: WriteConfig, tmp_path
     assert focus_on(manifest, read_sample(folder, manifest, "test", 10_000)).shown == (0, 1, 3, 8, 34, 89)
 
 
-def test_nobody_is_fooled(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> None:
-    """A victim that does not look at the image: no gradient, no flip, nothing to draw of them."""
-    stubborn = """
+STUBBORN = """
 
 class Stubborn(Net):
     def forward(self, x):
         return 0 * super().forward(x) + torch.tensor([0.0, 1.0, 0.0])
 """
-    factory_file.write_text(FACTORY + stubborn)
+
+
+def test_nobody_is_fooled(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> None:
+    """A victim that does not look at the image: no gradient, no flip, nothing to draw of them."""
+    factory_file.write_text(FACTORY + STUBBORN)
     generate(write_config(model={"name": f"{factory_file}:Stubborn"}))
     page = make(tmp_path / "out")
     assert "right; no step up to 8 of 255 grey levels fools it on any of them." in page.words
     assert "What becomes what" not in page.words
     assert "Those that resist" in page.words
     assert not (tmp_path / "out/assets/confusion.png").exists()
+
+
+def test_no_answer_is_right_and_none_is_fooled(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> None:
+    """The card shows the examples of any complete dataset with rows, so there are some."""
+    factory_file.write_text(FACTORY + STUBBORN)
+    source = write_parquet(tmp_path / "wrong", [png_bytes(image) for image in random_pixels(8)], [0] * 8)
+    generate(write_config(source={"path": str(source)}, model={"name": f"{factory_file}:Stubborn"}))
+    page = make(tmp_path / "out")
+    assert "The surest answers" in page.words
+    linked = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "out/README.md").read_text())
+    assert sorted(linked) == ["assets/accuracy.png", "assets/confidence.png", "assets/examples.png"]
+    for name in linked:
+        Image.open(tmp_path / "out" / name).verify()
 
 
 def test_an_incomplete_dataset_is_reported_as_one(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -474,6 +489,21 @@ def test_an_incomplete_dataset_is_reported_as_one(write_config: WriteConfig, tmp
     assert "all 24 test images" in page.words
     assert page.tables["Counts at each epsilon"][1][1] == "24"
     assert "every source row is in the dataset" not in page.words
+
+
+def test_a_dataset_without_receipts_is_what_its_manifest_says(digits: Path, page: Page, tmp_path: Path) -> None:
+    """As it comes from the Hub, which gets no `.run/`."""
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy, ignore=shutil.ignore_patterns(".run", "report.html", "assets"))
+    result = fgsm("report", copy)
+    assert result.exit_code == 0
+    tables = {caption: rows for caption, rows in page.tables.items() if not caption.startswith("How fast")}
+    assert Page(copy / "report.html").tables == tables
+    for name in ("accuracy.png", "confidence.png", "examples.png"):
+        assert (copy / "assets" / name).read_bytes() == (digits / "assets" / name).read_bytes()
+    assert fgsm("inspect", copy).stdout == fgsm("inspect", digits).stdout
+    assert "complete; 240 of 240 source images" in fgsm("inspect", copy).stdout
+    assert not (copy / ".run").exists()
 
 
 def test_a_split_or_a_dataset_of_skipped_rows_only(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -589,6 +619,15 @@ def test_transfer_of_a_real_run_is_that_of_its_rows(layout: str, write_config: W
     assert counts[0][2:4] == ["accuracy of linear.py:Linear", "sums"]
     assert counts[1][3] == f"{100 * clean['correct_sums'].mean():.2f}%"
     assert any(caption.startswith("How fast it was written") for caption in page.tables)
+
+
+def test_names_of_models_keep_their_capitals(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "copy")
+    folder, manifest = opened(tmp_path / "copy")
+    page = Page(write_report(folder, with_evaluators(manifest, ResNet50=0.5)))
+    (alt,) = (image["alt"] or "" for image in page.all("img") if "against epsilon" in (image["alt"] or ""))
+    assert alt.startswith("Accuracy against epsilon. digits, train, ")
+    assert "; ResNet50, test, " in alt
 
 
 def test_evaluators_that_nothing_exposes_have_no_matrix(digits: Path, tmp_path: Path) -> None:
@@ -722,9 +761,8 @@ def test_the_most_instructive_rows_are_chosen() -> None:
     small = [0.9, 0.6, 0.6, 0.6, 0.6, 0.9, 0.9, 0.9]
     large = [0.9, 0.6, 0.6, 0.6, 0.6, 0.998, 0.7, 0.8]
     largest = [0.999, 0.6, 0.6, 0.6, 0.6, 0.999, 0.7, 0.8]
-    (easy, text, first), (_, _, second), (_, held, third) = choose_rows(
-        sample_of(success, [clean, small, large, largest])
-    )
+    sample = sample_of(success, [clean, small, large, largest])
+    (easy, text, first), (_, _, second), (_, held, third) = choose_rows(sample, sample.levels)
     assert easy == "Fooled by the smallest step"
     assert text.startswith("2/255 is enough.")
     # One of each class first, the surest when clean: 4 is of class 0, 3 of class 1.
@@ -737,22 +775,39 @@ def test_the_most_instructive_rows_are_chosen() -> None:
 
 def test_where_none_resists_those_are_shown_that_hold_out_longest() -> None:
     success = [[0] * 8, [1] * 7 + [0], [1] * 8]
-    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3))
+    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), (0, 2, 8))
     title, text, chosen = groups[-1]
     assert (title, chosen) == ("Those that resist", [7])
     assert text == "None resists every epsilon; these give in at 8/255 only."
-    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2))
+    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), (0, 2))
     assert [title for title, _, _ in together] == ["Fooled by the smallest step", "The most confident mistakes"]
 
 
 def test_who_is_called_the_target_when_clean_resists_nothing() -> None:
     sample = sample_of([[0] * 4, [0] * 4], [[0.9] * 4] * 2, aim="target", target=np.array([0, 0, 0, 0]))
-    assert [chosen for _, _, chosen in choose_rows(sample)] == [[1, 3]]
+    assert [chosen for _, _, chosen in choose_rows(sample, sample.levels)] == [[1, 3]]
+
+
+def test_what_is_said_of_a_row_holds_at_the_epsilons_that_are_not_shown(digits: Path) -> None:
+    """Row 0 is fooled from the second of ten epsilons on, 1 at the sixth only, 2 from the last but one."""
+    _, manifest = opened(digits)
+    levels = tuple(range(11))
+    fooled = {0: range(2, 11), 1: [6], 2: range(9, 11), 3: []}
+    success = [[level in fooled[row] for row in fooled] for level in levels]
+    sure = [[0.9, 0.99 if level == 6 else 0.9, 0.9, 0.9] for level in levels]
+    focus = focus_on(manifest, sample_of(success, sure, levels=levels))
+    assert focus.shown == (0, 1, 2, 3, 5, 8, 9, 10)  # 2 and 9: where the first and the last give in
+    groups = {title: (text, chosen) for title, text, chosen in choose_rows(focus.sample, focus.shown)}
+    text, chosen = groups["Fooled by the smallest step"]
+    assert (text[:16], chosen) == ("2/255 is enough.", [0])
+    assert groups["The most confident mistakes"][1] == [2]  # that of 1 could not be seen
+    assert groups["Those that resist"][1] == [3]
 
 
 def test_no_row_is_shown_twice(digits: Path) -> None:
     folder, manifest = opened(digits)
-    groups = choose_rows(read_sample(folder, manifest, "test", 10_000))
+    sample = read_sample(folder, manifest, "test", 10_000)
+    groups = choose_rows(sample, sample.levels)
     chosen = [row for _, _, own in groups for row in own]
     assert len(groups) == 3
     assert len(chosen) == len(set(chosen)) == 9
@@ -811,6 +866,11 @@ def test_plots_have_two_papers_and_no_traces_of_when(digits: Path) -> None:
     assert dark.convert("RGB").getpixel((0, 0)) == (0x17, 0x1B, 0x21)
     assert light.info == dark.info == {}
     assert opened_png((digits / "assets/examples.png").read_bytes()).info == {}
+
+
+def test_models_of_the_same_colour_have_other_markers() -> None:
+    plots = [curves_plot((0, 8), [Curve("a", (1.0, 0.5), colour)], "it", "alt") for colour in (0, 5, 10, 15)]
+    assert len({plot.light for plot in plots}) == len({plot.dark for plot in plots}) == 4
 
 
 @pytest.mark.parametrize("name", NASTY)
@@ -953,6 +1013,16 @@ def test_a_person_sees_it(width: int, scheme: str, digits: Path, look: Look) -> 
     assert smallest >= 320
     rendering = page.evaluate("getComputedStyle(document.querySelector('.strip img')).imageRendering")
     assert rendering == "pixelated"
+
+
+def test_the_marked_epsilon_is_so_without_colour(digits: Path, look: Look) -> None:
+    page = look(digits / "report.html")
+    marks = page.evaluate(
+        "[...document.querySelectorAll('tbody th[scope=row]')].map(cell => ["
+        "  cell.parentElement.getAttribute('aria-current'), getComputedStyle(cell, '::before').content])"
+    )
+    marked = [mark for mark in marks if mark != [None, "none"]]
+    assert marked == [["true", '"▸ "']] * 2  # one in each table of epsilons
 
 
 def test_the_first_tab_reaches_the_skip_link(digits: Path, look: Look) -> None:
