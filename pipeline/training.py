@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,9 @@ BLOCK_VALUES = 2**18
 
 # What is drawn from a seed, each from a stream of its own.
 LEVELS, ORDER, WITHIN = range(3)
+
+# Who took a place to resume at, where that is not an iteration: nobody has to, or nobody has yet.
+NOTHING_ASKED, UNTAKEN = 0, -1
 
 # A stored picture, and for an image that is made on reading the one that says in which direction its values move.
 Cell = list[bytes]
@@ -69,6 +72,22 @@ class Column:
 
     subset: str
     name: str
+
+
+class Place(NamedTuple):
+    """Where the next iteration of an epoch is to begin: whole numbers only, which shared memory can hold.
+
+    batch_size: 0 where `done` counts the rows of a stretch that were given to a consumer, a worker of so many of a
+    rank of so many; else `done` counts a rank's batches of so many images, and the rest means nothing.
+    """
+
+    epoch: int
+    done: int
+    batch_size: int = 0
+    stretch: int = 0
+    rank: int = 0
+    world: int = 1
+    workers: int = 1
 
 
 class Shards:
@@ -205,7 +224,12 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         # Shared, so that workers that outlive an epoch hear of the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._place = place
-        self._resume: dict[str, Any] | None = None
+        # Who took the place to resume at, and the place. Shared too, for the workers of one iteration must take it and
+        # those of the next must not, whether they are the same processes or new ones.
+        self._resume = torch.zeros(1 + len(Place._fields), dtype=torch.int64).share_memory_()
+        # The place that was loaded in this very worker, by StatefulDataLoader.
+        self._loaded: Place | None = None
+        self._iterations = 0
         # Epoch, rows that were given, and whose stretch this is.
         self._reading = 0, 0, 0
 
@@ -234,8 +258,8 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         A place to resume at is kept for its own epoch and forgotten for any other.
         """
         self._epoch.fill_(epoch)
-        if self._resume is not None and self._resume["epoch"] != epoch:
-            self._resume = None
+        if self._asked().epoch != epoch:
+            self._resume[0] = NOTHING_ASKED
 
     def state_dict(self) -> dict[str, Any]:
         """Where this consumer stands. In a worker, StatefulDataLoader asks; in the main process it is right only
@@ -251,30 +275,64 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the next iteration begin where a consumer stood; what lies before is neither read nor decoded.
+        """Make the next iteration, and only that, begin where a consumer stood; what lies before is neither read nor
+        decoded.
+
+        The number of workers is known to the iteration only, which refuses a state of another number in the same way.
 
         Raises:
             ConfigError: the state is that of another dataset, mix, seed, number of ranks or of workers.
         """
         if state["of"] != self.digest:
             raise ConfigError("The state is that of another dataset, or of another split, epsilons, clean or seed.")
-        rank, world, _, workers = self._consumer()
-        if list(state["consumers"]) != [rank, world, workers]:
-            there, here = (
-                "rank {} of {} with {} readers".format(*consumers)
-                for consumers in (state["consumers"], (rank, world, workers))
-            )
-            raise ConfigError(f"The state is of {there}, and this is {here}; resume with as many ranks and workers.")
-        self._resume = dict(state)
+        rank, world, workers = state["consumers"]
+        place = Place(state["epoch"], state["rows"], 0, state["stretch"], rank, world, workers)
+        refusal = self._refusal(place)
+        if refusal is not None:
+            raise refusal
+        if get_worker_info() is None:
+            self._ask(place)
+        else:
+            self._loaded = place
 
     def resume_at(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Make the next iteration of a plain DataLoader begin after so many of this rank's batches of an epoch.
+        """Make the next iteration of a plain DataLoader, and only that, begin after so many of this rank's batches of
+        an epoch.
 
         What comes is what would have come, with the same number of ranks and workers; what lies before is neither read
         nor decoded.
         """
         self.set_epoch(epoch)
-        self._resume = {"epoch": epoch, "batches": batches, "batch_size": batch_size}
+        self._ask(Place(epoch, batches, batch_size))
+
+    def _ask(self, place: Place) -> None:
+        self._resume[1:] = torch.tensor(place)
+        self._resume[0] = UNTAKEN
+
+    def _asked(self) -> Place:
+        return Place(*self._resume[1:].tolist())
+
+    def _refusal(self, place: Place) -> ConfigError | None:
+        """Why this consumer cannot go on from a place, if it cannot."""
+        there, here = (place.rank, place.world, place.workers), (*self.place, self._consumer()[3])
+        if place.batch_size or there == here:
+            return None
+        told = ["rank {} of {} with {} readers".format(*consumers) for consumers in (there, here)]
+        return ConfigError(f"The state is of {told[0]}, and this is {told[1]}; resume with as many ranks and workers.")
+
+    def _taken(self) -> Place | None:
+        """The place at which this iteration begins, which no later one is given unless it is refused here."""
+        self._iterations += 1
+        loaded, self._loaded = self._loaded, None
+        worker = get_worker_info()
+        # The seed less the worker's number is one that a loader draws for each new set of workers.
+        taker = hash((worker.seed - worker.id if worker else 0, self._iterations))
+        if loaded is not None or int(self._resume[0]) not in (UNTAKEN, taker):
+            return loaded
+        place = self._asked()
+        if self._refusal(place) is None:
+            self._resume[0] = taker
+        return place
 
     def _consumer(self) -> list[int]:
         """Rank, world size, worker, workers."""
@@ -284,22 +342,25 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         rank, world, worker, workers = self._consumer()
         epoch, done, stretch = int(self._epoch), 0, worker
-        resume, self._resume = self._resume, None
-        if resume is not None:
-            epoch = resume["epoch"]
-            if "batches" in resume:
+        place, refusal = self._taken(), None
+        if place is not None:
+            epoch, refusal = place.epoch, self._refusal(place)
+            if place.batch_size:
                 # DataLoader asks its workers in turn, to the end: none has more than one batch more than the last one.
                 # It begins with worker 0, who therefore goes on with the stretch whose turn it was.
-                stretch = (worker + resume["batches"]) % workers
-                done = resume["batch_size"] * len(range(stretch, resume["batches"], workers))
-            else:
-                done, stretch = resume["rows"], resume["stretch"]
+                stretch = (worker + place.done) % workers
+                done = place.batch_size * len(range(stretch, place.done, workers))
+            elif refusal is None:
+                done, stretch = place.done, place.stretch
         start, stop = _share(*_share(0, self.rows, rank, world), stretch, workers)
         # Now, not with the first row: StatefulDataLoader asks for the state before.
         self._reading = epoch, min(done, stop - start), stretch
-        return self._counted(start + done, stop)
+        return self._counted(start + done, stop, refusal)
 
-    def _counted(self, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
+    def _counted(self, start: int, stop: int, refusal: ConfigError | None) -> Iterator[tuple[Tensor, int]]:
+        # With the first row, not before: a worker that stays would end without a word.
+        if refusal is not None:
+            raise refusal
         epoch, done, stretch = self._reading
         for row in self._rows(epoch, start, stop):
             done += 1

@@ -279,10 +279,11 @@ def run(
         device: where it runs.
     """
     manifest = require_manifest(OutputFolder(output))
-    drawn = [f"{level}/255" for level in train_levels]
+    drawn, tested = ([f"{level}/255" for level in levels] for levels in (train_levels, test_levels))
     # What is wrong with what comes later should not be found after a training.
-    training_dataset(output, splits[0], epsilons=drawn, clean=clean)
-    training_dataset(output, splits[1])
+    for share in (1.0, clean):
+        training_dataset(output, splits[0], epsilons=drawn, clean=share)
+    training_dataset(output, splits[1], epsilons=tested)
     for seed in range(seeds):
         for training, share in ((CLEAN_ONLY, 1.0), (MIXED, clean)):
             began = time.monotonic()
@@ -297,6 +298,21 @@ def run(
                 err=True,
             )
             yield Result(training, seed, steps, images, accuracy)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Find out whether a file can be written, and leave none behind: a run that is cut short has no table.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    there = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"{option}: {path} cannot be written ({error.strerror}); name another file.") from None
+    if not there:
+        path.unlink()
 
 
 def main(
@@ -323,6 +339,9 @@ def main(
 ) -> None:
     """Train on clean images, and on clean and adversarial ones; print one table for both."""
     try:
+        for option, path in (("--json", json_path), ("--markdown", markdown_path)):
+            if path is not None:
+                check_writable(option, path)
         manifest = require_manifest(OutputFolder(output))
         recorded = manifest.levels[1:]
         config = manifest.resolved.model

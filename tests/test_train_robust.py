@@ -225,14 +225,29 @@ def test_another_architecture_may_be_trained(digits: Path, tmp_path: Path) -> No
     [
         (["--batch-size", "91"], "--batch-size: 91 images are more than a worker gets of 90."),
         (["--clean", "2"], "clean: got 2.0; it is the share of clean images, from 0 to 1."),
+        (["--clean", "nan"], "clean: got nan; it is the share of clean images, from 0 to 1."),
+        (["--test-epsilon", "0"], "epsilons: 0 is the clean image, whose share is `clean`; leave it out."),
+        (["--json", "OUTPUT"], "--json: OUTPUT cannot be written (Is a directory); name another file."),
+        (
+            ["--markdown", "OUTPUT/none/table.md"],
+            "--markdown: OUTPUT/none/table.md cannot be written (No such file or directory); name another file.",
+        ),
         (["--epsilon", "8"], "epsilons: 8 is above 1, and pixels run from 0 to 1; write 8/255."),
         (["--test-split", "validation"], "split: OUTPUT has no split 'validation'; it has train, test."),
     ],
 )
 def test_what_cannot_be_is_one_sentence(digits: Path, options: list[str], sentence: str) -> None:
-    result = run(digits, *options, "--epochs", "1")
+    result = run(digits, *(option.replace("OUTPUT", str(digits)) for option in options), "--epochs", "1")
     assert result.exit_code == 2
     assert result.stderr == f"Error: {sentence.replace('OUTPUT', str(digits))}\n"  # and nothing was trained before
+
+
+def test_a_run_that_is_refused_leaves_files_as_they_were(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.md").write_text("kept")
+    result = run(digits, "--clean", "2", "--json", tmp_path / "new.json", "--markdown", tmp_path / "old.md")
+    assert result.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["old.md"]
+    assert (tmp_path / "old.md").read_text() == "kept"
 
 
 def test_a_folder_that_is_no_output_is_one_sentence(tmp_path: Path) -> None:

@@ -472,6 +472,61 @@ def test_what_is_skipped_is_not_decoded(outputs: Path, decoded: list[int]) -> No
     assert len(list(data)) == ROWS
 
 
+@pytest.mark.parametrize(("stay", "method"), [(False, "fork"), (True, "fork"), (False, "forkserver")])
+def test_a_place_is_taken_once_by_all_workers(outputs: Path, known: Known, stay: bool, method: str) -> None:
+    data = opened(outputs / "color-images")
+    loader = DataLoader(data, batch_size=4, num_workers=2, persistent_workers=stay, multiprocessing_context=method)
+    whole = [known.of([batch]) for batch in loader]
+    # Also where the workers are there already.
+    data.resume_at(0, 5, batch_size=4)
+    assert [known.of([batch]) for batch in loader] == whole[5:]
+    assert [known.of([batch]) for batch in loader] == whole
+    # Any iteration takes it, even one that is dropped after a batch.
+    data.resume_at(0, 5, batch_size=4)
+    assert known.of([next(iter(loader))]) == whole[5]
+    assert [known.of([batch]) for batch in loader] == whole
+    data.resume_at(3, 5, batch_size=4)
+    data.set_epoch(0)
+    assert [known.of([batch]) for batch in loader] == whole
+
+
+@pytest.mark.parametrize("stay", [False, True])
+def test_a_state_of_no_workers_goes_on_in_one(outputs: Path, known: Known, stay: bool) -> None:
+    data = opened(outputs / "color-images")
+    rows = iter(DataLoader(data, batch_size=4))
+    list(islice(rows, 3))
+    state = data.state_dict()
+    after = known.of(rows)
+    loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=stay)
+    assert len(known.of(loader)) == ROWS
+    data.load_state_dict(state)
+    assert known.of(loader) == after
+    assert len(known.of(loader)) == ROWS
+
+
+@pytest.mark.parametrize("stay", [False, True])
+def test_a_state_of_another_number_of_workers_is_refused_when_they_read(outputs: Path, stay: bool) -> None:
+    data = opened(outputs / "color-images")
+    list(islice(DataLoader(data, batch_size=4), 3))
+    state = data.state_dict()
+    loader = DataLoader(data, batch_size=4, num_workers=2, persistent_workers=stay)
+    assert sum(1 for _ in loader) == 14
+    data.load_state_dict(state)
+    for _ in range(2):  # nor is it forgotten
+        with pytest.raises(ConfigError) as caught:
+            list(loader)
+        assert (
+            str(caught.value)
+            .strip()
+            .endswith(
+                "ConfigError: The state is of rank 0 of 1 with 1 readers, and this is rank 0 of 1 with 2 readers; "
+                "resume with as many ranks and workers."
+            )
+        )
+    data.set_epoch(1)
+    assert sum(1 for _ in loader) == 14
+
+
 def test_a_state_of_something_else_is_refused(outputs: Path) -> None:
     data = opened(outputs / "color-images")
     state = data.state_dict()
