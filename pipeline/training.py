@@ -12,11 +12,12 @@ Nothing here can make a dataset: reading needs neither the attack nor a victim, 
 """
 
 import hashlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +114,7 @@ class Shards:
             entries: the files of every subset relative to the folder, and their sizes.
 
         Raises:
-            PipelineError: a file is missing, or is not the one that the manifest lists.
+            PipelineError: a file is missing, is not the one that the manifest lists, or is listed in one subset only.
         """
         names = sorted({Path(path).name for path in entries if path.split("/")[0] in self.subsets})
         self.pieces = tuple(
@@ -124,8 +125,11 @@ class Shards:
         ends, sizes = {}, {}
         for subset in self.subsets:
             path = self.root / subset / name
+            size = entries.get(f"{subset}/{name}")
+            if size is None:
+                raise PipelineError(f"manifest.json lists {name} elsewhere and not {path}; see fgsm verify.")
             try:
-                if path.stat().st_size != entries[f"{subset}/{name}"]:
+                if path.stat().st_size != size:
                     raise ValueError("its size is another")
                 footer = pq.read_metadata(path)
             except (OSError, ValueError, pa.ArrowException) as error:
@@ -256,7 +260,12 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         """Say which epoch comes next; without it every epoch repeats the first, as with DistributedSampler.
 
         A place to resume at is kept for its own epoch and forgotten for any other.
+
+        Raises:
+            ConfigError: it is below 0.
         """
+        if epoch < 0:
+            raise ConfigError(f"epoch: got {epoch}; epochs are counted from 0.")
         self._epoch.fill_(epoch)
         if self._asked().epoch != epoch:
             self._resume[0] = NOTHING_ASKED
@@ -448,7 +457,7 @@ def training_dataset(
     epsilons: Sequence[str | float] | None = None,
     clean: float = 0.5,
     shuffle: bool = True,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
     rank: int | None = None,
     world_size: int | None = None,
 ) -> TrainingDataset:
@@ -467,6 +476,13 @@ def training_dataset(
     Distributed: every rank constructs the same dataset. Ranks differ by one image at most, so DDP, which needs as many
     steps on each of them, takes the first `data.rows // (world_size * batch_size)` batches of its loader
     (`itertools.islice`); every rank has at least that many, unless `drop_last` takes them away.
+
+    Every worker ends with a short batch of its own, so with several there may be more batches than `len(loader)` says;
+    with `drop_last` each of them drops its own.
+
+    Shuffling takes row groups in any order and mixes the rows of a few. That is as good as a permutation where the
+    dataset was made with `source.shuffle: true`, the default. One made with `source.shuffle: false` has the source's
+    neighbours in a row group, and shuffling is weak: if the source is sorted by class, batches hold few classes.
 
     Resuming in the middle of an epoch is exact with torchdata's StatefulDataLoader, workers or not. With a plain
     DataLoader call `resume_at(epoch, batches, batch_size)`; skipped images are not decoded.
@@ -489,7 +505,9 @@ def training_dataset(
         ConfigError: there is no such dataset or split, an argument is out of range, or images have no label.
         PipelineError: a file is missing or damaged.
     """
-    place = _checked(clean, seed, rank, world_size)
+    number, place = _checked_seed(seed), _checked_place(rank, world_size)
+    if isinstance(clean, bool) or not 0 <= clean <= 1:
+        raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
     asked = None if epsilons is None else reading_levels(epsilons)
     if asked is not None and 0 in asked:
         raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
@@ -503,19 +521,24 @@ def training_dataset(
     if local is None:
         _download(name, root, list(entries))
     shards.open(entries)
-    return TrainingDataset(shards, manifest, levels=levels, clean=float(clean), shuffle=shuffle, seed=seed, place=place)
+    return TrainingDataset(
+        shards, manifest, levels=levels, clean=float(clean), shuffle=shuffle, seed=number, place=place
+    )
 
 
-def _checked(clean: float, seed: int, rank: int | None, world_size: int | None) -> tuple[int, int] | None:
-    """Rank and world size, None where they are not given.
-
-    Raises:
-        ConfigError: one of all these is out of range.
-    """
-    if isinstance(clean, bool) or not 0 <= clean <= 1:
-        raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+def _checked_seed(seed: SupportsIndex) -> int:
+    """A seed as an int, of which a state is made; NumPy's are taken too."""
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if number < 0:
         raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
+    return number
+
+
+def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    """Rank and world size, None where they are not given."""
     if rank is None and world_size is None:
         return None
     if rank is None or world_size is None or not 0 <= rank < world_size:

@@ -600,6 +600,32 @@ def test_a_split_without_images_is_one_sentence(write_config: WriteConfig, tmp_p
         opened(tmp_path / "out")
 
 
+def test_a_file_that_is_listed_in_one_subset_only_is_one_sentence(outputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(outputs / "color-images", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    name = "test-00001-of-00003.parquet"
+    manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != f"eps-8/{name}"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PipelineError) as caught:
+        opened(folder)
+    assert str(caught.value) == (
+        f"manifest.json lists {name} elsewhere and not {folder}/eps-8/{name}; see fgsm verify."
+    )
+
+
+def test_an_epoch_below_0_is_one_sentence(outputs: Path) -> None:
+    data = opened(outputs / "color-images")
+    with pytest.raises(ConfigError, match=r"^epoch: got -1; epochs are counted from 0\.$"):
+        data.set_epoch(-1)
+
+
+def test_a_seed_of_numpy_is_that_number(outputs: Path, known: Known) -> None:
+    data, other = (opened(outputs / "color-images", seed=seed) for seed in (np.int64(3), 3))
+    assert known.of(data) == known.of(other)
+    assert data.digest == other.digest
+
+
 def test_missing_and_altered_files_are_one_sentence(outputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(outputs / "color-images", folder)
