@@ -46,3 +46,8 @@ def test_the_readme_s_config_is_valid(tmp_path: Path) -> None:
     assert [evaluator.id for evaluator in config.evaluators] == ["vit", "robust"]
     assert config.attack.levels == (1, 2, 4, 8)
     assert config.model.name == f"{tmp_path}/resnet20.py:make"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_no_figure_is_still_to_come(name: str) -> None:
+    assert not re.findall(r"\b(?:TODO|TBD|FIXME|[A-Z]+(?:TABLE|TIME))\b", (ROOT / name).read_text())
