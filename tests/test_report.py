@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
 
 import pipeline
 import pipeline.errors
@@ -1075,3 +1077,104 @@ def test_a_page_without_rows_fits(write_config: WriteConfig, tmp_path: Path, loo
     assert page.evaluate(FITS)
     assert page.is_visible("text=There is nothing to see yet")
     assert list((tmp_path / "out/assets").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- on real images
+
+REPOSITORY = Path(__file__).parents[1]
+DATA = REPOSITORY.parent / "shared/data"
+CIFAR, RESNET20 = DATA / "cifar10-test-2000", DATA / "cifar10-resnet20.safetensors"
+PLAIN = """
+from torch import nn
+
+
+def plain():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * 16, 10),
+    )
+"""
+ATTACKED = 256
+
+
+def train_plain(folder: Path) -> dict[str, Any]:
+    """A small plain network, trained for seconds on rows that are not attacked; as an evaluator of a config."""
+    unseen = datasets.load_dataset(str(CIFAR), split="test").select(range(ATTACKED, 2000))
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in unseen["img"]])
+    images, labels = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float() / 255, torch.tensor(unseen["label"])
+    namespace: dict[str, Any] = {}
+    exec(PLAIN, namespace)
+    model = namespace["plain"]()
+    # Plain steps: the first optimizer of torch.optim imports its compiler, which takes seconds.
+    weights = list(model.parameters())
+    for _ in range(5):
+        for batch in torch.randperm(len(images)).split(32):
+            loss = F.cross_entropy(model(2 * images[batch] - 1), labels[batch])
+            slopes = torch.autograd.grad(loss, weights)
+            with torch.no_grad():
+                for weight, slope in zip(weights, slopes, strict=True):
+                    weight -= 0.1 * slope
+    (folder / "plain.py").write_text(PLAIN)
+    save_file(model.state_dict(), folder / "plain.safetensors")
+    return {
+        "id": "plain",
+        "kind": "factory",
+        "name": f"{folder}/plain.py:plain",
+        "weights": f"{folder}/plain.safetensors",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    }
+
+
+@pytest.mark.skipif(not (CIFAR.is_dir() and RESNET20.is_file()), reason=f"there is no CIFAR-10 in {DATA}")
+def test_real_images_a_trained_victim_and_what_transfers_of_it(
+    write_config: WriteConfig, tmp_path: Path, look: Look
+) -> None:
+    victim = {
+        "name": f"{REPOSITORY}/scripts/resnet20.py:resnet20",
+        "weights": str(RESNET20),
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    config = write_config(
+        # In its own order: the evaluator has seen none of these.
+        source={"path": str(CIFAR), "shuffle": False, "limit": ATTACKED},
+        model=victim,
+        attack={"epsilons": ["8/255", "32/255"]},
+        output={"images_per_shard": 128},
+        runtime={"batch_size": 64},
+    )
+    config.write_text(config.read_text() + f"evaluators: {json.dumps([train_plain(tmp_path)])}\n")
+    assert fgsm("generate", config).exit_code == 0
+    folder, manifest = opened(tmp_path / "out")
+    clean, *attacked = manifest.subsets
+    # The victim's published accuracy is 81 % clean and 7 % at 8/255; the evaluator must know more than to guess.
+    assert clean.correct / ATTACKED > 0.7
+    assert attacked[0].correct / ATTACKED < 0.2
+    assert clean.evaluators["plain"].correct / ATTACKED > 0.3
+    frames = {level: rows(folder.root, subset) for level, subset in ((0, "clean"), (8, "eps-8"), (32, "eps-32"))}
+    page = Page(folder.report)
+    transfer = page.tables["Transfer rate, and the images it is a share of, from the manifest"]
+    assert transfer[0] == ["epsilon", "fooled", "plain"]
+    known = frames[0]["correct_plain"].to_numpy(dtype=bool)
+    for subset, row in zip(attacked, transfer[1:], strict=True):
+        fooled, correct = (frames[subset.level][name].to_numpy(dtype=bool) for name in ("fooled", "correct_plain"))
+        exposed, transferred = int((fooled & known).sum()), int((fooled & known & ~correct).sum())
+        expected = EvaluatorCounts(
+            correct=int(correct.sum()), fooled=int((known & ~correct).sum()), exposed=exposed, transferred=transferred
+        )
+        assert subset.evaluators == {"plain": expected}
+        rate = f"{100 * transferred / exposed:.1f}%{transferred} of {exposed}"
+        assert row == [f"{subset.level}/255", str(fooled.sum()), rate]
+    # A step that a person sees carries further.
+    small, large = (subset.evaluators["plain"] for subset in attacked)
+    assert small.transferred / small.exposed < large.transferred / large.exposed
+    for width in (1280, 390):
+        seen = look(folder.report, width)
+        assert seen.evaluate(FITS)
+        assert seen.is_visible(".plot.transfer img")
+        widths = seen.evaluate(
+            "Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth)))"
+        )
+        assert len(widths) == 4 + 9 * 4  # four plots; clean, sign map and two epsilons of nine examples
+        assert all(widths)
