@@ -62,7 +62,7 @@ class Stopwatch:
 def run_bound(config: Config, images: int) -> Marks:
     """Our own engine over batches that are already in memory."""
     # Here, so that the peers' memory holds nothing of ours.
-    from pipeline.generate import attack_ahead
+    from pipeline.execute import attack_ahead
     from pipeline.loader import load_batches
     from pipeline.progress import Busy
     from pipeline.runs import open_run
