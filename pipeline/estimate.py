@@ -28,13 +28,17 @@ ROW_BYTES = 64
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will write: source images, rows over all subsets, files, bytes, and seconds."""
+    """What a run will write: source images, rows over all subsets, files, bytes, and seconds.
+
+    `needed` of the bytes lie on the local disk at once, which has `free`.
+    """
 
     images: int
     rows: int
     shards: int
     files: int
     bytes: int
+    needed: int
     seconds: float
     free: int
 
@@ -75,33 +79,44 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
+    """Of some shards those that are on the local disk at once: all, or for an object store one at a time."""
+    return shards if folder.store.local else sorted(shards, key=len)[-1:]
+
+
 def check_disk(run: Run, folder: OutputFolder, shards: Sequence[Shard], *, overwrite: bool) -> None:
     """Refuse to start a run that cannot end. Overwriting frees what is there.
 
     Raises:
         PipelineError: the free space is less than the estimate.
     """
-    needed, free = estimate_bytes(run, shards), free_bytes(folder.root.resolve())
-    if overwrite:
-        free += sum(path.stat().st_size for path in folder.root.rglob("*.parquet"))
+    local, disk = folder.store.local, folder.store.disk
+    needed, free = estimate_bytes(run, in_flight(folder, shards)), free_bytes(disk.resolve())
+    if overwrite and local:
+        free += sum(size for name, size in folder.store.sizes().items() if name.endswith(".parquet"))
     if needed > free:
+        what, mend = "", "choose another disk, fewer epsilons or a source.limit."
+        if not local:
+            what = " for a shard before its upload"
+            mend = "name a larger one with TMPDIR, or make output.images_per_shard smaller."
         raise PipelineError(
-            f"output.path: about {human_bytes(needed)} are needed and {folder.root} has {human_bytes(free)} free; "
-            "choose another disk, fewer epsilons or a source.limit."
+            f"output.path: about {human_bytes(needed)} are needed{what} and {disk} has {human_bytes(free)} free; {mend}"
         )
 
 
 def estimate(run: Run, folder: OutputFolder) -> Estimate:
     """Estimate the whole run; its seconds from one timed batch of the real model and codec."""
-    images = len(run.plan)
+    images, total = len(run.plan), estimate_bytes(run, run.plan.shards)
+    largest = sum(map(len, in_flight(folder, run.plan.shards)))
     return Estimate(
         images=images,
         rows=images * len(run.stored),
         shards=len(run.plan.shards),
         files=len(run.plan.shards) * len(run.stored),
-        bytes=estimate_bytes(run, run.plan.shards),
+        bytes=total,
+        needed=total * largest // max(1, images),
         seconds=images / run.plan.batch_size * _batch_seconds(run),
-        free=free_bytes(folder.root.resolve()),
+        free=free_bytes(folder.store.disk.resolve()),
     )
 
 
@@ -139,19 +154,21 @@ def describe_plan(config: Config) -> tuple[str, str | None]:
     Raises:
         ConfigError: as `open_run`.
     """
-    folder = OutputFolder(Path(config.output.path))
+    folder = OutputFolder(config.output.path)
     run = open_run(config)
     plan = estimate(run, folder)
     _, height, width = run.reader.shape
     epsilons = ", ".join(f"{level}/255" for level in run.config.attack.levels)
     splits = ", ".join(f"{name} {len(order):,}" for name, order in run.plan.orders.items())
     rate = plan.images / max(plan.seconds, 1e-9)
+    disk = folder.store.disk
+    staging = "" if folder.store.local else f" in {disk}, where about {human_bytes(plan.needed)} lie at once"
     rows = {
         "source images": f"{plan.images:,} ({splits}), {width}x{height} {run.config.preprocess.mode}",
         "epsilons": f"clean, {epsilons}",
         "rows": f"{plan.rows:,}",
         "files": f"{plan.files:,} Parquet files in {plan.shards:,} shards",
-        "bytes": f"about {human_bytes(plan.bytes)} ({run.image_format}), {human_bytes(plan.free)} free",
+        "bytes": f"about {human_bytes(plan.bytes)} ({run.image_format}), {human_bytes(plan.free)} free{staging}",
         "time": f"about {tqdm.format_interval(plan.seconds)} on {run.device.type}, {rate:.0f} images/s",
         "batch": f"{run.plan.batch_size}",
         "output": f"{folder.root} (run {run.run_id})",
@@ -159,6 +176,6 @@ def describe_plan(config: Config) -> tuple[str, str | None]:
     column = max(map(len, rows))
     text = "\n".join(f"{key.ljust(column)}  {value}" for key, value in rows.items())
     warning = None
-    if plan.bytes > plan.free:
-        warning = f"{folder.root} has {human_bytes(plan.free)} free, and about {human_bytes(plan.bytes)} are needed."
+    if plan.needed > plan.free:
+        warning = f"{disk} has {human_bytes(plan.free)} free, and about {human_bytes(plan.needed)} are needed."
     return text, warning

@@ -31,7 +31,6 @@ from pipeline.outputs import (
     Receipt,
     SkippedRow,
     count_evaluator,
-    writing,
 )
 from pipeline.plan import Shard
 from pipeline.progress import Busy, Progress
@@ -113,8 +112,7 @@ def _tell_speed(run: Run, folder: OutputFolder, busy: Busy, progress: Progress) 
         "device": versions(run.device)["device"],
         "busy": {stage: round(share, 3) for stage, share in shares.items()},
     }
-    with writing(folder.sessions), folder.sessions.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(session) + "\n")
+    folder.add_session(json.dumps(session))
 
 
 def _compile(run: Run) -> None:

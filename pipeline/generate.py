@@ -5,7 +5,6 @@ What is there already is found out first, and what is missing is executed and su
 
 import contextlib
 import logging
-from pathlib import Path
 
 from pipeline.card import card_agrees, write_summaries
 from pipeline.config import Config
@@ -33,7 +32,7 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
         ConfigError: the config, or what it names, cannot be used; nothing was written.
         PipelineError: the run failed; what was committed is kept.
     """
-    folder = OutputFolder(Path(config.output.path))
+    folder = OutputFolder(config.output.path)
     folder.check_usable()
     recorded = None if overwrite else read_manifest(folder)
     run = open_run(config, recorded)
@@ -54,9 +53,11 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
         done = committed(folder, run.run_id, shards)
         if done:
             logger.info("%d of %d shards are already there.", len(done), len(shards))
+        missing = [shard for shard in shards if shard.name not in done]
+        folder.forget(missing)
         manifest = write_summaries(folder, recorded or run.manifest())
         try:
-            write_shards(run, folder, [shard for shard in shards if shard.name not in done], list(done.values()))
+            write_shards(run, folder, missing, list(done.values()))
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
             with contextlib.suppress(PipelineError):

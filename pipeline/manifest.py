@@ -95,12 +95,13 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     Raises:
         PipelineError: it cannot be read as one, or another version of this package wrote it.
     """
+    place = folder.store.at(folder.manifest)
     try:
-        content = json.loads(folder.manifest.read_bytes())
+        content = json.loads(folder.store.read(folder.manifest))
         there = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
         if there != FORMAT_VERSION:
             raise PipelineError(
-                f"{folder.manifest} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
+                f"{place} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
                 f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
             )
         return Manifest.model_validate(content)
@@ -108,7 +109,7 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
         return None
     except (ValueError, OSError) as error:  # neither JSON nor a manifest
         raise PipelineError(
-            f"{folder.manifest} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
+            f"{place} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
         ) from None
 
 
@@ -135,7 +136,7 @@ def current_manifest(folder: OutputFolder) -> Manifest:
         ConfigError, PipelineError: as `require_manifest`.
     """
     manifest = require_manifest(folder)
-    if not folder.receipts.is_dir():
+    if ".run" not in folder.store.entries():
         return manifest
     return summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
 

@@ -10,7 +10,7 @@ HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled"
 EVALUATOR_HEAD = ("split", "subset", "evaluator", "accuracy", "fooled", "transferred")
 
 
-def inspect(path: Path) -> str:
+def inspect(path: str | Path) -> str:
     """The table of a dataset.
 
     Raises:
