@@ -75,13 +75,18 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_disk(run: Run, folder: OutputFolder, shards: Sequence[Shard], *, overwrite: bool) -> None:
+def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
     """Refuse to start a run that cannot end. Overwriting frees what is there.
+
+    Args:
+        needed: bytes that it will write.
+        folder: where they go.
+        overwrite: whether what is there goes first.
 
     Raises:
         PipelineError: the free space is less than the estimate.
     """
-    needed, free = estimate_bytes(run, shards), free_bytes(folder.root.resolve())
+    free = free_bytes(folder.root.resolve())
     if overwrite:
         free += sum(path.stat().st_size for path in folder.root.rglob("*.parquet"))
     if needed > free:
