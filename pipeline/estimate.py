@@ -84,14 +84,19 @@ def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
     return shards if folder.store.local else sorted(shards, key=len)[-1:]
 
 
-def check_disk(run: Run, folder: OutputFolder, shards: Sequence[Shard], *, overwrite: bool) -> None:
+def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
     """Refuse to start a run that cannot end. Overwriting frees what is there.
+
+    Args:
+        needed: bytes that it will write.
+        folder: where they go.
+        overwrite: whether what is there goes first.
 
     Raises:
         PipelineError: the free space is less than the estimate.
     """
     local, disk = folder.store.local, folder.store.disk
-    needed, free = estimate_bytes(run, in_flight(folder, shards)), free_bytes(disk.resolve())
+    free = free_bytes(disk.resolve())
     if overwrite and local:
         free += sum(size for name, size in folder.store.sizes().items() if name.endswith(".parquet"))
     if needed > free:

@@ -5,59 +5,93 @@ What is there already is found out first, and what is missing is executed and su
 
 import contextlib
 import logging
+from collections.abc import Iterator
+from typing import Literal
 
 from pipeline.card import card_agrees, write_summaries
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.estimate import check_disk
-from pipeline.execute import write_shards
+from pipeline.estimate import check_disk, in_flight
+from pipeline.execute import Executor, LocalExecutor
 from pipeline.manifest import Manifest, read_manifest, summarise
 from pipeline.outputs import OutputFolder, committed, read_receipts
-from pipeline.runs import Run, differences, open_run, versions
+from pipeline.runs import differences
 
 logger = logging.getLogger(__name__)
 
 
-def generate(config: Config, *, overwrite: bool = False) -> Manifest:
+ExecutorName = Literal["local", "ray"]
+
+
+def generate(config: Config, *, overwrite: bool = False, executor: ExecutorName = "local") -> Manifest:
     """Write the dataset that a config describes, or what is missing of it.
 
     Args:
         config: the run.
         overwrite: remove the run that is in the output folder first.
+        executor: `local` works in this process, `ray` on a cluster; the bytes are the same.
 
     Returns:
         The manifest of the complete dataset.
 
     Raises:
         ConfigError: the config, or what it names, cannot be used; nothing was written.
+        ShardsFailedError: some shards failed on a cluster; the others were committed.
         PipelineError: the run failed; what was committed is kept.
     """
     folder = OutputFolder(config.output.path)
     folder.check_usable()
     recorded = None if overwrite else read_manifest(folder)
-    run = open_run(config, recorded)
+    with _executor(executor) as execution:
+        return _execute(execution, config, folder, recorded, overwrite)
+
+
+@contextlib.contextmanager
+def _executor(name: ExecutorName) -> Iterator[Executor]:
+    """Whoever does the work, for as long as that takes."""
+    if name == "local":
+        yield LocalExecutor()
+        return
+    try:
+        from pipeline.cluster import RayExecutor
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError(
+            "--executor ray: Ray is not installed; it comes with pip install 'fgsm-pipeline[ray]'."
+        ) from None
+    with RayExecutor() as execution:
+        yield execution
+
+
+def _execute(
+    execution: Executor, config: Config, folder: OutputFolder, recorded: Manifest | None, overwrite: bool
+) -> Manifest:
+    """Find out what is missing, and have it written."""
+    opened = execution.open(config, recorded)
     if not overwrite:
-        _check_same(run, recorded, folder)
-    shards = run.plan.shards
-    done = {} if overwrite else committed(folder, run.run_id, shards)
+        _check_same(opened, recorded, folder)
+    shards = opened.plan.shards
+    done = {} if overwrite else committed(folder, opened.run_id, shards)
     unchanged = recorded is not None and summarise(recorded, done) == recorded and card_agrees(folder, recorded)
     if recorded is not None and recorded.complete and unchanged:
         logger.info("All %d shards are already there.", len(shards))
         return recorded
-    check_disk(run, folder, [shard for shard in shards if shard.name not in done], overwrite=overwrite)
+    needed = execution.estimate_bytes(in_flight(folder, [shard for shard in shards if shard.name not in done]))
+    check_disk(needed, folder, overwrite=overwrite)
     with folder.held():
         if overwrite:
             folder.clear()
         elif read_manifest(folder) != recorded:
             raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
-        done = committed(folder, run.run_id, shards)
+        done = committed(folder, opened.run_id, shards)
         if done:
             logger.info("%d of %d shards are already there.", len(done), len(shards))
         missing = [shard for shard in shards if shard.name not in done]
         folder.forget(missing)
-        manifest = write_summaries(folder, recorded or run.manifest())
+        manifest = write_summaries(folder, recorded or opened)
         try:
-            write_shards(run, folder, missing, list(done.values()))
+            execution.write(folder, missing, list(done.values()))
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
             with contextlib.suppress(PipelineError):
@@ -66,26 +100,25 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
         return write_summaries(folder, manifest)
 
 
-def _check_same(run: Run, recorded: Manifest | None, folder: OutputFolder) -> None:
+def _check_same(opened: Manifest, recorded: Manifest | None, folder: OutputFolder) -> None:
     """Refuse to mix two runs in one folder."""
     if recorded is None:
-        others = {receipt.run_id for receipt in read_receipts(folder)[0].values()} - {run.run_id}
+        others = {receipt.run_id for receipt in read_receipts(folder)[0].values()} - {opened.run_id}
         if others:
             raise ConfigError(
                 f"output.path: {folder.root} holds shards of another run ({min(others)}) and no manifest; "
                 "choose another folder, or start over with --overwrite."
             )
         return
-    if recorded.run_id != run.run_id:
+    if recorded.run_id != opened.run_id:
         raise ConfigError(
             f"output.path: {folder.root} holds another run ({recorded.run_id}), which differs in "
-            f"{differences(recorded.identity, run.identity)}; choose another folder, or start over with --overwrite."
+            f"{differences(recorded.identity, opened.identity)}; choose another folder, or start over with --overwrite."
         )
-    here = versions(run.device)
     changed = [
-        f"{name} {recorded.versions.get(name)} then, {here[name]} now"
-        for name in here
-        if here[name] != recorded.versions.get(name)
+        f"{name} {recorded.versions.get(name)} then, {here} now"
+        for name, here in opened.versions.items()
+        if here != recorded.versions.get(name)
     ]
     if changed:
         logger.warning("Resuming in another environment, where last digits may differ: %s.", "; ".join(changed))
