@@ -54,7 +54,7 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
         done = committed(folder, run.run_id, shards)
         if done:
             logger.info("%d of %d shards are already there.", len(done), len(shards))
-        manifest = write_summaries(folder, recorded or run.manifest())
+        manifest = write_summaries(folder, recorded or run.manifest(), done)
         try:
             write_shards(run, folder, [shard for shard in shards if shard.name not in done], list(done.values()))
         except BaseException:

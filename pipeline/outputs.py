@@ -13,6 +13,7 @@ OUTPUT/.run/sessions.jsonl                      how fast each session that wrote
 import contextlib
 import errno
 import fcntl
+import gc
 import hashlib
 import os
 import re
@@ -239,6 +240,21 @@ class OutputFolder:
             self.manifest.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which would walk over all that has been read so far again and again: with 10,000
+    receipts that is two thirds of the time, and there is no garbage among them.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@uncollected()
 def read_receipts(folder: OutputFolder) -> tuple[dict[str, Receipt], list[str]]:
     """All receipts by the name of their file, sorted, and the names of files that are no receipts."""
     receipts, broken = {}, []
@@ -250,12 +266,13 @@ def read_receipts(folder: OutputFolder) -> tuple[dict[str, Receipt], list[str]]:
     return receipts, broken
 
 
+@uncollected()
 def committed(folder: OutputFolder, run_id: str, shards: Iterable[Shard]) -> dict[str, Receipt]:
     """The receipts of some shards whose files are there with the sizes they state, by names and sizes alone."""
     found, _ = read_receipts(folder)
     receipts = {shard.name: found[shard.name] for shard in shards if shard.name in found}
     sizes: dict[str, int] = {}
-    for subset in {Path(entry.path).parent for receipt in receipts.values() for entry in receipt.files}:
+    for subset in {entry.path.rpartition("/")[0] for receipt in receipts.values() for entry in receipt.files}:
         with contextlib.suppress(FileNotFoundError), os.scandir(folder.root / subset) as entries:
             sizes.update({f"{subset}/{entry.name}": entry.stat().st_size for entry in entries})
     return {
