@@ -164,7 +164,7 @@ class _Batches(Dataset[Batch | PipelineError]):
         self._ends = np.cumsum([-(-len(shard) // plan.batch_size) for shard in shards])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def place(self, index: int) -> tuple[Shard, slice]:
         """The shard of a batch, and its rows within it."""
