@@ -64,10 +64,10 @@ class PeakMemory:
             wait = max(SAMPLE_SECONDS, self._look() / SAMPLE_SHARE)
 
     def _look(self) -> float:
-        """Look once; the seconds that it took."""
-        began = time.perf_counter()
+        """Look once; the seconds of a core that it took."""
+        began = time.thread_time()
         self._seen = max(self._seen, sum(map(proportional_set_size, descend(os.getpid()))))
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     @property
     def peak(self) -> int:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ import pipeline.estimate
 import pipeline.memory
 from pipeline.config import PreprocessConfig, SourceConfig, load_config
 from pipeline.estimate import calibrate, estimate, hub_warnings
+from pipeline.execute import write_shards
 from pipeline.loader import Reader, load_batches
 from pipeline.memory import PeakMemory
+from pipeline.outputs import OutputFolder, Receipt
 from pipeline.plan import Plan, Shard, make_plan
-from pipeline.runs import open_run
+from pipeline.runs import Run, open_run
 from pipeline.sources import open_source
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.test_generate import generate, manifest
@@ -176,7 +178,7 @@ def test_what_is_predicted_comes_true(slow_config: Path, tmp_path: Path, monkeyp
     assert predicted.files == len(files) == 12
     assert 0.9 < predicted.bytes / sum(path.stat().st_size for path in files) < 1.1
     # Opening, the card and the manifest come on top.
-    assert 0.5 * took < predicted.seconds < 1.3 * took
+    assert 0.5 * took < predicted.seconds < 2 * took
 
 
 def test_it_takes_seconds_however_slow_the_model(slow_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +239,14 @@ def test_calibration_spreads_over_the_shards(
     slow_config: Path, images_per_shard: int, shuffle: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[list[Shard]] = []
-    write = pipeline.estimate.write_shards
+
+    def write(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
+        passes.append(list(shards))
+        write_shards(run, folder, shards, done)
+
     monkeypatch.setattr(pipeline.estimate, "CALIBRATION_SECONDS", 60.0)
     monkeypatch.setattr(pipeline.estimate, "CALIBRATION_BATCHES", 8)
-    monkeypatch.setattr(
-        pipeline.estimate,
-        "write_shards",
-        lambda run, folder, shards, done: passes.append(shards) or write(run, folder, shards, done),
-    )
+    monkeypatch.setattr(pipeline.estimate, "write_shards", write)
     overrides = [f"output.images_per_shard={images_per_shard}", f"source.shuffle={shuffle}", "runtime.batch_size=6"]
     run = open_run(load_config(str(slow_config), overrides))
     calibrate(run)
@@ -284,7 +286,7 @@ def test_peak_memory_is_that_of_the_workers_too() -> None:
         time.sleep(0.2)
     with PeakMemory() as memory:
         # Written to, or the pages would not be there.
-        code = "import time; kept = bytearray(b'1') * 200_000_000; time.sleep(1)"
+        code = "import time; kept = bytearray(b'1') * 200_000_000; time.sleep(1.5)"
         subprocess.run([sys.executable, "-c", code], check=True)
     assert 190e6 < memory.peak - nothing.peak < 300e6
 
