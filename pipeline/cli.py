@@ -77,16 +77,16 @@ def plan(
     limit: Limit = None,
     debug: Debug = False,
 ) -> None:
-    """Say what generate would write: rows, bytes, files and time. Nothing is written."""
+    """Say what generate would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept."""
     with _boundary(debug, "Interrupted."):
         from pipeline.config import load_config
         from pipeline.estimate import describe_plan
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _say_epsilons(loaded.attack)
-        text, warning = describe_plan(loaded)
+        text, warnings = describe_plan(loaded)
         typer.echo(text)
-        if warning:
+        for warning in warnings:
             typer.echo(f"Warning: {warning}", err=True)
 
 
