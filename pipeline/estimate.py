@@ -1,8 +1,9 @@
 """Estimates before a run: how many bytes it will write, how long it will take, and whether the disk has room."""
 
+import itertools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from tqdm import tqdm
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.images import UndecodableError, encode_images, read_image
+from pipeline.images import Opener, UndecodableError, encode_images, read_image
 from pipeline.lanes import Lanes, available_cores
 from pipeline.lattice import step
+from pipeline.loader import head_openers
 from pipeline.outputs import OutputFolder
-from pipeline.plan import Shard
+from pipeline.plan import Plan, Shard
 from pipeline.runs import Run, open_run
+from pipeline.streams import StreamedSource
 from pipeline.summary import human_bytes
 
 # Images encoded to estimate the size of all.
@@ -28,19 +31,24 @@ ROW_BYTES = 64
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will write: source images, rows over all subsets, files, bytes, and seconds."""
+    """What a run will write: source images, rows over all subsets, files, bytes, and seconds.
 
-    images: int
-    rows: int
+    Where a source is streamed whose length is not known, images, rows, bytes and seconds are None; `rate` is images/s.
+    """
+
+    images: int | None
+    rows: int | None
     shards: int
     files: int
-    bytes: int
-    seconds: float
+    bytes: int | None
+    seconds: float | None
+    rate: float
     free: int
 
 
 def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
-    """Bytes that some shards will take, from encoding a few of their images with random signs.
+    """Bytes that some shards will take, as far as it is known how many rows they have, from encoding a few of their
+    images with random signs.
 
     Random signs compress worse than a gradient's, so this leans to the high side. None is 0, as hardly one of a
     gradient's is.
@@ -51,21 +59,26 @@ def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     stored = run.layout.stored([step(images, signs, level) for level in run.levels], signs)
     sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
-    return int(sum(map(len, shards)) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
+    return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
 
 
 def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
     """Some decoded images of the shards, (n, C, H, W) uint8, n up to SAMPLES."""
-    splits = {split.name: split.rows for split in run.source.splits}
     found = []
-    for shard in shards[:SAMPLES]:
-        rows = run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist()
-        for opener in splits[shard.split].openers(rows):
-            try:
-                found.append(read_image(opener, run.reader.preprocess, run.reader.max_pixels))
-            except UndecodableError:
-                continue
+    for opener in _openers(run, shards):
+        try:
+            found.append(read_image(opener, run.reader.preprocess, run.reader.max_pixels))
+        except UndecodableError:
+            continue
     return torch.stack(found) if found else torch.zeros((0, *run.reader.shape), dtype=torch.uint8)
+
+
+def _openers(run: Run, shards: Sequence[Shard]) -> Iterator[Opener]:
+    if isinstance(run.source, StreamedSource):
+        yield from (opener for _, opener in itertools.islice(head_openers(run.source, shards, SAMPLES), SAMPLES))
+    splits = {split.name: split.rows for split in run.source.splits}
+    for shard in shards[:SAMPLES] if splits else ():
+        yield from splits[shard.split].openers(run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist())
 
 
 def free_bytes(path: Path) -> int:
@@ -93,14 +106,16 @@ def check_disk(run: Run, folder: OutputFolder, shards: Sequence[Shard], *, overw
 
 def estimate(run: Run, folder: OutputFolder) -> Estimate:
     """Estimate the whole run; its seconds from one timed batch of the real model and codec."""
-    images = len(run.plan)
+    images = run.plan.total
+    rate = run.plan.batch_size / max(_batch_seconds(run), 1e-9)
     return Estimate(
         images=images,
-        rows=images * len(run.stored),
+        rows=None if images is None else images * len(run.stored),
         shards=len(run.plan.shards),
         files=len(run.plan.shards) * len(run.stored),
-        bytes=estimate_bytes(run, run.plan.shards),
-        seconds=images / run.plan.batch_size * _batch_seconds(run),
+        bytes=None if images is None else estimate_bytes(run, run.plan.shards),
+        seconds=None if images is None else images / rate,
+        rate=rate,
         free=free_bytes(folder.root.resolve()),
     )
 
@@ -144,21 +159,37 @@ def describe_plan(config: Config) -> tuple[str, str | None]:
     plan = estimate(run, folder)
     _, height, width = run.reader.shape
     epsilons = ", ".join(f"{level}/255" for level in run.config.attack.levels)
-    splits = ", ".join(f"{name} {len(order):,}" for name, order in run.plan.orders.items())
-    rate = plan.images / max(plan.seconds, 1e-9)
+    splits = ", ".join(f"{name} {_count(rows)}" for name, rows in _planned(run.plan).items())
     rows = {
-        "source images": f"{plan.images:,} ({splits}), {width}x{height} {run.config.preprocess.mode}",
+        "source images": f"{_count(plan.images)} ({splits}), {width}x{height} {run.config.preprocess.mode}",
         "epsilons": f"clean, {epsilons}",
-        "rows": f"{plan.rows:,}",
+        "rows": _count(plan.rows),
         "files": f"{plan.files:,} Parquet files in {plan.shards:,} shards",
-        "bytes": f"about {human_bytes(plan.bytes)} ({run.image_format}), {human_bytes(plan.free)} free",
-        "time": f"about {tqdm.format_interval(plan.seconds)} on {run.device.type}, {rate:.0f} images/s",
+        "bytes": f"{_about(plan.bytes, human_bytes)} ({run.image_format}), {human_bytes(plan.free)} free",
+        "time": f"{_about(plan.seconds, tqdm.format_interval)} on {run.device.type}, {plan.rate:.0f} images/s",
         "batch": f"{run.plan.batch_size}",
         "output": f"{folder.root} (run {run.run_id})",
     }
     column = max(map(len, rows))
     text = "\n".join(f"{key.ljust(column)}  {value}" for key, value in rows.items())
     warning = None
-    if plan.bytes > plan.free:
+    if plan.bytes is not None and plan.bytes > plan.free:
         warning = f"{folder.root} has {human_bytes(plan.free)} free, and about {human_bytes(plan.bytes)} are needed."
     return text, warning
+
+
+def _planned(plan: Plan) -> dict[str, int | None]:
+    """The rows of each split; None where that is not known."""
+    splits: dict[str, int | None] = {}
+    for shard in plan.shards:
+        before = splits.get(shard.split, 0)
+        splits[shard.split] = None if before is None or shard.rows is None else before + shard.rows
+    return splits
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _about(number: float | None, form: Callable[[float], str]) -> str:
+    return "unknown" if number is None else f"about {form(number)}"

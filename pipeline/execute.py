@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import time
+import zlib
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from pipeline.columns import IMAGE
 from pipeline.compute import Part, compile_victim
 from pipeline.errors import NonFiniteError, PipelineError
 from pipeline.lanes import Lanes, available_cores, lane_count
-from pipeline.loader import Batch, load_batches
+from pipeline.loader import Batch, load_batches, name_row
 from pipeline.outputs import (
     EvaluatorCounts,
     LevelCounts,
@@ -43,6 +44,8 @@ from pipeline.shards import ShardWriter
 BATCHES_IN_FLIGHT = 2
 # Images of one encoding task: enough to hide the hand-over, few enough to keep every core busy.
 IMAGES_PER_TASK = 32
+# Where the rows of a source are not known, the share that may be skipped is one of at least so many.
+SKIPPED_AMONG = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +79,11 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
         with (
             contextlib.closing(batches),
             contextlib.closing(attacked),
-            Progress(len(run.plan), finished, run.levels) as progress,
+            Progress(run.plan.total, finished, run.levels) as progress,
         ):
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
-                _check_skipped(run, batch, skipped)
+                _check_skipped(run, batch, skipped, progress.done + batch.place.stop - batch.place.start)
                 busy.add("load", batch.seconds)
                 scores = _score(run, batch, parts)
                 encoded = _encode(encoders, parts, run, busy)
@@ -169,17 +172,20 @@ def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[
         raise _too_large(batch.name, len(batch.labels)) from error
 
 
-def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
-    """Stop where undecodable images are not to be skipped, or are too many."""
+def _check_skipped(run: Run, batch: Batch, skipped: int, read: int) -> None:
+    """Stop where undecodable images are not to be skipped, or are too many: of all, or of those read so far."""
     if not batch.skipped:
         return
     runtime, last = run.config.runtime, batch.skipped[-1]
-    row = f"row {last.source_index} of split {batch.shard.split} cannot be decoded ({last.reason})"
+    row = f"{name_row(batch.shard, last.source_index)} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
         raise PipelineError(f"source: {row}, and runtime.on_error is fail.")
-    if skipped > runtime.max_skipped * len(run.plan):
+    rows = run.plan.total
+    if rows is None:
+        rows = max(read, SKIPPED_AMONG)
+    if skipped > runtime.max_skipped * rows:
         raise PipelineError(
-            f"source: {skipped} of {len(run.plan)} rows could not be decoded, more than runtime.max_skipped = "
+            f"source: {skipped} of {run.plan.total or read} rows could not be decoded, more than runtime.max_skipped = "
             f"{runtime.max_skipped:g} allows; the last: {row}."
         )
 
@@ -208,8 +214,10 @@ def _draws(run: Run, batch: Batch) -> Tensor:
     """A random number for each row that depends on the seed and its source row only, (N,) int64."""
     draws = np.zeros(len(batch.labels), dtype=np.int64)
     if run.goal.target == "random":
-        rows = run.plan.rows(batch.shard)[batch.place]
-        draws[: len(rows)] = [np.random.RandomState([run.config.runtime.seed, row]).randint(2**31) for row in rows]
+        rows = run.plan.rows(batch.shard, batch.place)
+        # Rows of a source that is streamed are counted in each file anew.
+        key = [run.config.runtime.seed, *([zlib.crc32(batch.shard.file.encode())] if batch.shard.file else [])]
+        draws[: len(rows)] = [np.random.RandomState([*key, row]).randint(2**31) for row in rows]
     return torch.from_numpy(draws)
 
 
