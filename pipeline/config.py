@@ -92,7 +92,7 @@ class SourceConfig(Section):
     split: Annotated[tuple[Annotated[str, AfterValidator(_check_split)], ...] | None, BeforeValidator(_as_tuple)] = None
     revision: str | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    streaming: Literal[False] = False
+    streaming: Annotated[bool, Field(strict=True)] = False
     shuffle: bool = True
     image_column: str | None = None
     label_column: str | None = None
@@ -109,7 +109,21 @@ class SourceConfig(Section):
         if len(set(self.keep_columns)) < len(self.keep_columns):
             raise ValueError("keep_columns names a column twice")
         self._refuse_unread(self.kind, SOURCE_KEYS[self.kind])
+        if self.streaming and self.shuffle:
+            raise ValueError("shuffle has no effect with streaming, which reads the source in its own order")
+        if re.match(r"https?://([^/]*@|.*[?#])", str(self.path)):
+            raise ValueError(
+                "path has a user name or a query in it, which manifest and card would show to everyone; give a URL "
+                "that needs neither"
+            )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stream_in_order(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("streaming") is True:
+            return {"shuffle": False, **values}
+        return values
 
 
 def _check_size(value: Any) -> Any:

@@ -78,8 +78,8 @@ class LocalExecutor:
         run = self.run
         compile_as_begun(run)
         busy, cores = Busy(), available_cores()
-        with Progress(len(run.plan), sum(receipt.planned for receipt in done), run.levels) as progress:
-            write_shards(run, folder, shards, sum(len(receipt.skipped) for receipt in done), busy, progress.update)
+        with Progress(run.plan.total, sum(receipt.planned for receipt in done), run.levels) as progress:
+            write_shards(run, folder, shards, done, busy, progress.update)
         shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
         tell_speed(folder, progress, shares, versions(run.device)["device"])
 

@@ -65,9 +65,12 @@ class Busy:
 
 
 class Progress:
-    """Counts source images, `fresh` ones of this session, and how often each epsilon is predicted right."""
+    """Counts source images, `fresh` ones of this session, and how often each epsilon is predicted right.
 
-    def __init__(self, total: int, done: int, levels: Sequence[int], log_seconds: float = LOG_SECONDS) -> None:
+    Without a total, as of a source whose length is not known, it says neither share nor time left.
+    """
+
+    def __init__(self, total: int | None, done: int, levels: Sequence[int], log_seconds: float = LOG_SECONDS) -> None:
         self.total, self.done, self.log_seconds = total, done, log_seconds
         self._labelled = 0
         self._correct = dict.fromkeys(levels, 0)
@@ -119,6 +122,8 @@ class Progress:
     def line(self) -> str:
         """One line for a log: share, rate, time left, accuracy."""
         rate = self.fresh / max(time.monotonic() - self._started, 1e-9)
+        if self.total is None:
+            return f"{self.done:,} images, {rate:.1f} images/s, {self.accuracy()}"
         left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
         share = self.done / self.total
         return (
