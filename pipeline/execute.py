@@ -1,7 +1,5 @@
 """Execute: some shards of a run, from source rows to committed files, on this machine.
 
-`Executor` is what the whole flow needs of whoever does the work, and `LocalExecutor` is this process.
-
 Loading, attacking, encoding and writing overlap: the loader's workers decode ahead, lanes drive the device,
 a pool of threads encodes (the codecs release the GIL), and one thread writes and commits in order. A bounded
 number of batches is in flight, so memory does not grow with the dataset.
@@ -14,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +21,9 @@ from torch import Tensor
 
 from pipeline.columns import IMAGE
 from pipeline.compute import Part, compile_victim
-from pipeline.config import Config
 from pipeline.errors import NonFiniteError, PipelineError
-from pipeline.estimate import estimate_bytes
-from pipeline.lanes import Lanes, available_cores, lane_count
+from pipeline.lanes import Lanes, available_cores
 from pipeline.loader import Batch, load_batches
-from pipeline.manifest import Manifest
 from pipeline.outputs import (
     EvaluatorCounts,
     LevelCounts,
@@ -41,7 +36,7 @@ from pipeline.outputs import (
 from pipeline.plan import Shard
 from pipeline.progress import Busy, Progress
 from pipeline.records import Scores, encode_column, opinions, score
-from pipeline.runs import Run, open_run, versions
+from pipeline.runs import Run, versions
 from pipeline.shards import ShardWriter
 
 # Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
@@ -53,64 +48,6 @@ IMAGES_PER_TASK = 32
 Tell = Callable[[int, int, Mapping[int, int]], None]
 
 logger = logging.getLogger(__name__)
-
-
-class Executor(Protocol):
-    """Whoever does the work: opens one run, and writes shards of it."""
-
-    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
-        """Open the run where it will be computed.
-
-        Args:
-            config: as the user wrote it.
-            recorded: the manifest of the run that is resumed.
-
-        Returns:
-            The manifest as it is before anything is written, of the device and the packages that are there.
-
-        Raises:
-            ConfigError: as `open_run`.
-        """
-        ...
-
-    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
-        """Bytes that some shards of the opened run will take."""
-        ...
-
-    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
-        """Write some shards of the opened run.
-
-        Args:
-            folder: where they go; the caller holds it.
-            shards: those to write.
-            done: receipts of the shards that are there, for the progress and the count of skipped rows.
-
-        Raises:
-            PipelineError: a row or the numbers stop the run, or the disk refuses.
-        """
-        ...
-
-
-class LocalExecutor:
-    """This process does the work."""
-
-    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
-        self.run = open_run(config, recorded)
-        return self.run.manifest()
-
-    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
-        return estimate_bytes(self.run, shards)
-
-    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
-        if not shards:
-            return
-        run = self.run
-        compile_as_begun(run)
-        busy, cores = Busy(), available_cores()
-        with Progress(len(run.plan), sum(receipt.planned for receipt in done), run.levels) as progress:
-            write_shards(run, folder, shards, sum(len(receipt.skipped) for receipt in done), busy, progress.update)
-        shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
-        tell_speed(folder, progress, shares, versions(run.device)["device"])
 
 
 def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], skipped: int, busy: Busy, tell: Tell) -> None:

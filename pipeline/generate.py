@@ -1,24 +1,86 @@
 """Generate: the whole flow, from a config to a complete dataset.
 
-What is there already is found out first, and what is missing is executed and summed up.
+What is there already is found out first, and what is missing is executed and summed up. An executor does the work: this
+process, or a cluster.
 """
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pipeline.card import card_agrees, write_summaries
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.estimate import check_disk
-from pipeline.execute import Executor, LocalExecutor
+from pipeline.estimate import check_disk, estimate_bytes
+from pipeline.execute import compile_as_begun, tell_speed, write_shards
+from pipeline.lanes import available_cores, lane_count
 from pipeline.manifest import Manifest, read_manifest, summarise
-from pipeline.outputs import OutputFolder, committed, read_receipts
-from pipeline.runs import differences
+from pipeline.outputs import OutputFolder, Receipt, committed, read_receipts
+from pipeline.plan import Shard
+from pipeline.progress import Busy, Progress
+from pipeline.runs import differences, open_run, versions
 
 logger = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """Whoever does the work: opens one run, and writes shards of it."""
+
+    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
+        """Open the run where it will be computed.
+
+        Args:
+            config: as the user wrote it.
+            recorded: the manifest of the run that is resumed.
+
+        Returns:
+            The manifest as it is before anything is written, of the device and the packages that are there.
+
+        Raises:
+            ConfigError: as `open_run`.
+        """
+        ...
+
+    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
+        """Bytes that some shards of the opened run will take."""
+        ...
+
+    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
+        """Write some shards of the opened run.
+
+        Args:
+            folder: where they go; the caller holds it.
+            shards: those to write.
+            done: receipts of the shards that are there, for the progress and the count of skipped rows.
+
+        Raises:
+            PipelineError: a row or the numbers stop the run, or the disk refuses.
+        """
+        ...
+
+
+class LocalExecutor:
+    """This process does the work."""
+
+    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
+        self.run = open_run(config, recorded)
+        return self.run.manifest()
+
+    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
+        return estimate_bytes(self.run, shards)
+
+    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
+        if not shards:
+            return
+        run = self.run
+        compile_as_begun(run)
+        busy, cores = Busy(), available_cores()
+        with Progress(len(run.plan), sum(receipt.planned for receipt in done), run.levels) as progress:
+            write_shards(run, folder, shards, sum(len(receipt.skipped) for receipt in done), busy, progress.update)
+        shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
+        tell_speed(folder, progress, shares, versions(run.device)["device"])
 
 
 ExecutorName = Literal["local", "ray"]

@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -307,7 +308,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         PipelineError: the disk refused.
     """
     with writing(path):
-        scratch = path.with_name(f".{path.name}.tmp")
+        # Its own: on a cluster two may write the same receipt.
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             with scratch.open("wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)

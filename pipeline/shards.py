@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ class ShardWriter:
         run_id: str,
     ) -> None:
         self.folder, self.shard, self.subsets, self.run_id = folder, shard, subsets, run_id
-        self.scratch = folder.scratch / shard.name
+        # Its own: another try of the shard may still be under way, on a node that was given up.
+        self.scratch = folder.scratch / f"{shard.name}.{uuid.uuid4().hex[:12]}"
         self._waiting: list[list[pa.Table]] = [[] for _ in subsets]
         self._writers: list[pq.ParquetWriter] = []
         with writing(self.scratch):
