@@ -1,5 +1,6 @@
 """On a real Ray cluster: the same bytes as in one process, and what a failure costs."""
 
+import logging
 import os
 import re
 import signal
@@ -66,8 +67,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("ray-datasets")))
         patch.delenv("RAY_ADDRESS", raising=False)
-        context = ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        context: Any = ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
         )
         yield context.address_info["gcs_address"]
         ray.shutdown()
