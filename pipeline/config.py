@@ -375,12 +375,25 @@ class OutputConfig(Section):
         return path
 
 
-class RayConfig(Section):
-    """Resources of the Ray executor, which this version does not have: nothing but the defaults."""
+def _check_gpus(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= 1 or value % 1 == 0):
+        raise ValueError(f"got {value!r}; allowed: auto, a share of a GPU from 0 to 1, or a whole number")
+    if value < 0 or not math.isfinite(value):
+        raise ValueError(f"got {value!r}; allowed: auto, a share of a GPU from 0 to 1, or a whole number")
+    return float(value)
 
-    workers: Literal["auto"] = "auto"
-    gpus_per_worker: Literal["auto"] = "auto"
-    cpus_per_worker: Literal["auto"] = "auto"
+
+class RayConfig(Section):
+    """What the Ray executor asks of a cluster; nothing of it enters the run id.
+
+    workers: how many at once; gpus_per_worker, cpus_per_worker: what each is given.
+    """
+
+    workers: Count | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_check_gpus)] = "auto"
+    cpus_per_worker: Count | Literal["auto"] = "auto"
 
 
 class RuntimeConfig(Section):
@@ -417,6 +430,9 @@ class Config(Section):
             raise ValueError(f"evaluators: two of them have the id {twice}; each needs its own")
         if self.output.image_format == "webp" and self.preprocess.mode == "L":
             raise ValueError("output.image_format: webp has no grayscale mode; use png or auto with preprocess.mode: L")
+        device, gpus = self.runtime.device, self.runtime.ray.gpus_per_worker
+        if (device == "cuda" and gpus == 0) or (device in ("cpu", "mps") and gpus not in ("auto", 0)):
+            raise ValueError(f"runtime.ray: gpus_per_worker {gpus:g} does not go with runtime.device {device}")
         for key, size in (("resize", self.preprocess.resize), ("crop", self.preprocess.crop)):
             height, width = size if isinstance(size, tuple) else (size or 0, size or 0)
             if height * width > self.runtime.max_pixels:

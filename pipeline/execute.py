@@ -187,27 +187,25 @@ def _check_skipped(run: Run, batch: Batch, skipped: int, read: int) -> None:
     row = f"{name_row(batch.shard, last.source_index)} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
         raise PipelineError(f"source: {row}, and runtime.on_error is fail.")
-    rows = run.plan.total
-    if rows is None:
-        rows = max(read, SKIPPED_AMONG)
-    check_share_skipped(skipped, rows, runtime.max_skipped, row)
+    check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, row)
 
 
-def check_share_skipped(skipped: int, rows: int, most: float, last: str) -> None:
+def check_share_skipped(skipped: int, total: int | None, read: int, most: float, last: str) -> None:
     """Stop where too many rows were skipped.
 
     Args:
         skipped: so many were.
-        rows: of the source; or of what was read of it, where it is not known how many it has.
+        total: rows of the source; where that is None, it is a share of those that were read so far.
+        read: rows of the source that were read so far.
         most: the share of them that may be.
         last: the last one and why, for a person.
 
     Raises:
         PipelineError: there are more.
     """
-    if skipped > most * rows:
+    if skipped > most * (max(read, SKIPPED_AMONG) if total is None else total):
         raise PipelineError(
-            f"source: {skipped} of {rows} rows could not be decoded, more than runtime.max_skipped = "
+            f"source: {skipped} of {total or read} rows could not be decoded, more than runtime.max_skipped = "
             f"{most:g} allows; the last: {last}."
         )
 
