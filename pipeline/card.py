@@ -24,7 +24,7 @@ from markupsafe import Markup
 from pipeline.config import is_address, is_checkpoint, is_factory_file
 from pipeline.manifest import Manifest, summarise
 from pipeline.origins import front_matter
-from pipeline.outputs import SIGNS, OutputFolder, committed
+from pipeline.outputs import SIGNS, OutputFolder, Receipt, committed
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 # What the card's examples load until the dataset is published. (`datasets` cannot load ".", which has no name.)
@@ -57,10 +57,17 @@ MEANINGS = {
 }
 
 
-def write_summaries(folder: OutputFolder, manifest: Manifest) -> Manifest:
+def write_summaries(
+    folder: OutputFolder, manifest: Manifest, receipts: Mapping[str, Receipt] | None = None
+) -> Manifest:
     """Write the manifest and the card as they follow from the receipts that are there.
 
     A card that lists the right subsets is left alone, with whatever its owner has added to it.
+
+    Args:
+        folder: of the run.
+        manifest: of the run.
+        receipts: those that are there, where they were just read.
 
     Returns:
         The manifest as written.
@@ -68,7 +75,9 @@ def write_summaries(folder: OutputFolder, manifest: Manifest) -> Manifest:
     Raises:
         PipelineError: the disk refused.
     """
-    manifest = summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
+    if receipts is None:
+        receipts = committed(folder, manifest.run_id, manifest.plan.shards)
+    manifest = summarise(manifest, receipts)
     folder.store.write(folder.manifest, manifest.model_dump_json(indent=1).encode())
     if not card_agrees(folder, manifest):
         place = HERE if folder.store.local else folder.root

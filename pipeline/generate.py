@@ -55,7 +55,7 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
             logger.info("%d of %d shards are already there.", len(done), len(shards))
         missing = [shard for shard in shards if shard.name not in done]
         folder.forget(missing)
-        manifest = write_summaries(folder, recorded or run.manifest())
+        manifest = write_summaries(folder, recorded or run.manifest(), done)
         try:
             write_shards(run, folder, missing, list(done.values()))
         except BaseException:
