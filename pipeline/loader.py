@@ -121,7 +121,7 @@ class Reader:
             PipelineError: a label is missing, or is no class.
         """
         started = time.thread_time()
-        labels = np.array(table.column(1), dtype=np.int64)
+        labels = table.column(1).to_numpy().copy()  # Arrow's own memory is read-only
         self._check_labels(shard, place, labels)
         allowed = self.source.allowed if isinstance(self.source, StreamedSource) else ()
         openers = [partial(open_cell, cell, allowed) for cell in table.column(0).to_pylist()]
