@@ -1,6 +1,5 @@
 """Estimates before a run: how many bytes it will write, how long it will take, and whether the disk has room."""
 
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +74,7 @@ def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
 
 def _openers(run: Run, shards: Sequence[Shard]) -> Iterator[Opener]:
     if isinstance(run.source, StreamedSource):
-        yield from (opener for _, opener in itertools.islice(head_openers(run.source, shards, SAMPLES), SAMPLES))
+        yield from (opener for _, opener in head_openers(run.source, shards, SAMPLES))
     splits = {split.name: split.rows for split in run.source.splits}
     for shard in shards[:SAMPLES] if splits else ():
         yield from splits[shard.split].openers(run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist())

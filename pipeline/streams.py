@@ -448,23 +448,21 @@ def read_stretches(source: StreamedSource, stretches: Sequence[Stretch]) -> Gene
     return _read_tars(source, stretches) if source.kind == "tar" else _read_parquet(source, stretches)
 
 
-def read_head(source: StreamedSource, stretches: Iterable[Stretch]) -> Iterator[tuple[Stretch, pa.Table]]:
-    """The first rows of some stretches, a few at a time, for who stops early: no more is read than is asked for.
+def read_head(source: StreamedSource, stretch: Stretch) -> Iterator[pa.Table]:
+    """The rows of a stretch, a few at a time, for who stops early: little more is fetched than is asked for.
 
     Raises:
         PipelineError: as `read_stretches`.
     """
-    for stretch in stretches:
-        if source.kind == "tar":
-            for table in _tables_of_tar(source, stretch.file, HEAD_ROWS):
-                yield stretch, table
-            continue
-        with _naming(stretch.file), _opened(stretch.file) as handle:
-            # Buffered, a page at a time: a row group may be a hundred megabytes.
-            file = pq.ParquetFile(handle, buffer_size=HEAD_BUFFER, pre_buffer=False)
-            for group, _ in _groups_of(stretch):
-                for batch in file.iter_batches(HEAD_ROWS, [group], _columns_of(source.fields), use_threads=False):
-                    yield stretch, _normalised(source, stretch.file, pa.Table.from_batches([batch]))
+    if source.kind == "tar":
+        yield from _tables_of_tar(source, stretch.file, HEAD_ROWS)
+        return
+    with _naming(stretch.file), _opened(stretch.file) as handle:
+        # Buffered, a page at a time: a row group may be a hundred megabytes.
+        file = pq.ParquetFile(handle, buffer_size=HEAD_BUFFER, pre_buffer=False)
+        for group, _ in _groups_of(stretch):
+            for batch in file.iter_batches(HEAD_ROWS, [group], _columns_of(source.fields), use_threads=False):
+                yield _normalised(source, stretch.file, pa.Table.from_batches([batch]))
 
 
 def _read_parquet(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[tuple[int, pa.Table], None, None]:
