@@ -33,9 +33,8 @@ from pipeline.streams import StreamedSource, Stretch, read_head, read_stretches
 MAX_WORKERS = 16
 # Images of each split looked at before a run that takes all sizes as they are.
 SIZE_SAMPLES = 1000
-# Of a source that is streamed, the rows at its head that are looked at, and the files tried until one can be decoded.
+# Of a source that is streamed, the rows at the head of each split that are looked at.
 HEAD_SAMPLES = 64
-HEAD_FILES = 8
 
 Shape = tuple[int, int, int]
 
@@ -121,7 +120,7 @@ class Reader:
             PipelineError: a label is missing, or is no class.
         """
         started = time.thread_time()
-        labels = np.array(table.column(1), dtype=np.int64)
+        labels = table.column(1).to_numpy().copy()  # Arrow's own memory is read-only
         self._check_labels(shard, place, labels)
         allowed = self.source.allowed if isinstance(self.source, StreamedSource) else ()
         openers = [partial(open_cell, cell, allowed) for cell in table.column(0).to_pylist()]
@@ -222,15 +221,15 @@ def _samples(source: Source, plan: Plan) -> Iterator[tuple[str, Opener]]:
 
 
 def head_openers(source: StreamedSource, shards: Sequence[Shard], count: int) -> Iterator[tuple[str, Opener]]:
-    """The first rows of the first shards that have any, as they are asked for, up to `count` of a shard."""
-    for shard in shards[:HEAD_FILES]:
-        left = count
-        for _, table in read_head(source, [_stretch(source, shard)]):
-            for row, cell in enumerate(table.slice(0, left).column(0).to_pylist()):
-                yield name_row(shard, shard.start + count - left + row), partial(open_cell, cell, source.allowed)
-            left -= table.num_rows
-            if left <= 0:
-                break
+    """The first `count` rows of some shards, fetched as they are asked for: what messages call each, what opens it."""
+    for shard in shards:
+        row = shard.start
+        for table in read_head(source, _stretch(source, shard)):
+            for cell in table.column(0).to_pylist():
+                if not count:
+                    return
+                yield name_row(shard, row), partial(open_cell, cell, source.allowed)
+                row, count = row + 1, count - 1
 
 
 def _stretch(source: StreamedSource, shard: Shard) -> Stretch:

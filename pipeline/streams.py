@@ -54,8 +54,9 @@ TAR_BYTES = 16 * 2**20
 TAR_BLOCK = 4 * 2**20
 # What a mark takes of either end of a file that no checksum is known of.
 MARK_BYTES = 2**16
-# Rows of a table at the head of a file.
+# Rows of a table at the head of a file, and the bytes that are fetched at once for it.
 HEAD_ROWS = 32
+HEAD_BUFFER = 2**18
 
 # The local file system, as fsspec names it.
 LOCAL = ("file", ("file", "local"))
@@ -90,7 +91,7 @@ class StreamedFile:
             return None
         ends, start, stop = [], 0, 0
         for rows, _ in self.groups:
-            if start < stop and stop + rows - start > most:
+            if rows and start < stop and stop + rows - start > most:
                 ends.append(stop)
                 start = stop
             stop += rows
@@ -447,32 +448,31 @@ def read_stretches(source: StreamedSource, stretches: Sequence[Stretch]) -> Gene
     return _read_tars(source, stretches) if source.kind == "tar" else _read_parquet(source, stretches)
 
 
-def read_head(source: StreamedSource, stretches: Iterable[Stretch]) -> Iterator[tuple[Stretch, pa.Table]]:
-    """The first rows of some stretches, a few at a time, for who stops early: no more is read than is asked for.
+def read_head(source: StreamedSource, stretch: Stretch) -> Iterator[pa.Table]:
+    """The rows of a stretch, a few at a time, for who stops early: little more is fetched than is asked for.
 
     Raises:
         PipelineError: as `read_stretches`.
     """
-    for stretch in stretches:
-        if source.kind == "tar":
-            for table in _tables_of_tar(source, stretch.file, HEAD_ROWS):
-                yield stretch, table
-            continue
-        with _naming(stretch.file), _opened(stretch.file) as handle:
-            file = pq.ParquetFile(handle, buffer_size=2**18)
-            groups = [group for group, _ in _groups_of(stretch)]
-            columns = _columns_of(source.fields)
-            for batch in file.iter_batches(HEAD_ROWS, groups, columns, use_threads=False) if groups else ():
-                yield stretch, _normalised(source, stretch.file, pa.Table.from_batches([batch]))
+    if source.kind == "tar":
+        yield from _tables_of_tar(source, stretch.file, HEAD_ROWS)
+        return
+    with _naming(stretch.file), _opened(stretch.file) as handle:
+        # Buffered, a page at a time: a row group may be a hundred megabytes.
+        file = pq.ParquetFile(handle, buffer_size=HEAD_BUFFER, pre_buffer=False)
+        for group, _ in _groups_of(stretch):
+            for batch in file.iter_batches(HEAD_ROWS, [group], _columns_of(source.fields), use_threads=False):
+                yield _normalised(source, stretch.file, pa.Table.from_batches([batch]))
 
 
 def _read_parquet(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[tuple[int, pa.Table], None, None]:
     # Row groups of a file follow each other, so a few footers are enough.
-    footer = functools.lru_cache(maxsize=2 * FETCHERS)(_footer)
+    footer, one_by_one = functools.lru_cache(maxsize=2 * FETCHERS)(_footer), threading.Lock()
 
     def fetch(stretch: Stretch, group: int | None) -> pa.Table:
         with _naming(stretch.file):
-            metadata = footer(stretch.file)
+            with one_by_one:
+                metadata = footer(stretch.file)
             if tuple(map(_group, map(metadata.row_group, range(metadata.num_row_groups)))) != stretch.file.groups:
                 raise PipelineError(f"source: {stretch.file.name} has changed since the run was planned.")
             columns = _columns_of(source.fields)
