@@ -23,7 +23,7 @@ from pipeline.columns import IMAGE
 from pipeline.compute import Part, compile_victim
 from pipeline.errors import NonFiniteError, PipelineError
 from pipeline.lanes import Lanes, available_cores, lane_count
-from pipeline.loader import Batch, load_batches
+from pipeline.loader import Batch, load_batches, naming_dead_workers
 from pipeline.outputs import (
     EvaluatorCounts,
     LevelCounts,
@@ -47,6 +47,7 @@ IMAGES_PER_TASK = 32
 logger = logging.getLogger(__name__)
 
 
+@naming_dead_workers()
 def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
     """Attack, encode and commit some shards, in order.
 
