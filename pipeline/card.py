@@ -21,10 +21,10 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
-from pipeline.config import is_checkpoint, is_factory_file
+from pipeline.config import is_address, is_checkpoint, is_factory_file
 from pipeline.manifest import Manifest, summarise
 from pipeline.origins import front_matter
-from pipeline.outputs import SIGNS, OutputFolder, committed, write_atomically
+from pipeline.outputs import SIGNS, OutputFolder, Receipt, committed
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 # What the card's examples load until the dataset is published. (`datasets` cannot load ".", which has no name.)
@@ -57,10 +57,17 @@ MEANINGS = {
 }
 
 
-def write_summaries(folder: OutputFolder, manifest: Manifest) -> Manifest:
+def write_summaries(
+    folder: OutputFolder, manifest: Manifest, receipts: Mapping[str, Receipt] | None = None
+) -> Manifest:
     """Write the manifest and the card as they follow from the receipts that are there.
 
     A card that lists the right subsets is left alone, with whatever its owner has added to it.
+
+    Args:
+        folder: the output folder.
+        manifest: of the run.
+        receipts: of the shards that are there, where they have just been read.
 
     Returns:
         The manifest as written.
@@ -68,16 +75,19 @@ def write_summaries(folder: OutputFolder, manifest: Manifest) -> Manifest:
     Raises:
         PipelineError: the disk refused.
     """
-    manifest = summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
-    write_atomically(folder.manifest, manifest.model_dump_json(indent=1))
+    if receipts is None:
+        receipts = committed(folder, manifest.run_id, manifest.plan.shards)
+    manifest = summarise(manifest, receipts)
+    folder.store.write(folder.manifest, manifest.model_dump_json(indent=1).encode())
     if not card_agrees(folder, manifest):
-        write_atomically(folder.card, render_card(manifest))
+        place = HERE if folder.store.local else folder.root
+        folder.store.write(folder.card, render_card(manifest, place).encode())
     return manifest
 
 
 def card_agrees(folder: OutputFolder, manifest: Manifest) -> bool:
-    """Whether the card on disk lists the subsets of a manifest."""
-    return read_configs(folder.card) == make_configs(manifest)
+    """Whether the card that is there lists the subsets of a manifest."""
+    return read_configs(folder) == make_configs(manifest)
 
 
 # -------------------------------------------------------------------------------------------------- YAML
@@ -118,9 +128,12 @@ def _config(name: str, splits: Sequence[str], folders: Sequence[str], descriptio
     return {"config_name": name, "description": description, "data_files": files}
 
 
-def read_configs(card: Path) -> list[dict[str, Any]] | None:
-    """The subsets that a card lists, None where there is no card or none that can be read."""
-    front = front_matter(card)
+def read_configs(folder: OutputFolder) -> list[dict[str, Any]] | None:
+    """The subsets that the card lists, None where there is no card or none that can be read."""
+    try:
+        front = front_matter(folder.store.read(folder.card))
+    except OSError:
+        return None
     return front.get("configs") if front else None
 
 
@@ -253,7 +266,7 @@ def render_card(manifest: Manifest, place: str = HERE) -> str:
 
     Args:
         manifest: of the run.
-        place: what the examples load: the folder itself, or a Hub id.
+        place: what the examples load: the folder itself, its address in an object store, or a Hub id.
     """
     front = yaml.dump(_front(manifest), Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=float("inf"))
     return f"---\n{front}---\n\n{_template().render(_values(manifest, place))}"
@@ -270,7 +283,7 @@ def moved_card(text: str, manifest: Manifest, place: str) -> str:
     after = render_card(manifest, place).split("\n")
     moved: dict[str, str] = {}
     # Its owner may have added an example that loads something else.
-    for former in dict.fromkeys(re.findall(r'datasets\.load_dataset\("([^"\n]+)"', text)):
+    for former in dict.fromkeys(re.findall(r'(?:datasets\.load_dataset|pipeline\.load)\("([^"\n]+)"', text)):
         moved |= zip(render_card(manifest, former).split("\n"), after, strict=True)
     return "\n".join(moved.get(line, line) for line in text.split("\n"))
 
@@ -295,7 +308,8 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "signs": SIGNS in manifest.stored,
         "place": place,
         "here": place == HERE,
-        "files": place if place == HERE else f"hf://datasets/{place}",
+        "address": is_address(place),
+        "files": place if place == HERE or is_address(place) else f"hf://datasets/{place}",
         # The last split is the one to measure with, as a rule.
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),

@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config such as digits.")]
-Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder of a dataset.")]
+Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The folder of a dataset, or its s3:// address.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; may be repeated.")
 ]
@@ -48,7 +48,7 @@ def generate(
     """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
     again = shlex.join(["fgsm", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
     with _boundary(debug, f"Interrupted; what was committed is kept. To go on: {again}"):
-        from pipeline.config import load_config
+        from pipeline.config import is_address, load_config
         from pipeline.generate import generate as run
         from pipeline.summary import summary_table
 
@@ -57,9 +57,13 @@ def generate(
         manifest = run(loaded, overwrite=overwrite)
         typer.echo(summary_table(manifest))
         _report_on(manifest, loaded.output.path, debug)
-        path, subset = str(Path(loaded.output.path).expanduser()), manifest.stored[-1]
+        path, subset = loaded.output.path, manifest.stored[-1]
         # JSON's double quotes: Python's single ones become unreadable inside the shell's.
-        one_line = f"import datasets; print(datasets.load_dataset({json.dumps(path)}, {json.dumps(subset)}))"
+        if is_address(path):
+            one_line = f"import pipeline; print(pipeline.load({json.dumps(path)}))"
+        else:
+            path = str(Path(path).expanduser())
+            one_line = f"import datasets; print(datasets.load_dataset({json.dumps(path)}, {json.dumps(subset)}))"
         typer.echo(f"\nNext: fgsm verify {shlex.quote(path)} --recompute", err=True)
         typer.echo(f"      fgsm inspect {shlex.quote(path)}", err=True)
         typer.echo(f"      python -c {shlex.quote(one_line)}", err=True)
@@ -73,16 +77,16 @@ def plan(
     limit: Limit = None,
     debug: Debug = False,
 ) -> None:
-    """Say what generate would write: rows, bytes, files and time. Nothing is written."""
+    """Say what generate would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept."""
     with _boundary(debug, "Interrupted."):
         from pipeline.config import load_config
         from pipeline.estimate import describe_plan
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _say_epsilons(loaded.attack)
-        text, warning = describe_plan(loaded)
+        text, warnings = describe_plan(loaded)
         typer.echo(text)
-        if warning:
+        for warning in warnings:
             typer.echo(f"Warning: {warning}", err=True)
 
 
@@ -131,7 +135,7 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
     """Make the report of a complete dataset unless it is there. Without it the dataset is as complete."""
     from pipeline.outputs import OutputFolder, reported_receipts
 
-    folder = OutputFolder(Path(path))
+    folder = OutputFolder(path)
     if reported_receipts(folder) == manifest.receipts:
         return
     try:
@@ -144,7 +148,7 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
         reason = first_line(error).rstrip(".")
         typer.echo(
             f"\nWarning: the dataset is complete, but its report was not made: {reason}. Try fgsm report "
-            f"{shlex.quote(str(folder.root))}",
+            f"{shlex.quote(folder.root)}",
             err=True,
         )
 

@@ -33,10 +33,12 @@ from pipeline.columns import (
     kept_columns,
     one_level,
 )
-from pipeline.config import reading_levels
+from pipeline.config import is_address, reading_levels
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
-from pipeline.outputs import SIGNS, local_folder, subset_name
+from pipeline.manifest import Manifest, require_manifest
+from pipeline.outputs import SIGNS, OutputFolder, local_folder, subset_name
+from pipeline.stores import redact, storage_options
 
 # Rows that a streaming view holds at a time.
 STREAMED_ROWS = 64
@@ -131,7 +133,7 @@ def load(
     """Load a dataset of either layout: a row per image and epsilon, with the columns of layout images.
 
     Args:
-        path_or_repo: an output folder, or a Hub id.
+        path_or_repo: an output folder, its address in an object store, or a Hub id.
         epsilons: `k/255`, a decimal as in the config (rounded down), or 0 for clean; rows come in this order.
             None: clean and every recorded epsilon, rising. At an epsilon that is not recorded the images are made
             exactly, and what the victim and the evaluators would say of them is null.
@@ -146,15 +148,21 @@ def load(
         ConfigError: there is no such dataset or split, it is not of ours, or an epsilon cannot be stored.
     """
     asked = None if epsilons is None else reading_levels(epsilons)
-    place = str(local_folder(path_or_repo) or path_or_repo)
-    recorded = _recorded_subsets(place)
+    stored: Manifest | None = None
+    if is_address(path_or_repo):
+        place = str(path_or_repo)
+        stored = require_manifest(OutputFolder(place))
+        recorded = None if SIGNS in stored.stored else list(stored.levels)
+    else:
+        place = str(local_folder(path_or_repo) or path_or_repo)
+        recorded = _recorded_subsets(place)
     if recorded is None:
-        opened = _open(place, SIGNS, streaming)
+        opened = _open(place, stored, SIGNS, streaming)
         splits = {name: _from_signs(rows, asked, streaming) for name, rows in _chosen(opened, split, place).items()}
     else:
         wanted = recorded if asked is None else asked
         subsets = {
-            level: _chosen(_open(place, subset_name(level), streaming), split, place)
+            level: _chosen(_open(place, stored, subset_name(level), streaming), split, place)
             for level in _needed(wanted, recorded)
         }
         names = list(next(iter(subsets.values())))
@@ -190,16 +198,35 @@ def _needed(wanted: Sequence[int], recorded: Sequence[int]) -> list[int]:
     return there if len(there) == len(wanted) else sorted({*there, *recorded[:2]})
 
 
-def _open(place: str, subset: str, streaming: bool) -> Mapping[str, Any]:
+def _open(place: str, stored: Manifest | None, subset: str, streaming: bool) -> Mapping[str, Any]:
+    """The splits of a subset; from an object store as its manifest lists them."""
+    arguments: dict[str, Any] = {"path": place, "name": subset}
+    if stored is not None:
+        files = _addresses(place, stored, subset)
+        arguments = {"path": "parquet", "data_files": files, "storage_options": storage_options(place)}
     try:
-        opened: Mapping[str, Any] = datasets.load_dataset(place, subset, streaming=streaming)
+        opened: Mapping[str, Any] = datasets.load_dataset(streaming=streaming, **arguments)
     except Exception as error:  # as in _recorded_subsets
-        raise ConfigError(f"{place}: its subset {subset} cannot be read: {first_line(error)}") from error
+        said = redact(first_line(error))
+        cause = error if stored is None else None  # that of a store may quote secrets
+        raise ConfigError(f"{place}: its subset {subset} cannot be read: {said}") from cause
     expected = {ATTACKS, SIGN} if subset == SIGNS else {"epsilon", *ANSWER}
     for rows in opened.values():
         if not expected <= set(rows.column_names or ()):
             raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
     return opened
+
+
+def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[str]]:
+    """The files of a subset by split, `subset/split-00000-of-00004.parquet`."""
+    files: dict[str, list[str]] = {}
+    for entry in manifest.files:
+        folder, _, name = entry.path.partition("/")
+        if folder == subset:
+            files.setdefault(name.rsplit("-", 3)[0], []).append(f"{place.rstrip('/')}/{entry.path}")
+    if not files:
+        raise ConfigError(f"{place} holds no shards yet; run fgsm generate to its end.")
+    return files
 
 
 def _chosen(opened: Mapping[str, Any], split: str | None, place: str) -> Mapping[str, Any]:

@@ -1,42 +1,52 @@
-"""Estimates before a run: how many bytes it will write, how long it will take, and whether the disk has room."""
+"""Estimates before a run: whether the disk has room, and, for `fgsm plan`, what a run will take.
 
+`generate` encodes a few images, which takes no time. `plan` calibrates: some rows of the real run go the whole way,
+into a folder that is thrown away, and what that took is scaled up.
+"""
+
+import contextlib
+import io
+import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError
+from pipeline.execute import BATCHES_IN_FLIGHT, write_shards
 from pipeline.images import UndecodableError, encode_images, read_image
-from pipeline.lanes import Lanes, available_cores
+from pipeline.lanes import lane_count
 from pipeline.lattice import step
-from pipeline.outputs import OutputFolder
-from pipeline.plan import Shard
+from pipeline.memory import PeakMemory
+from pipeline.outputs import OutputFolder, read_receipts
+from pipeline.plan import Plan, Shard
+from pipeline.progress import Busy
 from pipeline.runs import Run, open_run
+from pipeline.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS
 from pipeline.summary import human_bytes
 
 # Images encoded to estimate the size of all.
 SAMPLES = 16
 # Per row, for everything beside the image.
 ROW_BYTES = 64
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will write: source images, rows over all subsets, files, bytes, and seconds."""
-
-    images: int
-    rows: int
-    shards: int
-    files: int
-    bytes: int
-    seconds: float
-    free: int
+# A calibration lasts about so long, however fast the model, and reads so many batches at most.
+CALIBRATION_SECONDS = 6.0
+CALIBRATION_BATCHES = 16
+# Shards over which it spreads: sources that are not shuffled hold one class after the other.
+CALIBRATION_SHARDS = 4
+# What the Hub allows: files in a folder, and in a repository.
+HUB_FOLDER_FILES = 10_000
+HUB_REPOSITORY_FILES = 100_000
+# Of a repository's files, those that are not Parquet: the card, the manifest, the report and its pictures.
+HUB_OTHER_FILES = 100
 
 
 def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
@@ -75,90 +85,252 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_disk(run: Run, folder: OutputFolder, shards: Sequence[Shard], *, overwrite: bool) -> None:
+def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
+    """Of some shards those that are on the local disk at once: all, or for an object store one at a time."""
+    return shards if folder.store.local else sorted(shards, key=len)[-1:]
+
+
+def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
     """Refuse to start a run that cannot end. Overwriting frees what is there.
+
+    Args:
+        needed: bytes that it will write.
+        folder: where they go.
+        overwrite: whether what is there goes first.
 
     Raises:
         PipelineError: the free space is less than the estimate.
     """
-    needed, free = estimate_bytes(run, shards), free_bytes(folder.root.resolve())
-    if overwrite:
-        free += sum(path.stat().st_size for path in folder.root.rglob("*.parquet"))
+    local, disk = folder.store.local, folder.store.disk
+    free = free_bytes(disk.resolve())
+    if overwrite and local:
+        free += sum(size for name, size in folder.store.sizes().items() if name.endswith(".parquet"))
     if needed > free:
+        what, mend = "", "choose another disk, fewer epsilons or a source.limit."
+        if not local:
+            what = " for a shard before its upload"
+            mend = "name a larger one with TMPDIR, or make output.images_per_shard smaller."
         raise PipelineError(
-            f"output.path: about {human_bytes(needed)} are needed and {folder.root} has {human_bytes(free)} free; "
-            "choose another disk, fewer epsilons or a source.limit."
+            f"output.path: about {human_bytes(needed)} are needed{what} and {disk} has {human_bytes(free)} free; {mend}"
         )
 
 
-def estimate(run: Run, folder: OutputFolder) -> Estimate:
-    """Estimate the whole run; its seconds from one timed batch of the real model and codec."""
-    images = len(run.plan)
-    return Estimate(
-        images=images,
-        rows=images * len(run.stored),
-        shards=len(run.plan.shards),
-        files=len(run.plan.shards) * len(run.stored),
-        bytes=estimate_bytes(run, run.plan.shards),
-        seconds=images / run.plan.batch_size * _batch_seconds(run),
-        free=free_bytes(folder.root.resolve()),
+@dataclass(frozen=True)
+class Calibration:
+    """What some rows of a run took on this machine.
+
+    images: source rows that went the whole way, in the largest of the passes. start: seconds before the first image
+    flows; seconds: of each image. row_bytes: stored for each source row, in all subsets; file_bytes: of each file
+    beside its rows. memory: the most bytes resident in this process and its workers together; device_memory: the most
+    that PyTorch had allocated on CUDA, None elsewhere.
+    """
+
+    images: int
+    start: float
+    seconds: float
+    row_bytes: float
+    file_bytes: float
+    memory: int
+    device_memory: int | None
+
+
+def calibrate(run: Run) -> Calibration:
+    """Send some rows of a run the whole way: read, attacked, encoded, written and committed, to a temporary folder.
+
+    First a chunk for each lane, to warm up; once more, for what starting costs; then as many rows as fit into
+    CALIBRATION_SECONDS, and four times as many as before at least: what that took longer is the price of its further
+    rows. Where the model is so slow that starting is nothing beside it, there is no further pass.
+
+    Raises:
+        PipelineError: what stops these rows would stop the run.
+    """
+    least = min(run.plan.batch_size, lane_count(run.device) * run.chunk)
+    with PeakMemory() as memory:
+        last = first = _pass(run, least)
+        if first.seconds < CALIBRATION_SECONDS:
+            last = first = _pass(run, least)
+        if first.seconds < CALIBRATION_SECONDS / 2:
+            wanted = max(4 * first.images, int(CALIBRATION_SECONDS * first.images / first.seconds))
+            last = _pass(run, min(wanted, CALIBRATION_BATCHES * run.plan.batch_size))
+    seconds = last.seconds / last.images
+    if last.images > first.images and last.seconds > first.seconds:
+        seconds = (last.seconds - first.seconds) / (last.images - first.images)
+    return Calibration(
+        images=last.images,
+        start=max(0.0, last.seconds - seconds * last.images),
+        seconds=seconds,
+        row_bytes=last.row_bytes,
+        file_bytes=last.file_bytes,
+        memory=memory.peak + _unseen_bytes(run, last),
+        device_memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
     )
 
 
-def _batch_seconds(run: Run) -> float:
-    """Seconds of a batch through attack and encoding with all lanes at work, after a round to warm up."""
-    samples = _samples(run, run.plan.shards)
-    if not len(samples):
-        return 0.0
-    images = samples[torch.arange(run.plan.batch_size) % len(samples)]
-    labels = torch.zeros(len(images), dtype=torch.int64)
-    with Lanes(run.device, run.chunk) as lanes:
-        # Enough batches for two chunks in each lane, as in the run.
-        batches = -(-2 * lanes.count * run.chunk // run.plan.batch_size)
-        for _ in range(2):
-            started = time.perf_counter()
-            waiting = [
-                future
-                for _ in range(batches)
-                for future in lanes.submit(run.attacker, images, labels, labels, valid=labels == 0)
-            ]
-            parts = [future.result() for future in waiting]
-            computing = (time.perf_counter() - started) / batches
-    started = time.perf_counter()
-    for pictures in parts[0].pictures:
-        encode_images(pictures[: len(samples)], run.image_format)
-    encoded = min(len(samples), len(parts[0].classes))
-    encoding = (time.perf_counter() - started) * len(images) / encoded / available_cores()
-    # On the CPU both want the same cores; beside an accelerator the slower one sets the pace.
-    return computing + encoding if run.device.type == "cpu" else max(computing, encoding)
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of a calibration: source rows, the most of them in one shard, seconds, and bytes as in `Calibration`."""
+
+    images: int
+    longest: int
+    seconds: float
+    row_bytes: float
+    file_bytes: float
 
 
-def describe_plan(config: Config) -> tuple[str, str | None]:
-    """What `fgsm plan` prints, and a warning where the disk is too small.
+def _pass(run: Run, rows: int) -> _Pass:
+    """Execute about so many rows of a run, in front parts of its shards."""
+    parts = _parts(run.plan, rows)
+    images = sum(map(len, parts))
+    with tempfile.TemporaryDirectory(prefix="fgsm-plan-") as place:
+        folder = OutputFolder(Path(place))
+        with folder.held(), _silent():
+            began = time.perf_counter()
+            write_shards(run, folder, parts, 0, Busy(), lambda *_: None)
+            seconds = time.perf_counter() - began
+        files = [entry for receipt in read_receipts(folder)[0].values() for entry in receipt.files]
+        data = sum(_data_bytes(Path(place) / entry.path) for entry in files)
+    beside = (sum(entry.bytes for entry in files) - data) / len(files)
+    return _Pass(images, max(map(len, parts)), seconds, data / images, beside)
+
+
+def _parts(plan: Plan, rows: int) -> list[Shard]:
+    """The first rows of some shards that lie spread over the plan, about so many together.
+
+    A part is no shorter than a batch where there are rows enough for one: padding would be computed for nothing.
+    """
+    count = min(CALIBRATION_SHARDS, max(1, rows // plan.batch_size))
+    # Short shards make up for it by their number.
+    count = min(len(plan.shards), max(count, -(-rows // max(map(len, plan.shards)))))
+    chosen = [plan.shards[index * len(plan.shards) // count] for index in range(count)]
+    each = -(-rows // count)
+    return [replace(shard, stop=shard.start + min(each, len(shard))) for shard in chosen]
+
+
+def _data_bytes(file: Path) -> int:
+    """Bytes of a Parquet file's rows, without what it says of them."""
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    return sum(group.column(index).total_compressed_size for group in groups for index in range(group.num_columns))
+
+
+def _unseen_bytes(run: Run, seen: _Pass) -> int:
+    """What a run holds and a calibration of few rows did not: full batches, pixels and encoded, and full row groups."""
+    missing = run.plan.batch_size - seen.longest
+    if missing <= 0:
+        return 0
+    pixels = torch.Size(run.reader.shape).numel() * run.pictures
+    # Being attacked, waiting for it, being encoded, and waiting to be written.
+    batches = missing * (pixels + seen.row_bytes) * (2 + BATCHES_IN_FLIGHT)
+    group = min(ROW_GROUP_BYTES * len(run.stored), ROW_GROUP_ROWS * seen.row_bytes)
+    return int(batches + max(0.0, group - seen.longest * seen.row_bytes))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """No bar and no talk of how busy a run was that is none."""
+    executing = logging.getLogger("pipeline.execute")
+    level = executing.level
+    executing.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        executing.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take: files, their bytes, and seconds, from what a calibration took."""
+
+    files: int
+    bytes: int
+    seconds: float
+    seen: Calibration
+
+
+def estimate(run: Run) -> Estimate:
+    """Estimate the whole run.
+
+    Raises:
+        PipelineError: as `calibrate`.
+    """
+    seen, images = calibrate(run), len(run.plan)
+    files = len(run.plan.shards) * len(run.stored)
+    return Estimate(
+        files=files,
+        bytes=int(images * seen.row_bytes + files * seen.file_bytes),
+        seconds=seen.start + images * seen.seconds,
+        seen=seen,
+    )
+
+
+def describe_plan(config: Config) -> tuple[str, list[str]]:
+    """What `fgsm plan` prints, and warnings of what will not fit on the disk or the Hub.
 
     Raises:
         ConfigError: as `open_run`.
+        PipelineError: as `calibrate`.
     """
-    folder = OutputFolder(Path(config.output.path))
+    folder = OutputFolder(config.output.path)
+    began = time.perf_counter()
     run = open_run(config)
-    plan = estimate(run, folder)
+    opening = time.perf_counter() - began
+    plan, disk = estimate(run), folder.store.disk
+    images, free = len(run.plan), free_bytes(disk.resolve())
+    needed = plan.bytes * sum(map(len, in_flight(folder, run.plan.shards))) / max(1, images)
     _, height, width = run.reader.shape
     epsilons = ", ".join(f"{level}/255" for level in run.config.attack.levels)
-    splits = ", ".join(f"{name} {len(order):,}" for name, order in run.plan.orders.items())
-    rate = plan.images / max(plan.seconds, 1e-9)
+    splits = ", ".join(
+        f"{name} {sum(len(shard) for shard in run.plan.shards if shard.split == name):,}" for name in run.plan.orders
+    )
+    memory = f"about {human_bytes(plan.seen.memory)} with all workers"
+    if plan.seen.device_memory is not None:
+        memory += f", {human_bytes(plan.seen.device_memory)} on the device"
+    staging = "" if folder.store.local else f" in {disk}, where about {human_bytes(needed)} lie at once"
     rows = {
-        "source images": f"{plan.images:,} ({splits}), {width}x{height} {run.config.preprocess.mode}",
+        "source images": f"{images:,} ({splits}), {width}x{height} {run.config.preprocess.mode}",
         "epsilons": f"clean, {epsilons}",
-        "rows": f"{plan.rows:,}",
-        "files": f"{plan.files:,} Parquet files in {plan.shards:,} shards",
-        "bytes": f"about {human_bytes(plan.bytes)} ({run.image_format}), {human_bytes(plan.free)} free",
-        "time": f"about {tqdm.format_interval(plan.seconds)} on {run.device.type}, {rate:.0f} images/s",
+        "rows": f"{images * len(run.stored):,}",
+        "files": f"{plan.files:,} Parquet files in {len(run.plan.shards):,} shards, "
+        f"about {human_bytes(plan.bytes / plan.files)} each",
+        "bytes": f"about {human_bytes(plan.bytes)} ({run.image_format}), {human_bytes(free)} free{staging}",
+        "time": f"about {tqdm.format_interval(opening + plan.seconds)} on {run.device.type}, "
+        f"{_rate(1 / plan.seen.seconds)} images/s",
+        "memory": f"{memory}, at its peak",
+        "measured": f"on {plan.seen.images:,} images, after {opening + plan.seen.start:.1f} s to open and to start",
         "batch": f"{run.plan.batch_size}",
         "output": f"{folder.root} (run {run.run_id})",
     }
     column = max(map(len, rows))
     text = "\n".join(f"{key.ljust(column)}  {value}" for key, value in rows.items())
-    warning = None
-    if plan.bytes > plan.free:
-        warning = f"{folder.root} has {human_bytes(plan.free)} free, and about {human_bytes(plan.bytes)} are needed."
-    return text, warning
+    warnings = hub_warnings(run.plan, len(run.stored), plan.bytes)
+    if needed > free:
+        warnings.append(f"{disk} has {human_bytes(free)} free, and about {human_bytes(needed)} are needed.")
+    return text, warnings
+
+
+def _rate(per_second: float) -> str:
+    """Images a second, with a decimal where that is much of it."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
+
+
+def hub_warnings(plan: Plan, subsets: int, size: float) -> list[str]:
+    """What the Hub would not take of a dataset, and the setting that mends it.
+
+    Args:
+        plan: of the run.
+        subsets: how many are stored, each a folder.
+        size: bytes of all files.
+    """
+    shards = len(plan.shards)
+    folder, repository = shards > HUB_FOLDER_FILES, shards * subsets > HUB_REPOSITORY_FILES - HUB_OTHER_FILES
+    if not folder and not repository:
+        return []
+    over = [f"{shards:,} files in a folder (the Hub takes {HUB_FOLDER_FILES:,})"] * folder
+    over += [f"{shards * subsets:,} in a repository (it takes under {HUB_REPOSITORY_FILES:,})"] * repository
+    # Each split may end with a short shard.
+    most = min(HUB_FOLDER_FILES, (HUB_REPOSITORY_FILES - HUB_OTHER_FILES) // subsets) - len(plan.orders)
+    enough = -(-len(plan) // most)
+    enough = -(-enough // 1024) * 1024
+    each = human_bytes(size * enough / len(plan) / subsets)
+    return [f"output.images_per_shard: {' and '.join(over)}; {enough} would do, with files of about {each}."]

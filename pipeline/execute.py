@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.columns import IMAGE
 from pipeline.compute import Part, compile_victim
 from pipeline.errors import NonFiniteError, PipelineError
-from pipeline.lanes import Lanes, available_cores, lane_count
+from pipeline.lanes import Lanes, available_cores
 from pipeline.loader import Batch, load_batches, naming_dead_workers
 from pipeline.outputs import (
     EvaluatorCounts,
@@ -31,7 +31,6 @@ from pipeline.outputs import (
     Receipt,
     SkippedRow,
     count_evaluator,
-    writing,
 )
 from pipeline.plan import Shard
 from pipeline.progress import Busy, Progress
@@ -44,29 +43,27 @@ BATCHES_IN_FLIGHT = 2
 # Images of one encoding task: enough to hide the hand-over, few enough to keep every core busy.
 IMAGES_PER_TASK = 32
 
+# Called with a batch's source images, how many of them are labelled, and how many of those are right at each level.
+Tell = Callable[[int, int, Mapping[int, int]], None]
+
 logger = logging.getLogger(__name__)
 
 
 @naming_dead_workers()
-def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
+def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], skipped: int, busy: Busy, tell: Tell) -> None:
     """Attack, encode and commit some shards, in order.
 
     Args:
-        run: the opened run.
+        run: the opened run, compiled if it is to be.
         folder: where they go.
         shards: those to write.
-        done: receipts of the shards that are there, for the progress and the count of skipped rows.
+        skipped: rows of other shards that were skipped, which count against `runtime.max_skipped`.
+        busy: takes the seconds of each stage.
+        tell: called with the counts of each batch.
 
     Raises:
         PipelineError: a row or the numbers stop the run, or the disk refuses.
     """
-    if not shards:
-        return
-    if run.config.runtime.compile:
-        _compile(run)
-    skipped = sum(len(receipt.skipped) for receipt in done)
-    finished = sum(receipt.planned for receipt in done)
-    busy = Busy()
     sink = _Sink(run, folder, busy)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
@@ -74,11 +71,7 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
     try:
         batches = load_batches(run.reader, run.plan, shards, run.config.runtime.workers, pin=run.device.type == "cuda")
         attacked = attack_ahead(run, batches, busy)
-        with (
-            contextlib.closing(batches),
-            contextlib.closing(attacked),
-            Progress(len(run.plan), finished, run.levels) as progress,
-        ):
+        with contextlib.closing(batches), contextlib.closing(attacked):
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 _check_skipped(run, batch, skipped)
@@ -87,12 +80,11 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
                 encoded = _encode(encoders, parts, run, busy)
                 zero_signs = sum(part.zero_signs for part in parts)
                 in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
-                progress.update(*_progress_counts(run, batch, scores))
+                tell(*_progress_counts(run, batch, scores))
                 if len(in_flight) > BATCHES_IN_FLIGHT:
                     in_flight.popleft().result()
             while in_flight:
                 in_flight.popleft().result()
-        _tell_speed(run, folder, busy, progress)
     finally:
         # After a failure nothing waits for encodings that nobody will write.
         writer.shutdown(wait=False, cancel_futures=True)
@@ -101,25 +93,35 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], done: 
         sink.close()
 
 
-def _tell_speed(run: Run, folder: OutputFolder, busy: Busy, progress: Progress) -> None:
-    """Say how fast a session was and what kept it busy, and keep it for the report."""
-    cores = available_cores()
-    shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
+def tell_speed(folder: OutputFolder, progress: Progress, shares: Mapping[str, float], device: str) -> None:
+    """Say how fast a session was and what kept it busy, and keep it for the report.
+
+    Args:
+        folder: of the dataset.
+        progress: of the session.
+        shares: how busy each stage was, 1 for always.
+        device: what computed, for a person.
+    """
     logger.info(
         "Busy: %s; %.1f images/s.", ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items()), progress.rate
     )
     session = {
         "images": progress.fresh,
         "images_per_second": round(progress.rate, 1),
-        "device": versions(run.device)["device"],
+        "device": device,
         "busy": {stage: round(share, 3) for stage, share in shares.items()},
     }
-    with writing(folder.sessions), folder.sessions.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(session) + "\n")
+    folder.add_session(json.dumps(session))
 
 
-def _compile(run: Run) -> None:
-    """Compile the victim of a run that was compiled when it began."""
+def compile_as_begun(run: Run) -> None:
+    """Compile the victim of a run that was compiled when it began; one that is compiled already is left alone.
+
+    Raises:
+        PipelineError: it cannot be compiled here.
+    """
+    if not run.config.runtime.compile:
+        return
     try:
         compile_victim(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
     except torch.OutOfMemoryError as error:
@@ -178,10 +180,25 @@ def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
     row = f"row {last.source_index} of split {batch.shard.split} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
         raise PipelineError(f"source: {row}, and runtime.on_error is fail.")
-    if skipped > runtime.max_skipped * len(run.plan):
+    check_share_skipped(skipped, len(run.plan), runtime.max_skipped, row)
+
+
+def check_share_skipped(skipped: int, rows: int, most: float, last: str) -> None:
+    """Stop where too many rows were skipped.
+
+    Args:
+        skipped: so many were.
+        rows: of the source.
+        most: the share of them that may be.
+        last: the last one and why, for a person.
+
+    Raises:
+        PipelineError: there are more.
+    """
+    if skipped > most * rows:
         raise PipelineError(
-            f"source: {skipped} of {len(run.plan)} rows could not be decoded, more than runtime.max_skipped = "
-            f"{runtime.max_skipped:g} allows; the last: {row}."
+            f"source: {skipped} of {rows} rows could not be decoded, more than runtime.max_skipped = "
+            f"{most:g} allows; the last: {last}."
         )
 
 

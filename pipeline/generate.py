@@ -1,62 +1,158 @@
 """Generate: the whole flow, from a config to a complete dataset.
 
-What is there already is found out first, and what is missing is executed and summed up.
+What is there already is found out first, and what is missing is executed and summed up. `Executor` is what that
+needs of whoever does the work, and `LocalExecutor` is this process.
 """
 
 import contextlib
 import logging
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
 
 from pipeline.card import card_agrees, write_summaries
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.estimate import check_disk
-from pipeline.execute import write_shards
+from pipeline.estimate import check_disk, estimate_bytes, in_flight
+from pipeline.execute import compile_as_begun, tell_speed, write_shards
+from pipeline.lanes import available_cores, lane_count
 from pipeline.manifest import Manifest, read_manifest, summarise
-from pipeline.outputs import OutputFolder, committed, read_receipts
-from pipeline.runs import Run, differences, open_run, versions
+from pipeline.outputs import OutputFolder, Receipt, committed, read_receipts
+from pipeline.plan import Shard
+from pipeline.progress import Busy, Progress
+from pipeline.runs import differences, open_run, versions
+
+ExecutorName = Literal["local", "ray"]
 
 logger = logging.getLogger(__name__)
 
 
-def generate(config: Config, *, overwrite: bool = False) -> Manifest:
+class Executor(Protocol):
+    """Whoever does the work: opens one run, and writes shards of it."""
+
+    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
+        """Open the run where it will be computed.
+
+        Args:
+            config: as the user wrote it.
+            recorded: the manifest of the run that is resumed.
+
+        Returns:
+            The manifest as it is before anything is written, of the device and the packages that are there.
+
+        Raises:
+            ConfigError: as `open_run`.
+        """
+        ...
+
+    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
+        """Bytes that some shards of the opened run will take."""
+        ...
+
+    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
+        """Write some shards of the opened run.
+
+        Args:
+            folder: where they go; the caller holds it.
+            shards: those to write.
+            done: receipts of the shards that are there, for the progress and the count of skipped rows.
+
+        Raises:
+            PipelineError: a row or the numbers stop the run, or the disk refuses.
+        """
+        ...
+
+
+class LocalExecutor:
+    """This process does the work."""
+
+    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
+        self.run = open_run(config, recorded)
+        return self.run.manifest()
+
+    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
+        return estimate_bytes(self.run, shards)
+
+    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
+        if not shards:
+            return
+        run = self.run
+        compile_as_begun(run)
+        busy, cores = Busy(), available_cores()
+        with Progress(len(run.plan), sum(receipt.planned for receipt in done), run.levels) as progress:
+            write_shards(run, folder, shards, sum(len(receipt.skipped) for receipt in done), busy, progress.update)
+        shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
+        tell_speed(folder, progress, shares, versions(run.device)["device"])
+
+
+def generate(config: Config, *, overwrite: bool = False, executor: ExecutorName = "local") -> Manifest:
     """Write the dataset that a config describes, or what is missing of it.
 
     Args:
         config: the run.
         overwrite: remove the run that is in the output folder first.
+        executor: `local` works in this process, `ray` on a cluster; the bytes are the same.
 
     Returns:
         The manifest of the complete dataset.
 
     Raises:
         ConfigError: the config, or what it names, cannot be used; nothing was written.
+        ShardsFailedError: some shards failed on a cluster; the others were committed.
         PipelineError: the run failed; what was committed is kept.
     """
-    folder = OutputFolder(Path(config.output.path))
+    folder = OutputFolder(config.output.path)
     folder.check_usable()
     recorded = None if overwrite else read_manifest(folder)
-    run = open_run(config, recorded)
+    with _executor(executor) as execution:
+        return _execute(execution, config, folder, recorded, overwrite)
+
+
+@contextlib.contextmanager
+def _executor(name: ExecutorName) -> Iterator[Executor]:
+    """Whoever does the work, for as long as that takes."""
+    if name == "local":
+        yield LocalExecutor()
+        return
+    try:
+        from pipeline.cluster import RayExecutor
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError(
+            "--executor ray: Ray is not installed; it comes with pip install 'fgsm-pipeline[ray]'."
+        ) from None
+    with RayExecutor() as execution:
+        yield execution
+
+
+def _execute(
+    execution: Executor, config: Config, folder: OutputFolder, recorded: Manifest | None, overwrite: bool
+) -> Manifest:
+    """Find out what is missing, and have it written."""
+    opened = execution.open(config, recorded)
     if not overwrite:
-        _check_same(run, recorded, folder)
-    shards = run.plan.shards
-    done = {} if overwrite else committed(folder, run.run_id, shards)
+        _check_same(opened, recorded, folder)
+    shards = opened.plan.shards
+    done = {} if overwrite else committed(folder, opened.run_id, shards)
     unchanged = recorded is not None and summarise(recorded, done) == recorded and card_agrees(folder, recorded)
     if recorded is not None and recorded.complete and unchanged:
         logger.info("All %d shards are already there.", len(shards))
         return recorded
-    check_disk(run, folder, [shard for shard in shards if shard.name not in done], overwrite=overwrite)
+    needed = execution.estimate_bytes(in_flight(folder, [shard for shard in shards if shard.name not in done]))
+    check_disk(needed, folder, overwrite=overwrite)
     with folder.held():
         if overwrite:
             folder.clear()
         elif read_manifest(folder) != recorded:
             raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
-        done = committed(folder, run.run_id, shards)
+        done = committed(folder, opened.run_id, shards)
         if done:
             logger.info("%d of %d shards are already there.", len(done), len(shards))
-        manifest = write_summaries(folder, recorded or run.manifest())
+        missing = [shard for shard in shards if shard.name not in done]
+        folder.forget(missing)
+        manifest = write_summaries(folder, recorded or opened, done)
         try:
-            write_shards(run, folder, [shard for shard in shards if shard.name not in done], list(done.values()))
+            execution.write(folder, missing, list(done.values()))
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
             with contextlib.suppress(PipelineError):
@@ -65,26 +161,25 @@ def generate(config: Config, *, overwrite: bool = False) -> Manifest:
         return write_summaries(folder, manifest)
 
 
-def _check_same(run: Run, recorded: Manifest | None, folder: OutputFolder) -> None:
+def _check_same(opened: Manifest, recorded: Manifest | None, folder: OutputFolder) -> None:
     """Refuse to mix two runs in one folder."""
     if recorded is None:
-        others = {receipt.run_id for receipt in read_receipts(folder)[0].values()} - {run.run_id}
+        others = {receipt.run_id for receipt in read_receipts(folder)[0].values()} - {opened.run_id}
         if others:
             raise ConfigError(
                 f"output.path: {folder.root} holds shards of another run ({min(others)}) and no manifest; "
                 "choose another folder, or start over with --overwrite."
             )
         return
-    if recorded.run_id != run.run_id:
+    if recorded.run_id != opened.run_id:
         raise ConfigError(
             f"output.path: {folder.root} holds another run ({recorded.run_id}), which differs in "
-            f"{differences(recorded.identity, run.identity)}; choose another folder, or start over with --overwrite."
+            f"{differences(recorded.identity, opened.identity)}; choose another folder, or start over with --overwrite."
         )
-    here = versions(run.device)
     changed = [
-        f"{name} {recorded.versions.get(name)} then, {here[name]} now"
-        for name in here
-        if here[name] != recorded.versions.get(name)
+        f"{name} {recorded.versions.get(name)} then, {here} now"
+        for name, here in opened.versions.items()
+        if here != recorded.versions.get(name)
     ]
     if changed:
         logger.warning("Resuming in another environment, where last digits may differ: %s.", "; ".join(changed))

@@ -170,15 +170,24 @@ class _Batches(Dataset[Batch | PipelineError]):
     """The batches of some shards as a map-style dataset: one item is one whole batch."""
 
     def __init__(self, reader: Reader, plan: Plan, shards: Sequence[Shard]) -> None:
-        self.reader, self.plan = reader, plan
-        self.places = [(shard, place) for shard in shards for place in plan.batches(shard)]
+        self.reader, self.plan, self.shards = reader, plan, shards
+        # How many batches there are up to the end of each shard: a list of all would be 1 GB for a billion images.
+        self._ends = np.cumsum([-(-len(shard) // plan.batch_size) for shard in shards])
 
     def __len__(self) -> int:
-        return len(self.places)
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def place(self, index: int) -> tuple[Shard, slice]:
+        """The shard of a batch, and its rows within it."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self.shards[number]
+        before = int(self._ends[number - 1]) if number else 0
+        start = (index - before) * self.plan.batch_size
+        return shard, slice(start, min(start + self.plan.batch_size, len(shard)))
 
     def __getitem__(self, index: int) -> Batch | PipelineError:
         try:
-            batch = self.reader.read(self.plan, *self.places[index])
+            batch = self.reader.read(self.plan, *self.place(index))
             return batch if get_worker_info() is None else batch.share_memory()
         except PipelineError as error:
             # Raised in a worker it would arrive wrapped in a traceback; returned it stays one sentence.

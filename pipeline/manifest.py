@@ -1,6 +1,8 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import itertools
 import json
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +22,14 @@ from pipeline.outputs import (
     receipts_digest,
     stored_subsets,
     subset_name,
+    uncollected,
 )
 from pipeline.plan import Plan, make_plan
 
 # Raised when the stored form changes: it is part of the identity of every run.
 FORMAT_VERSION = 3
+# Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
+MOST_SKIPPED = 10_000
 
 
 class Space(Record):
@@ -43,7 +48,10 @@ class Subset(LevelCounts):
 
 
 class Manifest(Record):
-    """`manifest.json`: what the dataset is, and how it came about."""
+    """`manifest.json`: what the dataset is, and how it came about.
+
+    `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
+    """
 
     format: int = FORMAT_VERSION
     run_id: str
@@ -66,6 +74,7 @@ class Manifest(Record):
     subsets: tuple[Subset, ...] = ()
     zero_sign_share: float = 0.0
     files: tuple[FileEntry, ...] = ()
+    skipped_rows: int = 0
     skipped: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -89,18 +98,20 @@ class Manifest(Record):
         return plan_of(self.resolved, self.split_rows)
 
 
+@uncollected()
 def read_manifest(folder: OutputFolder) -> Manifest | None:
     """The manifest of a run, None where there is none.
 
     Raises:
         PipelineError: it cannot be read as one, or another version of this package wrote it.
     """
+    place = folder.store.at(folder.manifest)
     try:
-        content = json.loads(folder.manifest.read_bytes())
+        content = json.loads(folder.store.read(folder.manifest))
         there = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
         if there != FORMAT_VERSION:
             raise PipelineError(
-                f"{folder.manifest} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
+                f"{place} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
                 f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
             )
         return Manifest.model_validate(content)
@@ -108,7 +119,7 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
         return None
     except (ValueError, OSError) as error:  # neither JSON nor a manifest
         raise PipelineError(
-            f"{folder.manifest} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
+            f"{place} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
         ) from None
 
 
@@ -135,7 +146,7 @@ def current_manifest(folder: OutputFolder) -> Manifest:
         ConfigError, PipelineError: as `require_manifest`.
     """
     manifest = require_manifest(folder)
-    if not folder.receipts.is_dir():
+    if ".run" not in folder.store.entries():
         return manifest
     return summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
 
@@ -152,6 +163,7 @@ def plan_of(config: Config, split_rows: Mapping[str, int]) -> Plan:
     )
 
 
+@uncollected()
 def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     """The manifest with everything that follows from the receipts: totals, files, skipped rows, their digest.
 
@@ -161,6 +173,11 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     """
     ordered = [receipts[name] for name in sorted(receipts)]
     rows = sum(receipt.rows for receipt in ordered)
+    skipped = (
+        {"split": receipt.split, "source_index": row.source_index, "reason": row.reason}
+        for receipt in ordered
+        for row in receipt.skipped
+    )
     return manifest.model_copy(
         update={
             "complete": len(receipts) == len(manifest.plan.shards),
@@ -169,31 +186,31 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
             "subsets": _subsets(manifest, ordered),
             "zero_sign_share": sum(receipt.zero_sign_share * receipt.rows for receipt in ordered) / max(rows, 1),
             "files": tuple(entry for receipt in ordered for entry in receipt.files),
-            "skipped": tuple(
-                {"split": receipt.split, "source_index": row.source_index, "reason": row.reason}
-                for receipt in ordered
-                for row in receipt.skipped
-            ),
+            "skipped_rows": sum(len(receipt.skipped) for receipt in ordered),
+            "skipped": tuple(itertools.islice(skipped, MOST_SKIPPED)),
         }
     )
 
 
 def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, ...]:
     keys = ("rows", "labelled", "correct", "fooled", "confidence_sum")
-    levels, stored = manifest.levels, manifest.stored
+    # Once over all receipts, not once for each epsilon.
+    counts: defaultdict[tuple[str, int], list[LevelCounts]] = defaultdict(list)
+    sizes: Counter[tuple[str, str]] = Counter()
+    for receipt in receipts:
+        for count in receipt.counts:
+            counts[receipt.split, count.level].append(count)
+        for file in receipt.files:
+            sizes[receipt.split, file.path.partition("/")[0]] += file.bytes
     subsets = []
-    for split in manifest.split_rows:
-        own = [receipt for receipt in receipts if receipt.split == split]
-        for level in levels:
-            counts = [count for receipt in own for count in receipt.counts if count.level == level]
-            size = None
-            if subset_name(level) in stored:
-                folder = f"{subset_name(level)}/"
-                size = sum(file.bytes for receipt in own for file in receipt.files if file.path.startswith(folder))
-            totals = {key: sum(getattr(count, key) for count in counts) for key in keys}
-            evaluators = {
-                name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in counts), EvaluatorCounts())
-                for name in manifest.evaluators
-            }
-            subsets.append(Subset(split=split, level=level, bytes=size, evaluators=evaluators, **totals))
+    stored = manifest.stored
+    for split, level in itertools.product(manifest.split_rows, manifest.levels):
+        own = counts[split, level]
+        evaluators = {
+            name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in own), EvaluatorCounts())
+            for name in manifest.evaluators
+        }
+        size = sizes[split, subset_name(level)] if subset_name(level) in stored else None
+        totals = {key: sum(getattr(count, key) for count in own) for key in keys}
+        subsets.append(Subset(split=split, level=level, bytes=size, evaluators=evaluators, **totals))
     return tuple(subsets)

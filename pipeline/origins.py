@@ -48,16 +48,19 @@ def revision_of(cached: Iterable[Mapping[str, str]]) -> str | None:
 
 def card_license(card: Path) -> str | None:
     """The licence in the YAML of a dataset card; None where there is no card or it names none."""
-    front = front_matter(card)
+    try:
+        front = front_matter(card.read_bytes())
+    except OSError:
+        return None
     stated = front.get("license") if front else None
     names = stated if isinstance(stated, list) else [stated]
     return ", ".join(name for name in names if isinstance(name, str)) or None
 
 
-def front_matter(card: Path) -> dict[str, Any] | None:
-    """The YAML at the head of a card; None where there is no card or none that can be read."""
+def front_matter(card: bytes) -> dict[str, Any] | None:
+    """The YAML at the head of a card; None where there is none that can be read."""
     try:
-        head: Any = next(iter(yaml.safe_load_all(card.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, StopIteration):
+        head: Any = next(iter(yaml.safe_load_all(card.decode())))
+    except (UnicodeDecodeError, yaml.YAMLError, StopIteration):
         return None
     return head if isinstance(head, dict) else None

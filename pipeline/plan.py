@@ -28,7 +28,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Each split's rows in the order they are written, and the shards cut from it."""
+    """Each split's rows in the order they are written, and the shards cut from it.
+
+    An order is made when it is first asked for: the names of shards, all that a summary needs, do not wait for the
+    permutation of a billion rows.
+    """
 
     orders: Mapping[str, NDArray[np.int64]]
     shards: tuple[Shard, ...]
@@ -45,6 +49,27 @@ class Plan:
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
+
+
+class _Orders(Mapping[str, NDArray[np.int64]]):
+    """The order of each split's rows, made on first use."""
+
+    def __init__(self, split_rows: Mapping[str, int], shuffle: bool, seed: int, limit: int | None) -> None:
+        self._split_rows, self._shuffle, self._seed, self._limit = dict(split_rows), shuffle, seed, limit
+        self._made: dict[str, NDArray[np.int64]] = {}
+
+    def __getitem__(self, split: str) -> NDArray[np.int64]:
+        if split not in self._made:
+            rows = self._split_rows[split]
+            order = np.random.RandomState(self._seed).permutation(rows) if self._shuffle else np.arange(rows)
+            self._made[split] = order[: self._limit].astype(np.int64, copy=False)
+        return self._made[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._split_rows)
+
+    def __len__(self) -> int:
+        return len(self._split_rows)
 
 
 def make_plan(
@@ -70,14 +95,12 @@ def make_plan(
         images_per_shard: rows of a full shard.
         batch_size: rows of a batch at most.
     """
-    orders = {
-        name: (np.random.RandomState(seed).permutation(rows) if shuffle else np.arange(rows))[:limit].astype(np.int64)
-        for name, rows in split_rows.items()
-    }
     shards = []
-    for name, order in orders.items():
-        count = -(-len(order) // images_per_shard)
+    for name, rows in split_rows.items():
+        kept = rows if limit is None else min(rows, limit)
+        count = -(-kept // images_per_shard)
         for index in range(count):
             start = index * images_per_shard
-            shards.append(Shard(name, index, count, start, min(start + images_per_shard, len(order))))
+            shards.append(Shard(name, index, count, start, min(start + images_per_shard, kept)))
+    orders = _Orders(split_rows, shuffle, seed, limit)
     return Plan(orders, tuple(shards), min(batch_size, max(map(len, shards))))

@@ -38,7 +38,7 @@ from pipeline import __version__
 from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError, first_line, listing
 from pipeline.manifest import Manifest, require_manifest
-from pipeline.outputs import OutputFolder, reported_receipts, write_atomically
+from pipeline.outputs import OutputFolder, reported_receipts
 from pipeline.summary import human_bytes
 from pipeline.verify import verify
 
@@ -60,15 +60,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LocalFile:
+class OwnFile:
     """A file of the dataset, with the digest that verification found."""
 
-    path: Path
     bytes: int
     sha256: str
 
 
-def publish(path: Path, repo_id: str, *, private: bool | None = None) -> str:
+def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> str:
     """Upload a dataset, or what of it the repository does not hold yet, and check that all of it is there.
 
     Args:
@@ -99,11 +98,11 @@ def publish(path: Path, repo_id: str, *, private: bool | None = None) -> str:
             _report(folder, manifest)
         files = list_files(folder, manifest)
         _upload(repository, folder, files, there)
-        _check_arrived(repository, files)
+        _check_arrived(repository, folder, files)
     return repository.url
 
 
-def dry_run(path: Path, repo_id: str) -> str:
+def dry_run(path: str | Path, repo_id: str) -> str:
     """What `publish` would upload, as a table of sizes and names. Asks nobody, and writes nothing.
 
     Raises:
@@ -133,7 +132,7 @@ def _check_id(repo_id: str) -> None:
         )
 
 
-def _verified(path: Path) -> tuple[OutputFolder, Manifest]:
+def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
     """The dataset in a folder, all of it checked but for what the victim would say again."""
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
@@ -153,18 +152,17 @@ def _verified(path: Path) -> tuple[OutputFolder, Manifest]:
     return folder, manifest
 
 
-def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, LocalFile]:
+def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, OwnFile]:
     """The files that are published, by their names in the repository: never `.run/`, nor what else lies about."""
     files = {
-        entry.path: LocalFile(folder.path(entry.path), entry.bytes, entry.sha256)
-        for entry in sorted(manifest.files, key=lambda entry: entry.path)
+        entry.path: OwnFile(entry.bytes, entry.sha256) for entry in sorted(manifest.files, key=lambda entry: entry.path)
     }
-    pictures = sorted(path for path in folder.assets.glob("[!.]*") if path.is_file())
-    for path in (folder.card, folder.manifest, folder.report, *pictures):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[path.relative_to(folder.root).as_posix()] = LocalFile(path, path.stat().st_size, digest)
+    there = folder.store.sizes()
+    pictures = sorted(name for name in there if re.match(rf"{folder.assets}/[^.]", name))
+    for name in (folder.card, folder.manifest, folder.report, *pictures):
+        if name in there:
+            content = folder.store.read(name)
+            files[name] = OwnFile(len(content), hashlib.sha256(content).hexdigest())
     return files
 
 
@@ -184,8 +182,8 @@ def _check_ours(
 ) -> None:
     """Refuse a repository that holds anything else than this run."""
     advice = "choose another repository; nothing was uploaded"
-    if folder.manifest.name in there:
-        run_id = repository.run_id(folder.manifest.name)
+    if folder.manifest in there:
+        run_id = repository.run_id(folder.manifest)
         if run_id != manifest.run_id:
             what = f"another run ({run_id}, this one is {manifest.run_id})" if run_id else "a manifest that is not ours"
             raise ConfigError(f"{repository.id} holds {what}; {advice}.")
@@ -194,7 +192,7 @@ def _check_ours(
     strange = [
         path
         for path, file in there.items()
-        if path != ATTRIBUTES and not (path in files and _is_same(files[path], file))
+        if path != ATTRIBUTES and not (path in files and _is_same(folder, path, files[path], file))
     ]
     if strange:
         raise ConfigError(f"{repository.id} holds other files already ({listing(strange, 3)}); {advice}.")
@@ -202,10 +200,10 @@ def _check_ours(
 
 def _move_card(folder: OutputFolder, manifest: Manifest, repo_id: str) -> None:
     """Let the card's examples load from the Hub."""
-    text = folder.card.read_text(encoding="utf-8")
+    text = folder.store.read(folder.card).decode()
     moved = moved_card(text, manifest, repo_id)
     if moved != text:
-        write_atomically(folder.card, moved)
+        folder.store.write(folder.card, moved.encode())
 
 
 def _report(folder: OutputFolder, manifest: Manifest) -> None:
@@ -216,10 +214,10 @@ def _report(folder: OutputFolder, manifest: Manifest) -> None:
 
 
 def _upload(
-    repository: "_Repository", folder: OutputFolder, files: Mapping[str, LocalFile], there: Mapping[str, RepoFile]
+    repository: "_Repository", folder: OutputFolder, files: Mapping[str, OwnFile], there: Mapping[str, RepoFile]
 ) -> None:
     """Send what is not there, the data first; remove what an earlier upload left."""
-    missing = [path for path, file in files.items() if not (path in there and _is_same(file, there[path]))]
+    missing = _differing(folder, files, there)
     stale = [path for path in there if path not in files and re.fullmatch(OURS, path)]
     if others := [path for path in there if path not in files and path not in (*stale, ATTRIBUTES)]:
         logger.info("Left as they are, not of this dataset: %s.", listing(others))
@@ -231,18 +229,20 @@ def _upload(
     data = [path for path in missing if path.endswith(".parquet")]
     if data:
         # By folders: the client compares every name with every pattern. What is there already it finds out itself.
-        repository.upload(folder.root, sorted({f"{path.rpartition('/')[0]}/*.parquet" for path in data}))
+        patterns = sorted({f"{path.rpartition('/')[0]}/*.parquet" for path in data})
+        for root in folder.store.staged({path: files[path].bytes for path in data}):
+            repository.upload(root, patterns)
     rest = [path for path in missing if path not in set(data)]
     if rest or stale:
         if stale:
             logger.info("Removing what an earlier upload left: %s.", listing(stale))
-        repository.commit({path: files[path].path for path in rest}, stale)
+        repository.commit({path: folder.store.read(path) for path in rest}, stale)
 
 
-def _check_arrived(repository: "_Repository", files: Mapping[str, LocalFile]) -> None:
+def _check_arrived(repository: "_Repository", folder: OutputFolder, files: Mapping[str, OwnFile]) -> None:
     """Published is what the Hub lists with the names, sizes and digests that were verified here."""
     there = repository.files() or {}
-    wrong = [path for path, file in files.items() if not (path in there and _is_same(file, there[path]))]
+    wrong = _differing(folder, files, there)
     wrong += [path for path in there if path not in files and re.fullmatch(OURS, path)]
     if wrong:
         raise PipelineError(
@@ -250,14 +250,19 @@ def _check_arrived(repository: "_Repository", files: Mapping[str, LocalFile]) ->
         )
 
 
-def _is_same(local: LocalFile, remote: RepoFile) -> bool:
+def _differing(folder: OutputFolder, files: Mapping[str, OwnFile], there: Mapping[str, RepoFile]) -> list[str]:
+    """The files of the dataset that the repository does not hold, or holds otherwise."""
+    return [path for path, file in files.items() if not (path in there and _is_same(folder, path, file, there[path]))]
+
+
+def _is_same(folder: OutputFolder, path: str, local: OwnFile, remote: RepoFile) -> bool:
     """Whether the Hub's file has the same size and content: LFS and Xet say its sha256, Git the sha1 of its blob."""
     if local.bytes != remote.size:
         return False
     if remote.lfs is not None:
         return bool(local.sha256 == remote.lfs.sha256)
     blob = hashlib.sha1(b"blob %d\0" % local.bytes, usedforsecurity=False)
-    with local.path.open("rb") as file:
+    with folder.store.open(path) as file:
         while block := file.read(1 << 20):
             blob.update(block)
     return bool(blob.hexdigest() == remote.blob_id)
@@ -326,13 +331,13 @@ class _Repository:
             )
         )
 
-    def commit(self, files: Mapping[str, Path], stale: Sequence[str]) -> None:
+    def commit(self, files: Mapping[str, bytes], stale: Sequence[str]) -> None:
         """Upload some files and delete others in one commit."""
 
         def ask() -> None:
             # The first attempt may have been heard, though its answer was lost: what is gone cannot be deleted.
             left = [path for path in stale if path in (self.files() or {})] if stale else []
-            added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
+            added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()]
             with disable_progress_bars():  # a bar for each small file
                 self.api.create_commit(
                     self.id,

@@ -36,7 +36,7 @@ from pipeline.findings import (
 )
 from pipeline.gallery import draw_sheet, make_groups, web_image
 from pipeline.manifest import Manifest, current_manifest
-from pipeline.outputs import OutputFolder, write_atomically, writing
+from pipeline.outputs import OutputFolder
 from pipeline.plots import Curve, Plot, Ridge, curves_plot, level_name, matrix_plot, ridges_plot
 from pipeline.sample import SAMPLE_SHARDS, is_labelled, read_sample
 from pipeline.summary import human_bytes
@@ -58,11 +58,11 @@ class Session(BaseModel):
     busy: dict[str, float]
 
 
-def report(path: Path) -> Path:
+def report(path: str | Path) -> str:
     """Make the report of what is in an output folder, whether or not it is complete.
 
     Returns:
-        The path of report.html.
+        The path or address of report.html.
 
     Raises:
         ConfigError: there is no dataset of ours.
@@ -72,7 +72,7 @@ def report(path: Path) -> Path:
     return write_report(folder, current_manifest(folder))
 
 
-def write_report(folder: OutputFolder, manifest: Manifest) -> Path:
+def write_report(folder: OutputFolder, manifest: Manifest) -> str:
     """Write report.html and assets/*.png; the former last, so that it stands for all of them.
 
     Args:
@@ -80,21 +80,17 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> Path:
         manifest: of the files that are there, as `current_manifest` gives it.
 
     Returns:
-        The path of report.html.
+        The path or address of report.html.
 
     Raises:
         PipelineError: a file cannot be read, or the disk refuses.
     """
-    with writing(folder.assets):
-        folder.assets.mkdir(exist_ok=True)  # before all the drawing, as the disk may refuse
     page, assets = _make(folder, manifest)
-    with writing(folder.assets):
-        for stale in set(ASSETS) - set(assets):
-            (folder.assets / stale).unlink(missing_ok=True)
+    folder.store.delete(f"{folder.assets}/{stale}" for stale in set(ASSETS) - set(assets))
     for name, data in assets.items():
-        write_atomically(folder.assets / name, data)
-    write_atomically(folder.report, page)
-    return folder.report
+        folder.store.write(f"{folder.assets}/{name}", data)
+    folder.store.write(folder.report, page.encode())
+    return folder.store.at(folder.report)
 
 
 def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, bytes]]:
@@ -250,7 +246,7 @@ def _sessions(folder: OutputFolder) -> list[Session]:
     """The last sessions that wrote something. A line that cannot be read is not worth a failure."""
     sessions = []
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in folder.sessions.read_text(encoding="utf-8").splitlines():
+        for line in folder.store.read(folder.sessions).decode().splitlines():
             with contextlib.suppress(ValidationError):
                 sessions.append(Session.model_validate_json(line))
     return sessions[-MOST_SESSIONS:]

@@ -22,7 +22,7 @@ import torch
 
 from pipeline import __version__
 from pipeline.compute import Attacker, compile_victim, fit_batch_size, rehearse, repays
-from pipeline.config import Config, ModelConfig, is_factory_file
+from pipeline.config import Config, ModelConfig, is_address, is_factory_file
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.fgsm import Goal
 from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
@@ -255,6 +255,8 @@ def _recorded_space(space: LabelSpace) -> Space:
 
 def _check_apart(config: Config) -> None:
     """The output must not become part of the source, which the next run would then read."""
+    if is_address(config.output.path):
+        return
     source, output = (
         Path(str(config.source.path)).expanduser().resolve(),
         Path(config.output.path).expanduser().resolve(),

@@ -147,8 +147,11 @@ def read_pictures(
     for shard in sorted({int(sample.shard[row]) for row in rows}):
         own = [row for row in rows if sample.shard[row] == shard]
         places = [int(sample.place[row]) for row in own]
-        files = [folder.path(f"{subset}/{sample.shards[shard]}.parquet") for subset in (first, last)]
-        beside = zip(_read_cells(files[0], IMAGE, places), _read_cells(files[1], direction, places), strict=True)
+        files = [f"{subset}/{sample.shards[shard]}.parquet" for subset in (first, last)]
+        cells = [
+            _read_cells(folder, file, column, places) for file, column in zip(files, (IMAGE, direction), strict=True)
+        ]
+        beside = zip(*cells, strict=True)
         pictures.update(zip(own, beside, strict=True))
     return pictures
 
@@ -177,9 +180,9 @@ def _shares(rows: Mapping[str, int], most: int) -> dict[str, int]:
 def _read_scores(folder: OutputFolder, manifest: Manifest, shard: str, rows: int) -> list[pa.Table]:
     """For each epsilon, what the columns of layout images but the pictures say of a shard's first rows."""
     stored, levels = manifest.stored, manifest.levels
-    paths = [folder.path(f"{subset}/{shard}.parquet") for subset in stored]
-    tables = [_first_rows(path, rows) for path in paths]
-    with _readable(paths[0]):
+    files = [f"{subset}/{shard}.parquet" for subset in stored]
+    tables = [_first_rows(folder, file, rows) for file in files]
+    with _readable(folder, files[0]):
         if stored == (SIGNS,):
             tables = [pa.table(one_level(tables[0], level, levels[1:])) for level in levels]
         if any(table.num_rows != rows or table.column(LAST) != tables[0].column(LAST) for table in tables):
@@ -187,19 +190,19 @@ def _read_scores(folder: OutputFolder, manifest: Manifest, shard: str, rows: int
     return tables
 
 
-def _first_rows(path: Path, rows: int) -> pa.Table:
+def _first_rows(folder: OutputFolder, name: str, rows: int) -> pa.Table:
     """The first rows of a file without its pictures and kept columns; of the row groups that hold them, no more."""
-    with _readable(path), pq.ParquetFile(path) as file:
+    with _opened(folder, name) as file:
         names = file.schema_arrow.names
         ours = [name for name in names[: names.index(LAST) + 1] if name not in (IMAGE, SIGN)]
         starts = _group_starts(file)
         return file.read_row_groups(np.flatnonzero(starts[:-1] < rows).tolist(), ours).slice(0, rows)
 
 
-def _read_cells(path: Path, column: str, places: Sequence[int]) -> list[bytes]:
+def _read_cells(folder: OutputFolder, name: str, column: str, places: Sequence[int]) -> list[bytes]:
     """The encoded pictures in some rows of a file, one row group in memory at a time."""
     cells = {}
-    with _readable(path), pq.ParquetFile(path) as file:
+    with _opened(folder, name) as file:
         starts = _group_starts(file)
         groups = np.searchsorted(starts, places, side="right") - 1
         for group in np.unique(groups):
@@ -216,11 +219,18 @@ def _group_starts(file: pq.ParquetFile) -> NDArray[np.int64]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _opened(folder: OutputFolder, name: str) -> Iterator[pq.ParquetFile]:
+    # Row groups of a few columns are many small pieces, which an object store gives in a few larger ones.
+    with _readable(folder, name), folder.store.open(name) as stream, pq.ParquetFile(stream, pre_buffer=True) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _readable(folder: OutputFolder, name: str) -> Iterator[None]:
     """What goes wrong in a file, as one sentence."""
     try:
         yield
     except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
         raise PipelineError(
-            f"{path} cannot be read ({first_line(error)}); fgsm verify says what is damaged."
+            f"{folder.store.at(name)} cannot be read ({first_line(error)}); fgsm verify says what is damaged."
         ) from error

@@ -1,14 +1,12 @@
 """The Parquet writer of one shard, and its commit.
 
-A shard is one Parquet file per subset, written under `.run/tmp`, synced, renamed into place, and made true
-by its receipt, which is written last.
+A shard is one Parquet file per subset, written in a scratch folder, put into its place in the store, and made true by
+its receipt, which is written last.
 """
 
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.outputs import (
-    FileEntry,
-    OutputFolder,
-    Receipt,
-    shard_file,
-    sync_folder,
-    write_atomically,
-    writing,
-)
+from pipeline.outputs import FileEntry, OutputFolder, Receipt, shard_file
 from pipeline.plan import Shard
+from pipeline.stores import writing
 
 # A row group closes at whichever comes first. The Hub's viewer reads whole row groups and wants under 300 MB
 # of them; streaming readers buffer one per file; a reader that skips by statistics wants them small.
@@ -52,11 +43,11 @@ class ShardWriter:
         run_id: str,
     ) -> None:
         self.folder, self.shard, self.subsets, self.run_id = folder, shard, subsets, run_id
-        self.scratch = folder.scratch / shard.name
         self._waiting: list[list[pa.Table]] = [[] for _ in subsets]
         self._writers: list[pq.ParquetWriter] = []
+        self._stack = contextlib.ExitStack()
+        self.scratch = self._stack.enter_context(folder.store.scratch(shard.name))
         with writing(self.scratch):
-            self.scratch.mkdir(parents=True, exist_ok=True)
             for subset in subsets:
                 self._writers.append(
                     pq.ParquetWriter(
@@ -73,7 +64,7 @@ class ShardWriter:
         for writer in self._writers:
             with contextlib.suppress(OSError):  # a full disk fails again on closing
                 writer.close()
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        self._stack.close()
 
     def _scratch_file(self, subset: str) -> Path:
         return self.scratch / f"{subset}.parquet"
@@ -103,13 +94,13 @@ class ShardWriter:
                 waiting.clear()
 
     def commit(self, receipt: Receipt) -> None:
-        """Close, sync and rename every file, then write the receipt, which is the commit.
+        """Close every file and put it into its place, then write the receipt, which is the commit.
 
         Args:
             receipt: the shard's, still without files.
 
         Raises:
-            PipelineError: the disk refused; then there is no receipt.
+            PipelineError: the disk or the store refused; then there is no receipt.
         """
         if receipt.rows + len(receipt.skipped) != receipt.planned:
             raise RuntimeError(f"{self.shard.name}: rows written and skipped do not add up to those planned")
@@ -118,8 +109,8 @@ class ShardWriter:
         files = []
         for subset, writer in zip(self.subsets, self._writers, strict=True):
             file = shard_file(subset, self.shard)
-            final = self.folder.path(file)
-            with writing(final):
+            local = self._scratch_file(subset)
+            with writing(local):
                 writer.add_key_value_metadata(
                     {
                         FOOTER_KEY: json.dumps({**footer, "subset": subset}),
@@ -128,13 +119,11 @@ class ShardWriter:
                     }
                 )
                 writer.close()
-                size, digest = _sync(self._scratch_file(subset))
-                final.parent.mkdir(exist_ok=True)
-                self._scratch_file(subset).rename(final)
-                sync_folder(final.parent)
+                size, digest = local.stat().st_size, _digest(local)
+            self.folder.store.put(local, file)
             files.append(FileEntry(path=file, rows=receipt.rows, bytes=size, sha256=digest))
         receipt = receipt.model_copy(update={"files": tuple(files)})
-        write_atomically(self.folder.receipt(self.shard.name), receipt.model_dump_json(indent=1))
+        self.folder.store.commit(self.folder.receipt(self.shard.name), receipt.model_dump_json(indent=1).encode())
 
 
 def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:
@@ -159,8 +148,7 @@ def _leaves(path: str, kind: pa.DataType) -> list[str]:
     return [path]
 
 
-def _sync(path: Path) -> tuple[int, str]:
-    """Force a file to disk; its size and sha256."""
+def _digest(path: Path) -> str:
+    """A file's sha256."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

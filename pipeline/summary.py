@@ -10,7 +10,7 @@ HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled"
 EVALUATOR_HEAD = ("split", "subset", "evaluator", "accuracy", "fooled", "transferred")
 
 
-def inspect(path: Path) -> str:
+def inspect(path: str | Path) -> str:
     """The table of a dataset.
 
     Raises:
@@ -77,7 +77,7 @@ def _notes(manifest: Manifest) -> list[str]:
     state = "complete" if manifest.complete else "INCOMPLETE: run generate again to finish it"
     notes = [
         f"run {manifest.run_id}, {state}; {manifest.rows:,} of {planned:,} source images, "
-        f"{len(manifest.skipped):,} skipped",
+        f"{manifest.skipped_rows:,} skipped",
         f"gradient exactly zero on {manifest.zero_sign_share:.2%} of the pixel values",
     ]
     if any(subset.bytes is None for subset in manifest.subsets):

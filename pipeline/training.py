@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.config import reading_levels
+from pipeline.config import is_address, reading_levels
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.images import ImageFormat, UndecodableError, decode_images
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
@@ -511,6 +511,11 @@ def training_dataset(
     asked = None if epsilons is None else reading_levels(epsilons)
     if asked is not None and 0 in asked:
         raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
+    if is_address(path_or_repo):
+        raise ConfigError(
+            f"training_dataset reads its files again in every epoch, so it wants them on a disk: copy {path_or_repo} "
+            "into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream it."
+        )
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or _manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))

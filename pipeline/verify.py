@@ -46,7 +46,6 @@ from pipeline.outputs import (
     read_receipts,
     shard_file,
     subset_name,
-    writing,
 )
 from pipeline.plan import Plan, Shard
 from pipeline.records import LAYOUTS, Opinion, Scores, opinions, score
@@ -96,7 +95,7 @@ class Judge:
     compiled_alike: bool
 
 
-def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Findings:
+def verify(path: str | Path, *, recompute: bool = False, repair: bool = False) -> Findings:
     """Check a dataset.
 
     Args:
@@ -111,17 +110,18 @@ def verify(path: Path, *, recompute: bool = False, repair: bool = False) -> Find
     manifest = require_manifest(folder)
     findings = Findings()
     plan = manifest.plan
-    receipts, broken = read_receipts(folder)
+    sizes = folder.store.sizes()
+    receipts, broken = read_receipts(folder, sizes)
     for name in broken:
         findings.damage(Path(name).stem, f".run/receipts/{name} cannot be read as a receipt.")
-    _check_listing(folder, manifest, plan, receipts, findings)
+    _check_listing(manifest, plan, receipts, sizes, findings)
     _check_summaries(folder, manifest, plan, findings)
     with contextlib.ExitStack() as stack:
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         # Loading a victim may run code that the manifest names: never for a dataset of which nothing was made here.
         judge = stack.enter_context(_judge(manifest)) if recompute and shards else None
         decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
-        checker = _Checker(folder, manifest, plan, findings, judge, decoders)
+        checker = _Checker(folder, manifest, plan, sizes, findings, judge, decoders)
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
             checker.check(shard, receipts[shard.name])
     if repair:
@@ -183,7 +183,11 @@ def _space(manifest: Manifest, model: Manifest | Space) -> LabelSpace:
 
 
 def _check_listing(
-    folder: OutputFolder, manifest: Manifest, plan: Plan, receipts: Mapping[str, Receipt], findings: Findings
+    manifest: Manifest,
+    plan: Plan,
+    receipts: Mapping[str, Receipt],
+    sizes: Mapping[str, int],
+    findings: Findings,
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
     missing = [shard.name for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
@@ -199,7 +203,7 @@ def _check_listing(
         elif receipt.run_id != manifest.run_id:
             findings.damage(name, f"The receipt of {name} is of another run ({receipt.run_id}).")
     expected = {shard_file(subset, shard) for shard in plan.shards for subset in manifest.stored}
-    there = {f"{subset}/{file.name}" for subset in manifest.stored for file in (folder.root / subset).glob("*")}
+    there = {name for name in sizes if name.split("/")[0] in manifest.stored}
     findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in sorted(there - expected)]
 
 
@@ -216,13 +220,10 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
     """Remove what is damaged, the receipts first: a shard without a receipt does not exist."""
     if not damaged:
         return
-    with folder.held(), writing(folder.root):
-        for name in damaged:
-            folder.receipt(name).unlink(missing_ok=True)
-        for shard in plan.shards:
-            if shard.name in damaged:
-                for subset in manifest.stored:
-                    folder.path(shard_file(subset, shard)).unlink(missing_ok=True)
+    with folder.held():
+        folder.store.delete(map(folder.receipt, damaged))
+        shards = [shard for shard in plan.shards if shard.name in damaged]
+        folder.store.delete(shard_file(subset, shard) for subset in manifest.stored for shard in shards)
         write_summaries(folder, manifest)
 
 
@@ -256,11 +257,13 @@ class _Checker:
         folder: OutputFolder,
         manifest: Manifest,
         plan: Plan,
+        sizes: Mapping[str, int],
         findings: Findings,
         judge: Judge | None,
         decoders: Executor,
     ) -> None:
-        self.folder, self.plan, self.findings, self.judge, self.decoders = folder, plan, findings, judge, decoders
+        self.folder, self.plan, self.sizes = folder, plan, sizes
+        self.findings, self.judge, self.decoders = findings, judge, decoders
         self.shape = torch.Size(manifest.shape)
         self.levels, self.stored = manifest.levels, manifest.stored
         self.layout = LAYOUTS[manifest.resolved.output.layout]
@@ -268,7 +271,8 @@ class _Checker:
         try:
             self.features = datasets.Features.from_dict(manifest.features)
         except (ValueError, TypeError, KeyError) as error:
-            raise PipelineError(f"{folder.manifest}: its features cannot be read: {first_line(error)}") from None
+            place = folder.store.at(folder.manifest)
+            raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
         self.schema = self.features.arrow_schema
         self.exact = True
         self.tolerance = TOLERANCE[manifest.resolved.runtime.precision]
@@ -285,23 +289,26 @@ class _Checker:
             self.exact = self.judge is None or (receipt.versions == self.judge.versions and self.judge.compiled_alike)
             self.findings.same_environment &= self.exact
             for entry in receipt.files:
-                self._check_file(entry)
-            self._check_rows(shard, receipt)
+                self._check_size(entry)
+            try:
+                with self.folder.store.fetched([entry.path for entry in receipt.files]) as root:
+                    for entry in receipt.files:
+                        _check_digest(root, entry)
+                    self._check_rows(shard, receipt, root)
+            except OSError as error:
+                raise _DamageError(f"A file of {shard.name} cannot be read: {first_line(error)}") from None
         except _DamageError as damage:
             self.findings.damage(shard.name, str(damage))
         self.findings.shards += 1
 
-    def _check_file(self, entry: FileEntry) -> None:
-        path = self.folder.path(entry.path)
-        if not path.is_file():
+    def _check_size(self, entry: FileEntry) -> None:
+        size = self.sizes.get(entry.path)
+        if size is None:
             raise _DamageError(f"{entry.path} is missing.")
-        if path.stat().st_size != entry.bytes:
-            raise _DamageError(f"{entry.path} has {path.stat().st_size} bytes; its receipt says {entry.bytes}.")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                raise _DamageError(f"{entry.path} was altered: its sha256 is not its receipt's.")
+        if size != entry.bytes:
+            raise _DamageError(f"{entry.path} has {size} bytes; its receipt says {entry.bytes}.")
 
-    def _check_rows(self, shard: Shard, receipt: Receipt) -> None:
+    def _check_rows(self, shard: Shard, receipt: Receipt, root: Path) -> None:
         skipped = {row.position for row in receipt.skipped}
         places = list(self.plan.batches(shard))
         masks = [
@@ -310,7 +317,7 @@ class _Checker:
         counts = [int(mask.sum()) for mask in masks]
         if sum(counts) != receipt.rows or len(skipped) + receipt.rows != len(shard):
             raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
-        tables = zip(*(self._read(entry.path, counts) for entry in receipt.files), strict=True)
+        tables = zip(*(self._read(root, entry.path, counts) for entry in receipt.files), strict=True)
         width = 3 + len(EvaluatorCounts.model_fields) * len(self.evaluators)
         totals = np.zeros((len(self.levels), width), dtype=np.int64)
         for place, mask, subsets in zip(places, masks, tables, strict=True):
@@ -332,10 +339,10 @@ class _Checker:
             for level in self.levels
         ]
 
-    def _read(self, name: str, counts: Sequence[int]) -> Iterator[pa.Table]:
+    def _read(self, root: Path, name: str, counts: Sequence[int]) -> Iterator[pa.Table]:
         """One file's rows in tables of so many rows each, without holding the file in memory."""
         try:
-            file = pq.ParquetFile(self.folder.path(name))
+            file = pq.ParquetFile(root / name)
             # Not the Arrow schemas: Parquet has its own name for the items of a list.
             if datasets.Features.from_arrow_schema(file.schema_arrow) != self.features:
                 raise _DamageError(f"{name} has other columns than the manifest says.")
@@ -547,6 +554,12 @@ class _Checker:
         for column, expected, where in chances:
             if (np.abs(_column(table, column, 0.0) - expected)[where] > tolerance).any():
                 raise _DamageError(f"{name} has a {column} that its pixels do not give.")
+
+
+def _check_digest(root: Path, entry: FileEntry) -> None:
+    with (root / entry.path).open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            raise _DamageError(f"{entry.path} was altered: its sha256 is not its receipt's.")
 
 
 def _column(table: pa.Table, name: str, null: Any) -> NDArray[Any]:

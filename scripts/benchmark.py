@@ -44,6 +44,7 @@ import yaml
 from workloads import ROOT, WORKLOADS, Workload, encoded_images, write_source
 
 from pipeline.lanes import available_cores
+from pipeline.memory import descend, proportional_set_size
 
 PEERS = ("torchattacks", "foolbox", "art")
 CONTENDERS = ("ours", "bound", "plain", *PEERS)
@@ -54,7 +55,7 @@ COST_LEVELS = {1: (1,), 2: (1, 2), 4: (1, 2, 4, 8), 8: (1, 2, 4, 8, 12, 16, 24, 
 # Commits of one run of ours: the first and the last bound the steady part.
 SHARDS = 8
 SAMPLE_SECONDS = 0.25
-# Reading the PSS walks the page tables, some 15 ms for a gigabyte: at most 2% of one core goes into it.
+# Looking at the memory takes some 15 ms for a gigabyte: at most 2% of one core goes into it.
 SAMPLE_SHARE = 0.02
 
 Marks = Sequence[tuple[float, int]]
@@ -217,24 +218,6 @@ def variant_name(wanted: Variant) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------- measuring
-
-
-def descend(process: int) -> list[int]:
-    """A process and all below it, as far as they still live; Linux only."""
-    found = [process]
-    for parent in found:  # grows as it goes
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                found += map(int, children.read_text().split())
-    return found
-
-
-def proportional_set_size(process: int) -> int:
-    """The bytes of a process, what it shares divided by those who share it; 0 where that is not known."""
-    with contextlib.suppress(OSError):
-        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-        return 1024 * int(re.findall(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)[0])
-    return 0
 
 
 def gpu_memory() -> int | None:

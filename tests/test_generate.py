@@ -832,7 +832,7 @@ def test_a_file_system_without_locks_is_one_sentence(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("pipeline.outputs.fcntl.lockf", no_locks)
+    monkeypatch.setattr("pipeline.stores.fcntl.lockf", no_locks)
     result = fgsm("generate", write_config())
     assert result.exit_code == 1
     assert "No locks available" in result.stderr

@@ -1,6 +1,11 @@
-"""The plan: every row once, in shards and batches that depend on the config alone."""
+"""The plan: every row once, in shards and batches that depend on the config alone. And `fgsm plan`, which tries it."""
 
-from collections.abc import Mapping
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline.estimate
+import pipeline.memory
+from pipeline.config import PreprocessConfig, SourceConfig, load_config
+from pipeline.estimate import calibrate, estimate, hub_warnings
+from pipeline.execute import write_shards
+from pipeline.loader import Reader, load_batches
+from pipeline.memory import PeakMemory
+from pipeline.outputs import OutputFolder
 from pipeline.plan import Plan, Shard, make_plan
+from pipeline.runs import Run, open_run
+from pipeline.sources import open_source
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.test_generate import generate, manifest
 
 
 def plan(split_rows: Mapping[str, int], **options: Any) -> Plan:
@@ -120,3 +137,162 @@ def test_splits_do_not_depend_on_each_other() -> None:
     alone = plan({"test": 40})
     beside = plan({"train": 7, "test": 40})
     assert beside.orders["test"].tolist() == alone.orders["test"].tolist()
+
+
+def test_a_trillion_rows_are_planned_at_once() -> None:
+    # Neither a permutation nor a list of batches, which no memory would hold.
+    cut = plan({"train": 10**12}, images_per_shard=10**9, batch_size=256, limit=10**12 - 1)
+    assert len(cut.shards) == 1000
+    assert len(cut) == 10**12 - 1
+    source = open_source(SourceConfig(kind="digits", split=("test",)), need_labels=True)
+    reader = Reader(source, PreprocessConfig(mode="L"), 10**8, (1, 64, 64))
+    load_batches(reader, cut, cut.shards, 0).close()
+
+
+# ------------------------------------------------------------------------------------------------ `fgsm plan`
+
+
+@pytest.fixture
+def slow_config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> Path:
+    """480 images whose time is the model's alone, and the same however busy the machine is."""
+    slow = "\n\nclass Slow(Net):\n    def forward(self, x):\n        import time\n\n"
+    factory_file.write_text(f"{FACTORY}{slow}        time.sleep(0.002 * len(x))\n        return super().forward(x)\n")
+    images = [png_bytes(pixels) for pixels in random_pixels(480)]
+    return write_config(
+        source={"path": str(write_parquet(tmp_path / "many", images, [i % 3 for i in range(480)]))},
+        model={"name": f"{factory_file}:Slow"},
+        output={"images_per_shard": 120},
+        runtime={"batch_size": 24},
+    )
+
+
+def test_what_is_predicted_comes_true(slow_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.estimate, "CALIBRATION_SECONDS", 1.5)
+    run = open_run(load_config(str(slow_config)))
+    predicted = estimate(run)
+    assert 24 <= predicted.seen.images < 480
+    began = time.perf_counter()
+    generate(slow_config)
+    took = time.perf_counter() - began
+    files = list((tmp_path / "out").rglob("*.parquet"))
+    assert predicted.files == len(files) == 12
+    assert 0.9 < predicted.bytes / sum(path.stat().st_size for path in files) < 1.1
+    # Opening, the card and the manifest come on top.
+    assert 0.5 * took < predicted.seconds < 2 * took
+
+
+def test_it_takes_seconds_however_slow_the_model(slow_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.estimate, "CALIBRATION_SECONDS", 0.01)
+    seen = calibrate(open_run(load_config(str(slow_config))))
+    # One round of the lanes, and no second one.
+    assert seen.images <= 24
+    assert seen.seconds > 0.002
+
+
+def test_it_reads_a_bounded_number_of_batches(slow_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.estimate, "CALIBRATION_SECONDS", 60.0)
+    monkeypatch.setattr(pipeline.estimate, "CALIBRATION_BATCHES", 3)
+    assert calibrate(open_run(load_config(str(slow_config)))).images == 3 * 24
+
+
+def test_nothing_is_left_behind(write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    result = fgsm("plan", write_config())
+    lines = dict(line.split("  ", 1) for line in result.stdout.splitlines())
+    assert "with all workers" in lines["memory"]
+    assert lines["measured"].strip().startswith("on 40 images")
+    assert not list(scratch.iterdir())
+    assert not (tmp_path / "out").exists()
+    assert "Busy" not in result.stderr
+
+
+def test_beside_a_run_it_changes_nothing(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert fgsm("plan", write_config()).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert manifest(tmp_path / "out")["complete"]
+
+
+def test_what_would_stop_the_run_stops_the_plan(write_config: WriteConfig, factory_file: Path) -> None:
+    config = write_config(model={"name": f"{factory_file}:Broken"})
+    planned, generated = fgsm("plan", config), fgsm("generate", config)
+    assert planned.exit_code == generated.exit_code == 1
+    for result in (planned, generated):
+        assert "check the weights, and model.mean and std." in result.stderr
+
+
+def test_a_few_broken_images_do_not_stop_the_plan(write_config: WriteConfig, tmp_path: Path) -> None:
+    # Of 12 rows looked at one is a larger share than runtime.max_skipped, of all 400 it is not.
+    images: list[bytes | None] = [png_bytes(pixels) for pixels in random_pixels(400)]
+    images[0] = b"broken"
+    source = write_parquet(tmp_path / "some", images, [i % 3 for i in range(400)])
+    config = write_config(source={"path": str(source), "shuffle": False}, output={"images_per_shard": 400})
+    assert fgsm("plan", config).exit_code == 0
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("images_per_shard", [1, 7, 480])
+def test_calibration_spreads_over_the_shards(
+    slow_config: Path, images_per_shard: int, shuffle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[list[Shard]] = []
+
+    def write(run: Run, folder: OutputFolder, shards: Sequence[Shard], *others: Any) -> None:
+        passes.append(list(shards))
+        write_shards(run, folder, shards, *others)
+
+    monkeypatch.setattr(pipeline.estimate, "CALIBRATION_SECONDS", 60.0)
+    monkeypatch.setattr(pipeline.estimate, "CALIBRATION_BATCHES", 8)
+    monkeypatch.setattr(pipeline.estimate, "write_shards", write)
+    overrides = [f"output.images_per_shard={images_per_shard}", f"source.shuffle={shuffle}", "runtime.batch_size=6"]
+    run = open_run(load_config(str(slow_config), overrides))
+    calibrate(run)
+    whole = {shard.name: shard for shard in run.plan.shards}
+    seen = passes[-1]
+    assert len({shard.name for shard in seen}) == len(seen)
+    assert all(shard.start == whole[shard.name].start and shard.stop <= whole[shard.name].stop for shard in seen)
+    assert sum(map(len, seen)) == {1: 8, 7: 49, 480: 48}[images_per_shard]
+    if images_per_shard < 480:
+        assert seen[-1].start > 400
+
+
+def test_the_hub_s_limits_come_with_a_value_that_keeps_them() -> None:
+    rows = {"train": 50_000_000, "test": 1_000_000}
+    cut = plan(rows, images_per_shard=4096)
+    (warning,) = hub_warnings(cut, 9, 1e12)
+    assert warning == (
+        "output.images_per_shard: 12,453 files in a folder (the Hub takes 10,000) and 112,077 in a repository "
+        "(it takes under 100,000); 5120 would do, with files of about 11.2 MB."
+    )
+    assert hub_warnings(plan(rows, images_per_shard=5120), 9, 1e12) == []
+    assert hub_warnings(plan(rows, images_per_shard=4096), 1, 1e12)[0].startswith(
+        "output.images_per_shard: 12,453 files in a folder (the Hub takes 10,000); 5120 would do"
+    )
+    assert hub_warnings(plan(rows, images_per_shard=5120), 10, 1e12) == []
+    assert "in a folder" not in hub_warnings(plan(rows, images_per_shard=5120), 20, 1e12)[0]
+
+
+def test_plan_warns_of_too_many_files(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.estimate, "HUB_FOLDER_FILES", 2)
+    stderr = fgsm("plan", write_config()).stderr
+    assert "Warning: output.images_per_shard: 3 files in a folder (the Hub takes 2); 1024 would do" in stderr
+
+
+def test_peak_memory_is_that_of_the_workers_too() -> None:
+    with PeakMemory() as nothing:
+        time.sleep(0.2)
+    with PeakMemory() as memory:
+        # Written to, or the pages would not be there.
+        code = "import time; kept = bytearray(b'1') * 200_000_000; time.sleep(1.5)"
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert 190e6 < memory.peak - nothing.peak < 300e6
+
+
+def test_peak_memory_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.memory, "proportional_set_size", lambda _: 0)
+    with PeakMemory() as memory:
+        pass
+    assert memory.peak > 50e6

@@ -537,7 +537,7 @@ def test_a_file_that_changes_on_the_way_is_found(out: Path, hub: Hub, monkeypatc
     upload = pipeline.publish._upload
 
     def change(repository: Any, folder: OutputFolder, *rest: Any) -> None:
-        shard = folder.path("eps-8/test-00001-of-00003.parquet")
+        shard = Path(folder.store.at("eps-8/test-00001-of-00003.parquet"))
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
         upload(repository, folder, *rest)
 

@@ -3,13 +3,9 @@
 import json
 import math
 import pickle
-import re
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.images import decode_images
 from pipeline.training import TrainingDataset
 from tests.conftest import FACTORY, KINDS, WriteConfig, png_bytes, random_pixels, write_parquet
+from tests.hub import Hub, Repository, git_blob, running_hub
 from tests.test_dataset import LAYOUTS, loaded_by
 from tests.test_generate import generate
 
@@ -685,92 +682,53 @@ def test_damaged_pictures_are_one_sentence(outputs: Path, tmp_path: Path, name: 
 # ------------------------------------------------------------------------------------------------- from the Hub
 
 
-class _Hub(SimpleHTTPRequestHandler):
-    """The part of the Hub's HTTP API that a download of one dataset, `user/name`, uses."""
-
-    commit = "c" * 40
-    fetched: list[str]
-
-    def __init__(self, *arguments: Any, root: Path, fetched: list[str]) -> None:
-        self.root, self.fetched = root, fetched
-        super().__init__(*arguments)
-
-    def do_GET(self) -> None:
-        files = {str(path.relative_to(self.root)): path for path in self.root.rglob("*.*") if path.is_file()}
-        path = self.path.split("?")[0].lstrip("/")
-        file = re.fullmatch(r"datasets/user/name/resolve/\w+/(.+)", path)
-        if path.startswith("api/datasets/user/name/tree/"):
-            tree = [
-                {"type": "file", "path": name, "size": there.stat().st_size, "oid": name}
-                for name, there in files.items()
-            ]
-            content, code = json.dumps(tree).encode(), 200
-        elif file and file[1] in files:
-            content, code = files[file[1]].read_bytes(), 200
-            if self.command == "GET":
-                self.fetched.append(file[1])
-        else:
-            content, code = b"", 404
-        self.send_response(code)
-        if code == 404:
-            self.send_header("X-Error-Code", "EntryNotFound" if file else "RepoNotFound")
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("ETag", f'"{abs(hash(path)):x}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[str]]]:
-    """What a loopback Hub holds as `user/name`, a folder, and the files that it was asked for."""
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A loopback Hub with an empty dataset, `user/name`, that anybody may read."""
     from huggingface_hub import constants
 
-    root = tmp_path / "remote"
-    fetched: list[str] = []
-    root.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, root=root, fetched=fetched))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield root, fetched
-    server.shutdown()
-    server.server_close()
+    with running_hub() as hub:
+        hub.repositories["user/name"] = Repository(private=False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield hub
 
 
-def test_a_hub_id_will_do(outputs: Path, known: Known, hub: tuple[Path, list[str]]) -> None:
-    root, fetched = hub
-    shutil.copytree(outputs / "color-images", root, ignore=shutil.ignore_patterns(".run"), dirs_exist_ok=True)
+def push(hub: Hub, folder: Path, ignore: str) -> None:
+    """Commit the files of a folder but those below another."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*.*") if path.is_file()}
+    hub.repositories["user/name"].commits.append(
+        {str(name): git_blob(path.read_bytes()) for name, path in files.items() if name.parts[0] != ignore}
+    )
+
+
+def downloads(hub: Hub) -> list[str]:
+    """The files that were downloaded, by their names."""
+    return [path.split("/resolve/")[1].split("/", 1)[1] for path in hub.asked("GET", "/resolve/")]
+
+
+def test_a_hub_id_will_do(outputs: Path, known: Known, hub: Hub) -> None:
+    push(hub, outputs / "color-images", ignore=".run")
     data = opened(Path("user/name"), epsilons=["2/255"], clean=0.5)
     assert sorted(known.of(data)) == sorted(known.of(opened(outputs / "color-images", epsilons=["2/255"])))
     # Only what is needed was fetched, and once.
-    folders = Counter(name.split("/")[0] for name in fetched)
+    folders = Counter(name.split("/")[0] for name in downloads(hub))
     assert folders == {"manifest.json": 1, "clean": 3, "eps-2": 3}
     opened(Path("user/name"), epsilons=["2/255"])
-    assert len(fetched) == 7
+    assert len(downloads(hub)) == 7
 
 
-def test_hub_errors_are_one_sentence(
-    outputs: Path, hub: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_errors_are_one_sentence(outputs: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    root, _ = hub
     with pytest.raises(ConfigError, match=r"^user/name is no dataset of fgsm-pipeline: it has no manifest\.json\.$"):
         opened(Path("user/name"))
     with pytest.raises(ConfigError, match=r"^There is no folder user/other, and the Hub shows no such dataset"):
         opened(Path("user/other"))
-    shutil.copytree(outputs / "color-images", root, ignore=shutil.ignore_patterns("eps-8"), dirs_exist_ok=True)
+    push(hub, outputs / "color-images", ignore="eps-8")
     with pytest.raises(PipelineError, match=r"is not the file that manifest\.json lists"):
         opened(Path("user/name"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
