@@ -219,14 +219,14 @@ def _open(place: str, stored: Manifest | None, subset: str, streaming: bool) -> 
 
 def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[str]]:
     """The files of a subset by split, `subset/split-00000-of-00004.parquet`."""
-    files: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {split: [] for split in manifest.split_rows}
     for entry in manifest.files:
         folder, _, name = entry.path.partition("/")
         if folder == subset:
-            files.setdefault(name.rsplit("-", 3)[0], []).append(f"{place.rstrip('/')}/{entry.path}")
-    if not files:
+            files[name.rsplit("-", 3)[0]].append(f"{place.rstrip('/')}/{entry.path}")
+    if not any(files.values()):
         raise ConfigError(f"{place} holds no shards yet; run fgsm generate to its end.")
-    return files
+    return {split: listed for split, listed in files.items() if listed}
 
 
 def _chosen(opened: Mapping[str, Any], split: str | None, place: str) -> Mapping[str, Any]:

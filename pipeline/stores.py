@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -378,7 +379,7 @@ class ObjectStore(Store):
 
     def put(self, local: Path, name: str) -> None:
         self._check_held()
-        patience = PATIENCE_SECONDS + local.stat().st_size / 1e6
+        patience = local.stat().st_size / 1e6
         self._ask("put_file", str(local), self._path(name), creates=True, patience=patience)
 
     def delete(self, names: Iterable[str]) -> None:
@@ -403,7 +404,7 @@ class ObjectStore(Store):
         with _temporary_folder() as folder:
             # However long it takes: the client gives up where nothing more arrives.
             local = [str(folder / name) for name in wanted]
-            self._ask("get", [*map(self._path, wanted)], local, patience=None)
+            self._ask("get", [*map(self._path, wanted)], local, patience=math.inf)
             yield folder
 
     def staged(self, sizes: Mapping[str, int]) -> Iterator[Path]:
@@ -506,23 +507,21 @@ class ObjectStore(Store):
     def _path(self, name: str) -> str:
         return f"{self._base}/{name}"
 
-    def _ask(
-        self,
-        verb: str,
-        *arguments: Any,
-        creates: bool = False,
-        patience: float | None = PATIENCE_SECONDS,
-        **options: Any,
-    ) -> Any:
+    def _ask(self, verb: str, *arguments: Any, creates: bool = False, patience: float = 0.0, **options: Any) -> Any:
         """Ask the client; what it cannot do is one sentence.
+
+        Args:
+            verb: a method of fsspec's, with its arguments and options.
+            creates: that there is no such object is no answer.
+            patience: seconds beyond the usual ones; infinite where the client itself gives up if nothing more arrives.
 
         Raises:
             FileNotFoundError: what is read is not there.
             FileExistsError: what is created is there.
         """
         system = self._system
-        if system.async_impl and patience is not None:
-            options["timeout"] = patience
+        if system.async_impl and patience < math.inf:
+            options["timeout"] = PATIENCE_SECONDS + patience
         try:
             return getattr(system, verb)(*arguments, **options)
         except FileExistsError:

@@ -11,6 +11,7 @@ before each one in turn.
 import contextlib
 import ctypes
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -32,6 +33,7 @@ import pytest
 import yaml
 
 from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, write_parquet
+from tests.s3 import S3, running_s3
 from tests.test_generate import digests, generate, manifest
 from tests.test_processes import group_is_gone, holds, receipts, wait_for
 
@@ -170,6 +172,7 @@ class Site:
     context: Any
     count: int
     settings: dict[str, dict[str, Any]]
+    prepare: Callable[[], None] | None = None
     started: list[Run] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -209,11 +212,11 @@ class Site:
             switch.unlink()
 
     def start(self, *arguments: str | Path, prepare: Callable[[], None] | None = None) -> Run:
-        run = Run(self, arguments, prepare)
+        run = Run(self, arguments, prepare or self.prepare)
         self.started.append(run)
         return run
 
-    def generate(self, out: Path, *arguments: str | Path, prepare: Callable[[], None] | None = None) -> Run:
+    def generate(self, out: str | Path, *arguments: str | Path, prepare: Callable[[], None] | None = None) -> Run:
         return self.start("generate", self.config, "--output", out, *arguments, prepare=prepare)
 
     def close(self) -> None:
@@ -232,13 +235,16 @@ class Drill:
     differing: int = 0
     began: float = field(default_factory=time.monotonic)
 
-    def settle(self, site: Site, out: Path, *, here: bool = False) -> None:
+    def settle(
+        self, site: Site, out: str | Path, *, here: bool = False, fetch: Callable[[], Path] | None = None
+    ) -> None:
         """After the fault: the same command, then `verify --recompute`, then every byte.
 
         Args:
             site: what was written.
             out: where.
             here: run in this process, and without the report, which takes longer than all else in a small run.
+            fetch: a copy of what is there, where that is no folder.
         """
         self.tried += 1
         if here:
@@ -248,6 +254,10 @@ class Drill:
             assert run.end() == 0, run.said
         result = fgsm("verify", out, "--recompute")
         assert result.exit_code == 0, result.output
+        self.compare(site, fetch() if fetch else Path(out))
+
+    def compare(self, site: Site, out: Path) -> None:
+        """Count what is lost and what differs, and remove it."""
         found = manifest(out)
         planned, skipped = sum(found["split_rows"].values()), len(found["skipped"])
         subsets = {Path(entry["path"]).parent for entry in found["files"]}
@@ -290,9 +300,15 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Si
     context.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.report", "datasets", __name__])
     folder, made = tmp_path_factory.mktemp("drill"), {}
 
-    def make(name: str, count: int, kind: type[Site] = Site, **settings: dict[str, Any]) -> Site:
+    def make(
+        name: str,
+        count: int,
+        kind: type[Site] = Site,
+        prepare: Callable[[], None] | None = None,
+        **settings: dict[str, Any],
+    ) -> Site:
         if name not in made:
-            made[name] = kind(folder / name, context, count, settings)
+            made[name] = kind(folder / name, context, count, settings, prepare)
         return made[name]
 
     yield make
@@ -315,7 +331,7 @@ def small(sites: Callable[..., Site]) -> Site:
 @pytest.fixture
 def drill(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Iterator[Drill]:
     """The line of the table that a test fills; its fault is the first line of the test's docstring."""
-    drill = Drill(request.function.__doc__.splitlines()[0].rstrip("."))
+    drill = Drill((request.function.__doc__ or "").rstrip("."))
     yield drill
     record_property("drill", drill.line)
 
@@ -762,3 +778,102 @@ def test_corrupt_images(sites: Callable[..., Site], drill: Drill, tmp_path: Path
     out = tmp_path / "fewer"
     site.generate(out, "--set", "runtime.max_skipped=0.0005").refused("more than runtime.max_skipped = 0.0005 allows")
     drill.settle(site, out)
+
+
+# -------------------------------------------------------------------------------------------- object stores
+
+
+class Bucket:
+    """An S3 server, and a place in it for each attempt."""
+
+    def __init__(self, s3: S3, folder: Path) -> None:
+        self.s3, self.folder, self.places = s3, folder, itertools.count()
+        s3.make("drill")
+
+    def place(self) -> str:
+        """A new place, in a store that works."""
+        self.s3.faults.clear()
+        return f"s3://drill/{next(self.places)}"
+
+    def objects(self, out: str) -> dict[str, bytes]:
+        return self.s3.objects("drill", f"{out.rpartition('/')[2]}/")
+
+    def receipts(self, out: str) -> int:
+        return sum(name.startswith(".run/receipts/") for name in self.objects(out))
+
+    def fetch(self, out: str) -> Path:
+        """What lies at a place, as a folder."""
+        folder = self.folder / out.rpartition("/")[2]
+        for name, content in self.objects(out).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder
+
+
+def impatient(environment: dict[str, str]) -> None:
+    """What a process needs to use the store, and less patience than in life."""
+    import pipeline.stores
+
+    os.environ.update(environment)
+    pipeline.stores.BEAT_SECONDS, pipeline.stores.STALE_SECONDS = 0.2, 1.5
+    pipeline.stores.CONNECT_SECONDS, pipeline.stores.SILENT_SECONDS, pipeline.stores.ATTEMPTS = 2.0, 2.0, 2
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    with running_s3() as s3:
+        yield Bucket(s3, tmp_path_factory.mktemp("fetched"))
+
+
+@pytest.fixture
+def stored(sites: Callable[..., Site], bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """As `site`, written to an object store."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in bucket.s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return sites("stored", 96, prepare=partial(impatient, bucket.s3.environment))
+
+
+def test_store_sigkill(stored: Site, bucket: Bucket, drill: Drill) -> None:
+    """Object store: SIGKILL at a random moment."""
+    moments = random.Random(SEED)
+    for attempt in range(6):
+        out = bucket.place()
+        with stored.slow():
+            run = stored.generate(out)
+            wait_for(partial(lambda out, least: bucket.receipts(out) >= least, out, attempt))
+            time.sleep(moments.uniform(0, 0.3))
+            with contextlib.suppress(ProcessLookupError):
+                run.signal(signal.SIGKILL)
+            assert run.end() in (KILLED, 0)
+        drill.settle(stored, out, fetch=partial(bucket.fetch, out))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [(500, "Object store: answers 500 from some upload on"), ("hang", "Object store: hangs from some upload on")],
+)
+def test_store_fails(stored: Site, bucket: Bucket, drill: Drill, kind: int | str, fault: str) -> None:
+    drill.fault = fault
+    for path, after in ((r"parquet", 3), (r"receipts/", 1), (r"parquet", 9), (r"manifest", 1), (r"README", 0)):
+        out = bucket.place()
+        bucket.s3.fail("PUT", path, kind, after=after)
+        stored.generate(out).refused("run the same command again")
+        bucket.s3.released.set()
+        bucket.s3.faults.clear()
+        bucket.s3.released.clear()
+        drill.settle(stored, out, fetch=partial(bucket.fetch, out))
+
+
+def test_store_two_at_once(stored: Site, bucket: Bucket, drill: Drill) -> None:
+    """Object store: two runs started at once."""
+    for _ in range(2):
+        out = bucket.place()
+        with stored.slow():
+            runs = [stored.generate(out), stored.generate(out)]
+            codes = [run.end() for run in runs]
+        assert sorted(codes) == [0, 1]
+        winner, loser = (runs[codes.index(code)] for code in (0, 1))
+        loser.refused(f"process {winner.pid}")
+        drill.settle(stored, out, fetch=partial(bucket.fetch, out))

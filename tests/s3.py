@@ -1,0 +1,140 @@
+"""An object store on the loopback: moto's S3, over real sockets, for the real client; it can be told to fail."""
+
+import contextlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moto.core.models import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+KEY, SECRET = "AKIAHUSHHUSH", "hush/hush+hush"
+Answer = Callable[..., Any]
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next requests that match: a status to answer, or `hang`, until the end of the server."""
+
+    method: str
+    path: str
+    kind: int | str
+    times: int
+    after: int
+
+
+@dataclass
+class S3:
+    """The server; `requests` lists what was asked of it, as (method, path and query, status)."""
+
+    endpoint: str = ""
+    requests: list[tuple[str, str, int]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    released: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fail(self, method: str, path: str, kind: int | str, *, times: int = 10**6, after: int = 0) -> None:
+        """Let the next `times` requests fail that match, but for the first `after`."""
+        self.faults.append(Fault(method, path, kind, times, after))
+
+    def asked(self, method: str, path: str = "") -> list[str]:
+        return [there for verb, there, _ in self.requests if re.fullmatch(method, verb) and re.search(path, there)]
+
+    @property
+    def listings(self) -> list[str]:
+        """Requests for all that is below a prefix."""
+        return self.asked("GET", "list-type=2.*delimiter=&")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to use this store and no other."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": "/nonexistent",
+            "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+    def make(self, bucket: str) -> None:
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket(bucket, "us-east-1")
+
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
+        """What lies below a prefix, by names relative to it."""
+        keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket].keys
+        return {name.removeprefix(prefix): key.value for name, key in sorted(keys.items()) if name.startswith(prefix)}
+
+    def write(self, bucket: str, name: str, content: bytes | None) -> None:
+        """Put an object there behind the client's back; None removes it."""
+        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        if content is None:
+            backend.delete_object(bucket, name)
+        else:
+            backend.put_object(bucket, name, content)
+
+    def _take(self, method: str, path: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and re.fullmatch(fault.method, method) and re.search(fault.path, path):
+                    if fault.after:
+                        fault.after -= 1
+                        continue
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def __call__(self, environ: dict[str, Any], start_response: Answer) -> Iterable[bytes]:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if environ.get("QUERY_STRING"):
+            path = f"{path}?{environ['QUERY_STRING']}"
+        fault = self._take(method, path)
+        if fault is not None:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            self.requests.append((method, path, fault.kind if isinstance(fault.kind, int) else 0))
+            if fault.kind == "hang":
+                self.released.wait()
+            status = fault.kind if isinstance(fault.kind, int) else 500
+            code = {403: "AccessDenied", 500: "InternalError"}[status]
+            start_response(f"{status} {code}", [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{code}</Code><Message>an injected fault for {KEY}</Message></Error>".encode()]
+
+        def started(status: str, headers: Any, *rest: Any) -> Any:
+            self.requests.append((method, path, int(status.split()[0])))
+            return start_response(status, headers, *rest)
+
+        answer: Iterable[bytes] = self.app(environ, started)
+        return answer
+
+    app: Any = field(default_factory=lambda: DomainDispatcherApplication(create_backend_app))
+
+
+@contextlib.contextmanager
+def running_s3() -> Iterator[S3]:
+    """A store that serves until the end of the block."""
+    s3 = S3()
+    server = make_server("127.0.0.1", 0, s3, threaded=True)
+    s3.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield s3
+    finally:
+        s3.released.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def lock_of(objects: dict[str, bytes]) -> dict[str, Any] | None:
+    """What the lock of a run says, None where there is none."""
+    there = objects.get(".run/lock")
+    content: dict[str, Any] | None = json.loads(there) if there else None
+    return content
