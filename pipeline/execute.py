@@ -24,7 +24,7 @@ from pipeline.columns import IMAGE
 from pipeline.compute import Part, compile_victim
 from pipeline.errors import NonFiniteError, PipelineError
 from pipeline.lanes import Lanes, available_cores
-from pipeline.loader import Batch, load_batches, name_row
+from pipeline.loader import Batch, load_batches, name_row, naming_dead_workers
 from pipeline.outputs import (
     EvaluatorCounts,
     LevelCounts,
@@ -52,6 +52,7 @@ Tell = Callable[[int, int, Mapping[int, int]], None]
 logger = logging.getLogger(__name__)
 
 
+@naming_dead_workers()
 def write_shards(
     run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt], busy: Busy, tell: Tell
 ) -> None:

@@ -15,6 +15,7 @@ half the size and resizing the rest (Pillow's draft mode) saves 6 ms on 900 pixe
 images by 1 to 3 grey levels on average and by up to 96.
 """
 
+import errno
 import io
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -30,6 +31,12 @@ from pipeline.errors import PipelineError, first_line
 
 # The largest side of a WebP image: its header holds 14 bits.
 WEBP_MAX_SIDE = 16_383
+
+# A row that is skipped is so for ever; these pass.
+MACHINE_ERRORS = (
+    *(errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENODEV),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
 
 ImageFormat = Literal["webp", "png"]
 Opener = Callable[[], Image.Image]
@@ -52,6 +59,7 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
 
     Raises:
         UndecodableError: the file is broken, too large, or of a kind that has no 8-bit meaning.
+        PipelineError: the machine failed and not the file.
     """
     # Pillow's own bomb limit would stand in the way of a max_pixels that was raised on purpose.
     Image.MAX_IMAGE_PIXELS = None
@@ -61,10 +69,22 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
             _check_resized(image.width, image.height, preprocess, max_pixels)
             pixels = _convert(_upright(image), preprocess.mode)
         return _resize(pixels, preprocess)
-    except (UndecodableError, MemoryError):
+    except UndecodableError:
         raise
     except Exception as error:  # a broken file can raise anything from Pillow's parsers
-        raise UndecodableError(_reason(error)) from None
+        if not is_of_the_machine(error):
+            raise UndecodableError(_reason(error)) from None
+        what = getattr(error, "filename", None) or "an image"
+        reason = "out of memory" if isinstance(error, MemoryError) else _reason(error)
+        raise PipelineError(
+            f"source: {what} cannot be read ({reason}), which is the machine's failure and not the image's, so it is "
+            "not skipped; mend that, then run the same command again."
+        ) from None
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether memory, a disk or the network failed: the same file may be read the next time."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRORS)
 
 
 def _reason(error: Exception) -> str:

@@ -5,7 +5,9 @@ crosses a shard and always has the same shape: what is missing at the end of a s
 not be decoded, is a masked row of zeros. Images cross the bus as uint8, a quarter of the bytes of float32.
 """
 
+import contextlib
 import itertools
+import re
 import signal
 import time
 from collections import deque
@@ -20,7 +22,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.config import PreprocessConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
@@ -75,6 +77,15 @@ class Batch:
     def name(self) -> str:
         """For messages: the shard and the rows within it."""
         return f"shard {self.shard.name}, rows {self.place.start} to {self.place.stop - 1}"
+
+    def share_memory(self) -> "Batch":
+        """Move the tensors into shared memory, as sending them to another process does.
+
+        Left to the queue's own thread, a failure there would drop the batch, and the run would wait for it for ever.
+        """
+        for tensor in (self.images, self.labels, self.valid):
+            tensor.share_memory_()
+        return self
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader: the tensors in page-locked memory, so that copies can be asynchronous."""
@@ -257,10 +268,18 @@ class _Batches(Dataset[Batch | PipelineError]):
 
     def __getitem__(self, index: int) -> Batch | PipelineError:
         try:
-            return self.reader.read(self.plan, *self.place(index))
+            batch = self.reader.read(self.plan, *self.place(index))
+            return batch if get_worker_info() is None else batch.share_memory()
         except PipelineError as error:
             # Raised in a worker it would arrive wrapped in a traceback; returned it stays one sentence.
             return error
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not re.search("allocate|mmap", str(error)):
+                raise
+            return PipelineError(
+                f"A batch could not be read for want of memory ({first_line(error)}); the same command goes on from "
+                "what is committed, with a smaller runtime.workers (0 needs no shared memory) if it happens again."
+            )
 
 
 def _same(item: Any) -> Any:
@@ -308,11 +327,28 @@ def load_batches(
 
 
 def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Generator[Batch, None, None]:
-    try:
-        for item in loader:
+    with naming_dead_workers():
+        try:
+            items = iter(loader)
+        except OSError as error:
+            raise PipelineError(
+                f"Decoding workers cannot be started ({error.strerror}); set a smaller runtime.workers, 0 for none."
+            ) from error
+        for item in items:
             if isinstance(item, PipelineError):
                 raise item
             yield item
+
+
+@contextlib.contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Say in one sentence that a worker died, wherever the main thread is: DataLoader raises from a signal handler.
+
+    Raises:
+        PipelineError: a worker process died.
+    """
+    try:
+        yield
     except RuntimeError as error:
         # `worker (pid 7) is killed by signal`; an exception of our own says `worker process 7`.
         if "DataLoader worker (pid" not in str(error):

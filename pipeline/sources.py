@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import SourceConfig
-from pipeline.errors import ConfigError, first_line
-from pipeline.images import Opener, UndecodableError
+from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.images import Opener, UndecodableError, is_of_the_machine
 from pipeline.origins import DIGITS, UNKNOWN, Origin, card_license, revision_of
 
 UNLABELLED = -1
@@ -344,6 +344,8 @@ def _sample_pixels(openers: Iterable[Opener]) -> Iterable[bytes]:
         try:
             yield np.asarray(opener()).tobytes()
         except Exception as error:  # as in read_image
+            if is_of_the_machine(error):
+                raise PipelineError(f"source: an image cannot be read: {first_line(error)}; mend that first.") from None
             yield type(error).__name__.encode()
 
 

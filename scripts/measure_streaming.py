@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-import pipeline.execute
+import pipeline.generate
 from pipeline.config import parse_config
 from pipeline.generate import generate
 from pipeline.outputs import OutputFolder, read_receipts
@@ -86,7 +86,7 @@ if __name__ == "__main__":
                 "runtime": {"device": "cpu", "compile": False},
             }
         )
-        pipeline.execute.Progress = Watched  # type: ignore[misc]
+        pipeline.generate.Progress = Watched  # type: ignore[attr-defined]
         started = time.monotonic()
         manifest = generate(config)
         print(f"{manifest.rows:,} images in {time.monotonic() - started:.0f} s")

@@ -166,3 +166,15 @@ def fgsm(*arguments: str | Path) -> Result:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of the failure drill, as the README has it."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    # A fixture fills them in as it ends.
+    ended = [report for report in reports if getattr(report, "when", "") == "teardown"]
+    lines = [value for report in ended for name, value in report.user_properties if name == "drill"]
+    if lines:
+        terminalreporter.section("failure drill")
+        for line in [["fault", "times", "rows lost", "bytes differing", "seconds"], ["---"] * 5, *lines]:
+            terminalreporter.write_line(f"| {' | '.join(line)} |")

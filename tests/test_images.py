@@ -1,6 +1,8 @@
 """Images: every kind of file becomes the mode that was asked for, broken ones say why, and storage is exact."""
 
+import errno
 import io
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from pipeline.config import PreprocessConfig
+from pipeline.errors import PipelineError
 from pipeline.images import (
     WEBP_MAX_SIDE,
     ImageFormat,
@@ -307,3 +310,23 @@ def test_a_reason_does_not_name_the_machine_s_own_paths(tmp_path: Path) -> None:
     with pytest.raises(UndecodableError) as caught:
         read_image(lambda: Image.open(tmp_path / "gone.png"), PreprocessConfig(), 100)
     assert str(caught.value) == "FileNotFoundError: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO), "/mnt/cat.png"), "/mnt/cat.png cannot be read (OSError: Input"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "an image cannot be read (OSError: Too many open files)"),
+        (TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)), "(TimeoutError: Connection timed out)"),
+        (MemoryError(), "an image cannot be read (out of memory)"),
+    ],
+)
+def test_what_the_machine_fails_at_is_not_skipped_for_ever(error: Exception, reason: str) -> None:
+    def opener() -> Image.Image:
+        raise error
+
+    with pytest.raises(PipelineError) as caught:
+        read_image(opener, PreprocessConfig(), 100)
+    assert type(caught.value) is PipelineError
+    assert reason in str(caught.value)
+    assert "run the same command again" in str(caught.value)

@@ -1,8 +1,11 @@
 """The loader: batches that are complete, in order and of one shape, whatever the files and the workers do."""
 
+import errno
+import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +25,7 @@ from pipeline.images import Opener
 from pipeline.loader import Batch, Reader, Skipped, find_shape, load_batches
 from pipeline.plan import Plan, make_plan
 from pipeline.sources import ArrayRows, FileRows, Rows, Source, Split, open_source
-from tests.conftest import CLASSES, png_bytes, random_pixels, write_parquet
+from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
 AS_IT_IS = PreprocessConfig()
 MAX_PIXELS = 10_000
@@ -380,6 +383,61 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_sentence() -> None:
     assert sentence.startswith("A decoding worker died (DataLoader worker (pid")
     assert "runtime.workers" in sentence
     assert "\n" not in sentence
+
+
+def test_a_worker_that_dies_while_the_attack_runs_is_one_sentence_too(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killing(*_: object) -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        time.sleep(30)  # until DataLoader's handler of signals raises here
+
+    monkeypatch.setattr("pipeline.execute._score", killing)
+    config = write_config(runtime={"workers": 1}, output={"images_per_shard": 6})
+    result = fgsm("generate", config)
+    assert result.exit_code == 1
+    assert "Error: A decoding worker died (DataLoader worker (pid" in result.stderr
+    monkeypatch.undo()
+    assert fgsm("generate", config).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"),
+        RuntimeError("unable to mmap 6144 bytes from file </torch_7>: Cannot allocate memory (12)"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_ends_the_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    # Torch would do it in a thread of the queue, which drops what fails: the run would wait for ever.
+    def refusing(_: Batch) -> Batch:
+        raise error
+
+    monkeypatch.setattr(Batch, "share_memory", refusing)
+    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
+    with pytest.raises(PipelineError, match=r"for want of memory .* smaller runtime\.workers"):
+        read(source, plan_of(source), workers=1)
+    assert read(source, plan_of(source), workers=0)
+
+
+def test_a_batch_is_shared_by_the_worker_that_read_it() -> None:
+    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
+    (batch, *_) = read(source, plan_of(source), workers=0)
+    assert not batch.images.is_shared()
+    shared = batch.share_memory()
+    assert all(tensor.is_shared() for tensor in (shared.images, shared.labels, shared.valid))
+
+
+def test_workers_that_cannot_be_started_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
+    monkeypatch.setattr(os, "fork", refusing)
+    with pytest.raises(PipelineError, match=r"cannot be started \(Resource temporarily unavailable\); set a smaller"):
+        read(source, plan_of(source), workers=1)
 
 
 def test_a_worker_leaves_ctrl_c_to_the_main_process() -> None:

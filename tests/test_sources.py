@@ -1,5 +1,7 @@
 """Sources: what is read of each kind of dataset before the run, and how its images open."""
 
+import errno
+import os
 import pickle
 import shutil
 import struct
@@ -19,9 +21,9 @@ from PIL import Image
 
 from pipeline.config import PreprocessConfig, SourceConfig
 from pipeline.digits import digits_split
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.images import UndecodableError, read_image
-from pipeline.sources import Source, Split, open_source
+from pipeline.sources import ItemRows, Source, Split, open_source
 from tests.conftest import CLASSES, png_bytes, random_pixels, write_parquet
 
 INT, TEXT = datasets.Value("int64"), datasets.Value("string")
@@ -520,6 +522,16 @@ def test_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
         hub(write_parquet(moved, SHADES[::-1], LABELS)).digest,
     }
     assert len(digests) == 5
+
+
+def test_a_digest_is_not_taken_of_a_disk_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would stand in the run id, and every later run would be refused as one of another source.
+    def failing() -> Image.Image:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(ItemRows, "openers", lambda _, rows: [failing for _ in rows])
+    with pytest.raises(PipelineError, match="Input/output error"):
+        vision("FakeData", kwargs={"size": 3, "image_size": (3, 4, 4), "num_classes": 3})
 
 
 def test_digest_follows_the_content_of_image_files(tmp_path: Path) -> None:

@@ -707,7 +707,7 @@ def test_mixed_sizes_are_found_at_the_head(write_config: WriteConfig, tmp_path: 
 
 
 def test_the_first_row_that_can_be_decoded_gives_the_size(write_config: WriteConfig, tmp_path: Path) -> None:
-    cells: list[bytes | None] = [b"broken"] * 20 + [*images(20)]
+    cells: list[bytes | None] = [*[b"broken"] * 20, *images(20)]
     source = write_files(tmp_path / "some", cells, [0] * 40)
     generate(write_config(source=stream(source), runtime={"max_skipped": 0.5}))
     assert manifest(tmp_path / "out")["rows"] == 20
