@@ -591,8 +591,8 @@ def test_a_manifest_of_another_version_is_one_sentence(write_config: WriteConfig
         result = fgsm(command, argument)
         assert result.exit_code == 1
         assert result.stderr.splitlines()[-1] == (
-            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is {FORMAT_VERSION}); "
-            "use that version, or start over with --overwrite."
+            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is "
+            f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
         )
     generate(write_config(), "--overwrite")
     assert fgsm("verify", tmp_path / "out").exit_code == 0

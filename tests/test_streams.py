@@ -304,7 +304,7 @@ def test_a_plan_says_what_it_does_not_know(write_config: WriteConfig, parquet: P
     assert unknown.exit_code == 0, unknown.output
     assert re.search(r"source images +unknown \(test unknown\), 16x16", unknown.stdout)
     assert re.search(r"bytes +unknown \(webp\)", unknown.stdout)
-    assert re.search(r"time +unknown on cpu, \d+ images/s", unknown.stdout)
+    assert re.search(r"time +unknown on cpu, [\d.,]+ images/s", unknown.stdout)
 
 
 def test_progress_without_a_total_names_no_share() -> None:
