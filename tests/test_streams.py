@@ -707,8 +707,7 @@ def test_mixed_sizes_are_found_at_the_head(write_config: WriteConfig, tmp_path: 
 
 
 def test_the_first_row_that_can_be_decoded_gives_the_size(write_config: WriteConfig, tmp_path: Path) -> None:
-    cells: list[bytes | None] = [b"broken"] * 20 + [*images(20)]
-    source = write_files(tmp_path / "some", cells, [0] * 40)
+    source = write_files(tmp_path / "some", [*[b"broken"] * 20, *images(20)], [0] * 40)
     generate(write_config(source=stream(source), runtime={"max_skipped": 0.5}))
     assert manifest(tmp_path / "out")["rows"] == 20
     nothing = write_files(tmp_path / "nothing", [b"broken"] * 40, [0] * 40)
@@ -717,7 +716,7 @@ def test_the_first_row_that_can_be_decoded_gives_the_size(write_config: WriteCon
 
 
 def test_random_targets_differ_between_files(write_config: WriteConfig, tmp_path: Path) -> None:
-    source = write_files(tmp_path / "same", images(20) * 2, [0] * 40, (20, 20))
+    source = write_files(tmp_path / "same", images(20) + images(20), [0] * 40, (20, 20))
     generate(write_config(source=stream(source), attack={"target": "random"}))
     target = rows(tmp_path / "out", "eps-2")["target"].tolist()
     assert target[:20] != target[20:]
