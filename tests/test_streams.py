@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -490,6 +491,48 @@ def test_a_dataset_of_the_hub_is_streamed_and_never_stored(
         assert rows(tmp_path / "out", subset).equals(rows(tmp_path / "local", subset))
 
 
+def test_a_commit_is_no_user_name() -> None:
+    path = f"hf://datasets/user/images@{'0' * 40}/data/*.parquet"
+    assert SourceConfig(kind="huggingface", path=path, streaming=True).path == path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tars"])
+def test_an_object_store_is_streamed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    local = open_stream(
+        SourceConfig(kind="huggingface", path=str(request.getfixturevalue(kind)), streaming=True), need_labels=True
+    )
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        store = fsspec.filesystem("s3")
+        store.mkdir(f"streamed-{kind}")
+        for file in local.files["test"]:
+            store.put_file(file.place, f"streamed-{kind}/data/{Path(file.name).name}")
+        url = f"s3://streamed-{kind}/data/*.{'tar' if kind == 'tars' else kind}"
+        source = open_stream(SourceConfig(kind="huggingface", path=url, split="test", streaming=True), need_labels=True)
+        assert [file.name for file in source.files["test"]] == [Path(file.name).name for file in local.files["test"]]
+        for there, here in zip(batches_of(source, 6, 2), batches_of(local, 6, 2), strict=True):
+            assert torch.equal(there.images, here.images)
+            assert torch.equal(there.labels, here.labels)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()
+
+
 # ---------------------------------------------------------------------------------- what rows may not be
 
 
@@ -647,6 +690,7 @@ def test_other_kinds_of_source_are_refused(write_config: WriteConfig, parquet: P
     [
         ({"shuffle": True}, "source.shuffle has no effect with streaming"),
         ({"path": "https://me:secret@host/a.parquet"}, "source.path has a user name or a query in it"),
+        ({"path": "sftp://me:secret@host/a.parquet"}, "source.path has a user name or a query in it"),
         ({"path": "https://host/a.parquet?X-Amz-Signature=1"}, "source.path has a user name or a query in it"),
         ({"streaming": "yes"}, "source.streaming: Input should be a valid boolean"),
     ],
