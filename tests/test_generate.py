@@ -588,7 +588,7 @@ def test_a_manifest_of_another_version_is_one_sentence(write_config: WriteConfig
         result = fgsm(command, argument)
         assert result.exit_code == 1
         assert result.stderr.splitlines()[-1] == (
-            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is 3); "
+            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is 4); "
             "use that version, or start over with --overwrite."
         )
     generate(write_config(), "--overwrite")
