@@ -159,7 +159,7 @@ def open_stream(config: SourceConfig, *, need_labels: bool) -> StreamedSource:
     files: dict[str, tuple[StreamedFile, ...]] = {}
     for split, listed in file_names(found).items():
         files[split] = _measured(listed, kind, config.limit)
-        if not _total(file.rows or 0 for file in files[split]) and all(file.rows is not None for file in files[split]):
+        if _total(file.rows for file in files[split]) == 0:
             raise ConfigError(f"source: split {split} is empty.")
     first = next(iter(files.values()))[0]
     if kind == "tar":
@@ -167,7 +167,7 @@ def open_stream(config: SourceConfig, *, need_labels: bool) -> StreamedSource:
     else:
         fields, kept, own = _parquet_fields(files, features, config, need_labels)
     folder = Path(str(config.path)).expanduser()
-    marks = (f"{split}/{file.name}:{file.size}:{file.mark}:{file.rows}" for split, own in files.items() for file in own)
+    marks = (f"{split}/{file.name}:{file.size}:{file.mark}:{file.rows}" for split in files for file in files[split])
     return StreamedSource(
         splits=(),
         classes=class_names(config, own),

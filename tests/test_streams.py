@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -490,6 +491,48 @@ def test_a_dataset_of_the_hub_is_streamed_and_never_stored(
         assert rows(tmp_path / "out", subset).equals(rows(tmp_path / "local", subset))
 
 
+def test_a_commit_is_no_user_name() -> None:
+    path = f"hf://datasets/user/images@{'0' * 40}/data/*.parquet"
+    assert SourceConfig(kind="huggingface", path=path, streaming=True).path == path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tars"])
+def test_an_object_store_is_streamed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    local = open_stream(
+        SourceConfig(kind="huggingface", path=str(request.getfixturevalue(kind)), streaming=True), need_labels=True
+    )
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        store = fsspec.filesystem("s3")
+        store.mkdir(f"streamed-{kind}")
+        for file in local.files["test"]:
+            store.put_file(file.place, f"streamed-{kind}/data/{Path(file.name).name}")
+        url = f"s3://streamed-{kind}/data/*.{'tar' if kind == 'tars' else kind}"
+        source = open_stream(SourceConfig(kind="huggingface", path=url, split="test", streaming=True), need_labels=True)
+        assert [file.name for file in source.files["test"]] == [Path(file.name).name for file in local.files["test"]]
+        for there, here in zip(batches_of(source, 6, 2), batches_of(local, 6, 2), strict=True):
+            assert torch.equal(there.images, here.images)
+            assert torch.equal(there.labels, here.labels)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()
+
+
 # ---------------------------------------------------------------------------------- what rows may not be
 
 
@@ -642,11 +685,25 @@ def test_other_kinds_of_source_are_refused(write_config: WriteConfig, parquet: P
     assert "a URL can be streamed only" in refused(write_config(source={"path": f"file://{tars}/*.tar"}))
 
 
+def test_sources_without_rows_or_with_files_elsewhere_are_refused(
+    write_config: WriteConfig, parquet: Path, tmp_path: Path
+) -> None:
+    empty = write_files(tmp_path / "empty", [], [], (0, 0))
+    assert "source: split test is empty." in refused(write_config(source=stream(empty)))
+    assert "there is no folder /no/such" in refused(write_config(source=stream("/no/such")))
+    (tmp_path / "card").mkdir()
+    files = f"[{{split: test, path: {parquet}/data/*.parquet}}]"
+    (tmp_path / "card/README.md").write_text(f"---\nconfigs: [{{config_name: default, data_files: {files}}}]\n---\n")
+    said = refused(write_config(source=stream(tmp_path / "card")))
+    assert "has files elsewhere (test-00000-of-00003.parquet), which are not streamed" in said
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
         ({"shuffle": True}, "source.shuffle has no effect with streaming"),
         ({"path": "https://me:secret@host/a.parquet"}, "source.path has a user name or a query in it"),
+        ({"path": "sftp://me:secret@host/a.parquet"}, "source.path has a user name or a query in it"),
         ({"path": "https://host/a.parquet?X-Amz-Signature=1"}, "source.path has a user name or a query in it"),
         ({"streaming": "yes"}, "source.streaming: Input should be a valid boolean"),
     ],
@@ -707,8 +764,7 @@ def test_mixed_sizes_are_found_at_the_head(write_config: WriteConfig, tmp_path: 
 
 
 def test_the_first_row_that_can_be_decoded_gives_the_size(write_config: WriteConfig, tmp_path: Path) -> None:
-    cells: list[bytes | None] = [*[b"broken"] * 20, *images(20)]
-    source = write_files(tmp_path / "some", cells, [0] * 40)
+    source = write_files(tmp_path / "some", [*[b"broken"] * 20, *images(20)], [0] * 40)
     generate(write_config(source=stream(source), runtime={"max_skipped": 0.5}))
     assert manifest(tmp_path / "out")["rows"] == 20
     nothing = write_files(tmp_path / "nothing", [b"broken"] * 40, [0] * 40)
@@ -717,7 +773,7 @@ def test_the_first_row_that_can_be_decoded_gives_the_size(write_config: WriteCon
 
 
 def test_random_targets_differ_between_files(write_config: WriteConfig, tmp_path: Path) -> None:
-    source = write_files(tmp_path / "same", images(20) * 2, [0] * 40, (20, 20))
+    source = write_files(tmp_path / "same", images(20) + images(20), [0] * 40, (20, 20))
     generate(write_config(source=stream(source), attack={"target": "random"}))
     target = rows(tmp_path / "out", "eps-2")["target"].tolist()
     assert target[:20] != target[20:]
