@@ -472,7 +472,7 @@ def test_a_store_that_fails_for_good_is_one_sentence_and_loses_nothing(
     kind: int | str, said: str, s3: S3, out: str, write_config: WriteConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pipeline.stores.SILENT_SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.stores.PATIENCE_SECONDS", 1.0)
     config = write_config(output={"path": out})
     s3.fail("PUT", "eps-8/test-00001", kind)
     began = time.monotonic()
@@ -514,7 +514,7 @@ def test_a_store_that_cannot_be_used_is_one_sentence(
         expected = rf"{out} is refused to these credentials \(.+\)\. What was committed is kept; use others, "
     else:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@127.0.0.1:9")
-        expected = rf"{out}: the store failed \(it cannot be reached: .*//\*\*\*@127.*\)\. What was committed"
+        expected = rf"{out}: the store failed \(it cannot be reached: .+\)\. What was committed"
     sentence = failed("generate", write_config(output={"path": out}), "--debug", code=code)
     assert re.match(expected, sentence), sentence
 
