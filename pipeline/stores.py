@@ -35,8 +35,8 @@ BEAT_SECONDS, STALE_SECONDS = 10.0, 30.0
 # Of the S3 client: an attempt ends when nothing was heard for so long, and so many are made, half a minute in all where
 # the store answers with errors at once.
 CONNECT_SECONDS, SILENT_SECONDS, ATTEMPTS = 10.0, 30.0, 8
-# An upload that neither ends nor fails is given up after this, and a second more for each megabyte, and so many are
-# tried: aiohttp, below the client, does not miss the answer to what it sent.
+# An upload to which no answer comes outlasts the client's own patience (s3fs 2026.9): it is given up after this, and a
+# second more for each megabyte, and so many are tried.
 PATIENCE_SECONDS, TRIES = 200.0, 3
 # Requests for small files under way at once.
 CONNECTIONS = 32
