@@ -436,7 +436,8 @@ class ObjectStore(Store):
             self._check_held()
         finally:
             over.set()
-            beating.join(BEAT_SECONDS)
+            # It must not write the lock again; a store that hangs must not hold the end up for long.
+            beating.join(30.0)
             lost, self._own, self._lost = self._lost, {}, None
             if lost is None:
                 with contextlib.suppress(PipelineError):

@@ -55,7 +55,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("pipeline.stores.BEAT_SECONDS", 0.2)
-    monkeypatch.setattr("pipeline.stores.STALE_SECONDS", 1.5)
+    monkeypatch.setattr("pipeline.stores.STALE_SECONDS", 3.0)
     monkeypatch.setattr("pipeline.stores.ATTEMPTS", 2)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -287,7 +287,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     # The lock of the last one is back, to be taken over.
     alter(s3, out, ".run/lock", json.dumps(lock).encode())
     log = generate(config, "--output", out)
-    assert f"The lock of {out} is taken over: it has not changed for 1.5 s." in log
+    assert f"The lock of {out} is taken over: it has not changed for 3 s." in log
     assert re.search(r"[5-9] of 10 shards are already there\.", log)
     assert shards(there(s3, out)) == digests(tmp_path / "out")
     assert lock_of(there(s3, out)) is None
@@ -334,7 +334,7 @@ def test_the_lock_of_a_run_that_died_is_taken_over(s3: S3, out: str, caplog: pyt
     alter(s3, out, ".run/lock", b'{"host": "elsewhere", "process": 7, "token": "x", "beat": 3}')
     began = time.monotonic()
     with caplog.at_level(logging.INFO), OutputFolder(out).held():
-        assert time.monotonic() - began >= 1.5
+        assert time.monotonic() - began >= 3
         assert lock_of(there(s3, out)) != {"host": "elsewhere", "process": 7, "token": "x", "beat": 3}
     assert "has a lock of process 7 on elsewhere; waiting to see whether that lives" in caplog.text
     alter(s3, out, ".run/lock", b"no JSON")
@@ -348,7 +348,7 @@ def test_a_lock_that_goes_away_meanwhile_is_made_at_once(s3: S3, out: str) -> No
     threading.Timer(0.3, alter, (s3, out, ".run/lock", None)).start()
     began = time.monotonic()
     with OutputFolder(out).held():
-        assert time.monotonic() - began < 1.4
+        assert time.monotonic() - began < 2.9
 
 
 @pytest.mark.parametrize("other", [b'{"host": "elsewhere", "process": 7, "token": "x"}', None])
