@@ -35,8 +35,9 @@ BEAT_SECONDS, STALE_SECONDS = 10.0, 30.0
 # Of the S3 client: an attempt ends when nothing was heard for so long, and so many are made, half a minute in all where
 # the store answers with errors at once.
 CONNECT_SECONDS, SILENT_SECONDS, ATTEMPTS = 10.0, 30.0, 8
-# A request that neither ends nor fails is given up after this, and a second more for each megabyte of an upload.
-PATIENCE_SECONDS = 600.0
+# An upload to which no answer comes outlasts the client's own patience (s3fs 2026.9): it is given up after this, and a
+# second more for each megabyte, and so many are tried.
+PATIENCE_SECONDS, TRIES = 200.0, 3
 # Requests for small files under way at once.
 CONNECTIONS = 32
 # Bytes of a dataset that lie on the local disk at once while it is published from an object store.
@@ -328,7 +329,7 @@ class ObjectStore(Store):
     def sizes(self) -> dict[str, int]:
         self._system.invalidate_cache()
         try:
-            found = self._ask("find", self._base, detail=True)
+            found = self._ask("find", self._base, patience=math.inf, detail=True)
         except FileNotFoundError:
             found = {}
         listed = {path[len(self._base) + 1 :]: info for path, info in found.items() if path != self._base}
@@ -344,7 +345,8 @@ class ObjectStore(Store):
             name for name in asked if not self._tags.get(name) or self._tags[name] != self._known.get(name, "?")[0]
         ]
         # Not `cat`: that asks for each file, one by one, whether it is there.
-        for name, content in zip(fresh, self._ask("cat_ranges", [*map(self._path, fresh)], None, None), strict=True):
+        contents = self._ask("cat_ranges", [*map(self._path, fresh)], None, None, patience=math.inf)
+        for name, content in zip(fresh, contents, strict=True):
             self._known.pop(name, None)
             if isinstance(content, bytes):
                 self._known[name] = self._tags.get(name, ""), content
@@ -436,7 +438,8 @@ class ObjectStore(Store):
             self._check_held()
         finally:
             over.set()
-            beating.join(BEAT_SECONDS)
+            # It must not write the lock again; a store that hangs must not hold the end up for long.
+            beating.join(30.0)
             lost, self._own, self._lost = self._lost, {}, None
             if lost is None:
                 with contextlib.suppress(PipelineError):
@@ -525,6 +528,10 @@ class ObjectStore(Store):
         if system.async_impl and patience < math.inf:
             options["timeout"] = PATIENCE_SECONDS + patience
         try:
+            for _ in range(TRIES - 1):
+                # All that is asked may be asked again: who creates knows what it has created.
+                with contextlib.suppress(TimeoutError):
+                    return getattr(system, verb)(*arguments, **options)
             return getattr(system, verb)(*arguments, **options)
         except FileExistsError:
             raise
@@ -538,7 +545,7 @@ class ObjectStore(Store):
     def _failure(self, error: BaseException) -> PipelineError:
         """The sentence for what a client could not do. It may quote secrets, so its own exception goes no further."""
         kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-        said = redact(first_line(error).rstrip("."))
+        said = redact((getattr(error, "strerror", None) or first_line(error)).rstrip("."))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return write_failure(self.disk, error)
         if kinds & {
