@@ -161,8 +161,9 @@ def calibrate(run: Run) -> Calibration:
             wanted = max(4 * first.images, int(CALIBRATION_SECONDS * first.images / first.seconds))
             last = _pass(run, min(wanted, CALIBRATION_BATCHES * run.plan.batch_size))
     seconds = last.seconds / last.images
-    if last.images > first.images and last.seconds > first.seconds:
-        seconds = (last.seconds - first.seconds) / (last.images - first.images)
+    if last.images > first.images:
+        # Beside other work a short pass may take as long as a long one, which then was half start at most.
+        seconds = max(seconds / 2, (last.seconds - first.seconds) / (last.images - first.images))
     return Calibration(
         images=last.images,
         start=max(0.0, last.seconds - seconds * last.images),

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import pipeline.estimate
 import pipeline.memory
 from pipeline.config import PreprocessConfig, SourceConfig, load_config
-from pipeline.estimate import calibrate, estimate, hub_warnings
+from pipeline.estimate import _Pass, calibrate, estimate, hub_warnings
 from pipeline.execute import write_shards
+from pipeline.lanes import lane_count
 from pipeline.loader import Reader, load_batches
 from pipeline.memory import PeakMemory
 from pipeline.outputs import OutputFolder
@@ -171,15 +172,25 @@ def test_what_is_predicted_comes_true(slow_config: Path, tmp_path: Path, monkeyp
     run = open_run(load_config(str(slow_config)))
     predicted = estimate(run)
     assert 24 <= predicted.seen.images < 480
-    began = time.perf_counter()
+    # Four forwards of each image sleep, in as many lanes as there are; half of a pass at most is taken for its start.
+    least = 4 * 0.002 / lane_count(run.device)
+    assert predicted.seen.seconds > least / 2
+    assert predicted.seconds > 480 * least / 2
     generate(slow_config)
-    took = time.perf_counter() - began
     files = list((tmp_path / "out").rglob("*.parquet"))
     assert predicted.files == len(files) == 12
     assert predicted.bytes is not None and predicted.seconds is not None
     assert 0.9 < predicted.bytes / sum(path.stat().st_size for path in files) < 1.1
+
+
+@pytest.mark.drill
+def test_what_is_predicted_comes_true_by_the_clock(slow_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.estimate, "CALIBRATION_SECONDS", 1.5)
+    predicted = estimate(open_run(load_config(str(slow_config))))
+    began = time.perf_counter()
+    generate(slow_config)
     # Opening, the card and the manifest come on top.
-    assert 0.5 * took < predicted.seconds < 2 * took
+    assert 0.5 < predicted.seconds / (time.perf_counter() - began) < 1.5
 
 
 def test_it_takes_seconds_however_slow_the_model(slow_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,3 +308,33 @@ def test_peak_memory_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPat
     with PeakMemory() as memory:
         pass
     assert memory.peak > 50e6
+
+
+def test_what_starting_takes_is_told_from_what_images_take(slow_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(load_config(str(slow_config)))
+
+    def calibrated(*passes: tuple[int, float]) -> tuple[float, float]:
+        made = iter([_Pass(images, 24, seconds, 100.0, 10.0) for images, seconds in passes])
+        monkeypatch.setattr(pipeline.estimate, "_pass", lambda *_: next(made))
+        seen = calibrate(run)
+        assert next(made, None) is None
+        return seen.seconds, seen.start
+
+    assert calibrated((24, 4.0), (24, 2.0), (224, 6.0)) == pytest.approx((0.02, 1.52))
+    # Other work held the short pass up: half of the long one is its images' at least.
+    assert calibrated((24, 4.0), (24, 2.0), (200, 2.0)) == pytest.approx((0.005, 1.0))
+    assert calibrated((24, 4.0), (24, 4.0)) == pytest.approx((4 / 24, 0.0))
+    assert calibrated((24, 60.0)) == pytest.approx((2.5, 0.0))
+
+
+def test_memory_of_full_batches_is_added_where_none_was_seen(
+    slow_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(load_config(str(slow_config)))
+    peaks = {}
+    for longest in (24, 4):
+        monkeypatch.setattr(pipeline.estimate, "_pass", lambda *_, rows=longest: _Pass(rows, rows, 60.0, 1e6, 0.0))
+        peaks[longest] = calibrate(run).memory
+    # 20 rows more in each of four batches, the pixels of three subsets and a megabyte encoded; then full row groups.
+    unseen = 20 * (3 * 16 * 16 * 3 + 1e6) * 4 + 3 * 32 * 2**20 - 4e6
+    assert peaks[4] - peaks[24] == pytest.approx(unseen, abs=20e6)
