@@ -403,7 +403,11 @@ class _Session:
                 raise _not_shared(self.folder, shard.name)
             self._proved = True
         receipt = _read_receipt(self.folder, shard)
-        if receipt is not None and receipt.skipped:
+        if receipt is None:
+            return
+        right = {counts.level: counts.correct for counts in receipt.counts}
+        self._count(shard.name, ShardCounts(receipt.planned, receipt.counts[0].labelled, right))
+        if receipt.skipped:
             self.skipped += len(receipt.skipped)
             last = receipt.skipped[-1]
             check_share_skipped(
@@ -417,12 +421,15 @@ class _Session:
         """Show what the workers have told. Without it the run goes on just as well."""
         with contextlib.suppress(ray.exceptions.RayError):
             for name, now in ray.get(self._board.take.remote(), timeout=10 * POLL_SECONDS).items():
-                before = self._seen.get(name, ShardCounts(0, 0, {}))
-                # A shard that is tried again begins anew, and is counted from where the first try stopped.
-                if now.images > before.images:
-                    self._seen[name] = now
-                    right = {level: count - before.correct.get(level, 0) for level, count in now.correct.items()}
-                    self.progress.update(now.images - before.images, now.labelled - before.labelled, right)
+                self._count(name, now)
+
+    def _count(self, shard: str, now: ShardCounts) -> None:
+        """Show how far a shard is; one that is tried again begins anew, and counts from where the first try stopped."""
+        before = self._seen.get(shard, ShardCounts(0, 0, {}))
+        if now.images > before.images:
+            self._seen[shard] = now
+            right = {level: count - before.correct.get(level, 0) for level, count in now.correct.items()}
+            self.progress.update(now.images - before.images, now.labelled - before.labelled, right)
 
     def check(self, shards: Sequence[Shard]) -> None:
         """See what the receipts say.
