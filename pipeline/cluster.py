@@ -348,7 +348,8 @@ class _Session:
         self._proved = False
         self._stuck = False
         self._location = str(folder.root.absolute())
-        self._job = ray.put(executor.job)
+        # By value with each task: an object that is shared has to be fetched from here, which is one more thing to fail.
+        self._job = executor.job
         self._write = executor._remote(write_on_worker, retry_exceptions=True)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()

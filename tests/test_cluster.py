@@ -416,7 +416,7 @@ def test_a_node_that_is_lost_costs_its_shards_in_flight(
     (tmp_path / "gate").unlink()
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
-    noticed_soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    noticed_soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
     nodes = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": noticed_soon, "include_dashboard": False}
     )
