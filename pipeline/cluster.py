@@ -348,7 +348,7 @@ class _Session:
         self._proved = False
         self._stuck = False
         self._location = str(folder.root.absolute())
-        # By value with each task: an object that is shared has to be fetched from here, which is one more thing to fail.
+        # By value with each task: an object that is shared must be fetched from here, one more thing to fail.
         self._job = executor.job
         self._write = executor._remote(write_on_worker, retry_exceptions=True)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
