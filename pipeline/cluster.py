@@ -350,7 +350,8 @@ class _Session:
         self._proved = False
         self._stuck = False
         self._location = str(Path(folder.root).absolute()) if folder.store.local else folder.root
-        self._job = ray.put(executor.job)
+        # By value with each task: an object that is shared must be fetched from here, one more thing to fail.
+        self._job = executor.job
         self._write = executor._remote(write_on_worker, retry_exceptions=True)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
@@ -408,6 +409,8 @@ class _Session:
         if receipt is None:
             return
         self.read += receipt.planned
+        right = {counts.level: counts.correct for counts in receipt.counts}
+        self._count(shard.name, ShardCounts(receipt.planned, receipt.counts[0].labelled, right))
         if receipt.skipped:
             self.skipped += len(receipt.skipped)
             last = receipt.skipped[-1]
@@ -419,12 +422,15 @@ class _Session:
         """Show what the workers have told. Without it the run goes on just as well."""
         with contextlib.suppress(ray.exceptions.RayError):
             for name, now in ray.get(self._board.take.remote(), timeout=10 * POLL_SECONDS).items():
-                before = self._seen.get(name, ShardCounts(0, 0, {}))
-                # A shard that is tried again begins anew, and is counted from where the first try stopped.
-                if now.images > before.images:
-                    self._seen[name] = now
-                    right = {level: count - before.correct.get(level, 0) for level, count in now.correct.items()}
-                    self.progress.update(now.images - before.images, now.labelled - before.labelled, right)
+                self._count(name, now)
+
+    def _count(self, shard: str, now: ShardCounts) -> None:
+        """Show how far a shard is; one that is tried again begins anew, and counts from where the first try stopped."""
+        before = self._seen.get(shard, ShardCounts(0, 0, {}))
+        if now.images > before.images:
+            self._seen[shard] = now
+            right = {level: count - before.correct.get(level, 0) for level, count in now.correct.items()}
+            self.progress.update(now.images - before.images, now.labelled - before.labelled, right)
 
     def check(self, shards: Sequence[Shard]) -> None:
         """See what the receipts say.

@@ -1,5 +1,6 @@
 """On a real Ray cluster: the same bytes as in one process, and what a failure costs."""
 
+import json
 import logging
 import os
 import re
@@ -111,7 +112,8 @@ def test_two_workers_write_the_local_executor_s_bytes(cluster: str, watched_conf
     assert digests(tmp_path / "out") == digests(local)
     there, here = manifest(tmp_path / "out"), manifest(local)
     assert there == {**here, "config": {**here["config"], "output": there["config"]["output"]}}
-    assert len((tmp_path / "out/.run/sessions.jsonl").read_text().splitlines()) == 1
+    (session,) = map(json.loads, (tmp_path / "out/.run/sessions.jsonl").read_text().splitlines())
+    assert session["images"] == 48
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
@@ -236,7 +238,8 @@ def test_a_driver_that_is_interrupted_or_killed_goes_on_from_the_receipts(
     (tmp_path / "slow").touch()
 
     def start() -> Any:
-        arguments = ["generate", str(watched_config), "--executor", "ray"]
+        # One worker: each has to import torch.
+        arguments = ["generate", str(watched_config), "--executor", "ray", "--set", "runtime.ray.workers=1"]
         process = processes.Process(target=run_on_cluster, args=(cluster, str(tmp_path / "c"), str(log), arguments))
         process.start()
         return process
@@ -251,7 +254,7 @@ def test_a_driver_that_is_interrupted_or_killed_goes_on_from_the_receipts(
     interrupted.join(10)
     assert time.monotonic() - began < 5
     assert interrupted.exitcode == 143, log.read_text()
-    assert f"To go on: fgsm generate {watched_config} --executor ray" in log.read_text()
+    assert f"To go on: fgsm generate {watched_config} --executor ray --set" in log.read_text()
     assert "Traceback" not in log.read_text()
     committed = receipts(out)
     assert 1 <= committed < 5
@@ -365,3 +368,74 @@ def test_without_ray_the_sentence_names_what_to_install(
     result = fgsm("generate", write_config(), "--executor", "ray")
     assert result.exit_code == 2
     assert "pip install 'fgsm-pipeline[ray]'" in result.stderr
+
+
+# --------------------------------------------------------------------------------------- a node is lost
+
+GATED = """
+
+import os, pathlib, time
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Gated(Net):
+    def forward(self, x):
+        # The first that meets the white image says where it is, and stays there.
+        if len(x) > 1 and (x.flatten(1).amin(1) == 1).any():
+            try:
+                with open(HERE / "gate", "x") as file:
+                    file.write(os.environ["NODE"])
+                time.sleep(1000)
+            except FileExistsError:
+                (HERE / "passed").write_text(os.environ["NODE"])
+        return super().forward(x)
+"""
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(400)
+def test_a_node_that_is_lost_costs_its_shards_in_flight(
+    write_config: WriteConfig, factory_file: Path, tmp_path: Path, processes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    factory_file.write_text(FACTORY + GATED)
+    images = random_pixels(48)
+    images[20] = 255
+    write_parquet(tmp_path / "many", [png_bytes(image) for image in images], [i % 3 for i in range(48)])
+    config = write_config(
+        source={"path": str(tmp_path / "many"), "shuffle": False},
+        model={"name": f"{factory_file}:Gated"},
+        output={"images_per_shard": 8},
+        runtime={"batch_size": 4},
+    )
+    monkeypatch.setenv("NODE", "this process")
+    (tmp_path / "gate").touch()  # open: the undisturbed run passes
+    generate(config, "--output", str(tmp_path / "local"))
+    (tmp_path / "gate").unlink()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+    noticed_soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": noticed_soon, "include_dashboard": False}
+    )
+    try:
+        workers = {name: nodes.add_node(num_cpus=1, env_vars={"NODE": name}) for name in ("a", "b")}
+        arguments = ["generate", str(config), "--executor", "ray"]
+        log = tmp_path / "log"
+        target = (nodes.address, str(tmp_path / "cache"), str(log), arguments)
+        driver = processes.Process(target=run_on_cluster, args=target)
+        driver.start()
+        wait_for(lambda: not driver.is_alive() or (tmp_path / "gate").exists(), 150)
+        assert driver.is_alive(), log.read_text()
+        lost = (tmp_path / "gate").read_text()
+        nodes.remove_node(workers[lost], allow_graceful=False)
+        driver.join(150)
+        assert driver.exitcode == 0, log.read_text()
+    finally:
+        nodes.shutdown()  # type: ignore[no-untyped-call]
+    assert (tmp_path / "passed").read_text() != lost
+    assert receipts(tmp_path / "out") == 6
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0

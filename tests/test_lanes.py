@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.compute import Attacker, Part
 from pipeline.fgsm import Goal, attack
-from pipeline.lanes import Lanes, available_cores, chunk_images, to_host
+from pipeline.lanes import Lanes, available_cores, chunk_images, given_cores, lane_count, to_host
 from pipeline.victims import Victim
 from tests.conftest import WriteConfig
 from tests.test_generate import digests, generate
@@ -139,3 +139,13 @@ def test_what_comes_to_the_host_is_complete(name: str) -> None:
     tensors = [torch.full((2_000_000,), value, device=name) for value in (1.0, 2.0)]
     assert [float(copy.sum()) for copy in to_host(tensors)] == [2_000_000.0, 4_000_000.0]
     assert all(copy.device == CPU for copy in to_host(tensors))
+
+
+def test_a_process_that_was_given_fewer_cores_takes_no_more() -> None:
+    before = available_cores()
+    with given_cores(1):
+        assert available_cores() == lane_count(CPU) == 1
+        with given_cores(before + 7):
+            assert available_cores() == before, "nobody can give what is not there"
+        assert available_cores() == 1
+    assert available_cores() == before
