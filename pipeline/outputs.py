@@ -22,10 +22,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError, PipelineError, write_failure
 from pipeline.plan import Shard
+
+# What names of splits and files are made of: receipts and manifests are data, which others may have written, and a name
+# out of them is never a way out of the folder.
+STEM = r"^\w[\w.-]*$"
+SHARD_FILE = r"^(clean|signs|eps-[0-9]{1,3})/\w[\w.-]*\.parquet$"
 
 Flags = NDArray[np.bool_]
 
@@ -67,6 +72,29 @@ def shard_file(subset: str, shard: Shard) -> str:
     return f"{subset}/{shard.name}.parquet"
 
 
+def refuse_links(root: Path) -> None:
+    """Refuse a folder in which a link leads elsewhere, before anything is written, deleted or published through it.
+
+    A dataset that comes from elsewhere may hold any link: `.run` to a home folder, or assets/x.png to a private key.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    own = root.resolve()
+    waiting = [root]
+    while waiting:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    if not Path(entry.path).resolve().is_relative_to(own):
+                        raise ConfigError(
+                            f"{entry.path} is a link that leads out of the dataset's folder, through which nothing is "
+                            "written, deleted or published; put what it leads to in its place, or remove it."
+                        )
+                elif entry.is_dir():
+                    waiting.append(Path(entry.path))
+
+
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -74,9 +102,9 @@ class Record(BaseModel):
 class FileEntry(Record):
     """One Parquet file of a receipt."""
 
-    path: str
-    rows: int
-    bytes: int
+    path: str = Field(pattern=SHARD_FILE)
+    rows: int = Field(ge=0)
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -142,8 +170,8 @@ class Receipt(Record):
     """What a committed shard holds. Nothing in it depends on when or how fast it was written."""
 
     run_id: str
-    shard: str
-    split: str
+    shard: str = Field(pattern=STEM)
+    split: str = Field(pattern=STEM)
     planned: int
     rows: int
     skipped: tuple[SkippedRow, ...]
@@ -196,8 +224,10 @@ class OutputFolder:
         """Hold the folder against a second run; the operating system lets go when the process ends.
 
         Raises:
+            ConfigError: a link in it leads elsewhere.
             PipelineError: another process holds it, or it cannot be written.
         """
+        refuse_links(self.root)
         try:
             self.receipts.mkdir(parents=True, exist_ok=True)
             lock = (self.run / "lock").open("a+")
@@ -309,7 +339,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     with writing(path):
         scratch = path.with_name(f".{path.name}.tmp")
         try:
-            with scratch.open("wb") as file:
+            # A new file: one that is there is left from a crash, or a link to what must not be written.
+            scratch.unlink(missing_ok=True)
+            with scratch.open("xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -11,6 +11,7 @@ that is a first upload that was cut off.
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import re
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -34,11 +35,11 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
 )
 from huggingface_hub.utils._http import default_client_factory  # it has no public name
 
-from pipeline import __version__
+from pipeline import __version__, guard
 from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError, first_line, listing
-from pipeline.manifest import Manifest, require_manifest
-from pipeline.outputs import OutputFolder, reported_receipts, write_atomically
+from pipeline.manifest import Manifest, published, require_manifest
+from pipeline.outputs import OutputFolder, refuse_links, reported_receipts, write_atomically
 from pipeline.summary import human_bytes
 from pipeline.verify import verify
 
@@ -55,17 +56,22 @@ OURS = (
 )
 
 Result = TypeVar("Result")
+Content = bytes  # LocalFile has a field of that name
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of the dataset, with the digest that verification found."""
+    """A file of the dataset, with the digest that verification found; `content` is what goes in its place, if any."""
 
     path: Path
     bytes: int
     sha256: str
+    content: Content | None = None
+
+    def open(self) -> BinaryIO:
+        return self.path.open("rb") if self.content is None else io.BytesIO(self.content)
 
 
 def publish(path: Path, repo_id: str, *, private: bool | None = None) -> str:
@@ -137,6 +143,7 @@ def _verified(path: Path) -> tuple[OutputFolder, Manifest]:
     """The dataset in a folder, all of it checked but for what the victim would say again."""
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
+    refuse_links(folder.root)
     logger.info("Verifying %s.", folder.root)
     findings = verify(path)
     if findings.problems:
@@ -154,13 +161,20 @@ def _verified(path: Path) -> tuple[OutputFolder, Manifest]:
 
 
 def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, LocalFile]:
-    """The files that are published, by their names in the repository: never `.run/`, nor what else lies about."""
+    """The files that are published, by their names in the repository: never `.run/`, nor what else lies about.
+
+    The manifest goes without the folders of this machine.
+    """
     files = {
         entry.path: LocalFile(folder.path(entry.path), entry.bytes, entry.sha256)
         for entry in sorted(manifest.files, key=lambda entry: entry.path)
     }
+    shown = published(manifest).model_dump_json(indent=1).encode()
+    files[folder.manifest.name] = LocalFile(
+        folder.manifest, len(shown), hashlib.sha256(shown).hexdigest(), content=shown
+    )
     pictures = sorted(path for path in folder.assets.glob("[!.]*") if path.is_file())
-    for path in (folder.card, folder.manifest, folder.report, *pictures):
+    for path in (folder.card, folder.report, *pictures):
         if path.is_file():
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -236,7 +250,7 @@ def _upload(
     if rest or stale:
         if stale:
             logger.info("Removing what an earlier upload left: %s.", listing(stale))
-        repository.commit({path: files[path].path for path in rest}, stale)
+        repository.commit({path: files[path] for path in rest}, stale)
 
 
 def _check_arrived(repository: "_Repository", files: Mapping[str, LocalFile]) -> None:
@@ -257,7 +271,7 @@ def _is_same(local: LocalFile, remote: RepoFile) -> bool:
     if remote.lfs is not None:
         return bool(local.sha256 == remote.lfs.sha256)
     blob = hashlib.sha1(b"blob %d\0" % local.bytes, usedforsecurity=False)
-    with local.path.open("rb") as file:
+    with local.open() as file:
         while block := file.read(1 << 20):
             blob.update(block)
     return bool(blob.hexdigest() == remote.blob_id)
@@ -326,13 +340,16 @@ class _Repository:
             )
         )
 
-    def commit(self, files: Mapping[str, Path], stale: Sequence[str]) -> None:
+    def commit(self, files: Mapping[str, LocalFile], stale: Sequence[str]) -> None:
         """Upload some files and delete others in one commit."""
 
         def ask() -> None:
             # The first attempt may have been heard, though its answer was lost: what is gone cannot be deleted.
             left = [path for path in stale if path in (self.files() or {})] if stale else []
-            added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
+            added = [
+                CommitOperationAdd(path_in_repo=path, path_or_fileobj=file.content or file.path)
+                for path, file in files.items()
+            ]
             with disable_progress_bars():  # a bar for each small file
                 self.api.create_commit(
                     self.id,
@@ -411,7 +428,7 @@ def _is_passing(error: BaseException) -> bool:
 
 def redact(text: str, token: str) -> str:
     """A message without the token, and without the signatures in the addresses that uploads go to."""
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text.replace(token, "***"))
+    return guard.redact(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text.replace(token, "***")))
 
 
 @contextlib.contextmanager

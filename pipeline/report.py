@@ -35,8 +35,8 @@ from pipeline.findings import (
     transfer_rate,
 )
 from pipeline.gallery import draw_sheet, make_groups, web_image
-from pipeline.manifest import Manifest, current_manifest
-from pipeline.outputs import OutputFolder, write_atomically, writing
+from pipeline.manifest import Manifest, current_manifest, without_folders
+from pipeline.outputs import OutputFolder, refuse_links, write_atomically, writing
 from pipeline.plots import Curve, Plot, Ridge, curves_plot, level_name, matrix_plot, ridges_plot
 from pipeline.sample import SAMPLE_SHARDS, is_labelled, read_sample
 from pipeline.summary import human_bytes
@@ -85,6 +85,8 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> Path:
     Raises:
         PipelineError: a file cannot be read, or the disk refuses.
     """
+    if folder.assets.is_symlink():  # only this: files of a download are links, and are replaced as such
+        refuse_links(folder.root)
     with writing(folder.assets):
         folder.assets.mkdir(exist_ok=True)  # before all the drawing, as the disk may refuse
     page, assets = _make(folder, manifest)
@@ -115,7 +117,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, byte
         "shuffled": manifest.resolved.source.shuffle,
         "skipped": manifest.skipped[:MOST_SKIPPED],
         "bytes": sum(file.bytes for file in manifest.files),
-        "config": yaml.safe_dump(manifest.config, sort_keys=False, allow_unicode=True),
+        "config": yaml.safe_dump(without_folders(manifest.config), sort_keys=False, allow_unicode=True),
         "sessions": _sessions(folder),
         "focus": None,
         "groups": [],

@@ -363,7 +363,8 @@ def _model_identity(model: ModelConfig, victim: Victim, space: LabelSpace) -> di
     name = str(model.name)
     return {
         "kind": model.kind,
-        "name": name.rpartition(":")[2] if is_factory_file(name) else name,
+        # A local folder of transformers is told by its content, as a factory's file is.
+        "name": name.rpartition(":")[2] if is_factory_file(name) else Path(name).name if name[:1] == "/" else name,
         "kwargs": model.kwargs,
         "content": victim.digest,
         "mean": model.mean,

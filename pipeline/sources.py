@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, first_line
-from pipeline.images import Opener, UndecodableError
+from pipeline.images import Opener, UndecodableError, open_image
 from pipeline.origins import DIGITS, UNKNOWN, Origin, card_license, revision_of
 
 UNLABELLED = -1
@@ -89,6 +89,11 @@ def open_source(config: SourceConfig, *, need_labels: bool) -> Source:
         "digits": _open_digits,
     }[config.kind](config, need_labels)
     renamed = tuple(replace(split, name=re.sub(r"[^\w.]", "_", split.name)) for split in opened.splits)
+    for split in renamed:
+        if not re.match(r"\w", split.name):
+            raise ConfigError(
+                f"source.split: {split.name!r} cannot be the name of files; save the dataset under another."
+            )
     if len({split.name for split in renamed}) < len(renamed):
         raise ConfigError("source.split: two splits would have the same name as files, where - becomes _.")
     opened = replace(opened, splits=renamed)
@@ -169,7 +174,7 @@ class FileRows(Rows):
     paths: Sequence[str]
 
     def openers(self, rows: Sequence[int]) -> list[Opener]:
-        return [partial(Image.open, self.paths[row]) for row in rows]
+        return [partial(open_image, self.paths[row]) for row in rows]
 
 
 def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
@@ -256,6 +261,10 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
     import torchvision
 
     kind = getattr(torchvision.datasets, str(config.path), None)
+    if str(config.path).startswith("LSUN"):
+        raise ConfigError(
+            "source.path: torchvision reads LSUN through a pickle beside it, which anyone may have written."
+        )
     if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
         raise ConfigError(f"source.path: torchvision has no dataset class {config.path}; CIFAR10 is one.")
     names = config.split or ("train",)
@@ -355,14 +364,14 @@ class ArrowRows(Rows):
 
 def _open_cell(cell: dict[str, Any] | None, allowed: tuple[Path, ...]) -> Image.Image:
     if cell and cell["bytes"] is not None:
-        return Image.open(io.BytesIO(cell["bytes"]))
+        return open_image(io.BytesIO(cell["bytes"]))
     if not cell or cell["path"] is None:
         raise UndecodableError("the row has no image")
     path = Path(cell["path"])
     candidates = [path] if path.is_absolute() else [folder / path for folder in allowed]
     for candidate in map(Path.resolve, candidates):
         if any(candidate.is_relative_to(folder) for folder in allowed):
-            return Image.open(candidate)
+            return open_image(candidate)
     raise UndecodableError("its path leads out of the source's own folder")
 
 
@@ -447,6 +456,7 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             if not any(folder.rglob("*.arrow")):
                 raise ConfigError(f"source.path: {folder} has no rows.")
+            _check_saved(folder)
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-local-{_listing_digest(folder)}"
@@ -472,6 +482,22 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
     names = config.split or tuple(loaded)
     _check_splits(names, list(loaded))
     return {name: loaded[name] for name in names}, allowed
+
+
+def _check_saved(folder: Path) -> None:
+    """What a `save_to_disk` folder lists of splits and files is its own: `datasets` would open any path there.
+
+    Raises:
+        ConfigError: it lists something else.
+    """
+    listed = []
+    for path in (folder / "dataset_dict.json", *folder.rglob("state.json")):
+        if path.is_file():
+            content = json.loads(path.read_bytes())
+            listed += [*content.get("splits", ()), *(file["filename"] for file in content.get("_data_files", ()))]
+    for name in listed:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(f"source.path: {folder} lists {name!r}, which is no file of its own.")
 
 
 def _listing_digest(folder: Path) -> str:
