@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from pipeline.errors import ConfigError, first_line
-from pipeline.guard import find_secret
+from pipeline.guard import find_secret, printable
 
 # What a config may add up to, aliases written out, and how deep it may go: far more than any needs.
 MOST_NODES, MOST_DEPTH = 100_000, 50
@@ -465,7 +465,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+        raise ConfigError(printable(_sentence(error))) from None
     except RecursionError:
         raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
 
@@ -607,11 +607,11 @@ def is_factory_file(name: str) -> bool:
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: write it as key=value, for example --set runtime.batch_size=64.")
+        raise ConfigError(f"--set {_quoted(override)}: write it as key=value, for example --set runtime.batch_size=64.")
     try:
         value = _parse_yaml(text)
     except ValueError:
-        raise ConfigError(f"--set {key}: {_quoted(repr(text))} is not a YAML value.") from None
+        raise ConfigError(f"--set {_quoted(key)}: {_quoted(repr(text))} is not a YAML value.") from None
     _override_value(raw, key, value)
 
 
@@ -621,14 +621,14 @@ def _override_value(raw: dict[str, Any], key: str, value: Any) -> None:
         if raw.get(section) is None:
             raw[section] = {}
         if not isinstance(raw[section], dict):
-            raise ConfigError(f"--set {key}: {section} is not a section.")
+            raise ConfigError(f"--set {_quoted(key)}: {_quoted(section)} is not a section.")
         raw = raw[section]
     raw[last] = value
 
 
 def _quoted(text: str, most: int = MOST_QUOTED) -> str:
     """What a message quotes, on one line and not too long for it."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -637,7 +637,7 @@ def _sentence(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     # The config is sections of keys, and a list of sections; deeper parts of a location are branches of unions.
     deep = 3 if problem["loc"][:1] == ("evaluators",) else 2
-    loc = [str(part) for part in problem["loc"][:deep]]
+    loc = [_quoted(str(part)) for part in problem["loc"][:deep]]
     location = ".".join(loc)
     kind, got = problem["type"], _quoted(repr(problem.get("input")))
     message = _quoted(problem["msg"].removeprefix("Value error, "), MOST_SAID)
