@@ -222,7 +222,7 @@ def test_a_transformers_folder_with_code_runs_nothing(tmp_path: Path, canary: Pa
     assert not canary.exists()
 
 
-def test_an_output_folder_runs_nothing(out: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_folder_runs_nothing(out: Path, canary: Path) -> None:
     plant_script(out, canary)
     plant_pickles(out, canary)
     plant_pickles(out / ".run", canary)
@@ -367,7 +367,7 @@ def test_pillows_own_limit_stays_for_what_decodes_by_itself() -> None:
 
 
 def test_a_stored_picture_of_another_shape_is_not_decoded() -> None:
-    with pytest.raises(OtherShapeError, match="^9000x9000 in mode RGB$"):
+    with pytest.raises(OtherShapeError, match=r"^9000x9000 in mode RGB$"):
         decode_image(png(9_000, 9_000), (3, 8, 8))
 
 
@@ -551,7 +551,7 @@ def test_an_error_sentence_is_one_line_without_control_characters(tmp_path: Path
     assert lines[0].isprintable()
 
 
-def test_a_log_line_is_one_line(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_line_is_one_line() -> None:
     from pipeline.cli import _Formatter
 
     record = logging.LogRecord("pipeline.generate", logging.INFO, "", 0, "%s", (NASTY,), None)
