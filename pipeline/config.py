@@ -611,7 +611,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     try:
         value = _parse_yaml(text)
     except ValueError:
-        raise ConfigError(f"--set {_quoted(key)}: {_quoted(repr(text))} is not a YAML value.") from None
+        raise ConfigError(f"--set {_quoted(override)}: {_quoted(repr(text))} is not a YAML value.") from None
     _override_value(raw, key, value)
 
 
