@@ -30,9 +30,8 @@ from pipeline.guard import find_secret, printable
 MOST_NODES, MOST_DEPTH = 100_000, 50
 # Characters of a value that a message quotes, and of a message that quotes.
 MOST_QUOTED, MOST_SAID = 200, 500
-# What libraries would take for a way to their own code or to a pickle, by kind: there are keys for weights.
+# What makes a library run code that the config does not name, by kind. (Weights are weights, whatever it says.)
 REFUSED_KWARGS = {
-    "timm": ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"),
     "transformers": ("trust_remote_code", "code_revision", "use_kernels", "kernel_config", "weights_only"),
 }
 # 0.0313725490 is 8/255 to ten decimals, yet 255 * 0.0313725490 = 7.999999995: decimals get this much slack.
@@ -194,8 +193,7 @@ class ModelConfig(Section):
         for key in REFUSED_KWARGS.get(self.kind, ()):
             if key in self.kwargs:
                 raise ValueError(
-                    f"kwargs.{key} could run code or open a pickle that the config does not name; name weights with "
-                    "model.weights, and code of your own with kind factory"
+                    f"kwargs.{key} could run code that the config does not name; code of your own has kind factory"
                 )
         if "/" in str(self.kwargs.get("attn_implementation")) and self.kind == "transformers":
             raise ValueError("kwargs.attn_implementation names code on the Hub; choose eager or sdpa")

@@ -193,9 +193,7 @@ def test_weights_that_a_library_finds_in_its_own_cache_run_nothing(
 @pytest.mark.parametrize(
     ("kind", "kwargs"),
     [
-        ("timm", {"checkpoint_path": "evil.pth"}),
-        ("timm", {"pretrained_cfg": {"file": "evil.pth"}}),
-        ("timm", {"pretrained_cfg_overlay": {"file": "evil.pth"}}),
+        ("transformers", {"use_kernels": True}),
         ("transformers", {"trust_remote_code": True}),
         ("transformers", {"attn_implementation": "someone/kernel"}),
     ],
@@ -203,6 +201,18 @@ def test_weights_that_a_library_finds_in_its_own_cache_run_nothing(
 def test_kwargs_that_run_code_are_refused(kind: Any, kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=rf"kwargs\.{next(iter(kwargs))}"):
         ModelConfig(kind=kind, name="any", kwargs=kwargs)
+
+
+@pytest.mark.parametrize("way", ["checkpoint_path", "pretrained_cfg_overlay"])
+def test_weights_that_timm_is_pointed_to_run_nothing(tmp_path: Path, canary: Path, way: str) -> None:
+    file = str(tmp_path / "evil.pth")
+    torch.save(Payload(canary), file)
+    kwargs = {way: file if way == "checkpoint_path" else {"file": file}}
+    weights = None if way == "checkpoint_path" else "r160_in1k"
+    config = ModelConfig(kind="timm", name="test_resnet", weights=weights, kwargs=kwargs)
+    with pytest.raises(ConfigError, match="timm cannot make test_resnet"):
+        load_victim(config, seed=0, device=torch.device("cpu"))
+    assert not canary.exists()
 
 
 def test_a_transformers_folder_with_code_runs_nothing(tmp_path: Path, canary: Path) -> None:
