@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.errors import Interrupted, PipelineError, first_line
+from pipeline.guard import presentable
 
 if TYPE_CHECKING:
     from pipeline.config import AttackConfig
@@ -60,7 +61,7 @@ def generate(
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _say_epsilons(loaded.attack)
         manifest = run(loaded, overwrite=overwrite, executor=executor)
-        typer.echo(summary_table(manifest))
+        _say(summary_table(manifest))
         _report_on(manifest, loaded.output.path, debug)
         path, subset = loaded.output.path, manifest.stored[-1]
         # JSON's double quotes: Python's single ones become unreadable inside the shell's.
@@ -69,9 +70,9 @@ def generate(
         else:
             path = str(Path(path).expanduser())
             one_line = f"import datasets; print(datasets.load_dataset({json.dumps(path)}, {json.dumps(subset)}))"
-        typer.echo(f"\nNext: fgsm verify {shlex.quote(path)} --recompute", err=True)
-        typer.echo(f"      fgsm inspect {shlex.quote(path)}", err=True)
-        typer.echo(f"      python -c {shlex.quote(one_line)}", err=True)
+        _say(f"\nNext: fgsm verify {shlex.quote(path)} --recompute", err=True)
+        _say(f"      fgsm inspect {shlex.quote(path)}", err=True)
+        _say(f"      python -c {shlex.quote(one_line)}", err=True)
 
 
 @app.command()
@@ -90,9 +91,9 @@ def plan(
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _say_epsilons(loaded.attack)
         text, warnings = describe_plan(loaded)
-        typer.echo(text)
+        _say(text)
         for warning in warnings:
-            typer.echo(f"Warning: {warning}", err=True)
+            _say(f"Warning: {warning}", err=True)
 
 
 @app.command()
@@ -108,9 +109,9 @@ def verify(
         from pipeline.verify import verify as check
 
         findings = check(output, recompute=recompute, repair=repair)
-        typer.echo(describe(findings, recompute))
+        _say(describe(findings, recompute))
         for problem in damage_report(findings):
-            typer.echo(problem, err=True)
+            _say(problem, err=True, keep="")
         if findings.problems:
             mends = "; run the generate command that made it" if findings.damaged or findings.missing else ""
             first = " after fgsm verify --repair" if findings.damaged and not repair else ""
@@ -124,7 +125,7 @@ def inspect(output: Output, debug: Debug = False) -> None:
     with _boundary(debug, "Interrupted."):
         from pipeline.summary import inspect as table
 
-        typer.echo(table(output))
+        _say(table(output))
 
 
 @app.command()
@@ -133,7 +134,7 @@ def report(output: Output, debug: Debug = False) -> None:
     with _boundary(debug, "Interrupted."):
         from pipeline.report import report as make
 
-        typer.echo(make(output))
+        _say(make(output))
 
 
 def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
@@ -146,12 +147,12 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
     try:
         from pipeline.report import write_report
 
-        typer.echo(f"\nReport: {write_report(folder, manifest)}", err=True)
+        _say(f"\nReport: {write_report(folder, manifest)}", err=True)
     except Exception as error:  # whatever it is, it is no failure of the run
         if debug:
-            traceback.print_exc()
+            _say(traceback.format_exc(), err=True)
         reason = first_line(error).rstrip(".")
-        typer.echo(
+        _say(
             f"\nWarning: the dataset is complete, but its report was not made: {reason}. Try fgsm report "
             f"{shlex.quote(folder.root)}",
             err=True,
@@ -178,10 +179,22 @@ def publish(
         from pipeline import publish as hub
 
         if dry_run:
-            typer.echo(hub.dry_run(output, repo_id))
+            _say(hub.dry_run(output, repo_id))
             return
-        typer.echo(f"Published: {hub.publish(output, repo_id, private=private)}")
-        typer.echo(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
+        _say(f"Published: {hub.publish(output, repo_id, private=private)}")
+        _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
+
+
+def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
+    """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown."""
+    typer.echo(presentable(str(text), keep), err=err)
+
+
+class _Formatter(logging.Formatter):
+    """Lines of a log as `_say` prints them; only what libraries say may have several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        return presentable(super().formatMessage(record), "" if record.name.startswith("pipeline") else "\n\t")
 
 
 def _say_epsilons(attack: "AttackConfig") -> None:
@@ -189,11 +202,9 @@ def _say_epsilons(attack: "AttackConfig") -> None:
     from pipeline.config import stored_just_below
 
     for level, epsilon in attack.requested.items():
-        typer.echo(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
+        _say(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
         if attack.rounding == "down" and stored_just_below(epsilon):
-            typer.echo(
-                f"Warning: {epsilon} lies just below {level + 1}/255; write {level + 1}/255 if you mean it.", err=True
-            )
+            _say(f"Warning: {epsilon} lies just below {level + 1}/255; write {level + 1}/255 if you mean it.", err=True)
 
 
 @contextlib.contextmanager
@@ -206,24 +217,31 @@ def _boundary(debug: bool, farewell: str) -> Iterator[None]:
         with interruptible(farewell):
             yield
     except Interrupted as interrupt:
-        typer.echo(f"\n{farewell}", err=True)
+        _say(f"\n{farewell}", err=True)
         raise typer.Exit(128 + interrupt.signum) from None
+    except MemoryError:
+        _say("Error: There is not enough memory for this; lower runtime.batch_size or runtime.max_pixels.", err=True)
+        raise typer.Exit(1) from None
     except PipelineError as error:
         if debug:
-            traceback.print_exc()
-        typer.echo(f"Error: {error}", err=True)
+            _say(traceback.format_exc(), err=True)
+        _say(f"Error: {error}", err=True, keep="")
         raise typer.Exit(error.exit_code) from None
 
 
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     # A log that is read in the morning wants times; a person at a terminal does not.
-    handler.setFormatter(logging.Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    handler.setFormatter(_Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
 
 
 def main() -> None:
-    """The console command `fgsm`."""
-    app(prog_name="fgsm")
+    """The console command `fgsm`. A bug keeps its traceback, without what a terminal or a log must not have."""
+    try:
+        app(prog_name="fgsm")
+    except Exception:
+        _say(traceback.format_exc(), err=True)
+        sys.exit(1)

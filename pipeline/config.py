@@ -24,7 +24,16 @@ from pydantic import (
 )
 
 from pipeline.errors import ConfigError, first_line
+from pipeline.guard import find_secret, printable
 
+# What a config may add up to, aliases written out, and how deep it may go: far more than any needs.
+MOST_NODES, MOST_DEPTH = 100_000, 50
+# Characters of a value that a message quotes, and of a message that quotes.
+MOST_QUOTED, MOST_SAID = 200, 500
+# What makes a library run code that the config does not name, by kind. (Weights are weights, whatever it says.)
+REFUSED_KWARGS = {
+    "transformers": ("trust_remote_code", "code_revision", "use_kernels", "kernel_config", "weights_only"),
+}
 # 0.0313725490 is 8/255 to ten decimals, yet 255 * 0.0313725490 = 7.999999995: decimals get this much slack.
 LEVEL_SLACK = 1e-6
 
@@ -57,7 +66,7 @@ class Section(BaseModel):
 
 
 # Numbers are numbers: pydantic would take true for 1 and "256" for 256.
-Count = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -195,6 +204,13 @@ class ModelConfig(Section):
             raise ValueError("mean and std must be finite numbers")
         if self.std is not None and any(value <= 0 for value in self.std):
             raise ValueError("std must be above 0")
+        for key in REFUSED_KWARGS.get(self.kind, ()):
+            if key in self.kwargs:
+                raise ValueError(
+                    f"kwargs.{key} could run code that the config does not name; code of your own has kind factory"
+                )
+        if "/" in str(self.kwargs.get("attn_implementation")) and self.kind == "transformers":
+            raise ValueError("kwargs.attn_implementation names code on the Hub; choose eager or sdpa")
         if self.label_map == {}:
             raise ValueError("label_map is empty; name each class of the dataset, or leave the key out")
         if self.kind == "digits":
@@ -369,9 +385,11 @@ class OutputConfig(Section):
 
     @field_validator("path")
     @classmethod
-    def _no_secrets(cls, path: str) -> str:
+    def _usable(cls, path: str) -> str:
         if is_address(path):
             check_address(path)
+        elif path.startswith("~") and _home(path) == Path(path):
+            raise ValueError(f"{path!r} names no user of this machine")
         return path
 
 
@@ -421,6 +439,17 @@ class Config(Section):
     evaluators: tuple[EvaluatorConfig, ...] = ()
     output: OutputConfig
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, values: Any) -> Any:
+        # Before anything else is checked, as a message quotes what it refuses.
+        if where := find_secret(values):
+            raise ValueError(
+                f"{where} holds a credential, and a config is written into manifest.json, which is published; remove "
+                "it, and log in with `hf auth login` or set HF_TOKEN or what the storage's client reads"
+            )
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -493,25 +522,82 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+        raise ConfigError(printable(_sentence(error))) from None
+    except RecursionError:
+        raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, except that a key that stands twice is an error; PyYAML would silently take the last."""
+    """YAML of a bounded size and depth, aliases written out, in which no key stands twice.
+
+    PyYAML would silently take the last of two, and nine lines of aliases to aliases are a billion values to whoever
+    copies, prints or compares them.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._count = self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias, before = self.check_event(yaml.AliasEvent), self._count
+        self._depth += 1
+        if self._depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MOST_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if alias and id(node) not in self._sizes:
+            raise yaml.YAMLError("an alias stands within what it is an alias of")
+        self._count += self._sizes[id(node)] if alias else 1
+        if self._count > MOST_NODES:
+            raise yaml.YAMLError(f"it holds more than {MOST_NODES:,} values")
+        self._sizes[id(node)] = self._count - before
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key} stands there twice")
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.YAMLError(f"the key {key.value} stands there twice")
+            seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        text = self.construct_scalar(node)
+        if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
+            raise yaml.YAMLError("a text holds a character that no path and no file may have")
+        return str(text)
+
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        number = self.construct_yaml_int(node)
+        if abs(number) >= 2**63:
+            raise yaml.YAMLError("a whole number has more than 64 bits")
+        return int(number)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+
+
+def _parse_yaml(text: str) -> Any:
+    """A YAML text as values.
+
+    Raises:
+        ValueError: it is none; the message says why.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    # Dates, numbers and keys that cannot be: PyYAML passes on what Python says of them.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, LookupError) as error:
+        raise ValueError(first_line(error)) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {first_line(error)}.") from None
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ConfigError(f"{path} is not valid YAML: {_quoted(str(error))}.") from None
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}.") from None
     if not isinstance(raw, dict):
@@ -527,12 +613,12 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         # A Hub id looks like a relative path; it is one only if it says so or is there.
         if isinstance(path, str) and (
             source.get("kind") == "imagefolder"
-            or (source.get("kind") == "huggingface" and (path.startswith(".") or (folder / path).exists()))
+            or (source.get("kind") == "huggingface" and (path.startswith((".", "~")) or _is_there(folder / path)))
         ):
-            source["path"] = str(folder / Path(path).expanduser())
+            source["path"] = str(folder / _home(path))
         kwargs = source.get("kwargs")
         if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
-            kwargs["root"] = str(folder / Path(kwargs["root"]).expanduser())
+            kwargs["root"] = str(folder / _home(kwargs["root"]))
     evaluators = raw.get("evaluators")
     for model in (raw.get("model"), *(evaluators if isinstance(evaluators, list) else ())):
         if isinstance(model, dict):
@@ -540,14 +626,29 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     return raw
 
 
+def _home(path: str) -> Path:
+    """A path with its ~ written out, if it is that of a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a name
+        return False
+
+
 def _anchor_model(model: dict[str, Any], folder: Path) -> None:
     weights, name = model.get("weights"), model.get("name")
     if isinstance(weights, str) and is_checkpoint(weights):
-        model["weights"] = str(folder / Path(weights).expanduser())
+        model["weights"] = str(folder / _home(weights))
     if isinstance(name, str) and (
-        is_factory_file(name) or (model.get("kind") == "transformers" and (folder / name).is_dir())
+        is_factory_file(name) or (model.get("kind") == "transformers" and _is_there(folder / name))
     ):
-        model["name"] = str(folder / Path(name).expanduser())
+        model["name"] = str(folder / _home(name))
 
 
 def is_checkpoint(weights: str) -> bool:
@@ -563,11 +664,11 @@ def is_factory_file(name: str) -> bool:
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: write it as key=value, for example --set runtime.batch_size=64.")
+        raise ConfigError(f"--set {_quoted(override)}: write it as key=value, for example --set runtime.batch_size=64.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value.") from None
+        value = _parse_yaml(text)
+    except ValueError:
+        raise ConfigError(f"--set {_quoted(override)}: {_quoted(repr(text))} is not a YAML value.") from None
     _override_value(raw, key, value)
 
 
@@ -577,9 +678,15 @@ def _override_value(raw: dict[str, Any], key: str, value: Any) -> None:
         if raw.get(section) is None:
             raw[section] = {}
         if not isinstance(raw[section], dict):
-            raise ConfigError(f"--set {key}: {section} is not a section.")
+            raise ConfigError(f"--set {_quoted(key)}: {_quoted(section)} is not a section.")
         raw = raw[section]
     raw[last] = value
+
+
+def _quoted(text: str, most: int = MOST_QUOTED) -> str:
+    """What a message quotes, on one line and not too long for it."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _sentence(error: ValidationError) -> str:
@@ -587,10 +694,10 @@ def _sentence(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     # The config is sections of keys, and a list of sections; deeper parts of a location are branches of unions.
     deep = 3 if problem["loc"][:1] == ("evaluators",) else 2
-    loc = [str(part) for part in problem["loc"][:deep]]
+    loc = [_quoted(str(part)) for part in problem["loc"][:deep]]
     location = ".".join(loc)
-    kind, got = problem["type"], problem.get("input")
-    message = problem["msg"].removeprefix("Value error, ")
+    kind, got = problem["type"], _quoted(repr(problem.get("input")))
+    message = _quoted(problem["msg"].removeprefix("Value error, "), MOST_SAID)
     if kind == "extra_forbidden":
         section: Any = Config
         if len(loc) > 1:
@@ -601,12 +708,12 @@ def _sentence(error: ValidationError) -> str:
     if kind == "missing":
         return f"{location} is missing from the config."
     if kind == "literal_error":
-        return f"{location}: got {got!r}; allowed: {problem['ctx']['expected']}."
+        return f"{location}: got {got}; allowed: {problem['ctx']['expected']}."
     if kind in ("model_type", "dict_type"):
-        return f"{location} must be a mapping of keys (got {got!r})."
+        return f"{location} must be a mapping of keys (got {got})."
     if kind == "tuple_type":
-        return f"{location} must be a list (got {got!r})."
+        return f"{location} must be a list (got {got})."
     if kind == "value_error":
         # A section's own checks begin their message with the key.
         return f"{location}{'.' if len(loc) == deep - 1 else ': '}{message}." if loc else f"{message}."
-    return f"{location}: {message} (got {got!r})."
+    return f"{location}: {message} (got {got})."

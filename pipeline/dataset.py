@@ -6,7 +6,6 @@ values move, and how far. Reading the cell makes the image, so that columns can 
 and formats set as with stored images, and nothing is copied.
 """
 
-import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from pipeline.columns import (
 )
 from pipeline.config import is_address, reading_levels
 from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.images import open_stored
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
 from pipeline.manifest import Manifest, require_manifest
 from pipeline.outputs import SIGNS, OutputFolder, local_folder, subset_name
@@ -74,8 +74,8 @@ class SteppedImage:
         if value["direction"] is None:
             # A copy has no format: `datasets` would encode what was a WebP as one again, with loss.
             return datasets.Image().decode_example({"bytes": value["picture"], "path": None}).copy()
-        picture, direction = _decode(value["picture"]), _decode(value["direction"])
         try:
+            picture, direction = _decode(value["picture"]), _decode(value["direction"])
             sign = sign_between(picture, direction) if self.attacked else picture_to_sign_array(direction)
         except ValueError as error:
             raise PipelineError(f"A row cannot be read: {error}; fgsm verify names the damaged file.") from None
@@ -110,8 +110,8 @@ class SteppedImage:
 
 
 def _decode(data: bytes) -> NDArray[np.uint8]:
-    """(H, W) or (H, W, 3)."""
-    with Image.open(io.BytesIO(data)) as image:
+    """(H, W) or (H, W, 3), of a picture no larger than Pillow admits by itself."""
+    with open_stored(data) as image:
         return np.asarray(image)
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.dataset import SteppedImage
 from pipeline.errors import PipelineError, first_line
+from pipeline.images import open_stored
 from pipeline.lattice import SIGN_UNIT
 from pipeline.manifest import Manifest
 from pipeline.outputs import SIGNS, OutputFolder
@@ -160,6 +161,8 @@ def _varied(order: Sequence[int], sample: Sample, taken: set[int]) -> list[int]:
 def _example(manifest: Manifest, sample: Sample, row: int, pictures: tuple[bytes, bytes], name: Names) -> Example:
     """A row with its images, made as `pipeline.load` makes them: exactly the stored ones."""
     try:
+        for picture in pictures:  # before any of it is decoded
+            open_stored(picture, manifest.shape).close()
         images, sign_map = _decode(pictures, sample.levels, attacked=manifest.resolved.output.layout != SIGNS)
     except Exception as error:  # a broken file can raise anything from Pillow's parsers
         shard = sample.shards[sample.shard[row]]
@@ -200,7 +203,7 @@ def _decode(
         stepped.decode_example({"picture": clean, "direction": direction if level else None, "level": level})
         for level in levels
     ]
-    with Image.open(io.BytesIO(direction)) as opened:
+    with open_stored(direction) as opened:
         picture = np.asarray(opened).astype(np.int16)
     if attacked:
         picture = (np.sign(picture - np.asarray(images[0])) + 1) * SIGN_UNIT

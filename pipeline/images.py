@@ -10,6 +10,10 @@ How every image becomes what `preprocess.mode` says:
     animations    the first frame
     float pixels  refused: their range is not known
 
+Only formats of FORMATS are opened, whatever else Pillow could: PostScript would run Ghostscript, and formats that
+nobody keeps photographs in are parsers that nobody has attacked yet. A header is believed before a pixel is decoded:
+what claims more than `runtime.max_pixels` is refused.
+
 Then torchvision's resize (antialiased) and centre crop. A JPEG is decoded at its full size: decoding it at
 half the size and resizing the rest (Pillow's draft mode) saves 6 ms on 900 pixels a side, and moved real
 images by 1 to 3 grey levels on average and by up to 96.
@@ -18,7 +22,8 @@ images by 1 to 3 grey levels on average and by up to 96.
 import errno
 import io
 from collections.abc import Callable, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -28,6 +33,7 @@ from torch import Tensor
 
 from pipeline.config import PreprocessConfig
 from pipeline.errors import PipelineError, first_line
+from pipeline.guard import redact
 
 # The largest side of a WebP image: its header holds 14 bits.
 WEBP_MAX_SIDE = 16_383
@@ -37,6 +43,12 @@ MACHINE_ERRORS = (
     *(errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENODEV),
     *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
 )
+# What images of datasets come in, as Pillow names it: JPEG is MPO too, PPM its whole family, BMP also DIB.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# What pictures are stored in.
+STORED_FORMATS = ("WEBP", "PNG")
+# Pillow's own limit, above which it warns; above twice as much it refuses.
+PILLOW_PIXELS = Image.MAX_IMAGE_PIXELS or 0
 
 ImageFormat = Literal["webp", "png"]
 Opener = Callable[[], Image.Image]
@@ -44,6 +56,19 @@ Opener = Callable[[], Image.Image]
 
 class UndecodableError(PipelineError):
     """An image that cannot become pixels; the message is the reason that is recorded."""
+
+
+class OtherShapeError(UndecodableError):
+    """A stored picture whose header says another shape than it should have; nothing of it was decoded."""
+
+
+def open_image(file: Path | str | IO[bytes]) -> Image.Image:
+    """Open an image of one of FORMATS; its pixels are decoded later.
+
+    Raises:
+        OSError, ValueError, SyntaxError: as Pillow, for what is none.
+    """
+    return Image.open(file, formats=FORMATS)
 
 
 def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) -> Tensor:
@@ -61,8 +86,9 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
         UndecodableError: the file is broken, too large, or of a kind that has no 8-bit meaning.
         PipelineError: the machine failed and not the file.
     """
-    # Pillow's own bomb limit would stand in the way of a max_pixels that was raised on purpose.
-    Image.MAX_IMAGE_PIXELS = None
+    # Pillow's own limit would stand in the way of a max_pixels that was raised on purpose. It is not taken away: a
+    # dataset of torchvision decodes before it is asked for the size.
+    Image.MAX_IMAGE_PIXELS = max(PILLOW_PIXELS, max_pixels)
     try:
         with opener() as image:
             _check_pixels(image.width, image.height, max_pixels)
@@ -71,6 +97,8 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
         return _resize(pixels, preprocess)
     except UndecodableError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UndecodableError(f"its pixels are more than runtime.max_pixels = {max_pixels}") from None
     except Exception as error:  # a broken file can raise anything from Pillow's parsers
         if not is_of_the_machine(error):
             raise UndecodableError(_reason(error)) from None
@@ -93,7 +121,7 @@ def _reason(error: Exception) -> str:
         return "cannot identify image file"  # Pillow adds the address of the stream
     if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}"  # without the path, which is the machine's own
-    return f"{type(error).__name__}: {first_line(error)}"
+    return redact(f"{type(error).__name__}: {first_line(error)}")
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -181,19 +209,45 @@ def _encode(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(data: bytes) -> Tensor:
+def open_stored(
+    data: bytes, shape: Sequence[int] | None = None, formats: tuple[str, ...] = STORED_FORMATS
+) -> Image.Image:
+    """Open a stored picture; its pixels are decoded later, and only if it has the shape that it should have.
+
+    Args:
+        data: the encoded picture.
+        shape: (C, H, W); None takes any that Pillow's own limit admits.
+        formats: those that it may be of.
+
+    Raises:
+        OtherShapeError: it has another shape.
+        OSError, ValueError, SyntaxError: it is no picture of such a format.
+    """
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if shape is not None and (len(image.getbands()), image.height, image.width) != tuple(shape):
+        raise OtherShapeError(f"{image.width}x{image.height} in mode {image.mode}")
+    return image
+
+
+def decode_image(data: bytes, shape: Sequence[int] | None = None) -> Tensor:
     """Read a stored image back, exactly.
+
+    Args:
+        data: the encoded image.
+        shape: (C, H, W) that it must have, checked before anything is decoded; None takes any.
 
     Returns:
         (C, H, W) uint8.
 
     Raises:
-        UndecodableError: the bytes are no image.
+        UndecodableError: the bytes are no image, or one of another shape.
     """
-    Image.MAX_IMAGE_PIXELS = None  # as in read_image
+    _admit(shape)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_stored(data, shape) as image:
             return _to_tensor(image)
+    except UndecodableError:
+        raise
     except Exception as error:  # as in read_image
         raise UndecodableError(_reason(error)) from None
 
@@ -212,16 +266,22 @@ def decode_images(data: Sequence[bytes], image_format: ImageFormat, shape: tuple
     Raises:
         UndecodableError: one is no image of that format and shape.
     """
-    Image.MAX_IMAGE_PIXELS = None  # as in read_image
+    _admit(shape)
     channels, height, width = shape
     pixels = []
     for encoded in data:
         try:
-            with Image.open(io.BytesIO(encoded), formats=(image_format,)) as image:
-                if (*image.size, len(image.getbands())) != (width, height, channels):
-                    raise ValueError(f"{image.width}x{image.height} in mode {image.mode}")
+            with open_stored(encoded, shape, (image_format,)) as image:
                 pixels.append(image.tobytes())
+        except UndecodableError:
+            raise
         except Exception as error:  # as in read_image
             raise UndecodableError(_reason(error)) from None
     # All at once: an array of its own for every image would cost a tenth of its decoding.
     return np.frombuffer(bytearray().join(pixels), dtype=np.uint8).reshape(-1, height, width, channels)
+
+
+def _admit(shape: Sequence[int] | None) -> None:
+    """Let Pillow open images of a shape, which may lie past its own limit."""
+    if shape is not None:
+        Image.MAX_IMAGE_PIXELS = max(PILLOW_PIXELS, shape[1] * shape[2])

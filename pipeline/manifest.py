@@ -4,7 +4,8 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -12,6 +13,7 @@ from pipeline.config import Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.origins import UNKNOWN, Origin
 from pipeline.outputs import (
+    STEM,
     EvaluatorCounts,
     FileEntry,
     LevelCounts,
@@ -73,9 +75,9 @@ class Manifest(Record):
     to_model: tuple[int, ...]
     to_recorded: tuple[int, ...]
     evaluators: Mapping[str, Space] = Field(default_factory=dict)
-    split_rows: dict[str, int | None]
+    split_rows: dict[Annotated[str, Field(pattern=STEM)], Annotated[int, Field(gt=0)] | None] = Field(min_length=1)
     streamed: Mapping[str, tuple[StreamedFile, ...]] = Field(default_factory=dict)
-    shape: tuple[int, int, int]
+    shape: tuple[Literal[1, 3], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
     asked_batch_size: int
     receipts: str = ""
     rows: int = 0
@@ -112,6 +114,26 @@ class Manifest(Record):
         return "an unknown number" if rows is None else f"{rows:,}"
 
 
+def without_folders(value: Any) -> Any:
+    """A config, or a part of one, as it is shown to others: of the machine's own paths only their names are left.
+
+    They name its users and its disks, and lead nowhere elsewhere. Here they stay in manifest.json, by which
+    `verify --recompute` finds the model again.
+    """
+    if isinstance(value, str):
+        return PurePath(value).name if value.startswith(("/", "~", "./", "../")) else value
+    if isinstance(value, Mapping):
+        return {key: without_folders(inside) for key, inside in value.items()}
+    return [without_folders(inside) for inside in value] if isinstance(value, list | tuple) else value
+
+
+def published(manifest: Manifest) -> Manifest:
+    """The manifest as it is published: without the folders of the machine that made it."""
+    config = without_folders(manifest.config)
+    config["output"]["path"] = PurePath(config["output"]["path"]).name or "."
+    return manifest.model_copy(update={"config": config, "identity": without_folders(manifest.identity)})
+
+
 @uncollected()
 def read_manifest(folder: OutputFolder) -> Manifest | None:
     """The manifest of a run, None where there is none.
@@ -131,7 +153,7 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
         return Manifest.model_validate(content)
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:  # neither JSON nor a manifest
+    except (ValueError, OSError, RecursionError) as error:  # neither JSON nor a manifest
         raise PipelineError(
             f"{place} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
         ) from None

@@ -19,11 +19,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError
 from pipeline.plan import Shard
 from pipeline.stores import open_store
+
+# What names of splits and files are made of: receipts and manifests are data, which others may have written, and a name
+# out of them is never a way out of the folder.
+STEM = r"^\w[\w.-]*$"
+SHARD_FILE = r"^(clean|signs|eps-[0-9]{1,3})/\w[\w.-]*\.parquet$"
 
 Flags = NDArray[np.bool_]
 
@@ -72,9 +77,9 @@ class Record(BaseModel):
 class FileEntry(Record):
     """One Parquet file of a receipt."""
 
-    path: str
-    rows: int
-    bytes: int
+    path: str = Field(pattern=SHARD_FILE)
+    rows: int = Field(ge=0)
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -140,8 +145,8 @@ class Receipt(Record):
     """What a committed shard holds. Nothing in it depends on when or how fast it was written."""
 
     run_id: str
-    shard: str
-    split: str
+    shard: str = Field(pattern=STEM)
+    split: str = Field(pattern=STEM)
     planned: int
     rows: int
     skipped: tuple[SkippedRow, ...]
@@ -183,6 +188,7 @@ class OutputFolder:
         """Hold the folder against a second run.
 
         Raises:
+            ConfigError: a link in it leads elsewhere.
             PipelineError: another process holds it, or it cannot be written.
         """
         return self.store.held()

@@ -11,6 +11,7 @@ that is a first upload that was cut off.
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import re
@@ -34,10 +35,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
 )
 from huggingface_hub.utils._http import default_client_factory  # it has no public name
 
-from pipeline import __version__
+from pipeline import __version__, guard
 from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError, first_line, listing
-from pipeline.manifest import Manifest, require_manifest
+from pipeline.manifest import Manifest, published, require_manifest
 from pipeline.outputs import OutputFolder, reported_receipts
 from pipeline.summary import human_bytes
 from pipeline.verify import verify
@@ -55,16 +56,18 @@ OURS = (
 )
 
 Result = TypeVar("Result")
+Content = bytes  # OwnFile has a field of that name
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class OwnFile:
-    """A file of the dataset, with the digest that verification found."""
+    """A file of the dataset, with the digest that verification found; `content` is what goes in its place, if any."""
 
     bytes: int
     sha256: str
+    content: Content | None = None
 
 
 def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> str:
@@ -136,6 +139,7 @@ def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
     """The dataset in a folder, all of it checked but for what the victim would say again."""
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
+    folder.store.refuse_links()
     logger.info("Verifying %s.", folder.root)
     findings = verify(path)
     if findings.problems:
@@ -153,13 +157,18 @@ def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
 
 
 def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, OwnFile]:
-    """The files that are published, by their names in the repository: never `.run/`, nor what else lies about."""
+    """The files that are published, by their names in the repository: never `.run/`, nor what else lies about.
+
+    The manifest goes without the folders of this machine.
+    """
     files = {
         entry.path: OwnFile(entry.bytes, entry.sha256) for entry in sorted(manifest.files, key=lambda entry: entry.path)
     }
+    shown = published(manifest).model_dump_json(indent=1).encode()
+    files[folder.manifest] = OwnFile(len(shown), hashlib.sha256(shown).hexdigest(), content=shown)
     there = folder.store.sizes()
     pictures = sorted(name for name in there if re.match(rf"{folder.assets}/[^.]", name))
-    for name in (folder.card, folder.manifest, folder.report, *pictures):
+    for name in (folder.card, folder.report, *pictures):
         if name in there:
             content = folder.store.read(name)
             files[name] = OwnFile(len(content), hashlib.sha256(content).hexdigest())
@@ -236,7 +245,8 @@ def _upload(
     if rest or stale:
         if stale:
             logger.info("Removing what an earlier upload left: %s.", listing(stale))
-        repository.commit({path: folder.store.read(path) for path in rest}, stale)
+        contents = {path: files[path].content or folder.store.read(path) for path in rest}
+        repository.commit(contents, stale)
 
 
 def _check_arrived(repository: "_Repository", folder: OutputFolder, files: Mapping[str, OwnFile]) -> None:
@@ -262,7 +272,7 @@ def _is_same(folder: OutputFolder, path: str, local: OwnFile, remote: RepoFile) 
     if remote.lfs is not None:
         return bool(local.sha256 == remote.lfs.sha256)
     blob = hashlib.sha1(b"blob %d\0" % local.bytes, usedforsecurity=False)
-    with folder.store.open(path) as file:
+    with folder.store.open(path) if local.content is None else io.BytesIO(local.content) as file:
         while block := file.read(1 << 20):
             blob.update(block)
     return bool(blob.hexdigest() == remote.blob_id)
@@ -416,7 +426,7 @@ def _is_passing(error: BaseException) -> bool:
 
 def redact(text: str, token: str) -> str:
     """A message without the token, and without the signatures in the addresses that uploads go to."""
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text.replace(token, "***"))
+    return guard.redact(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text.replace(token, "***")))
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from pipeline.findings import (
     transfer_rate,
 )
 from pipeline.gallery import draw_sheet, make_groups, web_image
-from pipeline.manifest import Manifest, current_manifest
+from pipeline.manifest import Manifest, current_manifest, without_folders
 from pipeline.outputs import OutputFolder
 from pipeline.plots import Curve, Plot, Ridge, curves_plot, level_name, matrix_plot, ridges_plot
 from pipeline.sample import SAMPLE_SHARDS, is_labelled, read_sample
@@ -85,6 +85,7 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> str:
     Raises:
         PipelineError: a file cannot be read, or the disk refuses.
     """
+    folder.store.refuse_links(folder.assets)
     page, assets = _make(folder, manifest)
     folder.store.delete(f"{folder.assets}/{stale}" for stale in set(ASSETS) - set(assets))
     for name, data in assets.items():
@@ -111,7 +112,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, byte
         "shuffled": manifest.resolved.source.shuffle,
         "skipped": manifest.skipped[:MOST_SKIPPED],
         "bytes": sum(file.bytes for file in manifest.files),
-        "config": yaml.safe_dump(manifest.config, sort_keys=False, allow_unicode=True),
+        "config": yaml.safe_dump(without_folders(manifest.config), sort_keys=False, allow_unicode=True),
         "sessions": _sessions(folder),
         "focus": None,
         "groups": [],

@@ -155,6 +155,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     if published.preprocess is not None and not preprocess.model_fields_set & {"resize", "crop", "interpolation"}:
         preprocess = published.preprocess.model_copy(update={"mode": preprocess.mode})
     plan = plan_of(config, _split_rows(source), _streamed(source, config))
+    shape: Shape
     if recorded is not None and config.source.streaming:
         shape = recorded.shape  # no row is read of files that may be done
     else:
@@ -389,7 +390,8 @@ def _model_identity(model: ModelConfig, victim: Victim, space: LabelSpace) -> di
     name = str(model.name)
     return {
         "kind": model.kind,
-        "name": name.rpartition(":")[2] if is_factory_file(name) else name,
+        # A local folder of transformers is told by its content, as a factory's file is.
+        "name": name.rpartition(":")[2] if is_factory_file(name) else Path(name).name if name[:1] == "/" else name,
         "kwargs": model.kwargs,
         "content": victim.digest,
         "mean": model.mean,

@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
-from pipeline.images import Opener, UndecodableError, is_of_the_machine
+from pipeline.images import Opener, UndecodableError, is_of_the_machine, open_image
 from pipeline.origins import DIGITS, UNKNOWN, Origin, card_license, revision_of
 
 UNLABELLED = -1
@@ -111,9 +111,12 @@ def file_names(splits: Mapping[str, Item]) -> dict[str, Item]:
     """What belongs to each split, by the split's name in file names and on the Hub.
 
     Raises:
-        ConfigError: two splits would have the same name.
+        ConfigError: two splits would have the same name, or one would have none that a file may have.
     """
     renamed = {re.sub(r"[^\w.]", "_", name): content for name, content in splits.items()}
+    for name in renamed:
+        if not re.match(r"\w", name):
+            raise ConfigError(f"source.split: {name!r} cannot be the name of files; save the dataset under another.")
     if len(renamed) < len(splits):
         raise ConfigError("source.split: two splits would have the same name as files, where - becomes _.")
     return renamed
@@ -197,7 +200,7 @@ class FileRows(Rows):
     paths: Sequence[str]
 
     def openers(self, rows: Sequence[int]) -> list[Opener]:
-        return [partial(Image.open, self.paths[row]) for row in rows]
+        return [partial(open_image, self.paths[row]) for row in rows]
 
 
 def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
@@ -284,6 +287,10 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
     import torchvision
 
     kind = getattr(torchvision.datasets, str(config.path), None)
+    if str(config.path).startswith("LSUN"):
+        raise ConfigError(
+            "source.path: torchvision reads LSUN through a pickle beside it, which anyone may have written."
+        )
     if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
         raise ConfigError(f"source.path: torchvision has no dataset class {config.path}; CIFAR10 is one.")
     names = config.split or ("train",)
@@ -390,14 +397,14 @@ def open_cell(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Imag
         UndecodableError: there is none, or its path leads elsewhere.
     """
     if cell and cell["bytes"] is not None:
-        return Image.open(io.BytesIO(cell["bytes"]))
+        return open_image(io.BytesIO(cell["bytes"]))
     if not cell or cell["path"] is None:
         raise UndecodableError("the row has no image")
     path = Path(cell["path"])
     candidates = [path] if path.is_absolute() else [folder / path for folder in allowed]
     for candidate in map(Path.resolve, candidates):
         if any(candidate.is_relative_to(folder) for folder in allowed):
-            return Image.open(candidate)
+            return open_image(candidate)
     raise UndecodableError("its path leads out of the source's own folder")
 
 
@@ -484,6 +491,7 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             if not any(folder.rglob("*.arrow")):
                 raise ConfigError(f"source.path: {folder} has no rows.")
+            _check_saved(folder)
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-local-{_listing_digest(folder)}"
@@ -505,6 +513,22 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
         # A saved slice is called `train[:10%]`, or `train+test`.
         loaded = {re.split(r"[^\w.-]", str(loaded.split or "train"))[0]: loaded}
     return {name: loaded[name] for name in chosen_splits(config, list(loaded))}, allowed
+
+
+def _check_saved(folder: Path) -> None:
+    """What a `save_to_disk` folder lists of splits and files is its own: `datasets` would open any path there.
+
+    Raises:
+        ConfigError: it lists something else.
+    """
+    listed = []
+    for path in (folder / "dataset_dict.json", *folder.rglob("state.json")):
+        if path.is_file():
+            content = json.loads(path.read_bytes())
+            listed += [*content.get("splits", ()), *(file["filename"] for file in content.get("_data_files", ()))]
+    for name in listed:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(f"source.path: {folder} lists {name!r}, which is no file of its own.")
 
 
 def _listing_digest(folder: Path) -> str:

@@ -135,10 +135,20 @@ class Store(ABC):
         """Local folders in which some files, given with their bytes, lie under their names: a bounded part in each."""
 
     @abstractmethod
+    def refuse_links(self, name: str = "") -> None:
+        """Refuse a place, or a name in it, in which a link leads elsewhere, before anything is written, deleted or
+        published through it. An object store has no links.
+
+        Raises:
+            ConfigError: there is one.
+        """
+
+    @abstractmethod
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Hold the place against a second run.
 
         Raises:
+            ConfigError: a link in it leads elsewhere.
             PipelineError: another process holds it, or it cannot be written.
         """
 
@@ -204,7 +214,7 @@ class LocalStore(Store):
             # A name of its own: on a cluster two may write the same receipt.
             scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
             try:
-                with scratch.open("wb") as file:
+                with scratch.open("xb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
@@ -258,9 +268,31 @@ class LocalStore(Store):
         del sizes
         yield self.disk
 
+    def refuse_links(self, name: str = "") -> None:
+        """A dataset that comes from elsewhere may hold any: `.run` to a home folder, assets/x.png to a private key."""
+        if name:
+            self._refuse_link(self.disk / name)
+            return
+        waiting = [self.disk]
+        while waiting:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        self._refuse_link(Path(entry.path))
+                    elif entry.is_dir():
+                        waiting.append(Path(entry.path))
+
+    def _refuse_link(self, path: Path) -> None:
+        if path.is_symlink() and not path.resolve().is_relative_to(self.disk.resolve()):
+            raise ConfigError(
+                f"{path} is a link that leads out of the dataset's folder, through which nothing is written, deleted "
+                "or published; put what it leads to in its place, or remove it."
+            )
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """The operating system lets go when the process ends."""
+        self.refuse_links()
         try:
             (self.disk / ".run/receipts").mkdir(parents=True, exist_ok=True)
             lock = (self.disk / LOCK).open("a+")
@@ -424,6 +456,9 @@ class ObjectStore(Store):
                 yield folder
 
     # ------------------------------------------------------------------------------------------------ the lock
+
+    def refuse_links(self, name: str = "") -> None:
+        del name  # there are none
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.guard import printable
 from pipeline.manifest import Manifest, Subset, current_manifest
 from pipeline.outputs import OutputFolder, subset_name
 
@@ -82,7 +83,8 @@ def _notes(manifest: Manifest) -> list[str]:
     if any(subset.bytes is None for subset in manifest.subsets):
         notes.append(f"files: {_split_sizes(manifest)}")
     for row in manifest.skipped[:5]:
-        notes.append(f"skipped: {row.get('source_file', row['split'])} row {row['source_index']}: {row['reason']}")
+        place = row.get("source_file", row.get("split"))
+        notes.append(printable(f"skipped: {place} row {row.get('source_index')}: {row.get('reason')}"))
     return notes
 
 
@@ -91,7 +93,8 @@ def _split_sizes(manifest: Manifest) -> str:
     sizes = dict.fromkeys(manifest.split_rows, 0)
     splits = {shard.name: shard.split for shard in manifest.plan.shards}
     for file in manifest.files:
-        sizes[splits[Path(file.path).stem]] += file.bytes
+        if (split := splits.get(Path(file.path).stem)) is not None:
+            sizes[split] += file.bytes
     return ", ".join(f"{split} {human_bytes(size)}" for split, size in sizes.items())
 
 

@@ -28,10 +28,10 @@ from tqdm import tqdm
 from pipeline.card import card_agrees, write_summaries
 from pipeline.columns import FILE, evaluator_columns, kept_columns
 from pipeline.compute import compile_victim, own_copy
-from pipeline.config import EvaluatorConfig
+from pipeline.config import EvaluatorConfig, is_factory_file
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.fgsm import Goal
-from pipeline.images import UndecodableError, decode_image
+from pipeline.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.labels import LabelSpace
 from pipeline.lanes import Lanes, available_cores, chunk_images
 from pipeline.manifest import Manifest, Space, require_manifest, summarise
@@ -119,7 +119,10 @@ def verify(path: str | Path, *, recompute: bool = False, repair: bool = False) -
     with contextlib.ExitStack() as stack:
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         # Loading a victim may run code that the manifest names: never for a dataset of which nothing was made here.
-        judge = stack.enter_context(_judge(manifest)) if recompute and shards else None
+        judge = None
+        if recompute and shards:
+            announce_factories(folder, manifest)
+            judge = stack.enter_context(_judge(manifest))
         decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
         checker = _Checker(folder, manifest, plan, sizes, findings, judge, decoders)
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
@@ -127,6 +130,31 @@ def verify(path: str | Path, *, recompute: bool = False, repair: bool = False) -
     if repair:
         _drop(folder, manifest, plan, findings.damaged)
     return findings
+
+
+def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
+    """Say what code of the user's is about to run because a manifest names it; a dataset never brings its own along.
+
+    Raises:
+        ConfigError: the code may lie in the dataset's own folder.
+    """
+    config = manifest.resolved
+    # Nothing that lies in an object store is imported from there.
+    own = [Path(folder.root).resolve()] if folder.store.local else []
+    for model in (config.model, *config.evaluators):
+        if model.kind != "factory":
+            continue
+        file = Path(str(model.name).rpartition(":")[0])
+        inside = any(Path.cwd().resolve().is_relative_to(root) for root in own)
+        if is_factory_file(str(model.name)):
+            # `generate` records whole paths; what is relative was published, or written by hand.
+            inside = not file.is_absolute() or any(file.resolve().is_relative_to(root) for root in own)
+        if inside:
+            raise ConfigError(
+                f"model.name: {model.name} would be code out of the dataset itself, which is never run; "
+                "put it elsewhere and name it in the manifest by its whole path, or work from another folder."
+            )
+        logger.warning("Running code that the manifest names: %s. Only for datasets that you trust.", model.name)
 
 
 @contextlib.contextmanager
@@ -270,7 +298,7 @@ class _Checker:
         self.targeted = manifest.resolved.attack.target is not None
         try:
             self.features = datasets.Features.from_dict(manifest.features)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             place = folder.store.at(folder.manifest)
             raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
         self.schema = self.features.arrow_schema
@@ -355,7 +383,10 @@ class _Checker:
             batches = file.iter_batches(batch_size=max([1, *counts]))
             for count in counts:
                 while waiting.num_rows < count:
-                    waiting = pa.concat_tables([waiting, pa.Table.from_batches([next(batches)]).cast(self.schema)])
+                    batch = next(batches, None)
+                    if batch is None:
+                        raise _DamageError(f"{name} holds fewer rows than its own footer says.")
+                    waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch]).cast(self.schema)])
                 yield waiting.slice(0, count)
                 waiting = waiting.slice(count)
         except (pa.ArrowException, OSError) as error:
@@ -454,11 +485,15 @@ class _Checker:
 
     def _pictures(self, column: pa.ChunkedArray, name: str) -> Tensor:
         try:
-            pixels = list(self.decoders.map(decode_image, column.combine_chunks().field("bytes").to_pylist()))
+            pixels = list(
+                self.decoders.map(
+                    partial(decode_image, shape=self.shape), column.combine_chunks().field("bytes").to_pylist()
+                )
+            )
+        except OtherShapeError:
+            raise _DamageError(f"{name} holds an image of another size.") from None
         except UndecodableError as error:
             raise _DamageError(f"{name} holds a broken image: {error}") from None
-        if any(image.shape != self.shape for image in pixels):
-            raise _DamageError(f"{name} holds an image of another size.")
         return torch.stack(pixels) if pixels else torch.zeros((0, *self.shape), dtype=torch.uint8)
 
     def _recompute(

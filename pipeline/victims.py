@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from pipeline.errors import ConfigError, first_line
 # The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
 # of a process, in two batch sizes.
 COMPILED_FORMS = 256
+# Without it transformers asks on a terminal whether to run the code of a repository.
+NO_CODE = {"trust_remote_code": False}
 
 
 class Victim(nn.Module):
@@ -179,7 +182,7 @@ def load_victim(config: ModelConfig, *, seed: int, device: torch.device, bf16: b
         "factory": _load_factory,
         "digits": _load_digits,
     }
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _weights_only(config):
         torch.manual_seed(seed)
         loaded = loaders[config.kind](config)
     if config.weights is not None and is_checkpoint(config.weights):
@@ -193,6 +196,20 @@ def load_victim(config: ModelConfig, *, seed: int, device: torch.device, bf16: b
         bf16=bf16,
     )
     return victim.to(device), loaded
+
+
+@contextlib.contextmanager
+def _weights_only(config: ModelConfig) -> Iterator[None]:
+    """Whatever a library loads by itself is weights and nothing else: some ask PyTorch for a whole pickle still."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    if config.kind == "factory" or name in os.environ:  # a factory is the user's own code
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _digest(module: nn.Module, config: ModelConfig) -> str:
@@ -308,13 +325,15 @@ def _load_transformers(config: ModelConfig) -> Loaded:
     auto, name, wanted = transformers.AutoModelForImageClassification, str(config.name), _published(config)
 
     def untrained() -> nn.Module:
-        made: nn.Module = auto.from_config(transformers.AutoConfig.from_pretrained(name, **config.kwargs))
+        made: nn.Module = auto.from_config(
+            transformers.AutoConfig.from_pretrained(name, **config.kwargs, **NO_CODE), **NO_CODE
+        )
         return made
 
     if wanted is None:
         return Loaded(_built(untrained, config))
     # Weights are often published in half precision, and transformers would keep it.
-    options = {"dtype": torch.float32, **config.kwargs, "use_safetensors": True, "output_loading_info": True}
+    options = {"dtype": torch.float32, **config.kwargs, **NO_CODE, "use_safetensors": True, "output_loading_info": True}
     report: dict[str, Any] = {}
 
     def pretrained() -> nn.Module:
@@ -331,7 +350,7 @@ def _load_transformers(config: ModelConfig) -> Loaded:
         )
     names: Mapping[int, str] = module.config.id2label
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(wanted).to_dict()
+        processor = transformers.AutoImageProcessor.from_pretrained(wanted, **NO_CODE).to_dict()
     except (OSError, ValueError):  # weights without a processor say nothing of their input
         processor = {}
     return Loaded(

@@ -40,6 +40,7 @@ from pipeline.fgsm import Goal, attack
 from pipeline.manifest import Manifest, require_manifest
 from pipeline.outputs import OutputFolder
 from pipeline.training import TrainingDataset
+from pipeline.verify import announce_factories
 from pipeline.victims import Victim, load_victim
 
 CLEAN_ONLY, MIXED = "clean only", "clean + adversarial"
@@ -347,6 +348,8 @@ def main(
         config = manifest.resolved.model
         if model is not None:
             config = ModelConfig(kind="factory", name=model, mean=config.mean, std=config.std)
+        else:
+            announce_factories(OutputFolder(output), manifest)
         recipe = Recipe(epochs, batch_size, learning_rate, workers)
         results = list(
             run(

@@ -211,7 +211,7 @@ def test_max_pixels_may_lie_past_pillows_own_limit(monkeypatch: pytest.MonkeyPat
 def test_stored_image_is_read_back_whatever_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     # Verify reads what a run with a raised max_pixels has stored, in a process that did not raise it.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert decode_image(NOISE).shape == (3, 64, 64)
+    assert decode_image(NOISE, (3, 64, 64)).shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -16,8 +16,9 @@ import pytest
 from huggingface_hub import close_session, constants, get_session
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
+from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder
-from pipeline.publish import _client_that_gives_up, redact
+from pipeline.publish import _client_that_gives_up, list_files, redact
 from tests.conftest import CLASSES, FACTORY, fgsm, png_bytes, random_pixels, write_parquet
 from tests.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
 from tests.test_generate import pixels, rows
@@ -253,6 +254,15 @@ def test_the_second_run_uploads_nothing(out: Path, hub: Hub) -> None:
     assert len(hub.repositories[ID].commits) == 3
 
 
+def test_what_arrives_names_no_folder_of_this_machine(out: Path, finished: Path, hub: Hub) -> None:
+    assert fgsm("publish", out, ID).exit_code == 0
+    here = str(finished.parent).encode()
+    assert here in (out / "manifest.json").read_bytes()
+    arrived = hub.repositories[ID].files
+    assert not [name for name, blob in arrived.items() if here in (blob.content or b"")]
+    assert json.loads(arrived["manifest.json"].content or b"")["config"]["model"]["name"] == "victim.py:make"
+
+
 def test_only_what_changed_goes(out: Path, hub: Hub) -> None:
     published(out, ID)
     hub.requests.clear()
@@ -294,7 +304,8 @@ def test_a_dry_run_lists_every_file_and_touches_nothing(out: Path, hub: Hub, mon
     *listed, empty, total = result.stdout.splitlines()
     assert empty == ""
     assert {line.split()[-1] for line in listed} == local(out)
-    size = sum((out / name).stat().st_size for name in local(out))
+    folder = OutputFolder(out)
+    size = sum(file.bytes for file in list_files(folder, require_manifest(folder)).values())
     assert total == f"{len(listed)} files, {size / 1000:.1f} KB, for {ID}"
     (out / "report.html").unlink()
     assert "?  report.html and assets/, which publishing makes anew" in fgsm("publish", out, ID, "--dry-run").stdout

@@ -738,7 +738,7 @@ def test_rows_reach_worker_processes(tmp_path: Path, kind: str) -> None:
 def test_a_torchvision_dataset_whose_library_is_missing_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    config = SourceConfig(kind="torchvision", path="LSUN", kwargs={"root": str(tmp_path)}, split=("train",))
-    with pytest.raises(ConfigError, match="torchvision's LSUN cannot be opened"):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    config = SourceConfig(kind="torchvision", path="PCAM", kwargs={"root": str(tmp_path)}, split=("train",))
+    with pytest.raises(ConfigError, match="torchvision's PCAM cannot be opened"):
         open_source(config, need_labels=True)

@@ -1,0 +1,80 @@
+"""Guard: what must not get out. Credentials out of a config, a log or a message; control characters into a terminal.
+
+Names of classes, files and splits, and reasons that libraries give, come from elsewhere: a terminal takes some of
+their characters for commands. A config is written into manifest.json and published with it, so it holds no
+credential at all; they come from the environment, or from where `hf auth login` puts them.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Names of keys whose values are credentials. `class_token` and `reg_tokens` are parameters of models.
+SECRET_KEY = re.compile(
+    r"token|((use|hf|hub|auth|access|api|bearer|session|github|refresh)_?)+token|authorization"
+    r"|.*(passwd|password|passphrase|secret|credential|api_?key|private_?key|access_?key|account_?key).*",
+    re.IGNORECASE,
+)
+# Tokens of the Hub, user:password@ in an address, and what signs an address.
+SECRET_TEXT = re.compile(
+    r"(?P<token>\bhf_[A-Za-z0-9]{20,})"
+    r"|(?P<scheme>\b[a-z][a-z0-9+.-]{0,20}://)[^\s/?#'\"@]{1,300}@"
+    r"|(?P<key>[?&]([\w-]{0,40}(signature|credential|security-token|access_?key(id)?)|sig|token|api_?key|password)=)[^\s&'\")]+",
+    re.IGNORECASE,
+)
+# Variables of the environment that hold credentials: HF_TOKEN, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and the like.
+SECRET_VARIABLE = re.compile(
+    r".*(TOKEN|SECRET|SECRET_(ACCESS_)?KEY|PASSWORD|PASSWD|API_?KEY|PRIVATE_?KEY)", re.IGNORECASE
+)
+# Shorter values are switches and numbers, and hiding them would garble messages.
+SECRET_LENGTH = 8
+
+
+def find_secret(value: Any, where: str = "") -> str | None:
+    """The dotted key of the first credential in a config, None where there is none. Its value is never shown."""
+    if isinstance(value, str):
+        return where if redact(value) != value else None
+    if isinstance(value, Mapping):
+        for key, inside in value.items():
+            named = f"{where}.{key}" if where else str(key)
+            if redact(str(key)) != str(key):
+                return where or "a key"
+            if isinstance(key, str) and SECRET_KEY.fullmatch(key) and inside is not None and inside is not False:
+                return named
+            if found := find_secret(inside, named):
+                return found
+    if isinstance(value, list | tuple):
+        return next((found for inside in value if (found := find_secret(inside, where))), None)
+    return None
+
+
+def redact(text: str) -> str:
+    """A text without credentials: those of the environment, tokens of the Hub, and those in addresses."""
+    for secret in _environment():
+        text = text.replace(secret, "***")
+    return SECRET_TEXT.sub(_shown, text)
+
+
+def _shown(found: re.Match[str]) -> str:
+    if found["scheme"]:
+        return f"{found['scheme']}***@"
+    return f"{found['key']}***" if found["key"] else "***"
+
+
+def _environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        # A path to credentials is none.
+        if SECRET_VARIABLE.fullmatch(name) and len(value) >= SECRET_LENGTH and not Path(value).is_absolute():
+            yield value
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text that a terminal only shows: what is not printable becomes its escape, but for some characters to keep."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def presentable(text: str, keep: str = "") -> str:
+    """A text for people, or a log: printable, and without credentials."""
+    return printable(redact(text), keep)

@@ -1,0 +1,801 @@
+"""Security: what a dataset, a checkpoint, an output folder or a config from elsewhere cannot do."""
+
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+from pydantic import ValidationError
+
+import pipeline
+from pipeline.config import ModelConfig, PreprocessConfig, SourceConfig, load_config
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.guard import find_secret, presentable, redact
+from pipeline.images import OtherShapeError, UndecodableError, decode_image, open_image, read_image
+from pipeline.manifest import Manifest, published, require_manifest
+from pipeline.outputs import FileEntry, OutputFolder, Receipt
+from pipeline.publish import list_files
+from pipeline.report import report
+from pipeline.sources import open_source
+from pipeline.stores import open_store
+from pipeline.verify import verify
+from pipeline.victims import load_victim
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+
+SECRET = "hf_" + "S3cretS3cret" * 3
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small complete dataset with its report."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_parquet(folder / "source", [png_bytes(image) for image in random_pixels(12)], [i % 3 for i in range(12)])
+    (folder / "victim.py").write_text(FACTORY)
+    (folder / "config.yaml").write_text(
+        f"""
+source: {{kind: huggingface, path: {folder}/source}}
+model: {{kind: factory, name: "{folder}/victim.py:make"}}
+attack: {{epsilons: [8/255]}}
+output: {{path: {folder}/out, images_per_shard: 6}}
+runtime: {{device: cpu, workers: 0, batch_size: 6}}
+"""
+    )
+    result = fgsm("generate", folder / "config.yaml")
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy" / "out"))
+
+
+# ------------------------------------------------------------------------------------------- no pickle
+
+
+class Payload:
+    """What a pickle runs when it is opened: it makes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.canary,))
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    """A file that is there once a payload has run; that it would be is shown first."""
+    path = tmp_path / "canary"
+    pickle.loads(pickle.dumps(Payload(path)))
+    assert path.exists()
+    path.unlink()
+    return path
+
+
+def plant_script(folder: Path, canary: Path) -> None:
+    for name in (f"{folder.name}.py", "dataset.py", "__init__.py"):
+        (folder / name).write_text(f"from pathlib import Path\nPath({str(canary)!r}).touch()\n")
+
+
+def plant_pickles(folder: Path, canary: Path) -> None:
+    for name in ("data.pkl", "test.pickle", "test.pth", "test.npy", "cache", "state.pkl", "_cache_"):
+        (folder / name).write_bytes(pickle.dumps(Payload(canary)))
+
+
+def plant_extension_type(folder: Path, canary: Path) -> None:
+    """Arrow once kept Python's extension types as pickles in the metadata of a field."""
+    file = next(folder.glob("*.parquet"))
+    table = pq.read_table(file)
+    metadata = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickle.dumps(Payload(canary)),
+    }
+    column = pa.field("label", pa.int64(), metadata=metadata)
+    index = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(index, column, table.column("label")), file)
+
+
+@pytest.mark.parametrize("plant", [plant_script, plant_pickles, plant_extension_type])
+def test_a_source_folder_runs_nothing(tmp_path: Path, canary: Path, plant: Callable[[Path, Path], None]) -> None:
+    folder = write_parquet(tmp_path / "data", [png_bytes(image) for image in random_pixels(4)], [0, 1, 2, 0])
+    plant(folder, canary)
+    try:
+        source = open_source(SourceConfig(kind="huggingface", path=str(folder)), need_labels=True)
+        source.splits[0].rows.openers([0, 1])[0]()
+    except ConfigError as error:
+        assert "Traceback" not in str(error)
+    assert not canary.exists()
+
+
+def saved_dataset(folder: Path) -> Path:
+    images = [{"bytes": png_bytes(image), "path": None} for image in random_pixels(4)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]}, features=features)
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(folder))
+    return folder
+
+
+def test_a_saved_dataset_runs_nothing(tmp_path: Path, canary: Path) -> None:
+    folder = saved_dataset(tmp_path / "saved")
+    plant_script(folder, canary)
+    plant_pickles(folder / "test", canary)
+    source = open_source(SourceConfig(kind="huggingface", path=str(folder)), need_labels=True)
+    assert len(source.splits[0].labels) == 4
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("what", ["split", "file"])
+def test_a_saved_dataset_does_not_list_files_of_others(tmp_path: Path, what: str) -> None:
+    other, folder = saved_dataset(tmp_path / "other"), saved_dataset(tmp_path / "saved")
+    if what == "split":
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["../other/test"]}))
+    else:
+        state = json.loads((folder / "test/state.json").read_text())
+        name = state["_data_files"][0]["filename"]
+        state["_data_files"] = [{"filename": f"../../other/test/{name}"}]
+        (folder / "test/state.json").write_text(json.dumps(state))
+    assert other.is_dir()
+    with pytest.raises(ConfigError, match="which is no file of its own"):
+        open_source(SourceConfig(kind="huggingface", path=str(folder)), need_labels=True)
+
+
+def test_torchvisions_lsun_is_refused_for_its_pickle() -> None:
+    with pytest.raises(ConfigError, match="reads LSUN through a pickle"):
+        open_source(SourceConfig(kind="torchvision", path="LSUN"), need_labels=True)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_a_checkpoint_runs_nothing(tmp_path: Path, canary: Path, suffix: str) -> None:
+    weights = tmp_path / f"weights{suffix}"
+    weights.write_bytes(pickle.dumps(Payload(canary)))
+    zipped = tmp_path / f"zipped{suffix}"
+    torch.save({"weight": Payload(canary)}, zipped)
+    for path in (weights, zipped):
+        with pytest.raises(ConfigError, match=r"model\.weights"):
+            load_victim(ModelConfig(kind="digits", weights=str(path)), seed=0, device=torch.device("cpu"))
+    assert not canary.exists()
+
+
+def test_weights_that_a_library_finds_in_its_own_cache_run_nothing(
+    tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torchvision asks PyTorch for a whole pickle, and does not check the digest of a file that is there already.
+    from torchvision.models import ResNet18_Weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub/checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    torch.save(Payload(canary), file)
+    config = ModelConfig(kind="torchvision", name="resnet18", weights="IMAGENET1K_V1")
+    with pytest.raises(ConfigError, match="torchvision cannot make resnet18"):
+        load_victim(config, seed=0, device=torch.device("cpu"))
+    assert not canary.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs"),
+    [
+        ("transformers", {"use_kernels": True}),
+        ("transformers", {"trust_remote_code": True}),
+        ("transformers", {"attn_implementation": "someone/kernel"}),
+    ],
+)
+def test_kwargs_that_run_code_are_refused(kind: Any, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=rf"kwargs\.{next(iter(kwargs))}"):
+        ModelConfig(kind=kind, name="any", kwargs=kwargs)
+
+
+@pytest.mark.parametrize("way", ["checkpoint_path", "pretrained_cfg_overlay"])
+def test_weights_that_timm_is_pointed_to_run_nothing(tmp_path: Path, canary: Path, way: str) -> None:
+    file = str(tmp_path / "evil.pth")
+    torch.save(Payload(canary), file)
+    kwargs = {way: file if way == "checkpoint_path" else {"file": file}}
+    weights = None if way == "checkpoint_path" else "r160_in1k"
+    config = ModelConfig(kind="timm", name="test_resnet", weights=weights, kwargs=kwargs)
+    with pytest.raises(ConfigError, match="timm cannot make test_resnet"):
+        load_victim(config, seed=0, device=torch.device("cpu"))
+    assert not canary.exists()
+
+
+def test_a_transformers_folder_with_code_runs_nothing(tmp_path: Path, canary: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    plant_script(folder, canary)
+    auto = {name: f"model.{name}" for name in ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")}
+    (folder / "config.json").write_text(json.dumps({"model_type": "made-up", "auto_map": auto}))
+    for weights in (None, str(folder)):
+        with pytest.raises(ConfigError, match="transformers cannot make"):
+            load_victim(
+                ModelConfig(kind="transformers", name=str(folder), weights=weights),
+                seed=0,
+                device=torch.device("cpu"),
+            )
+    assert not canary.exists()
+
+
+def test_an_output_folder_runs_nothing(out: Path, canary: Path) -> None:
+    plant_script(out, canary)
+    plant_pickles(out, canary)
+    plant_pickles(out / ".run", canary)
+    (out / ".run/sessions.jsonl").write_bytes(pickle.dumps(Payload(canary)))
+    verify(out)
+    report(out)
+    pipeline.training_dataset(out, "test")
+    with pytest.raises(ConfigError, match="Dataset scripts are no longer supported"):
+        pipeline.load(out, split="test")
+    (out / f"{out.name}.py").unlink()
+    pipeline.load(out, split="test")[0]
+    for name in ("manifest.json", ".run/receipts/test-00000-of-00002.json"):
+        before = (out / name).read_bytes()
+        (out / name).write_bytes(pickle.dumps(Payload(canary)))
+        try:
+            assert verify(out).problems
+        except PipelineError as error:
+            assert "cannot be read" in str(error)
+        (out / name).write_bytes(before)
+    assert not canary.exists()
+
+
+# ------------------------------------------------------------------------------------------------ bombs
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *extra: bytes, data: bytes = b"\0" * 100) -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(data, 9))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + body + chunk(b"IEND", b"")
+
+
+def webp(width: int, height: int) -> bytes:
+    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "WEBP", lossless=True)
+    frame = bytes(6) + (1).to_bytes(3, "little") * 2 + (100).to_bytes(3, "little") + b"\0" + buffer.getvalue()[12:]
+    parts = [(b"VP8X", b"\2\0\0\0" + canvas), (b"ANIM", bytes(6)), (b"ANMF", frame)]
+    data = b"WEBP" + b"".join(name + struct.pack("<I", len(part)) + part for name, part in parts)
+    return b"RIFF" + struct.pack("<I", len(data)) + data
+
+
+def tiff(width: int, height: int) -> bytes:
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 8)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(12)
+
+
+def gif(width: int, height: int) -> bytes:
+    frame = b"," + struct.pack("<HHHH", 0, 0, width, height) + b"\0\x08\x01\0\0"
+    return b"GIF89a" + struct.pack("<HH", 1, 1) + b"\x80\0\0" + bytes(6) + frame + b";"
+
+
+def bmp(width: int, height: int) -> bytes:
+    return (
+        b"BM"
+        + struct.pack("<IHHI", 54, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    )
+
+
+def jpeg(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    return buffer.getvalue().replace(
+        struct.pack(">BHH", 8, 8, 8), struct.pack(">BHH", 8, min(height, 65535), min(width, 65535)), 1
+    )
+
+
+ZEROS = zlib.compress(bytes(300_000_000), 9)
+BOMBS = {
+    "png": png(60_000, 60_000),
+    "png-absurd": png(2**31 - 1, 2**31 - 1),
+    "png-text": png(8, 8, *[chunk(b"zTXt", b"a%d\0\0" % i + ZEROS) for i in range(3)]),
+    "png-itxt": png(8, 8, chunk(b"iTXt", b"a\0\1\0\0\0" + ZEROS)),
+    "png-iccp": png(8, 8, chunk(b"iCCP", b"a\0\0" + ZEROS)),
+    "png-idat": png(8, 8, data=bytes(300_000_000)),
+    "webp": webp(60_000, 60_000),
+    "tiff": tiff(60_000, 60_000),
+    "tiff-absurd": tiff(2**32 - 1, 2**32 - 1),
+    "gif": gif(60_000, 60_000),
+    "bmp": bmp(2**31 - 1, 2**31 - 1),
+    "jpeg": jpeg(60_000, 60_000),
+}
+# The script that a subprocess runs on each: how much more memory it came to hold, and what it answered.
+BOUNDED = """
+import io, resource, sys, time
+from pathlib import Path
+from pipeline.config import PreprocessConfig
+from pipeline.images import UndecodableError, open_image, read_image, decode_image
+read = lambda data: read_image(lambda: open_image(io.BytesIO(data)), PreprocessConfig(resize=8, crop=8), 10_000_000)
+read(Path(sys.argv[1]).read_bytes())
+for path in sys.argv[2:]:
+    data = Path(path).read_bytes()
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    for attempt in (read, lambda data: decode_image(data, (3, 8, 8))):
+        try:
+            answer = str(tuple(attempt(data).shape))
+        except UndecodableError as error:
+            answer = str(error)
+        spent = time.process_time() - began
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+        print(Path(path).name, grown, round(spent, 1), answer, sep="\\t")
+"""
+
+
+def test_bombs_cost_neither_memory_nor_time(tmp_path: Path) -> None:
+    (tmp_path / "good").write_bytes(png_bytes(random_pixels(1)[0]))
+    for name, data in BOMBS.items():
+        (tmp_path / name).write_bytes(data)
+    command = [sys.executable, "-W", "ignore", "-c", BOUNDED, str(tmp_path / "good")]
+    done = subprocess.run(
+        [*command, *(str(tmp_path / name) for name in BOMBS)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert len(lines) == 2 * len(BOMBS)
+    for name, grown, seconds, answer in lines:
+        # 64 MB is what Pillow lets all texts of a PNG come to.
+        assert int(grown) < 100, (name, grown)
+        assert float(seconds) < 5, (name, seconds)
+        if name not in ("png-text", "png-itxt", "png-iccp", "png-idat"):
+            assert answer[0] != "(", (name, answer)
+
+
+@pytest.mark.parametrize("name", ["png", "webp", "gif", "jpeg", "tiff"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_refusal_names_the_key_that_raises_the_limit(name: str) -> None:
+    with pytest.raises(UndecodableError, match=r"runtime\.max_pixels = 10000000"):
+        read_image(lambda: open_image(io.BytesIO(BOMBS[name])), PreprocessConfig(), 10_000_000)
+
+
+def test_pillows_own_limit_stays_for_what_decodes_by_itself() -> None:
+    read_image(lambda: open_image(io.BytesIO(png_bytes(random_pixels(1)[0]))), PreprocessConfig(), 1000)
+    assert Image.MAX_IMAGE_PIXELS is not None
+    with pytest.raises(UndecodableError, match=r"its pixels are more than runtime\.max_pixels = 1000"):
+        # As a dataset of torchvision does it.
+        read_image(lambda: Image.open(io.BytesIO(BOMBS["png"])).convert("RGB"), PreprocessConfig(), 1000)
+
+
+def test_a_stored_picture_of_another_shape_is_not_decoded() -> None:
+    with pytest.raises(OtherShapeError, match=r"^9000x9000 in mode RGB$"):
+        decode_image(png(9_000, 9_000), (3, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF", "SGI"])
+def test_formats_that_no_dataset_needs_are_not_opened(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, kind)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript ran"))
+    with pytest.raises(UndecodableError, match="cannot identify"):
+        read_image(lambda: open_image(io.BytesIO(buffer.getvalue())), PreprocessConfig(), 10_000)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_formats_that_datasets_use_are_opened(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, kind)
+    pixels = read_image(lambda: open_image(io.BytesIO(buffer.getvalue())), PreprocessConfig(), 10_000)
+    assert pixels.shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "imagefolder"])
+def test_a_source_opens_no_other_format(tmp_path: Path, kind: Any) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "EPS")
+    if kind == "huggingface":
+        folder = write_parquet(tmp_path / "data", [png_bytes(random_pixels(1)[0]), buffer.getvalue()], [0, 1])
+    else:
+        folder = tmp_path / "data"
+        (folder / "a").mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(folder / "a/0.png")
+        (folder / "a/1.png").write_bytes(buffer.getvalue())
+    source = open_source(SourceConfig(kind=kind, path=str(folder)), need_labels=True)
+    opener = source.splits[0].rows.openers([1])[0]
+    with pytest.raises(UndecodableError, match="cannot identify"):
+        read_image(opener, PreprocessConfig(), 10_000)
+
+
+# ----------------------------------------------------------------------------- names, paths and links
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../x.parquet",
+        "/etc/x.parquet",
+        "clean/../../x.parquet",
+        "clean/.x.parquet",
+        "other/x.parquet",
+        "clean/a/b.parquet",
+    ],
+)
+def test_a_receipt_names_files_of_its_own_only(path: str) -> None:
+    with pytest.raises(ValidationError, match="path"):
+        FileEntry(path=path, rows=1, bytes=1, sha256="")
+
+
+@pytest.mark.parametrize("split", ["../../x", "/etc/x", "..", "a/b", ""])
+def test_a_manifest_that_would_lead_out_changes_nothing(out: Path, split: str) -> None:
+    neighbour = out.parent / "x-00000-of-00002.parquet"
+    neighbour.write_text("a neighbour")
+    content = json.loads((out / "manifest.json").read_text())
+    content["split_rows"] = {split: 12}
+    (out / "manifest.json").write_text(json.dumps(content))
+    for arguments in (("verify",), ("verify", "--repair"), ("report",), ("inspect",)):
+        result = fgsm(arguments[0], out, *arguments[1:])
+        assert result.exit_code == 1
+        assert "manifest.json cannot be read" in result.stderr
+    with pytest.raises(PipelineError, match="cannot be read"):
+        pipeline.training_dataset(out, "test")
+    assert neighbour.read_text() == "a neighbour"
+
+
+def test_a_receipt_that_lists_a_file_elsewhere_is_damage_and_repair_deletes_its_own_only(out: Path) -> None:
+    secret = out.parent / "secret.parquet"
+    secret.write_text("keep")
+    receipt = out / ".run/receipts/test-00000-of-00002.json"
+    content = json.loads(receipt.read_text())
+    content["files"][0]["path"] = "../secret.parquet"
+    receipt.write_text(json.dumps(content))
+    result = fgsm("verify", out, "--repair")
+    assert result.exit_code == 1
+    assert "test-00000-of-00002.json cannot be read as a receipt" in result.stderr
+    assert secret.read_text() == "keep"
+    assert not receipt.exists()
+
+
+def link_run(out: Path, elsewhere: Path) -> None:
+    shutil.move(out / ".run", elsewhere / "run")
+    (out / ".run").symlink_to(elsewhere / "run")
+
+
+def link_subset(out: Path, elsewhere: Path) -> None:
+    shutil.move(out / "clean", elsewhere / "clean")
+    (out / "clean").symlink_to(elsewhere / "clean")
+
+
+def link_scratch(out: Path, elsewhere: Path) -> None:
+    shutil.rmtree(out / ".run/tmp", ignore_errors=True)
+    (out / ".run/tmp").symlink_to(elsewhere)
+
+
+def link_lock(out: Path, elsewhere: Path) -> None:
+    (out / ".run/lock").unlink()
+    (out / ".run/lock").symlink_to(elsewhere / "precious")
+
+
+@pytest.mark.parametrize("link", [link_run, link_subset, link_scratch, link_lock])
+def test_nothing_is_deleted_through_a_link(out: Path, tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("keep")
+    (elsewhere / "tmp").mkdir()
+    (elsewhere / "tmp/precious").write_text("keep")
+    next((out / "eps-8").glob("*.parquet")).write_bytes(b"damaged")
+    link(out, elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    result = fgsm("verify", out, "--repair")
+    assert result.exit_code == 2, result.output
+    assert "is a link that leads out of the dataset's folder" in result.stderr
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+
+
+def test_a_link_within_the_folder_is_fine(out: Path) -> None:
+    (out / "assets/again.png").symlink_to(out / "assets/examples.png")
+    open_store(out).refuse_links()
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("keep")
+    (tmp_path / ".manifest.json.tmp").symlink_to(precious)
+    (tmp_path / "manifest.json").symlink_to(precious)
+    open_store(tmp_path).write("manifest.json", b"new")
+    assert precious.read_text() == "keep"
+    assert (tmp_path / "manifest.json").read_text() == "new"
+
+
+def test_no_picture_is_written_through_a_link(out: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(out / "assets")
+    (out / "assets").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="is a link that leads out"):
+        report(out)
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("name", ["assets/key.png", "README.md", "report.html"])
+def test_no_link_is_published(out: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "id_ed25519").write_text("a private key")
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(tmp_path / "id_ed25519")
+    result = fgsm("publish", out, "user/name", "--dry-run")
+    assert result.exit_code == 2
+    assert f"{name} is a link that leads out of the dataset's folder" in result.stderr
+
+
+# --------------------------------------------------------------------------------------- the terminal
+
+NASTY = "\x1b]0;title\x07\x1b[2J\x9b\u202e\r\nPublished: nothing"
+
+
+def test_names_and_reasons_are_no_commands_to_a_terminal(out: Path) -> None:
+    (out / "clean" / "\x1b[2Jevil\n.parquet").touch()
+    path = out / ".run/receipts/test-00000-of-00002.json"
+    content = json.loads(path.read_text())
+    content["skipped"] = [{"position": 0, "source_index": 0, "reason": NASTY}]
+    path.write_text(json.dumps(content))
+    for command in ("verify", "inspect"):
+        result = fgsm(command, out)
+        for text in (result.stdout, result.stderr):
+            assert all(line.isprintable() for line in text.split("\n"))
+            assert "\nPublished" not in text
+        assert "\\x1b[2J" in result.stdout + result.stderr
+
+
+def test_an_error_sentence_is_one_line_without_control_characters(tmp_path: Path) -> None:
+    result = fgsm("inspect", str(tmp_path / NASTY.replace("/", "")))
+    lines = result.stderr.rstrip("\n").split("\n")
+    assert len(lines) == 1
+    assert lines[0].isprintable()
+
+
+def test_a_log_line_is_one_line() -> None:
+    from pipeline.cli import _Formatter
+
+    record = logging.LogRecord("pipeline.generate", logging.INFO, "", 0, "%s", (NASTY,), None)
+    assert _Formatter("%(message)s").format(record).isprintable()
+    record.name = "huggingface_hub"
+    assert "\n" in _Formatter("%(message)s").format(record)
+    assert "\x1b" not in _Formatter("%(message)s").format(record)
+
+
+# ------------------------------------------------------------------------------------------- factories
+
+
+def test_code_that_a_manifest_names_is_said_before_it_runs(out: Path) -> None:
+    code = (out.parent.parent / "said.py").resolve()
+    code.write_text(f"import sys\nsys.stderr.write('it runs\\n')\n{FACTORY}")
+    content = json.loads((out / "manifest.json").read_text())
+    content["config"]["model"]["name"] = f"{code}:make"
+    (out / "manifest.json").write_text(json.dumps(content))
+    command = [sys.executable, "-m", "pipeline", "verify", str(out), "--recompute"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    lines = done.stderr.splitlines()
+    said = next(index for index, line in enumerate(lines) if f"Running code that the manifest names: {code}" in line)
+    assert "Only for datasets that you trust." in lines[said]
+    assert said < lines.index("it runs")
+
+
+@pytest.mark.parametrize("name", ["{out}/evil.py:make", "evil.py:make", "out/evil.py:make"])
+def test_code_in_the_dataset_itself_never_runs(
+    out: Path, canary: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (out / "evil.py").write_text(f"from pathlib import Path\nPath({str(canary)!r}).touch()\n")
+    monkeypatch.chdir(out if name == "evil.py:make" else out.parent)
+    content = json.loads((out / "manifest.json").read_text())
+    content["config"]["model"]["name"] = name.format(out=out)
+    (out / "manifest.json").write_text(json.dumps(content))
+    result = fgsm("verify", out, "--recompute")
+    assert result.exit_code == 2
+    assert "would be code out of the dataset itself, which is never run" in result.stderr
+    assert not canary.exists()
+
+
+def test_a_module_in_the_dataset_never_runs(out: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out / "evil_module.py").write_text(f"from pathlib import Path\nPath({str(canary)!r}).touch()\n")
+    monkeypatch.chdir(out)
+    content = json.loads((out / "manifest.json").read_text())
+    content["config"]["model"]["name"] = "evil_module:make"
+    (out / "manifest.json").write_text(json.dumps(content))
+    assert fgsm("verify", out, "--recompute").exit_code == 2
+    assert not canary.exists()
+
+
+def test_only_recompute_runs_the_code_that_a_manifest_names(out: Path, canary: Path, tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(canary)!r}).touch()\n")
+    content = json.loads((out / "manifest.json").read_text())
+    content["config"]["model"]["name"] = f"{tmp_path}/evil.py:make"
+    (out / "manifest.json").write_text(json.dumps(content))
+    for arguments in (("verify",), ("inspect",), ("report",)):
+        fgsm(*arguments, out)
+    fgsm("publish", out, "user/name", "--dry-run")
+    pipeline.training_dataset(out, "test")
+    pipeline.load(out, split="test")[0]
+    assert not canary.exists()
+    fgsm("verify", out, "--recompute")
+    assert canary.exists()
+
+
+# ---------------------------------------------------------------------------------------- credentials
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        (f"source.kwargs={{token: {SECRET}}}", "source.kwargs.token"),
+        ("source.kwargs={a: {storage: [{password: swordfish}]}}", "source.kwargs.a.storage.password"),
+        ("model.kwargs={use_auth_token: swordfish}", "model.kwargs.use_auth_token"),
+        ("model.kwargs={api_key: swordfish}", "model.kwargs.api_key"),
+        ("model.kwargs={aws_secret_access_key: swordfish}", "model.kwargs.aws_secret_access_key"),
+        (f"source.path={SECRET}", "source.path"),
+        ("source.path=https://user:swordfish@host/data", "source.path"),
+        ("source.path=https://host/data?X-Amz-Signature=swordfish", "source.path"),
+        ("output.path=s3://key:swordfish@bucket/x", "output.path"),
+        ("model.weights=swordfish-of-the-environment", "model.weights"),
+        (f"nonsense={SECRET}", "nonsense"),
+    ],
+)
+def test_a_config_with_a_credential_is_refused_without_showing_it(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, override: str, key: str
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "swordfish-of-the-environment")
+    for debug in ((), ("--debug",)):
+        result = fgsm("generate", write_config(), "--set", override, *debug)
+        assert result.exit_code == 2
+        assert f"{key} holds a credential" in result.stderr
+        assert "swordfish" not in result.output
+        assert SECRET not in result.output
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"class_token": True}, {"reg_tokens": 4}, {"global_pool": "token"}, {"token": None}, {"num_tokens": 1}]
+)
+def test_parameters_of_models_are_no_credentials(kwargs: dict[str, Any]) -> None:
+    assert find_secret({"model": {"kwargs": kwargs}}) is None
+
+
+def test_messages_lose_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "swordfish/of+the/environment")
+    monkeypatch.setenv("MY_TOKEN", "short")
+    text = f"{SECRET} https://me:pw@host/x?a=1&sig=abc&b=2 swordfish/of+the/environment short"
+    assert redact(text) == "*** https://***@host/x?a=1&sig=***&b=2 *** short"
+    assert presentable(f"\x1b{SECRET}") == "\\x1b***"
+
+
+def test_a_bug_s_traceback_shows_no_credential() -> None:
+    code = (
+        "import pipeline.cli, pipeline.summary, sys\n"
+        "address, secret = 'https://me:pw@host/x?X-Amz-Signature=abc', sys.argv[1]\n"
+        "def broken(*_): raise RuntimeError(f'GET {address} {secret}')\n"
+        "pipeline.summary.inspect, sys.argv[1:] = broken, ['inspect', 'out']\n"
+        "pipeline.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, SECRET], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "RuntimeError: GET https://***@host/x?X-Amz-Signature=*** ***" in done.stderr
+    assert SECRET not in done.stderr
+
+
+def test_a_token_of_the_environment_is_in_no_file(
+    write_config: WriteConfig, tmp_path: Path, factory_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    factory_file.write_text(factory_file.read_text() + "\nimport logging, os\n")
+    result = fgsm("generate", write_config(), "--debug")
+    assert result.exit_code == 0
+    assert SECRET not in result.output
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+
+
+# -------------------------------------------------------------------------------- this machine's folders
+
+
+def test_nothing_that_is_published_names_this_machine_s_folders(out: Path, finished: Path) -> None:
+    folder = OutputFolder(out)
+    manifest = require_manifest(folder)
+    here = str(finished.parent)
+    assert here in (out / "manifest.json").read_text()  # by which verify --recompute finds the model
+    for name, file in list_files(folder, manifest).items():
+        assert here.encode() not in (file.content or folder.store.read(name)), name
+    shown = published(manifest)
+    assert shown.config["model"]["name"] == "victim.py:make"
+    assert (shown.config["source"]["path"], shown.config["output"]["path"]) == ("source", "out")
+    # What is left can still be read as a manifest, and has the same plan.
+    again = Manifest.model_validate_json(shown.model_dump_json())
+    assert (again.run_id, again.plan.shards) == (manifest.run_id, manifest.plan.shards)
+
+
+# -------------------------------------------------------------------------------------------- configs
+
+
+# A billion laughs: ten aliases of the line before, eight times.
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (LAUGHS, "more than 100,000 values"),
+        ("source: &a [*a]", "an alias stands within"),
+        ("[" * 60 + "]" * 60, "nested more than 50 deep"),
+        ("[" * 5000, "nested more than 50 deep"),
+        ("runtime: {seed: " + "9" * 5000 + "}", "not valid YAML"),
+        ("runtime: {seed: 0x" + "f" * 5000 + "}", "more than 64 bits"),
+        ("source: {path: 2001-99-99}", "not valid YAML"),
+        ('source: {path: "\\ud800"}', "a character that no path"),
+        ('source: {path: "\\0"}', "a character that no path"),
+        ("source: !!python/object/apply:os.system [id]", "not valid YAML"),
+        ("? [a]\n: b", "not valid YAML"),
+        ("a: 1\na: 2", "stands there twice"),
+    ],
+)
+def test_a_config_that_is_a_bomb(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_config(str(path))
+    assert sentence in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(refused.value)) < 1000
+    if "\n" not in text:
+        with pytest.raises(ConfigError, match="is not a YAML value"):
+            load_config(
+                "digits", [f"source.path={text.partition(': ')[2] if text.startswith(('source', 'runtime')) else text}"]
+            )
+
+
+def test_aliases_are_fine_within_reason(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "source: {kind: digits}\nmodel: &m {kind: digits}\nattack: {epsilons: [8/255]}\noutput: {path: out}\n"
+        "evaluators: [{<<: *m, id: a}, {<<: *m, id: b}]\n"
+    )
+    assert [evaluator.kind for evaluator in load_config(str(path)).evaluators] == ["digits", "digits"]
+
+
+def test_messages_quote_values_in_part_only(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"source": ["x" * 1000] * 50}))
+    with pytest.raises(ConfigError) as refused:
+        load_config(str(path))
+    assert len(str(refused.value)) < 400
+
+
+def test_a_receipt_is_as_strict_as_it_was(out: Path) -> None:
+    content = json.loads((out / ".run/receipts/test-00000-of-00002.json").read_text())
+    assert Receipt.model_validate(content).shard == "test-00000-of-00002"
+    with pytest.raises(ValidationError):
+        Receipt.model_validate({**content, "split": "../x"})
+
+
+def test_a_manifest_nested_without_end(out: Path) -> None:
+    (out / "manifest.json").write_text('{"format": 3, "config": ' + "[" * 200_000)
+    with pytest.raises(PipelineError, match="cannot be read"):
+        require_manifest(OutputFolder(out))
+
+
+def test_want_of_memory_is_a_sentence(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: Any) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.summary.inspect", greedy)
+    result = fgsm("inspect", out)
+    assert result.exit_code == 1
+    assert "Error: There is not enough memory" in result.stderr
