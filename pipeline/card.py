@@ -53,6 +53,7 @@ MEANINGS = {
     "clean_correct": "whether the clean prediction is the label",
     "attacks": "for each recorded epsilon, rising: what the victim says of the image at it",
     "target": "the class that the attack aimed at; null on clean images",
+    "source_file": "the file of the source that the row is in",
     "source_index": "row in the source's split",
 }
 
@@ -299,7 +300,7 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         **dict(manifest),
         **dict(config),
         "title": _title(manifest),
-        "planned": len(manifest.plan),
+        "planned": manifest.planned,
         "epsilons": [f"{level}/255" for level in levels[1:]],
         "requested": [_requested(level, epsilon) for level, epsilon in config.attack.requested.items()],
         "levels": levels,
@@ -330,6 +331,8 @@ def _describe(features: Mapping[str, Any], judges: Sequence[str], targeted: bool
     """Name, type and meaning of columns, as a manifest records them."""
     fooled = "whether the prediction is the target" if targeted else "whether it was right when clean and is wrong now"
     meanings = {**MEANINGS, "fooled": f"{fooled}; null on clean images"}
+    if "source_file" in features:
+        meanings["source_index"] = "row in that file"
     for judge in judges:
         for column in ("prediction", "correct", "clean_prediction", "clean_correct"):
             meanings[f"{column}_{judge}"] = f"as {column}, of evaluator {judge}"

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,6 +33,8 @@ Overrides = Annotated[
 ]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Where the dataset goes: output.path.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N of each split's order: source.limit.")]
+# As in pipeline.generate, which is not imported for --help.
+ExecutorName = Literal["local", "ray"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -43,6 +45,9 @@ def generate(
     output: OutputOption = None,
     limit: Limit = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
+    executor: Annotated[
+        ExecutorName, typer.Option("--executor", help="Who does the work: this process, or a Ray cluster.")
+    ] = "local",
     debug: Debug = False,
 ) -> None:
     """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
@@ -54,7 +59,7 @@ def generate(
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _say_epsilons(loaded.attack)
-        manifest = run(loaded, overwrite=overwrite)
+        manifest = run(loaded, overwrite=overwrite, executor=executor)
         typer.echo(summary_table(manifest))
         _report_on(manifest, loaded.output.path, debug)
         path, subset = loaded.output.path, manifest.stored[-1]

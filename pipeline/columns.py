@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 IMAGE, SIGN, ATTACKS = "image", "sign", "attacks"
+# Where a source is streamed, the file that a row is of.
+FILE = "source_file"
 # The last of our own columns; the evaluators' follow, and those that are carried through.
 LAST = "source_index"
 # Names that only evaluators' columns have.
@@ -27,10 +29,12 @@ ANSWER = {
 }
 
 Features = dict[str, Any]
-MakeColumns = Callable[[Any, Any, bool, Mapping[str, Any]], Features]
+MakeColumns = Callable[..., Features]
 
 
-def image_columns(label: Any, predicted: Any, targeted: bool, evaluators: Mapping[str, Any]) -> Features:
+def image_columns(
+    label: Any, predicted: Any, targeted: bool, evaluators: Mapping[str, Any], *, streamed: bool = False
+) -> Features:
     """Our own columns of layout images, in order, as `datasets` features.
 
     Args:
@@ -38,6 +42,7 @@ def image_columns(label: Any, predicted: Any, targeted: bool, evaluators: Mappin
         predicted: feature of the predictions.
         targeted: whether there is a `target` column.
         evaluators: feature of each evaluator's predictions, by its id.
+        streamed: whether there is a `source_file` column.
     """
     return {
         IMAGE: datasets.Image(),
@@ -47,12 +52,15 @@ def image_columns(label: Any, predicted: Any, targeted: bool, evaluators: Mappin
         "clean_prediction": predicted,
         "fooled": datasets.Value("bool"),
         **({"target": predicted} if targeted else {}),
+        **({FILE: datasets.Value("string")} if streamed else {}),
         LAST: datasets.Value("int64"),
         **_evaluated(evaluators),
     }
 
 
-def sign_columns(label: Any, predicted: Any, targeted: bool, evaluators: Mapping[str, Any]) -> Features:
+def sign_columns(
+    label: Any, predicted: Any, targeted: bool, evaluators: Mapping[str, Any], *, streamed: bool = False
+) -> Features:
     """Our own columns of layout signs, as `image_columns`."""
     return {
         IMAGE: datasets.Image(),
@@ -68,6 +76,7 @@ def sign_columns(label: Any, predicted: Any, targeted: bool, evaluators: Mapping
             }
         ),
         **({"target": predicted} if targeted else {}),
+        **({FILE: datasets.Value("string")} if streamed else {}),
         LAST: datasets.Value("int64"),
         **{f"clean_{name}": feature for name, feature in _evaluated(evaluators).items()},
     }
@@ -139,6 +148,7 @@ def one_level(rows: pa.Table, level: int, recorded: Sequence[int]) -> dict[str, 
         "clean_prediction": rows.column("clean_prediction"),
         "fooled": fooled,
         **target,
+        **({FILE: rows.column(FILE)} if FILE in rows.column_names else {}),
         LAST: rows.column(LAST),
         **{name: answer[name] for name in evaluated},
         **{name: rows.column(name) for name in kept_columns(rows.column_names)},

@@ -92,7 +92,7 @@ class SourceConfig(Section):
     split: Annotated[tuple[Annotated[str, AfterValidator(_check_split)], ...] | None, BeforeValidator(_as_tuple)] = None
     revision: str | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    streaming: Literal[False] = False
+    streaming: Annotated[bool, Field(strict=True)] = False
     shuffle: bool = True
     image_column: str | None = None
     label_column: str | None = None
@@ -109,7 +109,21 @@ class SourceConfig(Section):
         if len(set(self.keep_columns)) < len(self.keep_columns):
             raise ValueError("keep_columns names a column twice")
         self._refuse_unread(self.kind, SOURCE_KEYS[self.kind])
+        if self.streaming and self.shuffle:
+            raise ValueError("shuffle has no effect with streaming, which reads the source in its own order")
+        if re.match(r"https?://([^/]*@|.*[?#])", str(self.path)):
+            raise ValueError(
+                "path has a user name or a query in it, which manifest and card would show to everyone; give a URL "
+                "that needs neither"
+            )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stream_in_order(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("streaming") is True:
+            return {"shuffle": False, **values}
+        return values
 
 
 def _check_size(value: Any) -> Any:
@@ -361,12 +375,25 @@ class OutputConfig(Section):
         return path
 
 
-class RayConfig(Section):
-    """Resources of the Ray executor, which this version does not have: nothing but the defaults."""
+def _check_gpus(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= 1 or value % 1 == 0):
+        raise ValueError(f"got {value!r}; allowed: auto, a share of a GPU from 0 to 1, or a whole number")
+    if value < 0 or not math.isfinite(value):
+        raise ValueError(f"got {value!r}; allowed: auto, a share of a GPU from 0 to 1, or a whole number")
+    return float(value)
 
-    workers: Literal["auto"] = "auto"
-    gpus_per_worker: Literal["auto"] = "auto"
-    cpus_per_worker: Literal["auto"] = "auto"
+
+class RayConfig(Section):
+    """What the Ray executor asks of a cluster; nothing of it enters the run id.
+
+    workers: how many at once; gpus_per_worker, cpus_per_worker: what each is given.
+    """
+
+    workers: Count | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_check_gpus)] = "auto"
+    cpus_per_worker: Count | Literal["auto"] = "auto"
 
 
 class RuntimeConfig(Section):
@@ -403,6 +430,9 @@ class Config(Section):
             raise ValueError(f"evaluators: two of them have the id {twice}; each needs its own")
         if self.output.image_format == "webp" and self.preprocess.mode == "L":
             raise ValueError("output.image_format: webp has no grayscale mode; use png or auto with preprocess.mode: L")
+        device, gpus = self.runtime.device, self.runtime.ray.gpus_per_worker
+        if (device == "cuda" and gpus == 0) or (device in ("cpu", "mps") and gpus not in ("auto", 0)):
+            raise ValueError(f"runtime.ray: gpus_per_worker {gpus:g} does not go with runtime.device {device}")
         for key, size in (("resize", self.preprocess.resize), ("crop", self.preprocess.crop)):
             height, width = size if isinstance(size, tuple) else (size or 0, size or 0)
             if height * width > self.runtime.max_pixels:

@@ -24,6 +24,7 @@ from PIL import Image
 from pipeline.columns import (
     ANSWER,
     ATTACKS,
+    FILE,
     IMAGE,
     LAST,
     SIGN,
@@ -243,7 +244,9 @@ def _from_signs(rows: Any, asked: Sequence[int] | None, streaming: bool) -> Any:
     recorded = [round(255 * attack["epsilon"]) for attack in first[ATTACKS]]
     stored = rows.features
     evaluators = {name: stored[f"clean_{evaluator_columns(name)[0]}"] for name in evaluator_ids(list(stored))}
-    columns = image_columns(stored["label"], stored["clean_prediction"], "target" in stored, evaluators)
+    columns = image_columns(
+        stored["label"], stored["clean_prediction"], "target" in stored, evaluators, streamed=FILE in stored
+    )
     kept = {name: stored[name] for name in kept_columns(list(stored))}
     features = datasets.Features({**columns, **kept, IMAGE: SteppedImage()})
     levels = [0, *recorded] if asked is None else asked

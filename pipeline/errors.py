@@ -1,9 +1,10 @@
 """What can go wrong, as one tree. The command line turns each into one sentence and an exit code.
 
-    PipelineError      1   the run failed: the disk, the data, the numbers
-    ├── ConfigError    2   bad usage: the config, its paths, or a dataset and a model that do not fit
-    └── NonFiniteError 1   the victim produced NaN or infinity
-    Interrupted        128 + the signal's number: Ctrl-C or SIGTERM
+    PipelineError          1   the run failed: the disk, the data, the numbers
+    ├── ConfigError        2   bad usage: the config, its paths, or a dataset and a model that do not fit
+    ├── ShardsFailedError  3   some shards failed on a cluster, and the others were committed
+    └── NonFiniteError     1   the victim produced NaN or infinity
+    Interrupted            128 + the signal's number: Ctrl-C or SIGTERM
 
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
@@ -22,6 +23,12 @@ class ConfigError(PipelineError):
     """The config, or what it names, cannot be used as it stands."""
 
     exit_code = 2
+
+
+class ShardsFailedError(PipelineError):
+    """Some shards failed, each as often as it was tried; all others were committed."""
+
+    exit_code = 3
 
 
 class NonFiniteError(PipelineError):

@@ -10,8 +10,8 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,15 +22,17 @@ from tqdm import tqdm
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.execute import BATCHES_IN_FLIGHT, write_shards
-from pipeline.images import UndecodableError, encode_images, read_image
+from pipeline.images import Opener, UndecodableError, encode_images, read_image
 from pipeline.lanes import lane_count
 from pipeline.lattice import step
+from pipeline.loader import head_openers
 from pipeline.memory import PeakMemory
 from pipeline.outputs import OutputFolder, read_receipts
 from pipeline.plan import Plan, Shard
 from pipeline.progress import Busy
 from pipeline.runs import Run, open_run
 from pipeline.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS
+from pipeline.streams import StreamedSource
 from pipeline.summary import human_bytes
 
 # Images encoded to estimate the size of all.
@@ -50,7 +52,8 @@ HUB_OTHER_FILES = 100
 
 
 def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
-    """Bytes that some shards will take, from encoding a few of their images with random signs.
+    """Bytes that some shards will take, as far as it is known how many rows they have, from encoding a few of their
+    images with random signs.
 
     Random signs compress worse than a gradient's, so this leans to the high side. None is 0, as hardly one of a
     gradient's is.
@@ -61,21 +64,26 @@ def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     stored = run.layout.stored([step(images, signs, level) for level in run.levels], signs)
     sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
-    return int(sum(map(len, shards)) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
+    return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
 
 
 def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
     """Some decoded images of the shards, (n, C, H, W) uint8, n up to SAMPLES."""
-    splits = {split.name: split.rows for split in run.source.splits}
     found = []
-    for shard in shards[:SAMPLES]:
-        rows = run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist()
-        for opener in splits[shard.split].openers(rows):
-            try:
-                found.append(read_image(opener, run.reader.preprocess, run.reader.max_pixels))
-            except UndecodableError:
-                continue
+    for opener in _openers(run, shards):
+        try:
+            found.append(read_image(opener, run.reader.preprocess, run.reader.max_pixels))
+        except UndecodableError:
+            continue
     return torch.stack(found) if found else torch.zeros((0, *run.reader.shape), dtype=torch.uint8)
+
+
+def _openers(run: Run, shards: Sequence[Shard]) -> Iterator[Opener]:
+    if isinstance(run.source, StreamedSource):
+        yield from (opener for _, opener in head_openers(run.source, shards, SAMPLES))
+    splits = {split.name: split.rows for split in run.source.splits}
+    for shard in shards[:SAMPLES] if splits else ():
+        yield from splits[shard.split].openers(run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist())
 
 
 def free_bytes(path: Path) -> int:
@@ -87,7 +95,7 @@ def free_bytes(path: Path) -> int:
 
 def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
     """Of some shards those that are on the local disk at once: all, or for an object store one at a time."""
-    return shards if folder.store.local else sorted(shards, key=len)[-1:]
+    return shards if folder.store.local else sorted(shards, key=lambda shard: shard.rows or 0)[-1:]
 
 
 def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
@@ -180,17 +188,19 @@ class _Pass:
 def _pass(run: Run, rows: int) -> _Pass:
     """Execute about so many rows of a run, in front parts of its shards."""
     parts = _parts(run.plan, rows)
-    images = sum(map(len, parts))
     with tempfile.TemporaryDirectory(prefix="fgsm-plan-") as place:
         folder = OutputFolder(Path(place))
         with folder.held(), _silent():
             began = time.perf_counter()
-            write_shards(run, folder, parts, 0, Busy(), lambda *_: None)
+            write_shards(run, folder, parts, [], Busy(), lambda *_: None)
             seconds = time.perf_counter() - began
-        files = [entry for receipt in read_receipts(folder)[0].values() for entry in receipt.files]
+        receipts = read_receipts(folder)[0].values()
+        files = [entry for receipt in receipts for entry in receipt.files]
         data = sum(_data_bytes(Path(place) / entry.path) for entry in files)
     beside = (sum(entry.bytes for entry in files) - data) / len(files)
-    return _Pass(images, max(map(len, parts)), seconds, data / images, beside)
+    planned = [receipt.planned for receipt in receipts]
+    images = max(1, sum(planned))
+    return _Pass(images, max(planned), seconds, data / images, beside)
 
 
 def _parts(plan: Plan, rows: int) -> list[Shard]:
@@ -200,10 +210,13 @@ def _parts(plan: Plan, rows: int) -> list[Shard]:
     """
     count = min(CALIBRATION_SHARDS, max(1, rows // plan.batch_size))
     # Short shards make up for it by their number.
-    count = min(len(plan.shards), max(count, -(-rows // max(map(len, plan.shards)))))
+    count = min(
+        len(plan.shards),
+        max(count, -(-rows // max(rows if shard.rows is None else shard.rows for shard in plan.shards))),
+    )
     chosen = [plan.shards[index * len(plan.shards) // count] for index in range(count)]
     each = -(-rows // count)
-    return [replace(shard, stop=shard.start + min(each, len(shard))) for shard in chosen]
+    return [shard.with_rows(each if shard.rows is None else min(each, shard.rows)) for shard in chosen]
 
 
 def _data_bytes(file: Path) -> int:
@@ -240,11 +253,14 @@ def _silent() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take: files, their bytes, and seconds, from what a calibration took."""
+    """What a run will take: files, their bytes, and seconds, from what a calibration took.
+
+    Bytes and seconds are None where a source is streamed whose length is not known.
+    """
 
     files: int
-    bytes: int
-    seconds: float
+    bytes: int | None
+    seconds: float | None
     seen: Calibration
 
 
@@ -254,12 +270,12 @@ def estimate(run: Run) -> Estimate:
     Raises:
         PipelineError: as `calibrate`.
     """
-    seen, images = calibrate(run), len(run.plan)
+    seen, images = calibrate(run), run.plan.total
     files = len(run.plan.shards) * len(run.stored)
     return Estimate(
         files=files,
-        bytes=int(images * seen.row_bytes + files * seen.file_bytes),
-        seconds=seen.start + images * seen.seconds,
+        bytes=None if images is None else int(images * seen.row_bytes + files * seen.file_bytes),
+        seconds=None if images is None else seen.start + images * seen.seconds,
         seen=seen,
     )
 
@@ -276,25 +292,30 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
     run = open_run(config)
     opening = time.perf_counter() - began
     plan, disk = estimate(run), folder.store.disk
-    images, free = len(run.plan), free_bytes(disk.resolve())
-    needed = plan.bytes * sum(map(len, in_flight(folder, run.plan.shards))) / max(1, images)
+    images, free = run.plan.total, free_bytes(disk.resolve())
+    needed: float | None = None
+    if plan.bytes is not None and images:
+        needed = plan.bytes * sum(shard.rows or 0 for shard in in_flight(folder, run.plan.shards)) / images
     _, height, width = run.reader.shape
     epsilons = ", ".join(f"{level}/255" for level in run.config.attack.levels)
-    splits = ", ".join(
-        f"{name} {sum(len(shard) for shard in run.plan.shards if shard.split == name):,}" for name in run.plan.orders
-    )
+    splits = ", ".join(f"{name} {_count(rows)}" for name, rows in _planned(run.plan).items())
     memory = f"about {human_bytes(plan.seen.memory)} with all workers"
     if plan.seen.device_memory is not None:
         memory += f", {human_bytes(plan.seen.device_memory)} on the device"
-    staging = "" if folder.store.local else f" in {disk}, where about {human_bytes(needed)} lie at once"
+    files = f"{plan.files:,} Parquet files in {len(run.plan.shards):,} shards"
+    size = f"{_about(plan.bytes, human_bytes)} ({run.image_format}), {human_bytes(free)} free"
+    if plan.bytes is not None:
+        files += f", about {human_bytes(plan.bytes / plan.files)} each"
+    if needed is not None and not folder.store.local:
+        size += f" in {disk}, where about {human_bytes(needed)} lie at once"
+    seconds = None if plan.seconds is None else opening + plan.seconds
     rows = {
-        "source images": f"{images:,} ({splits}), {width}x{height} {run.config.preprocess.mode}",
+        "source images": f"{_count(images)} ({splits}), {width}x{height} {run.config.preprocess.mode}",
         "epsilons": f"clean, {epsilons}",
-        "rows": f"{images * len(run.stored):,}",
-        "files": f"{plan.files:,} Parquet files in {len(run.plan.shards):,} shards, "
-        f"about {human_bytes(plan.bytes / plan.files)} each",
-        "bytes": f"about {human_bytes(plan.bytes)} ({run.image_format}), {human_bytes(free)} free{staging}",
-        "time": f"about {tqdm.format_interval(opening + plan.seconds)} on {run.device.type}, "
+        "rows": _count(None if images is None else images * len(run.stored)),
+        "files": files,
+        "bytes": size,
+        "time": f"{_about(seconds, tqdm.format_interval)} on {run.device.type}, "
         f"{_rate(1 / plan.seen.seconds)} images/s",
         "memory": f"{memory}, at its peak",
         "measured": f"on {plan.seen.images:,} images, after {opening + plan.seen.start:.1f} s to open and to start",
@@ -304,9 +325,26 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
     column = max(map(len, rows))
     text = "\n".join(f"{key.ljust(column)}  {value}" for key, value in rows.items())
     warnings = hub_warnings(run.plan, len(run.stored), plan.bytes)
-    if needed > free:
+    if needed is not None and needed > free:
         warnings.append(f"{disk} has {human_bytes(free)} free, and about {human_bytes(needed)} are needed.")
     return text, warnings
+
+
+def _planned(plan: Plan) -> dict[str, int | None]:
+    """The rows of each split; None where that is not known."""
+    splits: dict[str, int | None] = {}
+    for shard in plan.shards:
+        before = splits.get(shard.split, 0)
+        splits[shard.split] = None if before is None or shard.rows is None else before + shard.rows
+    return splits
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _about(number: float | None, form: Callable[[float], str]) -> str:
+    return "unknown" if number is None else f"about {form(number)}"
 
 
 def _rate(per_second: float) -> str:
@@ -314,22 +352,24 @@ def _rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
 
 
-def hub_warnings(plan: Plan, subsets: int, size: float) -> list[str]:
+def hub_warnings(plan: Plan, subsets: int, size: float | None) -> list[str]:
     """What the Hub would not take of a dataset, and the setting that mends it.
 
     Args:
         plan: of the run.
         subsets: how many are stored, each a folder.
-        size: bytes of all files.
+        size: bytes of all files, None where that is not known.
     """
-    shards = len(plan.shards)
+    shards, splits = len(plan.shards), _planned(plan)
     folder, repository = shards > HUB_FOLDER_FILES, shards * subsets > HUB_REPOSITORY_FILES - HUB_OTHER_FILES
     if not folder and not repository:
         return []
     over = [f"{shards:,} files in a folder (the Hub takes {HUB_FOLDER_FILES:,})"] * folder
     over += [f"{shards * subsets:,} in a repository (it takes under {HUB_REPOSITORY_FILES:,})"] * repository
+    if plan.shards[0].file is not None or size is None:
+        return [f"source.streaming: {' and '.join(over)}; a streamed source's files are the shards: take one of fewer."]
     # Each split may end with a short shard.
-    most = min(HUB_FOLDER_FILES, (HUB_REPOSITORY_FILES - HUB_OTHER_FILES) // subsets) - len(plan.orders)
+    most = min(HUB_FOLDER_FILES, (HUB_REPOSITORY_FILES - HUB_OTHER_FILES) // subsets) - len(splits)
     enough = -(-len(plan) // most)
     enough = -(-enough // 1024) * 1024
     each = human_bytes(size * enough / len(plan) / subsets)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from pipeline.columns import IMAGE
 from pipeline.compute import Part, compile_victim
 from pipeline.errors import NonFiniteError, PipelineError
 from pipeline.lanes import Lanes, available_cores
-from pipeline.loader import Batch, load_batches, naming_dead_workers
+from pipeline.loader import Batch, load_batches, name_row, naming_dead_workers
 from pipeline.outputs import (
     EvaluatorCounts,
     LevelCounts,
@@ -42,6 +43,8 @@ from pipeline.shards import ShardWriter
 BATCHES_IN_FLIGHT = 2
 # Images of one encoding task: enough to hide the hand-over, few enough to keep every core busy.
 IMAGES_PER_TASK = 32
+# Where the rows of a source are not known, the share that may be skipped is one of at least so many.
+SKIPPED_AMONG = 1000
 
 # Called with a batch's source images, how many of them are labelled, and how many of those are right at each level.
 Tell = Callable[[int, int, Mapping[int, int]], None]
@@ -50,20 +53,24 @@ logger = logging.getLogger(__name__)
 
 
 @naming_dead_workers()
-def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], skipped: int, busy: Busy, tell: Tell) -> None:
+def write_shards(
+    run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt], busy: Busy, tell: Tell
+) -> None:
     """Attack, encode and commit some shards, in order.
 
     Args:
         run: the opened run, compiled if it is to be.
         folder: where they go.
         shards: those to write.
-        skipped: rows of other shards that were skipped, which count against `runtime.max_skipped`.
+        others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`.
         busy: takes the seconds of each stage.
         tell: called with the counts of each batch.
 
     Raises:
         PipelineError: a row or the numbers stop the run, or the disk refuses.
     """
+    skipped = sum(len(receipt.skipped) for receipt in others)
+    read = sum(receipt.planned for receipt in others)
     sink = _Sink(run, folder, busy)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
@@ -74,7 +81,8 @@ def write_shards(run: Run, folder: OutputFolder, shards: Sequence[Shard], skippe
         with contextlib.closing(batches), contextlib.closing(attacked):
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
-                _check_skipped(run, batch, skipped)
+                read += batch.place.stop - batch.place.start
+                _check_skipped(run, batch, skipped, read)
                 busy.add("load", batch.seconds)
                 scores = _score(run, batch, parts)
                 encoded = _encode(encoders, parts, run, busy)
@@ -172,32 +180,33 @@ def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[
         raise _too_large(batch.name, len(batch.labels)) from error
 
 
-def _check_skipped(run: Run, batch: Batch, skipped: int) -> None:
-    """Stop where undecodable images are not to be skipped, or are too many."""
+def _check_skipped(run: Run, batch: Batch, skipped: int, read: int) -> None:
+    """Stop where undecodable images are not to be skipped, or are too many: of all, or of those read so far."""
     if not batch.skipped:
         return
     runtime, last = run.config.runtime, batch.skipped[-1]
-    row = f"row {last.source_index} of split {batch.shard.split} cannot be decoded ({last.reason})"
+    row = f"{name_row(batch.shard, last.source_index)} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
         raise PipelineError(f"source: {row}, and runtime.on_error is fail.")
-    check_share_skipped(skipped, len(run.plan), runtime.max_skipped, row)
+    check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, row)
 
 
-def check_share_skipped(skipped: int, rows: int, most: float, last: str) -> None:
+def check_share_skipped(skipped: int, total: int | None, read: int, most: float, last: str) -> None:
     """Stop where too many rows were skipped.
 
     Args:
         skipped: so many were.
-        rows: of the source.
+        total: rows of the source; where that is None, it is a share of those that were read so far.
+        read: rows of the source that were read so far.
         most: the share of them that may be.
         last: the last one and why, for a person.
 
     Raises:
         PipelineError: there are more.
     """
-    if skipped > most * rows:
+    if skipped > most * (max(read, SKIPPED_AMONG) if total is None else total):
         raise PipelineError(
-            f"source: {skipped} of {rows} rows could not be decoded, more than runtime.max_skipped = "
+            f"source: {skipped} of {total or read} rows could not be decoded, more than runtime.max_skipped = "
             f"{most:g} allows; the last: {last}."
         )
 
@@ -226,8 +235,10 @@ def _draws(run: Run, batch: Batch) -> Tensor:
     """A random number for each row that depends on the seed and its source row only, (N,) int64."""
     draws = np.zeros(len(batch.labels), dtype=np.int64)
     if run.goal.target == "random":
-        rows = run.plan.rows(batch.shard)[batch.place]
-        draws[: len(rows)] = [np.random.RandomState([run.config.runtime.seed, row]).randint(2**31) for row in rows]
+        rows = run.plan.rows(batch.shard, batch.place)
+        # Rows of a source that is streamed are counted in each file anew.
+        key = [run.config.runtime.seed, *([zlib.crc32(batch.shard.file.encode())] if batch.shard.file else [])]
+        draws[: len(rows)] = [np.random.RandomState([*key, row]).randint(2**31) for row in rows]
     return torch.from_numpy(draws)
 
 

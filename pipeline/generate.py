@@ -1,7 +1,7 @@
 """Generate: the whole flow, from a config to a complete dataset.
 
-What is there already is found out first, and what is missing is executed and summed up. `Executor` is what that
-needs of whoever does the work, and `LocalExecutor` is this process.
+What is there already is found out first, and what is missing is executed and summed up. An executor does the work: this
+process, or a cluster.
 """
 
 import contextlib
@@ -20,8 +20,6 @@ from pipeline.outputs import OutputFolder, Receipt, committed, read_receipts
 from pipeline.plan import Shard
 from pipeline.progress import Busy, Progress
 from pipeline.runs import differences, open_run, versions
-
-ExecutorName = Literal["local", "ray"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +76,13 @@ class LocalExecutor:
         run = self.run
         compile_as_begun(run)
         busy, cores = Busy(), available_cores()
-        with Progress(len(run.plan), sum(receipt.planned for receipt in done), run.levels) as progress:
-            write_shards(run, folder, shards, sum(len(receipt.skipped) for receipt in done), busy, progress.update)
+        with Progress(run.plan.total, sum(receipt.planned for receipt in done), run.levels) as progress:
+            write_shards(run, folder, shards, done, busy, progress.update)
         shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
         tell_speed(folder, progress, shares, versions(run.device)["device"])
+
+
+ExecutorName = Literal["local", "ray"]
 
 
 def generate(config: Config, *, overwrite: bool = False, executor: ExecutorName = "local") -> Manifest:

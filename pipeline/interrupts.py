@@ -41,6 +41,7 @@ def interruptible(farewell: str, grace: float = GRACE_SECONDS) -> Iterator[None]
 
     def stop(signum: int, frame: FrameType | None) -> None:
         del frame
+        arrived.append(signum)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         # A SIGTERM to the group ends the workers too, and DataLoader's handler would take that for a failure.
@@ -48,11 +49,17 @@ def interruptible(farewell: str, grace: float = GRACE_SECONDS) -> Iterator[None]
         raise Interrupted(signum)
 
     over = threading.Event()
+    arrived: list[int] = []
     former_fd = signal.set_wakeup_fd(write.fileno())
     former = {number: signal.signal(number, stop) for number in SIGNALS}
     threading.Thread(target=watch, daemon=True, name="interrupts").start()
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        if arrived and not isinstance(interrupt, Interrupted):
+            # Extensions that wait, such as Ray's, put their own in the place of what a handler raises.
+            raise Interrupted(arrived[0]) from None
+        raise
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -93,6 +93,11 @@ def join_labels(
 
 def _numbered(source: Source) -> tuple[str, ...]:
     """Names for classes that have none, as many as the labels need."""
+    if not source.splits:
+        raise ConfigError(
+            "source.classes: name the classes that model.label_map maps, as a streamed source is not read ahead to "
+            "find them."
+        )
     return tuple(map(str, range(1 + max(int(split.labels.max()) for split in source.splits))))
 
 

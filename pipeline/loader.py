@@ -1,16 +1,20 @@
 """The loader: shards of the plan become batches of uint8 images, ahead of use.
 
-Worker processes open, decode and resize whole batches. A batch never crosses a shard and always has the
-same shape: what is missing at the end of a shard, and every image that could not be decoded, is a masked
-row of zeros. Images cross the bus as uint8, a quarter of the bytes of float32.
+Worker processes open, decode and resize whole batches; where a source is streamed, threads do. A batch never
+crosses a shard and always has the same shape: what is missing at the end of a shard, and every image that could
+not be decoded, is a masked row of zeros. Images cross the bus as uint8, a quarter of the bytes of float32.
 """
 
 import contextlib
+import itertools
 import re
 import signal
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,14 +26,17 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.config import PreprocessConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
-from pipeline.images import UndecodableError, read_image
+from pipeline.images import Opener, UndecodableError, read_image
 from pipeline.lanes import available_cores
 from pipeline.plan import Plan, Shard
-from pipeline.sources import UNLABELLED, Source, Split, spread
+from pipeline.sources import UNLABELLED, Source, Split, open_cell, spread
+from pipeline.streams import StreamedSource, Stretch, read_head, read_stretches
 
 MAX_WORKERS = 16
 # Images of each split looked at before a run that takes all sizes as they are.
 SIZE_SAMPLES = 1000
+# Of a source that is streamed, the rows at the head of each split that are looked at.
+HEAD_SAMPLES = 64
 
 Shape = tuple[int, int, int]
 
@@ -45,7 +52,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Batch:
-    """Up to N rows of one shard, padded to N.
+    """Up to N rows of one shard, padded to N. The last one's shard always has a length.
 
     images: (N, C, H, W) uint8, channels last in memory; labels: (N,) int64, -1 for unlabelled; valid: (N,)
     bool, false for padding and skipped rows. source_index: (valid rows,) int64; kept: carried-through
@@ -64,7 +71,7 @@ class Batch:
 
     @property
     def ends_shard(self) -> bool:
-        return bool(self.place.stop == len(self.shard))
+        return bool(self.place.stop == self.shard.rows)
 
     @property
     def name(self) -> str:
@@ -89,12 +96,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reader:
-    """How rows become pixels: shared by every worker."""
+    """How rows become pixels: shared by every worker. Labels of a source that is streamed are below `classes`."""
 
     source: Source
     preprocess: PreprocessConfig
     max_pixels: int
     shape: Shape
+    classes: int | None = None
 
     def read(self, plan: Plan, shard: Shard, place: slice) -> Batch:
         """Open and decode one batch.
@@ -104,29 +112,76 @@ class Reader:
         """
         started = time.thread_time()
         split = self._split(shard.split)
-        rows = plan.rows(shard)[place]
+        rows = plan.rows(shard, place)
+        batch = self._decode(plan, shard, place, split.rows.openers(rows.tolist()), split.labels[rows])
+        kept = split.rows.kept(batch.source_index.tolist())
+        return replace(batch, kept=kept, seconds=time.thread_time() - started)
+
+    def read_table(self, plan: Plan, shard: Shard, place: slice, table: pa.Table) -> Batch:
+        """Decode one batch of a source that is streamed.
+
+        Args:
+            plan: the run's plan.
+            shard: with its length, if this is the last batch.
+            place: of the rows within it.
+            table: the rows, as `streams` gives them.
+
+        Raises:
+            ConfigError: as `read`.
+            PipelineError: a label is missing, or is no class.
+        """
+        started = time.thread_time()
+        labels = table.column(1).to_numpy().copy()  # Arrow's own memory is read-only
+        self._check_labels(shard, place, labels)
+        allowed = self.source.allowed if isinstance(self.source, StreamedSource) else ()
+        openers = [partial(open_cell, cell, allowed) for cell in table.column(0).to_pylist()]
+        batch = self._decode(plan, shard, place, openers, labels)
+        kept = table.select(range(2, table.num_columns)).filter(pa.array(batch.valid[: len(labels)].numpy()))
+        return replace(batch, kept=kept, seconds=time.thread_time() - started)
+
+    def _check_labels(self, shard: Shard, place: slice, labels: NDArray[np.int64]) -> None:
+        if getattr(self.source, "need_labels", False) and (labels == UNLABELLED).any():
+            row = shard.start + place.start + int((labels == UNLABELLED).argmax())
+            raise PipelineError(
+                f"source: row {row} of {shard.file} is unlabelled, and attack.label: dataset needs every label; drop "
+                "such rows, or set attack.label=prediction."
+            )
+        if self.classes is not None and len(labels) and labels.max() >= self.classes:
+            raise PipelineError(
+                f"source: {shard.file} has label {labels.max()}, outside the {self.classes} classes (0 to "
+                f"{self.classes - 1}); a model with more classes is needed, or model.label_map."
+            )
+
+    def _decode(
+        self, plan: Plan, shard: Shard, place: slice, openers: Sequence[Opener], known: NDArray[np.int64]
+    ) -> Batch:
+        """A batch without its kept columns."""
+        rows = plan.rows(shard, place)
         channels, height, width = self.shape
         images = torch.zeros((plan.batch_size, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
         labels = torch.full((plan.batch_size,), UNLABELLED, dtype=torch.int64)
         valid = torch.zeros(plan.batch_size, dtype=torch.bool)
         skipped = []
-        for slot, opener in enumerate(split.rows.openers(rows.tolist())):
+        for slot, opener in enumerate(openers):
             try:
                 pixels = read_image(opener, self.preprocess, self.max_pixels)
             except UndecodableError as error:
                 skipped.append(Skipped(place.start + slot, int(rows[slot]), str(error)))
                 continue
             if tuple(pixels.shape) != self.shape:
-                raise _mixed_sizes(self.shape, tuple(pixels.shape), f"row {rows[slot]} of split {split.name}")
+                raise _mixed_sizes(self.shape, tuple(pixels.shape), name_row(shard, int(rows[slot])))
             images[slot], valid[slot] = pixels, True
-        labels[: len(rows)] = torch.from_numpy(split.labels[rows])
-        kept_rows = rows[valid[: len(rows)].numpy()]
-        kept = split.rows.kept(kept_rows.tolist())
-        seconds = time.thread_time() - started
-        return Batch(shard, place, images, labels, valid, kept_rows, kept, tuple(skipped), seconds)
+        labels[: len(rows)] = torch.from_numpy(known)
+        source_index = rows[valid[: len(rows)].numpy()]
+        return Batch(shard, place, images, labels, valid, source_index, pa.table({}), tuple(skipped), 0.0)
 
     def _split(self, name: str) -> Split:
         return next(split for split in self.source.splits if split.name == name)
+
+
+def name_row(shard: Shard, row: int) -> str:
+    """A source row, for messages."""
+    return f"row {row} of {f'split {shard.split}' if shard.file is None else shard.file}"
 
 
 def _mixed_sizes(expected: Sequence[int], found: Sequence[int], where: str) -> ConfigError:
@@ -147,23 +202,49 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
     """
     shape: Shape | None = None
     reason = ""
-    for split in source.splits:
-        order = plan.orders[split.name]
-        for row in order[spread(len(order), SIZE_SAMPLES)].tolist():
-            try:
-                pixels = read_image(split.rows.openers([row])[0], preprocess, max_pixels)
-            except UndecodableError as error:
-                reason = str(error)
-                continue
-            channels, height, width = pixels.shape
-            if shape is not None and shape != (channels, height, width):
-                raise _mixed_sizes(shape, pixels.shape, f"row {row} of split {split.name}")
-            shape = (channels, height, width)
-            if preprocess.fixes_size:
-                return shape
+    for where, opener in _samples(source, plan):
+        try:
+            pixels = read_image(opener, preprocess, max_pixels)
+        except UndecodableError as error:
+            reason = str(error)
+            continue
+        channels, height, width = pixels.shape
+        if shape is not None and shape != (channels, height, width):
+            raise _mixed_sizes(shape, pixels.shape, where)
+        shape = (channels, height, width)
+        if preprocess.fixes_size:
+            return shape
     if shape is None:
         raise PipelineError(f"source: none of its images can be decoded; the last one tried says: {reason}.")
     return shape
+
+
+def _samples(source: Source, plan: Plan) -> Iterator[tuple[str, Opener]]:
+    """Rows to learn the size of images from: what messages call each, and what opens it."""
+    if isinstance(source, StreamedSource):
+        for name in source.files:
+            shards = [shard for shard in plan.shards if shard.split == name]
+            yield from head_openers(source, shards, HEAD_SAMPLES)
+    for split in source.splits:
+        order = plan.orders[split.name]
+        for row in order[spread(len(order), SIZE_SAMPLES)].tolist():
+            yield f"row {row} of split {split.name}", split.rows.openers([row])[0]
+
+
+def head_openers(source: StreamedSource, shards: Sequence[Shard], count: int) -> Iterator[tuple[str, Opener]]:
+    """The first `count` rows of some shards, fetched as they are asked for: what messages call each, what opens it."""
+    for shard in shards:
+        row = shard.start
+        for table in read_head(source, _stretch(source, shard)):
+            for cell in table.column(0).to_pylist():
+                if not count:
+                    return
+                yield name_row(shard, row), partial(open_cell, cell, source.allowed)
+                row, count = row + 1, count - 1
+
+
+def _stretch(source: StreamedSource, shard: Shard) -> Stretch:
+    return Stretch(source.by_name[shard.split, str(shard.file)], shard.start, shard.stop)
 
 
 class _Batches(Dataset[Batch | PipelineError]):
@@ -223,14 +304,17 @@ def load_batches(
         reader: opens and decodes rows.
         plan: the run's plan.
         shards: those to read.
-        workers: decoding processes; 0 decodes in this one, `auto` takes the cores at hand.
+        workers: decoding processes, or threads for a source that is streamed; 0 decodes in this one, `auto` takes the
+            cores at hand.
         pin: put images, labels and masks into page-locked memory, from which copies to CUDA are asynchronous.
 
     Raises:
         PipelineError: what `Reader.read` raises, or a worker process died.
     """
-    batches = _Batches(reader, plan, shards)
     count = min(available_cores(), MAX_WORKERS) if workers == "auto" else int(workers)
+    if isinstance(reader.source, StreamedSource):
+        return _stream_batches(reader, reader.source, plan, shards, max(1, count), pin=pin)
+    batches = _Batches(reader, plan, shards)
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -273,3 +357,57 @@ def naming_dead_workers() -> Iterator[None]:
             f"A decoding worker died ({first_line(error)}), perhaps for want of memory; "
             "the same command goes on from what is committed, with a smaller runtime.workers if it happens again."
         ) from error
+
+
+def _stream_batches(
+    reader: Reader, source: StreamedSource, plan: Plan, shards: Sequence[Shard], threads: int, *, pin: bool
+) -> Generator[Batch, None, None]:
+    """The batches of shards that are streamed: some threads fetch, others decode, each with a bounded lead."""
+    stretches = [_stretch(source, shard) for shard in shards]
+    tables = read_stretches(source, stretches)
+    decoders = ThreadPoolExecutor(threads, "decode")
+    waiting: deque[Future[Batch]] = deque()
+    try:
+        for number, own in itertools.groupby(tables, lambda item: item[0]):
+            rows, exact = (table for _, table in own), stretches[number].file.rows is not None
+            for shard, place, table in _cut(shards[number], rows, plan.batch_size, exact=exact):
+                waiting.append(decoders.submit(reader.read_table, plan, shard, place, table))
+                if len(waiting) > threads:
+                    yield _arrived(waiting.popleft(), pin=pin)
+        while waiting:
+            yield _arrived(waiting.popleft(), pin=pin)
+    finally:
+        tables.close()
+        decoders.shutdown(cancel_futures=True)
+
+
+def _arrived(future: Future[Batch], *, pin: bool) -> Batch:
+    return future.result().pin_memory() if pin else future.result()
+
+
+def _cut(
+    shard: Shard, tables: Iterable[pa.Table], size: int, *, exact: bool
+) -> Iterator[tuple[Shard, slice, pa.Table]]:
+    """The rows of a shard in batches; with the last one the shard has a length, if it is of no rows at all.
+
+    `exact` says that its rows were counted before.
+
+    Raises:
+        PipelineError: its file does not hold the rows that were planned.
+    """
+    waiting: pa.Table | None = None
+    start = 0
+    for table in tables:
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        # One row at least is left over: only what follows says whether a batch is the last.
+        while waiting.num_rows > size:
+            yield shard, slice(start, start + size), waiting.slice(0, size)
+            start, waiting = start + size, waiting.slice(size)
+    if waiting is None:
+        raise RuntimeError(f"{shard.name}: nothing was read, not even an empty table")
+    stop = start + waiting.num_rows
+    if shard.rows not in (None, stop) and exact:
+        raise PipelineError(
+            f"source: {shard.file} has changed since the run was planned: it has {stop} rows where {shard.rows} were."
+        )
+    yield shard.with_rows(stop), slice(start, stop), waiting

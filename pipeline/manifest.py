@@ -24,10 +24,10 @@ from pipeline.outputs import (
     subset_name,
     uncollected,
 )
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, make_plan, stream_plan
 
 # Raised when the stored form changes: it is part of the identity of every run.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
 
@@ -45,6 +45,13 @@ class Subset(LevelCounts):
 
     split: str
     bytes: int | None
+
+
+class StreamedFile(Record):
+    """A file of a source that was streamed: the rows at which its shards end, None for one of unknown length."""
+
+    path: str
+    cuts: tuple[int, ...] | None
 
 
 class Manifest(Record):
@@ -66,7 +73,8 @@ class Manifest(Record):
     to_model: tuple[int, ...]
     to_recorded: tuple[int, ...]
     evaluators: Mapping[str, Space] = Field(default_factory=dict)
-    split_rows: dict[str, int]
+    split_rows: dict[str, int | None]
+    streamed: Mapping[str, tuple[StreamedFile, ...]] = Field(default_factory=dict)
     shape: tuple[int, int, int]
     asked_batch_size: int
     receipts: str = ""
@@ -95,7 +103,13 @@ class Manifest(Record):
     @property
     def plan(self) -> Plan:
         """The plan of the run, rebuilt from what the manifest records."""
-        return plan_of(self.resolved, self.split_rows)
+        return plan_of(self.resolved, self.split_rows, self.streamed)
+
+    @property
+    def planned(self) -> str:
+        """How many source rows the whole run has, for people; streamed ones are counted as they come."""
+        rows = self.rows + self.skipped_rows if self.complete else self.plan.total
+        return "an unknown number" if rows is None else f"{rows:,}"
 
 
 @uncollected()
@@ -151,10 +165,15 @@ def current_manifest(folder: OutputFolder) -> Manifest:
     return summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
 
 
-def plan_of(config: Config, split_rows: Mapping[str, int]) -> Plan:
-    """The plan of a config over splits of so many rows."""
+def plan_of(
+    config: Config, split_rows: Mapping[str, int | None], streamed: Mapping[str, Sequence[StreamedFile]]
+) -> Plan:
+    """The plan of a config over splits of so many rows, or over the files of a source that is streamed."""
+    if streamed:
+        files = {split: [(file.path, file.cuts) for file in files] for split, files in streamed.items()}
+        return stream_plan(files, batch_size=config.runtime.batch_size)
     return make_plan(
-        split_rows,
+        {split: rows for split, rows in split_rows.items() if rows is not None},
         shuffle=config.source.shuffle,
         seed=config.runtime.seed,
         limit=config.source.limit,
@@ -173,14 +192,21 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     """
     ordered = [receipts[name] for name in sorted(receipts)]
     rows = sum(receipt.rows for receipt in ordered)
+    shards = manifest.plan.shards
+    files = {shard.name: {"source_file": shard.file} for shard in shards if shard.file is not None}
     skipped = (
-        {"split": receipt.split, "source_index": row.source_index, "reason": row.reason}
+        {
+            "split": receipt.split,
+            **files.get(receipt.shard, {}),
+            "source_index": row.source_index,
+            "reason": row.reason,
+        }
         for receipt in ordered
         for row in receipt.skipped
     )
     return manifest.model_copy(
         update={
-            "complete": len(receipts) == len(manifest.plan.shards),
+            "complete": len(receipts) == len(shards),
             "receipts": receipts_digest(receipts),
             "rows": rows,
             "subsets": _subsets(manifest, ordered),

@@ -1,7 +1,7 @@
 """The plan: which source rows go into which shard, fixed before the first image is read."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,26 +9,42 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `start` to `stop` (exclusive) of a split's order; the unit of work, commit and resume."""
+    """Rows `start` to `stop` (exclusive) of a split's order; the unit of work, commit and resume.
+
+    In a source that is streamed they are rows of one `file`, to its end where `stop` is None: how many those are is
+    then not known before they have been read.
+    """
 
     split: str
     index: int
     count: int
     start: int
-    stop: int
+    stop: int | None
+    file: str | None = None
 
     @property
     def name(self) -> str:
         """The stem of its files, as the Hub names them."""
         return f"{self.split}-{self.index:05d}-of-{self.count:05d}"
 
+    @property
+    def rows(self) -> int | None:
+        """How many rows it has, None where that is not known."""
+        return None if self.stop is None else self.stop - self.start
+
     def __len__(self) -> int:
+        if self.stop is None:
+            raise ValueError(f"how many rows {self.name} has is not known yet")
         return self.stop - self.start
+
+    def with_rows(self, rows: int) -> "Shard":
+        """The same shard, where it has turned out how many rows it has."""
+        return replace(self, stop=self.start + rows)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Each split's rows in the order they are written, and the shards cut from it.
+    """The shards, and each split's rows in the order they are written; a source that is streamed has its own order.
 
     An order is made when it is first asked for: the names of shards, all that a summary needs, do not wait for the
     permutation of a billion rows.
@@ -38,14 +54,22 @@ class Plan:
     shards: tuple[Shard, ...]
     batch_size: int
 
-    def rows(self, shard: Shard) -> NDArray[np.int64]:
-        """The source rows of a shard, (len(shard),)."""
-        return self.orders[shard.split][shard.start : shard.stop]
+    def rows(self, shard: Shard, place: slice | None = None) -> NDArray[np.int64]:
+        """The source rows of a shard, (len(shard),), or of one of its batches."""
+        place = slice(0, len(shard)) if place is None else place
+        if shard.file is not None:
+            return np.arange(shard.start + place.start, shard.start + place.stop, dtype=np.int64)
+        return self.orders[shard.split][shard.start : shard.stop][place]
 
     def batches(self, shard: Shard) -> Iterator[slice]:
         """Where each batch of a shard lies within it. Batches do not cross shards; the last may be short."""
         for start in range(0, len(shard), self.batch_size):
             yield slice(start, min(start + self.batch_size, len(shard)))
+
+    @property
+    def total(self) -> int | None:
+        """Rows of all shards, None where that is not known."""
+        return None if any(shard.stop is None for shard in self.shards) else len(self)
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -104,3 +128,22 @@ def make_plan(
             shards.append(Shard(name, index, count, start, min(start + images_per_shard, kept)))
     orders = _Orders(split_rows, shuffle, seed, limit)
     return Plan(orders, tuple(shards), min(batch_size, max(map(len, shards))))
+
+
+def stream_plan(files: Mapping[str, Sequence[tuple[str, Sequence[int] | None]]], *, batch_size: int) -> Plan:
+    """The plan of a source that is streamed: its files are the shards, in their order.
+
+    Args:
+        files: of each split, by name, with the rows at which shards end in it; None for one shard of unknown length.
+        batch_size: rows of a batch at most.
+    """
+    shards = []
+    for split, listed in files.items():
+        cuts = [(name, start, stop) for name, ends in listed for start, stop in _stretches(ends)]
+        shards += [Shard(split, i, len(cuts), start, stop, name) for i, (name, start, stop) in enumerate(cuts)]
+    longest = max(batch_size if shard.rows is None else shard.rows for shard in shards)
+    return Plan({}, tuple(shards), min(batch_size, longest))
+
+
+def _stretches(ends: Sequence[int] | None) -> list[tuple[int, int | None]]:
+    return [(0, None)] if ends is None else list(zip([0, *ends], ends, strict=False))

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
@@ -32,6 +33,12 @@ class Busy:
         """Count seconds of a core for a stage; from any thread."""
         with self._lock:
             self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of a core so far, by stage."""
+        with self._lock:
+            return dict(self._seconds)
 
     def timed(
         self,
@@ -64,10 +71,38 @@ class Busy:
         return {stage: self._seconds.get(stage, 0.0) / wall / count for stage, count in workers.items()}
 
 
-class Progress:
-    """Counts source images, `fresh` ones of this session, and how often each epsilon is predicted right."""
+@dataclass(frozen=True)
+class ShardCounts:
+    """How far a shard is: source images finished, how many of them are labelled, and right ones per level."""
 
-    def __init__(self, total: int, done: int, levels: Sequence[int], log_seconds: float = LOG_SECONDS) -> None:
+    images: int
+    labelled: int
+    correct: Mapping[int, int]
+
+
+class Board:
+    """Where workers on a cluster write how far their shards are, and the driver reads it."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, ShardCounts] = {}
+
+    def tell(self, shard: str, counts: ShardCounts) -> None:
+        """Replace what is known of a shard."""
+        self._counts[shard] = counts
+
+    def take(self) -> dict[str, ShardCounts]:
+        """What has been told since the last time."""
+        counts, self._counts = self._counts, {}
+        return counts
+
+
+class Progress:
+    """Counts source images, `fresh` ones of this session, and how often each epsilon is predicted right.
+
+    Without a total, as of a source whose length is not known, it says neither share nor time left.
+    """
+
+    def __init__(self, total: int | None, done: int, levels: Sequence[int], log_seconds: float = LOG_SECONDS) -> None:
         self.total, self.done, self.log_seconds = total, done, log_seconds
         self._labelled = 0
         self._correct = dict.fromkeys(levels, 0)
@@ -119,6 +154,8 @@ class Progress:
     def line(self) -> str:
         """One line for a log: share, rate, time left, accuracy."""
         rate = self.fresh / max(time.monotonic() - self._started, 1e-9)
+        if self.total is None:
+            return f"{self.done:,} images, {rate:.1f} images/s, {self.accuracy()}"
         left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
         share = self.done / self.total
         return (

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.columns import (
     ATTACKS,
     EVALUATED,
+    FILE,
     IMAGE,
     SIGN,
     MakeColumns,
@@ -185,6 +186,7 @@ def _shared_columns(scores: Scores, batch: Batch) -> dict[str, Any]:
     return {
         "label": pa.array(scores.label, mask=~scores.labelled),
         "clean_prediction": scores.prediction[0],
+        FILE: pa.repeat(batch.shard.file or "", len(batch.source_index)),
         "source_index": batch.source_index,
         **{name: batch.kept.column(name) for name in batch.kept.column_names},
     }
@@ -289,6 +291,7 @@ def make_features(
     targeted: bool,
     kept: Mapping[str, Any],
     evaluators: Mapping[str, LabelSpace] | None = None,
+    streamed: bool = False,
 ) -> datasets.Features:
     """The columns of every subset of a layout, in order, as `datasets` features.
 
@@ -298,6 +301,7 @@ def make_features(
         targeted: whether there is a `target` column.
         kept: features of the carried-through columns.
         evaluators: names of what each evaluator's predictions are, by its id.
+        streamed: whether there is a `source_file` column.
 
     Raises:
         ConfigError: a carried-through column has the name of one of ours.
@@ -305,12 +309,12 @@ def make_features(
     label = datasets.ClassLabel(names=list(space.dataset_classes))
     predicted = _predicted(space)
     others = {name: _predicted(other) for name, other in (evaluators or {}).items()}
-    ours = layout.columns(label, predicted, targeted, others)
+    ours = layout.columns(label, predicted, targeted, others, streamed=streamed)
     # Every layout is read back as layout images, whose names must be free as well.
     for name in kept:
         if EVALUATED.fullmatch(name):
             raise ConfigError(f"source.keep_columns: {name} could be taken for an evaluator's column; rename it first.")
-        if name in ours or name in image_columns(label, predicted, targeted, others):
+        if name in ours or name in image_columns(label, predicted, targeted, others, streamed=True):
             raise ConfigError(f"source.keep_columns: {name} is a column of the output itself; rename it first.")
     return datasets.Features({**ours, **kept})
 

@@ -99,7 +99,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, byte
     samples = [sample for split in counts if len(sample := read_sample(folder, manifest, split, SAMPLE_ROWS))]
     view: dict[str, Any] = {
         "manifest": manifest,
-        "planned": len(manifest.plan),
+        "planned": manifest.planned,
         "stored": manifest.stored,
         "victim": model_name(manifest.config["model"]),
         "source": source_name(manifest.config["source"]),

@@ -29,11 +29,12 @@ from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.labels import LabelSpace, join_labels
 from pipeline.lanes import chunk_images
 from pipeline.loader import Reader, Shape, find_shape
-from pipeline.manifest import FORMAT_VERSION, Manifest, Space, plan_of
+from pipeline.manifest import FORMAT_VERSION, Manifest, Space, StreamedFile, plan_of
 from pipeline.outputs import stored_subsets
 from pipeline.plan import Plan
 from pipeline.records import LAYOUTS, Layout, make_features
 from pipeline.sources import Source, open_source
+from pipeline.streams import StreamedSource, open_stream
 from pipeline.victims import Victim, load_victim
 
 ModelSection = TypeVar("ModelSection", bound=ModelConfig)
@@ -124,7 +125,8 @@ class Run:
             to_recorded=tuple(self.space.to_recorded.tolist()),
             evaluators={name: _recorded_space(space) for name, space in self.spaces.items()},
             shape=self.reader.shape,
-            split_rows={split.name: len(split.labels) for split in self.source.splits},
+            split_rows=_split_rows(self.source),
+            streamed=_streamed(self.source, self.config),
             asked_batch_size=self.asked_batch_size,
         )
 
@@ -144,15 +146,19 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     if recorded is not None:
         config = _take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
-    source = open_source(config.source, need_labels=config.attack.label == "dataset")
+    opens = open_stream if config.source.streaming else open_source
+    source = opens(config.source, need_labels=config.attack.label == "dataset")
     victim, published = load_victim(
         config.model, seed=config.runtime.seed, device=device, bf16=config.runtime.precision == "bf16"
     )
     preprocess = config.preprocess
     if published.preprocess is not None and not preprocess.model_fields_set & {"resize", "crop", "interpolation"}:
         preprocess = published.preprocess.model_copy(update={"mode": preprocess.mode})
-    plan = plan_of(config, {split.name: len(split.labels) for split in source.splits})
-    shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
+    plan = plan_of(config, _split_rows(source), _streamed(source, config))
+    if recorded is not None and config.source.streaming:
+        shape = recorded.shape  # no row is read of files that may be done
+    else:
+        shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
     count = victim.count_classes(shape)
     space = join_labels(source, victim.classes, count, config.model.label_map)
     goal = Goal(config.attack.label, _target(config, space))
@@ -180,7 +186,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         config=resolved,
         source=source,
         plan=plan,
-        reader=Reader(source, preprocess, config.runtime.max_pixels, shape),
+        reader=Reader(source, preprocess, config.runtime.max_pixels, shape, len(space.dataset_classes)),
         victim=victim,
         space=space,
         goal=goal,
@@ -190,6 +196,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
             targeted=targeted,
             kept=source.kept,
             evaluators={name: evaluator.space for name, evaluator in evaluators.items()},
+            streamed=config.source.streaming,
         ),
         device=device,
         image_format=image_format,
@@ -253,6 +260,23 @@ def _recorded_space(space: LabelSpace) -> Space:
     )
 
 
+def _split_rows(source: Source) -> dict[str, int | None]:
+    if isinstance(source, StreamedSource):
+        return source.split_rows()
+    return {split.name: len(split.labels) for split in source.splits}
+
+
+def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, ...]]:
+    """The files of a source that is streamed as a manifest records them; none of any other."""
+    if not isinstance(source, StreamedSource):
+        return {}
+    most = config.output.images_per_shard
+    return {
+        split: tuple(StreamedFile(path=file.name, cuts=file.cuts(most)) for file in files)
+        for split, files in source.files.items()
+    }
+
+
 def _check_apart(config: Config) -> None:
     """The output must not become part of the source, which the next run would then read."""
     if is_address(config.output.path):
@@ -288,7 +312,7 @@ def _settle(attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, 
         ConfigError: compilation was asked for, and fails; or not even one image fits.
     """
     wanted = config.runtime.compile
-    compiles = repays(device, len(plan)) if wanted == "auto" else wanted
+    compiles = repays(device, plan.total or 0) if wanted == "auto" else wanted
 
     def attempt(size: int) -> None:
         nonlocal compiles
@@ -387,7 +411,7 @@ def _identity(
     sections: dict[str, dict[str, Any]] = {
         "source": {
             "content": source.digest,
-            "rows": {split.name: len(split.labels) for split in source.splits},
+            "rows": _split_rows(source),
             "shuffle": config.source.shuffle,
             "limit": config.source.limit,
             "keep_columns": config.source.keep_columns,

@@ -9,11 +9,11 @@ import inspect
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ DIGEST_SAMPLES = 64
 DIGEST_BATCH = 1000
 
 Labels = NDArray[np.int64]
+Item = TypeVar("Item")
 
 
 class Rows(Protocol):
@@ -88,10 +89,8 @@ def open_source(config: SourceConfig, *, need_labels: bool) -> Source:
         "torchvision": _open_torchvision,
         "digits": _open_digits,
     }[config.kind](config, need_labels)
-    renamed = tuple(replace(split, name=re.sub(r"[^\w.]", "_", split.name)) for split in opened.splits)
-    if len({split.name for split in renamed}) < len(renamed):
-        raise ConfigError("source.split: two splits would have the same name as files, where - becomes _.")
-    opened = replace(opened, splits=renamed)
+    renamed = file_names({split.name: split for split in opened.splits})
+    opened = replace(opened, splits=tuple(replace(split, name=name) for name, split in renamed.items()))
     for split in opened.splits:
         if len(split.labels) == 0:
             raise ConfigError(f"source: split {split.name} is empty.")
@@ -108,7 +107,20 @@ def open_source(config: SourceConfig, *, need_labels: bool) -> Source:
     return opened
 
 
-def _digest(parts: Iterable[bytes | str]) -> str:
+def file_names(splits: Mapping[str, Item]) -> dict[str, Item]:
+    """What belongs to each split, by the split's name in file names and on the Hub.
+
+    Raises:
+        ConfigError: two splits would have the same name.
+    """
+    renamed = {re.sub(r"[^\w.]", "_", name): content for name, content in splits.items()}
+    if len(renamed) < len(splits):
+        raise ConfigError("source.split: two splits would have the same name as files, where - becomes _.")
+    return renamed
+
+
+def digest_of(parts: Iterable[bytes | str]) -> str:
+    """A sha256 over all parts, in order, that tells where each ends."""
     total = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -116,8 +128,12 @@ def _digest(parts: Iterable[bytes | str]) -> str:
     return total.hexdigest()
 
 
-def _class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The dataset's class names: its own, or `source.classes` where it has none."""
+def class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The dataset's class names: its own, or `source.classes` where it has none.
+
+    Raises:
+        ConfigError: both name them, and differ.
+    """
     if own is None:
         return config.classes
     if config.classes is not None and tuple(config.classes) != tuple(own):
@@ -147,10 +163,22 @@ def _open_digits(config: SourceConfig, need_labels: bool) -> Source:
     arrays = {name: digits_split(name) for name in names}
     return Source(
         splits=tuple(Split(name, labels, ArrayRows(images)) for name, (images, labels) in arrays.items()),
-        classes=_class_names(config, CLASSES),
-        digest=_digest(part for images, labels in arrays.values() for part in (images.tobytes(), labels.tobytes())),
+        classes=class_names(config, CLASSES),
+        digest=digest_of(part for images, labels in arrays.values() for part in (images.tobytes(), labels.tobytes())),
         origin=DIGITS,
     )
+
+
+def chosen_splits(config: SourceConfig, there: Sequence[str]) -> Sequence[str]:
+    """The splits that the config names, or the only one.
+
+    Raises:
+        ConfigError: it names one that is not there, or none where there are several.
+    """
+    if config.split is None and len(there) > 1:
+        raise ConfigError(f"source.split: name one or more of the source's splits: {', '.join(there)}.")
+    _check_splits(config.split or there, there)
+    return config.split or there
 
 
 def _check_splits(asked: Sequence[str], there: Sequence[str]) -> None:
@@ -201,8 +229,8 @@ def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
             Split(name, np.asarray(images.targets, dtype=np.int64), FileRows([path for path, _ in images.samples]))
             for name, images in opened.items()
         ),
-        classes=_class_names(config, classes),
-        digest=_digest([*listing, *sampled]),
+        classes=class_names(config, classes),
+        digest=digest_of([*listing, *sampled]),
         origin=Origin(name=root.resolve().name),
     )
 
@@ -273,8 +301,8 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     return Source(
         splits=tuple(Split(name, labels[name], ItemRows(datasets[name])) for name in names),
-        classes=_class_names(config, named),
-        digest=_digest([str(config.path), json.dumps(options, sort_keys=True, default=str), *content]),
+        classes=class_names(config, named),
+        digest=digest_of([str(config.path), json.dumps(options, sort_keys=True, default=str), *content]),
         origin=Origin(name=str(config.path), credit=f"torchvision.datasets.{config.path}"),
     )
 
@@ -342,7 +370,7 @@ class ArrowRows(Rows):
     allowed: tuple[Path, ...]
 
     def openers(self, rows: Sequence[int]) -> list[Opener]:
-        return [partial(_open_cell, cell, self.allowed) for cell in self.cells(rows)]
+        return [partial(open_cell, cell, self.allowed) for cell in self.cells(rows)]
 
     def cells(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
         """The image cells as stored: {bytes, path}, or None."""
@@ -355,7 +383,12 @@ class ArrowRows(Rows):
         return self.carried[list(map(int, rows))].replace_schema_metadata(None)
 
 
-def _open_cell(cell: dict[str, Any] | None, allowed: tuple[Path, ...]) -> Image.Image:
+def open_cell(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Image.Image:
+    """Open an image as `datasets` stores it, {bytes, path}; a path only below the folders that are allowed.
+
+    Raises:
+        UndecodableError: there is none, or its path leads elsewhere.
+    """
     if cell and cell["bytes"] is not None:
         return Image.open(io.BytesIO(cell["bytes"]))
     if not cell or cell["path"] is None:
@@ -373,11 +406,11 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
 
     opened, allowed = _load_splits(config)
     first = next(iter(opened.values()))
-    image_column = _image_column(first, config)
-    label_column = _label_column(first, config, need_labels)
+    image_column = find_image_column(first.features, config)
+    label_column = find_label_column(first.features, config, need_labels)
     for name in config.keep_columns:
         if name not in first.column_names:
-            raise ConfigError(f"source.keep_columns: there is no column {name}; {_columns(first)}.")
+            raise ConfigError(f"source.keep_columns: there is no column {name}; {column_listing(first.features)}.")
     _check_alike(opened, [image_column, *([label_column] if label_column else []), *config.keep_columns])
     labels, classes = _read_labels(opened, label_column, config)
     splits: list[Split] = []
@@ -399,7 +432,7 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
     return Source(
         splits=tuple(splits),
         classes=classes,
-        digest=_digest([*content, json.dumps(sorted(config.keep_columns))]),
+        digest=digest_of([*content, json.dumps(sorted(config.keep_columns))]),
         kept={name: first.features[name] for name in config.keep_columns},
         origin=_huggingface_origin(config, first),
     )
@@ -442,6 +475,8 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
 
     path = str(config.path)
     folder = Path(path).expanduser()
+    if "://" in path:
+        raise ConfigError("source.path: a URL can be streamed only; set source.streaming: true.")
     if not folder.is_dir() and (path.startswith((".", "~", "/")) or path.count("/") > 1):
         raise ConfigError(f"source.path: there is no folder {folder}.")
     allowed: tuple[Path, ...] = (folder.resolve(),) if folder.is_dir() else ()
@@ -469,11 +504,7 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
     if isinstance(loaded, datasets.Dataset):
         # A saved slice is called `train[:10%]`, or `train+test`.
         loaded = {re.split(r"[^\w.-]", str(loaded.split or "train"))[0]: loaded}
-    if config.split is None and len(loaded) > 1:
-        raise ConfigError(f"source.split: name one or more of the source's splits: {', '.join(loaded)}.")
-    names = config.split or tuple(loaded)
-    _check_splits(names, list(loaded))
-    return {name: loaded[name] for name in names}, allowed
+    return {name: loaded[name] for name in chosen_splits(config, list(loaded))}, allowed
 
 
 def _listing_digest(folder: Path) -> str:
@@ -485,46 +516,50 @@ def _listing_digest(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     states = ((path.relative_to(folder), path.stat()) for path in files)
     listing = (f"{path}:{state.st_size}:{state.st_mtime_ns}" for path, state in states)
-    return _digest([str(folder.resolve()), *listing])
+    return digest_of([str(folder.resolve()), *listing])
 
 
-def _columns(dataset: Any) -> str:
-    return f"the columns are {', '.join(dataset.column_names)}"
+def column_listing(names: Iterable[str]) -> str:
+    return f"the columns are {', '.join(names)}"
 
 
-def _only(dataset: Any, key: str, kind: Callable[[Any], bool], what: str) -> str | None:
+def _only(features: Mapping[str, Any], key: str, kind: Callable[[Any], bool], what: str) -> str | None:
     """The only column of that kind, None where there is none; several are an error."""
-    found = [name for name, feature in dataset.features.items() if kind(feature)]
+    found = [name for name, feature in features.items() if kind(feature)]
     if len(found) > 1:
         raise ConfigError(f"source.{key}: there are several {what} columns ({', '.join(found)}); name one.")
     return found[0] if found else None
 
 
-def _image_column(dataset: Any, config: SourceConfig) -> str:
+def find_image_column(features: Mapping[str, Any], config: SourceConfig) -> str:
     import datasets
 
     if config.image_column is not None:
-        if config.image_column not in dataset.column_names:
-            raise ConfigError(f"source.image_column: there is no column {config.image_column}; {_columns(dataset)}.")
+        if config.image_column not in features:
+            raise ConfigError(
+                f"source.image_column: there is no column {config.image_column}; {column_listing(features)}."
+            )
         return config.image_column
-    found = _only(dataset, "image_column", lambda feature: isinstance(feature, datasets.Image), "image")
+    found = _only(features, "image_column", lambda feature: isinstance(feature, datasets.Image), "image")
     if found is None:
-        raise ConfigError(f"source.image_column: no column holds images; {_columns(dataset)}.")
+        raise ConfigError(f"source.image_column: no column holds images; {column_listing(features)}.")
     return found
 
 
-def _label_column(dataset: Any, config: SourceConfig, need_labels: bool) -> str | None:
+def find_label_column(features: Mapping[str, Any], config: SourceConfig, need_labels: bool) -> str | None:
     import datasets
 
     if config.label_column is not None:
-        if config.label_column not in dataset.column_names:
-            raise ConfigError(f"source.label_column: there is no column {config.label_column}; {_columns(dataset)}.")
+        if config.label_column not in features:
+            raise ConfigError(
+                f"source.label_column: there is no column {config.label_column}; {column_listing(features)}."
+            )
         return config.label_column
-    found = _only(dataset, "label_column", lambda feature: isinstance(feature, datasets.ClassLabel), "ClassLabel")
+    found = _only(features, "label_column", lambda feature: isinstance(feature, datasets.ClassLabel), "ClassLabel")
     if found is None and need_labels:
         raise ConfigError(
-            f"source.label_column: no column is a ClassLabel; name one of integers or strings ({_columns(dataset)}), "
-            "or set attack.label=prediction."
+            "source.label_column: no column is a ClassLabel; name one of integers or strings "
+            f"({column_listing(features)}), or set attack.label=prediction."
         )
     return found
 
@@ -536,7 +571,7 @@ def _read_labels(
     import datasets
 
     if column is None:
-        return {name: np.full(len(rows), UNLABELLED) for name, rows in opened.items()}, _class_names(config, None)
+        return {name: np.full(len(rows), UNLABELLED) for name, rows in opened.items()}, class_names(config, None)
     feature = next(iter(opened.values())).features[column]
     values = {
         name: rows.select_columns([column]).with_format("arrow")[:].column(0).combine_chunks()
@@ -554,7 +589,7 @@ def _read_labels(
     if not pa.types.is_integer(kind):
         raise ConfigError(f"source.label_column: {column} holds {kind}; labels are integers or strings.")
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    return {name: _index_array(array) for name, array in values.items()}, _class_names(config, names)
+    return {name: _index_array(array) for name, array in values.items()}, class_names(config, names)
 
 
 def _index_array(array: pa.Array) -> Labels:
@@ -570,7 +605,7 @@ def _arrow_content(rows: ArrowRows, count: int) -> Iterable[bytes]:
         if cell and cell["bytes"] is not None:
             yield cell["bytes"]
         else:
-            yield from _sample_pixels([partial(_open_cell, cell, rows.allowed)])
+            yield from _sample_pixels([partial(open_cell, cell, rows.allowed)])
     # Carried-through columns are copied as they are, so all of them count.
     for start in range(0, count if rows.carried is not None else 0, DIGEST_BATCH):
         table = rows.kept(range(start, min(start + DIGEST_BATCH, count))).combine_chunks()

@@ -200,7 +200,8 @@ class LocalStore(Store):
         path = self.disk / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f".{path.name}.tmp")
+            # A name of its own: on a cluster two may write the same receipt.
+            scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
             try:
                 with scratch.open("wb") as file:
                     file.write(content)
@@ -237,7 +238,8 @@ class LocalStore(Store):
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
         # On the same disk, so that a file can be renamed into its place.
-        folder = self.disk / SCRATCH / name
+        # A name of its own: another try of the shard may still be under way, on a node that was given up.
+        folder = self.disk / SCRATCH / f"{name}.{secrets.token_hex(6)}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         try:

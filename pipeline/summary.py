@@ -73,17 +73,16 @@ def _cells(subset: Subset) -> tuple[str, ...]:
 
 
 def _notes(manifest: Manifest) -> list[str]:
-    planned = len(manifest.plan)
     state = "complete" if manifest.complete else "INCOMPLETE: run generate again to finish it"
     notes = [
-        f"run {manifest.run_id}, {state}; {manifest.rows:,} of {planned:,} source images, "
+        f"run {manifest.run_id}, {state}; {manifest.rows:,} of {manifest.planned} source images, "
         f"{manifest.skipped_rows:,} skipped",
         f"gradient exactly zero on {manifest.zero_sign_share:.2%} of the pixel values",
     ]
     if any(subset.bytes is None for subset in manifest.subsets):
         notes.append(f"files: {_split_sizes(manifest)}")
     for row in manifest.skipped[:5]:
-        notes.append(f"skipped: {row['split']} row {row['source_index']}: {row['reason']}")
+        notes.append(f"skipped: {row.get('source_file', row['split'])} row {row['source_index']}: {row['reason']}")
     return notes
 
 

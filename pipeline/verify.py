@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.card import card_agrees, write_summaries
-from pipeline.columns import evaluator_columns, kept_columns
+from pipeline.columns import FILE, evaluator_columns, kept_columns
 from pipeline.compute import compile_victim, own_copy
 from pipeline.config import EvaluatorConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
@@ -277,7 +277,8 @@ class _Checker:
         self.exact = True
         self.tolerance = TOLERANCE[manifest.resolved.runtime.precision]
         # What does not depend on epsilon.
-        self.shared = ("label", "source_index", *kept_columns(self.schema.names))
+        files = [FILE] if FILE in self.schema.names else []
+        self.shared = ("label", "source_index", *files, *kept_columns(self.schema.names))
         self.evaluators = tuple(manifest.evaluators)
 
     def check(self, shard: Shard, receipt: Receipt) -> None:
@@ -309,6 +310,8 @@ class _Checker:
             raise _DamageError(f"{entry.path} has {size} bytes; its receipt says {entry.bytes}.")
 
     def _check_rows(self, shard: Shard, receipt: Receipt, root: Path) -> None:
+        if shard.stop is None:
+            shard = shard.with_rows(receipt.planned)
         skipped = {row.position for row in receipt.skipped}
         places = list(self.plan.batches(shard))
         masks = [
@@ -321,7 +324,7 @@ class _Checker:
         width = 3 + len(EvaluatorCounts.model_fields) * len(self.evaluators)
         totals = np.zeros((len(self.levels), width), dtype=np.int64)
         for place, mask, subsets in zip(places, masks, tables, strict=True):
-            rows = self.plan.rows(shard)[place][mask]
+            rows = self.plan.rows(shard, place)[mask]
             totals += self._check_batch(shard, rows, mask, subsets)
         there = [(count.level, count.rows, self._flat(count)) for count in receipt.counts]
         for name, level, found in zip(self._names(shard), self.levels, totals.tolist(), strict=True):
@@ -349,7 +352,7 @@ class _Checker:
             if file.metadata.num_rows != sum(counts):
                 raise _DamageError(f"{name} has {file.metadata.num_rows} rows; its receipt says {sum(counts)}.")
             waiting = self.schema.empty_table()
-            batches = file.iter_batches(batch_size=max(1, *counts))
+            batches = file.iter_batches(batch_size=max([1, *counts]))
             for count in counts:
                 while waiting.num_rows < count:
                     waiting = pa.concat_tables([waiting, pa.Table.from_batches([next(batches)]).cast(self.schema)])
@@ -365,6 +368,8 @@ class _Checker:
         files = [shard_file(subset, shard) for subset in self.stored]
         if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
             raise _DamageError(f"{files[0]} holds other source rows than the plan says.")
+        if shard.file is not None and set(subsets[0].column(FILE).to_pylist()) - {shard.file}:
+            raise _DamageError(f"{files[0]} holds rows of another source file than the plan says.")
         images, tables = self._unpack(files, subsets)
         names = self._names(shard)
         totals = []
@@ -519,11 +524,11 @@ class _Checker:
         findings.near_ties += int(ties.sum())
         findings.mismatches += int(wrong.sum())
         if wrong.any():
-            row = int(table.column("source_index")[int(wrong.argmax())].as_py())
+            first = table.slice(int(wrong.argmax()), 1).to_pydict()
+            row = f"row {first['source_index'][0]}{f' of {first[FILE][0]}' if FILE in first else ''}"
             of = "" if column == "prediction" else f" in {column}"
             raise _DamageError(
-                f"{name} records {int(wrong.sum())} predictions{of} that its pixels do not give; "
-                f"the first is row {row}."
+                f"{name} records {int(wrong.sum())} predictions{of} that its pixels do not give; the first is {row}."
             )
         return ties
 

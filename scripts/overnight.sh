@@ -5,8 +5,8 @@
 #     nohup scripts/overnight.sh cifar10.yaml user/name &
 #
 # CONFIG is what `fgsm generate` takes. Everything that is said goes, with times, to overnight-CONFIG.log in the working
-# folder. The exit code is 0, or that of the first step that failed, and no step follows it: 130 and 143 say that it was
-# interrupted. Run it again: it goes on where it stopped.
+# folder. The exit code is 0, or that of the first step that failed, and no step follows it: 3 says that some shards of a
+# run on a cluster failed, 130 and 143 that it was interrupted. Run it again: it goes on where it stopped.
 set -uo pipefail
 # A step gets a process group of its own, so that Ctrl-C reaches it once, through us.
 set -m

@@ -76,7 +76,19 @@ def value_at(config: Config, key: str) -> Any:
         ({"attack": {"epsilons": "8/255"}}, r"^attack\.epsilons must be a list"),
         ({"preprocess": {"crop": 9_999_999}}, r"^preprocess\.crop: 9999999x9999999 is more than runtime\.max_pixels"),
         ({"preprocess": {"resize": [20_000, 6_000]}}, r"^preprocess\.resize: 6000x20000 is more than"),
-        ({"runtime": {"ray": {"workers": 2}}}, r"^runtime\.ray: got 2; allowed: 'auto'"),
+        ({"runtime": {"ray": {"workers": 0}}}, r"^runtime\.ray: .*greater than 0"),
+        ({"runtime": {"ray": {"cpus_per_worker": 1.5}}}, r"^runtime\.ray: .*integer"),
+        ({"runtime": {"ray": {"gpus_per_worker": 1.5}}}, r"^runtime\.ray: got 1\.5; allowed: auto, a share of a GPU"),
+        ({"runtime": {"ray": {"gpus_per_worker": -1}}}, r"^runtime\.ray: got -1; allowed: auto, a share of a GPU"),
+        ({"runtime": {"ray": {"gpus_per_worker": True}}}, r"^runtime\.ray: got True; allowed: auto, a share"),
+        (
+            {"runtime": {"device": "cuda", "ray": {"gpus_per_worker": 0}}},
+            r"^runtime\.ray: gpus_per_worker 0 does not go with runtime\.device cuda",
+        ),
+        (
+            {"runtime": {"device": "cpu", "ray": {"gpus_per_worker": 0.5}}},
+            r"^runtime\.ray: gpus_per_worker 0\.5 does not go with runtime\.device cpu",
+        ),
         # YAML reads unquoted yes and no as booleans, which are also the numbers 1 and 0.
         ({"model": {"label_map": {False: 1, True: 0}}}, r"^model\.label_map: .*(True|False)"),
         ({"preprocess": {"resize": 0}}, r"^preprocess\.resize: got 0; allowed: a positive whole number"),

@@ -55,7 +55,9 @@ def generate(config: Path, *arguments: str) -> str:
     logger.handlers[:] = [logging.StreamHandler(log)]
     logger.setLevel(logging.INFO)
     loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
-    table = summary_table(pipeline.generate.generate(loaded, overwrite=options["overwrite"]))
+    table = summary_table(
+        pipeline.generate.generate(loaded, overwrite=options["overwrite"], executor=options["executor"])
+    )
     return f"{log.getvalue()}{table}"
 
 

@@ -1,0 +1,532 @@
+"""Cluster: the same shards on the workers of a Ray cluster.
+
+One plain task for each shard that is missing. Where it runs, and whether it is tried again, is Ray's; what counts
+as done is what the receipts say. This process needs no device: it asks a worker to open the run, hands out shards, and
+watches. A worker opens the run once and keeps it.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import ray
+import ray.exceptions
+from pydantic import ValidationError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.config import Config, RayConfig
+from pipeline.errors import ConfigError, PipelineError, ShardsFailedError, first_line, listing
+from pipeline.estimate import estimate_bytes
+from pipeline.execute import check_share_skipped, compile_as_begun, tell_speed, write_shards
+from pipeline.lanes import DEVICE_LANES, given_cores
+from pipeline.loader import name_row
+from pipeline.manifest import Manifest
+from pipeline.outputs import OutputFolder, Receipt, committed
+from pipeline.plan import Shard
+from pipeline.progress import Board, Busy, Progress, ShardCounts
+from pipeline.runs import Run, differences, open_run
+
+# After its first try: a worker that died, a node that went, an error.
+RETRIES = 3
+# How often the driver looks, and a worker tells.
+POLL_SECONDS = 0.5
+# An address that does not answer within this time does not answer; Ray itself tries for 80 s.
+CONNECT_SECONDS = 10.0
+# Workers that are ended by force are gone well before the end that Ctrl-C promises.
+CANCEL_SECONDS = 2.0
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------- in a worker
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know of the run.
+
+    recorded: the manifest of the run as it began, or None to begin it; cwd: where the driver stands, to which a
+    factory's modules may be relative; cores: that a worker has.
+    """
+
+    config: Config
+    recorded: Manifest | None
+    cwd: str
+    cores: int
+
+
+@dataclass(frozen=True)
+class _Held:
+    config: Config
+    run: Run
+
+
+# The run that this worker has opened, with the victim on its device.
+_held: _Held | None = None
+
+
+@contextlib.contextmanager
+def _at_work(job: Job) -> Iterator[None]:
+    """In the driver's folder, where the node has it, and with no more cores than Ray gave."""
+    with contextlib.suppress(OSError):
+        os.chdir(job.cwd)
+    with given_cores(job.cores):
+        yield
+
+
+def open_on_worker(job: Job) -> tuple[Manifest, list[tuple[int, str]]]:
+    """Open the run, for the driver to know what it is.
+
+    Returns:
+        The manifest as it is before anything is written, and what was said meanwhile: levels and messages.
+    """
+    global _held
+    with _at_work(job), _listening() as said:
+        run = open_run(job.config, job.recorded)
+        _held = _Held(job.config, run)
+        return run.manifest(), said
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[tuple[int, str]]]:
+    """Collect what is logged, since nobody reads a worker's log."""
+    said: list[tuple[int, str]] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append((record.levelno, record.getMessage()))
+
+    listener, package = Listener(), logging.getLogger("pipeline")
+    package.addHandler(listener)
+    package.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        package.removeHandler(listener)
+
+
+def _run(job: Job) -> Run:
+    """The run that was begun, opened at most once in a worker.
+
+    Raises:
+        PipelineError: what this node has under the config's names is not what the run was begun with.
+    """
+    global _held
+    recorded = job.recorded
+    assert recorded is not None
+    if _held is None or _held.config != job.config or _held.run.run_id != recorded.run_id:
+        _held = None  # before another victim takes memory
+        run = open_run(job.config, recorded)
+        if run.run_id != recorded.run_id:
+            raise PipelineError(
+                f"the node {socket.gethostname()} has something else under the same names: "
+                f"{differences(recorded.identity, run.identity)}; all nodes must read the same source and weights"
+            )
+        _held = _Held(job.config, run)
+    compile_as_begun(_held.run)
+    return _held.run
+
+
+def estimate_on_worker(job: Job, shards: Sequence[Shard]) -> int:
+    """Bytes that some shards will take."""
+    with _at_work(job):
+        return estimate_bytes(_run(job), shards)
+
+
+def write_on_worker(job: Job, location: str, shard: Shard, board: Any) -> dict[str, float]:
+    """Write one shard.
+
+    Args:
+        job: the run that was begun.
+        location: the output folder.
+        shard: the one to write.
+        board: where the driver looks for the counts.
+
+    Returns:
+        Seconds of a core for each stage. That the shard is there only its receipt says.
+    """
+    with _at_work(job):
+        run, busy, told = _run(job), Busy(), time.monotonic()
+        counts = ShardCounts(0, 0, {})
+
+        def tell(images: int, labelled: int, correct: Mapping[int, int]) -> None:
+            nonlocal counts, told
+            right = dict(Counter(counts.correct) + Counter(correct))
+            counts = ShardCounts(counts.images + images, counts.labelled + labelled, right)
+            if time.monotonic() - told >= POLL_SECONDS or counts.images == shard.rows:
+                told = time.monotonic()
+                board.tell.remote(shard.name, counts)
+
+        write_shards(run, OutputFolder(location), [shard], [], busy, tell)
+        return busy.seconds
+
+
+# ------------------------------------------------------------------------------------------- in the driver
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What each worker is given, and how many there may be at once; None for as many as there is room for."""
+
+    cpus: int
+    gpus: float
+    most: int | None
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus} CPU" + "s" * (self.cpus != 1)]
+        if self.gpus:
+            parts.append(f"{self.gpus:g} GPU" + "s" * (self.gpus > 1))
+        return " and ".join(parts)
+
+    def fit(self, node: Mapping[str, float]) -> int:
+        """How many a node with these resources has room for."""
+        room = int(node.get("CPU", 0) // self.cpus)
+        return min(room, int(node.get("GPU", 0) / self.gpus + 1e-9)) if self.gpus else room
+
+    def room(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """How many work at once."""
+        room = sum(map(self.fit, nodes))
+        return room if self.most is None else min(room, self.most)
+
+
+def share_out(asked: RayConfig, device: str, nodes: Sequence[Mapping[str, float]]) -> Workers:
+    """Decide what each worker is given: on GPUs one each and its part of the node's CPUs, else all CPUs of a node.
+
+    Args:
+        asked: `runtime.ray`.
+        device: `runtime.device`, or that of the run which is resumed.
+        nodes: the resources of each node.
+
+    Raises:
+        ConfigError: no node has what one worker needs.
+    """
+    gpus, cpus = asked.gpus_per_worker, asked.cpus_per_worker
+    if gpus == "auto":
+        wanted = device == "cuda" or (device == "auto" and any(node.get("GPU", 0) for node in nodes))
+        gpus = 1.0 if wanted else 0.0
+    most = None if asked.workers == "auto" else asked.workers
+    if cpus == "auto":
+        cpus = _cpus_beside_gpus(gpus, nodes) if gpus else _cpus_of_nodes(most, nodes)
+    workers = Workers(cpus, gpus, most)
+    if not workers.room(nodes):
+        there = "; ".join(sorted({f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes}))
+        raise ConfigError(
+            f"runtime.ray: a worker needs {workers}, and no node of the Ray cluster has that (they have {there}); "
+            "set cpus_per_worker and gpus_per_worker, or runtime.device."
+        )
+    return workers
+
+
+def _cpus_beside_gpus(gpus: float, nodes: Sequence[Mapping[str, float]]) -> int:
+    """CPUs of a worker such that on every node with enough GPUs no GPU is left over for want of CPUs."""
+    parts = [int(node.get("CPU", 0) // (node["GPU"] // gpus)) for node in nodes if node.get("GPU", 0) >= gpus]
+    return max(1, min(parts, default=1))
+
+
+def _cpus_of_nodes(most: int | None, nodes: Sequence[Mapping[str, float]]) -> int:
+    """CPUs of a worker such that so many find room, or that whole nodes are used."""
+    sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+    if not sizes:
+        return 1
+    if most is not None:
+        return max(
+            (cpus for cpus in range(1, max(sizes) + 1) if sum(size // cpus for size in sizes) >= most), default=1
+        )
+
+    def used(cpus: int) -> float:
+        return sum(size // cpus * cpus for size in sizes) / sum(sizes)
+
+    # One size has to do for nodes of many: the largest that leaves next to none idle.
+    return max(sizes, key=lambda cpus: (round(used(cpus), 1), cpus))
+
+
+class RayExecutor:
+    """Workers of a Ray cluster do the work; a context, in which this process is connected to it."""
+
+    def __enter__(self) -> "RayExecutor":
+        self._mine = not ray.is_initialized()
+        if self._mine:
+            _connect()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mine:
+            ray.shutdown()
+
+    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
+        """Have a worker open the run: see generate.Executor.
+
+        Raises:
+            ConfigError: as `open_run`, or no node has what a worker needs.
+        """
+        device = config.runtime.device
+        if device == "auto" and recorded is not None:
+            device = recorded.resolved.runtime.device
+        nodes = _nodes()
+        self.workers = share_out(config.runtime.ray, device, nodes)
+        logger.info(
+            "Ray: %d nodes, room for %d workers with %s each.", len(nodes), self.workers.room(nodes), self.workers
+        )
+        job = Job(config, recorded, str(Path.cwd()), self.workers.cpus)
+        self.opened, said = self._ask(open_on_worker, job)
+        for level, message in said:
+            logger.log(level, "%s", message)
+        self.job = replace(job, recorded=self.opened)
+        return self.opened
+
+    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
+        return self._ask(estimate_on_worker, self.job, shards)
+
+    def _ask(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function returns that is called on a worker; a worker that is lost is replaced."""
+        reference = self._remote(function, retry_exceptions=False).remote(*arguments)
+        try:
+            answer: Result = ray.get(reference)
+            return answer
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, PipelineError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:
+            raise PipelineError(f"The Ray worker that opens the run was lost: {_reason(error)}.") from error
+        except BaseException:
+            _cancel([reference])
+            raise
+
+    def _remote(self, function: Any, *, retry_exceptions: bool) -> Any:
+        # By default a task that has a GPU ends its worker, and the next one would load the victim again.
+        return ray.remote(
+            num_cpus=self.workers.cpus,
+            num_gpus=self.workers.gpus,
+            max_calls=0,
+            max_retries=RETRIES,
+            retry_exceptions=retry_exceptions,
+        )(function)
+
+    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
+        """Have workers write some shards, and tell how far they are: see generate.Executor.
+
+        Raises:
+            ShardsFailedError: some failed each time they were tried; all others were committed.
+            PipelineError: too many rows were skipped, or what was written is not in the folder.
+        """
+        if not shards:
+            return
+        finished, total = sum(receipt.planned for receipt in done), self.opened.plan.total
+        with Progress(total, finished, self.opened.levels) as progress:
+            session = _Session(self, folder, done, progress)
+            session.run(shards)
+        session.check(shards)
+        tell_speed(folder, progress, session.shares(), self.opened.versions["device"])
+
+
+class _Session:
+    """One session of writing: the tasks in flight, and what is known of them."""
+
+    def __init__(
+        self, executor: RayExecutor, folder: OutputFolder, done: Sequence[Receipt], progress: Progress
+    ) -> None:
+        self.opened, self.workers, self.folder, self.progress = executor.opened, executor.workers, folder, progress
+        self.flying: dict[Any, Shard] = {}
+        self.failed: dict[str, BaseException] = {}
+        self.skipped = sum(len(receipt.skipped) for receipt in done)
+        self.read = sum(receipt.planned for receipt in done)
+        self.busy = Busy()
+        self._seen: dict[str, ShardCounts] = {}
+        self._proved = False
+        self._stuck = False
+        self._location = str(Path(folder.root).absolute()) if folder.store.local else folder.root
+        self._job = ray.put(executor.job)
+        self._write = executor._remote(write_on_worker, retry_exceptions=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+
+    def run(self, shards: Sequence[Shard]) -> None:
+        """Have every shard tried, a bounded number at a time.
+
+        Raises:
+            PipelineError: as `RayExecutor.write`; then, as after Ctrl-C, no task goes on.
+        """
+        waiting = deque(shards)
+        try:
+            while waiting or self.flying:
+                while waiting and len(self.flying) < self._window():
+                    shard = waiting.popleft()
+                    task = self._write.options(name=f"write {shard.name}")
+                    self.flying[task.remote(self._job, self._location, shard, self._board)] = shard
+                ended, _ = ray.wait([*self.flying], timeout=POLL_SECONDS)
+                for reference in ended:
+                    self._end(reference, self.flying.pop(reference))
+                self._look()
+        except BaseException:
+            _cancel([*self.flying])
+            raise
+        finally:
+            ray.kill(self._board)
+
+    def _window(self) -> int:
+        """Tasks to have in flight: those that run, and where more may join, as many that wait for a worker."""
+        nodes = _nodes()
+        room = self.workers.room(nodes)
+        if not room and not self._stuck:
+            logger.warning("No node of the Ray cluster has %s any more; waiting for one to join.", self.workers)
+        self._stuck = not room
+        return self.workers.most or max(1, 2 * room)
+
+    def _end(self, reference: Any, shard: Shard) -> None:
+        """Take note of a task that has ended.
+
+        Raises:
+            PipelineError: too many rows were skipped, or its receipt cannot be seen from here.
+        """
+        try:
+            for stage, seconds in ray.get(reference).items():
+                self.busy.add(stage, seconds)
+        except ray.exceptions.RayError as error:
+            self.failed[shard.name] = error
+            logger.warning("Shard %s failed: %s.", shard.name, _reason(error))
+            return
+        if not self._proved:
+            if not committed(self.folder, self.opened.run_id, [shard]):
+                raise _not_shared(self.folder, shard.name)
+            self._proved = True
+        receipt = _read_receipt(self.folder, shard)
+        if receipt is None:
+            return
+        self.read += receipt.planned
+        if receipt.skipped:
+            self.skipped += len(receipt.skipped)
+            last = receipt.skipped[-1]
+            row = f"{name_row(shard, last.source_index)} cannot be decoded ({last.reason})"
+            most = self.opened.resolved.runtime.max_skipped
+            check_share_skipped(self.skipped, self.opened.plan.total, self.read, most, row)
+
+    def _look(self) -> None:
+        """Show what the workers have told. Without it the run goes on just as well."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            for name, now in ray.get(self._board.take.remote(), timeout=10 * POLL_SECONDS).items():
+                before = self._seen.get(name, ShardCounts(0, 0, {}))
+                # A shard that is tried again begins anew, and is counted from where the first try stopped.
+                if now.images > before.images:
+                    self._seen[name] = now
+                    right = {level: count - before.correct.get(level, 0) for level, count in now.correct.items()}
+                    self.progress.update(now.images - before.images, now.labelled - before.labelled, right)
+
+    def check(self, shards: Sequence[Shard]) -> None:
+        """See what the receipts say.
+
+        Raises:
+            ShardsFailedError, PipelineError: as `RayExecutor.write`.
+        """
+        there = committed(self.folder, self.opened.run_id, shards)
+        missing = [shard.name for shard in shards if shard.name not in there]
+        failed = [name for name in missing if name in self.failed]
+        if failed:
+            first = self.failed[failed[0]]
+            raise ShardsFailedError(
+                f"{len(failed)} of {len(shards)} shards failed after {RETRIES} retries: {listing(failed)}; the first: "
+                f"{_reason(first)}. The others are committed, and the same command tries these again."
+            ) from first
+        if missing:
+            raise _not_shared(self.folder, missing[0])
+
+    def shares(self) -> dict[str, float]:
+        """How busy each stage was, of what the workers could use."""
+        workers = max(1, self.workers.room(_nodes()))
+        cores = workers * self.workers.cpus
+        lanes = workers * DEVICE_LANES if self.workers.gpus else cores
+        return self.busy.shares({"load": cores, "attack": lanes, "encode": cores, "write": workers})
+
+
+def _not_shared(folder: OutputFolder, shard: str) -> PipelineError:
+    return PipelineError(
+        f"output.path: a worker has written shard {shard}, and {folder.root} on this machine does not hold it; it must "
+        "be a folder that all nodes of the cluster share, or an object store."
+    )
+
+
+def _read_receipt(folder: OutputFolder, shard: Shard) -> Receipt | None:
+    """A shard's receipt, None where it is not to be seen yet; whether it is there in the end `check` says."""
+    with contextlib.suppress(FileNotFoundError, ValidationError):
+        return Receipt.model_validate_json(folder.store.read(folder.receipt(shard.name)))
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """Why a task failed, for a person."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        if isinstance(cause, PipelineError):
+            return str(cause).rstrip(".")
+        return f"{type(cause).__name__}: {first_line(cause)}".rstrip(".")
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        return "its worker died, perhaps for want of memory"
+    return f"{type(error).__name__}: {first_line(error)}".rstrip(".")
+
+
+def _cancel(references: Sequence[Any]) -> None:
+    """End tasks by force, and wait until they are gone: they must not commit what nobody waits for."""
+    for reference in references:
+        ray.cancel(reference, force=True)
+    if references:
+        ray.wait([*references], num_returns=len(references), timeout=CANCEL_SECONDS)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node of the cluster."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def _connect() -> None:
+    """Join the cluster that RAY_ADDRESS or the machine names, or start one of this machine's cores.
+
+    Raises:
+        PipelineError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    _check_answers(address)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address:
+            raise _no_answer(address, first_line(error)) from error
+        # The machine remembers a cluster that is gone.
+        ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR)
+    finally:
+        # Ray takes SIGTERM for itself, where it can.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _check_answers(address: str | None) -> None:
+    """Find out within seconds whether something listens at an address of the form host:port."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or "//" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise _no_answer(str(address), error.strerror or first_line(error)) from error
+
+
+def _no_answer(address: str, reason: str) -> PipelineError:
+    return PipelineError(
+        f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason}); start it, or unset the variable to start "
+        "a local one."
+    )

@@ -1,0 +1,747 @@
+"""Streams: a dataset that is read as it goes and never stored; its own files are the shards.
+
+What is cheap is read ahead: names, sizes and Parquet footers. A Parquet file is then read by row groups, several of
+them on their way at a time; a WebDataset tar member by member, front to back. Rows come as tables whose first two
+columns are the encoded image and the label; those that are carried through follow.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import queue
+import re
+import tarfile
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import SourceConfig
+from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.origins import Origin, card_license
+from pipeline.sources import (
+    UNLABELLED,
+    Source,
+    chosen_splits,
+    class_names,
+    column_listing,
+    digest_of,
+    file_names,
+    find_image_column,
+    find_label_column,
+)
+
+# Threads that read footers while planning: each waits for its server most of the time.
+PLANNERS = 32
+# Threads that fetch row groups, and the bytes of them that may be on their way or wait to be decoded: one at least.
+FETCHERS = 4
+BYTES_AHEAD = 256 * 2**20
+# What may lie between two columns that are fetched at once.
+GAP_BYTES = 2**20
+# Rows and bytes of a table out of a tar, of which two wait.
+TAR_ROWS = 256
+TAR_BYTES = 16 * 2**20
+TAR_BLOCK = 4 * 2**20
+# What a mark takes of either end of a file that no checksum is known of.
+MARK_BYTES = 2**16
+# Rows of a table at the head of a file, and the bytes that are fetched at once for it.
+HEAD_ROWS = 32
+HEAD_BUFFER = 2**18
+
+# The local file system, as fsspec names it.
+LOCAL = ("file", ("file", "local"))
+PARQUET_SUFFIXES = (".parquet", ".pq")
+# Of the fields of a WebDataset sample, those that are images.
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+CLASS_FIELD, KEY = "cls", "__key__"
+CELL = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+Item = TypeVar("Item")
+Kind = Literal["parquet", "tar"]
+
+
+@dataclass(frozen=True)
+class StreamedFile:
+    """One file of a source.
+
+    name: as it is recorded, relative to the dataset; place: where it is opened, a path or a URL; mark: changes when
+    the content does; groups: of a Parquet file the (rows, bytes) of each row group; rows: None where not known.
+    """
+
+    name: str
+    place: str
+    size: int
+    mark: str
+    groups: tuple[tuple[int, int], ...] = ()
+    rows: int | None = None
+
+    def cuts(self, most: int) -> tuple[int, ...] | None:
+        """Where its shards end, each of up to `most` rows but for a row group that has more; None: one, to its end."""
+        if self.rows is None:
+            return None
+        ends, start, stop = [], 0, 0
+        for rows, _ in self.groups:
+            if rows and start < stop and stop + rows - start > most:
+                ends.append(stop)
+                start = stop
+            stop += rows
+        return (*ends, self.rows)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which columns of a file, or fields of a sample, become what; `image` is None for any image of a tar."""
+
+    image: str | None
+    label: str | None
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StreamedSource(Source):
+    """A source whose rows are not known ahead; `splits` is empty, and `files` has those of each split, in order.
+
+    `allowed` are the folders that image paths may lead to; `need_labels` makes an unlabelled row an error.
+    """
+
+    files: Mapping[str, tuple[StreamedFile, ...]] = field(default_factory=dict)
+    kind: Kind = "parquet"
+    fields: Fields = Fields(None, None, ())
+    names: tuple[str, ...] | None = None
+    need_labels: bool = True
+    allowed: tuple[Path, ...] = ()
+
+    @functools.cached_property
+    def by_name(self) -> Mapping[tuple[str, str], StreamedFile]:
+        """The files by split and name."""
+        return {(split, file.name): file for split, files in self.files.items() for file in files}
+
+    def split_rows(self) -> dict[str, int | None]:
+        """Rows of each split, None where they are not known."""
+        return {split: _total(file.rows for file in files) for split, files in self.files.items()}
+
+
+def _total(rows: Iterable[int | None]) -> int | None:
+    total = 0
+    for count in rows:
+        if count is None:
+            return None
+        total += count
+    return total
+
+
+# ---------------------------------------------------------------------------------------------- planning
+
+
+def open_stream(config: SourceConfig, *, need_labels: bool) -> StreamedSource:
+    """Find the files of a source that is streamed, and what their rows hold.
+
+    Args:
+        config: the `source` section.
+        need_labels: whether a row without a label is an error.
+
+    Raises:
+        ConfigError: it is not there, is empty, is neither Parquet nor WebDataset, or lacks the splits or columns that
+            are asked for.
+    """
+    found, features, origin = _resolve(config)
+    kind = _kind(found)
+    files: dict[str, tuple[StreamedFile, ...]] = {}
+    for split, listed in file_names(found).items():
+        files[split] = _measured(listed, kind, config.limit)
+        if not _total(file.rows or 0 for file in files[split]) and all(file.rows is not None for file in files[split]):
+            raise ConfigError(f"source: split {split} is empty.")
+    first = next(iter(files.values()))[0]
+    if kind == "tar":
+        fields, kept, own = _tar_fields(first, config, need_labels)
+    else:
+        fields, kept, own = _parquet_fields(files, features, config, need_labels)
+    folder = Path(str(config.path)).expanduser()
+    marks = (f"{split}/{file.name}:{file.size}:{file.mark}:{file.rows}" for split, own in files.items() for file in own)
+    return StreamedSource(
+        splits=(),
+        classes=class_names(config, own),
+        digest=digest_of([*marks, repr(fields)]),
+        kept=kept,
+        origin=origin,
+        files=files,
+        kind=kind,
+        fields=fields,
+        names=config.classes,
+        need_labels=need_labels,
+        allowed=(folder.resolve(),) if folder.is_dir() else (),
+    )
+
+
+def _resolve(config: SourceConfig) -> tuple[dict[str, list[tuple[str, str]]], Any, Origin]:
+    """The (name, place) of the files of each wanted split, the features if they are known, and where it is from."""
+    path = str(config.path)
+    if "://" in path:
+        names = config.split or ("train",)
+        if len(names) > 1:
+            raise ConfigError("source.split: the files of a URL are one split; name one, which they are to be called.")
+        return {names[0]: _listed(path)}, None, Origin(name=_url_folder(path).rstrip("/").rpartition("/")[2] or None)
+    return _built(config, path)
+
+
+def _listed(url: str) -> list[tuple[str, str]]:
+    """The files that a URL or a glob names, sorted, each with its name relative to what the glob has no choice in."""
+    try:
+        system, path = fsspec.url_to_fs(url)
+        found = sorted(system.glob(path)) if set("*[{") & set(path) else [path]
+    except Exception as error:  # a dozen file systems, each with errors of its own
+        raise ConfigError(f"source.path: {url} cannot be listed: {first_line(error)}") from error
+    if not found:
+        raise ConfigError(f"source.path: {url} names no file.")
+    folder = _url_folder(path)
+    places = [system.unstrip_protocol(place) for place in found]
+    return [(name.removeprefix(folder), place) for name, place in zip(found, places, strict=True)]
+
+
+def _url_folder(path: str) -> str:
+    """The part of a path or URL before its file name, or before the first part with a glob in it."""
+    fixed = re.split(r"[*\[{]", path)[0]
+    return fixed[: fixed.rfind("/") + 1]
+
+
+def _built(config: SourceConfig, path: str) -> tuple[dict[str, list[tuple[str, str]]], Any, Origin]:
+    """As `_resolve`, for a dataset of the Hub or a local folder, as `datasets` finds its files."""
+    import datasets
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(path).expanduser()
+    local = folder.is_dir()
+    if not local and (path.startswith((".", "~", "/")) or path.count("/") > 1):
+        raise ConfigError(f"source.path: there is no folder {folder}.")
+    try:
+        where = str(folder.resolve()) if local else path
+        builder = datasets.load_dataset_builder(where, config.name, revision=None if local else config.revision)
+    except Exception as error:  # as in sources: all mean the same here
+        looked = "" if local else " (no such local folder, so it was looked up on the Hub)"
+        raise ConfigError(f"source.path: {path} cannot be opened{looked}: {first_line(error)}") from error
+    there = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+    if not there:
+        raise ConfigError(f"source.path: {path} is not made of files that can be streamed; leave out source.streaming.")
+    chosen = {split: there[split] for split in chosen_splits(config, list(there))}
+    start = f"{folder.resolve()}/" if local else r"hf://datasets/[^@]+@[^/]+/"
+    prefix = re.compile(re.escape(start) if local else start)
+    found = {split: [(prefix.sub("", place, count=1), place) for place in files] for split, files in chosen.items()}
+    for name, _ in itertools.chain.from_iterable(found.values()):
+        if name.startswith("/") or "://" in name:
+            raise ConfigError(f"source.path: {path} has files elsewhere ({Path(name).name}), which are not streamed.")
+    stated = str(builder.info.license or "").strip() or None
+    if local:
+        return (
+            found,
+            builder.info.features,
+            Origin(name=folder.resolve().name, license=card_license(folder / "README.md")),
+        )
+    commit = next((match[1] for match in re.finditer(r"@([0-9a-f]{40})/", next(iter(chosen.values()))[0])), None)
+    # `datasets` has just read the card of that commit.
+    card = try_to_load_from_cache(path, "README.md", repo_type="dataset", revision=commit)
+    license_ = stated or (card_license(Path(card)) if isinstance(card, str) else None)
+    return (
+        found,
+        builder.info.features,
+        Origin(name=path.rpartition("/")[2], repository=path, revision=commit, license=license_),
+    )
+
+
+def _kind(found: Mapping[str, Sequence[tuple[str, str]]]) -> Kind:
+    names = [name for files in found.values() for name, _ in files]
+    kinds: dict[Kind, tuple[str, ...]] = {"parquet": PARQUET_SUFFIXES, "tar": (".tar",)}
+    for kind, suffixes in kinds.items():
+        if names[0].endswith(suffixes):
+            other = next((name for name in names if not name.endswith(suffixes)), None)
+            if other is None:
+                return kind
+            raise ConfigError(f"source.path: {names[0]} and {other} are of two kinds; a streamed source is of one.")
+    raise ConfigError(
+        f"source.path: {names[0]} is neither Parquet nor a WebDataset .tar, the kinds that can be streamed; "
+        "leave out source.streaming."
+    )
+
+
+def _measured(listed: Sequence[tuple[str, str]], kind: Kind, limit: int | None) -> tuple[StreamedFile, ...]:
+    """The files with their sizes, marks and, where that is cheap, rows: with a limit, the first that hold so many."""
+    measured: list[StreamedFile] = []
+    rows = 0
+    with ThreadPoolExecutor(PLANNERS, "footer") as pool:
+        # A limit is met by a few files as a rule, of which no more are looked at than there are threads.
+        for start in range(0, len(listed), PLANNERS if limit else len(listed)):
+            some = listed[start : start + PLANNERS] if limit else listed
+            futures = [pool.submit(_measure, name, place, kind, count=limit is not None) for name, place in some]
+            try:
+                for future in futures:
+                    measured.append(future.result())
+                    rows += measured[-1].rows or 0
+                    if limit is not None and rows >= limit:
+                        return tuple(measured)
+            finally:
+                for future in futures:
+                    future.cancel()
+    return tuple(measured)
+
+
+def _measure(name: str, place: str, kind: Kind, *, count: bool) -> StreamedFile:
+    try:
+        system, path = fsspec.url_to_fs(place)
+        info = system.info(path)
+        if info.get("size") is None:
+            raise ConfigError(f"source: the server does not say how large {name} is, so it cannot be streamed.")
+        file = StreamedFile(name, place, int(info["size"]), "")
+        # The Hub's name of the content; what stores and servers call its tag or checksum.
+        keys = ("blob_id", "ETag", "etag", "Content-MD5", "Digest")
+        mark = next((str(info[key]) for key in keys if info.get(key)), None) or _ends(file)
+        rows: int | None = None
+        groups: tuple[tuple[int, int], ...] = ()
+        if kind == "parquet":
+            footer = _footer(file)
+            rows, groups = footer.num_rows, tuple(map(_group, map(footer.row_group, range(footer.num_row_groups))))
+        elif count:
+            rows = _count_samples(file)
+    except PipelineError:
+        raise
+    except Exception as error:  # as in _listed
+        raise ConfigError(f"source: {name} cannot be read: {first_line(error)}") from error
+    return StreamedFile(name, place, file.size, mark, groups, rows)
+
+
+def _group(group: Any) -> tuple[int, int]:
+    return group.num_rows, group.total_byte_size
+
+
+def _ends(file: StreamedFile) -> str:
+    """A digest of the first and the last bytes of a file, where a Parquet footer lies; no time enters it."""
+    with _opened(file) as handle:
+        head = handle.read(MARK_BYTES)
+        handle.seek(max(0, file.size - MARK_BYTES))
+        return hashlib.sha256(head + handle.read(MARK_BYTES)).hexdigest()
+
+
+def _opened(file: StreamedFile, **options: Any) -> Any:
+    """A handle that fetches what is read and nothing else, unless the options say otherwise."""
+    system, path = fsspec.url_to_fs(file.place)
+    options = {"cache_type": "none", **options}
+    if file.place.startswith(("http://", "https://")):
+        options["size"] = file.size  # or it would be asked again
+    return system.open(path, "rb", **options)
+
+
+def _footer(file: StreamedFile) -> pq.FileMetaData:
+    with _opened(file) as handle:
+        return pq.read_metadata(handle)
+
+
+def _parquet_fields(
+    files: Mapping[str, Sequence[StreamedFile]], features: Any, config: SourceConfig, need_labels: bool
+) -> tuple[Fields, dict[str, Any], list[str] | None]:
+    """What is read of Parquet files, the features of kept columns, and the class names if they have them."""
+    import datasets
+
+    first = next(iter(files.values()))[0]
+    schema = _footer(first).schema.to_arrow_schema()
+    if features is None:
+        features = datasets.Features.from_arrow_schema(schema)
+    image = find_image_column(features, config)
+    label = find_label_column(features, config, need_labels)
+    for name in (image, *([label] if label else []), *config.keep_columns):
+        if name not in features or name not in schema.names:
+            raise ConfigError(f"source.keep_columns: there is no column {name}; {column_listing(features)}.")
+    if not _holds_images(schema.field(image).type):
+        raise ConfigError(f"source.image_column: {image} does not hold images but {schema.field(image).type}.")
+    names = None
+    if label is not None:
+        kind = schema.field(label).type
+        if isinstance(features[label], datasets.ClassLabel):
+            names = features[label].names
+        if _is_text(kind):
+            if config.classes is None:
+                raise ConfigError(
+                    f"source.classes: column {label} holds strings; name the classes, as a streamed source is not read "
+                    "ahead to find them."
+                )
+            names = None
+        elif not pa.types.is_integer(kind):
+            raise ConfigError(f"source.label_column: {label} holds {kind}; labels are integers or strings.")
+    kept = {name: features[name] for name in config.keep_columns}
+    return Fields(image, label, config.keep_columns), kept, names
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _tar_fields(
+    first: StreamedFile, config: SourceConfig, need_labels: bool
+) -> tuple[Fields, dict[str, Any], list[str] | None]:
+    """What is read of the samples of tars; there are no class names in them."""
+    import datasets
+
+    try:
+        with _opened(first, cache_type="readahead", block_size=MARK_BYTES) as handle:
+            sample = next(_samples(first, handle, lambda _: False), None)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ConfigError(f"source: {first.name} cannot be read: {first_line(error)}") from error
+    if sample is None:
+        raise ConfigError(f"source: {first.name} has no samples: files whose names have an extension.")
+    there = f"the fields of {first.name} are {', '.join(sample)}"
+    images = [name for name in sample if _is_image(name)]
+    if config.image_column is None and len(images) != 1:
+        raise ConfigError(f"source.image_column: a sample has {len(images)} images; name one ({there}).")
+    for key, wanted in (("image_column", config.image_column), ("label_column", config.label_column)):
+        if wanted is not None and wanted not in sample:
+            raise ConfigError(f"source.{key}: there is no field {wanted}; {there}.")
+    for name in config.keep_columns:
+        if name not in sample:
+            raise ConfigError(f"source.keep_columns: there is no field {name}; {there}.")
+    label = config.label_column or (CLASS_FIELD if CLASS_FIELD in sample else None)
+    if label is None and need_labels:
+        raise ConfigError(
+            f"source.label_column: there is no field {CLASS_FIELD}; name one ({there}), or set attack.label=prediction."
+        )
+    kept = {name: datasets.Value("string") for name in config.keep_columns}
+    return Fields(config.image_column, label, config.keep_columns), kept, None
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_FIELDS
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows `start` to `stop` of a file, to its end where that is None: what a shard is made of."""
+
+    file: StreamedFile
+    start: int
+    stop: int | None
+
+
+def read_stretches(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[tuple[int, pa.Table], None, None]:
+    """The rows of some stretches, in order: the stretch's number and a table, at least one of each stretch.
+
+    A bounded number of bytes is on its way at a time. Nothing before or between the stretches is read but the Parquet
+    footers; the tar of a stretch is read from its front.
+
+    Raises:
+        PipelineError: a file cannot be read, has changed since the run was planned, or holds a label that is none.
+    """
+    return _read_tars(source, stretches) if source.kind == "tar" else _read_parquet(source, stretches)
+
+
+def read_head(source: StreamedSource, stretch: Stretch) -> Iterator[pa.Table]:
+    """The rows of a stretch, a few at a time, for who stops early: little more is fetched than is asked for.
+
+    Raises:
+        PipelineError: as `read_stretches`.
+    """
+    if source.kind == "tar":
+        yield from _tables_of_tar(source, stretch.file, HEAD_ROWS)
+        return
+    with _naming(stretch.file), _opened(stretch.file) as handle:
+        # Buffered, a page at a time: a row group may be a hundred megabytes.
+        file = pq.ParquetFile(handle, buffer_size=HEAD_BUFFER, pre_buffer=False)
+        for group, _ in _groups_of(stretch):
+            for batch in file.iter_batches(HEAD_ROWS, [group], _columns_of(source.fields), use_threads=False):
+                yield _normalised(source, stretch.file, pa.Table.from_batches([batch]))
+
+
+def _read_parquet(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[tuple[int, pa.Table], None, None]:
+    # Row groups of a file follow each other, so a few footers are enough.
+    footer, one_by_one = functools.lru_cache(maxsize=2 * FETCHERS)(_footer), threading.Lock()
+
+    def fetch(stretch: Stretch, group: int | None) -> pa.Table:
+        with _naming(stretch.file):
+            with one_by_one:
+                metadata = footer(stretch.file)
+            if tuple(map(_group, map(metadata.row_group, range(metadata.num_row_groups)))) != stretch.file.groups:
+                raise PipelineError(f"source: {stretch.file.name} has changed since the run was planned.")
+            columns = _columns_of(source.fields)
+            if group is None:
+                rows = metadata.schema.to_arrow_schema().empty_table().select(columns)
+            else:
+                rows = _row_group(stretch.file, metadata, group, columns)
+                if stretch.stop is not None:
+                    rows = rows.slice(0, stretch.stop - sum(count for count, _ in stretch.file.groups[:group]))
+            return _normalised(source, stretch.file, rows)
+
+    def calls() -> Iterator[tuple[int, int, Callable[[], pa.Table]]]:
+        for number, stretch in enumerate(stretches):
+            groups: list[tuple[int | None, int]] = [*_groups_of(stretch)] or [(None, 0)]
+            for group, size in groups:
+                yield number, size, functools.partial(fetch, stretch, group)
+
+    with contextlib.closing(_Fetchers(FETCHERS)) as pool:
+        waiting: deque[tuple[int, int, Future[pa.Table]]] = deque()
+        ahead, following = 0, calls()
+        call = next(following, None)
+        while waiting or call is not None:
+            while call is not None and (
+                not waiting or (ahead + call[1] <= BYTES_AHEAD and len(waiting) < 2 * FETCHERS)
+            ):
+                waiting.append((call[0], call[1], pool.submit(call[2])))
+                ahead += call[1]
+                call = next(following, None)
+            number, size, future = waiting.popleft()
+            yield number, future.result()
+            ahead -= size
+
+
+def _row_group(file: StreamedFile, metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a row group; where that is a request, in as few as they lie apart."""
+    parts = {}
+    local = fsspec.url_to_fs(file.place)[0].protocol in LOCAL
+    if not local:
+        with _opened(file) as handle:
+            for start, stop in _spans(metadata.row_group(group), columns):
+                handle.seek(start)
+                parts[start, stop] = handle.read(stop - start)
+    with _opened(file, **({} if local else {"cache_type": "parts", "cache_options": {"data": parts}})) as handle:
+        return pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns, use_threads=False)
+
+
+def _spans(group: Any, columns: Sequence[str]) -> list[tuple[int, int]]:
+    """Where in the file some columns of a row group are, those that lie close together as one."""
+    spans: list[tuple[int, int]] = []
+    for chunk in sorted(map(group.column, range(group.num_columns)), key=_chunk_start):
+        if not any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
+            continue
+        start = _chunk_start(chunk)
+        if spans and start - spans[-1][1] <= GAP_BYTES:
+            start = spans.pop()[0]
+        spans.append((start, _chunk_start(chunk) + chunk.total_compressed_size))
+    return spans
+
+
+def _chunk_start(chunk: Any) -> int:
+    offsets: list[int] = [offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset]
+    return min(offsets)
+
+
+def _read_tars(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[tuple[int, pa.Table], None, None]:
+    for number, stretch in enumerate(stretches):
+        tables = _until(stretch.stop, _tables_of_tar(source, stretch.file, TAR_ROWS))
+        following_table = functools.partial(next, tables, None)
+        with contextlib.closing(_Fetchers(1)) as pool:
+            following = [pool.submit(following_table) for _ in range(2)]
+            table, empty = following.pop(0).result(), True
+            while table is not None:
+                following.append(pool.submit(following_table))
+                yield number, table
+                table, empty = following.pop(0).result(), False
+        if empty:
+            yield number, _table_of(source, stretch.file, [])
+
+
+def _until(stop: int | None, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The rows before the stop, None for all; what follows is not read."""
+    for table in tables:
+        if stop is not None and table.num_rows >= stop:
+            yield table.slice(0, stop)
+            return
+        stop = None if stop is None else stop - table.num_rows
+        yield table
+
+
+class _Fetchers:
+    """Threads that wait for servers. At the end nobody waits for them, unlike those of a ThreadPoolExecutor: one that
+    hangs would hold up the whole process."""
+
+    def __init__(self, count: int) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._count = count
+        for _ in range(count):
+            threading.Thread(target=self._serve, daemon=True, name="fetch").start()
+
+    def submit(self, call: Callable[[], Item]) -> "Future[Item]":
+        future: Future[Item] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def _serve(self) -> None:
+        while (work := self._calls.get()) is not None:
+            future, call = work
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def close(self) -> None:
+        """Let the threads end; what has not begun is dropped."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()
+        for _ in range(self._count):
+            self._calls.put(None)
+
+
+@contextlib.contextmanager
+def _naming(file: StreamedFile) -> Iterator[None]:
+    """What goes wrong in a file, as one sentence that names it."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise PipelineError(
+            f"source: {file.name} cannot be read ({first_line(error)}); what was committed is kept, and the same "
+            "command goes on from there."
+        ) from error
+
+
+def _groups_of(stretch: Stretch) -> Iterator[tuple[int, int]]:
+    """The row groups of a stretch, which ends where they do, and their bytes."""
+    start = 0
+    for group, (rows, size) in enumerate(stretch.file.groups):
+        if rows and start >= stretch.start and (stretch.stop is None or start < stretch.stop):
+            yield group, size
+        start += rows
+
+
+def _columns_of(fields: Fields) -> list[str]:
+    return [str(fields.image), *([fields.label] if fields.label else []), *fields.kept]
+
+
+def _normalised(source: StreamedSource, file: StreamedFile, rows: pa.Table) -> pa.Table:
+    """Rows as every reader has them: image cells, labels, kept columns."""
+    import datasets
+    from datasets.table import table_cast
+
+    fields = source.fields
+    image, labels = rows.column(str(fields.image)), np.full(rows.num_rows, UNLABELLED)
+    # Not combined: a row group may hold more bytes than one array of them can.
+    cells = pa.chunked_array([datasets.Image().cast_storage(chunk) for chunk in image.chunks], CELL)
+    if fields.label is not None:
+        labels = _indices(source, file, rows.column(fields.label))
+    kept = table_cast(
+        rows.select(list(fields.kept)).replace_schema_metadata(None), datasets.Features(source.kept).arrow_schema
+    )
+    return _joined(cells, pa.array(labels, pa.int64()), kept.replace_schema_metadata(None))
+
+
+def _joined(cells: Any, labels: pa.Array, kept: pa.Table) -> pa.Table:
+    return pa.Table.from_arrays([cells, labels, *kept.columns], names=["", "", *kept.column_names])
+
+
+def _indices(source: StreamedSource, file: StreamedFile, column: pa.ChunkedArray) -> Any:
+    if _is_text(column.type):
+        known = pa.array(source.names or (), column.type)
+        indices = pc.index_in(column, known)
+        unknown = pc.and_(pc.is_null(indices), pc.is_valid(column))
+        if pc.any(unknown, min_count=0).as_py():
+            text = column.filter(unknown)[0].as_py()
+            raise PipelineError(f"source.classes: the label {text!r} in {file.name} is not among them.")
+        column = indices
+    labels = pc.fill_null(column.cast(pa.int64()), UNLABELLED).to_numpy()
+    if len(labels) and labels.min() < UNLABELLED:
+        raise PipelineError(
+            f"source: {file.name} has a label {labels.min()}; labels are 0 or more, and -1 or null for unlabelled."
+        )
+    return labels
+
+
+# -------------------------------------------------------------------------------------------------- tars
+
+
+def _samples(file: StreamedFile, handle: Any, wanted: Callable[[str], bool]) -> Iterator[dict[str, bytes | None]]:
+    """The samples of a WebDataset: consecutive files of one name, by their extensions; only those wanted are read."""
+    sample: dict[str, bytes | None] = {}
+    key = None
+    with tarfile.open(fileobj=handle, mode="r|", bufsize=2**16) as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # or every one of a million would stay in memory
+            found = re.fullmatch(r"((?:.*/|)[^./][^./]*)\.([^/]+)", member.name)
+            if not member.isfile() or found is None:
+                continue
+            if sample and found[1] != key:
+                yield sample
+                sample = {}
+            key, name = found[1], found[2]
+            if name in sample:
+                raise PipelineError(f"source: {file.name} has two files {member.name} in one sample.")
+            sample.setdefault(KEY, key.encode())
+            content = archive.extractfile(member) if wanted(name) else None
+            sample[name] = content.read() if content else None
+    if sample:
+        yield sample
+
+
+def _count_samples(file: StreamedFile) -> int:
+    # Headers only, as far as the blocks that are fetched allow.
+    with _opened(file, cache_type="readahead", block_size=TAR_BLOCK) as handle:
+        return sum(1 for _ in _samples(file, handle, lambda _: False))
+
+
+def _tables_of_tar(source: StreamedSource, file: StreamedFile, rows: int) -> Iterator[pa.Table]:
+    fields = source.fields
+
+    def wanted(name: str) -> bool:
+        return name in (fields.label, *fields.kept) or (name == fields.image if fields.image else _is_image(name))
+
+    with _naming(file), _opened(file, cache_type="readahead", block_size=TAR_BLOCK) as handle:
+        waiting, size = [], 0
+        for sample in _samples(file, handle, wanted):
+            waiting.append(sample)
+            size += sum(len(content) for content in sample.values() if content is not None)
+            if len(waiting) >= rows or size >= TAR_BYTES:
+                yield _table_of(source, file, waiting)
+                waiting, size = [], 0
+        if waiting:
+            yield _table_of(source, file, waiting)
+
+
+def _table_of(source: StreamedSource, file: StreamedFile, samples: Sequence[Mapping[str, bytes | None]]) -> pa.Table:
+    fields = source.fields
+    cells = [{"bytes": _image_of(sample, fields.image), "path": None} for sample in samples]
+    labels = [_label_of(source, file, sample) for sample in samples]
+    kept = {
+        name: pa.array([_text_of(file, name, sample.get(name)) for sample in samples], pa.string())
+        for name in fields.kept
+    }
+    return _joined(pa.array(cells, CELL), pa.array(labels, pa.int64()), pa.table(kept))
+
+
+def _image_of(sample: Mapping[str, bytes | None], name: str | None) -> bytes | None:
+    """The image of a sample; where none is named and there are several, the first."""
+    if name is not None:
+        return sample.get(name)
+    return next((content for field, content in sample.items() if _is_image(field)), None)
+
+
+def _label_of(source: StreamedSource, file: StreamedFile, sample: Mapping[str, bytes | None]) -> int:
+    content = sample.get(source.fields.label) if source.fields.label else None
+    if content is None:
+        return UNLABELLED
+    text = content.decode("utf-8", "replace").strip()
+    if source.names and text in source.names:
+        return source.names.index(text)
+    if re.fullmatch(r"-1|\d{1,9}", text):
+        return int(text)
+    hint = "is not among them" if source.names else "is not a number, so name the classes"
+    raise PipelineError(f"source.classes: the label {text[:50]!r} in {file.name} {hint}.")
+
+
+def _text_of(file: StreamedFile, name: str, content: bytes | None) -> str | None:
+    try:
+        return None if content is None else content.decode()
+    except UnicodeDecodeError:
+        raise PipelineError(f"source.keep_columns: {name} in {file.name} is not text.") from None

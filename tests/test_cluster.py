@@ -1,0 +1,367 @@
+"""On a real Ray cluster: the same bytes as in one process, and what a failure costs."""
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import pipeline.cluster
+from pipeline.cluster import Workers, share_out
+from pipeline.config import RayConfig, load_config
+from pipeline.errors import ConfigError, Interrupted, PipelineError, ShardsFailedError
+from pipeline.interrupts import interruptible
+from pipeline.runs import open_run
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.test_generate import digests, generate, manifest
+from tests.test_processes import processes as processes
+from tests.test_processes import receipts, run_fgsm, wait_for
+
+# A victim that does what files beside it say, and notes which processes load it, with how many cores.
+WATCHED = """
+
+import os, pathlib, signal, time
+
+from pipeline.lanes import available_cores
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Watched(Net):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        with (HERE / "loads").open("a") as file:
+            file.write(f"{os.getpid()} {available_cores()}\\n")
+
+    def forward(self, x):
+        values = x.flatten(1)
+        if len(x) > 1:
+            if (HERE / "slow").exists():
+                time.sleep(0.1)
+            try:
+                (HERE / "kill once").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            except FileNotFoundError:
+                pass
+        if (HERE / "raise").exists() and (values.amin(1) == 1).any():
+            raise ArithmeticError("a white image")
+        if (HERE / "die").exists() and (values.amax(1) == 0).any() and len(x) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray cluster of one node with two CPUs, on the loopback only; this process is connected to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("ray-datasets")))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        context: Any = ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+        yield context.address_info["gcs_address"]
+        ray.shutdown()
+
+
+@pytest.fixture
+def watched_config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> Path:
+    """48 images in 6 shards of two batches; row 20 is white and row 42 is black."""
+    factory_file.write_text(FACTORY + WATCHED)
+    images = random_pixels(48)
+    images[20], images[42] = 255, 0
+    write_parquet(tmp_path / "many", [png_bytes(image) for image in images], [i % 3 for i in range(48)])
+    return write_config(
+        source={"path": str(tmp_path / "many"), "shuffle": False},
+        model={"name": f"{factory_file}:Watched"},
+        output={"images_per_shard": 8},
+        runtime={"batch_size": 4, "ray": {"workers": 2}},
+    )
+
+
+def on_ray(config: Path, *arguments: str) -> str:
+    return generate(config, "--executor", "ray", *arguments)
+
+
+# ---------------------------------------------------------------------------------------------- bytes
+
+
+def test_two_workers_write_the_local_executor_s_bytes(cluster: str, watched_config: Path, tmp_path: Path) -> None:
+    del cluster
+    said = on_ray(watched_config)
+    assert "room for 2 workers with 1 CPU each" in said
+    assert re.search(r"Busy: load \d+%, attack \d+%, encode \d+%, write \d+%; [\d.]+ images/s", said)
+    loads = [line.split() for line in (tmp_path / "loads").read_text().splitlines()]
+    workers = [process for process, _ in loads]
+    assert len(set(workers)) == len(workers) <= 2, "a worker loads the victim once"
+    assert {cores for _, cores in loads} == {"1"}
+    assert str(os.getpid()) not in workers, "the driver opens nothing"
+    local = tmp_path / "local"
+    generate(watched_config, "--output", str(local))
+    assert digests(tmp_path / "out") == digests(local)
+    there, here = manifest(tmp_path / "out"), manifest(local)
+    assert there == {**here, "config": {**here["config"], "output": there["config"]["output"]}}
+    assert len((tmp_path / "out/.run/sessions.jsonl").read_text().splitlines()) == 1
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+def test_a_local_run_goes_on_there_and_what_is_committed_is_not_written_again(
+    cluster: str, watched_config: Path, tmp_path: Path
+) -> None:
+    del cluster
+    generate(watched_config)
+    out = tmp_path / "out"
+    before = digests(out)
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+    (out / ".run/receipts/test-00002-of-00006.json").unlink()
+    assert "5 of 6 shards are already there" in on_ray(watched_config)
+    changed = {path.name for path, then in written.items() if path.stat().st_mtime_ns != then}
+    assert changed == {"test-00002-of-00006.parquet"}
+    assert digests(out) == before
+    assert "All 6 shards are already there" in on_ray(watched_config)
+
+
+# ------------------------------------------------------------------------------------------- failures
+
+
+def test_a_worker_that_is_killed_costs_its_shard_in_flight(cluster: str, watched_config: Path, tmp_path: Path) -> None:
+    del cluster
+    generate(watched_config, "--output", str(tmp_path / "local"))
+    (tmp_path / "kill once").touch()
+    on_ray(watched_config)
+    assert not (tmp_path / "kill once").exists()
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+
+
+def test_shards_that_always_fail_are_named_and_the_others_finish(
+    cluster: str, watched_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del cluster
+    monkeypatch.setattr("pipeline.cluster.RETRIES", 1)
+    (tmp_path / "raise").touch()
+    (tmp_path / "die").touch()
+    result = fgsm("generate", watched_config, "--executor", "ray")
+    assert result.exit_code == 3, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: 2 of 6 shards failed after 1 retries: test-00002-of-00006, test-00005-of-00006; ")
+    assert "the first: ArithmeticError: a white image. " in last
+    assert "the same command tries these again" in last
+    assert "Shard test-00005-of-00006 failed: its worker died" in result.stderr
+    assert receipts(tmp_path / "out") == 4
+    assert manifest(tmp_path / "out")["rows"] == 32
+    (tmp_path / "raise").unlink()
+    (tmp_path / "die").unlink()
+    assert "4 of 6 shards are already there" in on_ray(watched_config)
+    generate(watched_config, "--output", str(tmp_path / "local"))
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+
+
+def test_skipped_rows_are_counted_over_all_shards(cluster: str, write_config: WriteConfig, tmp_path: Path) -> None:
+    del cluster
+    images = [png_bytes(image) for image in random_pixels(40)]
+    for row in (3, 20, 36):
+        images[row] = b"no image"
+    source = {"path": str(write_parquet(tmp_path / "broken", images, [0] * 40)), "shuffle": False}
+    config = write_config(source=source, runtime={"max_skipped": 0.04})
+    result = fgsm("generate", config, "--executor", "ray")
+    assert result.exit_code == 1
+    assert re.search(r"[23] of 40 rows could not be decoded, more than runtime.max_skipped = 0.04", result.stderr)
+    assert "row 20 of split test" in result.stderr or "row 36 of split test" in result.stderr
+    on_ray(config, "--set", "runtime.max_skipped=0.1")
+    assert [row["source_index"] for row in manifest(tmp_path / "out")["skipped"]] == [3, 20, 36]
+
+
+def test_a_folder_that_the_nodes_do_not_share_is_told(
+    cluster: str, watched_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del cluster
+    monkeypatch.setattr("pipeline.cluster.committed", lambda *_: {})
+    with pytest.raises(PipelineError, match=r"^output\.path: a worker has written shard .* must be a folder that all"):
+        on_ray(watched_config)
+
+
+def test_a_node_that_reads_another_source_is_told(
+    cluster: str, watched_config: Path, factory_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The victim's file changes after the run was opened: what a worker opens then is another run."""
+    del cluster
+
+    def change(*_: object, **__: object) -> None:
+        factory_file.write_text(factory_file.read_text() + "\n# another\n")
+        # As on a node that joins now: nothing is held.
+        ray.get([ray.remote(num_cpus=1)(_let_go).remote() for _ in range(4)])
+
+    monkeypatch.setattr("pipeline.cluster.RETRIES", 0)
+    monkeypatch.setattr("pipeline.generate.check_disk", change)
+    with pytest.raises(ShardsFailedError, match=r"has something else under the same names: model.content"):
+        on_ray(watched_config)
+
+
+def _let_go() -> None:
+    time.sleep(0.2)  # so that each worker gets one
+    pipeline.cluster._held = None
+
+
+def test_what_the_config_names_wrongly_is_the_same_sentence_as_here(cluster: str, write_config: WriteConfig) -> None:
+    del cluster
+    config = write_config(model={"kwargs": {"classes": 5}})
+    here, there = fgsm("generate", config), fgsm("generate", config, "--executor", "ray")
+    assert here.exit_code == there.exit_code == 2
+    assert here.stderr.splitlines()[-1] == there.stderr.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------- the driver's end
+
+
+def run_on_cluster(address: str, cache: str, log: str, arguments: list[str]) -> None:
+    """The body of a process: `fgsm` as a driver that joins a cluster."""
+    os.environ.update(RAY_ADDRESS=address, RAY_AUTH_MODE="token", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+    run_fgsm(cache, log, arguments)
+
+
+def test_a_driver_that_is_interrupted_or_killed_goes_on_from_the_receipts(
+    cluster: str, watched_config: Path, tmp_path: Path, processes: Any
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    (tmp_path / "slow").touch()
+
+    def start() -> Any:
+        arguments = ["generate", str(watched_config), "--executor", "ray"]
+        process = processes.Process(target=run_on_cluster, args=(cluster, str(tmp_path / "c"), str(log), arguments))
+        process.start()
+        return process
+
+    def more_than(count: int, process: Any) -> bool:
+        return not process.is_alive() or receipts(out) > count
+
+    interrupted = start()
+    wait_for(partial(more_than, 0, interrupted), 100)
+    began = time.monotonic()
+    os.kill(interrupted.pid, signal.SIGTERM)
+    interrupted.join(10)
+    assert time.monotonic() - began < 5
+    assert interrupted.exitcode == 143, log.read_text()
+    assert f"To go on: fgsm generate {watched_config} --executor ray" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    committed = receipts(out)
+    assert 1 <= committed < 5
+    assert manifest(out)["rows"] == 8 * committed
+    time.sleep(1.5)  # longer than a shard takes
+    assert receipts(out) == committed, "no worker goes on"
+    killed = start()
+    wait_for(partial(more_than, committed, killed), 100)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert receipts(out) < 6
+    (tmp_path / "slow").unlink()
+    assert re.search(r"[2-5] of 6 shards are already there", on_ray(watched_config))
+    generate(watched_config, "--output", str(tmp_path / "local"))
+    assert digests(out) == digests(tmp_path / "local")
+    assert not list((out / ".run/tmp").glob("*"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_extension_that_swallows_the_signal_does_not_hide_it(signum: int) -> None:
+    """As Ray's waiting does: it raises its own KeyboardInterrupt."""
+    with pytest.raises(Interrupted) as caught, interruptible(""):
+        try:
+            signal.raise_signal(signum)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+    assert caught.value.signum == signum
+
+
+# ------------------------------------------------------------------------------------------- resources
+
+CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 64.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "nodes", "expected", "room"),
+    [
+        ({}, "auto", [CPU_NODE, CPU_NODE], Workers(8, 0, None), 2),
+        ({}, "auto", [{"CPU": 1.0}, {"CPU": 64.0}, {"CPU": 64.0}], Workers(64, 0, None), 2),
+        ({}, "auto", [{"CPU": 4.0}, CPU_NODE], Workers(4, 0, None), 3),
+        ({}, "auto", [{"CPU": 0.0}, CPU_NODE], Workers(8, 0, None), 1),
+        ({"workers": 2}, "cpu", [CPU_NODE], Workers(4, 0, 2), 2),
+        ({"workers": 3}, "cpu", [CPU_NODE, CPU_NODE], Workers(4, 0, 3), 3),
+        ({"workers": 9}, "cpu", [CPU_NODE], Workers(1, 0, 9), 8),
+        ({"cpus_per_worker": 2}, "cpu", [CPU_NODE], Workers(2, 0, None), 4),
+        ({}, "auto", [CPU_NODE, GPU_NODE], Workers(8, 1, None), 8),
+        ({}, "cuda", [GPU_NODE, {"CPU": 8.0, "GPU": 2.0}], Workers(4, 1, None), 10),
+        ({"gpus_per_worker": 0.5}, "cuda", [GPU_NODE], Workers(4, 0.5, None), 16),
+        ({"gpus_per_worker": 2, "workers": 3}, "cuda", [GPU_NODE], Workers(16, 2, 3), 3),
+        ({"gpus_per_worker": 0}, "auto", [GPU_NODE], Workers(64, 0, None), 1),
+        ({}, "cpu", [GPU_NODE], Workers(64, 0, None), 1),
+        ({}, "cuda", [{"CPU": 2.0, "GPU": 8.0}], Workers(1, 1, None), 2),
+    ],
+)
+def test_what_a_worker_is_given(
+    asked: dict[str, Any], device: str, nodes: Sequence[Mapping[str, float]], expected: Workers, room: int
+) -> None:
+    workers = share_out(RayConfig(**asked), device, nodes)
+    assert workers == expected
+    assert workers.room(nodes) == room
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "needed"),
+    [
+        ({"cpus_per_worker": 9}, "cpu", "9 CPUs, and"),
+        ({"gpus_per_worker": 0.5}, "auto", "1 CPU and 0.5 GPU, and"),
+        ({}, "cuda", "1 CPU and 1 GPU, and"),
+    ],
+)
+def test_a_demand_that_no_node_can_satisfy_is_told(asked: dict[str, Any], device: str, needed: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^runtime\.ray: a worker needs {needed} no node .* \(they have 8 CPUs, 0"):
+        share_out(RayConfig(**asked), device, [CPU_NODE, CPU_NODE])
+
+
+def test_an_impossible_demand_ends_instead_of_waiting(cluster: str, write_config: WriteConfig) -> None:
+    del cluster
+    began = time.monotonic()
+    result = fgsm("generate", write_config(runtime={"ray": {"cpus_per_worker": 64}}), "--executor", "ray")
+    assert time.monotonic() - began < 10
+    assert result.exit_code == 2
+    assert "a worker needs 64 CPUs, and no node of the Ray cluster has that (they have 2 CPUs, 0 GPUs)" in result.stderr
+
+
+def test_resources_do_not_enter_the_run_id(write_config: WriteConfig) -> None:
+    ids = {
+        open_run(load_config(str(write_config(runtime={"ray": resources})))).run_id
+        for resources in ({}, {"workers": 3, "gpus_per_worker": "auto", "cpus_per_worker": 2})
+    }
+    assert len(ids) == 1
+
+
+# ------------------------------------------------------------------------------------------ connecting
+
+
+def test_an_address_that_does_not_answer_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    began = time.monotonic()
+    with pytest.raises(PipelineError, match=rf"^RAY_ADDRESS: no Ray cluster answers at 127\.0\.0\.1:{port} \("):
+        pipeline.cluster._connect()
+    assert time.monotonic() - began < 5
+
+
+def test_without_ray_the_sentence_names_what_to_install(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "pipeline.cluster")
+    result = fgsm("generate", write_config(), "--executor", "ray")
+    assert result.exit_code == 2
+    assert "pip install 'fgsm-pipeline[ray]'" in result.stderr

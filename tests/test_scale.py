@@ -1,0 +1,149 @@
+"""Ten thousand shards, with simulated receipts: what is done is found at once, and nothing grows with its square.
+
+Bounds are seconds of this process's own computing, generous: other work on the machine does not count.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline.execute
+from pipeline.card import render_card
+from pipeline.config import load_config
+from pipeline.loader import Batch
+from pipeline.manifest import MOST_SKIPPED, summarise
+from pipeline.outputs import (
+    FileEntry,
+    LevelCounts,
+    OutputFolder,
+    Receipt,
+    SkippedRow,
+    committed,
+    read_receipts,
+    shard_file,
+)
+from pipeline.plan import Shard
+from pipeline.progress import Busy
+from pipeline.runs import Run, open_run, versions
+from pipeline.summary import summary_table
+from tests.conftest import WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.test_generate import generate
+
+SHARDS = 10_000
+FILE_BYTES = 12_345
+
+
+def receipt_of(run: Run, shard: Shard, skipped: Sequence[SkippedRow] = ()) -> Receipt:
+    """The receipt that a shard would have."""
+    rows = len(shard) - len(skipped)
+    return Receipt(
+        run_id=run.run_id,
+        shard=shard.name,
+        split=shard.split,
+        planned=len(shard),
+        rows=rows,
+        skipped=tuple(skipped),
+        zero_sign_share=0.25,
+        counts=tuple(
+            LevelCounts(level=level, rows=rows, labelled=rows, correct=rows, fooled=0, confidence_sum=0.5 * rows)
+            for level in run.levels
+        ),
+        files=tuple(
+            FileEntry(path=shard_file(subset, shard), rows=rows, bytes=FILE_BYTES, sha256="0" * 64)
+            for subset in run.stored
+        ),
+        versions=versions(run.device),
+    )
+
+
+def simulate(run: Run, out: Path, shards: Sequence[Shard]) -> None:
+    """What a run leaves that has committed some shards, but for what is in its files: holes of the right size."""
+    receipts = out / ".run/receipts"
+    receipts.mkdir(parents=True)
+    for subset in run.stored:
+        (out / subset).mkdir()
+    first = receipt_of(run, shards[0]).model_dump_json(indent=1)
+    for shard in shards:
+        assert len(shard) == len(shards[0])
+        (receipts / f"{shard.name}.json").write_text(first.replace(shards[0].name, shard.name))
+        for subset in run.stored:
+            descriptor = os.open(out / shard_file(subset, shard), os.O_WRONLY | os.O_CREAT)
+            os.ftruncate(descriptor, FILE_BYTES)
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """Fail where this takes longer, in seconds of this process's computing."""
+    began = time.process_time()
+    yield
+    took = time.process_time() - began
+    print(f"{what}: {took:.2f} s")
+    assert took < seconds, f"{what} took {took:.1f} s"
+
+
+@pytest.mark.timeout(240)
+def test_ten_thousand_shards(write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [png_bytes(pixels) for pixels in random_pixels(16)]
+    source = write_parquet(tmp_path / "many", [images[i % 16] for i in range(SHARDS)], [i % 3 for i in range(SHARDS)])
+    config = write_config(source={"path": str(source)}, attack={"epsilons": ["8/255"]}, output={"images_per_shard": 1})
+    run, out = open_run(load_config(str(config))), tmp_path / "out"
+    assert len(run.plan.shards) == SHARDS
+    simulate(run, out, run.plan.shards[:-1])
+    folder = OutputFolder(out)
+
+    with at_most(0.5, "listing receipts"):
+        assert len(list((out / ".run/receipts").iterdir())) == SHARDS - 1
+    with at_most(3, "reading receipts"):
+        receipts = read_receipts(folder)[0]
+    with at_most(5, "finding what is committed"):
+        assert committed(folder, run.run_id, run.plan.shards) == receipts
+    with at_most(3, "summing up"):
+        summarise(run.manifest(), receipts)
+
+    took, unpatched = [], pipeline.execute.attack_ahead
+
+    def attack_ahead(run: Run, batches: Iterator[Batch], busy: Busy) -> Iterator[Any]:
+        attacked = unpatched(run, batches, busy)
+        first = next(attacked)
+        took.append(time.process_time() - began)
+        yield first
+        yield from attacked
+
+    with monkeypatch.context() as patched, at_most(15, "the last shard"):
+        patched.setattr(pipeline.execute, "attack_ahead", attack_ahead)
+        began = time.process_time()
+        assert "complete; 10,000 of 10,000 source images" in generate(config)
+    print(f"to the first batch: {took[0]:.2f} s")
+    assert took[0] < 10
+    with at_most(12, "nothing left to do"):
+        generate(config)
+    with at_most(6, "inspect"):
+        assert fgsm("inspect", out).exit_code == 0
+    assert (out / "manifest.json").stat().st_size < 400 * 2 * SHARDS
+
+
+def test_all_skipped_rows_are_counted_and_some_listed(write_config: WriteConfig) -> None:
+    run = open_run(load_config(str(write_config())))
+    few, many, none = run.plan.shards
+    rows = [SkippedRow(position=i, source_index=i, reason="cannot identify image file") for i in range(MOST_SKIPPED)]
+    receipts = {
+        few.name: receipt_of(run, few, rows[:3]),
+        many.name: receipt_of(run, many, rows),
+        none.name: receipt_of(run, none),
+    }
+    manifest = summarise(run.manifest(), receipts)
+    assert manifest.skipped_rows == MOST_SKIPPED + 3
+    assert len(manifest.skipped) == MOST_SKIPPED
+    assert manifest.skipped[:4] == tuple(
+        {"split": "test", "source_index": index, "reason": "cannot identify image file"} for index in (0, 1, 2, 0)
+    )
+    assert "10,003 skipped" in summary_table(manifest)
+    assert "10,003 source images that cannot be decoded, the first 10,000 of them listed" in render_card(manifest)
+    whole = summarise(run.manifest(), {few.name: receipts[few.name]})
+    assert "3 source images that cannot be decoded, listed" in render_card(whole)
