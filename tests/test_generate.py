@@ -32,6 +32,7 @@ from pipeline.cli import app
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.images import ImageFormat, decode_image
+from pipeline.manifest import FORMAT_VERSION
 from pipeline.progress import Progress
 from pipeline.records import encode_column
 from pipeline.runs import open_run
@@ -590,7 +591,7 @@ def test_a_manifest_of_another_version_is_one_sentence(write_config: WriteConfig
         result = fgsm(command, argument)
         assert result.exit_code == 1
         assert result.stderr.splitlines()[-1] == (
-            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is 3); "
+            f"Error: {path} was made by another version of fgsm-pipeline (its format is 1, this one's is {FORMAT_VERSION}); "
             "use that version, or start over with --overwrite."
         )
     generate(write_config(), "--overwrite")
