@@ -921,4 +921,4 @@ def test_ray_node_removed(site: Site, drill: Drill, tmp_path: Path, monkeypatch:
         drill.settle(site, out)
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
