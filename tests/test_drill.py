@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -816,7 +817,7 @@ def impatient(environment: dict[str, str]) -> None:
 
     os.environ.update(environment)
     pipeline.stores.BEAT_SECONDS, pipeline.stores.STALE_SECONDS = 0.2, 1.5
-    pipeline.stores.CONNECT_SECONDS, pipeline.stores.SILENT_SECONDS, pipeline.stores.ATTEMPTS = 2.0, 2.0, 2
+    pipeline.stores.SILENT_SECONDS, pipeline.stores.ATTEMPTS = 1.0, 2
 
 
 @pytest.fixture(scope="module")
@@ -856,10 +857,13 @@ def test_store_sigkill(stored: Site, bucket: Bucket, drill: Drill) -> None:
 )
 def test_store_fails(stored: Site, bucket: Bucket, drill: Drill, kind: int | str, fault: str) -> None:
     drill.fault = fault
-    for path, after in ((r"parquet", 3), (r"receipts/", 1), (r"parquet", 9), (r"manifest", 1), (r"README", 0)):
+    # Each is asked again for as long as the client has patience.
+    for path, after in ((r"parquet", 3), (r"receipts/", 1), (r"manifest", 1)):
         out = bucket.place()
         bucket.s3.fail("PUT", path, kind, after=after)
-        stored.generate(out).refused("run the same command again")
+        began = time.monotonic()
+        stored.generate(out).refused("the store failed")
+        assert time.monotonic() - began < 90
         bucket.s3.released.set()
         bucket.s3.faults.clear()
         bucket.s3.released.clear()
@@ -877,3 +881,44 @@ def test_store_two_at_once(stored: Site, bucket: Bucket, drill: Drill) -> None:
         winner, loser = (runs[codes.index(code)] for code in (0, 1))
         loser.refused(f"process {winner.pid}")
         drill.settle(stored, out, fetch=partial(bucket.fetch, out))
+
+
+# ------------------------------------------------------------------------------------------------------ Ray
+
+
+def test_ray_node_removed(site: Site, drill: Drill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray: a node removed in the middle of its shard."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(site.folder / "cache"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    noticed_soon = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 4,
+    }
+    cluster = Cluster(
+        initialize_head=True,
+        connect=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": noticed_soon},
+    )
+    try:
+        out, nodes = tmp_path / "out", [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+        def remove() -> None:
+            wait_for(lambda: receipts(out) >= 3, 300)
+            cluster.remove_node(nodes[0], allow_graceful=False)
+
+        removal = threading.Thread(target=remove)
+        removal.start()
+        with site.slow():
+            generate(site.config, "--output", str(out), "--executor", "ray")
+        removal.join()
+        # It needed no second run; that finds nothing to do.
+        assert manifest(out)["complete"]
+        drill.settle(site, out)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
