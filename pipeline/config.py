@@ -120,10 +120,9 @@ class SourceConfig(Section):
         self._refuse_unread(self.kind, SOURCE_KEYS[self.kind])
         if self.streaming and self.shuffle:
             raise ValueError("shuffle has no effect with streaming, which reads the source in its own order")
-        if re.match(r"[\w+.-]+://[^/]*@|https?://.*[?#]", str(self.path)):
+        if re.match(r"https?://.*[?#]", str(self.path)):
             raise ValueError(
-                "path has a user name or a query in it, which manifest and card would show to everyone; give a URL "
-                "that needs neither"
+                "path has a query in it, which manifest and card would show to everyone; give a URL that needs none"
             )
         return self
 

@@ -17,10 +17,10 @@ SECRET_KEY = re.compile(
     r"|.*(passwd|password|passphrase|secret|credential|api_?key|private_?key|access_?key|account_?key).*",
     re.IGNORECASE,
 )
-# Tokens of the Hub, user:password@ in an address, and what signs an address.
+# Tokens of the Hub, user:password@ in an address, and what signs an address. (Before the @ of abfs:// is a container.)
 SECRET_TEXT = re.compile(
     r"(?P<token>\bhf_[A-Za-z0-9]{20,})"
-    r"|(?P<scheme>\b[a-z][a-z0-9+.-]{0,20}://)[^\s/?#'\"@]{1,300}@"
+    r"|(?P<scheme>\b(?!abfss?:)[a-z][a-z0-9+.-]{0,20}://)[^\s/?#'\"@]{1,300}@"
     r"|(?P<key>[?&]([\w-]{0,40}(signature|credential|security-token|access_?key(id)?)|sig|token|api_?key|password)=)[^\s&'\")]+",
     re.IGNORECASE,
 )

@@ -298,7 +298,7 @@ class _Checker:
         self.targeted = manifest.resolved.attack.target is not None
         try:
             self.features = datasets.Features.from_dict(manifest.features)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except Exception as error:  # what is no feature can raise anything there
             place = folder.store.at(folder.manifest)
             raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
         self.schema = self.features.arrow_schema

@@ -182,6 +182,7 @@ def test_resnet20_is_the_paper_s() -> None:
     assert {"conv1.weight", "layer3.2.bn2.running_var", "linear.bias"} <= set(model.state_dict())
 
 
+@pytest.mark.drill
 def test_ours_and_its_bound_on_digits(tmp_path: Path) -> None:
     options = ["--workload", "digits", "--variant", "eager", "--contender", "ours", "--contender", "bound"]
     sizes = ["--limit", "64", "--batch-size", "8", "--rounds", "1", "--json", str(tmp_path / "report.json")]

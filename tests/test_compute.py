@@ -197,6 +197,7 @@ def test_auto_compiles_where_the_run_is_long_enough(device: str, images: int) ->
     assert not repays(torch.device("mps"), 10**12)
 
 
+@pytest.mark.drill
 def test_a_compiled_run_resumes_and_verifies_exactly(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -98,8 +98,9 @@ def value_at(config: Config, key: str) -> Any:
         ({"preprocess": {"crop": [8, 8, 8]}}, r"^preprocess\.crop: got \[8, 8, 8\]; allowed: .*\[height, width\]"),
         ({"preprocess": {"crop": "big"}}, r"^preprocess\.crop: got 'big'; allowed"),
         ({"output": {"path": "s3://id:hush/hush@bucket/out"}}, r"^output\.path: the address holds more than a bucket"),
-        ({"output": {"path": "s3://hush@bucket/out"}}, r"^output\.path: the address holds more than a bucket"),
-        ({"output": {"path": "az://bucket/out?sig=hush"}}, r"^output\.path: the address holds more than a bucket"),
+        ({"output": {"path": "s3://bucket/out?a=b"}}, r"^output\.path: the address holds more than a bucket"),
+        ({"output": {"path": "s3://hush@bucket/out"}}, r"^output\.path holds a credential"),
+        ({"output": {"path": "az://bucket/out?sig=hush"}}, r"^output\.path holds a credential"),
         (
             {"output": {"path": "s3:///out"}},
             r"^output\.path: s3:///out names no bucket; write it as s3://bucket/prefix",

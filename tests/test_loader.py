@@ -407,7 +407,10 @@ def test_a_worker_that_dies_while_the_attack_runs_is_one_sentence_too(
     [
         MemoryError(),
         RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"),
-        RuntimeError("unable to mmap 6144 bytes from file </torch_7>: Cannot allocate memory (12)"),
+        pytest.param(
+            RuntimeError("unable to mmap 6144 bytes from file </torch_7>: Cannot allocate memory (12)"),
+            marks=pytest.mark.drill,
+        ),
     ],
 )
 def test_a_batch_that_cannot_be_shared_ends_the_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

@@ -67,6 +67,7 @@ def test_wrong_arguments_are_told_the_right_ones(tmp_path: Path, arguments: list
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.drill
 @pytest.mark.timeout(300)
 def test_a_run_is_stopped_and_run_again(tmp_path: Path) -> None:
     write_config(tmp_path)

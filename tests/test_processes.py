@@ -136,6 +136,7 @@ def group_is_gone(group: int) -> bool:
     return True
 
 
+@pytest.mark.drill
 def test_ten_sigkills_at_random_moments_change_no_byte(slow_config: Path, tmp_path: Path, start: Start) -> None:
     generate(slow_config, "--output", str(tmp_path / "reference"))
     out, moments, seen = tmp_path / "out", random.Random(0), set()

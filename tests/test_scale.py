@@ -41,7 +41,8 @@ FILE_BYTES = 12_345
 
 def receipt_of(run: Run, shard: Shard, skipped: Sequence[SkippedRow] = ()) -> Receipt:
     """The receipt that a shard would have."""
-    rows = len(shard) - len(skipped)
+    # Where more are skipped than it has, only those count.
+    rows = max(0, len(shard) - len(skipped))
     return Receipt(
         run_id=run.run_id,
         shard=shard.name,

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,6 +244,8 @@ def test_a_dataset_is_verified_mended_and_reported(s3: S3, out: str, write_confi
 def processes() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "datasets", "tests.conftest", "s3fs"])
+    # Now: where it is started first, its socket would lie in the temporary space of a test, by too long a path.
+    ensure_running()
     return context
 
 
@@ -253,6 +256,7 @@ def run_there(environment: dict[str, str], temporary: str, cache: str, log: str,
     run_fgsm(cache, log, arguments)
 
 
+@pytest.mark.drill
 def test_a_killed_run_resumes_to_the_same_bytes(
     s3: S3, out: str, write_config: WriteConfig, factory_file: Path, tmp_path: Path, processes: Any
 ) -> None:
@@ -330,6 +334,7 @@ def test_a_second_run_says_who_holds_the_place(s3: S3, out: str, write_config: W
     generate(config)
 
 
+@pytest.mark.drill
 def test_the_lock_of_a_run_that_died_is_taken_over(s3: S3, out: str, caplog: pytest.LogCaptureFixture) -> None:
     alter(s3, out, ".run/lock", b'{"host": "elsewhere", "process": 7, "token": "x", "beat": 3}')
     began = time.monotonic()
@@ -536,7 +541,8 @@ def test_a_place_without_a_dataset_is_one_sentence(out: str) -> None:
 
 def test_an_address_with_credentials_is_refused_without_quoting_them(write_config: WriteConfig) -> None:
     for place in ("s3://id:hush/hush@bucket/x", "s3://hush@bucket/x", "s3://bucket/x?secret=hush"):
-        assert "holds more than a bucket and a prefix" in failed("generate", write_config(), "--output", place, code=2)
+        said = failed("generate", write_config(), "--output", place, code=2)
+        assert "holds more than a bucket and a prefix" in said or "output.path holds a credential" in said
         assert "holds more than a bucket and a prefix" in failed("verify", place, code=2)
 
 
@@ -612,6 +618,8 @@ def test_a_dataset_in_a_store_is_published(
         objects = {name: data for name, data in there(s3, out).items() if not name.startswith(".run/")}
         assert "report.html" in objects
         assert set(repository.files) - {".gitattributes"} == set(objects)
+        # That goes without what it says of this machine.
+        del objects["manifest.json"]
         for name, data in objects.items():
             assert repository.files[name].etag in (
                 hashlib.sha256(data).hexdigest(), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
