@@ -69,6 +69,7 @@ def test_a_rate_leaves_start_and_end_out() -> None:
         benchmark_reading.measure(lambda: [(None, [0])])
 
 
+@pytest.mark.drill
 def test_all_readers_give_all_rows(write_config: WriteConfig, tmp_path: Path) -> None:
     for layout in ("images", "signs"):
         generate(write_config(output={"layout": layout, "path": str(tmp_path / layout)}))

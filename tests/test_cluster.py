@@ -192,6 +192,7 @@ def test_a_folder_that_the_nodes_do_not_share_is_told(
         on_ray(watched_config)
 
 
+@pytest.mark.drill
 def test_a_node_that_reads_another_source_is_told(
     cluster: str, watched_config: Path, factory_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

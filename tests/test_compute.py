@@ -236,6 +236,7 @@ def test_a_compiled_run_resumes_and_verifies_exactly(
     assert "the run was begun with a compiled victim. Mend the compiler" in result.stderr
 
 
+@pytest.mark.drill
 def test_every_model_of_a_process_is_compiled(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, factory_file: Path
 ) -> None:

@@ -32,7 +32,7 @@ from pipeline.summary import summary_table
 from pipeline.verify import verify
 from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, write_parquet
 
-FEW, MANY = 20, 2000
+FEW, MANY = 10, 2000
 # Seconds of a core that one example may take: parsers that loop take minutes.
 SLOW = 5.0
 

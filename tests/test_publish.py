@@ -220,6 +220,7 @@ def assert_token_is_nowhere(folder: Path) -> None:
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.drill
 def test_through_xet_with_progress_in_a_log(out: Path, tmp_path: Path) -> None:
     (tmp_path / "storage").mkdir()
     with running_hub() as hub:
