@@ -209,11 +209,20 @@ class LocalStore(Store):
 
     def write(self, name: str, content: bytes) -> None:
         path = self.disk / name
+        self._replace(path, content, path.with_name(f".{path.name}.tmp"))
+
+    def commit(self, name: str, content: bytes) -> None:
+        # Aside by a name of its own, as on a cluster two may write the same receipt; and where who holds the folder
+        # next clears what a crash has left.
+        self._replace(self.disk / name, content, self.disk / SCRATCH / f"{Path(name).name}.{secrets.token_hex(6)}")
+
+    def _replace(self, path: Path, content: bytes, scratch: Path) -> None:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A name of its own: on a cluster two may write the same receipt.
-            scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+            scratch.parent.mkdir(parents=True, exist_ok=True)
             try:
+                # A new file: one that is there is left from a crash, or a link to what must not be written.
+                scratch.unlink(missing_ok=True)
                 with scratch.open("xb") as file:
                     file.write(content)
                     file.flush()
@@ -222,9 +231,6 @@ class LocalStore(Store):
             finally:
                 scratch.unlink(missing_ok=True)
             _sync_folder(path.parent)
-
-    def commit(self, name: str, content: bytes) -> None:
-        self.write(name, content)
 
     def put(self, local: Path, name: str) -> None:
         path = self.disk / name
