@@ -33,6 +33,8 @@ from pipeline.sources import UNLABELLED, Source, Split, open_cell, spread
 from pipeline.streams import StreamedSource, Stretch, read_head, read_stretches
 
 MAX_WORKERS = 16
+# A batch that takes longer never comes: a process that was forked may wait for a lock that nobody holds any more.
+SILENT_SECONDS = 600.0
 # Images of each split looked at before a run that takes all sizes as they are.
 SIZE_SAMPLES = 1000
 # Of a source that is streamed, the rows at the head of each split that are looked at.
@@ -322,6 +324,7 @@ def load_batches(
         num_workers=min(count, len(batches)),
         pin_memory=pin,
         worker_init_fn=_ignore_interrupt,
+        timeout=SILENT_SECONDS if count and len(batches) else 0,
     )
     return _unwrap(loader)
 
@@ -345,12 +348,17 @@ def naming_dead_workers() -> Iterator[None]:
     """Say in one sentence that a worker died, wherever the main thread is: DataLoader raises from a signal handler.
 
     Raises:
-        PipelineError: a worker process died.
+        PipelineError: a worker process died, or none gives anything any more.
     """
     try:
         yield
     except RuntimeError as error:
         # `worker (pid 7) is killed by signal`; an exception of our own says `worker process 7`.
+        if "DataLoader timed out" in str(error):
+            raise PipelineError(
+                f"The decoding workers gave nothing for {SILENT_SECONDS:g} s; they hang, or the source's disk does. "
+                "The same command goes on from what is committed, with runtime.workers=0 if it happens again."
+            ) from error
         if "DataLoader worker (pid" not in str(error):
             raise
         raise PipelineError(

@@ -817,6 +817,7 @@ def impatient(environment: dict[str, str]) -> None:
     os.environ.update(environment)
     pipeline.stores.BEAT_SECONDS, pipeline.stores.STALE_SECONDS = 0.2, 1.5
     pipeline.stores.SILENT_SECONDS, pipeline.stores.ATTEMPTS = 1.0, 2
+    pipeline.stores.PATIENCE_SECONDS = 4.0
 
 
 @pytest.fixture(scope="module")

@@ -402,6 +402,17 @@ def test_a_worker_that_dies_while_the_attack_runs_is_one_sentence_too(
     assert fgsm("generate", config).exit_code == 0
 
 
+def test_workers_that_give_nothing_end_the_run(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(runtime={"workers": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.loader.SILENT_SECONDS", 1.0)
+        patch.setattr(Reader, "read", lambda *_: time.sleep(60))
+        result = fgsm("generate", config)
+    assert result.exit_code == 1
+    assert "Error: The decoding workers gave nothing for 1 s; they hang, or the source's disk does." in result.stderr
+    assert fgsm("generate", config).exit_code == 0
+
+
 @pytest.mark.parametrize(
     "error",
     [
