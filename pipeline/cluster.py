@@ -512,7 +512,8 @@ def _connect() -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address:
             raise _no_answer(address, first_line(error)) from error
-        # The machine remembers a cluster that is gone.
+        # The machine remembers a cluster that is gone, or one that does not take this client.
+        logger.warning("No Ray cluster of this machine takes part (%s); starting a local one.", first_line(error))
         ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR)
     finally:
         # Ray takes SIGTERM for itself, where it can.

@@ -41,7 +41,9 @@ def find_secret(value: Any, where: str = "") -> str | None:
             named = f"{where}.{key}" if where else str(key)
             if redact(str(key)) != str(key):
                 return where or "a key"
-            if isinstance(key, str) and SECRET_KEY.fullmatch(key) and inside is not None and inside is not False:
+            # The keys of a label_map are names of classes.
+            names_classes = where.rpartition(".")[2] == "label_map"
+            if isinstance(key, str) and SECRET_KEY.fullmatch(key) and inside not in (None, False) and not names_classes:
                 return named
             if found := find_secret(inside, named):
                 return found

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -111,7 +112,7 @@ class Manifest(Record):
     def planned(self) -> str:
         """How many source rows the whole run has, for people; streamed ones are counted as they come."""
         rows = self.rows + self.skipped_rows if self.complete else self.plan.total
-        return "an unknown number" if rows is None else f"{rows:,}"
+        return "an unknown number of" if rows is None else f"{rows:,}"
 
 
 def without_folders(value: Any) -> Any:
@@ -121,7 +122,8 @@ def without_folders(value: Any) -> Any:
     `verify --recompute` finds the model again.
     """
     if isinstance(value, str):
-        return PurePath(value).name if value.startswith(("/", "~", "./", "../")) else value
+        local = value.startswith(("/", "~", "./", "../")) or re.match(r"([\w+]+::)*(file|local)://", value)
+        return PurePath(value).name if local else value
     if isinstance(value, Mapping):
         return {key: without_folders(inside) for key, inside in value.items()}
     return [without_folders(inside) for inside in value] if isinstance(value, list | tuple) else value

@@ -61,6 +61,6 @@ def front_matter(card: bytes) -> dict[str, Any] | None:
     """The YAML at the head of a card; None where there is none that can be read."""
     try:
         head: Any = next(iter(yaml.safe_load_all(card.decode())))
-    except (UnicodeDecodeError, yaml.YAMLError, StopIteration):
+    except (ValueError, RecursionError, yaml.YAMLError, StopIteration):  # a date that is none is a ValueError
         return None
     return head if isinstance(head, dict) else None
