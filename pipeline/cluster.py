@@ -169,7 +169,7 @@ def write_on_worker(job: Job, location: str, shard: Shard, board: Any) -> dict[s
                 told = time.monotonic()
                 board.tell.remote(shard.name, counts)
 
-        write_shards(run, OutputFolder(location), [shard], [], busy, tell)
+        write_shards(run, OutputFolder(location), [shard], None, busy, tell)
         return busy.seconds
 
 

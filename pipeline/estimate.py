@@ -4,9 +4,6 @@
 into a folder that is thrown away, and what that took is scaled up.
 """
 
-import contextlib
-import io
-import logging
 import shutil
 import tempfile
 import time
@@ -191,7 +188,7 @@ def _pass(run: Run, rows: int) -> _Pass:
     parts = _parts(run.plan, rows)
     with tempfile.TemporaryDirectory(prefix="fgsm-plan-") as place:
         folder = OutputFolder(Path(place))
-        with folder.held(), _silent():
+        with folder.held():
             began = time.perf_counter()
             write_shards(run, folder, parts, [], Busy(), lambda *_: None)
             seconds = time.perf_counter() - began
@@ -237,19 +234,6 @@ def _unseen_bytes(run: Run, seen: _Pass) -> int:
     batches = missing * (pixels + seen.row_bytes) * (2 + BATCHES_IN_FLIGHT)
     group = min(ROW_GROUP_BYTES * len(run.stored), ROW_GROUP_ROWS * seen.row_bytes)
     return int(batches + max(0.0, group - seen.longest * seen.row_bytes))
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No bar and no talk of how busy a run was that is none."""
-    executing = logging.getLogger("pipeline.execute")
-    level = executing.level
-    executing.setLevel(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        executing.setLevel(level)
 
 
 @dataclass(frozen=True)

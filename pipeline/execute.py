@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @naming_dead_workers()
 def write_shards(
-    run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt], busy: Busy, tell: Tell
+    run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
 ) -> None:
     """Attack, encode and commit some shards, in order.
 
@@ -62,15 +62,17 @@ def write_shards(
         run: the opened run, compiled if it is to be.
         folder: where they go.
         shards: those to write.
-        others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`.
+        others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`; None where they are not
+            known here. Then a share of a source of unknown length is left for the caller to judge.
         busy: takes the seconds of each stage.
         tell: called with the counts of each batch.
 
     Raises:
         PipelineError: a row or the numbers stop the run, or the disk refuses.
     """
-    skipped = sum(len(receipt.skipped) for receipt in others)
-    read = sum(receipt.planned for receipt in others)
+    skipped = sum(len(receipt.skipped) for receipt in others or ())
+    read = sum(receipt.planned for receipt in others or ())
+    judges = others is not None or run.plan.total is not None
     sink = _Sink(run, folder, busy)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
@@ -82,7 +84,7 @@ def write_shards(
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 read += batch.place.stop - batch.place.start
-                _check_skipped(run, batch, skipped, read)
+                _check_skipped(run, batch, skipped, read, judges=judges)
                 busy.add("load", batch.seconds)
                 scores = _score(run, batch, parts)
                 encoded = _encode(encoders, parts, run, busy)
@@ -180,7 +182,7 @@ def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[
         raise _too_large(batch.name, len(batch.labels)) from error
 
 
-def _check_skipped(run: Run, batch: Batch, skipped: int, read: int) -> None:
+def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, judges: bool) -> None:
     """Stop where undecodable images are not to be skipped, or are too many: of all, or of those read so far."""
     if not batch.skipped:
         return
@@ -188,7 +190,8 @@ def _check_skipped(run: Run, batch: Batch, skipped: int, read: int) -> None:
     row = f"{name_row(batch.shard, last.source_index)} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
         raise PipelineError(f"source: {row}, and runtime.on_error is fail.")
-    check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, row)
+    if judges:
+        check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, row)
 
 
 def check_share_skipped(skipped: int, total: int | None, read: int, most: float, last: str) -> None:

@@ -185,7 +185,11 @@ class LocalStore(Store):
         folders = ["", ".run/receipts"]
         while folders:
             folder = folders.pop()
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.disk / folder) as entries:
+            with (
+                reading(self.disk / folder),
+                contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                os.scandir(self.disk / folder) as entries,
+            ):
                 for entry in entries:
                     name = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_file():
@@ -195,7 +199,8 @@ class LocalStore(Store):
         return found
 
     def read(self, name: str) -> bytes:
-        return (self.disk / name).read_bytes()
+        with reading(self.disk / name):
+            return (self.disk / name).read_bytes()
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
         found = {}
@@ -281,7 +286,12 @@ class LocalStore(Store):
             return
         waiting = [self.disk]
         while waiting:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
+            folder = waiting.pop()
+            with (
+                reading(folder),
+                contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                os.scandir(folder) as entries,
+            ):
                 for entry in entries:
                     if entry.is_symlink():
                         self._refuse_link(Path(entry.path))
@@ -701,6 +711,19 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise write_failure(path, error) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the operating system cannot read, as one sentence; only that something is not there is a FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PipelineError(
+            f"Cannot read {path}: {error.strerror or first_line(error)}; mend the disk or its permissions."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
