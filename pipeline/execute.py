@@ -62,8 +62,8 @@ def write_shards(
         run: the opened run, compiled if it is to be.
         folder: where they go.
         shards: those to write.
-        others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`; None where they are not
-            known here. Then a share of a source of unknown length is left for the caller to judge.
+        others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`; None where they are
+            not known here. Then a share of a source of unknown length is left for the caller to judge.
         busy: takes the seconds of each stage.
         tell: called with the counts of each batch.
 

@@ -715,7 +715,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the operating system cannot read, as one sentence; only that something is not there is a FileNotFoundError."""
+    """What the operating system cannot read, as one sentence; what is not there is a FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:
