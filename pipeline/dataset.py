@@ -35,11 +35,12 @@ from pipeline.columns import (
 )
 from pipeline.config import is_address, reading_levels
 from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.guard import redact_answer
 from pipeline.images import open_stored
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
 from pipeline.manifest import Manifest, require_manifest
 from pipeline.outputs import SIGNS, OutputFolder, local_folder, subset_name
-from pipeline.stores import redact, storage_options
+from pipeline.stores import storage_options
 
 # Rows that a streaming view holds at a time.
 STREAMED_ROWS = 64
@@ -208,7 +209,7 @@ def _open(place: str, stored: Manifest | None, subset: str, streaming: bool) -> 
     try:
         opened: Mapping[str, Any] = datasets.load_dataset(streaming=streaming, **arguments)
     except Exception as error:  # as in _recorded_subsets
-        said = redact(first_line(error))
+        said = redact_answer(first_line(error))
         cause = error if stored is None else None  # that of a store may quote secrets
         raise ConfigError(f"{place}: its subset {subset} cannot be read: {said}") from cause
     expected = {ATTACKS, SIGN} if subset == SIGNS else {"epsilon", *ANSWER}

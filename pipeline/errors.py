@@ -9,7 +9,7 @@
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -41,6 +41,14 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and those that it came from: clients of servers wrap what befalls them."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def first_line(error: BaseException) -> str:

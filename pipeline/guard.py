@@ -59,6 +59,16 @@ def redact(text: str) -> str:
     return SECRET_TEXT.sub(_shown, text)
 
 
+def redact_answer(text: str) -> str:
+    """What a server or its client has said, without credentials: an address loses user and query, which may sign it."""
+    # These at any length, and though they may begin like a path.
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
+    text = re.sub(r"//[^/@\s]+@", "//***@", redact(text))
+    return re.sub(r"(\w://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text)
+
+
 def _shown(found: re.Match[str]) -> str:
     if found["scheme"]:
         return f"{found['scheme']}***@"

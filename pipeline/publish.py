@@ -35,9 +35,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
 )
 from huggingface_hub.utils._http import default_client_factory  # it has no public name
 
-from pipeline import __version__, guard
+from pipeline import __version__
 from pipeline.card import moved_card
-from pipeline.errors import ConfigError, PipelineError, first_line, listing
+from pipeline.errors import ConfigError, PipelineError, causes, first_line, listing
+from pipeline.guard import redact_answer
 from pipeline.manifest import Manifest, published, require_manifest
 from pipeline.outputs import OutputFolder, reported_receipts
 from pipeline.summary import human_bytes
@@ -377,7 +378,7 @@ class _Repository:
     def _sentence(self, error: BaseException) -> str:
         """What went wrong, for a person."""
         again = "run the same command again: what has arrived is not sent twice"
-        refused = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+        refused = next((cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)
         if refused is not None:
             status, said = refused.response.status_code, first_line(Exception(refused.server_message or ""))
             quoted = f" ({said})" if refused.server_message else ""
@@ -389,29 +390,21 @@ class _Repository:
             }
             unknown = f"The Hub answered {status}{quoted} about {self.id}; {again}"
             return redact(known.get(status, unknown) + ".", self.token)
-        if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+        if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(error)):
             return "HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it."
         if _is_passing(error):
             return f"The connection to the Hub was lost; {again}."
-        reasons = dict.fromkeys(first_line(cause).rstrip(".") for cause in _causes(error))
+        reasons = dict.fromkeys(first_line(cause).rstrip(".") for cause in causes(error))
         return redact(f"{self.id}: the upload failed ({': '.join(reasons)}); {again}.", self.token)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it came from: the client wraps what befalls a single file."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
 def _messages(error: BaseException) -> Iterator[str]:
-    return (str(cause) for cause in _causes(error))
+    return (str(cause) for cause in causes(error))
 
 
 def _is_passing(error: BaseException) -> bool:
     """Whether it is worth another attempt: the connection, or a Hub that is busy or broken."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, HfHubHTTPError):
             status: int = cause.response.status_code
             # Files are put into a storage, at addresses that expire; another attempt gets new ones.
@@ -426,7 +419,7 @@ def _is_passing(error: BaseException) -> bool:
 
 def redact(text: str, token: str) -> str:
     """A message without the token, and without the signatures in the addresses that uploads go to."""
-    return guard.redact(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text.replace(token, "***")))
+    return redact_answer(text.replace(token, "***"))
 
 
 @contextlib.contextmanager

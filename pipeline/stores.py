@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.config import check_address, is_address
-from pipeline.errors import ConfigError, PipelineError, first_line, write_failure
+from pipeline.errors import ConfigError, PipelineError, causes, first_line, write_failure
+from pipeline.guard import redact_answer
 
 LOCK = ".run/lock"
 SCRATCH = ".run/tmp"
@@ -355,7 +355,6 @@ class ObjectStore(Store):
         self._tags: dict[str, str] = {}
         self._known: dict[str, tuple[str, bytes]] = {}
         # While it is held: what the lock says of us, and why it is ours no more.
-        self._own: dict[str, Any] = {}
         self._lost: str | None = None
 
     def at(self, name: str) -> str:
@@ -481,7 +480,7 @@ class ObjectStore(Store):
         """By an object that its holder rewrites; where that ends without a word, the next run waits and takes over."""
         own = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8), "beat": 0}
         self._take(own)
-        self._own, self._lost, over = own, None, threading.Event()
+        self._lost, over = None, threading.Event()
         beating = threading.Thread(target=self._keep, args=(own, over), daemon=True, name="lock")
         beating.start()
         try:
@@ -491,7 +490,7 @@ class ObjectStore(Store):
             over.set()
             # It must not write the lock again; a store that hangs must not hold the end up for long.
             beating.join(30.0)
-            lost, self._own, self._lost = self._lost, {}, None
+            lost, self._lost = self._lost, None
             if lost is None:
                 with contextlib.suppress(PipelineError):
                     self.delete([LOCK])
@@ -595,8 +594,8 @@ class ObjectStore(Store):
 
     def _failure(self, error: BaseException) -> PipelineError:
         """The sentence for what a client could not do. It may quote secrets, so its own exception goes no further."""
-        kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-        said = redact((getattr(error, "strerror", None) or first_line(error)).rstrip("."))
+        kinds = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
+        said = redact_answer((getattr(error, "strerror", None) or first_line(error)).rstrip("."))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return write_failure(self.disk, error)
         if kinds & {
@@ -638,15 +637,6 @@ def storage_options(address: str) -> dict[str, dict[str, Any]]:
     return {protocol: {"config_kwargs": client, "max_concurrency": 1}}
 
 
-def redact(text: str) -> str:
-    """A message without the credentials in the environment, and without those in addresses."""
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "***")
-    text = re.sub(r"//[^/@\s]+@", "//***@", text)
-    return re.sub(r"(\w://[^\s?'\"]+)\?[^\s'\")]+", r"\1?...", text)
-
-
 def _file_system(protocol: str) -> Any:
     """The class of fsspec for a protocol."""
     import fsspec
@@ -659,13 +649,6 @@ def _file_system(protocol: str) -> Any:
         raise ConfigError(f"output.path: {protocol}:// needs a package that is not installed: {mend}.") from None
     except ValueError:
         raise ConfigError(f"output.path: fsspec knows no protocol {protocol}://; s3:// and gs:// are two.") from None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
 
 
 def _holder(lock: Mapping[str, Any]) -> str:

@@ -28,9 +28,10 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 import pipeline
 from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.guard import redact_answer
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder, committed
-from pipeline.stores import LocalStore, ObjectStore, open_store, redact
+from pipeline.stores import LocalStore, ObjectStore, open_store
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.hub import running_hub
 from tests.s3 import KEY, S3, SECRET, lock_of, running_s3
@@ -583,7 +584,8 @@ def test_training_from_a_store_is_refused(out: str) -> None:
 def test_messages_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token-hush")
     assert (
-        redact('to "https://me:pw@host/b?X-Amz-Signature=s" with token-hush') == 'to "https://***@host/b?..." with ***'
+        redact_answer('to "https://me:pw@host/b?X-Amz-Signature=s" with token-hush')
+        == 'to "https://***@host/b?..." with ***'
     )
 
 
