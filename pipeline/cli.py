@@ -214,10 +214,9 @@ def _boundary(debug: bool, farewell: str) -> Iterator[None]:
 
     _log_to_stderr()
     try:
-        with interruptible(farewell):
+        with interruptible(lambda: _say(f"\n{farewell}", err=True)):
             yield
     except Interrupted as interrupt:
-        _say(f"\n{farewell}", err=True)
         raise typer.Exit(128 + interrupt.signum) from None
     except MemoryError:
         _say("Error: There is not enough memory for this; lower runtime.batch_size or runtime.max_pixels.", err=True)

@@ -19,8 +19,7 @@ import ray
 import pipeline.cluster
 from pipeline.cluster import Workers, share_out
 from pipeline.config import RayConfig, load_config
-from pipeline.errors import ConfigError, Interrupted, PipelineError, ShardsFailedError
-from pipeline.interrupts import interruptible
+from pipeline.errors import ConfigError, PipelineError, ShardsFailedError
 from pipeline.runs import open_run
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.test_generate import digests, generate, manifest
@@ -273,17 +272,6 @@ def test_a_driver_that_is_interrupted_or_killed_goes_on_from_the_receipts(
     generate(watched_config, "--output", str(tmp_path / "local"))
     assert digests(out) == digests(tmp_path / "local")
     assert not list((out / ".run/tmp").glob("*"))
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_extension_that_swallows_the_signal_does_not_hide_it(signum: int) -> None:
-    """As Ray's waiting does: it raises its own KeyboardInterrupt."""
-    with pytest.raises(Interrupted) as caught, interruptible(""):
-        try:
-            signal.raise_signal(signum)
-        except Interrupted:
-            raise KeyboardInterrupt from None
-    assert caught.value.signum == signum
 
 
 # ------------------------------------------------------------------------------------------- resources
