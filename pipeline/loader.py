@@ -337,10 +337,14 @@ def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Generator[Batch, None,
             raise PipelineError(
                 f"Decoding workers cannot be started ({error.strerror}); set a smaller runtime.workers, 0 for none."
             ) from error
-        for item in items:
-            if isinstance(item, PipelineError):
-                raise item
-            yield item
+        try:
+            for item in items:
+                if isinstance(item, PipelineError):
+                    raise item
+                yield item
+        finally:
+            # A traceback keeps this frame, and workers that the garbage collector finds are waited for 5 s each.
+            del items
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """What tests share: small real datasets, a small real model, and the command line in this process."""
 
 import io
+import multiprocessing
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
+
+# Processes that tests start need not import torch each: they fork from a server that has.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.report", "datasets", "tests.conftest"])
 
 CLASSES = ("cat", "dog", "eel")
 FACTORY = '''
@@ -161,6 +167,14 @@ def fgsm(*arguments: str | Path) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def let_go(caught: pytest.ExceptionInfo[BaseException]) -> None:
+    """Let what a DataLoader has raised keep the loader's workers no longer.
+
+    Their iterator would be part of a cycle, and where the garbage collector ends it each of them is waited for 5 s.
+    """
+    traceback.clear_frames(caught.tb)
 
 
 @pytest.fixture(autouse=True)

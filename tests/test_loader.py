@@ -25,7 +25,7 @@ from pipeline.images import Opener
 from pipeline.loader import Batch, Reader, Skipped, find_shape, load_batches
 from pipeline.plan import Plan, make_plan
 from pipeline.sources import ArrayRows, FileRows, Rows, Source, Split, open_source
-from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import CLASSES, WriteConfig, fgsm, let_go, png_bytes, random_pixels, write_parquet
 
 AS_IT_IS = PreprocessConfig()
 MAX_PIXELS = 10_000
@@ -431,8 +431,11 @@ def test_a_batch_that_cannot_be_shared_ends_the_run(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Batch, "share_memory", refusing)
     source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
-    with pytest.raises(PipelineError, match=r"for want of memory .* smaller runtime\.workers"):
+    before = {*multiprocessing.active_children()}
+    with pytest.raises(PipelineError, match=r"for want of memory .* smaller runtime\.workers") as caught:
         read(source, plan_of(source), workers=1)
+    assert caught.tb
+    assert {*multiprocessing.active_children()} <= before, "no worker lives as long as the traceback"
     assert read(source, plan_of(source), workers=0)
 
 
@@ -490,5 +493,6 @@ def test_a_bug_in_a_worker_is_not_called_a_want_of_memory(tmp_path: Path, monkey
 
     source = mixed_sizes(tmp_path)
     monkeypatch.setattr(Reader, "read", broken)
-    with pytest.raises(RuntimeError, match="a bug of ours"):
+    with pytest.raises(RuntimeError, match="a bug of ours") as caught:
         read(source, plan_of(source), workers=1)
+    let_go(caught)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, PROCESSES, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.test_generate import digests, generate, manifest
 
 SLOW = """
@@ -45,10 +45,8 @@ class Deaf(Net):
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    """Starts real processes that need not import torch each: they fork from a server that has."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "datasets", "tests.conftest"])
-    return context
+    """Starts real processes."""
+    return PROCESSES
 
 
 @pytest.fixture

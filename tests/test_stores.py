@@ -32,7 +32,7 @@ from pipeline.guard import redact_answer
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder, committed
 from pipeline.stores import LocalStore, ObjectStore, open_store
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, PROCESSES, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.hub import running_hub
 from tests.s3 import KEY, S3, SECRET, lock_of, running_s3
 from tests.test_generate import digests, generate
@@ -243,11 +243,9 @@ def test_a_dataset_is_verified_mended_and_reported(s3: S3, out: str, write_confi
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "datasets", "tests.conftest", "s3fs"])
     # Now: where it is started first, its socket would lie in the temporary space of a test, by too long a path.
     ensure_running()
-    return context
+    return PROCESSES
 
 
 def run_there(environment: dict[str, str], temporary: str, cache: str, log: str, arguments: list[str]) -> None:

@@ -27,7 +27,7 @@ from pipeline import shards, training
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.images import decode_images
 from pipeline.training import TrainingDataset
-from tests.conftest import FACTORY, KINDS, WriteConfig, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, KINDS, WriteConfig, let_go, png_bytes, random_pixels, write_parquet
 from tests.hub import Hub, Repository, git_blob, running_hub
 from tests.test_dataset import LAYOUTS, loaded_by
 from tests.test_generate import generate
@@ -512,6 +512,7 @@ def test_a_state_of_another_number_of_workers_is_refused_when_they_read(outputs:
     for _ in range(2):  # nor is it forgotten
         with pytest.raises(ConfigError) as caught:
             list(loader)
+        let_go(caught)
         assert (
             str(caught.value)
             .strip()
