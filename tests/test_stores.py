@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -297,26 +298,28 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert fgsm("verify", out).exit_code == 0
 
 
-def test_what_killed_processes_left_in_the_temporary_space_is_removed(out: str, tmp_path: Path, processes: Any) -> None:
-    store = ObjectStore(out)
-    process = processes.Process(target=hold_scratch, args=(out, str(tmp_path / "temporary")))
-    process.start()
+def test_what_killed_processes_left_in_the_temporary_space_is_removed(out: str, tmp_path: Path) -> None:
     space = tmp_path / "temporary"
+    process = subprocess.Popen([sys.executable, "-c", HOLD_SCRATCH, out], env={**os.environ, "TMPDIR": str(space)})
     wait_for(lambda: len(list(space.glob("*/half"))) == 1)
-    with store.scratch("another"):
+    with ObjectStore(out).scratch("another"):
         assert len(list(space.glob("fgsm-*"))) == 2, "that of a process that lives stays"
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    with store.scratch("another") as folder:
+    process.kill()
+    process.wait()
+    with ObjectStore(out).scratch("another") as folder:
         assert list(space.glob("fgsm-*")) == [folder]
 
 
-def hold_scratch(out: str, temporary: str) -> None:
-    """The body of a process that dies in the middle of a shard."""
-    tempfile.tempdir = temporary
-    with ObjectStore(out).scratch("shard") as folder:
-        (folder / "half").write_bytes(b"half")
-        time.sleep(60)
+# A process that dies in the middle of a shard.
+HOLD_SCRATCH = """
+import sys, time
+
+from pipeline.stores import ObjectStore
+
+with ObjectStore(sys.argv[1]).scratch("shard") as folder:
+    (folder / "half").write_bytes(b"half")
+    time.sleep(60)
+"""
 
 
 # ------------------------------------------------------------------------------------------------ the lock
