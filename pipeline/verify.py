@@ -166,15 +166,16 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
     except ConfigError:
         device = choose_device("auto")
     victim = load_model(config.model, config, device)
-    if victim.digest != manifest.identity["model.content"]:
+    if victim.digest != manifest.identity.get("model.content"):
         raise ConfigError(
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
     evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
     compiled_alike = not config.runtime.compile or _compiles(victim, evaluators, manifest, device)
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
-    if device.type == config.runtime.device:
-        chunk = manifest.identity["runtime.chunk"]
+    recorded = manifest.identity.get("runtime.chunk")
+    if device.type == config.runtime.device and isinstance(recorded, int) and recorded > 0:
+        chunk = recorded
     with Lanes(device, chunk) as lanes:
         space = _space(manifest, manifest)
         yield Judge(victim, space, evaluators, lanes, versions(device), compiled_alike)
@@ -183,7 +184,8 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
 def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Evaluator:
     with naming_evaluator(config.id):
         model = load_model(config, manifest.resolved, device)
-        if model.digest != manifest.identity[f"evaluators.{config.id}.content"]:
+        unchanged = model.digest == manifest.identity.get(f"evaluators.{config.id}.content")
+        if config.id not in manifest.evaluators or not unchanged:
             raise ConfigError("it has changed since the run, so it cannot be asked again.")
     return Evaluator(model, _space(manifest, manifest.evaluators[config.id]))
 
@@ -341,12 +343,15 @@ class _Checker:
         if shard.stop is None:
             shard = shard.with_rows(receipt.planned)
         skipped = {row.position for row in receipt.skipped}
+        # Before anything is made for each row: the numbers may be any.
+        if len(skipped) + receipt.rows != shard.rows:
+            raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
         places = list(self.plan.batches(shard))
         masks = [
             np.array([place.start + i not in skipped for i in range(place.stop - place.start)]) for place in places
         ]
         counts = [int(mask.sum()) for mask in masks]
-        if sum(counts) != receipt.rows or len(skipped) + receipt.rows != len(shard):
+        if sum(counts) != receipt.rows:
             raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
         tables = zip(*(self._read(root, entry.path, counts) for entry in receipt.files), strict=True)
         width = 3 + len(EvaluatorCounts.model_fields) * len(self.evaluators)
