@@ -1,7 +1,9 @@
 """What tests share: small real datasets, a small real model, and the command line in this process."""
 
 import io
+import multiprocessing
 from collections.abc import Callable, Sequence
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,44 @@ def image_parquet(tmp_path: Path) -> Path:
     """40 random 16x16 RGB images in three classes, as a local Parquet dataset."""
     images = [png_bytes(pixels) for pixels in random_pixels(40)]
     return write_parquet(tmp_path / "source", images, [i % 3 for i in range(40)])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small complete dataset with its report, made once in a process of tests; who changes it changes a copy.
+
+    11 images and one that cannot be decoded, in two shards, in each of clean and eps-8.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    images = [png_bytes(image) for image in random_pixels(12)]
+    write_parquet(folder / "source", [*images[:11], b"no image"], [i % 3 for i in range(12)])
+    (folder / "victim.py").write_text(FACTORY)
+    (folder / "config.yaml").write_text(
+        f"""
+source: {{kind: huggingface, path: {folder}/source}}
+model: {{kind: factory, name: "{folder}/victim.py:make"}}
+attack: {{epsilons: [8/255]}}
+output: {{path: {folder}/out, images_per_shard: 6}}
+runtime: {{device: cpu, workers: 0, batch_size: 6, max_skipped: 0.5}}
+"""
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        result = fgsm("generate", folder / "config.yaml")
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Starts real processes that need not import torch each: they fork from a server that has."""
+    context = multiprocessing.get_context("forkserver")
+    # All that any test needs: there is one server, which has imported what was named before it started.
+    modules = ["pipeline.cli", "pipeline.generate", "pipeline.training", "datasets", "s3fs", "tests.conftest"]
+    context.set_forkserver_preload(modules)
+    # Now: where it is started first, its socket would lie in the temporary space of a test, by too long a path.
+    ensure_running()
+    return context
 
 
 WriteConfig = Callable[..., Path]

@@ -30,7 +30,7 @@ from pipeline.manifest import Manifest, current_manifest, require_manifest
 from pipeline.outputs import OutputFolder
 from pipeline.summary import summary_table
 from pipeline.verify import verify
-from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import random_pixels
 
 FEW, MANY = 10, 2000
 # Seconds of a core that one example may take: parsers that loop take minutes.
@@ -273,27 +273,6 @@ def test_a_corpus_of_broken_files() -> None:
 
 
 # ------------------------------------------------------------------------------- manifests and receipts
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small complete dataset, and a report of it."""
-    folder = tmp_path_factory.mktemp("finished")
-    images = [png_bytes(image) for image in random_pixels(12)]
-    write_parquet(folder / "source", [*images[:11], b"no image"], [i % 3 for i in range(12)])
-    (folder / "victim.py").write_text(FACTORY)
-    (folder / "config.yaml").write_text(
-        f"""
-source: {{kind: huggingface, path: {folder}/source}}
-model: {{kind: factory, name: "{folder}/victim.py:make"}}
-attack: {{epsilons: [8/255]}}
-output: {{path: {folder}/out, images_per_shard: 6}}
-runtime: {{device: cpu, workers: 0, batch_size: 6, max_skipped: 0.5}}
-"""
-    )
-    result = fgsm("generate", folder / "config.yaml")
-    assert result.exit_code == 0, result.output
-    return folder / "out"
 
 
 JSON = st.recursive(

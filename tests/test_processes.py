@@ -43,14 +43,6 @@ class Deaf(Net):
 """
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Starts real processes that need not import torch each: they fork from a server that has."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "datasets", "tests.conftest"])
-    return context
-
-
 @pytest.fixture
 def slow_config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> Path:
     """240 images in 30 shards, about five seconds of attacking."""

@@ -311,6 +311,7 @@ def test_a_window_holds_no_more_than_its_bytes(outputs: Path, monkeypatch: pytes
         assert sum(piece.bytes for piece in window) <= 3 * largest
 
 
+@pytest.mark.usefixtures("processes")
 def test_workers_are_given_paths_and_not_images(outputs: Path, known: Known) -> None:
     data = opened(outputs / "color-images")
     data.set_epoch(2)
@@ -470,6 +471,7 @@ def test_what_is_skipped_is_not_decoded(outputs: Path, decoded: list[int]) -> No
 
 
 @pytest.mark.parametrize(("stay", "method"), [(False, "fork"), (True, "fork"), (False, "forkserver")])
+@pytest.mark.usefixtures("processes")
 def test_a_place_is_taken_once_by_all_workers(outputs: Path, known: Known, stay: bool, method: str) -> None:
     data = opened(outputs / "color-images")
     loader = DataLoader(data, batch_size=4, num_workers=2, persistent_workers=stay, multiprocessing_context=method)
