@@ -7,7 +7,7 @@ credential at all; they come from the environment, or from where `hf auth login`
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,34 @@ SECRET_LENGTH = 8
 
 def find_secret(value: Any, where: str = "") -> str | None:
     """The dotted key of the first credential in a config, None where there is none. Its value is never shown."""
+    return _find(value, where, tuple(_environment()))
+
+
+def _find(value: Any, where: str, known: Sequence[str]) -> str | None:
     if isinstance(value, str):
-        return where if redact(value) != value else None
+        return where if _without(value, known) != value else None
     if isinstance(value, Mapping):
         for key, inside in value.items():
             named = f"{where}.{key}" if where else str(key)
-            if redact(str(key)) != str(key):
+            if _without(str(key), known) != str(key):
                 return where or "a key"
             names_secret = isinstance(key, str) and SECRET_KEY.fullmatch(key) and where not in CLASS_NAMES
             if names_secret and inside not in (None, False):
                 return named
-            if found := find_secret(inside, named):
+            if found := _find(inside, named, known):
                 return found
     if isinstance(value, list | tuple):
-        return next((found for inside in value if (found := find_secret(inside, where))), None)
+        return next((found for inside in value if (found := _find(inside, where, known))), None)
     return None
 
 
 def redact(text: str) -> str:
     """A text without credentials: those of the environment, tokens of the Hub, and those in addresses."""
-    for secret in _environment():
+    return _without(text, tuple(_environment()))
+
+
+def _without(text: str, known: Sequence[str]) -> str:
+    for secret in known:
         text = text.replace(secret, "***")
     return SECRET_TEXT.sub(_shown, text)
 

@@ -501,6 +501,14 @@ def test_files_that_a_manifest_lists_beside_its_plan_are_not_read(finished: Path
         _addresses(place, other, "clean")
 
 
+def test_features_are_those_of_the_config(out: Path) -> None:
+    content = json.loads((out / "manifest.json").read_text())
+    content["config"]["attack"]["target"] = 1
+    (out / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(PipelineError, match="its features are not those that a run of its config writes"):
+        verify(out)
+
+
 def test_what_cannot_be_asked_again_is_a_sentence(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**content, "identity": {}}))
@@ -638,9 +646,7 @@ def test_code_that_a_manifest_names_is_said_before_it_runs(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
     content["config"]["model"]["name"] = f"{code}:make"
     (out / "manifest.json").write_text(json.dumps(content))
-    command = [sys.executable, "-m", "pipeline", "verify", str(out), "--recompute"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    lines = done.stderr.splitlines()
+    lines = fgsm("verify", out, "--recompute").stderr.splitlines()
     said = next(index for index, line in enumerate(lines) if f"Running code that the manifest names: {code}" in line)
     assert "Only for datasets that you trust." in lines[said]
     assert said < lines.index("it runs")
