@@ -1,5 +1,6 @@
 """Reading for training: every image once an epoch, whoever shares the work, and exactly on from where it stopped."""
 
+import gc
 import json
 import math
 import pickle
@@ -506,7 +507,11 @@ def test_a_state_of_no_workers_goes_on_in_one(outputs: Path, known: Known, stay:
 
 
 @pytest.mark.parametrize("stay", [False, True])
-def test_a_state_of_another_number_of_workers_is_refused_when_they_read(outputs: Path, stay: bool) -> None:
+def test_a_state_of_another_number_of_workers_is_refused_when_they_read(
+    outputs: Path, stay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # After an error a loader waits for each of its workers, for 5 seconds as it is.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     data = opened(outputs / "color-images")
     list(islice(DataLoader(data, batch_size=4), 3))
     state = data.state_dict()
@@ -526,6 +531,9 @@ def test_a_state_of_another_number_of_workers_is_refused_when_they_read(outputs:
         )
     data.set_epoch(1)
     assert sum(1 for _ in loader) == 14
+    # Their iterators would wait in another test.
+    del caught, loader
+    gc.collect()
 
 
 def test_a_state_of_something_else_is_refused(outputs: Path) -> None:
