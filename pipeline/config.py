@@ -120,7 +120,8 @@ class SourceConfig(Section):
         self._refuse_unread(self.kind, SOURCE_KEYS[self.kind])
         if self.streaming and self.shuffle:
             raise ValueError("shuffle has no effect with streaming, which reads the source in its own order")
-        if re.match(r"https?://.*[?#]", str(self.path)):
+        # Of a chain of fsspec's, such as simplecache::https://, any part.
+        if re.search(r"https?://[^?#]*[?#]", str(self.path), re.IGNORECASE):
             raise ValueError(
                 "path has a query in it, which manifest and card would show to everyone; give a URL that needs none"
             )

@@ -39,7 +39,7 @@ from pipeline.guard import redact_answer
 from pipeline.images import open_stored
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
 from pipeline.manifest import Manifest, require_manifest
-from pipeline.outputs import SIGNS, OutputFolder, local_folder, subset_name
+from pipeline.outputs import SIGNS, OutputFolder, local_folder, shard_file, subset_name
 from pipeline.stores import storage_options
 
 # Rows that a streaming view holds at a time.
@@ -220,12 +220,19 @@ def _open(place: str, stored: Manifest | None, subset: str, streaming: bool) -> 
 
 
 def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[str]]:
-    """The files of a subset by split, `subset/split-00000-of-00004.parquet`."""
+    """The files of a subset by split, `subset/split-00000-of-00004.parquet`.
+
+    Raises:
+        ConfigError: none is there yet, or the manifest lists one that is none of its shards.
+    """
     files: dict[str, list[str]] = {split: [] for split in manifest.split_rows}
+    splits = {shard_file(subset, shard): shard.split for shard in manifest.plan.shards}
     for entry in manifest.files:
-        folder, _, name = entry.path.partition("/")
-        if folder == subset:
-            files[name.rsplit("-", 3)[0]].append(f"{place.rstrip('/')}/{entry.path}")
+        if not entry.path.startswith(f"{subset}/"):
+            continue
+        if entry.path not in splits:
+            raise ConfigError(f"{place}: its manifest.json lists {entry.path}, which is no shard of this run.")
+        files[splits[entry.path]].append(f"{place.rstrip('/')}/{entry.path}")
     if not any(files.values()):
         raise ConfigError(f"{place} holds no shards yet; run fgsm generate to its end.")
     return {split: listed for split, listed in files.items() if listed}

@@ -28,6 +28,8 @@ SECRET_TEXT = re.compile(
 SECRET_VARIABLE = re.compile(
     r".*(TOKEN|SECRET|SECRET_(ACCESS_)?KEY|PASSWORD|PASSWD|API_?KEY|PRIVATE_?KEY)", re.IGNORECASE
 )
+# The keys of a label_map are names of classes.
+CLASS_NAMES = ("model.label_map", "evaluators.label_map")
 # Shorter values are switches and numbers, and hiding them would garble messages.
 SECRET_LENGTH = 8
 
@@ -46,9 +48,8 @@ def _find(value: Any, where: str, known: Collection[str]) -> str | None:
             named = f"{where}.{key}" if where else str(key)
             if _without(str(key), known) != str(key):
                 return where or "a key"
-            # The keys of a label_map are names of classes.
-            names_classes = where.rpartition(".")[2] == "label_map"
-            if isinstance(key, str) and SECRET_KEY.fullmatch(key) and inside not in (None, False) and not names_classes:
+            names_secret = isinstance(key, str) and SECRET_KEY.fullmatch(key) and where not in CLASS_NAMES
+            if names_secret and inside not in (None, False):
                 return named
             if found := _find(inside, named, known):
                 return found
@@ -70,7 +71,7 @@ def _without(text: str, secrets: Iterable[str]) -> str:
 
 def redact_answer(text: str) -> str:
     """What a server or its client has said, without credentials: an address loses user and query, which may sign it."""
-    # These at any length, and though they may begin like a path.
+    # These at any length, and the name that goes with them.
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
         if secret := os.environ.get(name):
             text = text.replace(secret, "***")
@@ -86,9 +87,16 @@ def _shown(found: re.Match[str]) -> str:
 
 def _environment() -> Iterator[str]:
     for name, value in os.environ.items():
-        # A path to credentials is none.
-        if SECRET_VARIABLE.fullmatch(name) and len(value) >= SECRET_LENGTH and not Path(value).is_absolute():
+        if SECRET_VARIABLE.fullmatch(name) and len(value) >= SECRET_LENGTH and not _is_path(value):
             yield value
+
+
+def _is_path(value: str) -> bool:
+    """Whether a variable holds the path to credentials, which is none. AWS's secrets may begin like one."""
+    try:
+        return Path(value).is_absolute() and Path(value).exists()
+    except (OSError, ValueError):  # too long for a name, or not for us to see
+        return False
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.config import Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.guard import printable
 from pipeline.origins import UNKNOWN, Origin
 from pipeline.outputs import (
     STEM,
@@ -21,6 +22,7 @@ from pipeline.outputs import (
     OutputFolder,
     Receipt,
     Record,
+    Whole,
     committed,
     receipts_digest,
     stored_subsets,
@@ -34,27 +36,51 @@ FORMAT_VERSION = 4
 # Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
 
+# Characters of a part of a manifest that a message names.
+MOST_NAMED = 200
+
+# A class of a model or a dataset, by its index.
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+Side = Annotated[int, Field(gt=0, lt=2**31)]
+
 
 class Space(Record):
     """How an evaluator's classes translate: see labels.LabelSpace."""
 
     recorded_classes: tuple[str, ...] | None
-    to_model: tuple[int, ...]
-    to_recorded: tuple[int, ...]
+    to_model: tuple[Index, ...]
+    to_recorded: tuple[Index, ...]
 
 
 class Subset(LevelCounts):
     """What the images of one split at one epsilon add up to; `bytes` is None where other epsilons share their files."""
 
     split: str
-    bytes: int | None
+    bytes: Whole | None
+
+
+def _check_path(path: str) -> str:
+    if not path or path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path!r} names no file of a source")
+    return path
+
+
+def _check_cuts(cuts: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    # A file without rows is one shard without rows.
+    if cuts is not None and cuts != (0,) and not (cuts and all(a < b for a, b in itertools.pairwise((0, *cuts)))):
+        raise ValueError("the rows at which shards end must rise")
+    return cuts
 
 
 class StreamedFile(Record):
     """A file of a source that was streamed: the rows at which its shards end, None for one of unknown length."""
 
-    path: str
-    cuts: tuple[int, ...] | None
+    path: Annotated[str, AfterValidator(_check_path)]
+    cuts: Annotated[tuple[Whole, ...] | None, AfterValidator(_check_cuts)]
+
+
+# A name of which the names of shards begin.
+Split = Annotated[str, Field(pattern=STEM)]
 
 
 class Manifest(Record):
@@ -73,20 +99,28 @@ class Manifest(Record):
     features: dict[str, Any]
     dataset_classes: tuple[str, ...]
     recorded_classes: tuple[str, ...] | None
-    to_model: tuple[int, ...]
-    to_recorded: tuple[int, ...]
+    to_model: tuple[Index, ...]
+    to_recorded: tuple[Index, ...]
     evaluators: Mapping[str, Space] = Field(default_factory=dict)
-    split_rows: dict[Annotated[str, Field(pattern=STEM)], Annotated[int, Field(gt=0)] | None] = Field(min_length=1)
-    streamed: Mapping[str, tuple[StreamedFile, ...]] = Field(default_factory=dict)
-    shape: tuple[Literal[1, 3], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-    asked_batch_size: int
+    split_rows: dict[Split, Annotated[int, Field(gt=0, lt=2**63)] | None] = Field(min_length=1)
+    streamed: Mapping[Split, Annotated[tuple[StreamedFile, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    shape: tuple[Literal[1, 3], Side, Side]
+    asked_batch_size: Whole
     receipts: str = ""
-    rows: int = 0
+    rows: Whole = 0
     subsets: tuple[Subset, ...] = ()
     zero_sign_share: float = 0.0
     files: tuple[FileEntry, ...] = ()
-    skipped_rows: int = 0
+    skipped_rows: Whole = 0
     skipped: tuple[dict[str, Any], ...] = ()
+
+    @model_validator(mode="after")
+    def _check_streamed(self) -> "Manifest":
+        if self.streamed and set(self.streamed) != set(self.split_rows):
+            raise ValueError("streamed lists other splits than split_rows")
+        if not self.streamed and None in self.split_rows.values():
+            raise ValueError("split_rows does not say how many rows there are, and streamed lists no files")
+        return self
 
     @property
     def resolved(self) -> Config:
@@ -157,8 +191,18 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
         return None
     except (ValueError, OSError, RecursionError) as error:  # neither JSON nor a manifest
         raise PipelineError(
-            f"{place} cannot be read ({first_line(error)}); restore it, or start over with --overwrite."
+            f"{place} cannot be read ({_problem(error)}); restore it, or start over with --overwrite."
         ) from None
+
+
+def _problem(error: BaseException) -> str:
+    """What is wrong with a manifest: where, and what, without quoting more of it than keys."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(printable(str(part))[:MOST_NAMED] for part in first["loc"])
+    message = printable(first["msg"].removeprefix("Value error, "))[:MOST_NAMED]
+    return f"{where}: {message}" if where else message
 
 
 def require_manifest(folder: OutputFolder) -> Manifest:
@@ -262,5 +306,6 @@ def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, .
         }
         size = sizes[split, subset_name(level)] if subset_name(level) in stored else None
         totals = {key: sum(getattr(count, key) for count in own) for key in keys}
-        subsets.append(Subset(split=split, level=level, bytes=size, evaluators=evaluators, **totals))
+        # Not checked, as sums of evaluators' counts are not.
+        subsets.append(Subset.model_construct(split=split, level=level, bytes=size, evaluators=evaluators, **totals))
     return tuple(subsets)

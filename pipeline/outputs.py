@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ from pipeline.stores import open_store
 # out of them is never a way out of the folder.
 STEM = r"^\w[\w.-]*$"
 SHARD_FILE = r"^(clean|signs|eps-[0-9]{1,3})/\w[\w.-]*\.parquet$"
+# Numbers there are such that one can compute with them.
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
 Flags = NDArray[np.bool_]
 
@@ -78,8 +81,8 @@ class FileEntry(Record):
     """One Parquet file of a receipt."""
 
     path: str = Field(pattern=SHARD_FILE)
-    rows: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    rows: Whole
+    bytes: Whole
     sha256: str
 
 
@@ -91,13 +94,16 @@ class EvaluatorCounts(Record):
     it too: transferred / exposed is the rate at which the attack transfers.
     """
 
-    correct: int = 0
-    fooled: int = 0
-    exposed: int = 0
-    transferred: int = 0
+    correct: Whole = 0
+    fooled: Whole = 0
+    exposed: Whole = 0
+    transferred: Whole = 0
 
     def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
-        return EvaluatorCounts(**{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields})
+        # Not checked: of numbers that others wrote the sum may be more than any of them may.
+        return EvaluatorCounts.model_construct(
+            **{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields}
+        )
 
 
 def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
@@ -124,11 +130,11 @@ class LevelCounts(Record):
     `confidence_sum` over `rows` is the mean confidence; `evaluators` by their ids.
     """
 
-    level: int
-    rows: int
-    labelled: int
-    correct: int
-    fooled: int
+    level: Whole
+    rows: Whole
+    labelled: Whole
+    correct: Whole
+    fooled: Whole
     confidence_sum: float
     evaluators: dict[str, EvaluatorCounts] = {}
 
@@ -136,8 +142,8 @@ class LevelCounts(Record):
 class SkippedRow(Record):
     """A source row that could not be decoded; `position` is its place in the shard."""
 
-    position: int
-    source_index: int
+    position: Whole
+    source_index: Whole
     reason: str
 
 
@@ -147,8 +153,8 @@ class Receipt(Record):
     run_id: str
     shard: str = Field(pattern=STEM)
     split: str = Field(pattern=STEM)
-    planned: int
-    rows: int
+    planned: Whole
+    rows: Whole
     skipped: tuple[SkippedRow, ...]
     zero_sign_share: float
     counts: tuple[LevelCounts, ...]

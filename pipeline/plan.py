@@ -6,6 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import ConfigError
+
+# Far more than any place takes as files. A manifest of others may ask for any number, and each is an object in memory.
+MOST_SHARDS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -118,11 +123,19 @@ def make_plan(
         limit: keep the first so many of each split's order.
         images_per_shard: rows of a full shard.
         batch_size: rows of a batch at most.
+
+    Raises:
+        ConfigError: there would be more than MOST_SHARDS shards.
     """
-    shards = []
+    shards: list[Shard] = []
     for name, rows in split_rows.items():
         kept = rows if limit is None else min(rows, limit)
         count = -(-kept // images_per_shard)
+        if len(shards) + count > MOST_SHARDS:
+            raise ConfigError(
+                f"output.images_per_shard: {images_per_shard} cuts {kept:,} rows of {name} into more than "
+                f"{MOST_SHARDS:,} shards; make it larger."
+            )
         for index in range(count):
             start = index * images_per_shard
             shards.append(Shard(name, index, count, start, min(start + images_per_shard, kept)))

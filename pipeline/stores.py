@@ -52,6 +52,11 @@ PACKAGES = {
     **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
 }
 
+# Folders that are held in this process, by device and inode: a lock of POSIX keeps out other processes only, and is
+# given up where any handle of the file is closed.
+_HELD: set[tuple[int, int]] = set()
+_HELD_LOCK = threading.Lock()
+
 logger = logging.getLogger(__name__)
 
 
@@ -311,6 +316,30 @@ class LocalStore(Store):
         self.refuse_links()
         try:
             (self.disk / ".run/receipts").mkdir(parents=True, exist_ok=True)
+            there = self.disk.stat()
+        except OSError as error:
+            raise write_failure(self.disk, error) from None
+        with self._held_here((there.st_dev, there.st_ino)), self._locked_out():
+            shutil.rmtree(self.disk / SCRATCH, ignore_errors=True)
+            yield
+
+    @contextlib.contextmanager
+    def _held_here(self, folder: tuple[int, int]) -> Iterator[None]:
+        """Against other threads of this process."""
+        with _HELD_LOCK:
+            if folder in _HELD:
+                raise self._in_use(str(os.getpid()))
+            _HELD.add(folder)
+        try:
+            yield
+        finally:
+            with _HELD_LOCK:
+                _HELD.discard(folder)
+
+    @contextlib.contextmanager
+    def _locked_out(self) -> Iterator[None]:
+        """Against other processes."""
+        try:
             lock = (self.disk / LOCK).open("a+")
         except OSError as error:
             raise write_failure(self.disk, error) from None
@@ -323,13 +352,14 @@ class LocalStore(Store):
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise write_failure(self.disk, error) from None  # a file system without locks
                 lock.seek(0)
-                holder = lock.read().strip()
-                raise PipelineError(f"{self.root} is in use by another run (process {holder}); wait for it.") from None
+                raise self._in_use(lock.read().strip()) from None
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            shutil.rmtree(self.disk / SCRATCH, ignore_errors=True)
             yield
+
+    def _in_use(self, holder: str) -> PipelineError:
+        return PipelineError(f"{self.root} is in use by another run (process {holder}); wait for it.")
 
 
 class ObjectStore(Store):

@@ -15,8 +15,8 @@ import tarfile
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -46,6 +46,12 @@ PLANNERS = 32
 # Threads that fetch row groups, and the bytes of them that may be on their way or wait to be decoded: one at least.
 FETCHERS = 4
 BYTES_AHEAD = 256 * 2**20
+# Seconds after which a server that says nothing has failed: it may have accepted, and hang. Of row groups that are on
+# their way all together, these and more where they are large: a connection that does so many bytes a second is slow.
+SILENT_SECONDS = 300.0
+SLOW_BYTES = 100_000
+# What fsspec takes for signs of a glob. (In an address of HTTP ? would begin a query, which the config refuses.)
+GLOB_SIGNS = "*?["
 # What may lie between two columns that are fetched at once.
 GAP_BYTES = 2**20
 # Rows and bytes of a table out of a tar, of which two wait.
@@ -196,11 +202,13 @@ def _resolve(config: SourceConfig) -> tuple[dict[str, list[tuple[str, str]]], An
 
 def _listed(url: str) -> list[tuple[str, str]]:
     """The files that a URL or a glob names, sorted, each with its name relative to what the glob has no choice in."""
+    if re.search(r"\{[^{}]*(,|\.\.)[^{}]*\}", url):
+        raise ConfigError(f"source.path: braces are not expanded, as in {url}; write * in their place.")
     try:
-        system, path = fsspec.url_to_fs(url)
-        found = sorted(system.glob(path)) if set("*[{") & set(path) else [path]
+        system, path = _system_of(url)
+        found = sorted(_answered(lambda: system.glob(path))) if set(GLOB_SIGNS) & set(path) else [path]
     except Exception as error:  # a dozen file systems, each with errors of its own
-        raise ConfigError(f"source.path: {url} cannot be listed: {first_line(error)}") from error
+        raise ConfigError(f"source.path: {url} cannot be listed: {_reason(error)}") from error
     if not found:
         raise ConfigError(f"source.path: {url} names no file.")
     folder = _url_folder(path)
@@ -208,9 +216,36 @@ def _listed(url: str) -> list[tuple[str, str]]:
     return [(name.removeprefix(folder), place) for name, place in zip(found, places, strict=True)]
 
 
+def _system_of(place: str) -> tuple[Any, str]:
+    """The file system of a path or URL, and the path in it. HTTP's client minds silence, not how long a file takes."""
+    options: dict[str, Any] = {}
+    if place.startswith(("http://", "https://")):
+        import aiohttp  # fsspec's client
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+        options["client_kwargs"] = {"timeout": timeout}
+    found: tuple[Any, str] = fsspec.url_to_fs(place, **options)
+    return found
+
+
+def _answered(call: Callable[[], Item]) -> Item:
+    """What a server answers to one question.
+
+    Raises:
+        TimeoutError: it does not.
+    """
+    with contextlib.closing(_Fetchers(1)) as pool:
+        return pool.submit(call).result(SILENT_SECONDS)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, for a person: of time that is over clients say nothing."""
+    return "the server does not answer" if isinstance(error, TimeoutError) else first_line(error)
+
+
 def _url_folder(path: str) -> str:
     """The part of a path or URL before its file name, or before the first part with a glob in it."""
-    fixed = re.split(r"[*\[{]", path)[0]
+    fixed = re.split(f"[{re.escape(GLOB_SIGNS)}]", path)[0]
     return fixed[: fixed.rfind("/") + 1]
 
 
@@ -225,10 +260,12 @@ def _built(config: SourceConfig, path: str) -> tuple[dict[str, list[tuple[str, s
         raise ConfigError(f"source.path: there is no folder {folder}.")
     try:
         where = str(folder.resolve()) if local else path
-        builder = datasets.load_dataset_builder(where, config.name, revision=None if local else config.revision)
+        revision = None if local else config.revision
+        load = functools.partial(datasets.load_dataset_builder, where, config.name, revision=revision)
+        builder = load() if local else _answered(load)
     except Exception as error:  # as in sources: all mean the same here
         looked = "" if local else " (no such local folder, so it was looked up on the Hub)"
-        raise ConfigError(f"source.path: {path} cannot be opened{looked}: {first_line(error)}") from error
+        raise ConfigError(f"source.path: {path} cannot be opened{looked}: {_reason(error)}") from error
     there = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
     if not there:
         raise ConfigError(f"source.path: {path} is not made of files that can be streamed; leave out source.streaming.")
@@ -273,29 +310,43 @@ def _kind(found: Mapping[str, Sequence[tuple[str, str]]]) -> Kind:
 
 
 def _measured(listed: Sequence[tuple[str, str]], kind: Kind, limit: int | None) -> tuple[StreamedFile, ...]:
-    """The files with their sizes, marks and, where that is cheap, rows: with a limit, the first that hold so many."""
+    """The files with their sizes, marks and, of Parquet, rows: with a limit, the first that hold so many.
+
+    With a limit the samples of tars are counted too, one tar after another, so that none is read that is not taken.
+    """
     measured: list[StreamedFile] = []
     rows = 0
-    with ThreadPoolExecutor(PLANNERS, "footer") as pool:
-        # A limit is met by a few files as a rule, of which no more are looked at than there are threads.
-        for start in range(0, len(listed), PLANNERS if limit else len(listed)):
-            some = listed[start : start + PLANNERS] if limit else listed
-            futures = [pool.submit(_measure, name, place, kind, count=limit is not None) for name, place in some]
-            try:
-                for future in futures:
-                    measured.append(future.result())
-                    rows += measured[-1].rows or 0
-                    if limit is not None and rows >= limit:
-                        return tuple(measured)
-            finally:
-                for future in futures:
-                    future.cancel()
+    # A limit is met by a few files as a rule, of which no more are looked at than there are threads.
+    for start in range(0, len(listed), PLANNERS if limit else len(listed)):
+        some = listed[start : start + PLANNERS] if limit else listed
+        with contextlib.closing(_Fetchers(min(PLANNERS, len(some)))) as pool:
+            futures = [pool.submit(functools.partial(_measure, name, place, kind)) for name, place in some]
+            for (name, _), future in zip(some, futures, strict=True):
+                with _planning(name):
+                    file = future.result(SILENT_SECONDS)
+                    if limit is not None and file.rows is None:
+                        file = replace(file, rows=_count_samples(file))
+                measured.append(file)
+                rows += file.rows or 0
+                if limit is not None and rows >= limit:
+                    return tuple(measured)
     return tuple(measured)
 
 
-def _measure(name: str, place: str, kind: Kind, *, count: bool) -> StreamedFile:
+@contextlib.contextmanager
+def _planning(name: str) -> Iterator[None]:
+    """What goes wrong with a file before a run, as one sentence that names it."""
     try:
-        system, path = fsspec.url_to_fs(place)
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:  # as in _listed
+        raise ConfigError(f"source: {name} cannot be read: {_reason(error)}") from error
+
+
+def _measure(name: str, place: str, kind: Kind) -> StreamedFile:
+    with _planning(name):
+        system, path = _system_of(place)
         info = system.info(path)
         if info.get("size") is None:
             raise ConfigError(f"source: the server does not say how large {name} is, so it cannot be streamed.")
@@ -308,12 +359,6 @@ def _measure(name: str, place: str, kind: Kind, *, count: bool) -> StreamedFile:
         if kind == "parquet":
             footer = _footer(file)
             rows, groups = footer.num_rows, tuple(map(_group, map(footer.row_group, range(footer.num_row_groups))))
-        elif count:
-            rows = _count_samples(file)
-    except PipelineError:
-        raise
-    except Exception as error:  # as in _listed
-        raise ConfigError(f"source: {name} cannot be read: {first_line(error)}") from error
     return StreamedFile(name, place, file.size, mark, groups, rows)
 
 
@@ -331,7 +376,7 @@ def _ends(file: StreamedFile) -> str:
 
 def _opened(file: StreamedFile, **options: Any) -> Any:
     """A handle that fetches what is read and nothing else, unless the options say otherwise."""
-    system, path = fsspec.url_to_fs(file.place)
+    system, path = _system_of(file.place)
     options = {"cache_type": "none", **options}
     if file.place.startswith(("http://", "https://")):
         options["size"] = file.size  # or it would be asked again
@@ -350,7 +395,8 @@ def _parquet_fields(
     import datasets
 
     first = next(iter(files.values()))[0]
-    schema = _footer(first).schema.to_arrow_schema()
+    with _planning(first.name):
+        schema = _footer(first).schema.to_arrow_schema()
     if features is None:
         features = datasets.Features.from_arrow_schema(schema)
     image = find_image_column(features, config)
@@ -394,11 +440,8 @@ def _tar_fields(
     """What is read of the samples of tars; there are no class names in them."""
     import datasets
 
-    try:
-        with _opened(first, cache_type="readahead", block_size=MARK_BYTES) as handle:
-            sample = next(_samples(first, handle, lambda _: False), None)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ConfigError(f"source: {first.name} cannot be read: {first_line(error)}") from error
+    with _planning(first.name), _opened(first, cache_type="readahead", block_size=MARK_BYTES) as handle:
+        sample = next(_samples(first, handle, lambda _: False), None)
     if sample is None:
         raise ConfigError(f"source: {first.name} has no samples: files whose names have an extension.")
     there = f"the fields of {first.name} are {', '.join(sample)}"
@@ -502,14 +545,16 @@ def _read_parquet(source: StreamedSource, stretches: Sequence[Stretch]) -> Gener
                 ahead += call[1]
                 call = next(following, None)
             number, size, future = waiting.popleft()
-            yield number, future.result()
+            with _naming(stretches[number].file):
+                rows = future.result(SILENT_SECONDS + ahead / SLOW_BYTES)
+            yield number, rows
             ahead -= size
 
 
 def _row_group(file: StreamedFile, metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> pa.Table:
     """Some columns of a row group; where that is a request, in as few as they lie apart."""
     parts = {}
-    local = fsspec.url_to_fs(file.place)[0].protocol in LOCAL
+    local = _system_of(file.place)[0].protocol in LOCAL
     if not local:
         with _opened(file) as handle:
             for start, stop in _spans(metadata.row_group(group), columns):
@@ -603,7 +648,7 @@ def _naming(file: StreamedFile) -> Iterator[None]:
         raise
     except Exception as error:  # each file system has errors of its own
         raise PipelineError(
-            f"source: {file.name} cannot be read ({first_line(error)}); what was committed is kept, and the same "
+            f"source: {file.name} cannot be read ({_reason(error)}); what was committed is kept, and the same "
             "command goes on from there."
         ) from error
 

@@ -48,7 +48,7 @@ from pipeline.outputs import (
     subset_name,
 )
 from pipeline.plan import Plan, Shard
-from pipeline.records import LAYOUTS, Opinion, Scores, opinions, score
+from pipeline.records import LAYOUTS, Opinion, Scores, make_features, opinions, score
 from pipeline.runs import Evaluator, choose_device, load_model, make_attacker, naming_evaluator, versions
 from pipeline.sources import UNLABELLED
 from pipeline.victims import Victim
@@ -166,15 +166,16 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
     except ConfigError:
         device = choose_device("auto")
     victim = load_model(config.model, config, device)
-    if victim.digest != manifest.identity["model.content"]:
+    if victim.digest != manifest.identity.get("model.content"):
         raise ConfigError(
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
     evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
     compiled_alike = not config.runtime.compile or _compiles(victim, evaluators, manifest, device)
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
-    if device.type == config.runtime.device:
-        chunk = manifest.identity["runtime.chunk"]
+    recorded = manifest.identity.get("runtime.chunk")
+    if device.type == config.runtime.device and isinstance(recorded, int) and recorded > 0:
+        chunk = recorded
     with Lanes(device, chunk) as lanes:
         space = _space(manifest, manifest)
         yield Judge(victim, space, evaluators, lanes, versions(device), compiled_alike)
@@ -183,7 +184,8 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
 def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Evaluator:
     with naming_evaluator(config.id):
         model = load_model(config, manifest.resolved, device)
-        if model.digest != manifest.identity[f"evaluators.{config.id}.content"]:
+        unchanged = model.digest == manifest.identity.get(f"evaluators.{config.id}.content")
+        if config.id not in manifest.evaluators or not unchanged:
             raise ConfigError("it has changed since the run, so it cannot be asked again.")
     return Evaluator(model, _space(manifest, manifest.evaluators[config.id]))
 
@@ -230,8 +232,10 @@ def _check_listing(
             findings.problems.append(f".run/receipts/{name}.json belongs to no shard of this run; delete it.")
         elif receipt.run_id != manifest.run_id:
             findings.damage(name, f"The receipt of {name} is of another run ({receipt.run_id}).")
-    expected = {shard_file(subset, shard) for shard in plan.shards for subset in manifest.stored}
-    there = {name for name in sizes if name.split("/")[0] in manifest.stored}
+    # Once: it is derived from the config, which is parsed each time.
+    stored = manifest.stored
+    expected = {shard_file(subset, shard) for shard in plan.shards for subset in stored}
+    there = {name for name in sizes if name.split("/")[0] in stored}
     findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in sorted(there - expected)]
 
 
@@ -273,6 +277,30 @@ def _look_again(victim: Victim, evaluators: Sequence[Victim], *chunk: Tensor) ->
     return [logits[:, valid].cpu() for logits in answers]
 
 
+def _features(manifest: Manifest, place: str) -> datasets.Features:
+    """The columns that a manifest says its files have.
+
+    Raises:
+        PipelineError: they cannot be read, or are not those that a run of its config writes.
+    """
+    config = manifest.resolved
+    try:
+        features = datasets.Features.from_dict(manifest.features)
+        expected = make_features(
+            LAYOUTS[config.output.layout],
+            _space(manifest, manifest),
+            targeted=config.attack.target is not None,
+            kept={name: features[name] for name in config.source.keep_columns},
+            evaluators={name: _space(manifest, space) for name, space in manifest.evaluators.items()},
+            streamed=bool(manifest.streamed),
+        )
+    except Exception as error:  # what is no feature can raise anything there
+        raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
+    if features != expected:
+        raise PipelineError(f"{place}: its features are not those that a run of its config writes.")
+    return features
+
+
 class _DamageError(Exception):
     """Ends the check of one shard; the message is the problem."""
 
@@ -296,11 +324,7 @@ class _Checker:
         self.levels, self.stored = manifest.levels, manifest.stored
         self.layout = LAYOUTS[manifest.resolved.output.layout]
         self.targeted = manifest.resolved.attack.target is not None
-        try:
-            self.features = datasets.Features.from_dict(manifest.features)
-        except Exception as error:  # what is no feature can raise anything there
-            place = folder.store.at(folder.manifest)
-            raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
+        self.features = _features(manifest, folder.store.at(folder.manifest))
         self.schema = self.features.arrow_schema
         self.exact = True
         self.tolerance = TOLERANCE[manifest.resolved.runtime.precision]
@@ -341,12 +365,15 @@ class _Checker:
         if shard.stop is None:
             shard = shard.with_rows(receipt.planned)
         skipped = {row.position for row in receipt.skipped}
+        # Before anything is made for each row: the numbers may be any.
+        if len(skipped) + receipt.rows != shard.rows:
+            raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
         places = list(self.plan.batches(shard))
         masks = [
             np.array([place.start + i not in skipped for i in range(place.stop - place.start)]) for place in places
         ]
         counts = [int(mask.sum()) for mask in masks]
-        if sum(counts) != receipt.rows or len(skipped) + receipt.rows != len(shard):
+        if sum(counts) != receipt.rows:
             raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
         tables = zip(*(self._read(root, entry.path, counts) for entry in receipt.files), strict=True)
         width = 3 + len(EvaluatorCounts.model_fields) * len(self.evaluators)

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
 
-# Processes that tests start need not import torch each: they fork from a server that has.
+# Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
+# has. There is one, which has imported what was named before it started.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.report", "datasets", "tests.conftest"])
+PROCESSES.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.training", "datasets", __name__])
 
 CLASSES = ("cat", "dog", "eel")
 FACTORY = '''
@@ -106,6 +108,40 @@ def image_parquet(tmp_path: Path) -> Path:
     """40 random 16x16 RGB images in three classes, as a local Parquet dataset."""
     images = [png_bytes(pixels) for pixels in random_pixels(40)]
     return write_parquet(tmp_path / "source", images, [i % 3 for i in range(40)])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small complete dataset with its report, made once in a process of tests; who changes it changes a copy.
+
+    11 images and one that cannot be decoded, in two shards, in each of clean and eps-8.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    images = [png_bytes(image) for image in random_pixels(12)]
+    write_parquet(folder / "source", [*images[:11], b"no image"], [i % 3 for i in range(12)])
+    (folder / "victim.py").write_text(FACTORY)
+    (folder / "config.yaml").write_text(
+        f"""
+source: {{kind: huggingface, path: {folder}/source}}
+model: {{kind: factory, name: "{folder}/victim.py:make"}}
+attack: {{epsilons: [8/255]}}
+output: {{path: {folder}/out, images_per_shard: 6}}
+runtime: {{device: cpu, workers: 0, batch_size: 6, max_skipped: 0.5}}
+"""
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        result = fgsm("generate", folder / "config.yaml")
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Starts real processes."""
+    # Now: where it is started first, its socket would lie in the temporary space of a test, by too long a path.
+    ensure_running()
+    return PROCESSES
 
 
 WriteConfig = Callable[..., Path]

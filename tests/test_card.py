@@ -16,10 +16,10 @@ from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
 from pipeline import generate as flow
-from pipeline.card import HERE, code, moved_card, plain, render_card, size_category
+from pipeline.card import HERE, code, moved_card, plain, read_configs, render_card, size_category
 from pipeline.config import load_config
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.origins import DIGITS, Origin
+from pipeline.origins import DIGITS, Origin, card_license
 from pipeline.outputs import OutputFolder
 from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
@@ -393,3 +393,12 @@ def test_a_published_card_loads_from_the_hub_and_keeps_what_was_added(
 def test_a_card_without_our_examples_is_left_as_it_is(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     assert moved_card("# Mine\n", manifest_of(tmp_path / "out"), "user/name") == "# Mine\n"
+
+
+@pytest.mark.parametrize("front", ["day: 2001-99-99", "at: 2001-01-01T99:00:00", "[" * 5000])
+def test_a_card_with_yaml_that_cannot_be_is_as_none(tmp_path: Path, front: str) -> None:
+    """What YAML takes for a date and Python for none is a ValueError."""
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nlicense: mit\n{front}\n---\n")
+    assert card_license(card) is None
+    assert read_configs(OutputFolder(tmp_path)) is None

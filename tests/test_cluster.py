@@ -23,7 +23,6 @@ from pipeline.errors import ConfigError, PipelineError, ShardsFailedError
 from pipeline.runs import open_run
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.test_generate import digests, generate, manifest
-from tests.test_processes import processes as processes
 from tests.test_processes import receipts, run_fgsm, wait_for
 
 # A victim that does what files beside it say, and notes which processes load it, with how many cores.

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
+import pipeline
 from pipeline.card import render_card
 from pipeline.config import Config, PreprocessConfig, load_config, parse_config
+from pipeline.dataset import _addresses
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.guard import presentable, printable
 from pipeline.images import OtherShapeError, UndecodableError, decode_image, open_image, read_image
 from pipeline.manifest import Manifest, current_manifest, require_manifest
 from pipeline.outputs import OutputFolder
-from pipeline.summary import summary_table
+from pipeline.summary import inspect, summary_table
 from pipeline.verify import verify
-from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import random_pixels
 
 FEW, MANY = 10, 2000
 # Seconds of a core that one example may take: parsers that loop take minutes.
@@ -275,27 +278,6 @@ def test_a_corpus_of_broken_files() -> None:
 # ------------------------------------------------------------------------------- manifests and receipts
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small complete dataset, and a report of it."""
-    folder = tmp_path_factory.mktemp("finished")
-    images = [png_bytes(image) for image in random_pixels(12)]
-    write_parquet(folder / "source", [*images[:11], b"no image"], [i % 3 for i in range(12)])
-    (folder / "victim.py").write_text(FACTORY)
-    (folder / "config.yaml").write_text(
-        f"""
-source: {{kind: huggingface, path: {folder}/source}}
-model: {{kind: factory, name: "{folder}/victim.py:make"}}
-attack: {{epsilons: [8/255]}}
-output: {{path: {folder}/out, images_per_shard: 6}}
-runtime: {{device: cpu, workers: 0, batch_size: 6, max_skipped: 0.5}}
-"""
-    )
-    result = fgsm("generate", folder / "config.yaml")
-    assert result.exit_code == 0, result.output
-    return folder / "out"
-
-
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -334,6 +316,57 @@ def small(content: Any) -> bool:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+TEXTS = ("", "../x", "\ud800")
+ODD: tuple[Any, ...] = (None, True, -1, 2**63, 10**400, float("inf"), *TEXTS, [], {}, ["../x"], {"../x": -1})
+
+
+def places(content: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys and indices that lead to each part of a JSON value."""
+    parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, inside in parts:
+        yield (*above, key)
+        yield from places(inside, (*above, key))
+
+
+def replaced(content: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """A JSON value with another part in a place."""
+    if not place:
+        return value
+    copy = content.copy()
+    copy[place[0]] = replaced(content[place[0]], place[1:], value)
+    return copy
+
+
+@pytest.mark.parametrize(("step", "odd"), [(2, 1), pytest.param(1, 5, marks=pytest.mark.drill)])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_parts_of_a_manifest_may_be_anything(
+    finished: Path, tmp_path: Path, step: int, odd: int, streamed: bool
+) -> None:
+    """One odd value in every other place; in the drill five of them in every place."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    original = json.loads((out / "manifest.json").read_text())
+    if streamed:
+        files = [{"path": "a.parquet", "cuts": [6]}, {"path": "b.tar", "cuts": None}]
+        original |= {"split_rows": {"test": None}, "streamed": {"test": files}}
+    looks: list[Callable[[], object]] = [
+        lambda: inspect(out),
+        lambda: verify(out),
+        lambda: pipeline.training_dataset(out, "test"),
+        lambda: _addresses("s3://bucket/out", require_manifest(OutputFolder(out)), "clean"),
+    ]
+    for number, place in enumerate(islice(places(original), 0, None, step)):
+        for value in (ODD[(number + offset) % len(ODD)] for offset in range(odd)):
+            (out / "manifest.json").write_text(json.dumps(replaced(original, place, value)))
+            for look in looks:
+                try:
+                    look()
+                except PipelineError as error:
+                    one_line(error)
+                except Exception as error:
+                    raise AssertionError(f"{place} as {value!r:.50}") from error
 
 
 @Counts

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import FACTORY, PROCESSES, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.test_generate import digests, generate, manifest
 
 # Seconds that the other tests on these cores may take from one that is timed.
@@ -43,12 +43,6 @@ class Deaf(Net):
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
         return super().forward(x)
 """
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Starts real processes."""
-    return PROCESSES
 
 
 @pytest.fixture

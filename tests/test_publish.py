@@ -19,7 +19,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder
 from pipeline.publish import _client_that_gives_up, list_files, redact
-from tests.conftest import CLASSES, FACTORY, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import CLASSES, fgsm
 from tests.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
 from tests.test_generate import pixels, rows
 
@@ -30,29 +30,9 @@ ID = "user/images"
 TOKEN = "hf_writer"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete dataset of 40 images in three shards, in each of clean, eps-2 and eps-8."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_parquet(folder / "source", [png_bytes(image) for image in random_pixels(40)], [i % 3 for i in range(40)])
-    (folder / "victim.py").write_text(FACTORY)
-    (folder / "config.yaml").write_text(
-        f"""
-source: {{kind: huggingface, path: {folder}/source}}
-model: {{kind: factory, name: "{folder}/victim.py:make"}}
-attack: {{epsilons: [2/255, 8/255]}}
-output: {{path: {folder}/out, images_per_shard: 16}}
-runtime: {{device: cpu, workers: 0, batch_size: 6}}
-"""
-    )
-    result = fgsm("generate", folder / "config.yaml")
-    assert result.exit_code == 0, result.output
-    return folder / "out"
-
-
 @pytest.fixture
 def out(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
+    """A copy of a complete dataset that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
@@ -152,13 +132,13 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
     command = [sys.executable, "-m", "pipeline", "publish", str(out), ID, "--debug"]
     with running_hub() as hub:
         known = environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET="1")
-        hub.fail("PUT", "/lfs/", "hang", times=99, after=4)
+        hub.fail("PUT", "/lfs/", "hang", times=99, after=2)
         with (tmp_path / "log").open("wb") as log:
             first = subprocess.Popen(command, env=known, stdout=log, stderr=log)
             assert hub.hanging.wait(60), (tmp_path / "log").read_text()
             first.send_signal(signal.SIGKILL)
             assert first.wait() == -signal.SIGKILL
-        assert len(hub.objects) == 4
+        assert len(hub.objects) == 2
         assert there(hub) == set(), "nothing may be loaded before all is there"
         before = set(hub.objects)
         hub.faults.clear()
@@ -176,7 +156,7 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
         assert hub.repositories[ID].private
         sent = {re.sub(r"/lfs/(\w+).*", r"\1", path) for path in hub.asked("PUT")}
         assert not sent & before, "what had arrived is not sent again"
-        assert len(sent) == sum(name.endswith(LFS_SUFFIXES) for name in local(out)) - 4
+        assert len(sent) == sum(name.endswith(LFS_SUFFIXES) for name in local(out)) - 2
         for secret in (TOKEN, "signed"):
             assert secret not in second.stdout + second.stderr + (tmp_path / "log").read_text()
         assert_token_is_nowhere(out)
@@ -202,7 +182,7 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
         for row, image in zip(frame[names].itertuples(index=False), images, strict=True)
     ]
     assert found["streamed"] == found["loaded"] == found["ours"] == expected
-    assert found["rows"] == 3 * 40
+    assert found["rows"] == 2 * 11
     assert found["origin"] == {
         "name": "images",
         "repository": ID,
@@ -240,8 +220,8 @@ def test_through_xet_with_progress_in_a_log(out: Path, tmp_path: Path) -> None:
         assert hub.asked("GET", "xet-write-token")
         assert not hub.asked("PUT")
     stamped = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
-    assert re.search(stamped + "Found 9 files to upload", result.stderr)
-    assert re.search(stamped + r"Uploading\.\.\. 9/9 files checked", result.stderr)
+    assert re.search(stamped + "Found 4 files to upload", result.stderr)
+    assert re.search(stamped + r"Uploading\.\.\. 4/4 files checked", result.stderr)
     assert "xet_secret" not in result.stderr
     assert TOKEN not in result.stderr
 
@@ -333,16 +313,16 @@ def test_a_folder_that_is_no_output(tmp_path: Path, hub: Hub) -> None:
 
 
 def test_a_damaged_or_incomplete_dataset(out: Path, hub: Hub) -> None:
-    shard = out / "eps-8/test-00001-of-00003.parquet"
+    shard = out / "eps-8/test-00001-of-00002.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
     sentence = refused(out, ID, code=1)
     assert "cannot be published: " in sentence
-    assert "eps-8/test-00001-of-00003.parquet has" in sentence
+    assert "eps-8/test-00001-of-00002.parquet has" in sentence
     assert f"run fgsm verify {out} --repair and then the generate command that made it" in sentence
     assert refused(out, ID, "--dry-run", code=1) == sentence
     fgsm("verify", out, "--repair")
     sentence = refused(out, ID, code=1)
-    assert "1 of 3 shards are missing" in sentence
+    assert "1 of 2 shards are missing" in sentence
     assert "; run the generate command that made it." in sentence
     assert hub.requests == []
 
@@ -395,9 +375,9 @@ def test_a_repository_of_another_run(out: Path, hub: Hub) -> None:
 def test_a_repository_that_holds_something_else(out: Path, hub: Hub) -> None:
     hub.repositories[ID] = Repository(private=True, commits=[{"model.bin": git_blob(b"x"), "a.md": git_blob(b"")}])
     assert f"{ID} holds other files already (a.md, model.bin); choose another repository" in refused(out, ID, code=2)
-    altered = (out / "clean/test-00000-of-00003.parquet").read_bytes()[:-1] + b"x"
-    hub.repositories[ID].commits[-1] = {"clean/test-00000-of-00003.parquet": git_blob(altered)}
-    assert "holds other files already (clean/test-00000-of-00003.parquet)" in refused(out, ID, code=2)
+    altered = (out / "clean/test-00000-of-00002.parquet").read_bytes()[:-1] + b"x"
+    hub.repositories[ID].commits[-1] = {"clean/test-00000-of-00002.parquet": git_blob(altered)}
+    assert "holds other files already (clean/test-00000-of-00002.parquet)" in refused(out, ID, code=2)
     assert hub.writes == []
 
 
@@ -539,7 +519,7 @@ def test_what_arrived_is_compared_and_not_believed(out: Path, hub: Hub, monkeypa
 
     monkeypatch.setattr("tests.hub._Handler._commit", forget)
     sentence = refused(out, ID, code=1)
-    assert f"{ID} does not hold what was verified here: clean/test-00000-of-00003.parquet" in sentence
+    assert f"{ID} does not hold what was verified here: clean/test-00000-of-00002.parquet" in sentence
     assert there(hub) == set()
 
 
@@ -549,13 +529,13 @@ def test_a_file_that_changes_on_the_way_is_found(out: Path, hub: Hub, monkeypatc
     upload = pipeline.publish._upload
 
     def change(repository: Any, folder: OutputFolder, *rest: Any) -> None:
-        shard = Path(folder.store.at("eps-8/test-00001-of-00003.parquet"))
+        shard = Path(folder.store.at("eps-8/test-00001-of-00002.parquet"))
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
         upload(repository, folder, *rest)
 
     monkeypatch.setattr("pipeline.publish._upload", change)
     sentence = refused(out, ID, code=1)
-    assert "does not hold what was verified here: eps-8/test-00001-of-00003.parquet" in sentence
+    assert "does not hold what was verified here: eps-8/test-00001-of-00002.parquet" in sentence
     assert there(hub) == local(out)
 
 

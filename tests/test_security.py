@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 import pipeline
 from pipeline.config import ModelConfig, PreprocessConfig, SourceConfig, load_config
+from pipeline.dataset import _addresses
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.guard import find_secret, presentable, redact
 from pipeline.images import OtherShapeError, UndecodableError, decode_image, open_image, read_image
@@ -35,31 +36,12 @@ from pipeline.publish import list_files
 from pipeline.report import report
 from pipeline.sources import open_source
 from pipeline.stores import open_store
+from pipeline.summary import inspect
 from pipeline.verify import verify
 from pipeline.victims import load_victim
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
 SECRET = "hf_" + "S3cretS3cret" * 3
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small complete dataset with its report."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_parquet(folder / "source", [png_bytes(image) for image in random_pixels(12)], [i % 3 for i in range(12)])
-    (folder / "victim.py").write_text(FACTORY)
-    (folder / "config.yaml").write_text(
-        f"""
-source: {{kind: huggingface, path: {folder}/source}}
-model: {{kind: factory, name: "{folder}/victim.py:make"}}
-attack: {{epsilons: [8/255]}}
-output: {{path: {folder}/out, images_per_shard: 6}}
-runtime: {{device: cpu, workers: 0, batch_size: 6}}
-"""
-    )
-    result = fgsm("generate", folder / "config.yaml")
-    assert result.exit_code == 0, result.output
-    return folder / "out"
 
 
 @pytest.fixture
@@ -451,6 +433,89 @@ def test_a_manifest_that_would_lead_out_changes_nothing(out: Path, split: str) -
     assert neighbour.read_text() == "a neighbour"
 
 
+FILE: dict[str, Any] = {"path": "data/a.tar", "cuts": [4, 12]}
+
+
+@pytest.mark.parametrize(
+    ("split_rows", "streamed", "said"),
+    [
+        ({"test": None}, {}, "streamed lists no files"),
+        ({"test": None}, {"test": []}, "streamed.test: Tuple should have at least 1 item"),
+        ({"test": 12}, {"train": [FILE]}, "streamed lists other splits than split_rows"),
+        ({"test": 12, "train": None}, {"test": [FILE]}, "streamed lists other splits than split_rows"),
+        ({"../x": 12}, {"../x": [FILE]}, "String should match pattern"),
+        *(
+            ({"test": 12}, {"test": [{**FILE, "cuts": cuts}]}, "streamed.test.0.cuts: the rows at which shards end")
+            for cuts in ([], [12, 4], [4, 4], [0, 12], [0, 0])
+        ),
+        ({"test": 12}, {"test": [{**FILE, "cuts": [-1]}]}, "streamed.test.0.cuts.0: Input should be greater than"),
+        ({"test": 12}, {"test": [{**FILE, "cuts": [2**63]}]}, "streamed.test.0.cuts.0: Input should be less than"),
+        *(
+            ({"test": 12}, {"test": [{**FILE, "path": path}]}, "streamed.test.0.path")
+            for path in ("", "/etc/passwd", "..", "../a.tar", "data/../../a.tar")
+        ),
+    ],
+)
+def test_a_manifest_whose_streamed_files_make_no_plan(
+    out: Path, split_rows: dict[str, Any], streamed: dict[str, Any], said: str
+) -> None:
+    content = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**content, "split_rows": split_rows, "streamed": streamed}))
+    for look in (verify, inspect, pipeline.training_dataset):
+        with pytest.raises(PipelineError, match=rf"^{out}/manifest\.json cannot be read \(.*{said}.*; restore it"):
+            look(out)
+
+
+def test_a_manifest_may_list_files_without_rows_and_of_unknown_length(out: Path) -> None:
+    content = json.loads((out / "manifest.json").read_text())
+    files = [{"path": "a..b/c.tar", "cuts": None}, {"path": "d.parquet", "cuts": [0]}]
+    made = Manifest.model_validate({**content, "split_rows": {"test": None}, "streamed": {"test": files}})
+    assert [shard.rows for shard in made.plan.shards] == [None, 0]
+
+
+def test_a_plan_of_any_number_of_shards_is_not_made(out: Path) -> None:
+    content = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**content, "split_rows": {"test": 6 * 10**6 + 1}}))
+    for look in (verify, inspect):
+        with pytest.raises(ConfigError, match=r"^output\.images_per_shard: 6 cuts 6,000,001 rows of test into more"):
+            look(out)
+
+
+def test_a_receipt_of_any_number_of_rows_is_damage(out: Path) -> None:
+    """A plan of one shard of so many rows would be batches, and a permutation, that no memory holds."""
+    content = json.loads((out / "manifest.json").read_text())
+    content["split_rows"] = {"test": 2**62}
+    content["config"]["output"]["images_per_shard"] = 2**61
+    (out / "manifest.json").write_text(json.dumps(content))
+    assert "test-00000-of-00002" in verify(out).damaged
+
+
+@pytest.mark.parametrize("name", ["x", "test-00002-of-00003", "train-00000-of-00002"])
+def test_files_that_a_manifest_lists_beside_its_plan_are_not_read(finished: Path, name: str) -> None:
+    manifest = require_manifest(OutputFolder(finished))
+    place = "s3://bucket/out"
+    assert list(_addresses(place, manifest, "clean")) == ["test"]
+    entry = manifest.files[0].model_copy(update={"path": f"clean/{name}.parquet"})
+    other = manifest.model_copy(update={"files": (*manifest.files, entry)})
+    with pytest.raises(ConfigError, match=rf"^{place}: its manifest\.json lists clean/{name}\.parquet, which is no"):
+        _addresses(place, other, "clean")
+
+
+def test_features_are_those_of_the_config(out: Path) -> None:
+    content = json.loads((out / "manifest.json").read_text())
+    content["config"]["attack"]["target"] = 1
+    (out / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(PipelineError, match="its features are not those that a run of its config writes"):
+        verify(out)
+
+
+def test_what_cannot_be_asked_again_is_a_sentence(out: Path) -> None:
+    content = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**content, "identity": {}}))
+    with pytest.raises(ConfigError, match="the victim that the config names has changed since the run"):
+        verify(out, recompute=True)
+
+
 def test_a_receipt_that_lists_a_file_elsewhere_is_damage_and_repair_deletes_its_own_only(out: Path) -> None:
     secret = out.parent / "secret.parquet"
     secret.write_text("keep")
@@ -581,9 +646,7 @@ def test_code_that_a_manifest_names_is_said_before_it_runs(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
     content["config"]["model"]["name"] = f"{code}:make"
     (out / "manifest.json").write_text(json.dumps(content))
-    command = [sys.executable, "-m", "pipeline", "verify", str(out), "--recompute"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    lines = done.stderr.splitlines()
+    lines = fgsm("verify", out, "--recompute").stderr.splitlines()
     said = next(index for index, line in enumerate(lines) if f"Running code that the manifest names: {code}" in line)
     assert "Only for datasets that you trust." in lines[said]
     assert said < lines.index("it runs")
@@ -661,6 +724,41 @@ def test_a_config_with_a_credential_is_refused_without_showing_it(
 
 
 @pytest.mark.parametrize(
+    "path",
+    [
+        "simplecache::https://host/a.tar?auth=1",
+        "zip://a.parquet::https://host/a.zip#auth=1",
+        "HTTPS://host/a.tar?auth=1",
+    ],
+)
+def test_no_part_of_a_chain_of_addresses_has_a_query(write_config: WriteConfig, path: str) -> None:
+    source = {"path": path, "streaming": True}
+    with pytest.raises(ConfigError, match=r"^source\.path has a query in it"):
+        load_config(str(write_config(source=source)))
+    with pytest.raises(ConfigError, match=r"^output\.path: the address holds more than a bucket and a prefix"):
+        load_config(str(write_config(output={"path": path})))
+
+
+def test_classes_may_be_named_as_credentials_are() -> None:
+    classes = {"password": "token", "api_key": 3}
+    model = {"label_map": classes}
+    assert find_secret({"model": model, "evaluators": [model]}) is None
+    assert find_secret({"model": {"label_map": {**classes, "cat": SECRET}}}) == "model.label_map.cat"
+    assert find_secret({"model": {"label_map": {SECRET: 3}}}) == "model.label_map"
+    assert find_secret({"model": {"kwargs": model}}) == "model.kwargs.label_map.password"
+
+
+def test_secrets_may_begin_as_paths_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for secret in ("/swordfish/of+the", "/" + "s" * 300):
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        assert redact(f"with {secret}.") == "with ***."
+        assert find_secret({"model": {"name": secret}}) == "model.name"
+    (tmp_path / "token").touch()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{tmp_path}/token")
+    assert redact(f"in {tmp_path}/token") == f"in {tmp_path}/token"
+
+
+@pytest.mark.parametrize(
     "kwargs", [{"class_token": True}, {"reg_tokens": 4}, {"global_pool": "token"}, {"token": None}, {"num_tokens": 1}]
 )
 def test_parameters_of_models_are_no_credentials(kwargs: dict[str, Any]) -> None:
@@ -718,6 +816,16 @@ def test_nothing_that_is_published_names_this_machine_s_folders(out: Path, finis
     # What is left can still be read as a manifest, and has the same plan.
     again = Manifest.model_validate_json(shown.model_dump_json())
     assert (again.run_id, again.plan.shards) == (manifest.run_id, manifest.plan.shards)
+
+
+@pytest.mark.parametrize("path", ["file:///home/me/a.tar", "simplecache::file:///home/me/a.tar", "local:///mnt/a.tar"])
+def test_an_address_of_this_machine_is_published_without_its_folder(finished: Path, path: str) -> None:
+    manifest = require_manifest(OutputFolder(finished))
+    config = {**manifest.config, "source": {**manifest.config["source"], "path": path}}
+    shown = published(manifest.model_copy(update={"config": config, "identity": {"model.name": path}}))
+    assert (shown.config["source"]["path"], shown.identity["model.name"]) == ("a.tar", "a.tar")
+    remote = {"source": {"path": "s3://bucket/a.tar"}, "output": {"path": "out"}}
+    assert published(manifest.model_copy(update={"config": remote})).config == remote
 
 
 # -------------------------------------------------------------------------------------------- configs

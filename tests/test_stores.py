@@ -1,5 +1,6 @@
 """Object stores: the real client against moto's S3 on the loopback, which breaks, refuses and forgets to answer."""
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -13,8 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from multiprocessing.forkserver import ensure_running
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ from pipeline.guard import redact_answer
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder, committed
 from pipeline.stores import LocalStore, ObjectStore, open_store
-from tests.conftest import FACTORY, PROCESSES, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.hub import running_hub
 from tests.s3 import KEY, S3, SECRET, lock_of, running_s3
 from tests.test_generate import digests, generate
@@ -240,13 +240,6 @@ def test_a_dataset_is_verified_mended_and_reported(s3: S3, out: str, write_confi
 
 
 # ------------------------------------------------------------------------------------- killed and resumed
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    # Now: where it is started first, its socket would lie in the temporary space of a test, by too long a path.
-    ensure_running()
-    return PROCESSES
 
 
 def run_there(environment: dict[str, str], temporary: str, cache: str, log: str, arguments: list[str]) -> None:
@@ -630,6 +623,70 @@ def test_a_dataset_in_a_store_is_published(
         # Several groups, each a commit of its own, before what makes them a dataset.
         assert sum(message.startswith("Upload shards") for message in repository.messages) > 1
         assert b'load_dataset("user/images"' in objects["README.md"]
+
+
+def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
+    """Locks of POSIX are a process's: it would get the same one twice, and lose it with either."""
+    folder, link = tmp_path / "out", tmp_path / "link"
+    link.symlink_to(folder)
+    said: list[str] = []
+
+    def second() -> None:
+        for place in (folder, link):
+            with pytest.raises(PipelineError) as refused, open_store(place).held():
+                pass
+            said.append(str(refused.value))
+
+    with open_store(folder).held(), open_store(tmp_path / "other").held():
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert said == [
+            f"{place} is in use by another run (process {os.getpid()}); wait for it." for place in (folder, link)
+        ]
+        # And it is still kept from others.
+        process = multiprocessing.get_context("fork").Process(target=_hold, args=(folder,))
+        process.start()
+        process.join()
+        assert process.exitcode == 1
+    with pytest.raises(KeyError), open_store(folder).held():
+        raise KeyError
+    with open_store(folder).held():
+        pass
+
+
+def _hold(folder: Path) -> None:
+    with (folder / ".run/lock").open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os._exit(1)
+    os._exit(0)
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, link_to_itself])
+def test_a_manifest_that_cannot_be_read_is_a_sentence(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "manifest.json")
+    for command in ("inspect", "verify"):
+        sentence = failed(command, tmp_path)
+        assert sentence.startswith(f"Cannot read {tmp_path}/manifest.json: ")
+        assert sentence.endswith("; mend the disk or its permissions.")
+
+
+def test_a_folder_that_cannot_be_listed_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / ".run").mkdir()
+    link_to_itself(tmp_path / ".run/receipts")
+    with pytest.raises(PipelineError, match=rf"^Cannot read {tmp_path}/\.run/receipts: Too many levels of symbolic"):
+        open_store(tmp_path).sizes()
+
+
+def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
+    for command in ("inspect", "verify"):
+        assert failed(command, tmp_path / ("x" * 300)).startswith(f"Cannot read {tmp_path}/xxx")
 
 
 def test_a_local_folder_is_a_store_of_its_own_kind(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -27,7 +28,7 @@ import torch
 
 import pipeline
 from pipeline.config import SourceConfig, load_config
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.loader import Batch, Reader, load_batches
 from pipeline.plan import stream_plan
 from pipeline.progress import Progress
@@ -37,6 +38,8 @@ from pipeline.verify import verify
 from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels
 from tests.hub import Repository, git_blob, lfs_blob, running_hub
 from tests.test_generate import digests, generate, manifest, rows
+from tests.test_processes import Start
+from tests.test_processes import start as start
 
 # Rows of the three files of a source, and of their row groups.
 FILES, GROUP = (20, 14, 6), 5
@@ -281,6 +284,38 @@ def test_a_limit_takes_whole_files(
         assert (len(plan.shards), plan.total) == (count, sum(FILES[:files]))
 
 
+def test_no_tar_is_counted_that_a_limit_does_not_need(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    count = pipeline.streams._count_samples
+    monkeypatch.setattr(
+        "pipeline.streams._count_samples",
+        lambda file: counted.append(file.name) or count(file),  # type: ignore[func-returns-value]
+    )
+    for limit, names in ((None, []), (20, ["test-0.tar"]), (21, ["test-0.tar", "test-1.tar"])):
+        counted.clear()
+        config = SourceConfig(kind="huggingface", path=str(tars), streaming=True, limit=limit)
+        open_stream(config, need_labels=True)
+        assert counted == names
+
+
+def test_a_glob_has_the_signs_of_fsspec(parquet: Path, tmp_path: Path) -> None:
+    def names(pattern: str) -> list[str]:
+        path = f"file://{pattern}"
+        source = open_stream(SourceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
+        return [file.name for file in source.files["train"]]
+
+    first, second = "test-00000-of-00003.parquet", "test-00001-of-00003.parquet"
+    assert names(f"{parquet}/data/test-0000[01]*") == [first, second]
+    assert names(f"{parquet}/dat?/test-00001*") == [f"data/{second}"]
+    braces = tmp_path / "a{b}"
+    parquet.rename(braces)
+    assert names(f"{braces}/data/{first}") == [first], "no sign, so the name of a file"
+    assert names(f"{braces}/data/*0-of*") == [first]
+    for inside in ("00000..00001", "00000,00001"):
+        with pytest.raises(ConfigError, match=r"^source\.path: braces are not expanded, as in file://.*; write \* in"):
+            names(f"{braces}/data/test-{{{inside}}}-of-00003.parquet")
+
+
 def test_a_file_without_rows_is_a_shard_without_rows(write_config: WriteConfig, tmp_path: Path) -> None:
     source = write_files(tmp_path / "some", images(12), [0] * 12, (7, 0, 5))
     generate(write_config(source=stream(source)))
@@ -383,7 +418,7 @@ def test_a_run_that_loses_its_source_goes_on_and_reads_no_row_twice(
 
 
 def test_killed_while_the_source_hangs_it_goes_on_to_the_same_bytes(
-    server: Server, write_config: WriteConfig, tmp_path: Path
+    server: Server, write_config: WriteConfig, tmp_path: Path, start: Start
 ) -> None:
     generate(
         config_of(server, write_config, runtime=ONE_ROW, preprocess=CROP), "--output", str(tmp_path / "undisturbed")
@@ -391,14 +426,14 @@ def test_killed_while_the_source_hangs_it_goes_on_to_the_same_bytes(
     files = [path.name for path in sorted(server.folder.iterdir())]
     server.broken, server.hangs = {files[2]: 10}, True
     config = config_of(server, write_config, runtime=ONE_ROW, preprocess=CROP)
-    process = subprocess.Popen([sys.executable, "-m", "pipeline", "generate", str(config)], stderr=subprocess.DEVNULL)
+    process = start("generate", config)
     receipts = tmp_path / "out/.run/receipts"
     for _ in range(600):
         if server.hanging.is_set() and len(list(receipts.glob("*.json"))) >= 2:
             break
         time.sleep(0.1)
     process.kill()
-    process.wait()
+    process.join()
     assert 2 <= len(list(receipts.glob("*.json"))) < 4
     server.hangs = False
     server.broken.clear()
@@ -408,18 +443,20 @@ def test_killed_while_the_source_hangs_it_goes_on_to_the_same_bytes(
     assert {**there, "config": {}} == {**other, "config": {}}
 
 
-def test_ctrl_c_does_not_wait_for_a_source_that_hangs(server: Server, write_config: WriteConfig) -> None:
+def test_ctrl_c_does_not_wait_for_a_source_that_hangs(
+    server: Server, write_config: WriteConfig, tmp_path: Path, start: Start
+) -> None:
     files = [path.name for path in sorted(server.folder.iterdir())]
     server.broken, server.hangs = {files[1]: 10}, True
-    command = [sys.executable, "-m", "pipeline", "generate", str(config_of(server, write_config))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = start("generate", config_of(server, write_config))
     assert server.hanging.wait(60)
     time.sleep(0.5)
     started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, log = process.communicate(timeout=30)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
     assert time.monotonic() - started < 6
-    assert process.returncode == 130, log
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == 130, log
     assert "Interrupted; what was committed is kept." in log
 
 
@@ -531,6 +568,85 @@ def test_an_object_store_is_streamed(
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
+
+
+# --------------------------------------------------------------------------------------- servers that hang
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that accepts and says nothing, with clients that wait for it half a second."""
+    monkeypatch.setattr("pipeline.streams.SILENT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("*.parquet", r"^source\.path: http://.*/\*\.parquet cannot be listed: the server does not answer$"),
+        ("a.parquet", r"^source: a\.parquet cannot be read: the server does not answer$"),
+        ("a.tar", r"^source: a\.tar cannot be read: the server does not answer$"),
+    ],
+)
+def test_planning_ends_where_a_server_says_nothing(silent: str, name: str, said: str) -> None:
+    config = SourceConfig(kind="huggingface", path=f"{silent}/{name}", streaming=True)
+    with pytest.raises(ConfigError, match=said):
+        open_stream(config, need_labels=True)
+
+
+def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client waits for ever for what is no file."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", silent)
+    with pytest.raises(
+        ConfigError, match=r"^source\.path: user/images cannot be opened .*: the server does not answer$"
+    ):
+        open_stream(SourceConfig(kind="huggingface", path="user/images", streaming=True), need_labels=True)
+
+
+@pytest.mark.parametrize("part", ["_footer", "glob"])
+def test_planning_does_not_wait_for_a_client_that_does(
+    parquet: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr("pipeline.streams.SILENT_SECONDS", 0.2)
+    place = "pipeline.streams._footer" if part == "_footer" else "fsspec.implementations.local.LocalFileSystem.glob"
+    monkeypatch.setattr(place, lambda *_, **__: over.wait())
+    with pytest.raises(ConfigError, match="the server does not answer"):
+        pipeline.streams.open_stream(
+            SourceConfig(kind="huggingface", path=f"file://{parquet}/data/*.parquet", streaming=True), need_labels=True
+        )
+    over.set()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tars"])
+def test_reading_ends_where_a_server_says_nothing(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = Path(request.getfixturevalue(kind))
+    with serving(folder / "data" if kind == "parquet" else folder) as server:
+        path = f"{server.url}/*.{'tar' if kind == 'tars' else kind}"
+        with monkeypatch.context() as patient:
+            source = open_stream(SourceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
+            patient.undo()
+        server.broken, server.hangs = {file.name: 0 for file in source.files["train"]}, True
+        monkeypatch.setattr("pipeline.streams.SILENT_SECONDS", 0.5)
+        with pytest.raises(PipelineError, match=r"cannot be read \(the server does not answer\); what was committed"):
+            batches_of(source, 6, 2)
+
+
+def test_reading_does_not_wait_for_a_client_that_does(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_stream(SourceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
+    over = threading.Event()
+    monkeypatch.setattr("pipeline.streams.SILENT_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.streams.SLOW_BYTES", 10**12)
+    monkeypatch.setattr("pipeline.streams._row_group", lambda *_: over.wait())
+    with pytest.raises(
+        PipelineError, match=r"test-00000-of-00003\.parquet cannot be read \(the server does not answer"
+    ):
+        batches_of(source, 6, 2)
+    over.set()
 
 
 # ---------------------------------------------------------------------------------- what rows may not be
