@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 from pydantic import ValidationError
+from ray._private.utils import read_ray_address  # it has no public name
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config, RayConfig
@@ -42,8 +43,13 @@ RETRIES = 3
 POLL_SECONDS = 0.5
 # An address that does not answer within this time does not answer; Ray itself tries for 80 s.
 CONNECT_SECONDS = 10.0
+# A shared folder may show later what a worker wrote: a client of NFS remembers for up to a minute what there was.
+SHARED_SECONDS = 60.0
 # Workers that are ended by force are gone well before the end that Ctrl-C promises.
 CANCEL_SECONDS = 2.0
+
+# What workers log nobody reads, and of Ray's own words errors will do.
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 Result = TypeVar("Result")
 
@@ -185,7 +191,7 @@ class Workers:
     most: int | None
 
     def __str__(self) -> str:
-        parts = [f"{self.cpus} CPU" + "s" * (self.cpus != 1)]
+        parts = [_many(self.cpus, "CPU")]
         if self.gpus:
             parts.append(f"{self.gpus:g} GPU" + "s" * (self.gpus > 1))
         return " and ".join(parts)
@@ -199,6 +205,10 @@ class Workers:
         """How many work at once."""
         room = sum(map(self.fit, nodes))
         return room if self.most is None else min(room, self.most)
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count} {thing}" + "s" * (count != 1)
 
 
 def share_out(asked: RayConfig, device: str, nodes: Sequence[Mapping[str, float]]) -> Workers:
@@ -278,8 +288,9 @@ class RayExecutor:
             device = recorded.resolved.runtime.device
         nodes = _nodes()
         self.workers = share_out(config.runtime.ray, device, nodes)
+        room = self.workers.room(nodes)
         logger.info(
-            "Ray: %d nodes, room for %d workers with %s each.", len(nodes), self.workers.room(nodes), self.workers
+            "Ray: %s, room for %s with %s each.", _many(len(nodes), "node"), _many(room, "worker"), self.workers
         )
         job = Job(config, recorded, str(Path.cwd()), self.workers.cpus)
         self.opened, said = self._ask(open_on_worker, job)
@@ -343,8 +354,7 @@ class _Session:
         self.opened, self.workers, self.folder, self.progress = executor.opened, executor.workers, folder, progress
         self.flying: dict[Any, Shard] = {}
         self.failed: dict[str, BaseException] = {}
-        self.skipped = sum(len(receipt.skipped) for receipt in done)
-        self.read = sum(receipt.planned for receipt in done)
+        self.done, self.receipts = done, [*done]
         self.busy = Busy()
         self._seen: dict[str, ShardCounts] = {}
         self._proved = False
@@ -392,7 +402,7 @@ class _Session:
         """Take note of a task that has ended.
 
         Raises:
-            PipelineError: too many rows were skipped, or its receipt cannot be seen from here.
+            PipelineError: too many rows were skipped, or its files cannot be seen from here.
         """
         try:
             for stage, seconds in ray.get(reference).items():
@@ -402,24 +412,42 @@ class _Session:
             logger.warning("Shard %s failed: %s.", shard.name, _reason(error))
             return
         if not self._proved:
-            if not committed(self.folder, self.opened.run_id, [shard]):
+            if not self._wait_for([shard]):
                 raise _not_shared(self.folder, shard.name)
             self._proved = True
         receipt = _read_receipt(self.folder, shard)
-        if receipt is None:
+        if receipt is None:  # to be seen later; `check` counts it
             return
-        self.read += receipt.planned
         right = {counts.level: counts.correct for counts in receipt.counts}
         self._count(shard.name, ShardCounts(receipt.planned, receipt.counts[0].labelled, right))
+        self.receipts.append(receipt)
         if receipt.skipped:
-            self.skipped += len(receipt.skipped)
-            last = receipt.skipped[-1]
-            row = f"{name_row(shard, last.source_index)} cannot be decoded ({last.reason})"
-            most = self.opened.resolved.runtime.max_skipped
-            check_share_skipped(self.skipped, self.opened.plan.total, self.read, most, row)
+            self._judge(self.receipts, shard)
+
+    def _wait_for(self, shards: Sequence[Shard]) -> dict[str, Receipt]:
+        """The receipts of shards that workers say they have written, as far as they can be seen from here in time."""
+        end = time.monotonic() + SHARED_SECONDS
+        while True:
+            there = committed(self.folder, self.opened.run_id, shards)
+            if len(there) == len(shards) or time.monotonic() > end:
+                return there
+            time.sleep(POLL_SECONDS)
+
+    def _judge(self, receipts: Sequence[Receipt], last: Shard) -> None:
+        """Stop where too many rows were skipped, the last of them in a shard of these."""
+        skipped, read = sum(len(receipt.skipped) for receipt in receipts), sum(receipt.planned for receipt in receipts)
+        row = next(receipt for receipt in reversed(receipts) if receipt.shard == last.name).skipped[-1]
+        message = f"{name_row(last, row.source_index)} cannot be decoded ({row.reason})"
+        most = self.opened.resolved.runtime.max_skipped
+        check_share_skipped(skipped, self.opened.plan.total, read, most, message)
 
     def _look(self) -> None:
-        """Show what the workers have told. Without it the run goes on just as well."""
+        """Show what the workers have told, without which the run goes on just as well.
+
+        Raises:
+            PipelineError: another run has taken the output over.
+        """
+        self.folder.store.check_held()
         with contextlib.suppress(ray.exceptions.RayError):
             for name, now in ray.get(self._board.take.remote(), timeout=10 * POLL_SECONDS).items():
                 self._count(name, now)
@@ -438,17 +466,23 @@ class _Session:
         Raises:
             ShardsFailedError, PipelineError: as `RayExecutor.write`.
         """
-        there = committed(self.folder, self.opened.run_id, shards)
-        missing = [shard.name for shard in shards if shard.name not in there]
-        failed = [name for name in missing if name in self.failed]
+        there = self._wait_for([shard for shard in shards if shard.name not in self.failed])
+        # One may have failed after its commit.
+        tried = [shard for shard in shards if shard.name in self.failed]
+        there |= committed(self.folder, self.opened.run_id, tried) if tried else {}
+        with_skipped = [shard for shard in shards if shard.name in there and there[shard.name].skipped]
+        if with_skipped:
+            self._judge([*self.done, *there.values()], with_skipped[-1])
+        failed = [shard.name for shard in tried if shard.name not in there]
         if failed:
             first = self.failed[failed[0]]
             raise ShardsFailedError(
                 f"{len(failed)} of {len(shards)} shards failed after {RETRIES} retries: {listing(failed)}; the first: "
                 f"{_reason(first)}. The others are committed, and the same command tries these again."
             ) from first
+        missing = next((shard.name for shard in shards if shard.name not in there), None)
         if missing:
-            raise _not_shared(self.folder, missing[0])
+            raise _not_shared(self.folder, missing)
 
     def shares(self) -> dict[str, float]:
         """How busy each stage was, of what the workers could use."""
@@ -502,38 +536,62 @@ def _connect() -> None:
     """Join the cluster that RAY_ADDRESS or the machine names, or start one of this machine's cores.
 
     Raises:
-        PipelineError: RAY_ADDRESS names a cluster that does not answer.
+        PipelineError: RAY_ADDRESS names a cluster that does not answer, or the cluster does not take this process.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    _check_answers(address)
+    named = os.environ.get("RAY_ADDRESS")
+    # Ray itself would try for minutes to reach a cluster that is gone.
+    remembered = None if named else read_ray_address()
+    silence = _silence(named or remembered)
+    if named and silence:
+        raise _no_answer(named, silence)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if address:
-            raise _no_answer(address, first_line(error)) from error
-        # The machine remembers a cluster that is gone, or one that does not take this client.
-        logger.warning("No Ray cluster of this machine takes part (%s); starting a local one.", first_line(error))
-        ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR)
+        if silence:
+            _start(f"the one that it remembers, at {remembered}, does not answer: {silence}")
+        else:
+            _join(named)
     finally:
         # Ray takes SIGTERM for itself, where it can.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
 
-def _check_answers(address: str | None) -> None:
-    """Find out within seconds whether something listens at an address of the form host:port."""
+def _join(named: str | None) -> None:
+    """Join a cluster; where none is named and none found, Ray starts one."""
+    try:
+        ray.init(**QUIET)
+    except ConnectionError as error:
+        if named:
+            raise _no_answer(named, first_line(error)) from error
+        _start(first_line(error))
+    except (RuntimeError, ValueError) as error:
+        # As of another version of Ray or Python. A local one in its place would be a day's work on one machine.
+        where = f"at {named}" if named else "of this machine"
+        raise PipelineError(
+            f"RAY_ADDRESS: the Ray cluster {where} does not take this process ({first_line(error).rstrip('.')}); mend "
+            "that, or set it to local to start one of this machine's cores."
+        ) from error
+
+
+def _start(reason: str) -> None:
+    logger.warning("No Ray cluster of this machine takes part (%s); starting a local one.", reason.rstrip("."))
+    ray.init(address="local", **QUIET)
+
+
+def _silence(address: str | None) -> str | None:
+    """Why nothing answers at an address of the form host:port, found out within seconds; None where something does."""
     host, _, port = (address or "").rpartition(":")
     if not host or "//" in host or not port.isdigit():
-        return
+        return None
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except OSError as error:
-        raise _no_answer(str(address), error.strerror or first_line(error)) from error
+        return error.strerror or first_line(error)
+    return None
 
 
 def _no_answer(address: str, reason: str) -> PipelineError:
     return PipelineError(
-        f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason}); start it, or unset the variable to start "
-        "a local one."
+        f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason.rstrip('.')}); start it, or unset the variable to "
+        "start a local one."
     )

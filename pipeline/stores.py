@@ -157,6 +157,14 @@ class Store(ABC):
             PipelineError: another process holds it, or it cannot be written.
         """
 
+    @abstractmethod
+    def check_held(self) -> None:
+        """See that the place is still held: whoever writes asks by itself, whoever has others write there asks this.
+
+        Raises:
+            PipelineError: it was taken over.
+        """
+
 
 def open_store(root: str | Path) -> Store:
     """The store of an output: a folder, or an address such as `s3://bucket/prefix`.
@@ -323,6 +331,9 @@ class LocalStore(Store):
             shutil.rmtree(self.disk / SCRATCH, ignore_errors=True)
             yield
 
+    def check_held(self) -> None:
+        """The operating system gives it to nobody else."""
+
     @contextlib.contextmanager
     def _held_here(self, folder: tuple[int, int]) -> Iterator[None]:
         """Against other threads of this process."""
@@ -443,12 +454,12 @@ class ObjectStore(Store):
             raise self._failure(error) from None
 
     def write(self, name: str, content: bytes) -> None:
-        self._check_held()
+        self.check_held()
         self._ask("pipe_file", self._path(name), content, creates=True)
 
     def commit(self, name: str, content: bytes) -> None:
         """An object that is there already was written by another process that did the same work."""
-        self._check_held()
+        self.check_held()
         try:
             self._ask("pipe_file", self._path(name), content, creates=True, mode="create")
         except FileExistsError:
@@ -459,12 +470,12 @@ class ObjectStore(Store):
                 ) from None
 
     def put(self, local: Path, name: str) -> None:
-        self._check_held()
+        self.check_held()
         patience = local.stat().st_size / 1e6
         self._ask("put_file", str(local), self._path(name), creates=True, patience=patience)
 
     def delete(self, names: Iterable[str]) -> None:
-        self._check_held()
+        self.check_held()
         paths = [self._path(name) for name in names]
         if not paths:
             return
@@ -515,7 +526,7 @@ class ObjectStore(Store):
         beating.start()
         try:
             yield
-            self._check_held()
+            self.check_held()
         finally:
             over.set()
             # It must not write the lock again; a store that hangs must not hold the end up for long.
@@ -559,7 +570,7 @@ class ObjectStore(Store):
                 own["beat"] += 1
                 self._write_lock(own)
 
-    def _check_held(self) -> None:
+    def check_held(self) -> None:
         if self._lost is not None:
             raise PipelineError(self._lost)
 

@@ -11,7 +11,7 @@ from typing import Any
 from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.s3.models import s3_backends
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 KEY, SECRET = "AKIAHUSHHUSH", "hush/hush+hush"
 Answer = Callable[..., Any]
@@ -116,11 +116,16 @@ class S3:
     app: Any = field(default_factory=lambda: DomainDispatcherApplication(create_backend_app))
 
 
+class _Handler(WSGIRequestHandler):
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """The tests read `requests` instead."""
+
+
 @contextlib.contextmanager
 def running_s3() -> Iterator[S3]:
     """A store that serves until the end of the block."""
     s3 = S3()
-    server = make_server("127.0.0.1", 0, s3, threaded=True)
+    server = make_server("127.0.0.1", 0, s3, threaded=True, request_handler=_Handler)
     s3.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -1,5 +1,6 @@
 """On a real Ray cluster: the same bytes as in one process, and what a failure costs."""
 
+import hashlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -20,10 +22,16 @@ import pipeline.cluster
 from pipeline.cluster import Workers, share_out
 from pipeline.config import RayConfig, load_config
 from pipeline.errors import ConfigError, PipelineError, ShardsFailedError
+from pipeline.outputs import committed
 from pipeline.runs import open_run
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.s3 import S3, lock_of, running_s3
 from tests.test_generate import digests, generate, manifest
 from tests.test_processes import receipts, run_fgsm, wait_for
+from tests.test_streams import images, stream, write_files, write_tar
+
+# One process has the cluster.
+pytestmark = pytest.mark.xdist_group("ray")
 
 # A victim that does what files beside it say, and notes which processes load it, with how many cores.
 WATCHED = """
@@ -60,9 +68,20 @@ class Watched(Net):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray cluster of one node with two CPUs, on the loopback only; this process is connected to it."""
+def s3() -> Iterator[S3]:
+    with running_s3() as s3:
+        yield s3
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[str]:
+    """A Ray cluster of one node with two CPUs, on the loopback only; this process is connected to it.
+
+    What its processes have in their environment they have from here: it names the object store.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.environment.items():
+            patch.setenv(name, value)
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("ray-datasets")))
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -131,6 +150,51 @@ def test_a_local_run_goes_on_there_and_what_is_committed_is_not_written_again(
     assert "All 6 shards are already there" in on_ray(watched_config)
 
 
+def test_workers_write_into_an_object_store(cluster: str, s3: S3, watched_config: Path, tmp_path: Path) -> None:
+    del cluster
+    s3.make("shared")
+    on_ray(watched_config, "--output", "s3://shared/some/where")
+    generate(watched_config)
+    there, local = s3.objects("shared", "some/where/"), tmp_path / "out"
+    shards = {name: content for name, content in there.items() if name.endswith(".parquet")}
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in shards.items()} == digests(local)
+    assert sum(name.startswith(".run/receipts/") for name in there) == 6
+    assert lock_of(there) is None
+    assert "complete; 48 of 48 source images" in fgsm("inspect", "s3://shared/some/where").stdout
+
+
+def test_workers_stream_files_of_which_some_are_not_images(
+    cluster: str, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """How many rows there are nobody knows before: the driver judges the share of those that were read."""
+    del cluster
+    cells = images()
+    cells[7] = cells[31] = b"no image"
+    samples = [{"png": cell, "cls": str(i % 3).encode()} for i, cell in enumerate(cells)]
+    for file in range(4):
+        write_tar(tmp_path / f"tars/test-{file}.tar", samples[10 * file : 10 * file + 10], 10 * file)
+    source = stream(tmp_path / "tars", classes=list(CLASSES))
+    config = write_config(source=source, runtime={"max_skipped": 0.001, "ray": {"workers": 2}})
+    result = fgsm("generate", config, "--executor", "ray")
+    assert result.exit_code == 1
+    assert re.search(r"2 of \d+ rows could not be decoded, more than runtime.max_skipped = 0.001", result.stderr)
+    assert re.search(r"row [71] of test-[03].tar cannot be decoded", result.stderr)
+    on_ray(config, "--set", "runtime.max_skipped=0.01")
+    generate(config, "--set", "runtime.max_skipped=0.01", "--output", str(tmp_path / "local"))
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+    assert manifest(tmp_path / "out")["skipped"] == manifest(tmp_path / "local")["skipped"]
+    assert len(manifest(tmp_path / "out")["skipped"]) == 2
+
+
+def test_workers_stream_row_groups(cluster: str, write_config: WriteConfig, tmp_path: Path) -> None:
+    del cluster
+    folder = write_files(tmp_path / "parquet", images(), [i % 3 for i in range(40)])
+    config = write_config(source=stream(folder))
+    on_ray(config)
+    generate(config, "--output", str(tmp_path / "local"))
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+
+
 # ------------------------------------------------------------------------------------------- failures
 
 
@@ -181,10 +245,69 @@ def test_skipped_rows_are_counted_over_all_shards(cluster: str, write_config: Wr
     assert [row["source_index"] for row in manifest(tmp_path / "out")["skipped"]] == [3, 20, 36]
 
 
+def test_skipped_rows_whose_receipts_are_seen_late_are_counted(
+    cluster: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder whose client shows later what others wrote."""
+    del cluster
+    cells = [png_bytes(image) for image in random_pixels(40)]
+    cells[3] = cells[20] = cells[36] = b"no image"
+    source = {"path": str(write_parquet(tmp_path / "broken", cells, [0] * 40)), "shuffle": False}
+    config = write_config(source=source, runtime={"max_skipped": 0.04})
+    monkeypatch.setattr("pipeline.cluster._read_receipt", lambda *_: None)
+    with pytest.raises(PipelineError, match=r"3 of 40 rows could not be decoded, more than .* row 36 of split test"):
+        on_ray(config)
+
+
+def test_a_folder_that_shows_late_what_a_worker_wrote_is_waited_for(
+    cluster: str, watched_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del cluster
+    asked: list[int] = []
+
+    def late(*arguments: Any) -> Any:
+        asked.append(1)
+        return {} if len(asked) < 3 else committed(*arguments)
+
+    monkeypatch.setattr("pipeline.cluster.committed", late)
+    on_ray(watched_config)
+    generate(watched_config, "--output", str(tmp_path / "local"))
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+
+
+def test_a_store_that_another_run_takes_over_is_left_to_it(
+    cluster: str, s3: S3, watched_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers hold no lock: the driver ends them, long before the night is over."""
+    del cluster
+    monkeypatch.setattr("pipeline.stores.BEAT_SECONDS", 0.2)
+    s3.make("taken")
+    (tmp_path / "slow").touch()
+
+    def written() -> int:
+        return sum("receipts" in name for name in s3.objects("taken"))
+
+    def take_over() -> None:
+        wait_for(lambda: written() >= 1, 100)
+        lock = lock_of(s3.objects("taken", "out/"))
+        s3.write("taken", "out/.run/lock", json.dumps({**(lock or {}), "token": "another"}).encode())
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    with pytest.raises(PipelineError, match=r"^The lock of s3://taken/out was taken over by another run"):
+        on_ray(watched_config, "--output", "s3://taken/out")
+    thread.join()
+    there = written()
+    assert 1 <= there < 6
+    time.sleep(1.5)  # longer than a shard takes
+    assert written() == there, "no worker goes on"
+
+
 def test_a_folder_that_the_nodes_do_not_share_is_told(
     cluster: str, watched_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del cluster
+    monkeypatch.setattr("pipeline.cluster.SHARED_SECONDS", 1.0)
     monkeypatch.setattr("pipeline.cluster.committed", lambda *_: {})
     with pytest.raises(PipelineError, match=r"^output\.path: a worker has written shard .* must be a folder that all"):
         on_ray(watched_config)
@@ -347,6 +470,75 @@ def test_an_address_that_does_not_answer_is_told_within_seconds(monkeypatch: pyt
     with pytest.raises(PipelineError, match=rf"^RAY_ADDRESS: no Ray cluster answers at 127\.0\.0\.1:{port} \("):
         pipeline.cluster._connect()
     assert time.monotonic() - began < 5
+
+
+class Init:
+    """Stands where `ray.init` does: of clusters of other versions, or that are gone, there is none here."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.addresses = [*errors], list[str | None]()
+
+    def __call__(self, address: str | None = None, **_: Any) -> None:
+        self.addresses.append(address)
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_cluster_that_does_not_take_this_process_is_not_replaced_by_a_local_one(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = Init(RuntimeError("Version mismatch: the cluster was started with Ray 1.0.\nMore."))
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("pipeline.cluster.read_ray_address", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        if named:
+            monkeypatch.setenv("RAY_ADDRESS", where)
+        with pytest.raises(PipelineError) as caught:
+            pipeline.cluster._connect()
+    assert str(caught.value) == (
+        f"RAY_ADDRESS: the Ray cluster {'at ' + where if named else 'of this machine'} does not take this process "
+        "(Version mismatch: the cluster was started with Ray 1.0); mend that, or set it to local to start one of this "
+        "machine's cores."
+    )
+    assert init.addresses == [None]
+
+
+def test_a_cluster_that_the_machine_remembers_and_that_is_gone_is_replaced_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    init = Init()
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr("pipeline.cluster.read_ray_address", lambda: where)
+    pipeline.cluster._connect()
+    assert init.addresses == ["local"]
+    assert f"the one that it remembers, at {where}, does not answer: Connection refused" in caplog.text
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_cluster_that_goes_while_it_is_joined(
+    named: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    init = Init(ConnectionError("it went."))
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("pipeline.cluster.read_ray_address", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if not named:
+        pipeline.cluster._connect()
+        assert init.addresses == [None, "local"]
+        assert "No Ray cluster of this machine takes part (it went); starting a local one." in caplog.text
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", where)
+        with pytest.raises(PipelineError, match=rf"no Ray cluster answers at {re.escape(where)} \(it went\); start it"):
+            pipeline.cluster._connect()
+    assert init.addresses == [None]
 
 
 def test_without_ray_the_sentence_names_what_to_install(

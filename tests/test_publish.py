@@ -22,6 +22,7 @@ from pipeline.publish import _client_that_gives_up, list_files, redact
 from tests.conftest import CLASSES, fgsm
 from tests.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
 from tests.test_generate import pixels, rows
+from tests.test_processes import wait_for
 
 # The client's own way to send a file through LFS, which its HTTP library would have otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -136,9 +137,9 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
         with (tmp_path / "log").open("wb") as log:
             first = subprocess.Popen(command, env=known, stdout=log, stderr=log)
             assert hub.hanging.wait(60), (tmp_path / "log").read_text()
+            wait_for(lambda: len(hub.objects) == 2)  # they are sent side by side
             first.send_signal(signal.SIGKILL)
             assert first.wait() == -signal.SIGKILL
-        assert len(hub.objects) == 2
         assert there(hub) == set(), "nothing may be loaded before all is there"
         before = set(hub.objects)
         hub.faults.clear()
