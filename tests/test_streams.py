@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub.utils.logging import set_verbosity_error
 
 import pipeline
 from pipeline.config import SourceConfig, load_config
@@ -596,7 +597,8 @@ def test_planning_ends_where_a_server_says_nothing(silent: str, name: str, said:
 
 
 def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client waits for ever for what is no file."""
+    """Its client waits for ever for what is no file, and says what it tries, into the tests that follow."""
+    set_verbosity_error()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", silent)
     with pytest.raises(
