@@ -375,19 +375,24 @@ class _Session:
         waiting = deque(shards)
         try:
             while waiting or self.flying:
-                while waiting and len(self.flying) < self._window():
-                    shard = waiting.popleft()
-                    task = self._write.options(name=f"write {shard.name}")
-                    self.flying[task.remote(self._job, self._location, shard, self._board)] = shard
-                ended, _ = ray.wait([*self.flying], timeout=POLL_SECONDS)
-                for reference in ended:
-                    self._end(reference, self.flying.pop(reference))
+                self._submit(waiting)
+                references, _ = ray.wait([*self.flying], timeout=POLL_SECONDS)
+                ended = [(reference, self.flying.pop(reference)) for reference in references]
+                self._submit(waiting)  # before anything is read: no worker waits for that
+                for reference, shard in ended:
+                    self._end(reference, shard)
                 self._look()
         except BaseException:
             _cancel([*self.flying])
             raise
         finally:
             ray.kill(self._board)
+
+    def _submit(self, waiting: deque[Shard]) -> None:
+        while waiting and len(self.flying) < self._window():
+            shard = waiting.popleft()
+            task = self._write.options(name=f"write {shard.name}")
+            self.flying[task.remote(self._job, self._location, shard, self._board)] = shard
 
     def _window(self) -> int:
         """Tasks to have in flight: those that run, and where more may join, as many that wait for a worker."""

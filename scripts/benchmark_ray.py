@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--images", type=int, help="the first N of the source [all]")
-    parser.add_argument("--images-per-shard", type=int, default=1000)
+    parser.add_argument("--images-per-shard", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--scratch", help="a folder for what is written, and removed again")
