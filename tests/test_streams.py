@@ -6,6 +6,7 @@ import http.server
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from huggingface_hub.utils.logging import set_verbosity_error
+from huggingface_hub.utils.logging import set_verbosity
 
 import pipeline
 from pipeline.config import SourceConfig, load_config
@@ -598,7 +599,7 @@ def test_planning_ends_where_a_server_says_nothing(silent: str, name: str, said:
 
 def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client waits for ever for what is no file, and says what it tries, into the tests that follow."""
-    set_verbosity_error()
+    set_verbosity(logging.ERROR)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", silent)
     with pytest.raises(
