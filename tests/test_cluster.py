@@ -30,9 +30,6 @@ from tests.test_generate import digests, generate, manifest
 from tests.test_processes import receipts, run_fgsm, wait_for
 from tests.test_streams import images, stream, write_files, write_tar
 
-# One process has the cluster.
-pytestmark = pytest.mark.xdist_group("ray")
-
 # A victim that does what files beside it say, and notes which processes load it, with how many cores.
 WATCHED = """
 
@@ -109,6 +106,10 @@ def watched_config(write_config: WriteConfig, factory_file: Path, tmp_path: Path
 
 def on_ray(config: Path, *arguments: str) -> str:
     return generate(config, "--executor", "ray", *arguments)
+
+
+# A worker that is ended takes seconds to replace, as each imports torch: where it will be, there is one.
+ONE = ("--set", "runtime.ray.workers=1")
 
 
 # ---------------------------------------------------------------------------------------------- bytes
@@ -270,7 +271,7 @@ def test_a_folder_that_shows_late_what_a_worker_wrote_is_waited_for(
         return {} if len(asked) < 3 else committed(*arguments)
 
     monkeypatch.setattr("pipeline.cluster.committed", late)
-    on_ray(watched_config)
+    on_ray(watched_config, *ONE)
     generate(watched_config, "--output", str(tmp_path / "local"))
     assert digests(tmp_path / "out") == digests(tmp_path / "local")
 
@@ -295,7 +296,7 @@ def test_a_store_that_another_run_takes_over_is_left_to_it(
     thread = threading.Thread(target=take_over)
     thread.start()
     with pytest.raises(PipelineError, match=r"^The lock of s3://taken/out was taken over by another run"):
-        on_ray(watched_config, "--output", "s3://taken/out")
+        on_ray(watched_config, "--output", "s3://taken/out", *ONE)
     thread.join()
     there = written()
     assert 1 <= there < 6
@@ -310,7 +311,7 @@ def test_a_folder_that_the_nodes_do_not_share_is_told(
     monkeypatch.setattr("pipeline.cluster.SHARED_SECONDS", 1.0)
     monkeypatch.setattr("pipeline.cluster.committed", lambda *_: {})
     with pytest.raises(PipelineError, match=r"^output\.path: a worker has written shard .* must be a folder that all"):
-        on_ray(watched_config)
+        on_ray(watched_config, *ONE)
 
 
 @pytest.mark.drill
