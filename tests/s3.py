@@ -1,17 +1,25 @@
 """An object store on the loopback: moto's S3, over real sockets, for the real client; it can be told to fail."""
 
 import contextlib
+import hashlib
+import itertools
 import json
+import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.s3.models import s3_backends
 from werkzeug.serving import WSGIRequestHandler, make_server
+
+from tests.conftest import fgsm
 
 KEY, SECRET = "AKIAHUSHHUSH", "hush/hush+hush"
 Answer = Callable[..., Any]
@@ -143,3 +151,69 @@ def lock_of(objects: dict[str, bytes]) -> dict[str, Any] | None:
     there = objects.get(".run/lock")
     content: dict[str, Any] | None = json.loads(there) if there else None
     return content
+
+
+# ------------------------------------------------------------------- what tests of runs in a store need
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3]:
+    with running_s3() as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3]:
+    """The store with nothing asked of it yet; its client is less patient than in life and has a temporary space."""
+    server.requests.clear()
+    server.faults.clear()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pipeline.stores.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.stores.STALE_SECONDS", 3.0)
+    monkeypatch.setattr("pipeline.stores.ATTEMPTS", 2)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    yield server
+    assert not list((tmp_path / "temporary").glob("*fgsm-pipeline-*"))
+
+
+@pytest.fixture
+def bucket(s3: S3) -> str:
+    name = f"bucket-{next(NUMBERS)}"
+    s3.make(name)
+    return name
+
+
+@pytest.fixture
+def out(bucket: str) -> str:
+    return f"s3://{bucket}/some/where"
+
+
+def there(s3: S3, out: str) -> dict[str, bytes]:
+    bucket, _, prefix = out.removeprefix("s3://").partition("/")
+    return s3.objects(bucket, f"{prefix}/")
+
+
+def alter(s3: S3, out: str, name: str, content: bytes | None) -> None:
+    bucket, _, prefix = out.removeprefix("s3://").partition("/")
+    s3.write(bucket, f"{prefix}/{name}", content)
+
+
+def shards(objects: dict[str, bytes]) -> dict[str, str]:
+    """sha256 of every Parquet object."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in objects.items() if name.endswith(".parquet")}
+
+
+def failed(*arguments: str | Path, code: int = 1) -> str:
+    """The sentence of a command that fails, without a secret in it."""
+    result = fgsm(*arguments)
+    assert result.exit_code == code, result.output
+    assert "--debug" in arguments or "Traceback" not in result.output
+    assert not any(secret in result.output for secret in (KEY, SECRET, "hush"))
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    return line.removeprefix("Error: ")

@@ -2,9 +2,7 @@
 
 import fcntl
 import hashlib
-import itertools
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -13,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,86 +19,31 @@ from typing import Any
 import duckdb
 import pytest
 import torch
-from fsspec.registry import _registry
 from huggingface_hub import close_session, constants
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
 import pipeline
 from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.guard import redact_answer
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder, committed
 from pipeline.stores import LocalStore, ObjectStore, open_store
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.hub import running_hub
-from tests.s3 import KEY, S3, SECRET, lock_of, running_s3
+from tests.s3 import (
+    S3,
+    alter,
+    failed,
+    lock_of,
+    shards,
+    there,
+)
+from tests.s3 import bucket as bucket
+from tests.s3 import out as out
+from tests.s3 import s3 as s3
+from tests.s3 import server as server
 from tests.test_generate import digests, generate
 from tests.test_processes import SLOW, run_fgsm, wait_for
-
-NUMBERS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3]:
-    with running_s3() as s3:
-        yield s3
-
-
-@pytest.fixture
-def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3]:
-    """The store with nothing asked of it yet; its client is less patient than in life and has a temporary space."""
-    server.requests.clear()
-    server.faults.clear()
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pipeline.stores.BEAT_SECONDS", 0.2)
-    monkeypatch.setattr("pipeline.stores.STALE_SECONDS", 3.0)
-    monkeypatch.setattr("pipeline.stores.ATTEMPTS", 2)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    yield server
-    assert not list((tmp_path / "temporary").glob("*fgsm-pipeline-*"))
-
-
-@pytest.fixture
-def bucket(s3: S3) -> str:
-    name = f"bucket-{next(NUMBERS)}"
-    s3.make(name)
-    return name
-
-
-@pytest.fixture
-def out(bucket: str) -> str:
-    return f"s3://{bucket}/some/where"
-
-
-def there(s3: S3, out: str) -> dict[str, bytes]:
-    bucket, _, prefix = out.removeprefix("s3://").partition("/")
-    return s3.objects(bucket, f"{prefix}/")
-
-
-def alter(s3: S3, out: str, name: str, content: bytes | None) -> None:
-    bucket, _, prefix = out.removeprefix("s3://").partition("/")
-    s3.write(bucket, f"{prefix}/{name}", content)
-
-
-def shards(objects: dict[str, bytes]) -> dict[str, str]:
-    """sha256 of every Parquet object."""
-    return {name: hashlib.sha256(data).hexdigest() for name, data in objects.items() if name.endswith(".parquet")}
-
-
-def failed(*arguments: str | Path, code: int = 1) -> str:
-    """The sentence of a command that fails, without a secret in it."""
-    result = fgsm(*arguments)
-    assert result.exit_code == code, result.output
-    assert "--debug" in arguments or "Traceback" not in result.output
-    assert not any(secret in result.output for secret in (KEY, SECRET, "hush"))
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    return line.removeprefix("Error: ")
-
 
 # --------------------------------------------------------------------------------------------- a whole run
 
@@ -315,64 +257,6 @@ with ObjectStore(sys.argv[1]).scratch("shard") as folder:
 """
 
 
-# ------------------------------------------------------------------------------------------------ the lock
-
-
-def test_a_second_run_says_who_holds_the_place(s3: S3, out: str, write_config: WriteConfig) -> None:
-    config = write_config(output={"path": out})
-    with OutputFolder(out).held():
-        sentence = failed("generate", config)
-        assert re.fullmatch(
-            rf"{out} is in use by another run \(process {os.getpid()} on \S+\); wait for it\.", sentence
-        )
-    assert lock_of(there(s3, out)) is None
-    generate(config)
-
-
-@pytest.mark.drill
-def test_the_lock_of_a_run_that_died_is_taken_over(s3: S3, out: str, caplog: pytest.LogCaptureFixture) -> None:
-    alter(s3, out, ".run/lock", b'{"host": "elsewhere", "process": 7, "token": "x", "beat": 3}')
-    began = time.monotonic()
-    with caplog.at_level(logging.INFO), OutputFolder(out).held():
-        assert time.monotonic() - began >= 3
-        assert lock_of(there(s3, out)) != {"host": "elsewhere", "process": 7, "token": "x", "beat": 3}
-    assert "has a lock of process 7 on elsewhere; waiting to see whether that lives" in caplog.text
-    alter(s3, out, ".run/lock", b"no JSON")
-    with OutputFolder(out).held():
-        pass
-    assert there(s3, out) == {}
-
-
-def test_a_lock_that_goes_away_meanwhile_is_made_at_once(s3: S3, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stores.STALE_SECONDS", 600.0)
-    alter(s3, out, ".run/lock", b"{}")
-    threading.Timer(0.3, alter, (s3, out, ".run/lock", None)).start()
-    began = time.monotonic()
-    with OutputFolder(out).held():
-        assert time.monotonic() - began < 60
-
-
-@pytest.mark.parametrize("other", [b'{"host": "elsewhere", "process": 7, "token": "x"}', None])
-def test_a_holder_whose_lock_is_another_s_writes_no_more(s3: S3, out: str, other: bytes | None) -> None:
-    folder = OutputFolder(out)
-    said = "removed" if other is None else r"taken over by another run \(process 7 on elsewhere\)"
-    refused = pytest.raises(PipelineError, match=rf"^The lock of {out} was {said}; let no more than one run write")
-    with refused, folder.held():
-        alter(s3, out, ".run/lock", other)
-        time.sleep(1)
-        folder.store.write("manifest.json", b"{}")
-    assert there(s3, out) == ({} if other is None else {".run/lock": other}), "and leaves what is not its own"
-    with pytest.raises(PipelineError, match=r"^The lock of"), OutputFolder(f"{out}/2").held():
-        alter(s3, f"{out}/2", ".run/lock", None)
-        time.sleep(1)
-
-
-def test_a_lock_is_rewritten_through_a_store_that_fails_for_a_while(s3: S3, out: str) -> None:
-    with OutputFolder(out).held():
-        s3.fail("GET", r"\.run/lock", 500, times=2)
-        wait_for(lambda: (lock_of(there(s3, out)) or {})["beat"] >= 2)
-
-
 # --------------------------------------------------------------------------------------------- one object
 
 
@@ -450,137 +334,6 @@ def test_workers_of_a_loader_stream_from_a_store(out: str, write_config: WriteCo
     rows = pipeline.load(out, ["3/255"], split="test", streaming=True).select_columns(["source_index"])
     loader = torch.utils.data.DataLoader(rows, num_workers=2, batch_size=None, multiprocessing_context="fork")
     assert sorted(row["source_index"] for row in loader) == list(range(40))
-
-
-# ---------------------------------------------------------------------------------------- what goes wrong
-
-
-def test_a_store_that_fails_for_a_while_is_asked_again(
-    s3: S3, out: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.stores.ATTEMPTS", 4)
-    s3.fail("PUT", "eps-8/test-00001", 500, times=2)
-    s3.fail("PUT", "receipts/test-00000", 500, times=1)
-    s3.fail("GET", "list-type=2", 500, times=1, after=1)
-    generate(write_config(output={"path": out}))
-    assert not any(fault.times for fault in s3.faults)
-    generate(write_config())
-    assert shards(there(s3, out)) == digests(tmp_path / "out")
-
-
-@pytest.mark.parametrize(("kind", "said"), [(500, "an injected fault for ***"), ("hang", "it does not answer")])
-def test_a_store_that_fails_for_good_is_one_sentence_and_loses_nothing(
-    kind: int | str, said: str, s3: S3, out: str, write_config: WriteConfig, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("pipeline.stores.PATIENCE_SECONDS", 1.0 if kind == "hang" else 30.0)
-    config = write_config(output={"path": out})
-    s3.fail("PUT", "eps-8/test-00001", kind)
-    began = time.monotonic()
-    sentence = failed("generate", config)
-    assert time.monotonic() - began < 30
-    assert sentence == (
-        f"{out}: the store failed ({said}). What was committed is kept; when it answers, run the same command again."
-    )
-    objects = there(s3, out)
-    assert [name for name in objects if "receipts" in name] == [".run/receipts/test-00000-of-00003.json"]
-    assert json.loads(objects["manifest.json"])["rows"] == 16
-    assert lock_of(objects) is None
-    s3.faults.clear()
-    assert "1 of 3 shards are already there" in generate(config)
-    generate(write_config(output={"path": str(tmp_path / "out")}))
-    assert shards(there(s3, out)) == digests(tmp_path / "out")
-
-
-def test_a_request_that_neither_ends_nor_fails_is_given_up(s3: S3, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stores.PATIENCE_SECONDS", 0.5)
-    s3.fail("GET", "manifest.json", "hang")
-    assert failed("inspect", out).startswith(f"{out}: the store failed (it does not answer). ")
-
-
-@pytest.mark.parametrize("kind", ["credentials", "bucket", "forbidden", "unreachable"])
-def test_a_store_that_cannot_be_used_is_one_sentence(
-    kind: str, s3: S3, out: str, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = 1
-    if kind == "credentials":
-        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-        expected, code = rf"{out}: there are no credentials for it \(.+\); set those of the store's own client, ", 2
-    elif kind == "bucket":
-        out = "s3://no-such-bucket/x"
-        expected, code = r"output\.path: s3://no-such-bucket is not there, or these credentials may not see it; ", 2
-    elif kind == "forbidden":
-        s3.fail(".*", "", 403)
-        expected = rf"{out} is refused to these credentials \(.+\)\. What was committed is kept; use others, "
-    else:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@127.0.0.1:9")
-        expected = rf"{out}: the store failed \(it cannot be reached: .+\)\. What was committed"
-    sentence = failed("generate", write_config(output={"path": out}), "--debug", code=code)
-    assert re.match(expected, sentence), sentence
-
-
-@pytest.mark.usefixtures("s3")
-def test_a_bucket_that_goes_away_is_one_sentence() -> None:
-    with pytest.raises(PipelineError, match=r"^s3://no-such-bucket/x: the store failed \(The specified bucket does"):
-        ObjectStore("s3://no-such-bucket/x").write("manifest.json", b"{}")
-
-
-def test_a_place_without_a_dataset_is_one_sentence(out: str) -> None:
-    expected = f"{out} holds no dataset of ours: there is no manifest.json."
-    for command in ("verify", "inspect", "report"):
-        assert failed(command, out, code=2) == expected
-    with pytest.raises(ConfigError, match="holds no dataset of ours"):
-        pipeline.load(out)
-
-
-def test_an_address_with_credentials_is_refused_without_quoting_them(write_config: WriteConfig) -> None:
-    for place in ("s3://id:hush/hush@bucket/x", "s3://hush@bucket/x", "s3://bucket/x?secret=hush"):
-        said = failed("generate", write_config(), "--output", place, code=2)
-        assert "holds more than a bucket and a prefix" in said or "output.path holds a credential" in said
-        assert "holds more than a bucket and a prefix" in failed("verify", place, code=2)
-
-
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(_registry, "s3", raising=False)
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    for place, mend in (("s3://b/x", r"pip install 'fgsm-pipeline\[s3\]'"), ("gs://b/x", "pip install gcsfs")):
-        with pytest.raises(ConfigError, match=rf"^output\.path: ..?:// needs a package .* installed: {mend}\.$"):
-            open_store(place)
-    with pytest.raises(ConfigError, match=r"^output\.path: fsspec knows no protocol s4://"):
-        open_store("s4://b/x")
-
-
-def test_only_the_shards_in_flight_need_room_on_the_disk(
-    out: str, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    config = write_config(output={"images_per_shard": 10})
-    # 40 images of 16 px are about 100 KB at three epsilons, 10 of them a fourth of it.
-    monkeypatch.setattr("pipeline.estimate.free_bytes", lambda _: 60_000)
-    assert "are needed and" in failed("generate", config)
-    plan = fgsm("plan", config, "--output", out)
-    assert "Warning" not in plan.output
-    assert re.search(rf"60\.0 KB free in {tmp_path}/temporary, where about \S+ KB lie at once", plan.stdout)
-    generate(config, "--output", out)
-    monkeypatch.setattr("pipeline.estimate.free_bytes", lambda _: 6_000)
-    sentence = failed("generate", config, "--output", f"{out}/2")
-    assert re.fullmatch(
-        rf"output\.path: about \S+ KB are needed for a shard before its upload and {tmp_path}/temporary has 6\.0 KB "
-        r"free; name a larger one with TMPDIR, or make output\.images_per_shard smaller\.", sentence
-    )  # fmt: skip
-
-
-def test_training_from_a_store_is_refused(out: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^training_dataset reads .* on a disk: copy {out} into a folder first"):
-        pipeline.training_dataset(out)
-
-
-def test_messages_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-hush")
-    assert (
-        redact_answer('to "https://me:pw@host/b?X-Amz-Signature=s" with token-hush')
-        == 'to "https://***@host/b?..." with ***'
-    )
 
 
 # ------------------------------------------------------------------------------------------------- publish
