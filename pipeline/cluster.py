@@ -21,14 +21,16 @@ from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
+import torch
 from pydantic import ValidationError
 from ray._private.utils import read_ray_address  # it has no public name
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config, RayConfig
-from pipeline.errors import ConfigError, PipelineError, ShardsFailedError, first_line, listing
+from pipeline.errors import ConfigError, PipelineError, RowError, ShardsFailedError, causes, first_line, listing
 from pipeline.estimate import estimate_bytes
 from pipeline.execute import check_share_skipped, compile_as_begun, tell_speed, write_shards
+from pipeline.guard import redact
 from pipeline.lanes import DEVICE_LANES, given_cores
 from pipeline.loader import name_row
 from pipeline.manifest import Manifest
@@ -48,9 +50,6 @@ SHARED_SECONDS = 60.0
 # Workers that are ended by force are gone well before the end that Ctrl-C promises.
 CANCEL_SECONDS = 2.0
 
-# What workers log nobody reads, and of Ray's own words errors will do.
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
@@ -64,13 +63,14 @@ class Job:
     """What a worker must know of the run.
 
     recorded: the manifest of the run as it began, or None to begin it; cwd: where the driver stands, to which a
-    factory's modules may be relative; cores: that a worker has.
+    factory's modules may be relative; cores and gpus: that a worker has, a part of one too.
     """
 
     config: Config
     recorded: Manifest | None
     cwd: str
     cores: int
+    gpus: float
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,23 @@ _held: _Held | None = None
 
 @contextlib.contextmanager
 def _at_work(job: Job) -> Iterator[None]:
-    """In the driver's folder, where the node has it, and with no more cores than Ray gave."""
+    """In the driver's folder, where the node has it, and with no more than Ray gave.
+
+    What is raised names no credential of this node, which the driver would not know.
+    """
     with contextlib.suppress(OSError):
         os.chdir(job.cwd)
-    with given_cores(job.cores):
-        yield
+    if not job.gpus and job.config.runtime.device == "auto":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of the node's GPUs in sight
+    elif 0 < job.gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(job.gpus)
+    try:
+        with given_cores(job.cores):
+            yield
+    except Exception as error:
+        for cause in causes(error):
+            cause.args = tuple(redact(part) if isinstance(part, str) else part for part in cause.args)
+        raise
 
 
 def open_on_worker(job: Job) -> tuple[Manifest, list[tuple[int, str]]]:
@@ -112,7 +124,7 @@ def _listening() -> Iterator[list[tuple[int, str]]]:
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append((record.levelno, record.getMessage()))
+            said.append((record.levelno, redact(record.getMessage())))
 
     listener, package = Listener(), logging.getLogger("pipeline")
     package.addHandler(listener)
@@ -151,7 +163,7 @@ def estimate_on_worker(job: Job, shards: Sequence[Shard]) -> int:
         return estimate_bytes(_run(job), shards)
 
 
-def write_on_worker(job: Job, location: str, shard: Shard, board: Any) -> dict[str, float]:
+def write_on_worker(job: Job, location: str, shard: Shard, board: Any) -> dict[str, float] | RowError:
     """Write one shard.
 
     Args:
@@ -161,10 +173,13 @@ def write_on_worker(job: Job, location: str, shard: Shard, board: Any) -> dict[s
         board: where the driver looks for the counts.
 
     Returns:
-        Seconds of a core for each stage. That the shard is there only its receipt says.
+        Seconds of a core for each stage; that the shard is there only its receipt says. Or what ends the whole run:
+        raised, it would be tried again.
     """
     with _at_work(job):
-        run, busy, told = _run(job), Busy(), time.monotonic()
+        run, folder, busy, told = _run(job), OutputFolder(location), Busy(), time.monotonic()
+        if _read_receipt(folder, shard) is not None:
+            return busy.seconds  # of a worker that was lost right after its commit
         counts = ShardCounts(0, 0, {})
 
         def tell(images: int, labelled: int, correct: Mapping[int, int]) -> None:
@@ -175,7 +190,10 @@ def write_on_worker(job: Job, location: str, shard: Shard, board: Any) -> dict[s
                 told = time.monotonic()
                 board.tell.remote(shard.name, counts)
 
-        write_shards(run, OutputFolder(location), [shard], None, busy, tell)
+        try:
+            write_shards(run, folder, [shard], None, busy, tell)
+        except RowError as error:
+            return error
         return busy.seconds
 
 
@@ -292,15 +310,16 @@ class RayExecutor:
         logger.info(
             "Ray: %s, room for %s with %s each.", _many(len(nodes), "node"), _many(room, "worker"), self.workers
         )
-        job = Job(config, recorded, str(Path.cwd()), self.workers.cpus)
+        job = Job(config, recorded, str(Path.cwd()), self.workers.cpus, self.workers.gpus)
         self.opened, said = self._ask(open_on_worker, job)
         for level, message in said:
             logger.log(level, "%s", message)
         self.job = replace(job, recorded=self.opened)
         return self.opened
 
-    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
-        return self._ask(estimate_on_worker, self.job, shards)
+    def estimate_bytes(self, folder: OutputFolder, shards: Sequence[Shard]) -> int:
+        # What waits for its upload lies on the workers' disks.
+        return self._ask(estimate_on_worker, self.job, shards) if folder.store.local else 0
 
     def _ask(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What a function returns that is called on a worker; a worker that is lost is replaced."""
@@ -355,6 +374,7 @@ class _Session:
         self.flying: dict[Any, Shard] = {}
         self.failed: dict[str, BaseException] = {}
         self.done, self.receipts = done, [*done]
+        self.total, self.most = progress.total, executor.opened.resolved.runtime.max_skipped
         self.busy = Busy()
         self._seen: dict[str, ShardCounts] = {}
         self._proved = False
@@ -407,15 +427,19 @@ class _Session:
         """Take note of a task that has ended.
 
         Raises:
-            PipelineError: too many rows were skipped, or its files cannot be seen from here.
+            RowError: a row of it ends the run, or too many rows were skipped.
+            PipelineError: its files cannot be seen from here.
         """
         try:
-            for stage, seconds in ray.get(reference).items():
-                self.busy.add(stage, seconds)
+            answer: dict[str, float] | RowError = ray.get(reference)
         except ray.exceptions.RayError as error:
             self.failed[shard.name] = error
             logger.warning("Shard %s failed: %s.", shard.name, _reason(error))
             return
+        if isinstance(answer, RowError):
+            raise answer
+        for stage, seconds in answer.items():
+            self.busy.add(stage, seconds)
         if not self._proved:
             if not self._wait_for([shard]):
                 raise _not_shared(self.folder, shard.name)
@@ -443,8 +467,7 @@ class _Session:
         skipped, read = sum(len(receipt.skipped) for receipt in receipts), sum(receipt.planned for receipt in receipts)
         row = next(receipt for receipt in reversed(receipts) if receipt.shard == last.name).skipped[-1]
         message = f"{name_row(last, row.source_index)} cannot be decoded ({row.reason})"
-        most = self.opened.resolved.runtime.max_skipped
-        check_share_skipped(skipped, self.opened.plan.total, read, most, message)
+        check_share_skipped(skipped, self.total, read, self.most, message)
 
     def _look(self) -> None:
         """Show what the workers have told, without which the run goes on just as well.
@@ -518,6 +541,8 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, PipelineError):
             return str(cause).rstrip(".")
         return f"{type(cause).__name__}: {first_line(cause)}".rstrip(".")
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "Ray ended its worker, as the node was short of memory"
     if isinstance(error, ray.exceptions.WorkerCrashedError):
         return "its worker died, perhaps for want of memory"
     return f"{type(error).__name__}: {first_line(error)}".rstrip(".")
@@ -564,13 +589,14 @@ def _connect() -> None:
 def _join(named: str | None) -> None:
     """Join a cluster; where none is named and none found, Ray starts one."""
     try:
-        ray.init(**QUIET)
+        _init()
     except ConnectionError as error:
         if named:
             raise _no_answer(named, first_line(error)) from error
         _start(first_line(error))
-    except (RuntimeError, ValueError) as error:
-        # As of another version of Ray or Python. A local one in its place would be a day's work on one machine.
+    except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        # As of another version of Ray or Python, or without its token. A local one in its place would be a day's work
+        # on one machine.
         where = f"at {named}" if named else "of this machine"
         raise PipelineError(
             f"RAY_ADDRESS: the Ray cluster {where} does not take this process ({first_line(error).rstrip('.')}); mend "
@@ -580,7 +606,26 @@ def _join(named: str | None) -> None:
 
 def _start(reason: str) -> None:
     logger.warning("No Ray cluster of this machine takes part (%s); starting a local one.", reason.rstrip("."))
-    ray.init(address="local", **QUIET)
+    _init(address="local")
+
+
+def _init(**options: Any) -> None:
+    """Join or start a cluster.
+
+    Raises:
+        PipelineError: none can be started, as in a temporary folder with a long name.
+    """
+    # What was ended for want of memory Ray would try again for ever.
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise PipelineError(
+            f"Ray cannot be started on this machine ({first_line(error)}); name a folder for it with RAY_TMPDIR, such "
+            "as /tmp."
+        ) from error
 
 
 def _silence(address: str | None) -> str | None:

@@ -3,7 +3,8 @@
     PipelineError          1   the run failed: the disk, the data, the numbers
     ├── ConfigError        2   bad usage: the config, its paths, or a dataset and a model that do not fit
     ├── ShardsFailedError  3   some shards failed on a cluster, and the others were committed
-    └── NonFiniteError     1   the victim produced NaN or infinity
+    ├── NonFiniteError     1   the victim produced NaN or infinity
+    └── RowError           1   a row of the source that the config does not let pass
     Interrupted            128 + the signal's number: Ctrl-C or SIGTERM
 
 Anything else that escapes is a bug of ours and keeps its traceback.
@@ -33,6 +34,10 @@ class ShardsFailedError(PipelineError):
 
 class NonFiniteError(PipelineError):
     """The victim's logits or the loss gradient hold NaN or infinity."""
+
+
+class RowError(PipelineError):
+    """A row of the source ends the run, however often it is tried."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.columns import IMAGE
 from pipeline.compute import Part, compile_victim
-from pipeline.errors import NonFiniteError, PipelineError
+from pipeline.errors import NonFiniteError, PipelineError, RowError
 from pipeline.lanes import Lanes, available_cores
 from pipeline.loader import Batch, load_batches, name_row, naming_dead_workers
 from pipeline.outputs import (
@@ -63,16 +63,16 @@ def write_shards(
         folder: where they go.
         shards: those to write.
         others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`; None where they are
-            not known here. Then a share of a source of unknown length is left for the caller to judge.
+            not known here, and the caller judges.
         busy: takes the seconds of each stage.
         tell: called with the counts of each batch.
 
     Raises:
-        PipelineError: a row or the numbers stop the run, or the disk refuses.
+        RowError: a row stops the run.
+        PipelineError: the numbers do, or the disk refuses.
     """
     skipped = sum(len(receipt.skipped) for receipt in others or ())
     read = sum(receipt.planned for receipt in others or ())
-    judges = others is not None or run.plan.total is not None
     sink = _Sink(run, folder, busy)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
@@ -84,7 +84,7 @@ def write_shards(
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 read += batch.place.stop - batch.place.start
-                _check_skipped(run, batch, skipped, read, judges=judges)
+                _check_skipped(run, batch, skipped, read, judges=others is not None)
                 busy.add("load", batch.seconds)
                 scores = _score(run, batch, parts)
                 encoded = _encode(encoders, parts, run, busy)
@@ -189,7 +189,7 @@ def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, judges: b
     runtime, last = run.config.runtime, batch.skipped[-1]
     row = f"{name_row(batch.shard, last.source_index)} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
-        raise PipelineError(f"source: {row}, and runtime.on_error is fail.")
+        raise RowError(f"source: {row}, and runtime.on_error is fail.")
     if judges:
         check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, row)
 
@@ -205,10 +205,10 @@ def check_share_skipped(skipped: int, total: int | None, read: int, most: float,
         last: the last one and why, for a person.
 
     Raises:
-        PipelineError: there are more.
+        RowError: there are more.
     """
     if skipped > most * (max(read, SKIPPED_AMONG) if total is None else total):
-        raise PipelineError(
+        raise RowError(
             f"source: {skipped} of {total or read} rows could not be decoded, more than runtime.max_skipped = "
             f"{most:g} allows; the last: {last}."
         )

@@ -42,8 +42,8 @@ class Executor(Protocol):
         """
         ...
 
-    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
-        """Bytes that some shards of the opened run will take."""
+    def estimate_bytes(self, folder: OutputFolder, shards: Sequence[Shard]) -> int:
+        """Bytes of this machine's disk, or of the shared one, that some shards of the opened run will take."""
         ...
 
     def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
@@ -67,8 +67,8 @@ class LocalExecutor:
         self.run = open_run(config, recorded)
         return self.run.manifest()
 
-    def estimate_bytes(self, shards: Sequence[Shard]) -> int:
-        return estimate_bytes(self.run, shards)
+    def estimate_bytes(self, folder: OutputFolder, shards: Sequence[Shard]) -> int:
+        return estimate_bytes(self.run, in_flight(folder, shards))
 
     def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
         if not shards:
@@ -139,7 +139,7 @@ def _execute(
     if recorded is not None and recorded.complete and unchanged:
         logger.info("All %d shards are already there.", len(shards))
         return recorded
-    needed = execution.estimate_bytes(in_flight(folder, [shard for shard in shards if shard.name not in done]))
+    needed = execution.estimate_bytes(folder, [shard for shard in shards if shard.name not in done])
     check_disk(needed, folder, overwrite=overwrite)
     with folder.held():
         if overwrite:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.config import PreprocessConfig
-from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.errors import ConfigError, PipelineError, RowError, first_line
 from pipeline.images import Opener, UndecodableError, read_image
 from pipeline.lanes import available_cores
 from pipeline.plan import Plan, Shard
@@ -144,12 +144,12 @@ class Reader:
     def _check_labels(self, shard: Shard, place: slice, labels: NDArray[np.int64]) -> None:
         if getattr(self.source, "need_labels", False) and (labels == UNLABELLED).any():
             row = shard.start + place.start + int((labels == UNLABELLED).argmax())
-            raise PipelineError(
+            raise RowError(
                 f"source: row {row} of {shard.file} is unlabelled, and attack.label: dataset needs every label; drop "
                 "such rows, or set attack.label=prediction."
             )
         if self.classes is not None and len(labels) and labels.max() >= self.classes:
-            raise PipelineError(
+            raise RowError(
                 f"source: {shard.file} has label {labels.max()}, outside the {self.classes} classes (0 to "
                 f"{self.classes - 1}); a model with more classes is needed, or model.label_map."
             )

@@ -32,6 +32,8 @@ SCRATCH = ".run/tmp"
 
 # Who holds an object store rewrites its lock this often; one that has not changed for so long is nobody's any more.
 BEAT_SECONDS, STALE_SECONDS = 10.0, 30.0
+# Longer than it takes to delete a lock that was read, and to make one.
+SETTLE_SECONDS = 2.0
 # Of the S3 client: an attempt ends when nothing was heard for so long, and so many are made, half a minute in all where
 # the store answers with errors at once.
 CONNECT_SECONDS, SILENT_SECONDS, ATTEMPTS = 10.0, 30.0, 8
@@ -538,9 +540,12 @@ class ObjectStore(Store):
 
     def _take(self, own: Mapping[str, Any]) -> None:
         """Make the lock; where there is one, see whether its holder lives."""
+        waits = False
         while True:
             with contextlib.suppress(FileExistsError):
                 self._write_lock(own, mode="create")
+                if waits:
+                    self._settle(own)
                 return
             before = self._read_lock()
             if before is None:
@@ -554,8 +559,16 @@ class ObjectStore(Store):
             if now == before:
                 logger.warning("The lock of %s is taken over: it has not changed for %g s.", self.root, STALE_SECONDS)
                 self.delete([LOCK])
+                waits = True
             elif now is not None:
-                raise PipelineError(f"{self.root} is in use by another run ({_holder(now)}); wait for it.")
+                raise _in_use(self.root, now)
+
+    def _settle(self, own: Mapping[str, Any]) -> None:
+        """Of two runs that took the same dead lock over at once, one has deleted the other's new one."""
+        time.sleep(SETTLE_SECONDS)
+        now = self._read_lock()
+        if now is None or now.get("token") != own["token"]:
+            raise _in_use(self.root, now or {})
 
     def _keep(self, own: dict[str, Any], over: threading.Event) -> None:
         """Say every few seconds that the holder lives, until it is over."""
@@ -690,6 +703,10 @@ def _file_system(protocol: str) -> Any:
         raise ConfigError(f"output.path: {protocol}:// needs a package that is not installed: {mend}.") from None
     except ValueError:
         raise ConfigError(f"output.path: fsspec knows no protocol {protocol}://; s3:// and gs:// are two.") from None
+
+
+def _in_use(root: str, lock: Mapping[str, Any]) -> PipelineError:
+    return PipelineError(f"{root} is in use by another run ({_holder(lock)}); wait for it.")
 
 
 def _holder(lock: Mapping[str, Any]) -> str:

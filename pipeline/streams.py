@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import SourceConfig
-from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.errors import ConfigError, PipelineError, RowError, first_line
 from pipeline.origins import Origin, card_license
 from pipeline.sources import (
     UNLABELLED,
@@ -694,11 +694,11 @@ def _indices(source: StreamedSource, file: StreamedFile, column: pa.ChunkedArray
         unknown = pc.and_(pc.is_null(indices), pc.is_valid(column))
         if pc.any(unknown, min_count=0).as_py():
             text = column.filter(unknown)[0].as_py()
-            raise PipelineError(f"source.classes: the label {text!r} in {file.name} is not among them.")
+            raise RowError(f"source.classes: the label {text!r} in {file.name} is not among them.")
         column = indices
     labels = pc.fill_null(column.cast(pa.int64()), UNLABELLED).to_numpy()
     if len(labels) and labels.min() < UNLABELLED:
-        raise PipelineError(
+        raise RowError(
             f"source: {file.name} has a label {labels.min()}; labels are 0 or more, and -1 or null for unlabelled."
         )
     return labels

@@ -175,6 +175,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("pipeline.stores.BEAT_SECONDS", 0.2)
     monkeypatch.setattr("pipeline.stores.STALE_SECONDS", 3.0)
+    monkeypatch.setattr("pipeline.stores.SETTLE_SECONDS", 1.0)
     monkeypatch.setattr("pipeline.stores.ATTEMPTS", 2)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

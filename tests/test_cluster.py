@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,10 +20,11 @@ import pytest
 import ray
 
 import pipeline.cluster
-from pipeline.cluster import Workers, share_out
+from pipeline.cluster import Job, Workers, share_out, write_on_worker
 from pipeline.config import RayConfig, load_config
 from pipeline.errors import ConfigError, PipelineError, ShardsFailedError
-from pipeline.outputs import committed
+from pipeline.manifest import require_manifest
+from pipeline.outputs import OutputFolder, committed
 from pipeline.runs import open_run
 from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.s3 import S3, lock_of, running_s3
@@ -151,10 +153,15 @@ def test_a_local_run_goes_on_there_and_what_is_committed_is_not_written_again(
     assert "All 6 shards are already there" in on_ray(watched_config)
 
 
-def test_workers_write_into_an_object_store(cluster: str, s3: S3, watched_config: Path, tmp_path: Path) -> None:
+def test_workers_write_into_an_object_store(
+    cluster: str, s3: S3, watched_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     del cluster
     s3.make("shared")
-    on_ray(watched_config, "--output", "s3://shared/some/where")
+    with monkeypatch.context() as here:
+        # What waits for its upload lies on the workers' disks.
+        here.setattr("pipeline.estimate.free_bytes", lambda _: 0)
+        on_ray(watched_config, "--output", "s3://shared/some/where")
     generate(watched_config)
     there, local = s3.objects("shared", "some/where/"), tmp_path / "out"
     shards = {name: content for name, content in there.items() if name.endswith(".parquet")}
@@ -234,16 +241,49 @@ def test_shards_that_always_fail_are_named_and_the_others_finish(
 def test_skipped_rows_are_counted_over_all_shards(cluster: str, write_config: WriteConfig, tmp_path: Path) -> None:
     del cluster
     images = [png_bytes(image) for image in random_pixels(40)]
-    for row in (3, 20, 36):
+    for row in (3, 4, 36):  # two of them in one shard
         images[row] = b"no image"
     source = {"path": str(write_parquet(tmp_path / "broken", images, [0] * 40)), "shuffle": False}
     config = write_config(source=source, runtime={"max_skipped": 0.04})
     result = fgsm("generate", config, "--executor", "ray")
     assert result.exit_code == 1
     assert re.search(r"[23] of 40 rows could not be decoded, more than runtime.max_skipped = 0.04", result.stderr)
-    assert re.search(r"row (3|20|36) of split test cannot be decoded", result.stderr)
+    assert re.search(r"row (4|36) of split test cannot be decoded", result.stderr)
     on_ray(config, "--set", "runtime.max_skipped=0.1")
-    assert [row["source_index"] for row in manifest(tmp_path / "out")["skipped"]] == [3, 20, 36]
+    assert [row["source_index"] for row in manifest(tmp_path / "out")["skipped"]] == [3, 4, 36]
+
+
+@pytest.mark.parametrize("wrong", ["image", "label"])
+def test_a_row_that_may_not_be_ends_the_run_as_it_does_here(
+    cluster: str, write_config: WriteConfig, tmp_path: Path, wrong: str
+) -> None:
+    """At once, and not as a shard that failed each time it was tried."""
+    del cluster
+    cells: list[bytes | None] = [*images()]
+    labels: list[int | None] = [i % 3 for i in range(40)]
+    if wrong == "image":
+        cells[3] = b"no image"
+    else:
+        labels[3] = None
+    folder = write_files(tmp_path / "parquet", cells, labels)
+    config = write_config(source=stream(folder), runtime={"on_error": "fail"}, attack={"label": "dataset"})
+    here, there = fgsm("generate", config), fgsm("generate", config, "--executor", "ray", "--overwrite")
+    assert here.exit_code == there.exit_code == 1
+    assert here.stderr.splitlines()[-1] == there.stderr.splitlines()[-1]
+    assert "Shard" not in there.stderr
+
+
+def test_what_a_lost_worker_has_committed_is_not_written_again(
+    watched_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray tries its task again, perhaps on a machine whose last digits differ from those that the receipt records."""
+    generate(watched_config)
+    monkeypatch.setattr("pipeline.cluster._held", None)
+    there = require_manifest(OutputFolder(tmp_path / "out"))
+    job = Job(load_config(str(watched_config)), there, str(Path.cwd()), cores=1, gpus=1)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
+    assert write_on_worker(job, str(tmp_path / "out"), there.plan.shards[2], None) == {}
+    assert written == {path: path.stat().st_mtime_ns for path in written}
 
 
 def test_skipped_rows_whose_receipts_are_seen_late_are_counted(
@@ -431,6 +471,44 @@ def test_what_a_worker_is_given(
 
 
 @pytest.mark.parametrize(
+    ("gpus", "device", "seen", "share"),
+    [(0.0, "auto", "", None), (0.0, "cuda", "0,1", None), (1.0, "auto", "0,1", None), (0.5, "auto", "0,1", 0.5)],
+)
+def test_a_worker_sees_what_it_was_given_of_the_gpus(
+    gpus: float,
+    device: str,
+    seen: str,
+    share: float | None,
+    write_config: WriteConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares: list[float] = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", shares.append)
+    config = load_config(str(write_config(runtime={"device": device})))
+    with pipeline.cluster._at_work(Job(config, None, str(Path.cwd()), 1, gpus)):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    assert shares == ([] if share is None else [share])
+
+
+def test_a_worker_names_no_credential_of_its_node(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver, which has others, could not take it out."""
+    monkeypatch.setenv("NODE_SECRET", "hush-hush-hush")
+    job = Job(load_config(str(write_config())), None, str(Path.cwd()), 1, 1)
+    with pytest.raises(PipelineError) as caught, pipeline.cluster._at_work(job):
+        try:
+            raise OSError(5, "refused hush-hush-hush")
+        except OSError as error:
+            raise PipelineError("no answer to hush-hush-hush") from error
+    assert str(caught.value) == "no answer to ***"
+    assert "hush" not in repr(caught.value.__cause__)
+    with pipeline.cluster._listening() as said:
+        logging.getLogger("pipeline.any").warning("signed with %s", "hush-hush-hush")
+    assert said == [(logging.WARNING, "signed with ***")]
+
+
+@pytest.mark.parametrize(
     ("asked", "device", "needed"),
     [
         ({"cpus_per_worker": 9}, "cpu", "9 CPUs, and"),
@@ -505,6 +583,35 @@ def test_a_cluster_that_does_not_take_this_process_is_not_replaced_by_a_local_on
         "machine's cores."
     )
     assert init.addresses == [None]
+
+
+def test_a_cluster_that_asks_for_a_token_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", Init(ray.exceptions.AuthenticationError("there is no token")))
+    monkeypatch.setattr("pipeline.cluster.read_ray_address", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(PipelineError, match=r"^RAY_ADDRESS: .* does not take this process \(there is no token"):
+        pipeline.cluster._connect()
+
+
+def test_a_temporary_folder_in_which_ray_cannot_start_is_told(tmp_path: Path) -> None:
+    (tmp_path / ("long" * 20)).mkdir()
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / ("long" * 20)), "RAY_ADDRESS": "local"}
+    script = "from pipeline.cluster import RayExecutor\nwith RayExecutor(): pass"
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    sentence = ended.stderr.splitlines()[-1]
+    assert re.search(
+        r"PipelineError: Ray cannot be started on this machine \(.*; name a folder .* RAY_TMPDIR", sentence
+    )
+
+
+@pytest.mark.drill
+def test_a_node_without_memory_fails_the_run_instead_of_holding_it_up(write_config: WriteConfig) -> None:
+    """Ray by itself tries without end what it has ended for want of memory."""
+    scarce = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100", "RAY_ADDRESS": "local"}
+    command = [sys.executable, "-m", "pipeline", "generate", str(write_config()), "--executor", "ray"]
+    ended = subprocess.run(command, env={**os.environ, **scarce}, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].endswith("Ray ended its worker, as the node was short of memory.")
 
 
 def test_a_cluster_that_the_machine_remembers_and_that_is_gone_is_replaced_within_seconds(

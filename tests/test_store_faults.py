@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -16,16 +17,9 @@ import pipeline
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.guard import redact_answer
 from pipeline.outputs import OutputFolder
-from pipeline.stores import ObjectStore, open_store
+from pipeline.stores import ObjectStore, Store, open_store
 from tests.conftest import WriteConfig, fgsm
-from tests.s3 import (
-    S3,
-    alter,
-    failed,
-    lock_of,
-    shards,
-    there,
-)
+from tests.s3 import S3, alter, failed, lock_of, shards, there
 from tests.s3 import bucket as bucket
 from tests.s3 import out as out
 from tests.s3 import s3 as s3
@@ -59,6 +53,45 @@ def test_the_lock_of_a_run_that_died_is_taken_over(s3: S3, out: str, caplog: pyt
     with OutputFolder(out).held():
         pass
     assert there(s3, out) == {}
+
+
+def test_of_two_runs_that_take_a_dead_lock_over_at_once_one_goes_on(
+    s3: S3, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one has read the dead lock, and deletes what the other has made instead meanwhile."""
+    monkeypatch.setattr("pipeline.stores.STALE_SECONDS", 0.5)
+    alter(s3, out, ".run/lock", b'{"host": "elsewhere", "process": 7, "token": "dead"}')
+    slow, fast = open_store(out), open_store(out)
+    delete = slow.delete
+
+    def late(names: list[str]) -> None:
+        wait_for(lambda: (lock_of(there(s3, out)) or {"token": "dead"})["token"] != "dead")
+        delete(names)
+
+    monkeypatch.setattr(slow, "delete", late)
+    over = threading.Event()
+    holding: list[Store] = []
+    refused: list[str] = []
+
+    def hold(store: Store) -> None:
+        try:
+            with store.held():
+                holding.append(store)
+                over.wait(60)
+        except PipelineError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=hold, args=(store,)) for store in (slow, fast)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(holding) + len(refused) == 2)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert holding == [slow]
+    assert refused == [
+        f"{out} is in use by another run (process {os.getpid()} on {socket.gethostname()}); wait for it."
+    ]
 
 
 def test_a_lock_that_goes_away_meanwhile_is_made_at_once(s3: S3, out: str, monkeypatch: pytest.MonkeyPatch) -> None:

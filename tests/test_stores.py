@@ -30,14 +30,7 @@ from pipeline.outputs import OutputFolder, committed
 from pipeline.stores import LocalStore, ObjectStore, open_store
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.hub import running_hub
-from tests.s3 import (
-    S3,
-    alter,
-    failed,
-    lock_of,
-    shards,
-    there,
-)
+from tests.s3 import S3, alter, failed, lock_of, shards, there
 from tests.s3 import bucket as bucket
 from tests.s3 import out as out
 from tests.s3 import s3 as s3
