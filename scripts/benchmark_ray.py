@@ -113,20 +113,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     cases = [LOCAL, *arguments.workers]
     seconds: dict[int, list[float]] = {case: [] for case in cases}
+    loads: dict[int, list[float]] = {case: [] for case in cases}
     digests = set()
     for turn in range(arguments.rounds):
         start = turn % len(cases)
         for case in [*cases[start:], *cases[:start]]:
+            loads[case].append(round(os.getloadavg()[0], 1))
             images, wall, digest = run(case, arguments)
             seconds[case].append(wall)
             digests.add(digest)
-            print(f"{name(case)}: {wall:.1f} s, load average {os.getloadavg()[0]:.1f}", flush=True)
+            print(f"{name(case)}: {wall:.1f} s, load average before {loads[case][-1]}", flush=True)
     print(table(seconds, images))
     if len(digests) > 1:
         raise SystemExit("The executors wrote different bytes.")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"images": images, "seconds": {name(c): seconds[c] for c in cases}}))
+        figures = {
+            "images": images,
+            "images_per_shard": arguments.images_per_shard,
+            "seconds": {name(case): seconds[case] for case in cases},
+            "load_before": {name(case): loads[case] for case in cases},
+        }
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
