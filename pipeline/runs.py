@@ -22,7 +22,7 @@ import torch
 
 from pipeline import __version__
 from pipeline.compute import Attacker, compile_victim, fit_batch_size, rehearse, repays
-from pipeline.config import Config, ModelConfig, is_address, is_factory_file
+from pipeline.config import Config, ModelConfig, PreprocessConfig, is_address, is_factory_file
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.fgsm import Goal
 from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
@@ -151,9 +151,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     victim, published = load_victim(
         config.model, seed=config.runtime.seed, device=device, bf16=config.runtime.precision == "bf16"
     )
-    preprocess = config.preprocess
-    if published.preprocess is not None and not preprocess.model_fields_set & {"resize", "crop", "interpolation"}:
-        preprocess = published.preprocess.model_copy(update={"mode": preprocess.mode})
+    preprocess = _preprocess(config.preprocess, published.preprocess)
     plan = plan_of(config, _split_rows(source), _streamed(source, config))
     shape: Shape
     if recorded is not None and config.source.streaming:
@@ -171,15 +169,14 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         compiled, batch_size = _settle(attacker, device, shape, plan, config)
     plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
+    decided = {"device": device.type, "compile": compiled, "batch_size": batch_size}
     resolved = config.model_copy(
         update={
             "preprocess": preprocess,
             "model": _normalised(config.model, victim),
             "evaluators": tuple(_normalised(other, evaluators[other.id].model) for other in config.evaluators),
             "output": config.output.model_copy(update={"image_format": image_format}),
-            "runtime": config.runtime.model_copy(
-                update={"device": device.type, "compile": compiled, "batch_size": plan.batch_size}
-            ),
+            "runtime": config.runtime.model_copy(update=decided),
         }
     )
     targeted = config.attack.target is not None
@@ -205,6 +202,13 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         asked_batch_size=asked_batch_size,
         evaluators=evaluators,
     )
+
+
+def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> PreprocessConfig:
+    """What the weights were published with, where the config says nothing of sizes."""
+    if published is None or asked.model_fields_set & {"resize", "crop", "interpolation"}:
+        return asked
+    return published.model_copy(update={"mode": asked.mode})
 
 
 def make_attacker(config: Config, victim: Victim, goal: Goal, evaluators: Mapping[str, Evaluator]) -> Attacker:
