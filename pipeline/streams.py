@@ -707,11 +707,29 @@ def _indices(source: StreamedSource, file: StreamedFile, column: pa.ChunkedArray
 # -------------------------------------------------------------------------------------------------- tars
 
 
+class _Member(tarfile.TarInfo):
+    """A file in a tar whose header is whole: `tarfile` takes any other for the tar's end, and drops what follows."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == bytes(tarfile.BLOCKSIZE):
+                raise  # the end mark
+            reason = f"a header in it is damaged, {error}" if buf else "it breaks off before its end mark"
+            raise tarfile.ReadError(reason) from None
+
+
 def _samples(file: StreamedFile, handle: Any, wanted: Callable[[str], bool]) -> Iterator[dict[str, bytes | None]]:
-    """The samples of a WebDataset: consecutive files of one name, by their extensions; only those wanted are read."""
+    """The samples of a WebDataset: consecutive files of one name, by their extensions; only those wanted are read.
+
+    Raises:
+        tarfile.ReadError: the tar is damaged, or does not go on to its end mark, with nothing behind it.
+    """
     sample: dict[str, bytes | None] = {}
     key = None
-    with tarfile.open(fileobj=handle, mode="r|", bufsize=2**16) as archive:
+    with tarfile.open(fileobj=handle, mode="r|", bufsize=2**16, tarinfo=_Member) as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # or every one of a million would stay in memory
             found = re.fullmatch(r"((?:.*/|)[^./][^./]*)\.([^/]+)", member.name)
@@ -726,6 +744,10 @@ def _samples(file: StreamedFile, handle: Any, wanted: Callable[[str], bool]) -> 
             sample.setdefault(KEY, key.encode())
             content = archive.extractfile(member) if wanted(name) else None
             sample[name] = content.read() if content else None
+        # The end mark is of zeros, as is what pads it; a header that was overwritten with zeros has files behind it.
+        while block := archive.fileobj.read(TAR_BLOCK):
+            if block.count(0) < len(block):
+                raise tarfile.ReadError("something follows its end mark")
     if sample:
         yield sample
 
