@@ -871,17 +871,10 @@ def test_other_kinds_of_source_are_refused(write_config: WriteConfig, parquet: P
     assert "a URL can be streamed only" in refused(write_config(source={"path": f"file://{tars}/*.tar"}))
 
 
-def test_sources_without_rows_or_with_files_elsewhere_are_refused(
-    write_config: WriteConfig, parquet: Path, tmp_path: Path
-) -> None:
+def test_sources_without_rows_are_refused(write_config: WriteConfig, tmp_path: Path) -> None:
     empty = write_files(tmp_path / "empty", [], [], (0, 0))
     assert "source: split test is empty." in refused(write_config(source=stream(empty)))
     assert "there is no folder /no/such" in refused(write_config(source=stream("/no/such")))
-    (tmp_path / "card").mkdir()
-    files = f"[{{split: test, path: {parquet}/data/*.parquet}}]"
-    (tmp_path / "card/README.md").write_text(f"---\nconfigs: [{{config_name: default, data_files: {files}}}]\n---\n")
-    said = refused(write_config(source=stream(tmp_path / "card")))
-    assert "has files elsewhere (test-00000-of-00003.parquet), which are not streamed" in said
 
 
 @pytest.mark.parametrize(
