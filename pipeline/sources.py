@@ -227,13 +227,17 @@ def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
         for images in opened.values()
         for row in spread(len(images.samples), DIGEST_SAMPLES)
     )
+    try:
+        digest = digest_of([*listing, *sampled])
+    except OSError as error:
+        raise _unread(error) from None
     return Source(
         splits=tuple(
             Split(name, np.asarray(images.targets, dtype=np.int64), FileRows([path for path, _ in images.samples]))
             for name, images in opened.items()
         ),
         classes=class_names(config, classes),
-        digest=digest_of([*listing, *sampled]),
+        digest=digest,
         origin=Origin(name=root.resolve().name),
     )
 
@@ -345,6 +349,11 @@ def _torchvision_labels(dataset: Any, config: SourceConfig) -> Labels:
     return labels.astype(np.int64)
 
 
+def _unread(error: Exception) -> PipelineError:
+    """The sentence for an image that the machine failed to read, or that is gone, before a run."""
+    return PipelineError(f"source: an image cannot be read: {first_line(error)}; mend that first.")
+
+
 def _sample_pixels(openers: Iterable[Opener]) -> Iterable[bytes]:
     """The pixels of some images, for a digest; what cannot be read is told apart by the kind of its error."""
     for opener in openers:
@@ -352,7 +361,7 @@ def _sample_pixels(openers: Iterable[Opener]) -> Iterable[bytes]:
             yield np.asarray(opener()).tobytes()
         except Exception as error:  # as in read_image
             if is_of_the_machine(error):
-                raise PipelineError(f"source: an image cannot be read: {first_line(error)}; mend that first.") from None
+                raise _unread(error) from None
             yield type(error).__name__.encode()
 
 
