@@ -38,11 +38,9 @@ from pipeline.guard import redact
 # The largest side of a WebP image: its header holds 14 bits.
 WEBP_MAX_SIDE = 16_383
 
-# A row that is skipped is so for ever; these pass.
-MACHINE_ERRORS = (
-    *(errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENODEV),
-    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-)
+# What the operating system says of a broken file, or of a path in a row that can be none. Whatever else it says passes
+# or is mended, and a row that is skipped is so for ever.
+IMAGE_ERRORS = (errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.EISDIR, errno.ENAMETOOLONG)
 # What images of datasets come in, as Pillow names it: JPEG is MPO too, PPM its whole family, BMP also DIB.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # What pictures are stored in.
@@ -103,6 +101,11 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
         if not is_of_the_machine(error):
             raise UndecodableError(_reason(error)) from None
         what = getattr(error, "filename", None) or "an image"
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise PipelineError(
+                f"source: {what} is not there, which is no fault of the image, so it is not skipped; bring the file or "
+                "its disk back, then run the same command again (without the file the source is another one)."
+            ) from None
         reason = "out of memory" if isinstance(error, MemoryError) else _reason(error)
         raise PipelineError(
             f"source: {what} cannot be read ({reason}), which is the machine's failure and not the image's, so it is "
@@ -111,8 +114,11 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Whether memory, a disk or the network failed: the same file may be read the next time."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRORS)
+    """Whether memory, a disk or the network failed, or a file is gone: the same image may be read the next time."""
+    # Pillow's own errors have no number.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno is not None and error.errno not in IMAGE_ERRORS
+    )
 
 
 def _reason(error: Exception) -> str:

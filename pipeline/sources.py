@@ -227,13 +227,17 @@ def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
         for images in opened.values()
         for row in spread(len(images.samples), DIGEST_SAMPLES)
     )
+    try:
+        digest = digest_of([*listing, *sampled])
+    except OSError as error:
+        raise _unread(error) from None
     return Source(
         splits=tuple(
             Split(name, np.asarray(images.targets, dtype=np.int64), FileRows([path for path, _ in images.samples]))
             for name, images in opened.items()
         ),
         classes=class_names(config, classes),
-        digest=digest_of([*listing, *sampled]),
+        digest=digest,
         origin=Origin(name=root.resolve().name),
     )
 
@@ -345,6 +349,11 @@ def _torchvision_labels(dataset: Any, config: SourceConfig) -> Labels:
     return labels.astype(np.int64)
 
 
+def _unread(error: Exception) -> PipelineError:
+    """The sentence for an image that the machine failed to read, or that is gone, before a run."""
+    return PipelineError(f"source: an image cannot be read: {first_line(error)}; mend that first.")
+
+
 def _sample_pixels(openers: Iterable[Opener]) -> Iterable[bytes]:
     """The pixels of some images, for a digest; what cannot be read is told apart by the kind of its error."""
     for opener in openers:
@@ -352,7 +361,7 @@ def _sample_pixels(openers: Iterable[Opener]) -> Iterable[bytes]:
             yield np.asarray(opener()).tobytes()
         except Exception as error:  # as in read_image
             if is_of_the_machine(error):
-                raise PipelineError(f"source: an image cannot be read: {first_line(error)}; mend that first.") from None
+                raise _unread(error) from None
             yield type(error).__name__.encode()
 
 
@@ -495,12 +504,14 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-local-{_listing_digest(folder)}"
-            loaded = datasets.load_dataset(str(folder.resolve()), config.name, cache_dir=str(cache))
+            loaded = _load_own(
+                datasets.load_dataset_builder(str(folder.resolve()), config.name, cache_dir=str(cache)), config
+            )
         else:
             cache, hub = Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve()
             own = path.replace("/", "--")
             allowed = (cache / "downloads", cache / path.replace("/", "___"), hub / f"datasets--{own}")
-            loaded = datasets.load_dataset(path, config.name, revision=config.revision)
+            loaded = _load_own(datasets.load_dataset_builder(path, config.name, revision=config.revision), config)
     except ConfigError:
         raise
     except Exception as error:  # a dozen exception types of three libraries; all mean the same here
@@ -513,6 +524,38 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
         # A saved slice is called `train[:10%]`, or `train+test`.
         loaded = {re.split(r"[^\w.-]", str(loaded.split or "train"))[0]: loaded}
     return {name: loaded[name] for name in chosen_splits(config, list(loaded))}, allowed
+
+
+def _load_own(builder: Any, config: SourceConfig) -> Any:
+    """The splits that a builder of `datasets` makes, out of files of its own only."""
+    own_files(builder, config)
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def own_files(builder: Any, config: SourceConfig) -> dict[str, list[tuple[str, str]]]:
+    """The (name, place) of the files of each split that a builder of `datasets` has found; nothing of them was read.
+
+    A dataset's card may name any file of this machine, or of another dataset: only its own are read into one that is
+    published. A link in a local folder is followed, as the cache of the Hub is made of them.
+
+    Raises:
+        ConfigError: one lies elsewhere.
+    """
+    folder = Path(str(config.path)).expanduser()
+    hub = rf"hf://datasets/{re.escape(str(builder.repo_id))}@[^/]+/"
+    start = re.compile(re.escape(f"{folder.resolve()}/") if folder.is_dir() else hub)
+    files: dict[str, list[tuple[str, str]]] = {}
+    for split, places in (builder.config.data_files or {}).items():
+        for place in map(str, places):
+            name = start.sub("", place, count=1)
+            if not start.match(place) or ".." in name.split("/"):
+                raise ConfigError(
+                    f"source.path: the card of {config.path} names files elsewhere ({place.rpartition('/')[2]}), and "
+                    "only a dataset's own are read."
+                )
+            files.setdefault(str(split), []).append((name, place))
+    return files
 
 
 def _check_saved(folder: Path) -> None:

@@ -8,7 +8,6 @@ columns are the encoded image and the label; those that are carried through foll
 import contextlib
 import functools
 import hashlib
-import itertools
 import queue
 import re
 import tarfile
@@ -39,6 +38,7 @@ from pipeline.sources import (
     file_names,
     find_image_column,
     find_label_column,
+    own_files,
 )
 
 # Threads that read footers while planning: each waits for its server most of the time.
@@ -266,16 +266,10 @@ def _built(config: SourceConfig, path: str) -> tuple[dict[str, list[tuple[str, s
     except Exception as error:  # as in sources: all mean the same here
         looked = "" if local else " (no such local folder, so it was looked up on the Hub)"
         raise ConfigError(f"source.path: {path} cannot be opened{looked}: {_reason(error)}") from error
-    there = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+    there = own_files(builder, config)
     if not there:
         raise ConfigError(f"source.path: {path} is not made of files that can be streamed; leave out source.streaming.")
-    chosen = {split: there[split] for split in chosen_splits(config, list(there))}
-    start = f"{folder.resolve()}/" if local else r"hf://datasets/[^@]+@[^/]+/"
-    prefix = re.compile(re.escape(start) if local else start)
-    found = {split: [(prefix.sub("", place, count=1), place) for place in files] for split, files in chosen.items()}
-    for name, _ in itertools.chain.from_iterable(found.values()):
-        if name.startswith("/") or "://" in name:
-            raise ConfigError(f"source.path: {path} has files elsewhere ({Path(name).name}), which are not streamed.")
+    found = {split: there[split] for split in chosen_splits(config, list(there))}
     stated = str(builder.info.license or "").strip() or None
     if local:
         return (
@@ -283,7 +277,7 @@ def _built(config: SourceConfig, path: str) -> tuple[dict[str, list[tuple[str, s
             builder.info.features,
             Origin(name=folder.resolve().name, license=card_license(folder / "README.md")),
         )
-    commit = next((match[1] for match in re.finditer(r"@([0-9a-f]{40})/", next(iter(chosen.values()))[0])), None)
+    commit = next((match[1] for match in re.finditer(r"@([0-9a-f]{40})/", next(iter(found.values()))[0][1])), None)
     # `datasets` has just read the card of that commit.
     card = try_to_load_from_cache(path, "README.md", repo_type="dataset", revision=commit)
     license_ = stated or (card_license(Path(card)) if isinstance(card, str) else None)
@@ -707,11 +701,29 @@ def _indices(source: StreamedSource, file: StreamedFile, column: pa.ChunkedArray
 # -------------------------------------------------------------------------------------------------- tars
 
 
+class _Member(tarfile.TarInfo):
+    """A file in a tar whose header is whole: `tarfile` takes any other for the tar's end, and drops what follows."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == bytes(tarfile.BLOCKSIZE):
+                raise  # the end mark
+            reason = f"a header in it is damaged, {error}" if buf else "it breaks off before its end mark"
+            raise tarfile.ReadError(reason) from None
+
+
 def _samples(file: StreamedFile, handle: Any, wanted: Callable[[str], bool]) -> Iterator[dict[str, bytes | None]]:
-    """The samples of a WebDataset: consecutive files of one name, by their extensions; only those wanted are read."""
+    """The samples of a WebDataset: consecutive files of one name, by their extensions; only those wanted are read.
+
+    Raises:
+        tarfile.ReadError: the tar is damaged, or does not go on to its end mark, with nothing behind it.
+    """
     sample: dict[str, bytes | None] = {}
     key = None
-    with tarfile.open(fileobj=handle, mode="r|", bufsize=2**16) as archive:
+    with tarfile.open(fileobj=handle, mode="r|", bufsize=2**16, tarinfo=_Member) as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # or every one of a million would stay in memory
             found = re.fullmatch(r"((?:.*/|)[^./][^./]*)\.([^/]+)", member.name)
@@ -726,6 +738,10 @@ def _samples(file: StreamedFile, handle: Any, wanted: Callable[[str], bool]) -> 
             sample.setdefault(KEY, key.encode())
             content = archive.extractfile(member) if wanted(name) else None
             sample[name] = content.read() if content else None
+        # The end mark is of zeros, as is what pads it; a header that was overwritten with zeros has files behind it.
+        while block := archive.fileobj.read(TAR_BLOCK):
+            if block.count(0) < len(block):
+                raise tarfile.ReadError("something follows its end mark")
     if sample:
         yield sample
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import re
 import resource
 import shlex
 import shutil
@@ -658,6 +659,57 @@ def test_an_imagefolder_goes_the_same_way(write_config: WriteConfig, tmp_path: P
         Image.fromarray(pixels_u8).save(path)
     generate(write_config(source={"kind": "imagefolder", "path": str(tmp_path / "photos")}))
     assert load_train(tmp_path / "out").features["label"].names == list(CLASSES)
+
+
+# A victim that moves the source away while the run goes on: at its first batch, or once a shard is committed.
+MOVING = f"""
+from pathlib import Path
+{FACTORY}
+HERE = Path(__file__).parent
+
+class Moving(Net):
+    def forward(self, x):
+        when, receipts = HERE / "when", HERE / "out/.run/receipts"
+        if when.exists() and (when.read_text() == "at once" or any(receipts.glob("*.json"))):
+            (HERE / "photos/dog").rename(HERE / "away")
+            when.unlink()
+        return super().forward(x)
+
+def moving():
+    return Moving()
+"""
+
+
+@pytest.mark.parametrize(("when", "workers"), [("at once", 0), ("a shard is there", 0), ("at once", 1)])
+def test_a_source_that_vanishes_loses_no_row(
+    write_config: WriteConfig, tmp_path: Path, when: str, workers: int
+) -> None:
+    for index, pixels_u8 in enumerate(random_pixels(60)):
+        path = tmp_path / "photos" / CLASSES[index % 3] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels_u8).save(path)
+    (tmp_path / "moving.py").write_text(MOVING)
+    config = write_config(
+        source={"kind": "imagefolder", "path": str(tmp_path / "photos")},
+        model={"name": f"{tmp_path}/moving.py:moving"},
+        output={"images_per_shard": 6},
+        runtime={"batch_size": 1, "max_skipped": 0.9, "workers": workers},
+    )
+    (tmp_path / "when").write_text(when)
+    result = fgsm("generate", config)
+    assert result.exit_code == 1, result.output
+    assert re.search(
+        r"Error: source: \S+/photos/dog/\d+\.png is not there, which is no fault of the image", result.stderr
+    )
+    receipts = [json.loads(path.read_text()) for path in (tmp_path / "out/.run/receipts").glob("*.json")]
+    assert len(receipts) < 10
+    assert bool(receipts) == (when != "at once")
+    assert not any(receipt["skipped"] for receipt in receipts)
+    (tmp_path / "away").rename(tmp_path / "photos/dog")
+    generate(config)
+    generate(config, "--output", str(tmp_path / "undisturbed"))
+    assert manifest(tmp_path / "out")["rows"] == 60
+    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
 
 
 def load_train(folder: Path) -> Any:

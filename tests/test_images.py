@@ -28,6 +28,7 @@ from pipeline.images import (
     choose_format,
     decode_image,
     encode_images,
+    open_image,
     read_image,
 )
 from tests.conftest import png_bytes, random_pixels
@@ -179,11 +180,6 @@ def test_undecodable_image_says_why(data: bytes, options: dict[str, Any], reason
         read(data, **options)
 
 
-def test_missing_file_is_undecodable(tmp_path: Path) -> None:
-    with pytest.raises(UndecodableError, match="No such file"):
-        read_image(partial(Image.open, tmp_path / "gone.png"), PreprocessConfig(), MAX_PIXELS)
-
-
 @pytest.mark.parametrize("decode", [read, decode_image])
 def test_reason_is_the_same_on_every_read(decode: Callable[[bytes], Tensor]) -> None:
     # Reasons are kept in receipts and the manifest, so they hold no addresses of objects.
@@ -308,8 +304,8 @@ def test_exif_that_cannot_be_parsed_does_not_cost_the_image() -> None:
 
 def test_a_reason_does_not_name_the_machine_s_own_paths(tmp_path: Path) -> None:
     with pytest.raises(UndecodableError) as caught:
-        read_image(lambda: Image.open(tmp_path / "gone.png"), PreprocessConfig(), 100)
-    assert str(caught.value) == "FileNotFoundError: No such file or directory"
+        read_image(lambda: Image.open(tmp_path), PreprocessConfig(), 100)
+    assert str(caught.value) == "IsADirectoryError: Is a directory"
 
 
 @pytest.mark.parametrize(
@@ -319,6 +315,13 @@ def test_a_reason_does_not_name_the_machine_s_own_paths(tmp_path: Path) -> None:
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "an image cannot be read (OSError: Too many open files)"),
         (TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)), "(TimeoutError: Connection timed out)"),
         (MemoryError(), "an image cannot be read (out of memory)"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt/cat.png"), "/mnt/cat.png cannot be read (Perm"),
+        (OSError(errno.EBUSY, os.strerror(errno.EBUSY)), "an image cannot be read (OSError: "),
+        (
+            FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/mnt/cat.png"),
+            "/mnt/cat.png is not there, which",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/mnt/cat.png"), "/mnt/cat.png is not there"),
     ],
 )
 def test_what_the_machine_fails_at_is_not_skipped_for_ever(error: Exception, reason: str) -> None:
@@ -330,3 +333,22 @@ def test_what_the_machine_fails_at_is_not_skipped_for_ever(error: Exception, rea
     assert type(caught.value) is PipelineError
     assert reason in str(caught.value)
     assert "run the same command again" in str(caught.value)
+
+
+@pytest.mark.parametrize("offset", [8, 2**31, 2**32 - 1])
+def test_a_broken_file_is_not_the_machine_s_failure(tmp_path: Path, offset: int) -> None:
+    """The operating system itself may refuse to go where a file points to."""
+    path = tmp_path / "broken.tif"
+    data = bytearray(encoded(Image.new("L", (8, 8)), "TIFF"))
+    data[4:8] = offset.to_bytes(4, "little")
+    path.write_bytes(data[:100])
+    with pytest.raises(UndecodableError):
+        read_image(partial(open_image, path), PreprocessConfig(), MAX_PIXELS)
+
+    def seeks() -> Image.Image:
+        with path.open("rb", buffering=0) as file:
+            file.seek(-1)
+        raise AssertionError
+
+    with pytest.raises(UndecodableError, match="Invalid argument"):
+        read_image(seeks, PreprocessConfig(), MAX_PIXELS)

@@ -1,5 +1,6 @@
 """Security: what a dataset, a checkpoint, an output folder or a config from elsewhere cannot do."""
 
+import hashlib
 import io
 import itertools
 import json
@@ -34,12 +35,14 @@ from pipeline.manifest import Manifest, published, require_manifest
 from pipeline.outputs import FileEntry, OutputFolder, Receipt
 from pipeline.publish import list_files
 from pipeline.report import report
-from pipeline.sources import open_source
+from pipeline.sources import Source, open_source
 from pipeline.stores import open_store
+from pipeline.streams import StreamedSource, open_stream
 from pipeline.summary import inspect
 from pipeline.verify import verify
 from pipeline.victims import load_victim
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.hub import Repository, git_blob, lfs_blob, running_hub
 
 SECRET = "hf_" + "S3cretS3cret" * 3
 
@@ -137,6 +140,98 @@ def test_a_saved_dataset_does_not_list_files_of_others(tmp_path: Path, what: str
     assert other.is_dir()
     with pytest.raises(ConfigError, match="which is no file of its own"):
         open_source(SourceConfig(kind="huggingface", path=str(folder)), need_labels=True)
+
+
+def with_card(folder: Path, **config: Any) -> Path:
+    """A dataset's folder whose card says what the dataset is made of."""
+    (folder / "data").mkdir(parents=True)
+    card = {"configs": [{"config_name": "default", **config}]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    return folder
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    """A folder of this machine that is no part of any dataset."""
+    return write_parquet(tmp_path / "private", [png_bytes(image) for image in random_pixels(4)], [0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"data_files": "../private/*.parquet"},
+        {"data_files": "data/../../private/*.parquet"},
+        {"data_files": "{private}/*.parquet"},
+        {"data_files": "file://{private}/*.parquet"},
+        {"data_files": [{"split": "test", "path": ["own.parquet", "{private}/*.parquet"]}]},
+        {"data_dir": "../private"},
+        {"data_dir": "{private}"},
+    ],
+)
+def test_a_card_does_not_name_files_of_others(
+    tmp_path: Path, private: Path, config: dict[str, Any], streaming: bool
+) -> None:
+    folder = with_card(tmp_path / "source", **json.loads(json.dumps(config).replace("{private}", str(private))))
+    shutil.copy(next(private.iterdir()), folder / "own.parquet")
+    with pytest.raises(
+        ConfigError, match=r"^source\.path: the card of .*/source names files elsewhere \(test-00000-of-"
+    ):
+        open_any(SourceConfig(kind="huggingface", path=str(folder), streaming=streaming))
+    assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")), "nothing of it was read"
+
+
+def open_any(config: SourceConfig) -> Source:
+    return (open_stream if config.streaming else open_source)(config, need_labels=True)
+
+
+# Opens datasets of the Hub, both ways, and prints how many rows each has, or why it has none.
+OPENED = """
+import sys
+from pipeline.config import SourceConfig
+from pipeline.errors import ConfigError
+from pipeline.sources import open_source
+from pipeline.streams import open_stream
+for path in sys.argv[1:]:
+    for streaming in (False, True):
+        config = SourceConfig(kind="huggingface", path=path, streaming=streaming)
+        try:
+            source = (open_stream if streaming else open_source)(config, need_labels=True)
+            print(source.split_rows() if streaming else {split.name: len(split.labels) for split in source.splits})
+        except ConfigError as error:
+            print(error)
+"""
+
+
+def test_a_card_of_the_hub_does_not_name_files_of_others(tmp_path: Path, private: Path) -> None:
+    rows = next(private.iterdir()).read_bytes()
+    file = {"test.parquet": lfs_blob(hashlib.sha256(rows).hexdigest(), len(rows), rows)}
+    with running_hub() as hub:
+        places = {"own": "*.parquet", "local": f"{private}/*.parquet", "other": "hf://datasets/user/own@main/*.parquet"}
+        for name, place in places.items():
+            card = git_blob((with_card(tmp_path / name, data_files=place) / "README.md").read_bytes())
+            commit = {"README.md": card, **(file if name == "own" else {})}
+            hub.repositories[f"user/{name}"] = Repository(private=False, commits=[commit], messages=["one"])
+        quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "NO_PROXY": "127.0.0.1"}
+        environment = {**os.environ, **quiet, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-c", OPENED, *(f"user/{name}" for name in places)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    own, refused = done.stdout.splitlines()[:2], done.stdout.splitlines()[2:]
+    assert own == ["{'train': 4}"] * 2
+    assert len(refused) == 4
+    assert all("names files elsewhere" in said or "Data files don't belong to" in said for said in refused), refused
+    assert len(list((tmp_path / "home").rglob("*.arrow"))) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links_in_a_folder_of_one_s_own_are_followed(tmp_path: Path, private: Path, streaming: bool) -> None:
+    """As the Hub's client keeps a dataset: a folder of links."""
+    folder = with_card(tmp_path / "source", data_files=f"{tmp_path}/source/data/*.parquet")
+    (folder / "data/test.parquet").symlink_to(next(private.iterdir()))
+    source = open_any(SourceConfig(kind="huggingface", path=str(folder), streaming=streaming))
+    counted = source.split_rows() if isinstance(source, StreamedSource) else {"train": len(source.splits[0].labels)}
+    assert counted == {"train": 4}
 
 
 def test_torchvisions_lsun_is_refused_for_its_pickle() -> None:

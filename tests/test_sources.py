@@ -168,6 +168,15 @@ def test_imagefolder_that_is_not_there(tmp_path: Path) -> None:
     refuse(lambda: folders(tmp_path / "file"), r"^source\.path: there is no folder .*file\.$")
 
 
+def test_a_file_of_an_imagefolder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "pets", {"cat": [10], "dog": [20]})
+    (root / "cat/1.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(
+        PipelineError, match=r"^source: an image cannot be read: .*No such file.*/pets/cat/1\.png'; mend"
+    ):
+        folders(root)
+
+
 def test_imagefolder_digest(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "pets", {"cat": [10], "dog": [20]}, suffix=".bmp")
     digest = folders(root).digest
