@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +24,7 @@ from PIL import Image
 
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
-from pipeline.images import Opener, UndecodableError, is_of_the_machine, open_image
+from pipeline.images import PILLOW_PIXELS, Opener, UndecodableError, is_of_the_machine, open_image
 from pipeline.origins import DIGITS, UNKNOWN, Origin, card_license, revision_of
 
 UNLABELLED = -1
@@ -307,7 +308,9 @@ def _open_torchvision(config: SourceConfig, need_labels: bool) -> Source:
         content += [
             name,
             labels[name].tobytes(),
-            *_sample_pixels(ItemRows(dataset).openers(spread(len(dataset), DIGEST_SAMPLES))),
+            *_sampled(
+                partial(_pixels, opener) for opener in ItemRows(dataset).openers(spread(len(dataset), DIGEST_SAMPLES))
+            ),
         ]
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     return Source(
@@ -354,15 +357,24 @@ def _unread(error: Exception) -> PipelineError:
     return PipelineError(f"source: an image cannot be read: {first_line(error)}; mend that first.")
 
 
-def _sample_pixels(openers: Iterable[Opener]) -> Iterable[bytes]:
-    """The pixels of some images, for a digest; what cannot be read is told apart by the kind of its error."""
-    for opener in openers:
+def _sampled(reads: Iterable[Callable[[], bytes]]) -> Iterable[bytes]:
+    """What some images hold, for a digest; what cannot be read is told apart by the kind of its error."""
+    for read in reads:
         try:
-            yield np.asarray(opener()).tobytes()
+            yield read()
         except Exception as error:  # as in read_image
             if is_of_the_machine(error):
                 raise _unread(error) from None
             yield type(error).__name__.encode()
+
+
+def _pixels(opener: Opener) -> bytes:
+    """The pixels of an image that a dataset of torchvision decodes by itself; none that Pillow would warn of."""
+    # It may have been raised for what was read before.
+    Image.MAX_IMAGE_PIXELS = PILLOW_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return np.asarray(opener()).tobytes()
 
 
 def spread(count: int, samples: int) -> list[int]:
@@ -407,14 +419,23 @@ def open_cell(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Imag
     """
     if cell and cell["bytes"] is not None:
         return open_image(io.BytesIO(cell["bytes"]))
+    return open_image(_path_of(cell, allowed))
+
+
+def _path_of(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Path:
     if not cell or cell["path"] is None:
         raise UndecodableError("the row has no image")
     path = Path(cell["path"])
     candidates = [path] if path.is_absolute() else [folder / path for folder in allowed]
     for candidate in map(Path.resolve, candidates):
         if any(candidate.is_relative_to(folder) for folder in allowed):
-            return open_image(candidate)
+            return candidate
     raise UndecodableError("its path leads out of the source's own folder")
+
+
+def _file_digest(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> bytes:
+    with _path_of(cell, allowed).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
@@ -672,7 +693,7 @@ def _arrow_content(rows: ArrowRows, count: int) -> Iterable[bytes]:
         if cell and cell["bytes"] is not None:
             yield cell["bytes"]
         else:
-            yield from _sample_pixels([partial(open_cell, cell, rows.allowed)])
+            yield from _sampled([partial(_file_digest, cell, rows.allowed)])
     # Carried-through columns are copied as they are, so all of them count.
     for start in range(0, count if rows.carried is not None else 0, DIGEST_BATCH):
         table = rows.kept(range(start, min(start + DIGEST_BATCH, count))).combine_chunks()

@@ -454,6 +454,36 @@ def test_pillows_own_limit_stays_for_what_decodes_by_itself() -> None:
         read_image(lambda: Image.open(io.BytesIO(BOMBS["png"])).convert("RGB"), PreprocessConfig(), 1000)
 
 
+def test_no_image_is_opened_to_open_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where cells are paths, the digest takes the files, whatever they claim to hold."""
+    monkeypatch.setattr("pipeline.sources.open_image", lambda _: pytest.fail("an image was opened"))
+    digests = set()
+    for data in (b"one", b"two", b"one"):
+        (tmp_path / "photos/a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos/a/0.png").write_bytes(png(12_000, 12_000, data=data))
+        digests.add(
+            open_source(SourceConfig(kind="huggingface", path=str(tmp_path / "photos")), need_labels=False).digest
+        )
+    assert len(digests) == 2
+
+
+def test_a_digest_of_a_torchvision_dataset_takes_no_image_past_pillows_own_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its classes decode by themselves; what they would be warned of has its error in the digest instead."""
+    for name in ("train", "val"):
+        (tmp_path / "imagenette2" / name / "n01440764").mkdir(parents=True)
+    file = tmp_path / "imagenette2/train/n01440764/0.JPEG"
+    file.write_bytes(png_bytes(random_pixels(1, side=40)[0]))
+    config = SourceConfig(
+        kind="torchvision", path="Imagenette", kwargs={"root": str(tmp_path), "download": False, "size": "full"}
+    )
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**9)
+    whole = open_source(config, need_labels=True).digest
+    monkeypatch.setattr("pipeline.sources.PILLOW_PIXELS", 1000)
+    assert open_source(config, need_labels=True).digest != whole
+
+
 def test_a_stored_picture_of_another_shape_is_not_decoded() -> None:
     with pytest.raises(OtherShapeError, match=r"^9000x9000 in mode RGB$"):
         decode_image(png(9_000, 9_000), (3, 8, 8))
