@@ -527,12 +527,13 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML of a bounded size and depth, aliases written out, in which no key stands twice.
+class BoundedLoader(yaml.SafeLoader):
+    """YAML of a bounded size and depth, aliases written out.
 
-    PyYAML would silently take the last of two, and nine lines of aliases to aliases are a billion values to whoever
-    copies, prints or compares them.
+    Nine lines of aliases to aliases are a billion values to whoever merges, copies, prints or compares them.
     """
+
+    most_nodes = MOST_NODES
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -549,10 +550,14 @@ class _Loader(yaml.SafeLoader):
         if alias and id(node) not in self._sizes:
             raise yaml.YAMLError("an alias stands within what it is an alias of")
         self._count += self._sizes[id(node)] if alias else 1
-        if self._count > MOST_NODES:
-            raise yaml.YAMLError(f"it holds more than {MOST_NODES:,} values")
+        if self._count > self.most_nodes:
+            raise yaml.YAMLError(f"it holds more than {self.most_nodes:,} values")
         self._sizes[id(node)] = self._count - before
         return node
+
+
+class _Loader(BoundedLoader):
+    """A config's YAML: no key stands twice, of which PyYAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
