@@ -28,6 +28,9 @@ from pipeline.guard import find_secret, printable
 
 # What a config may add up to, aliases written out, and how deep it may go: far more than any needs.
 MOST_NODES, MOST_DEPTH = 100_000, 50
+# Pixels of an image: of a source unless runtime.max_pixels says otherwise, and of a dataset in any case, as a manifest
+# that others wrote is believed in what shape its images have.
+MOST_PIXELS = 100_000_000
 # Characters of a value that a message quotes, and of a message that quotes.
 MOST_QUOTED, MOST_SAID = 200, 500
 # What makes a library run code that the config does not name, by kind. (Weights are weights, whatever it says.)
@@ -425,7 +428,7 @@ class RuntimeConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     on_error: Literal["skip", "fail"] = "skip"
     max_skipped: float = Field(default=0.01, ge=0, le=1)
-    max_pixels: Count = 100_000_000
+    max_pixels: Count = MOST_PIXELS
     ray: RayConfig = RayConfig()
 
 

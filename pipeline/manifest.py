@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from pipeline.config import Config, parse_config
+from pipeline.config import MOST_PIXELS, Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
 from pipeline.origins import UNKNOWN, Origin
@@ -90,6 +90,15 @@ class StreamedFile(Record):
 Split = Annotated[str, Field(pattern=STEM)]
 
 
+def _check_pixels(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    _, height, width = shape
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"{width}x{height} is more than the {MOST_PIXELS:,} pixels that an image of a dataset may have"
+        )
+    return shape
+
+
 class Skipped(Record):
     """A source row that could not be decoded; `source_file` is that of a source that was streamed."""
 
@@ -124,7 +133,7 @@ class Manifest(Record):
     evaluators: Mapping[str, Space] = Field(default_factory=dict)
     split_rows: dict[Split, Annotated[int, Field(gt=0, lt=2**63)] | None] = Field(min_length=1)
     streamed: Mapping[Split, Annotated[tuple[StreamedFile, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    shape: tuple[Literal[1, 3], Side, Side]
+    shape: Annotated[tuple[Literal[1, 3], Side, Side], AfterValidator(_check_pixels)]
     asked_batch_size: Whole
     receipts: str = ""
     rows: Whole = 0

@@ -366,6 +366,34 @@ def test_a_stored_picture_of_another_shape_is_not_decoded() -> None:
         decode_image(png(9_000, 9_000), (3, 8, 8))
 
 
+def test_no_manifest_makes_room_for_a_bomb(out: Path) -> None:
+    """Not by the shape that it claims, nor by a config in which the limit was raised."""
+    content = json.loads((out / "manifest.json").read_text())
+    assert Manifest.model_validate({**content, "shape": [3, 10_000, 10_000]}).shape == (3, 10_000, 10_000)
+    content["shape"] = [3, 10_000, 10_001]
+    content["config"]["runtime"]["max_pixels"] = 2**40
+    (out / "manifest.json").write_text(json.dumps(content))
+    looks: list[Callable[[], object]] = [lambda: verify(out), lambda: report(out), lambda: inspect(out)]
+    looks.append(lambda: pipeline.training_dataset(out, "test"))
+    for look in looks:
+        with pytest.raises(
+            PipelineError, match=r"shape: 10001x10000 is more than the 100,000,000 pixels that an image"
+        ):
+            look()
+
+
+def test_nothing_is_stored_that_could_not_be_read_again(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.loader.MOST_PIXELS", 16 * 16 - 1)
+    result = fgsm("generate", write_config(runtime={"max_pixels": 2**40}))
+    assert result.exit_code == 2
+    assert "is 16x16, and an image of a dataset has at most 255 pixels" in result.stderr
+    assert not (tmp_path / "out/manifest.json").exists()
+    smaller = write_config(runtime={"max_pixels": 2**40}, preprocess={"resize": 15})
+    assert fgsm("generate", smaller).exit_code == 0
+
+
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF", "SGI"])
 def test_formats_that_no_dataset_needs_are_not_opened(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
