@@ -28,6 +28,9 @@ from pipeline.guard import find_secret, printable
 
 # What a config may add up to, aliases written out, and how deep it may go: far more than any needs.
 MOST_NODES, MOST_DEPTH = 100_000, 50
+# Pixels of an image: of a source unless runtime.max_pixels says otherwise, and of a dataset in any case, as a manifest
+# that others wrote is believed in what shape its images have.
+MOST_PIXELS = 100_000_000
 # Characters of a value that a message quotes, and of a message that quotes.
 MOST_QUOTED, MOST_SAID = 200, 500
 # What makes a library run code that the config does not name, by kind. (Weights are weights, whatever it says.)
@@ -425,7 +428,7 @@ class RuntimeConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     on_error: Literal["skip", "fail"] = "skip"
     max_skipped: float = Field(default=0.01, ge=0, le=1)
-    max_pixels: Count = 100_000_000
+    max_pixels: Count = MOST_PIXELS
     ray: RayConfig = RayConfig()
 
 
@@ -527,12 +530,13 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML of a bounded size and depth, aliases written out, in which no key stands twice.
+class BoundedLoader(yaml.SafeLoader):
+    """YAML of a bounded size and depth, aliases written out.
 
-    PyYAML would silently take the last of two, and nine lines of aliases to aliases are a billion values to whoever
-    copies, prints or compares them.
+    Nine lines of aliases to aliases are a billion values to whoever merges, copies, prints or compares them.
     """
+
+    most_nodes = MOST_NODES
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -549,10 +553,14 @@ class _Loader(yaml.SafeLoader):
         if alias and id(node) not in self._sizes:
             raise yaml.YAMLError("an alias stands within what it is an alias of")
         self._count += self._sizes[id(node)] if alias else 1
-        if self._count > MOST_NODES:
-            raise yaml.YAMLError(f"it holds more than {MOST_NODES:,} values")
+        if self._count > self.most_nodes:
+            raise yaml.YAMLError(f"it holds more than {self.most_nodes:,} values")
         self._sizes[id(node)] = self._count - before
         return node
+
+
+class _Loader(BoundedLoader):
+    """A config's YAML: no key stands twice, of which PyYAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()

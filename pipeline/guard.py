@@ -14,19 +14,24 @@ from typing import Any
 # Names of keys whose values are credentials. `class_token` and `reg_tokens` are parameters of models.
 SECRET_KEY = re.compile(
     r"token|((use|hf|hub|auth|access|api|bearer|session|github|refresh)_?)+token|authorization"
-    r"|.*(passwd|password|passphrase|secret|credential|api_?key|private_?key|access_?key|account_?key).*",
+    r"|.*(passwd|password|passphrase|secret|credential|api_?key|private_?key|access_?key|account_?key"
+    r"|connection_?string).*",
     re.IGNORECASE,
 )
-# Tokens of the Hub, user:password@ in an address, and what signs an address. (Before the @ of abfs:// is a container.)
+# Tokens of the Hub, user:password@ in an address, what signs an address, and what a request or a connection string of
+# Azure is signed with. (Before the @ of abfs:// is a container.)
 SECRET_TEXT = re.compile(
     r"(?P<token>\bhf_[A-Za-z0-9]{20,})"
     r"|(?P<scheme>\b(?!abfss?:)[a-z][a-z0-9+.-]{0,20}://)[^\s/?#'\"@]{1,300}@"
-    r"|(?P<key>[?&]([\w-]{0,40}(signature|credential|security-token|access_?key(id)?)|sig|token|api_?key|password)=)[^\s&'\")]+",
+    r"|(?P<key>[?&]([\w-]{0,40}(signature|credential|security-token|access_?key(id)?)|sig|token|api_?key|password)=)[^\s&'\")]+"
+    r"|(?P<signed>\b(authorization['\"]?: ?['\"]?(bearer|basic|token) |bearer (?=\S*\d)|(account|sharedaccess)key=))"
+    r"[^\s;'\",)]{8,}",
     re.IGNORECASE,
 )
-# Variables of the environment that hold credentials: HF_TOKEN, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and the like.
+# Variables of the environment that hold credentials: HF_TOKEN, AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_CONNECTION_STRING
+# and the like.
 SECRET_VARIABLE = re.compile(
-    r".*(TOKEN|SECRET|SECRET_(ACCESS_)?KEY|PASSWORD|PASSWD|API_?KEY|PRIVATE_?KEY)", re.IGNORECASE
+    r".*(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|PRIVATE_?KEY|_(KEY|PASS|CONNECTION_STRING))", re.IGNORECASE
 )
 # The keys of a label_map are names of classes.
 CLASS_NAMES = ("model.label_map", "evaluators.label_map")
@@ -82,7 +87,7 @@ def redact_answer(text: str) -> str:
 def _shown(found: re.Match[str]) -> str:
     if found["scheme"]:
         return f"{found['scheme']}***@"
-    return f"{found['key']}***" if found["key"] else "***"
+    return f"{found['key'] or found['signed'] or ''}***"
 
 
 def _environment() -> Iterator[str]:

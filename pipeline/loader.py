@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.config import PreprocessConfig
+from pipeline.config import MOST_PIXELS, PreprocessConfig
 from pipeline.errors import ConfigError, PipelineError, RowError, first_line
 from pipeline.images import Opener, UndecodableError, read_image
 from pipeline.lanes import available_cores
@@ -200,7 +200,8 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
     before anything is written; the loader watches the rest.
 
     Raises:
-        ConfigError: two images differ in size, or no image can be decoded.
+        ConfigError: two images differ in size, or they are larger than any that is stored.
+        PipelineError: no image can be decoded.
     """
     shape: Shape | None = None
     reason = ""
@@ -213,6 +214,11 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
         channels, height, width = pixels.shape
         if shape is not None and shape != (channels, height, width):
             raise _mixed_sizes(shape, pixels.shape, where)
+        if height * width > MOST_PIXELS:
+            raise ConfigError(
+                f"preprocess: {where} is {width}x{height}, and an image of a dataset has at most {MOST_PIXELS:,} "
+                "pixels, whatever runtime.max_pixels says; set preprocess.resize and preprocess.crop."
+            )
         shape = (channels, height, width)
         if preprocess.fixes_size:
             return shape

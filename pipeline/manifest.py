@@ -1,16 +1,23 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
 import itertools
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import from_json
 
-from pipeline.config import Config, parse_config
+from pipeline.config import MOST_PIXELS, Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
 from pipeline.origins import UNKNOWN, Origin
@@ -83,6 +90,28 @@ class StreamedFile(Record):
 Split = Annotated[str, Field(pattern=STEM)]
 
 
+def _check_pixels(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    _, height, width = shape
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"{width}x{height} is more than the {MOST_PIXELS:,} pixels that an image of a dataset may have"
+        )
+    return shape
+
+
+class Skipped(Record):
+    """A source row that could not be decoded; `source_file` is that of a source that was streamed."""
+
+    split: Split
+    source_file: str | None = None
+    source_index: Whole
+    reason: str
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
+
+
 class Manifest(Record):
     """`manifest.json`: what the dataset is, and how it came about.
 
@@ -104,7 +133,7 @@ class Manifest(Record):
     evaluators: Mapping[str, Space] = Field(default_factory=dict)
     split_rows: dict[Split, Annotated[int, Field(gt=0, lt=2**63)] | None] = Field(min_length=1)
     streamed: Mapping[Split, Annotated[tuple[StreamedFile, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    shape: tuple[Literal[1, 3], Side, Side]
+    shape: Annotated[tuple[Literal[1, 3], Side, Side], AfterValidator(_check_pixels)]
     asked_batch_size: Whole
     receipts: str = ""
     rows: Whole = 0
@@ -112,7 +141,7 @@ class Manifest(Record):
     zero_sign_share: float = 0.0
     files: tuple[FileEntry, ...] = ()
     skipped_rows: Whole = 0
-    skipped: tuple[dict[str, Any], ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     @model_validator(mode="after")
     def _check_streamed(self) -> "Manifest":
@@ -120,6 +149,29 @@ class Manifest(Record):
             raise ValueError("streamed lists other splits than split_rows")
         if not self.streamed and None in self.split_rows.values():
             raise ValueError("split_rows does not say how many rows there are, and streamed lists no files")
+        return self
+
+    @model_validator(mode="after")
+    def _check_subsets(self) -> "Manifest":
+        """As `summarise` makes them, or none: a dataset without receipts is shown by what they say."""
+        if not self.subsets:
+            return self
+        if [(there.split, there.level) for there in self.subsets] != [*itertools.product(self.split_rows, self.levels)]:
+            raise ValueError("subsets lists others than its splits and epsilons make")
+        stored = self.stored
+        for there in self.subsets:
+            if [*there.evaluators] != [*self.evaluators]:
+                raise ValueError("subsets counts other evaluators than there are")
+            if (there.bytes is None) == (subset_name(there.level) in stored):
+                raise ValueError("subsets has bytes that are not those of its layout")
+            sound = there.correct <= there.labelled <= there.rows >= there.fooled and (
+                0 <= there.confidence_sum <= there.rows + 1  # it is rounded
+            )
+            if not sound or any(
+                counts.correct > there.labelled or counts.transferred > counts.exposed
+                for counts in there.evaluators.values()
+            ):
+                raise ValueError("subsets counts more answers than images")
         return self
 
     @property
@@ -179,7 +231,7 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     """
     place = folder.store.at(folder.manifest)
     try:
-        content = json.loads(folder.store.read(folder.manifest))
+        content = from_json(folder.store.read(folder.manifest))  # json would take halves of characters
         there = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
         if there != FORMAT_VERSION:
             raise PipelineError(
@@ -261,14 +313,14 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     ordered = [receipts[name] for name in sorted(receipts)]
     rows = sum(receipt.rows for receipt in ordered)
     shards = manifest.plan.shards
-    files = {shard.name: {"source_file": shard.file} for shard in shards if shard.file is not None}
+    files = {shard.name: shard.file for shard in shards}
     skipped = (
-        {
-            "split": receipt.split,
-            **files.get(receipt.shard, {}),
-            "source_index": row.source_index,
-            "reason": row.reason,
-        }
+        Skipped(
+            split=receipt.split,
+            source_file=files.get(receipt.shard),
+            source_index=row.source_index,
+            reason=row.reason,
+        )
         for receipt in ordered
         for row in receipt.skipped
     )

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.config import MOST_NODES, BoundedLoader
+
 
 class Origin(BaseModel):
     """The dataset that the images come from.
@@ -57,10 +59,16 @@ def card_license(card: Path) -> str | None:
     return ", ".join(name for name in names if isinstance(name, str)) or None
 
 
+class _CardLoader(BoundedLoader):
+    """With room for the names of a hundred thousand classes in each of several columns."""
+
+    most_nodes = 10 * MOST_NODES
+
+
 def front_matter(card: bytes) -> dict[str, Any] | None:
     """The YAML at the head of a card; None where there is none that can be read."""
     try:
-        head: Any = next(iter(yaml.safe_load_all(card.decode())))
+        head: Any = next(iter(yaml.load_all(card.decode(), _CardLoader)))  # a SafeLoader
     except (ValueError, RecursionError, yaml.YAMLError, StopIteration):  # a date that is none is a ValueError
         return None
     return head if isinstance(head, dict) else None

@@ -208,7 +208,7 @@ class OutputFolder:
         """
         names = sorted(self.store.sizes())
         self.store.delete(name for name in names if name.startswith(f"{self.receipts}/"))
-        ours = re.compile(rf"({subset_name(0)}|{SIGNS}|eps-[0-9][^/]*|{self.assets})/")
+        ours = re.compile(rf"({subset_name(0)}|{SIGNS}|eps-[0-9][^/]*|{self.assets})/[^/]+$")
         self.store.delete(name for name in names if ours.match(name))
         self.store.delete([self.sessions, self.report, self.card])
         self.store.delete([self.manifest])

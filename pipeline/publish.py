@@ -168,7 +168,7 @@ def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, OwnFile]:
     shown = published(manifest).model_dump_json(indent=1).encode()
     files[folder.manifest] = OwnFile(len(shown), hashlib.sha256(shown).hexdigest(), content=shown)
     there = folder.store.sizes()
-    pictures = sorted(name for name in there if re.match(rf"{folder.assets}/[^.]", name))
+    pictures = sorted(name for name in there if re.fullmatch(rf"{folder.assets}/[^./][^/]*", name))
     for name in (folder.card, folder.report, *pictures):
         if name in there:
             content = folder.store.read(name)
@@ -239,9 +239,9 @@ def _upload(
     data = [path for path in missing if path.endswith(".parquet")]
     if data:
         # By folders: the client compares every name with every pattern. What is there already it finds out itself.
-        patterns = sorted({f"{path.rpartition('/')[0]}/*.parquet" for path in data})
+        folders = sorted({path.rpartition("/")[0] for path in data})
         for root in folder.store.staged({path: files[path].bytes for path in data}):
-            repository.upload(root, patterns)
+            repository.upload(root, folders)
     rest = [path for path in missing if path not in set(data)]
     if rest or stale:
         if stale:
@@ -330,14 +330,15 @@ class _Repository:
         run_id = content.get("run_id") if isinstance(content, dict) else None
         return run_id if isinstance(run_id, str) else None
 
-    def upload(self, folder: Path, patterns: Sequence[str]) -> None:
-        """Upload the files of a folder that match, but for those that are there."""
+    def upload(self, root: Path, folders: Sequence[str]) -> None:
+        """Upload the Parquet files in some folders of one, but for those that are there."""
         self._ask(
             lambda: self.api.upload_folder(
                 repo_id=self.id,
                 repo_type="dataset",
-                folder_path=folder,
-                allow_patterns=list(patterns),
+                folder_path=root,
+                allow_patterns=[f"{folder}/*.parquet" for folder in folders],
+                ignore_patterns=[f"{folder}/*/*" for folder in folders],  # its * takes in what lies deeper
                 commit_message="Upload shards with fgsm-pipeline",
             )
         )

@@ -87,7 +87,7 @@ class Store(ABC):
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """The bytes of every file by its name, from one fresh listing: those at the top, in folders and receipts."""
+        """The bytes of every file by its name, from one fresh listing: of `.run` and the like only receipts matter."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -209,7 +209,8 @@ class LocalStore(Store):
                     name = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_file():
                         found[name] = entry.stat().st_size
-                    elif not folder and not entry.name.startswith("."):
+                    # What lies deeper is not ours, which is what `verify` must see. A link there may lead in a circle.
+                    elif not name.startswith(".") and entry.is_dir(follow_symlinks=not folder):
                         folders.append(name)
         return found
 

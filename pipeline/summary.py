@@ -83,8 +83,7 @@ def _notes(manifest: Manifest) -> list[str]:
     if any(subset.bytes is None for subset in manifest.subsets):
         notes.append(f"files: {_split_sizes(manifest)}")
     for row in manifest.skipped[:5]:
-        place = row.get("source_file", row.get("split"))
-        notes.append(printable(f"skipped: {place} row {row.get('source_index')}: {row.get('reason')}"))
+        notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}: {row.reason}"))
     return notes
 
 

@@ -31,6 +31,7 @@ from pipeline.guard import presentable, printable
 from pipeline.images import OtherShapeError, UndecodableError, decode_image, open_image, read_image
 from pipeline.manifest import Manifest, current_manifest, require_manifest
 from pipeline.outputs import OutputFolder
+from pipeline.report import report
 from pipeline.summary import inspect, summary_table
 from pipeline.verify import verify
 from tests.conftest import random_pixels
@@ -337,14 +338,18 @@ def replaced(content: Any, place: tuple[Any, ...], value: Any) -> Any:
     return copy
 
 
-@pytest.mark.parametrize(("step", "odd"), [(2, 1), pytest.param(1, 5, marks=pytest.mark.drill)])
+@pytest.mark.parametrize(("step", "odd"), [(3, 1), pytest.param(1, 5, marks=pytest.mark.drill)])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_parts_of_a_manifest_may_be_anything(
     finished: Path, tmp_path: Path, step: int, odd: int, streamed: bool
 ) -> None:
-    """One odd value in every other place; in the drill five of them in every place."""
-    out = tmp_path / "out"
+    """One odd value in every third place; in the drill five of them in every place.
+
+    The report, which takes as long as all others, sees every sixteenth of them, of a dataset as the Hub gives it.
+    """
+    out, bare = tmp_path / "out", tmp_path / "bare"
     shutil.copytree(finished, out)
+    shutil.copytree(finished, bare, ignore=shutil.ignore_patterns(".run"))
     original = json.loads((out / "manifest.json").read_text())
     if streamed:
         files = [{"path": "a.parquet", "cuts": [6]}, {"path": "b.tar", "cuts": None}]
@@ -354,17 +359,50 @@ def test_parts_of_a_manifest_may_be_anything(
         lambda: verify(out),
         lambda: pipeline.training_dataset(out, "test"),
         lambda: _addresses("s3://bucket/out", require_manifest(OutputFolder(out)), "clean"),
+        lambda: inspect(bare),
     ]
     for number, place in enumerate(islice(places(original), 0, None, step)):
         for value in (ODD[(number + offset) % len(ODD)] for offset in range(odd)):
-            (out / "manifest.json").write_text(json.dumps(replaced(original, place, value)))
-            for look in looks:
+            for folder in (out, bare):
+                (folder / "manifest.json").write_text(json.dumps(replaced(original, place, value)))
+            for look in looks if number % 16 else [*looks, lambda: report(bare)]:
                 try:
                     look()
                 except PipelineError as error:
                     one_line(error)
                 except Exception as error:
                     raise AssertionError(f"{place} as {value!r:.50}") from error
+
+
+SKIPPED = {"split": "test", "source_index": 11, "reason": "cannot identify image file"}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        (("skipped",), [{"x": 1}], "skipped.0.split: Field required"),
+        (("skipped",), [{**SKIPPED, "source_index": "1,000"}], "skipped.0.source_index: "),
+        (("skipped", 0, "reason"), "\ud800", "hex escape"),
+        (("subsets", 0, "level"), 3, "subsets lists others"),
+        (("subsets", 0, "split"), "train", "subsets lists others"),
+        (("subsets", 0, "evaluators"), {"x": {}}, "subsets counts other evaluators"),
+        (("subsets", 1, "bytes"), None, "subsets has bytes"),
+        (("subsets", 1, "rows"), 1, "subsets counts more answers than images"),
+        (("subsets", 0, "confidence_sum"), float("nan"), "subsets counts more answers than images"),
+    ],
+)
+def test_a_manifest_that_no_run_writes_is_refused(
+    finished: Path, tmp_path: Path, place: tuple[Any, ...], value: Any, sentence: str
+) -> None:
+    """Without receipts, as from the Hub, there is nothing else that a report could go by."""
+    original = json.loads((finished / "manifest.json").read_text())
+    assert original["skipped"] == [SKIPPED]
+    (tmp_path / "manifest.json").write_text(json.dumps(replaced(original, place, value)))
+    for look in (report, inspect):
+        with pytest.raises(PipelineError, match=re.escape(f"{tmp_path}/manifest.json cannot be read (")) as refused:
+            look(tmp_path)
+        assert sentence in str(refused.value)
+        one_line(refused.value)
 
 
 @Counts

@@ -295,7 +295,10 @@ def test_overwrite_and_folders_of_one_name_load_their_own_rows(
 def test_overwrite_removes_subsets_of_the_former_run_only(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out/clean/notes").mkdir()
+    (tmp_path / "out/clean/notes/a.txt").write_text("mine")
     generate(write_config(attack={"epsilons": ["4/255"]}), "--overwrite")
+    assert (tmp_path / "out/clean/notes/a.txt").read_text() == "mine"
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert folders == [".run", "README.md", "clean", "eps-4", "manifest.json", "notes.txt"]
 

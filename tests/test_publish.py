@@ -540,6 +540,33 @@ def test_a_file_that_changes_on_the_way_is_found(out: Path, hub: Hub, monkeypatc
     assert there(hub) == local(out)
 
 
+def test_files_that_are_not_of_the_dataset_stay_at_home(out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However deep they lie, and whether they are there when the dataset is verified or come later."""
+    import pipeline.publish
+
+    ours, upload = local(out), pipeline.publish._upload
+    shard = (out / "clean/test-00000-of-00002.parquet").read_bytes()
+
+    def place(*folders: str) -> None:
+        for folder in folders:
+            (out / folder).mkdir(parents=True)
+            (out / folder / "patients.parquet").write_bytes(shard)
+
+    def late(*arguments: Any) -> None:
+        place("clean/private", "eps-8/a/b")
+        upload(*arguments)
+
+    place("notes", "assets/private")
+    monkeypatch.setattr("pipeline.publish._upload", late)
+    published(out, ID)
+    assert there(hub) == ours
+    hub.requests.clear()
+    sentence = refused(out, ID, code=1)
+    assert "cannot be published: clean/private/patients.parquet belongs to no shard of this run; delete it" in sentence
+    assert "(and 1 problems more)" in sentence
+    assert hub.requests == []
+
+
 def test_a_hub_that_quotes_the_token_does_not_get_it_into_the_log(out: Path, hub: Hub) -> None:
     hub.fail("POST", "/repos/create", 403, body=f"{TOKEN} may not do that")
     result = fgsm("publish", out, ID, "--debug")

@@ -336,7 +336,7 @@ def test_skipped_rows_are_listed_with_their_reasons(write_config: WriteConfig, t
     assert "2 of 40 source rows could not be read." in page.words
     listed = page.tables["Rows of the source that are not in the dataset"][1:]
     assert sorted(row[1] for row in listed) == ["3", "7"]
-    assert {row[2] for row in listed} == {row["reason"] for row in manifest.skipped}
+    assert {row[2] for row in listed} == {row.reason for row in manifest.skipped}
 
 
 def test_more_skipped_rows_than_a_page_lists(write_config: WriteConfig, tmp_path: Path) -> None:

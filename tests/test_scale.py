@@ -17,7 +17,7 @@ from pipeline.card import render_card
 from pipeline.compute import Part
 from pipeline.config import load_config
 from pipeline.loader import Batch
-from pipeline.manifest import MOST_SKIPPED, summarise
+from pipeline.manifest import MOST_SKIPPED, Skipped, summarise
 from pipeline.outputs import (
     FileEntry,
     LevelCounts,
@@ -168,7 +168,7 @@ def test_all_skipped_rows_are_counted_and_some_listed(write_config: WriteConfig)
     assert manifest.skipped_rows == MOST_SKIPPED + 3
     assert len(manifest.skipped) == MOST_SKIPPED
     assert manifest.skipped[:4] == tuple(
-        {"split": "test", "source_index": index, "reason": "cannot identify image file"} for index in (0, 1, 2, 0)
+        Skipped(split="test", source_index=index, reason="cannot identify image file") for index in (0, 1, 2, 0)
     )
     assert "10,003 skipped" in summary_table(manifest)
     assert "10,003 source images that cannot be decoded, the first 10,000 of them listed" in render_card(manifest)

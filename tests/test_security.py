@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.guard import find_secret, presentable, redact
 from pipeline.images import OtherShapeError, UndecodableError, decode_image, open_image, read_image
 from pipeline.manifest import Manifest, published, require_manifest
+from pipeline.origins import front_matter
 from pipeline.outputs import FileEntry, OutputFolder, Receipt
 from pipeline.publish import list_files
 from pipeline.report import report
@@ -489,6 +491,34 @@ def test_a_stored_picture_of_another_shape_is_not_decoded() -> None:
         decode_image(png(9_000, 9_000), (3, 8, 8))
 
 
+def test_no_manifest_makes_room_for_a_bomb(out: Path) -> None:
+    """Not by the shape that it claims, nor by a config in which the limit was raised."""
+    content = json.loads((out / "manifest.json").read_text())
+    assert Manifest.model_validate({**content, "shape": [3, 10_000, 10_000]}).shape == (3, 10_000, 10_000)
+    content["shape"] = [3, 10_000, 10_001]
+    content["config"]["runtime"]["max_pixels"] = 2**40
+    (out / "manifest.json").write_text(json.dumps(content))
+    looks: list[Callable[[], object]] = [lambda: verify(out), lambda: report(out), lambda: inspect(out)]
+    looks.append(lambda: pipeline.training_dataset(out, "test"))
+    for look in looks:
+        with pytest.raises(
+            PipelineError, match=r"shape: 10001x10000 is more than the 100,000,000 pixels that an image"
+        ):
+            look()
+
+
+def test_nothing_is_stored_that_could_not_be_read_again(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.loader.MOST_PIXELS", 16 * 16 - 1)
+    result = fgsm("generate", write_config(runtime={"max_pixels": 2**40}))
+    assert result.exit_code == 2
+    assert "is 16x16, and an image of a dataset has at most 255 pixels" in result.stderr
+    assert not (tmp_path / "out/manifest.json").exists()
+    smaller = write_config(runtime={"max_pixels": 2**40}, preprocess={"resize": 15})
+    assert fgsm("generate", smaller).exit_code == 0
+
+
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF", "SGI"])
 def test_formats_that_no_dataset_needs_are_not_opened(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
@@ -833,6 +863,9 @@ def test_only_recompute_runs_the_code_that_a_manifest_names(out: Path, canary: P
         ("source.path=https://host/data?X-Amz-Signature=swordfish", "source.path"),
         ("output.path=s3://key:swordfish@bucket/x", "output.path"),
         ("model.weights=swordfish-of-the-environment", "model.weights"),
+        ("source.kwargs={connection_string: swordfish}", "source.kwargs.connection_string"),
+        ("source.kwargs={a: 'AccountName=a;AccountKey=swordfish/+==;EndpointSuffix=b'}", "source.kwargs.a"),
+        ("source.kwargs={a: 'Authorization: Basic swordfish'}", "source.kwargs.a"),
         (f"nonsense={SECRET}", "nonsense"),
     ],
 )
@@ -884,6 +917,39 @@ def test_secrets_may_begin_as_paths_do(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize(
+    "name", ["AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN", "DB_PASS"]
+)
+def test_credentials_of_other_stores_are_known(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "swordfish+of/the/sea==")
+    assert redact("with swordfish+of/the/sea==.") == "with ***."
+    assert find_secret({"source": {"path": "swordfish+of/the/sea=="}}) == "source.path"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("AccountName=me;AccountKey=abc/def+ghi==;Endpoint=x", "AccountName=me;AccountKey=***;Endpoint=x"),
+        ("Endpoint=x;SharedAccessKey=abc/def+ghi==", "Endpoint=x;SharedAccessKey=***"),
+        ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer ***"),
+        ("{'Authorization': 'Basic dXNlcjpwYXNz'}", "{'Authorization': 'Basic ***'}"),
+        ("sent Bearer abc4defgh", "sent Bearer ***"),
+    ],
+)
+def test_what_signs_a_request_is_no_text(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["a cup bearer standing", "the standard bearer 8", "AccountKey=None", "monkey=business"]
+)
+def test_words_stay_words(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("KEYBOARD", "standing")
+    monkeypatch.setenv("BY_PASSING", "business")
+    monkeypatch.setenv("SORT_KEY", "cup")
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize(
     "kwargs", [{"class_token": True}, {"reg_tokens": 4}, {"global_pool": "token"}, {"token": None}, {"num_tokens": 1}]
 )
 def test_parameters_of_models_are_no_credentials(kwargs: dict[str, Any]) -> None:
@@ -916,13 +982,44 @@ def test_a_bug_s_traceback_shows_no_credential() -> None:
 def test_a_token_of_the_environment_is_in_no_file(
     write_config: WriteConfig, tmp_path: Path, factory_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Though a factory logs it and quotes it, and a decoder quotes it about an image."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    factory_file.write_text(factory_file.read_text() + "\nimport logging, os\n")
-    result = fgsm("generate", write_config(), "--debug")
-    assert result.exit_code == 0
-    assert SECRET not in result.output
-    for path in (tmp_path / "out").rglob("*"):
-        assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+    careless = """
+import logging, os
+logging.getLogger("pipeline.factory").warning("logged %s", os.environ["HF_TOKEN"])
+
+def fail(**kwargs):
+    raise RuntimeError("quoted " + os.environ["HF_TOKEN"])
+"""
+    factory_file.write_text(factory_file.read_text() + careless)
+    config = write_config(runtime={"max_skipped": 0.5})
+    broken = fgsm("generate", config, "--set", f"model.name={factory_file}:fail", "--debug")
+    assert broken.exit_code == 2
+    assert "logged ***" in broken.stderr
+    assert "quoted ***" in broken.stderr
+
+    whole, seen = pipeline.images._upright, []
+
+    def quoting(image: Image.Image) -> Image.Image:
+        seen.append(image)
+        if len(seen) % 7 == 0:
+            raise ValueError(f"read with {SECRET}")
+        return whole(image)
+
+    monkeypatch.setattr("pipeline.images._upright", quoting)
+    done = fgsm("generate", config, "--debug")
+    assert done.exit_code == 0
+    inspected = fgsm("inspect", tmp_path / "out")
+    assert "read with ***" in inspected.stdout
+    files = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    reasons = [name for name, path in files.items() if b"read with ***" in path.read_bytes()]
+    assert {"manifest.json", "report.html"} <= {*reasons}
+    assert any(name.startswith(".run/receipts/") for name in reasons)
+    assert "README.md" in files
+    for said in (broken.output, done.output, inspected.output):
+        assert SECRET not in said
+    for path in files.values():
+        assert SECRET.encode() not in path.read_bytes()
 
 
 # -------------------------------------------------------------------------------- this machine's folders
@@ -957,9 +1054,8 @@ def test_an_address_of_this_machine_is_published_without_its_folder(finished: Pa
 
 
 # A billion laughs: ten aliases of the line before, eight times.
-LAUGHS = "a: &a [x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in itertools.pairwise("abcdefghi")
-)
+PAIRS = [*itertools.pairwise("abcdefghi")]
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in PAIRS)
 
 
 @pytest.mark.parametrize(
@@ -992,6 +1088,23 @@ def test_a_config_that_is_a_bomb(tmp_path: Path, text: str, sentence: str) -> No
             load_config(
                 "digits", [f"source.path={text.partition(': ')[2] if text.startswith(('source', 'runtime')) else text}"]
             )
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        LAUGHS,
+        # Merged, they are a billion pairs that PyYAML itself writes out.
+        "a: &a {x: 1}\n"
+        + "".join(f"{name}: &{name} {{<<: [{', '.join([f'*{former}'] * 10)}]}}\n" for former, name in PAIRS),
+        "a: " + "[" * 60 + "]" * 60,
+    ],
+)
+def test_a_card_that_is_a_bomb_has_no_front_matter(front: str) -> None:
+    began = time.process_time()
+    assert front_matter(f"---\nlicense: mit\n{front}\n---\nText.".encode()) is None
+    assert time.process_time() - began < 5
+    assert front_matter(b"---\na: &a [mit]\nlicense: *a\n---\nText.") == {"a": ["mit"], "license": ["mit"]}
 
 
 def test_aliases_are_fine_within_reason(tmp_path: Path) -> None:

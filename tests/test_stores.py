@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -444,7 +445,13 @@ def test_a_local_folder_is_a_store_of_its_own_kind(tmp_path: Path) -> None:
     store.write(".run/receipts/a.json", b"12")
     (tmp_path / "out/.git").mkdir()
     (tmp_path / "out/.git/x").write_text("not ours")
-    assert store.sizes() == {"clean/a": 1, ".run/receipts/a.json": 2}
+    (tmp_path / "out/clean/b/.c").mkdir(parents=True)
+    (tmp_path / "out/clean/b/.c/d").write_text("123")
+    (tmp_path / "out/clean/b/circle").symlink_to(tmp_path / "out")
+    (tmp_path / "out/.run/receipts/b").mkdir()
+    (tmp_path / "out/.run/receipts/b/a.json").write_text("no receipt")
+    assert store.sizes() == {"clean/a": 1, "clean/b/.c/d": 3, ".run/receipts/a.json": 2}
+    shutil.rmtree(tmp_path / "out/clean/b")
     assert store.read_all(["clean/a", "clean/b"]) == {"clean/a": b"1"}
     with pytest.raises(FileNotFoundError), store.fetched(["clean/b"]):
         pass
