@@ -60,8 +60,11 @@ def slow_config(request: pytest.FixtureRequest, write_config: WriteConfig, facto
     )
 
 
-def run_fgsm(cache: str, log: str, arguments: list[str]) -> None:
-    """The body of a process: the console command, in a group of its own, its output in a file or terminal."""
+def run_fgsm(cache: str, log: str, arguments: list[str], prepare: Callable[[], None] | None = None) -> None:
+    """The body of a process: the console command, in a group of its own, its output in a file or terminal.
+
+    What `prepare` does to the process comes right before.
+    """
     import datasets
 
     from pipeline.cli import main
@@ -75,6 +78,8 @@ def run_fgsm(cache: str, log: str, arguments: list[str]) -> None:
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = ["fgsm", *arguments]
+    if prepare:
+        prepare()
     main()
 
 
