@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,8 @@ class Plan:
         for start in range(0, len(shard), self.batch_size):
             yield slice(start, min(start + self.batch_size, len(shard)))
 
-    @property
+    # Asked for with every batch that has a skipped row: shards are counted once.
+    @cached_property
     def total(self) -> int | None:
         """Rows of all shards, None where that is not known."""
         return None if any(shard.stop is None for shard in self.shards) else len(self)

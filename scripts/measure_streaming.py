@@ -1,17 +1,19 @@
 """Streams many small images through a run and prints how much memory it takes on the way.
 
 The source is written first: Parquet files of 8x8 images, as many as asked for. The run reads them as a stream; at every
-quarter of the images the peak memory of the process is printed, which must not grow. At the end the time to list all
-receipts, and to find out that nothing is left to do.
+quarter of the images the peak memory of the process is printed, which must not grow: the exit code is 1 where the last
+is more than 5% above the first. At the end the time to list all receipts, and to find out that nothing is left to do.
 """
 
 import argparse
 import io
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -56,7 +58,9 @@ def random_cells(count: int, seed: int) -> Iterator[dict[str, bytes | None]]:
 
 
 class Watched(Progress):
-    """Progress that prints the peak memory at every quarter."""
+    """Progress that prints the peak memory at every quarter, and keeps it in `peaks`, in MiB."""
+
+    peaks: ClassVar[list[float]] = []
 
     def update(self, *counts: object) -> None:
         before = self.done
@@ -64,6 +68,7 @@ class Watched(Progress):
         for quarter in range(1, 5):
             if before < quarter * images / 4 <= self.done:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                self.peaks.append(peak)
                 print(f"{25 * quarter:3d}%  peak RSS {peak:7.1f} MiB  {self.rate:7.1f} images/s", flush=True)
 
 
@@ -96,3 +101,8 @@ if __name__ == "__main__":
         started = time.monotonic()
         generate(config)
         print(f"nothing left to do, found out in {time.monotonic() - started:.1f} s")
+    first, *_, last = Watched.peaks
+    if last > 1.05 * first:
+        sys.exit(
+            f"Memory grows: the peak was {first:.1f} MiB after a quarter of the images, and {last:.1f} MiB at the end."
+        )

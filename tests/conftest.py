@@ -220,10 +220,14 @@ def _seeded() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of the failure drill, as the README has it."""
-    reports = [report for found in terminalreporter.stats.values() for report in found]
-    # A fixture fills them in as it ends.
-    ended = [report for report in reports if getattr(report, "when", "") == "teardown"]
-    lines = [value for report in ended for name, value in report.user_properties if name == "drill"]
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
+    others = {report.nodeid: report.outcome for report in reports if not report.passed}
+    lines = []
+    # A fixture fills them in as it ends, however the test did: figures are those of tests that passed.
+    for report in reports:
+        line = dict(report.user_properties).get("drill") if report.when == "teardown" else None
+        if line:
+            lines.append([line[0], others[report.nodeid], "", "", ""] if report.nodeid in others else line)
     if lines:
         terminalreporter.section("failure drill")
         for line in [["fault", "times", "rows lost", "bytes differing", "seconds"], ["---"] * 5, *lines]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from pipeline.runs import open_run
 from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.s3 import S3, lock_of, running_s3
 from tests.test_generate import digests, generate, manifest
-from tests.test_processes import receipts, run_fgsm, wait_for
+from tests.test_processes import GATED, receipts, run_fgsm, wait_for
 from tests.test_streams import images, stream, write_files, write_tar
 
 # A victim that does what files beside it say, and notes which processes load it, with how many cores.
@@ -388,10 +388,9 @@ def test_what_the_config_names_wrongly_is_the_same_sentence_as_here(cluster: str
 # -------------------------------------------------------------------------------------- the driver's end
 
 
-def run_on_cluster(address: str, cache: str, log: str, arguments: list[str]) -> None:
-    """The body of a process: `fgsm` as a driver that joins a cluster."""
+def join(address: str) -> None:
+    """Make this process a driver of the cluster at an address."""
     os.environ.update(RAY_ADDRESS=address, RAY_AUTH_MODE="token", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
-    run_fgsm(cache, log, arguments)
 
 
 @pytest.mark.drill
@@ -404,7 +403,8 @@ def test_a_driver_that_is_interrupted_or_killed_goes_on_from_the_receipts(
     def start() -> Any:
         # One worker: each has to import torch.
         arguments = ["generate", str(watched_config), "--executor", "ray", "--set", "runtime.ray.workers=1"]
-        process = processes.Process(target=run_on_cluster, args=(cluster, str(tmp_path / "c"), str(log), arguments))
+        target = (str(tmp_path / "c"), str(log), arguments, partial(join, cluster))
+        process = processes.Process(target=run_fgsm, args=target)
         process.start()
         return process
 
@@ -661,25 +661,36 @@ def test_without_ray_the_sentence_names_what_to_install(
 
 # --------------------------------------------------------------------------------------- a node is lost
 
-GATED = """
 
-import os, pathlib, time
+def lose_a_node(folder: Path, start: Callable[[str], tuple[Any, Path]]) -> None:
+    """Remove one of two nodes in the middle of its shard: the run ends well on the other.
 
-HERE = pathlib.Path(__file__).parent
+    Args:
+        folder: where the run's victim lies, which is `Gated`.
+        start: begins the run, as a driver of the cluster at an address; its process, and the log of what it says.
+    """
+    from ray.cluster_utils import Cluster
 
-
-class Gated(Net):
-    def forward(self, x):
-        # The first that meets the white image says where it is, and stays there.
-        if len(x) > 1 and (x.flatten(1).amin(1) == 1).any():
-            try:
-                with open(HERE / "gate", "x") as file:
-                    file.write(os.environ["NODE"])
-                time.sleep(1000)
-            except FileExistsError:
-                (HERE / "passed").write_text(os.environ["NODE"])
-        return super().forward(x)
-"""
+    (folder / "gate").touch()
+    (folder / "passed").unlink(missing_ok=True)
+    noticed_soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": noticed_soon, "include_dashboard": False}
+    )
+    try:
+        workers = {name: nodes.add_node(num_cpus=1, env_vars={"NODE": name}) for name in ("a", "b")}
+        driver, log = start(nodes.address)
+        wait_for(lambda: not driver.is_alive() or any(folder.glob("held by *")), 150)
+        assert driver.is_alive(), log.read_text()
+        (held,) = folder.glob("held by *")
+        lost = held.name.removeprefix("held by ")
+        assert not (folder / "passed").exists()
+        nodes.remove_node(workers[lost], allow_graceful=False)
+        driver.join(150)
+        assert driver.exitcode == 0, log.read_text()
+    finally:
+        nodes.shutdown()  # type: ignore[no-untyped-call]
+    assert {lost, (folder / "passed").read_text()} == {"a", "b"}
 
 
 @pytest.mark.drill
@@ -687,8 +698,6 @@ class Gated(Net):
 def test_a_node_that_is_lost_costs_its_shards_in_flight(
     write_config: WriteConfig, factory_file: Path, tmp_path: Path, processes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray.cluster_utils import Cluster
-
     factory_file.write_text(FACTORY + GATED)
     images = random_pixels(48)
     images[20] = 255
@@ -699,32 +708,18 @@ def test_a_node_that_is_lost_costs_its_shards_in_flight(
         output={"images_per_shard": 8},
         runtime={"batch_size": 4},
     )
-    monkeypatch.setenv("NODE", "this process")
-    (tmp_path / "gate").touch()  # open: the undisturbed run passes
     generate(config, "--output", str(tmp_path / "local"))
-    (tmp_path / "gate").unlink()
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
-    noticed_soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
-    nodes = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": noticed_soon, "include_dashboard": False}
-    )
-    try:
-        workers = {name: nodes.add_node(num_cpus=1, env_vars={"NODE": name}) for name in ("a", "b")}
-        arguments = ["generate", str(config), "--executor", "ray"]
-        log = tmp_path / "log"
-        target = (nodes.address, str(tmp_path / "cache"), str(log), arguments)
-        driver = processes.Process(target=run_on_cluster, args=target)
+
+    def start(address: str) -> tuple[Any, Path]:
+        arguments, log = ["generate", str(config), "--executor", "ray"], tmp_path / "log"
+        target = (str(tmp_path / "cache"), str(log), arguments, partial(join, address))
+        driver = processes.Process(target=run_fgsm, args=target)
         driver.start()
-        wait_for(lambda: not driver.is_alive() or (tmp_path / "gate").exists(), 150)
-        assert driver.is_alive(), log.read_text()
-        lost = (tmp_path / "gate").read_text()
-        nodes.remove_node(workers[lost], allow_graceful=False)
-        driver.join(150)
-        assert driver.exitcode == 0, log.read_text()
-    finally:
-        nodes.shutdown()  # type: ignore[no-untyped-call]
-    assert (tmp_path / "passed").read_text() != lost
+        return driver, log
+
+    lose_a_node(tmp_path, start)
     assert receipts(tmp_path / "out") == 6
     assert digests(tmp_path / "out") == digests(tmp_path / "local")
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0

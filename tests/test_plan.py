@@ -1,10 +1,11 @@
 """The plan: every row once, in shards and batches that depend on the config alone. And `fgsm plan`, which tries it."""
 
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,28 @@ from tests.test_generate import generate, manifest
 def plan(split_rows: Mapping[str, int], **options: Any) -> Plan:
     defaults: dict[str, Any] = {"shuffle": True, "seed": 0, "limit": None, "images_per_shard": 16, "batch_size": 6}
     return make_plan(split_rows, **{**defaults, **options})
+
+
+class Counted(tuple[Shard, ...]):
+    """Shards that know how often they were walked."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[Shard]:
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_rows_are_summed_once_and_change_nothing_of_a_plan() -> None:
+    """Of 10,000 shards that takes 2 ms, and it is asked for with every batch that has a skipped row."""
+    shards = Counted(plan({"train": 100}).shards)
+    one, other = Plan({}, shards, 6), Plan({}, shards, 6)
+    assert one.total == 100
+    walks = shards.walks
+    assert one.total == 100
+    assert shards.walks == walks
+    assert one == other
+    assert pickle.loads(pickle.dumps(Plan({}, tuple(shards), 6))) == one
 
 
 SPLITS = st.dictionaries(st.sampled_from(["train", "test", "validation"]), st.integers(1, 300), min_size=1)

@@ -4,11 +4,15 @@ Bounds are seconds of this process's own computing, generous: other work on the 
 """
 
 import contextlib
+import multiprocessing
 import os
+import runpy
+import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,12 +25,14 @@ from pipeline.manifest import MOST_SKIPPED, Skipped, summarise
 from pipeline.outputs import (
     FileEntry,
     LevelCounts,
+    OutputFolder,
     Receipt,
     SkippedRow,
+    committed,
     shard_file,
 )
 from pipeline.plan import Shard
-from pipeline.progress import Busy
+from pipeline.progress import Busy, Progress
 from pipeline.runs import Run, open_run, versions
 from pipeline.summary import summary_table
 from tests.conftest import WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
@@ -127,8 +133,12 @@ def test_ten_thousand_shards(write_config: WriteConfig, tmp_path: Path) -> None:
     config, run = ten_thousand(write_config, tmp_path, ["8/255"])
     out = tmp_path / "out"
     simulate(run, out, run.plan.shards[:-1])
-    with at_most(0.5, "listing receipts"):
-        assert len(list((out / ".run/receipts").iterdir())) == SHARDS - 1
+    folder = OutputFolder(out)
+    with at_most(1, "listing the folder"):
+        sizes = folder.store.sizes()
+    assert sum(name.startswith(f"{folder.receipts}/") for name in sizes) == SHARDS - 1
+    with at_most(1.5, "what is committed"):
+        assert len(committed(folder, run.run_id, run.plan.shards)) == SHARDS - 1
     with first_batch() as seen, at_most(15, "the last shard"):
         began = time.process_time()
         assert "complete; 10,000 of 10,000 source images" in generate(config)
@@ -143,16 +153,53 @@ def test_ten_thousand_shards(write_config: WriteConfig, tmp_path: Path) -> None:
 @pytest.mark.drill
 @pytest.mark.timeout(240)
 def test_a_resumed_run_starts_within_ten_seconds_by_the_clock(write_config: WriteConfig, tmp_path: Path) -> None:
-    """At 10,000 shards in five subsets, and the names of all receipts within one."""
+    """At 10,000 shards in five subsets; they are listed within one, and what is committed is known soon after."""
     config, run = ten_thousand(write_config, tmp_path, ["1/255", "2/255", "4/255", "8/255"])
     simulate(run, tmp_path / "out", run.plan.shards[:-1])
+    folder = OutputFolder(tmp_path / "out")
     began = time.monotonic()
-    assert len(list((tmp_path / "out/.run/receipts").iterdir())) == SHARDS - 1
+    sizes = folder.store.sizes()
     assert time.monotonic() - began < 1
+    assert sum(name.startswith(f"{folder.receipts}/") for name in sizes) == SHARDS - 1
+    began = time.monotonic()
+    assert len(committed(folder, run.run_id, run.plan.shards)) == SHARDS - 1
+    assert time.monotonic() - began < 1.5
     with first_batch() as seen:
         began = time.monotonic()
         generate(config)
     assert seen[0].monotonic - began < 10
+
+
+def measure_streaming(images: int, held: int, log: Path) -> None:
+    """The body of a process: scripts/measure_streaming.py, in a run that keeps so many bytes of each image."""
+    kept, update = [], Progress.update
+
+    def leaking(self: Progress, images: int, *counts: Any) -> None:
+        kept.append(b"x" * (held * images))
+        update(self, images, *counts)
+
+    Progress.update = leaking  # type: ignore[assignment,method-assign]
+    multiprocessing.set_start_method("fork", force=True)
+    sys.argv = ["measure_streaming.py", "--images", str(images), "--files", "20"]
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            runpy.run_path(str(Path(__file__).parent.parent / "scripts/measure_streaming.py"), run_name="__main__")
+        except SystemExit as end:
+            file.write(str(end))
+            raise
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("images", "held", "code"), [(20_000, 0, 0), (4_000, 2**15, 1)])
+def test_the_memory_of_a_stream_is_measured(processes: Any, tmp_path: Path, images: int, held: int, code: int) -> None:
+    log = tmp_path / "log"
+    process = processes.Process(target=measure_streaming, args=(images, held, log))
+    process.start()
+    process.join(100)
+    said = log.read_text()
+    assert process.exitcode == code, said
+    assert said.count("peak RSS") == 4
+    assert ("Memory grows" in said) == bool(held)
 
 
 def test_all_skipped_rows_are_counted_and_some_listed(write_config: WriteConfig) -> None:
