@@ -332,7 +332,11 @@ class LocalStore(Store):
             raise write_failure(self.disk, error) from None
         with self._held_here((there.st_dev, there.st_ino)), self._locked_out():
             shutil.rmtree(self.disk / SCRATCH, ignore_errors=True)
-            yield
+            try:
+                yield
+            finally:
+                # What a node that was lost leaves: once all is there no command holds the folder again.
+                shutil.rmtree(self.disk / SCRATCH, ignore_errors=True)
 
     def check_held(self) -> None:
         """The operating system gives it to nobody else."""

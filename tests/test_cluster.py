@@ -29,7 +29,7 @@ from pipeline.runs import open_run
 from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 from tests.s3 import S3, lock_of, running_s3
 from tests.test_generate import digests, generate, manifest
-from tests.test_processes import GATED, receipts, run_fgsm, wait_for
+from tests.test_processes import GATED, driver_of, receipts, run_fgsm, wait_for
 from tests.test_streams import images, stream, write_files, write_tar
 
 # A victim that does what files beside it say, and notes which processes load it, with how many cores.
@@ -388,11 +388,6 @@ def test_what_the_config_names_wrongly_is_the_same_sentence_as_here(cluster: str
 # -------------------------------------------------------------------------------------- the driver's end
 
 
-def join(address: str) -> None:
-    """Make this process a driver of the cluster at an address."""
-    os.environ.update(RAY_ADDRESS=address, RAY_AUTH_MODE="token", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
-
-
 @pytest.mark.drill
 def test_a_driver_that_is_interrupted_or_killed_goes_on_from_the_receipts(
     cluster: str, watched_config: Path, tmp_path: Path, processes: Any
@@ -403,7 +398,7 @@ def test_a_driver_that_is_interrupted_or_killed_goes_on_from_the_receipts(
     def start() -> Any:
         # One worker: each has to import torch.
         arguments = ["generate", str(watched_config), "--executor", "ray", "--set", "runtime.ray.workers=1"]
-        target = (str(tmp_path / "c"), str(log), arguments, partial(join, cluster))
+        target = (str(tmp_path / "c"), str(log), arguments, driver_of(cluster))
         process = processes.Process(target=run_fgsm, args=target)
         process.start()
         return process
@@ -714,7 +709,7 @@ def test_a_node_that_is_lost_costs_its_shards_in_flight(
 
     def start(address: str) -> tuple[Any, Path]:
         arguments, log = ["generate", str(config), "--executor", "ray"], tmp_path / "log"
-        target = (str(tmp_path / "cache"), str(log), arguments, partial(join, address))
+        target = (str(tmp_path / "cache"), str(log), arguments, driver_of(address))
         driver = processes.Process(target=run_fgsm, args=target)
         driver.start()
         return driver, log

@@ -35,7 +35,7 @@ import yaml
 from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, write_parquet
 from tests.s3 import S3, running_s3
 from tests.test_generate import digests, generate, manifest
-from tests.test_processes import GATED, group_is_gone, holds, receipts, run_fgsm, wait_for
+from tests.test_processes import GATED, driver_of, group_is_gone, holds, receipts, run_fgsm, wait_for
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 
@@ -885,7 +885,7 @@ def test_ray_node_removed(
 ) -> None:
     """Ray: a node removed in the middle of its shard."""
     pytest.importorskip("ray")
-    from tests.test_cluster import join, lose_a_node
+    from tests.test_cluster import lose_a_node
 
     site, out = sites("white", 96, White), tmp_path / "out"
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
@@ -893,7 +893,7 @@ def test_ray_node_removed(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def start(address: str) -> tuple[Any, Path]:
-        run = site.generate(out, "--executor", "ray", prepare=partial(join, address))
+        run = site.generate(out, "--executor", "ray", prepare=driver_of(address))
         return run.process, run.log
 
     lose_a_node(site.folder, start)

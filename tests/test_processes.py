@@ -80,6 +80,18 @@ def slow_config(request: pytest.FixtureRequest, write_config: WriteConfig, facto
     )
 
 
+def driver_of(address: str) -> Callable[[], None]:
+    """What makes a process a driver of the Ray cluster at an address that this one has started.
+
+    Ray looks at its environment as it is imported, so it stands here, where nothing imports it.
+    """
+    return partial(_drive, address, os.environ.get("RAY_AUTH_MODE", "disabled"))
+
+
+def _drive(address: str, auth: str) -> None:
+    os.environ.update(RAY_ADDRESS=address, RAY_AUTH_MODE=auth, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+
+
 def run_fgsm(cache: str, log: str, arguments: list[str], prepare: Callable[[], None] | None = None) -> None:
     """The body of a process: the console command, in a group of its own, its output in a file or terminal.
 
