@@ -588,7 +588,16 @@ def test_a_cluster_that_asks_for_a_token_is_told(monkeypatch: pytest.MonkeyPatch
         pipeline.cluster._connect()
 
 
-def test_a_temporary_folder_in_which_ray_cannot_start_is_told(tmp_path: Path) -> None:
+def test_a_machine_on_which_ray_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", Init(OSError("AF_UNIX path length cannot exceed 107 bytes")))
+    monkeypatch.setattr("pipeline.cluster.read_ray_address", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(PipelineError, match=r"^Ray cannot be started on this machine \(AF_UNIX .* with RAY_TMPDIR"):
+        pipeline.cluster._connect()
+
+
+@pytest.mark.drill
+def test_a_temporary_folder_with_a_long_name_is_told(tmp_path: Path) -> None:
     (tmp_path / ("long" * 20)).mkdir()
     environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / ("long" * 20)), "RAY_ADDRESS": "local"}
     script = "from pipeline.cluster import RayExecutor\nwith RayExecutor(): pass"
