@@ -451,7 +451,7 @@ class _Session:
         self._count(shard.name, ShardCounts(receipt.planned, receipt.counts[0].labelled, right))
         self.receipts.append(receipt)
         if receipt.skipped:
-            self._judge(self.receipts, shard)
+            self._judge(self.receipts, shard, receipt)
 
     def _wait_for(self, shards: Sequence[Shard]) -> dict[str, Receipt]:
         """The receipts of shards that workers say they have written, as far as they can be seen from here in time."""
@@ -462,11 +462,11 @@ class _Session:
                 return there
             time.sleep(POLL_SECONDS)
 
-    def _judge(self, receipts: Sequence[Receipt], last: Shard) -> None:
-        """Stop where too many rows were skipped, the last of them in a shard of these."""
+    def _judge(self, receipts: Sequence[Receipt], shard: Shard, last: Receipt) -> None:
+        """Stop where too many rows were skipped, the last of them in this shard, as its receipt says."""
         skipped, read = sum(len(receipt.skipped) for receipt in receipts), sum(receipt.planned for receipt in receipts)
-        row = next(receipt for receipt in reversed(receipts) if receipt.shard == last.name).skipped[-1]
-        message = f"{name_row(last, row.source_index)} cannot be decoded ({row.reason})"
+        row = last.skipped[-1]
+        message = f"{name_row(shard, row.source_index)} cannot be decoded ({row.reason})"
         check_share_skipped(skipped, self.total, read, self.most, message)
 
     def _look(self) -> None:
@@ -500,7 +500,8 @@ class _Session:
         there |= committed(self.folder, self.opened.run_id, tried) if tried else {}
         with_skipped = [shard for shard in shards if shard.name in there and there[shard.name].skipped]
         if with_skipped:
-            self._judge([*self.done, *there.values()], with_skipped[-1])
+            last = with_skipped[-1]
+            self._judge([*self.done, *there.values()], last, there[last.name])
         failed = [shard.name for shard in tried if shard.name not in there]
         if failed:
             first = self.failed[failed[0]]

@@ -346,7 +346,7 @@ class LocalStore(Store):
         """Against other threads of this process."""
         with _HELD_LOCK:
             if folder in _HELD:
-                raise self._in_use(str(os.getpid()))
+                raise _in_use(self.root, f"process {os.getpid()}")
             _HELD.add(folder)
         try:
             yield
@@ -370,14 +370,11 @@ class LocalStore(Store):
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise write_failure(self.disk, error) from None  # a file system without locks
                 lock.seek(0)
-                raise self._in_use(lock.read().strip()) from None
+                raise _in_use(self.root, f"process {lock.read().strip()}") from None
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
             yield
-
-    def _in_use(self, holder: str) -> PipelineError:
-        return PipelineError(f"{self.root} is in use by another run (process {holder}); wait for it.")
 
 
 class ObjectStore(Store):
@@ -566,14 +563,14 @@ class ObjectStore(Store):
                 self.delete([LOCK])
                 waits = True
             elif now is not None:
-                raise _in_use(self.root, now)
+                raise _in_use(self.root, _holder(now))
 
     def _settle(self, own: Mapping[str, Any]) -> None:
         """Of two runs that took the same dead lock over at once, one has deleted the other's new one."""
         time.sleep(SETTLE_SECONDS)
         now = self._read_lock()
         if now is None or now.get("token") != own["token"]:
-            raise _in_use(self.root, now or {})
+            raise _in_use(self.root, _holder(now or {}))
 
     def _keep(self, own: dict[str, Any], over: threading.Event) -> None:
         """Say every few seconds that the holder lives, until it is over."""
@@ -710,8 +707,8 @@ def _file_system(protocol: str) -> Any:
         raise ConfigError(f"output.path: fsspec knows no protocol {protocol}://; s3:// and gs:// are two.") from None
 
 
-def _in_use(root: str, lock: Mapping[str, Any]) -> PipelineError:
-    return PipelineError(f"{root} is in use by another run ({_holder(lock)}); wait for it.")
+def _in_use(root: str, holder: str) -> PipelineError:
+    return PipelineError(f"{root} is in use by another run ({holder}); wait for it.")
 
 
 def _holder(lock: Mapping[str, Any]) -> str:
