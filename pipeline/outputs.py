@@ -147,6 +147,14 @@ class SkippedRow(Record):
     reason: str
 
 
+class LeftOut(Record):
+    """What of a source is no row of it, for one reason: how many files or members of a tar, and the first names."""
+
+    reason: str
+    count: Whole
+    first: tuple[str, ...]
+
+
 class Receipt(Record):
     """What a committed shard holds. Nothing in it depends on when or how fast it was written."""
 
