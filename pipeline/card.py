@@ -77,7 +77,7 @@ def write_summaries(
         PipelineError: the disk refused.
     """
     if receipts is None:
-        receipts = committed(folder, manifest.run_id, manifest.plan.shards)
+        receipts = committed(folder, manifest.edition, manifest.plan.shards)
     manifest = summarise(manifest, receipts)
     folder.store.write(folder.manifest, manifest.model_dump_json(indent=1).encode())
     if not card_agrees(folder, manifest):
@@ -110,11 +110,11 @@ def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     Args:
         manifest: of the run, with the digest of the receipts there are.
     """
-    splits, stored = list(manifest.split_rows), manifest.stored
+    stored = manifest.stored
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
-    configs = [_config(subset, splits, [subset], f"{_about(subset)}; {stamp}") for subset in stored]
+    configs = [_config(subset, manifest, [subset], f"{_about(subset)}; {stamp}") for subset in stored]
     if len(stored) > 1:
-        configs.insert(0, _config("all", splits, stored, f"Clean and every epsilon; {stamp}"))
+        configs.insert(0, _config("all", manifest, stored, f"Clean and every epsilon; {stamp}"))
     return [{**configs[0], "default": True}, *configs[1:]]
 
 
@@ -124,8 +124,11 @@ def _about(subset: str) -> str:
     return {"clean": "Clean images", SIGNS: "Clean images, and the sign that leads to every epsilon"}[subset]
 
 
-def _config(name: str, splits: Sequence[str], folders: Sequence[str], description: str) -> dict[str, Any]:
-    files = [{"split": split, "path": [f"{folder}/{split}-*.parquet" for folder in folders]} for split in splits]
+def _config(name: str, manifest: Manifest, folders: Sequence[str], description: str) -> dict[str, Any]:
+    files = [
+        {"split": split, "path": [f"{folder}/{split}-*-{manifest.edition}.parquet" for folder in folders]}
+        for split in manifest.split_rows
+    ]
     return {"config_name": name, "description": description, "data_files": files}
 
 

@@ -62,12 +62,13 @@ logger = logging.getLogger(__name__)
 class Job:
     """What a worker must know of the run.
 
-    recorded: the manifest of the run as it began, or None to begin it; cwd: where the driver stands, to which a
+    recorded: the manifest of the run as it began, or None to begin it in this generation; cwd: where the driver stands, to which a
     factory's modules may be relative; cores and gpus: that a worker has, a part of one too.
     """
 
     config: Config
     recorded: Manifest | None
+    generation: int
     cwd: str
     cores: int
     gpus: float
@@ -112,7 +113,7 @@ def open_on_worker(job: Job) -> tuple[Manifest, list[tuple[int, str]]]:
     """
     global _held
     with _at_work(job), _listening() as said:
-        run = open_run(job.config, job.recorded)
+        run = open_run(job.config, job.recorded, job.generation)
         _held = _Held(job.config, run)
         return run.manifest(), said
 
@@ -178,7 +179,7 @@ def write_on_worker(job: Job, location: str, shard: Shard, board: Any) -> dict[s
     """
     with _at_work(job):
         run, folder, busy, told = _run(job), OutputFolder(location), Busy(), time.monotonic()
-        if _read_receipt(folder, shard) is not None:
+        if _read_receipt(folder, shard, run.edition) is not None:
             return busy.seconds  # of a worker that was lost right after its commit
         counts = ShardCounts(0, 0, {})
 
@@ -295,7 +296,7 @@ class RayExecutor:
         if self._mine:
             ray.shutdown()
 
-    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
+    def open(self, config: Config, recorded: Manifest | None, generation: int) -> Manifest:
         """Have a worker open the run: see generate.Executor.
 
         Raises:
@@ -310,7 +311,7 @@ class RayExecutor:
         logger.info(
             "Ray: %s, room for %s with %s each.", _many(len(nodes), "node"), _many(room, "worker"), self.workers
         )
-        job = Job(config, recorded, str(Path.cwd()), self.workers.cpus, self.workers.gpus)
+        job = Job(config, recorded, generation, str(Path.cwd()), self.workers.cpus, self.workers.gpus)
         self.opened, said = self._ask(open_on_worker, job)
         for level, message in said:
             logger.log(level, "%s", message)
@@ -444,7 +445,7 @@ class _Session:
             if not self._wait_for([shard]):
                 raise _not_shared(self.folder, shard.name)
             self._proved = True
-        receipt = _read_receipt(self.folder, shard)
+        receipt = _read_receipt(self.folder, shard, self.opened.edition)
         if receipt is None:  # to be seen later; `check` counts it
             return
         right = {counts.level: counts.correct for counts in receipt.counts}
@@ -457,7 +458,7 @@ class _Session:
         """The receipts of shards that workers say they have written, as far as they can be seen from here in time."""
         end = time.monotonic() + SHARED_SECONDS
         while True:
-            there = committed(self.folder, self.opened.run_id, shards)
+            there = committed(self.folder, self.opened.edition, shards)
             if len(there) == len(shards) or time.monotonic() > end:
                 return there
             time.sleep(POLL_SECONDS)
@@ -497,7 +498,7 @@ class _Session:
         there = self._wait_for([shard for shard in shards if shard.name not in self.failed])
         # One may have failed after its commit.
         tried = [shard for shard in shards if shard.name in self.failed]
-        there |= committed(self.folder, self.opened.run_id, tried) if tried else {}
+        there |= committed(self.folder, self.opened.edition, tried) if tried else {}
         with_skipped = [shard for shard in shards if shard.name in there and there[shard.name].skipped]
         if with_skipped:
             last = with_skipped[-1]
@@ -528,10 +529,10 @@ def _not_shared(folder: OutputFolder, shard: str) -> PipelineError:
     )
 
 
-def _read_receipt(folder: OutputFolder, shard: Shard) -> Receipt | None:
+def _read_receipt(folder: OutputFolder, shard: Shard, edition: str) -> Receipt | None:
     """A shard's receipt, None where it is not to be seen yet; whether it is there in the end `check` says."""
     with contextlib.suppress(FileNotFoundError, ValidationError):
-        return Receipt.model_validate_json(folder.store.read(folder.receipt(shard.name)))
+        return Receipt.model_validate_json(folder.store.read(folder.receipt(shard, edition)))
     return None
 
 

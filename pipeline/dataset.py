@@ -220,13 +220,13 @@ def _open(place: str, stored: Manifest | None, subset: str, streaming: bool) -> 
 
 
 def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[str]]:
-    """The files of a subset by split, `subset/split-00000-of-00004.parquet`.
+    """The files of a subset by split, `subset/split-00000-of-00004-RUN.parquet`.
 
     Raises:
         ConfigError: none is there yet, or the manifest lists one that is none of its shards.
     """
     files: dict[str, list[str]] = {split: [] for split in manifest.split_rows}
-    splits = {shard_file(subset, shard): shard.split for shard in manifest.plan.shards}
+    splits = {shard_file(subset, shard, manifest.edition): shard.split for shard in manifest.plan.shards}
     for entry in manifest.files:
         if not entry.path.startswith(f"{subset}/"):
             continue

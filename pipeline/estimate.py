@@ -109,7 +109,8 @@ def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
     local, disk = folder.store.local, folder.store.disk
     free = free_bytes(disk.resolve())
     if overwrite and local:
-        free += sum(size for name, size in folder.store.sizes().items() if name.endswith(".parquet"))
+        sizes = folder.store.sizes()
+        free += sum(sizes[name] for name in folder.owned(folder.editions()))
     if needed > free:
         what, mend = "", "choose another disk, fewer epsilons or a source.limit."
         if not local:
@@ -188,7 +189,7 @@ def _pass(run: Run, rows: int) -> _Pass:
     parts = _parts(run.plan, rows)
     with tempfile.TemporaryDirectory(prefix="fgsm-plan-") as place:
         folder = OutputFolder(Path(place))
-        with folder.held():
+        with folder.store.held():
             began = time.perf_counter()
             write_shards(run, folder, parts, [], Busy(), lambda *_: None)
             seconds = time.perf_counter() - began

@@ -6,17 +6,17 @@ process, or a cluster.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from pipeline.card import card_agrees, write_summaries
 from pipeline.config import Config
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, listing
 from pipeline.estimate import check_disk, estimate_bytes, in_flight
 from pipeline.execute import compile_as_begun, tell_speed, write_shards
 from pipeline.lanes import available_cores, lane_count
-from pipeline.manifest import Manifest, read_manifest, summarise
-from pipeline.outputs import OutputFolder, Receipt, committed, read_receipts
+from pipeline.manifest import Manifest, read_manifest, settled, summarise
+from pipeline.outputs import OutputFolder, Receipt, committed
 from pipeline.plan import Shard
 from pipeline.progress import Busy, Progress
 from pipeline.runs import differences, open_run, versions
@@ -27,12 +27,13 @@ logger = logging.getLogger(__name__)
 class Executor(Protocol):
     """Whoever does the work: opens one run, and writes shards of it."""
 
-    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
+    def open(self, config: Config, recorded: Manifest | None, generation: int) -> Manifest:
         """Open the run where it will be computed.
 
         Args:
             config: as the user wrote it.
             recorded: the manifest of the run that is resumed.
+            generation: of a run that begins; see `Manifest.generation`.
 
         Returns:
             The manifest as it is before anything is written, of the device and the packages that are there.
@@ -63,8 +64,8 @@ class Executor(Protocol):
 class LocalExecutor:
     """This process does the work."""
 
-    def open(self, config: Config, recorded: Manifest | None) -> Manifest:
-        self.run = open_run(config, recorded)
+    def open(self, config: Config, recorded: Manifest | None, generation: int) -> Manifest:
+        self.run = open_run(config, recorded, generation)
         return self.run.manifest()
 
     def estimate_bytes(self, folder: OutputFolder, shards: Sequence[Shard]) -> int:
@@ -85,13 +86,18 @@ class LocalExecutor:
 ExecutorName = Literal["local", "ray"]
 
 
-def generate(config: Config, *, overwrite: bool = False, executor: ExecutorName = "local") -> Manifest:
+def generate(
+    config: Config, *, overwrite: bool = False, executor: ExecutorName = "local", unlocked: bool = False
+) -> Manifest:
     """Write the dataset that a config describes, or what is missing of it.
 
     Args:
         config: the run.
-        overwrite: remove the run that is in the output folder first.
+        overwrite: remove the run that is in the output folder first: the files that its receipts and its manifest
+            list, and those that bear its id. All else stays.
         executor: `local` works in this process, `ray` on a cluster; the bytes are the same.
+        unlocked: do without a lock, where the file system or the object store has none: the caller sees to it that no
+            second run writes there.
 
     Returns:
         The manifest of the complete dataset.
@@ -99,13 +105,13 @@ def generate(config: Config, *, overwrite: bool = False, executor: ExecutorName 
     Raises:
         ConfigError: the config, or what it names, cannot be used; nothing was written.
         ShardsFailedError: some shards failed on a cluster; the others were committed.
-        PipelineError: the run failed; what was committed is kept.
+        PipelineError: the run failed, or shards were removed while it went on; what was committed is kept.
     """
     folder = OutputFolder(config.output.path)
     folder.check_usable()
     recorded = None if overwrite else read_manifest(folder)
     with _executor(executor) as execution:
-        return _execute(execution, config, folder, recorded, overwrite)
+        return _execute(execution, config, folder, recorded, overwrite, unlocked)
 
 
 @contextlib.contextmanager
@@ -127,45 +133,85 @@ def _executor(name: ExecutorName) -> Iterator[Executor]:
 
 
 def _execute(
-    execution: Executor, config: Config, folder: OutputFolder, recorded: Manifest | None, overwrite: bool
+    execution: Executor,
+    config: Config,
+    folder: OutputFolder,
+    recorded: Manifest | None,
+    overwrite: bool,
+    unlocked: bool,
 ) -> Manifest:
     """Find out what is missing, and have it written."""
-    opened = execution.open(config, recorded)
+    opened = execution.open(config, recorded, folder.next_generation() if overwrite else 0)
     if not overwrite:
         _check_same(opened, recorded, folder)
     shards = opened.plan.shards
-    done = {} if overwrite else committed(folder, opened.run_id, shards)
-    unchanged = recorded is not None and summarise(recorded, done) == recorded and card_agrees(folder, recorded)
-    if recorded is not None and recorded.complete and unchanged:
+    done = {} if overwrite else committed(folder, opened.edition, shards)
+    if recorded is not None and recorded.complete and _is_current(folder, recorded, done):
         logger.info("All %d shards are already there.", len(shards))
         return recorded
     needed = execution.estimate_bytes(folder, [shard for shard in shards if shard.name not in done])
     check_disk(needed, folder, overwrite=overwrite)
-    with folder.held():
-        if overwrite:
-            folder.clear()
-        elif read_manifest(folder) != recorded:
+    with folder.store.held(unlocked=unlocked):
+        if not overwrite and read_manifest(folder) != recorded:
             raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
-        done = committed(folder, opened.run_id, shards)
+        begun = _begin(folder, recorded or opened, overwrite)
+        done = committed(folder, begun.edition, shards)
         if done:
             logger.info("%d of %d shards are already there.", len(done), len(shards))
         missing = [shard for shard in shards if shard.name not in done]
-        folder.forget(missing)
-        manifest = write_summaries(folder, recorded or opened, done)
+        folder.forget(missing, begun.edition)
         try:
             execution.write(folder, missing, list(done.values()))
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
             with contextlib.suppress(PipelineError):
-                write_summaries(folder, manifest)
+                write_summaries(folder, settled(begun))
             raise
-        return write_summaries(folder, manifest)
+        manifest = write_summaries(folder, settled(begun))
+    _check_complete(folder, manifest)
+    return manifest
+
+
+def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Receipt]) -> bool:
+    """Whether manifest and card say what follows from the receipts, and no run has ended half-way through."""
+    return summarise(settled(recorded), done) == recorded and card_agrees(folder, recorded)
+
+
+def _begin(folder: OutputFolder, manifest: Manifest, overwrite: bool) -> Manifest:
+    """Make the folder that of a run: the manifest first, by which it is known, then what the run replaces goes.
+
+    In an object store the manifest is different for each process that holds it, so that a former holder's late write,
+    which is meant for the version that it knew, cannot replace it.
+    """
+    superseded = sorted(folder.editions()) if overwrite else list(manifest.supersedes)
+    begun = manifest.model_copy(update={"session": folder.store.session, "supersedes": tuple(superseded)})
+    begun = write_summaries(folder, begun, {} if superseded else None)
+    if superseded:
+        folder.start_over(superseded)
+        begun = begun.model_copy(update={"supersedes": ()})
+        begun = write_summaries(folder, begun, {})
+    return begun
+
+
+def _check_complete(folder: OutputFolder, manifest: Manifest) -> None:
+    """The end of a run is success only where all is there.
+
+    Raises:
+        PipelineError: something removed shards while the run went on.
+    """
+    if not manifest.complete:
+        there = committed(folder, manifest.edition, manifest.plan.shards)
+        gone = [shard.name for shard in manifest.plan.shards if shard.name not in there]
+        raise PipelineError(
+            f"{folder.root}: {len(gone)} of {len(manifest.plan.shards)} shards were removed or changed while the run "
+            f"went on ({listing(gone)}); run the same command again to write them."
+        )
 
 
 def _check_same(opened: Manifest, recorded: Manifest | None, folder: OutputFolder) -> None:
     """Refuse to mix two runs in one folder."""
     if recorded is None:
-        others = {receipt.run_id for receipt in read_receipts(folder)[0].values()} - {opened.run_id}
+        others = folder.editions() - {opened.edition}
         if others:
             raise ConfigError(
                 f"output.path: {folder.root} holds shards of another run ({min(others)}) and no manifest; "

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
 from pipeline.origins import UNKNOWN, Origin
 from pipeline.outputs import (
+    RUN_ID,
     STEM,
     EvaluatorCounts,
     FileEntry,
@@ -31,6 +32,7 @@ from pipeline.outputs import (
     Record,
     Whole,
     committed,
+    name_edition,
     receipts_digest,
     stored_subsets,
     subset_name,
@@ -39,7 +41,7 @@ from pipeline.outputs import (
 from pipeline.plan import Plan, make_plan, stream_plan
 
 # Raised when the stored form changes: it is part of the identity of every run.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
 
@@ -116,10 +118,17 @@ class Manifest(Record):
     """`manifest.json`: what the dataset is, and how it came about.
 
     `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
+
+    `generation` counts how often an object store's prefix had been started over when the run began. While a run is
+    under way, `session` names the process that holds the store, so that each has a manifest of its own, and
+    `supersedes` lists the editions whose files it is about to remove.
     """
 
     format: int = FORMAT_VERSION
-    run_id: str
+    run_id: Annotated[str, Field(pattern=RUN_ID)]
+    generation: Whole = 0
+    session: str = ""
+    supersedes: tuple[str, ...] = ()
     complete: bool = False
     config: dict[str, Any]
     identity: dict[str, Any]
@@ -178,6 +187,11 @@ class Manifest(Record):
     def resolved(self) -> Config:
         """The config with every `auto` resolved."""
         return parse_config(self.config)
+
+    @property
+    def edition(self) -> str:
+        """What ends the names of its files."""
+        return name_edition(self.run_id, self.generation)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -257,6 +271,11 @@ def _problem(error: BaseException) -> str:
     return f"{where}: {message}" if where else message
 
 
+def settled(manifest: Manifest) -> Manifest:
+    """The manifest of a run that is not under way."""
+    return manifest.model_copy(update={"session": "", "supersedes": ()})
+
+
 def require_manifest(folder: OutputFolder) -> Manifest:
     """The manifest of a run that must be there.
 
@@ -282,7 +301,7 @@ def current_manifest(folder: OutputFolder) -> Manifest:
     manifest = require_manifest(folder)
     if ".run" not in folder.store.entries():
         return manifest
-    return summarise(manifest, committed(folder, manifest.run_id, manifest.plan.shards))
+    return summarise(manifest, committed(folder, manifest.edition, manifest.plan.shards))
 
 
 def plan_of(

@@ -1,28 +1,32 @@
 """The output folder: what is where in it, and the receipts that make its shards true.
 
-OUTPUT/manifest.json                            what the dataset is
-OUTPUT/README.md                                the card, which makes the subsets
-OUTPUT/clean/test-00000-of-00004.parquet
-OUTPUT/eps-8/test-00000-of-00004.parquet
-OUTPUT/signs/test-00000-of-00004.parquet        in layout signs, instead of the two above
-OUTPUT/report.html, OUTPUT/assets/*.png         what it looks like
-OUTPUT/.run/receipts/test-00000-of-00004.json   a shard without a receipt does not exist
-OUTPUT/.run/sessions.jsonl                      how fast each session that wrote something was
+OUTPUT/manifest.json                                what the dataset is
+OUTPUT/README.md                                    the card, which makes the subsets
+OUTPUT/clean/test-00000-of-00004-RUN.parquet
+OUTPUT/eps-8/test-00000-of-00004-RUN.parquet
+OUTPUT/signs/test-00000-of-00004-RUN.parquet        in layout signs, instead of the two above
+OUTPUT/report.html, OUTPUT/assets/*.png             what it looks like
+OUTPUT/.run/receipts/test-00000-of-00004-RUN.json   a shard without a receipt does not exist
+OUTPUT/.run/sessions.jsonl                          how fast each session that wrote something was
+
+RUN is the edition: the run's id. No two runs write files of the same name, so whatever one of them writes late, after
+a pause or through a slow network, cannot touch a file of another.
 """
 
 import contextlib
 import gc
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listing
 from pipeline.plan import Shard
 from pipeline.stores import open_store
 
@@ -30,11 +34,16 @@ from pipeline.stores import open_store
 # out of them is never a way out of the folder.
 STEM = r"^\w[\w.-]*$"
 SHARD_FILE = r"^(clean|signs|eps-[0-9]{1,3})/\w[\w.-]*\.parquet$"
+RUN_ID = r"^[0-9a-f]{16}$"
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
 Flags = NDArray[np.bool_]
 
+logger = logging.getLogger(__name__)
+
+# The report of a dataset that is being written anew.
+STARTED_OVER = b"<!doctype html><title>Started over</title><p>This dataset is being written anew; its report follows.\n"
 # The one subset of layout signs.
 SIGNS = "signs"
 
@@ -68,9 +77,53 @@ def local_folder(path_or_repo: str | Path) -> Path | None:
     return None
 
 
-def shard_file(subset: str, shard: Shard) -> str:
+def name_edition(run_id: str, generation: int) -> str:
+    """What ends the names of a run's files: its id.
+
+    Args:
+        run_id: of the run.
+        generation: how often the place had been started over when the run began; see `Manifest.generation`.
+    """
+    return f"{run_id}-{generation}" if generation else run_id
+
+
+def shard_file(subset: str, shard: Shard, edition: str) -> str:
     """A shard's file relative to the output folder."""
-    return f"{subset}/{shard.name}.parquet"
+    return f"{subset}/{shard.name}-{edition}.parquet"
+
+
+def split_of(file: str) -> str:
+    """The split of a shard, by the name of one of its files."""
+    found = re.match(r"(.+)-\d{5,}-of-\d{5,}-", PurePosixPath(file).name)
+    return found[1] if found else ""
+
+
+class Claim(BaseModel):
+    """What of a manifest or a receipt says that files are ours, whichever version of this package wrote it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run_id: str = Field(pattern=RUN_ID)
+    generation: int = 0
+    files: tuple["ClaimedFile", ...] = ()
+
+    @property
+    def edition(self) -> str:
+        """As `name_edition`."""
+        return name_edition(self.run_id, self.generation)
+
+
+class ClaimedFile(BaseModel):
+    """A file that a manifest or a receipt lists."""
+
+    path: str = Field(pattern=SHARD_FILE)
+
+
+class ManifestClaim(Claim):
+    """As `Claim`, of a manifest. `supersedes` are editions whose files its run was about to remove."""
+
+    format: int
+    supersedes: tuple[str, ...] = ()
 
 
 class Record(BaseModel):
@@ -170,6 +223,16 @@ class Receipt(Record):
     versions: dict[str, str]
 
 
+# A file that an edition ends the name of.
+_NAMED = re.compile(rf"(?:[^/]+|\.run/receipts)/.+-\d{{5,}}-of-\d{{5,}}-({RUN_ID[1:-1]}(?:-\d+)?)\.(?:parquet|json)")
+
+
+def _edition(receipt: str, claim: Claim) -> str:
+    """The edition of a receipt: until format 4 names of files had none."""
+    named = _NAMED.fullmatch(receipt)
+    return named[1] if named else claim.run_id
+
+
 class OutputFolder:
     """The output folder, on a disk or in an object store: the names of things in it, over the store that holds them."""
 
@@ -182,8 +245,9 @@ class OutputFolder:
         # For messages.
         self.root = self.store.root
 
-    def receipt(self, shard: str) -> str:
-        return f"{self.receipts}/{shard}.json"
+    def receipt(self, shard: Shard, edition: str) -> str:
+        """The name of a shard's receipt."""
+        return f"{self.receipts}/{shard.name}-{edition}.json"
 
     def check_usable(self) -> None:
         """Refuse a folder that holds something else, before anything is written.
@@ -191,39 +255,85 @@ class OutputFolder:
         Raises:
             ConfigError: it is a file, or a folder with other content than a run's.
         """
-        entries = self.store.entries()
-        others = [name for name in entries if not name.startswith(".")]
-        if others and not {self.manifest, ".run"} & set(entries):
+        others = [name for name in self.store.entries() if not name.startswith(".")]
+        if others and not self.is_ours():
             raise ConfigError(
-                f"output.path: {self.root} is not empty and holds no run (there is {others[0]}); choose another folder."
+                f"output.path: {self.root} is not empty and holds no dataset of fgsm-pipeline (there is {others[0]}); "
+                "choose another folder."
             )
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the folder against a second run.
+    def is_ours(self) -> bool:
+        """Whether there is a manifest or a receipt that this package wrote, in any version."""
+        return self._claimed_manifest() is not None or bool(self._claimed_receipts(self.store.sizes()))
+
+    def _claimed_manifest(self) -> ManifestClaim | None:
+        try:
+            return ManifestClaim.model_validate_json(self.store.read(self.manifest))
+        except (OSError, ValidationError):
+            return None
+
+    def _claimed_receipts(self, sizes: Iterable[str]) -> dict[str, Claim]:
+        """What receipts claim, by the names of their files."""
+        names = [name for name in sizes if name.startswith(f"{self.receipts}/") and name.endswith(".json")]
+        found = {}
+        for name, content in self.store.read_all(names).items():
+            with contextlib.suppress(ValidationError):
+                found[name] = Claim.model_validate_json(content)
+        return found
+
+    def editions(self) -> set[str]:
+        """The editions of all of which there is something here."""
+        sizes = self.store.sizes()
+        manifest = self._claimed_manifest()
+        found = {manifest.edition, *manifest.supersedes} if manifest else set()
+        return found | {_edition(name, claim) for name, claim in self._claimed_receipts(sizes).items()}
+
+    def next_generation(self) -> int:
+        """The generation of a run that starts over here: above all that the names of files show.
+
+        On a disk it is 0: there the operating system keeps a second run out. In an object store a request of the
+        former run may arrive late, and must not delete a file of this one, which may have the same id.
+        """
+        editions = set() if self.store.local else self.editions()
+        return 1 + max((int(edition[17:] or 0) for edition in editions), default=-1)
+
+    def owned(self, editions: Iterable[str]) -> list[str]:
+        """The files of some editions, receipts last: those that receipts and manifest list or whose names say so."""
+        sizes, wanted = self.store.sizes(), set(editions)
+        found = {
+            name
+            for name in sizes
+            if (named := _NAMED.fullmatch(name)) and named[1] in wanted and name.split("/")[0] != self.assets
+        }
+        for name, claim in self._claimed_receipts(sizes).items():
+            if _edition(name, claim) in wanted:
+                found |= {name, *(file.path for file in claim.files)}
+        return sorted(found & set(sizes), key=lambda name: (name.startswith(self.receipts), name))
+
+    def start_over(self, editions: Iterable[str]) -> None:
+        """Remove the files of runs that were here, and say what else there is.
+
+        What all runs have under one name is replaced, not removed: a request to remove it that arrives late would take
+        another run's.
 
         Raises:
-            ConfigError: a link in it leads elsewhere.
-            PipelineError: another process holds it, or it cannot be written.
+            PipelineError: the disk or the store refused.
         """
-        return self.store.held()
+        self.store.delete(self.owned(editions))
+        there = self.store.sizes()
+        for name, content in ((self.sessions, b""), (self.report, STARTED_OVER)):
+            if name in there:
+                self.store.write(name, content)
+        ours = {self.manifest, self.card, self.report}
+        hidden = (".run", self.assets)
+        others = [name for name in there if name not in ours and name.split("/")[0] not in hidden]
+        if others:
+            logger.info("Left as they are, not of this dataset: %s.", listing(sorted(others)))
 
-    def clear(self) -> None:
-        """Remove the run that is here: its receipts first and its manifest last, so that what is left of an
-        interrupted removal is still known as a run.
-
-        Raises:
-            PipelineError: the disk refused.
-        """
-        names = sorted(self.store.sizes())
-        self.store.delete(name for name in names if name.startswith(f"{self.receipts}/"))
-        ours = re.compile(rf"({subset_name(0)}|{SIGNS}|eps-[0-9][^/]*|{self.assets})/[^/]+$")
-        self.store.delete(name for name in names if ours.match(name))
-        self.store.delete([self.sessions, self.report, self.card])
-        self.store.delete([self.manifest])
-
-    def forget(self, shards: Iterable[Shard]) -> None:
+    def forget(self, shards: Iterable[Shard], edition: str) -> None:
         """Remove what receipts there are of shards that will be written anew: until then they do not exist."""
-        self.store.delete([self.receipt(shard.name) for shard in shards])
+        there = self.store.sizes()
+        self.store.delete(name for shard in shards if (name := self.receipt(shard, edition)) in there)
 
     def add_session(self, line: str) -> None:
         """Keep what there is to say of a session that wrote something."""
@@ -250,7 +360,7 @@ def uncollected() -> Iterator[None]:
 
 @uncollected()
 def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> tuple[dict[str, Receipt], list[str]]:
-    """All receipts by the name of their file, sorted, and the names of files that are no receipts.
+    """All receipts by the stem of their file, sorted, and the names of files that are no receipts.
 
     Args:
         folder: of the dataset.
@@ -269,15 +379,21 @@ def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> t
 
 
 @uncollected()
-def committed(folder: OutputFolder, run_id: str, shards: Iterable[Shard]) -> dict[str, Receipt]:
-    """The receipts of some shards whose files are there with the sizes they state, by names and sizes alone."""
+def committed(folder: OutputFolder, edition: str, shards: Iterable[Shard]) -> dict[str, Receipt]:
+    """The receipts of some shards, by their names, whose files are there with the sizes they state.
+
+    Args:
+        folder: of the dataset.
+        edition: of the run.
+        shards: of its plan.
+    """
     sizes = folder.store.sizes()
     found, _ = read_receipts(folder, sizes)
-    receipts = {shard.name: found[shard.name] for shard in shards if shard.name in found}
+    receipts = {shard.name: found.get(f"{shard.name}-{edition}") for shard in shards}
     return {
         name: receipt
         for name, receipt in receipts.items()
-        if receipt.run_id == run_id and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
+        if receipt and receipt.run_id == edition[:16] and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
     }
 
 

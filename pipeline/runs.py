@@ -30,7 +30,7 @@ from pipeline.labels import LabelSpace, join_labels
 from pipeline.lanes import chunk_images
 from pipeline.loader import Reader, Shape, find_shape
 from pipeline.manifest import FORMAT_VERSION, Manifest, Space, StreamedFile, plan_of
-from pipeline.outputs import stored_subsets
+from pipeline.outputs import name_edition, stored_subsets
 from pipeline.plan import Plan
 from pipeline.records import LAYOUTS, Layout, make_features
 from pipeline.sources import Source, open_source
@@ -69,6 +69,7 @@ class Run:
     identity: dict[str, Any]
     asked_batch_size: int
     evaluators: Mapping[str, Evaluator]
+    generation: int
 
     @property
     def attacker(self) -> Attacker:
@@ -110,10 +111,16 @@ class Run:
         """A digest of what decides the bytes, 16 hex digits."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def edition(self) -> str:
+        """What ends the names of its files."""
+        return name_edition(self.run_id, self.generation)
+
     def manifest(self) -> Manifest:
         """The manifest before anything is written."""
         return Manifest(
             run_id=self.run_id,
+            generation=self.generation,
             config=self.config.model_dump(mode="json"),
             identity=self.identity,
             versions=versions(self.device),
@@ -131,12 +138,13 @@ class Run:
         )
 
 
-def open_run(config: Config, recorded: Manifest | None = None) -> Run:
+def open_run(config: Config, recorded: Manifest | None = None, generation: int = 0) -> Run:
     """Open the source and the victim, check that they fit, and resolve every `auto`.
 
     Args:
         config: as the user wrote it.
         recorded: the manifest of the run that is resumed; its resolved values are taken over.
+        generation: of a run that begins; see `Manifest.generation`.
 
     Raises:
         ConfigError: anything the config names is missing or does not fit.
@@ -201,6 +209,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         identity=_identity(resolved, source, victim, space, evaluators, chunk_images(device, plan.batch_size, shape)),
         asked_batch_size=asked_batch_size,
         evaluators=evaluators,
+        generation=generation if recorded is None else recorded.generation,
     )
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.columns import IMAGE, LAST, SIGN, one_level
 from pipeline.errors import PipelineError, first_line
 from pipeline.manifest import Manifest
-from pipeline.outputs import SIGNS, OutputFolder
+from pipeline.outputs import SIGNS, OutputFolder, split_of
 
 # Shards that a sample is taken from at most: each costs the footers of its files.
 SAMPLE_SHARDS = 16
@@ -160,8 +160,7 @@ def _shard_rows(manifest: Manifest, split: str) -> dict[str, int]:
     """The rows of each shard of a split that is there, by its name."""
     first = f"{manifest.stored[0]}/"
     names = {Path(entry.path).stem: entry.rows for entry in manifest.files if entry.path.startswith(first)}
-    # A shard is called SPLIT-00000-of-00004.
-    return {name: rows for name, rows in names.items() if name.rsplit("-", 3)[0] == split}
+    return {name: rows for name, rows in names.items() if split_of(name) == split}
 
 
 def _shares(rows: Mapping[str, int], most: int) -> dict[str, int]:

@@ -40,9 +40,9 @@ class ShardWriter:
         subsets: Sequence[str],
         schema: pa.Schema,
         pictures: Sequence[str],
-        run_id: str,
+        edition: str,
     ) -> None:
-        self.folder, self.shard, self.subsets, self.run_id = folder, shard, subsets, run_id
+        self.folder, self.shard, self.subsets, self.edition = folder, shard, subsets, edition
         self._waiting: list[list[pa.Table]] = [[] for _ in subsets]
         self._writers: list[pq.ParquetWriter] = []
         self._stack = contextlib.ExitStack()
@@ -105,10 +105,10 @@ class ShardWriter:
         if receipt.rows + len(receipt.skipped) != receipt.planned:
             raise RuntimeError(f"{self.shard.name}: rows written and skipped do not add up to those planned")
         self._flush()
-        footer = {"run_id": self.run_id, "shard": self.shard.name, "rows": receipt.rows}
+        footer = {"run_id": receipt.run_id, "shard": self.shard.name, "rows": receipt.rows}
         files = []
         for subset, writer in zip(self.subsets, self._writers, strict=True):
-            file = shard_file(subset, self.shard)
+            file = shard_file(subset, self.shard, self.edition)
             local = self._scratch_file(subset)
             with writing(local):
                 writer.add_key_value_metadata(
@@ -123,7 +123,7 @@ class ShardWriter:
             self.folder.store.put(local, file)
             files.append(FileEntry(path=file, rows=receipt.rows, bytes=size, sha256=digest))
         receipt = receipt.model_copy(update={"files": tuple(files)})
-        self.folder.store.commit(self.folder.receipt(self.shard.name), receipt.model_dump_json(indent=1).encode())
+        self.folder.store.commit(self.folder.receipt(self.shard, self.edition), receipt.model_dump_json(indent=1).encode())
 
 
 def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.guard import printable
 from pipeline.manifest import Manifest, Subset, current_manifest
-from pipeline.outputs import OutputFolder, subset_name
+from pipeline.outputs import OutputFolder, split_of, subset_name
 
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
 EVALUATOR_HEAD = ("split", "subset", "evaluator", "accuracy", "fooled", "transferred")
@@ -90,9 +90,8 @@ def _notes(manifest: Manifest) -> list[str]:
 def _split_sizes(manifest: Manifest) -> str:
     """The size of each split's files, where those of the epsilons are the same."""
     sizes = dict.fromkeys(manifest.split_rows, 0)
-    splits = {shard.name: shard.split for shard in manifest.plan.shards}
     for file in manifest.files:
-        if (split := splits.get(Path(file.path).stem)) is not None:
+        if (split := split_of(file.path)) in sizes:
             sizes[split] += file.bytes
     return ", ".join(f"{split} {human_bytes(size)}" for split, size in sizes.items())
 

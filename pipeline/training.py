@@ -32,7 +32,7 @@ from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.images import ImageFormat, UndecodableError, decode_images
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
 from pipeline.manifest import Manifest, require_manifest
-from pipeline.outputs import SIGNS, OutputFolder, local_folder, subset_name
+from pipeline.outputs import SIGNS, OutputFolder, local_folder, split_of, subset_name
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
 # permutation already, so a few row groups mix the classes well.
@@ -579,9 +579,8 @@ def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float)
 
 
 def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:
-    """Whether a file, `subset/split-00000-of-00004.parquet`, is of one of some subsets and of a split."""
-    subset, _, file = path.partition("/")
-    return subset in subsets and file.rsplit("-", 3)[0] == split
+    """Whether a file, `subset/split-00000-of-00004-RUN.parquet`, is of one of some subsets and of a split."""
+    return path.split("/")[0] in subsets and split_of(path) == split
 
 
 def _manifest_folder(repo: str) -> Path:

@@ -29,7 +29,7 @@ from pipeline.card import card_agrees, write_summaries
 from pipeline.columns import FILE, evaluator_columns, kept_columns
 from pipeline.compute import compile_victim, own_copy
 from pipeline.config import EvaluatorConfig, is_factory_file
-from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.errors import ConfigError, PipelineError, first_line, listing
 from pipeline.fgsm import Goal
 from pipeline.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.labels import LabelSpace
@@ -64,10 +64,12 @@ LISTED = 20
 
 @dataclass
 class Findings:
-    """What verification saw. `problems` are sentences; `damaged` names the shards to write again."""
+    """What verification saw. `problems` are sentences; `damaged` names the shards to write again; `others` are files in
+    the dataset's folders that are not of it, and that no reader takes for a part of it."""
 
     problems: list[str] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
+    others: list[str] = field(default_factory=list)
     missing: int = 0
     shards: int = 0
     rows: int = 0
@@ -111,9 +113,14 @@ def verify(path: str | Path, *, recompute: bool = False, repair: bool = False) -
     findings = Findings()
     plan = manifest.plan
     sizes = folder.store.sizes()
-    receipts, broken = read_receipts(folder, sizes)
+    found, broken = read_receipts(folder, sizes)
+    # Those of other runs are what these left, and no part of this dataset.
+    ending = f"-{manifest.edition}"
+    receipts = {stem.removesuffix(ending): receipt for stem, receipt in found.items() if stem.endswith(ending)}
     for name in broken:
-        findings.damage(Path(name).stem, f".run/receipts/{name} cannot be read as a receipt.")
+        if Path(name).stem.endswith(ending):
+            damaged = Path(name).stem.removesuffix(ending)
+            findings.damage(damaged, f".run/receipts/{name} cannot be read as a receipt.")
     _check_listing(manifest, plan, receipts, sizes, findings)
     _check_summaries(folder, manifest, plan, findings)
     with contextlib.ExitStack() as stack:
@@ -229,14 +236,18 @@ def _check_listing(
     planned = {shard.name for shard in plan.shards}
     for name, receipt in receipts.items():
         if name not in planned:
-            findings.problems.append(f".run/receipts/{name}.json belongs to no shard of this run; delete it.")
+            file = f".run/receipts/{name}-{manifest.edition}.json"
+            findings.problems.append(f"{file} belongs to no shard of this run; delete it.")
         elif receipt.run_id != manifest.run_id:
             findings.damage(name, f"The receipt of {name} is of another run ({receipt.run_id}).")
     # Once: it is derived from the config, which is parsed each time.
     stored = manifest.stored
-    expected = {shard_file(subset, shard) for shard in plan.shards for subset in stored}
-    there = {name for name in sizes if name.split("/")[0] in stored}
-    findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in sorted(there - expected)]
+    expected = {shard_file(subset, shard, manifest.edition) for shard in plan.shards for subset in stored}
+    others = sorted(name for name in sizes if name.split("/")[0] in stored and name not in expected)
+    # By their names the card takes these for shards of the run.
+    strange = [name for name in others if name.endswith(f"-{manifest.edition}.parquet")]
+    findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in strange]
+    findings.others = [name for name in others if name not in strange]
 
 
 def _check_summaries(folder: OutputFolder, manifest: Manifest, plan: Plan, findings: Findings) -> None:
@@ -252,10 +263,10 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
     """Remove what is damaged, the receipts first: a shard without a receipt does not exist."""
     if not damaged:
         return
-    with folder.held():
-        folder.store.delete(map(folder.receipt, damaged))
+    with folder.store.held():
+        folder.store.delete(f"{folder.receipts}/{name}-{manifest.edition}.json" for name in damaged)
         shards = [shard for shard in plan.shards if shard.name in damaged]
-        folder.store.delete(shard_file(subset, shard) for subset in manifest.stored for shard in shards)
+        folder.store.delete(shard_file(subset, shard, manifest.edition) for subset in manifest.stored for shard in shards)
         write_summaries(folder, manifest)
 
 
@@ -321,7 +332,7 @@ class _Checker:
         self.folder, self.plan, self.sizes = folder, plan, sizes
         self.findings, self.judge, self.decoders = findings, judge, decoders
         self.shape = torch.Size(manifest.shape)
-        self.levels, self.stored = manifest.levels, manifest.stored
+        self.levels, self.stored, self.edition = manifest.levels, manifest.stored, manifest.edition
         self.layout = LAYOUTS[manifest.resolved.output.layout]
         self.targeted = manifest.resolved.attack.target is not None
         self.features = _features(manifest, folder.store.at(folder.manifest))
@@ -336,7 +347,7 @@ class _Checker:
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
         try:
-            if [entry.path for entry in receipt.files] != [shard_file(subset, shard) for subset in self.stored]:
+            if [entry.path for entry in receipt.files] != [shard_file(subset, shard, self.edition) for subset in self.stored]:
                 raise _DamageError(f"The receipt of {shard.name} lists other files than the run has.")
             # Each shard has its own: a run may have been resumed elsewhere.
             self.exact = self.judge is None or (receipt.versions == self.judge.versions and self.judge.compiled_alike)
@@ -391,9 +402,9 @@ class _Checker:
     def _names(self, shard: Shard) -> list[str]:
         """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
         return [
-            shard_file(subset_name(level), shard)
+            shard_file(subset_name(level), shard, self.edition)
             if subset_name(level) in self.stored
-            else f"{shard_file(self.stored[0], shard)} at {level}/255"
+            else f"{shard_file(self.stored[0], shard, self.edition)} at {level}/255"
             for level in self.levels
         ]
 
@@ -423,7 +434,7 @@ class _Checker:
         self, shard: Shard, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
     ) -> NDArray[np.int64]:
         """Check one batch of every subset; (1 + K, n) counts, as `_flat` orders them."""
-        files = [shard_file(subset, shard) for subset in self.stored]
+        files = [shard_file(subset, shard, self.edition) for subset in self.stored]
         if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
             raise _DamageError(f"{files[0]} holds other source rows than the plan says.")
         if shard.file is not None and set(subsets[0].column(FILE).to_pylist()) - {shard.file}:
@@ -653,6 +664,8 @@ def describe(findings: Findings, recompute: bool) -> str:
             f"{findings.recomputed:,} predictions re-derived from the stored pixels, {findings.mismatches:,} differ; "
             f"compared in {where}"
         )
+    if findings.others:
+        lines.append(f"not of this dataset, and left alone: {listing(findings.others)}")
     lines.append(f"{len(findings.problems):,} problems in {len(findings.damaged):,} shards")
     return "\n".join(lines)
 
