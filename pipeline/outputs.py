@@ -407,9 +407,38 @@ def receipts_digest(receipts: Mapping[str, Receipt]) -> str:
 
 def reported_receipts(folder: OutputFolder) -> str | None:
     """The digest of the receipts that the report is of, None where there is no report that says."""
+    found = re.search(rb'<meta name="fgsm-receipts" content="(\w*)">', _report_head(folder))
+    return found[1].decode() if found else None
+
+
+def reported_assets(folder: OutputFolder) -> set[tuple[str, str]]:
+    """What the report lists as written by it: the name of a picture in the folder, and its sha256.
+
+    While pictures are replaced it lists the old and the new content of a name.
+    """
+    found = re.search(rb'<meta name="fgsm-assets" content="([\w.= -]*)">', _report_head(folder))
+    pairs = (entry.partition("=") for entry in found[1].decode().split()) if found else ()
+    return {(f"{folder.assets}/{name}", digest) for name, _, digest in pairs}
+
+
+def report_files(folder: OutputFolder) -> list[str]:
+    """The pictures that are still as the report wrote them, and last the report, if it is one of ours.
+
+    Every other file in `assets/` is the user's: it is never published, replaced or deleted.
+    """
+    if reported_receipts(folder) is None:
+        return []
+    own = []
+    for name, digest in sorted(reported_assets(folder)):
+        with contextlib.suppress(FileNotFoundError):
+            if hashlib.sha256(folder.store.read(name)).hexdigest() == digest:
+                own.append(name)
+    return [*own, folder.report]
+
+
+def _report_head(folder: OutputFolder) -> bytes:
     try:
         with folder.store.open(folder.report) as file:
-            found = re.search(rb'<meta name="fgsm-receipts" content="(\w*)">', file.read(4096))
+            return file.read(4096)
     except OSError:
-        return None
-    return found[1].decode() if found else None
+        return b""

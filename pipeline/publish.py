@@ -40,7 +40,7 @@ from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError, causes, first_line, listing
 from pipeline.guard import redact_answer
 from pipeline.manifest import Manifest, published, require_manifest
-from pipeline.outputs import OutputFolder, reported_receipts
+from pipeline.outputs import OutputFolder, report_files, reported_receipts
 from pipeline.summary import human_bytes
 from pipeline.verify import verify
 
@@ -101,6 +101,8 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
         if reported_receipts(folder) != manifest.receipts:
             _report(folder, manifest)
         files = list_files(folder, manifest)
+        if others := _left_out(folder, files):
+            logger.info("Not published, as they are not of this dataset: %s.", listing(others))
         _upload(repository, folder, files, there)
         _check_arrived(repository, folder, files)
     return repository.url
@@ -119,8 +121,11 @@ def dry_run(path: str | Path, repo_id: str) -> str:
     total = f"{len(files):,} files, {human_bytes(sum(file.bytes for file in files.values()))}, for {repo_id}"
     width = max(map(len, sizes))
     lines = [f"{size:>{width}}  {name}" for size, name in zip(sizes, files, strict=True)]
+    others = _left_out(folder, files)
     if reported_receipts(folder) != manifest.receipts:
         lines.append(f"{'?':>{width}}  report.html and assets/, which publishing makes anew")
+        others = [name for name in others if name != folder.report and not name.startswith(f"{folder.assets}/")]
+    lines += [f"{'not':>{width}}  {name}, which is not of this dataset" for name in others]
     return "\n".join([*lines, "", total])
 
 
@@ -168,12 +173,16 @@ def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, OwnFile]:
     shown = published(manifest).model_dump_json(indent=1).encode()
     files[folder.manifest] = OwnFile(len(shown), hashlib.sha256(shown).hexdigest(), content=shown)
     there = folder.store.sizes()
-    pictures = sorted(name for name in there if re.fullmatch(rf"{folder.assets}/[^./][^/]*", name))
-    for name in (folder.card, folder.report, *pictures):
+    for name in (folder.card, *report_files(folder)):
         if name in there:
             content = folder.store.read(name)
             files[name] = OwnFile(len(content), hashlib.sha256(content).hexdigest())
     return files
+
+
+def _left_out(folder: OutputFolder, files: Mapping[str, OwnFile]) -> list[str]:
+    """Files beside the dataset that are not published, but for those of the run itself."""
+    return sorted(name for name in folder.store.sizes() if name not in files and not name.startswith(".run/"))
 
 
 def _token() -> str:

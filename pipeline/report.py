@@ -7,8 +7,10 @@ nothing of the network. The same dataset gives the same bytes, but for the speed
 
 import base64
 import contextlib
+import hashlib
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jinja2
@@ -16,6 +18,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.errors import PipelineError
 from pipeline.findings import (
     Focus,
     accuracies,
@@ -36,13 +39,11 @@ from pipeline.findings import (
 )
 from pipeline.gallery import draw_sheet, make_groups, web_image
 from pipeline.manifest import Manifest, current_manifest, without_folders
-from pipeline.outputs import OutputFolder
+from pipeline.outputs import OutputFolder, report_files, reported_assets
 from pipeline.plots import Curve, Plot, Ridge, curves_plot, level_name, matrix_plot, ridges_plot
 from pipeline.sample import SAMPLE_SHARDS, is_labelled, read_sample
 from pipeline.summary import human_bytes
 
-# What may lie in assets/: the first three in every dataset with an image that has an answer to count.
-ASSETS = ("accuracy.png", "confidence.png", "examples.png", "confusion.png", "transfer.png")
 # Rows of each split that are looked at: a share of them is known to within one percent, and they are read in a second.
 SAMPLE_ROWS = 10_000
 # Classes of the heat map, rows of the tables, and lines of a plot that can be told apart.
@@ -83,19 +84,43 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> str:
         The path or address of report.html.
 
     Raises:
-        PipelineError: a file cannot be read, or the disk refuses.
+        PipelineError: a file cannot be read, the disk refuses, or a file of others lies where one goes.
     """
     folder.store.refuse_links(folder.assets)
-    page, assets = _make(folder, manifest)
-    folder.store.delete(f"{folder.assets}/{stale}" for stale in set(ASSETS) - set(assets))
-    for name, data in assets.items():
-        folder.store.write(f"{folder.assets}/{name}", data)
-    folder.store.write(folder.report, page.encode())
+    view, pictures = _make(folder, manifest)
+    written = {f"{folder.assets}/{name}": data for name, data in pictures.items()}
+    own = set(report_files(folder))
+    _refuse_foreign(folder, own, written)
+    listed = {(name, hashlib.sha256(data).hexdigest()) for name, data in written.items()}
+    if not listed <= reported_assets(folder):
+        # Listed before they are written: a picture that a killed report leaves behind is still known as ours.
+        _write_page(folder, view, "", listed | reported_assets(folder))
+    folder.store.delete(own - {folder.report} - written.keys())
+    for name, data in written.items():
+        folder.store.write(name, data)
+    _write_page(folder, view, manifest.receipts, listed)
     return folder.store.at(folder.report)
 
 
-def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, bytes]]:
-    """The page, and the pictures by the names of their files."""
+def _refuse_foreign(folder: OutputFolder, own: set[str], written: Mapping[str, bytes]) -> None:
+    """Refuse to replace a file that a report did not write; one with the same content stays as it is."""
+    there = folder.store.sizes()
+    for name in (folder.report, *written):
+        if name in there and name not in own and folder.store.read(name) != written.get(name):
+            raise PipelineError(
+                f"{folder.store.at(name)} is not a file that a report wrote, or was changed since; move or delete it, "
+                "then run fgsm report again."
+            )
+
+
+def _write_page(folder: OutputFolder, view: Mapping[str, Any], receipts: str, listed: set[tuple[str, str]]) -> None:
+    """Write report.html as of some receipts, none while it is not finished, with the pictures that belong to it."""
+    assets = " ".join(f"{PurePath(name).name}={digest}" for name, digest in sorted(listed))
+    folder.store.write(folder.report, _template().render(view, receipts=receipts, assets=assets).encode())
+
+
+def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What the page shows, and the pictures by the names of their files."""
     counts = by_split(manifest)
     samples = [sample for split in counts if len(sample := read_sample(folder, manifest, split, SAMPLE_ROWS))]
     view: dict[str, Any] = {
@@ -119,15 +144,15 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[str, dict[str, byte
         "plots": {},
     }
     if not samples:
-        return _template().render(view), {}
+        return view, {}
     chosen = focus_split([sample.split for sample in samples])
     focus = focus_on(manifest, next(sample for sample in samples if sample.split == chosen))
     groups = make_groups(folder, manifest, focus.sample, focus.shown, focus.name)
     plots = _plots(focus, manifest)
     view |= {"focus": focus, "groups": groups, "plots": plots}
-    assets = {f"{name}.png": plot.light for name, plot in plots.items()}
-    assets["examples.png"] = draw_sheet(groups)
-    return _template().render(view), assets
+    pictures = {f"{name}.png": plot.light for name, plot in plots.items()}
+    pictures["examples.png"] = draw_sheet(groups)
+    return view, pictures
 
 
 @cache

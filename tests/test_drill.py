@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -398,11 +398,18 @@ def break_before(folder: Path, nth: int, error: int | None = None) -> Callable[[
     return Break(str(folder), nth, error, os.devnull).install
 
 
+def before_report(found: Sequence[str]) -> int:
+    """How many changes come before those of the report, which has a drill of its own."""
+    until = next(i for i, change in enumerate(found) if "report.html" in change)
+    while found[until - 1] == "os.mkdir .":
+        until -= 1
+    return until
+
+
 def test_sigkill_before_each_change(small: Site, drill: Drill, tmp_path: Path) -> None:
     """SIGKILL before each change to the output folder."""
     found = changes(small, tmp_path / "all", lambda prepare: small.generate(tmp_path / "all", prepare=prepare))
-    # The report has a drill of its own.
-    until = found.index("os.mkdir assets")
+    until = before_report(found)
     assert sum("os.rename" in change for change in found[:until]) >= 4 + 2 + 4
     for nth in range(1, until + 1):
         out = tmp_path / f"out-{nth}"
@@ -495,7 +502,7 @@ def test_sigkill_while_reading_the_source(small: Site, drill: Drill, tmp_path: P
 def test_disk_full_before_each_change(small: Site, drill: Drill, tmp_path: Path) -> None:
     """Disk full from each change on."""
     found = changes(small, tmp_path / "all", lambda prepare: small.generate(tmp_path / "all", prepare=prepare))
-    until = found.index("os.mkdir assets")
+    until = before_report(found)
     for nth in range(1, until + 1):
         if not found[nth - 1].startswith(("open", "os.mkdir")):
             continue

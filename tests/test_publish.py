@@ -266,6 +266,23 @@ def test_a_report_that_is_missing_or_of_another_state_is_made(out: Path, hub: Hu
     assert {"assets/accuracy.png", "assets/confidence.png", "assets/examples.png"} <= there(hub)
 
 
+@pytest.mark.parametrize("name", ["assets/notes.png", "assets/transfer.png", "notes.txt"])
+def test_a_file_that_the_report_does_not_list_is_left_out_and_named(out: Path, hub: Hub, name: str) -> None:
+    ours = local(out)
+    (out / name).write_bytes(b"mine")
+    assert f"not  {name}, which is not of this dataset" in fgsm("publish", out, ID, "--dry-run").stdout
+    assert f"Not published, as they are not of this dataset: {name}." in published(out, ID)
+    assert there(hub) == ours
+
+
+@pytest.mark.parametrize("name", ["assets/accuracy.png", "report.html"])
+def test_a_file_of_others_in_the_place_of_one_of_the_report_is_not_published(out: Path, hub: Hub, name: str) -> None:
+    (out / name).write_bytes(b"mine")
+    assert fgsm("publish", out, ID).exit_code == (1 if name == "report.html" else 0)
+    assert name not in (there(hub) if ID in hub.repositories else ())
+    assert (out / name).read_bytes() == b"mine"
+
+
 def test_shards_are_there_before_the_card_that_lists_them(out: Path, hub: Hub) -> None:
     published(out, ID)
     _, shards, all_of_it = (set(commit) - {".gitattributes"} for commit in hub.repositories[ID].commits)

@@ -28,7 +28,7 @@ import pipeline.errors
 from pipeline.findings import focus_on, focus_split, model_name, source_name, sureness
 from pipeline.gallery import choose_rows, make_groups, web_image
 from pipeline.manifest import Manifest, require_manifest
-from pipeline.outputs import EvaluatorCounts, OutputFolder, reported_receipts
+from pipeline.outputs import EvaluatorCounts, OutputFolder, report_files, reported_receipts
 from pipeline.plots import Curve, Ridge, curves_plot, matrix_plot, ridges_plot, shortened
 from pipeline.report import report, write_report
 from pipeline.sample import Sample, read_pictures, read_sample
@@ -196,14 +196,68 @@ def test_a_report_that_fails_is_no_failed_run(write_config: WriteConfig, tmp_pat
     assert fgsm("report", tmp_path / "out").exit_code == 1
 
 
-def test_report_names_the_page_and_replaces_what_is_its_own(digits: Path) -> None:
+OWN_PICTURES = ["accuracy.png", "confidence.png", "confusion.png", "examples.png"]
+
+
+def test_report_names_the_page_and_keeps_the_pictures_of_others(digits: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy)
     for name in ("transfer.png", "mine.png"):
-        (digits / "assets" / name).write_bytes(b"")
-    result = fgsm("report", digits)
+        (copy / "assets" / name).write_bytes(b"")
+    result = fgsm("report", copy)
     assert result.exit_code == 0
-    assert result.stdout == f"{digits / 'report.html'}\n"
-    names = {path.name for path in (digits / "assets").iterdir()}
-    assert names == {"accuracy.png", "confidence.png", "examples.png", "confusion.png", "mine.png"}
+    assert result.stdout == f"{copy / 'report.html'}\n"
+    assert {path.name for path in (copy / "assets").iterdir()} == {*OWN_PICTURES, "transfer.png", "mine.png"}
+    assert report_files(OutputFolder(copy)) == [*(f"assets/{name}" for name in OWN_PICTURES), "report.html"]
+
+
+@pytest.mark.parametrize("name", ["assets/accuracy.png", "assets/examples.png", "report.html"])
+def test_a_file_of_others_is_not_replaced_by_a_report(digits: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy)
+    (copy / name).write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    result = fgsm("report", copy)
+    assert result.exit_code == 1
+    assert str(copy / name) in result.stderr
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_pictures_that_a_killed_report_leaves_are_its_own(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy)
+    folder, manifest = opened(copy)
+    monkeypatch.setattr("pipeline.report.draw_sheet", lambda _: b"another sheet")
+    write, done = folder.store.write, []
+
+    def killed(name: str, content: bytes) -> None:
+        if "assets/examples.png" in done:
+            raise KeyboardInterrupt
+        write(name, content)
+        done.append(name)
+
+    monkeypatch.setattr(folder.store, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(folder, manifest)
+    assert (copy / "assets/examples.png").read_bytes() == b"another sheet"
+    assert reported_receipts(folder) != manifest.receipts
+    monkeypatch.undo()
+    report(copy)
+    assert [(copy / name).read_bytes() for name in report_files(folder)] == [
+        (digits / name).read_bytes() for name in report_files(OutputFolder(digits))
+    ]
+
+
+def test_a_picture_that_a_report_no_longer_has_goes_if_it_is_its_own(digits: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy)
+    (copy / "assets/confusion.png").write_bytes(b"mine")
+    for path in copy.rglob("*.parquet"):
+        path.unlink()
+    report(copy)
+    assert [path.name for path in (copy / "assets").iterdir()] == ["confusion.png"]
 
 
 def test_overwriting_a_run_removes_its_report(write_config: WriteConfig, tmp_path: Path) -> None:
