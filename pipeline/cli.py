@@ -36,6 +36,9 @@ OutputOption = Annotated[str | None, typer.Option("--output", help="Where the da
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N of each split's order: source.limit.")]
 # As in pipeline.generate, which is not imported for --help.
 ExecutorName = Literal["local", "ray"]
+Unlocked = Annotated[
+    bool, typer.Option("--unlocked", help="Write where there are no locks: you see to it that no other run does.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -49,6 +52,7 @@ def generate(
     executor: Annotated[
         ExecutorName, typer.Option("--executor", help="Who does the work: this process, or a Ray cluster.")
     ] = "local",
+    unlocked: Unlocked = False,
     debug: Debug = False,
 ) -> None:
     """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
@@ -60,7 +64,7 @@ def generate(
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _say_epsilons(loaded.attack)
-        manifest = run(loaded, overwrite=overwrite, executor=executor)
+        manifest = run(loaded, overwrite=overwrite, executor=executor, unlocked=unlocked)
         _say(summary_table(manifest))
         _report_on(manifest, loaded.output.path, debug)
         path, subset = loaded.output.path, manifest.stored[-1]
@@ -101,6 +105,7 @@ def verify(
     output: Output,
     recompute: Annotated[bool, typer.Option("--recompute", help="Derive every prediction anew.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Drop damaged shards; generate rewrites them.")] = False,
+    unlocked: Unlocked = False,
     debug: Debug = False,
 ) -> None:
     """Check integrity, schema, counts and the epsilon ball; with --recompute the predictions too."""
@@ -108,7 +113,7 @@ def verify(
         from pipeline.verify import damage_report, describe
         from pipeline.verify import verify as check
 
-        findings = check(output, recompute=recompute, repair=repair)
+        findings = check(output, recompute=recompute, repair=repair, unlocked=unlocked)
         _say(describe(findings, recompute))
         for problem in damage_report(findings):
             _say(problem, err=True, keep="")

@@ -62,8 +62,8 @@ logger = logging.getLogger(__name__)
 class Job:
     """What a worker must know of the run.
 
-    recorded: the manifest of the run as it began, or None to begin it in this generation; cwd: where the driver stands, to which a
-    factory's modules may be relative; cores and gpus: that a worker has, a part of one too.
+    recorded: the manifest of the run as it began, or None to begin it in this generation; cwd: where the driver stands,
+    to which a factory's modules may be relative; cores and gpus: that a worker has, a part of one too.
     """
 
     config: Config

@@ -308,7 +308,9 @@ class _Sink:
     ) -> None:
         run = self.run
         if self._open is None:
-            self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.edition)
+            self._open = ShardWriter(
+                self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.edition
+            )
         kind = self.schema.field(IMAGE).type
         pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
         # By the wall, without the encoders: what holds a writer up is the disk.

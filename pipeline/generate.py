@@ -155,11 +155,13 @@ def _execute(
         if not overwrite and read_manifest(folder) != recorded:
             raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
         begun = _begin(folder, recorded or opened, overwrite)
-        done = committed(folder, begun.edition, shards)
+        sizes = folder.store.sizes()
+        done = committed(folder, begun.edition, shards, sizes)
+        begun = write_summaries(folder, begun, done)
         if done:
             logger.info("%d of %d shards are already there.", len(done), len(shards))
         missing = [shard for shard in shards if shard.name not in done]
-        folder.forget(missing, begun.edition)
+        folder.forget(missing, begun.edition, sizes)
         try:
             execution.write(folder, missing, list(done.values()))
         except BaseException:
@@ -178,19 +180,18 @@ def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Rec
 
 
 def _begin(folder: OutputFolder, manifest: Manifest, overwrite: bool) -> Manifest:
-    """Make the folder that of a run: the manifest first, by which it is known, then what the run replaces goes.
+    """Make the folder that of a run, and remove what it supersedes; the manifest, to be written before anything else.
 
-    In an object store the manifest is different for each process that holds it, so that a former holder's late write,
-    which is meant for the version that it knew, cannot replace it.
+    In an object store the manifest is another for each process that holds the place: so the late write of a former
+    holder, which is meant for the version that it knew, does not replace it.
     """
-    superseded = sorted(folder.editions()) if overwrite else list(manifest.supersedes)
+    superseded = sorted(folder.editions()) if overwrite else manifest.supersedes
     begun = manifest.model_copy(update={"session": folder.store.session, "supersedes": tuple(superseded)})
-    begun = write_summaries(folder, begun, {} if superseded else None)
     if superseded:
+        # Before anything is removed the manifest says so: a removal that is cut off goes on with the next run.
+        write_summaries(folder, begun, {})
         folder.start_over(superseded)
-        begun = begun.model_copy(update={"supersedes": ()})
-        begun = write_summaries(folder, begun, {})
-    return begun
+    return begun.model_copy(update={"supersedes": ()})
 
 
 def _check_complete(folder: OutputFolder, manifest: Manifest) -> None:

@@ -247,7 +247,7 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     try:
         content = from_json(folder.store.read(folder.manifest))  # json would take halves of characters
         there = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
-        if there != FORMAT_VERSION:
+        if isinstance(there, int) and there != FORMAT_VERSION and folder.is_ours():
             raise PipelineError(
                 f"{place} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
                 f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
@@ -256,9 +256,8 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError, RecursionError) as error:  # neither JSON nor a manifest
-        raise PipelineError(
-            f"{place} cannot be read ({_problem(error)}); restore it, or start over with --overwrite."
-        ) from None
+        advice = "restore it, or start over with --overwrite" if folder.is_ours() else "it is not of fgsm-pipeline"
+        raise PipelineError(f"{place} cannot be read ({_problem(error)}); {advice}.") from None
 
 
 def _problem(error: BaseException) -> str:

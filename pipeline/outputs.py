@@ -42,8 +42,6 @@ Flags = NDArray[np.bool_]
 
 logger = logging.getLogger(__name__)
 
-# The report of a dataset that is being written anew.
-STARTED_OVER = b"<!doctype html><title>Started over</title><p>This dataset is being written anew; its report follows.\n"
 # The one subset of layout signs.
 SIGNS = "signs"
 
@@ -320,19 +318,20 @@ class OutputFolder:
             PipelineError: the disk or the store refused.
         """
         self.store.delete(self.owned(editions))
+        with contextlib.suppress(FileNotFoundError):
+            if self.store.read(self.sessions):
+                self.store.write(self.sessions, b"")
         there = self.store.sizes()
-        for name, content in ((self.sessions, b""), (self.report, STARTED_OVER)):
-            if name in there:
-                self.store.write(name, content)
+        if report_files(self):
+            self.store.write(self.report, _report_of_none(self))
         ours = {self.manifest, self.card, self.report}
         hidden = (".run", self.assets)
         others = [name for name in there if name not in ours and name.split("/")[0] not in hidden]
         if others:
             logger.info("Left as they are, not of this dataset: %s.", listing(sorted(others)))
 
-    def forget(self, shards: Iterable[Shard], edition: str) -> None:
+    def forget(self, shards: Iterable[Shard], edition: str, there: Iterable[str]) -> None:
         """Remove what receipts there are of shards that will be written anew: until then they do not exist."""
-        there = self.store.sizes()
         self.store.delete(name for shard in shards if (name := self.receipt(shard, edition)) in there)
 
     def add_session(self, line: str) -> None:
@@ -379,21 +378,26 @@ def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> t
 
 
 @uncollected()
-def committed(folder: OutputFolder, edition: str, shards: Iterable[Shard]) -> dict[str, Receipt]:
+def committed(
+    folder: OutputFolder, edition: str, shards: Iterable[Shard], sizes: Mapping[str, int] | None = None
+) -> dict[str, Receipt]:
     """The receipts of some shards, by their names, whose files are there with the sizes they state.
 
     Args:
         folder: of the dataset.
         edition: of the run.
         shards: of its plan.
+        sizes: the folder's listing, where that is at hand.
     """
-    sizes = folder.store.sizes()
+    sizes = folder.store.sizes() if sizes is None else sizes
     found, _ = read_receipts(folder, sizes)
     receipts = {shard.name: found.get(f"{shard.name}-{edition}") for shard in shards}
     return {
         name: receipt
         for name, receipt in receipts.items()
-        if receipt and receipt.run_id == edition[:16] and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
+        if receipt
+        and receipt.run_id == edition[:16]
+        and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
     }
 
 
@@ -434,6 +438,13 @@ def report_files(folder: OutputFolder) -> list[str]:
             if hashlib.sha256(folder.store.read(name)).hexdigest() == digest:
                 own.append(name)
     return [*own, folder.report]
+
+
+def _report_of_none(folder: OutputFolder) -> bytes:
+    """What stands for the report while the dataset is written anew; the pictures are still listed as the report's."""
+    assets = " ".join(f"{PurePosixPath(name).name}={digest}" for name, digest in sorted(reported_assets(folder)))
+    head = f'<meta name="fgsm-receipts" content=""><meta name="fgsm-assets" content="{assets}">'
+    return f"<!doctype html>{head}<p>This dataset is being written anew; fgsm report makes its report.\n".encode()
 
 
 def _report_head(folder: OutputFolder) -> bytes:

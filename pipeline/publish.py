@@ -219,6 +219,7 @@ def _check_ours(
 
 def _move_card(folder: OutputFolder, manifest: Manifest, repo_id: str) -> None:
     """Let the card's examples load from the Hub."""
+    folder.store.watch()
     text = folder.store.read(folder.card).decode()
     moved = moved_card(text, manifest, repo_id)
     if moved != text:

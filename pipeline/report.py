@@ -87,6 +87,7 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> str:
         PipelineError: a file cannot be read, the disk refuses, or a file of others lies where one goes.
     """
     folder.store.refuse_links(folder.assets)
+    folder.store.watch()
     view, pictures = _make(folder, manifest)
     written = {f"{folder.assets}/{name}": data for name, data in pictures.items()}
     own = set(report_files(folder))
@@ -95,7 +96,8 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> str:
     if not listed <= reported_assets(folder):
         # Listed before they are written: a picture that a killed report leaves behind is still known as ours.
         _write_page(folder, view, "", listed | reported_assets(folder))
-    folder.store.delete(own - {folder.report} - written.keys())
+    if folder.store.local:  # in a store a late delete could take a picture of another run
+        folder.store.delete(own - {folder.report} - written.keys())
     for name, data in written.items():
         folder.store.write(name, data)
     _write_page(folder, view, manifest.receipts, listed)

@@ -123,7 +123,9 @@ class ShardWriter:
             self.folder.store.put(local, file)
             files.append(FileEntry(path=file, rows=receipt.rows, bytes=size, sha256=digest))
         receipt = receipt.model_copy(update={"files": tuple(files)})
-        self.folder.store.commit(self.folder.receipt(self.shard, self.edition), receipt.model_dump_json(indent=1).encode())
+        self.folder.store.commit(
+            self.folder.receipt(self.shard, self.edition), receipt.model_dump_json(indent=1).encode()
+        )
 
 
 def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:

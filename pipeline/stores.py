@@ -8,32 +8,28 @@ Everything that fails is one sentence; only that something is not there is a `Fi
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
-import socket
 import tempfile
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from pipeline.config import check_address, is_address
 from pipeline.errors import ConfigError, PipelineError, causes, first_line, write_failure
 from pipeline.guard import redact_answer
+from pipeline.locks import LOCK, ConflictError, StoreLock, UnsupportedError, in_use
 
-LOCK = ".run/lock"
 SCRATCH = ".run/tmp"
+# By these a folder is known as ours.
+OWN_FOLDERS = ".run/receipts"
 
-# Who holds an object store rewrites its lock this often; one that has not changed for so long is nobody's any more.
-BEAT_SECONDS, STALE_SECONDS = 10.0, 30.0
-# Longer than it takes to delete a lock that was read, and to make one.
-SETTLE_SECONDS = 2.0
 # Of the S3 client: an attempt ends when nothing was heard for so long, and so many are made, half a minute in all where
 # the store answers with errors at once.
 CONNECT_SECONDS, SILENT_SECONDS, ATTEMPTS = 10.0, 30.0, 8
@@ -44,8 +40,13 @@ PATIENCE_SECONDS, TRIES = 200.0, 3
 CONNECTIONS = 32
 # Bytes of a dataset that lie on the local disk at once while it is published from an object store.
 STAGED_BYTES = 4 * 10**9
-# Folders in the temporary space; a dot first until they are locked.
+# Folders in the temporary space, as `tempfile` names them, and the file in each that says whose they are and is locked
+# while its process lives. A folder that has it not is somebody else's, whatever its name.
 TEMPORARY = "fgsm-pipeline-"
+MARKER = ".fgsm-pipeline"
+MARK = b"A temporary folder of fgsm-pipeline, to be removed when no process has locked this file.\n"
+# Protocols whose client writes on the condition that an object is still of a version.
+CONDITIONAL = ("s3", "s3a")
 # What brings a protocol to fsspec.
 PACKAGES = {
     "s3": "'fgsm-pipeline[s3]'",
@@ -66,12 +67,14 @@ class Store(ABC):
     """What an output needs of the place where it lies.
 
     `root` is its folder or address, for messages; `disk` a folder on the disk that must have room for what is written;
-    `local` says whether that is all of the dataset, rather than the shards in flight.
+    `local` says whether that is all of the dataset, rather than the shards in flight; `session` names the process that
+    holds it, where others could take it over.
     """
 
     root: str
     disk: Path
     local: bool
+    session: str = ""
 
     @abstractmethod
     def at(self, name: str) -> str:
@@ -151,11 +154,14 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def held(self) -> contextlib.AbstractContextManager[None]:
+    def held(self, *, unlocked: bool = False) -> contextlib.AbstractContextManager[None]:
         """Hold the place against a second run.
 
+        Args:
+            unlocked: do without a lock; the caller has seen to it that no second run writes there.
+
         Raises:
-            ConfigError: a link in it leads elsewhere.
+            ConfigError: a link in it leads elsewhere, or the store has no means to keep a second run out.
             PipelineError: another process holds it, or it cannot be written.
         """
 
@@ -164,8 +170,12 @@ class Store(ABC):
         """See that the place is still held: whoever writes asks by itself, whoever has others write there asks this.
 
         Raises:
-            PipelineError: it was taken over.
+            PipelineError: it was taken over, moved or replaced.
         """
+
+    @abstractmethod
+    def watch(self) -> None:
+        """For who writes without holding the place: from now on nothing is replaced that another has written since."""
 
 
 def open_store(root: str | Path) -> Store:
@@ -185,6 +195,9 @@ class LocalStore(Store):
     def __init__(self, folder: Path) -> None:
         self.disk = folder.expanduser()
         self.root = str(self.disk)
+        # While it is held: handles of the folder and of its lock.
+        self._handle: int | None = None
+        self._lock: int | None = None
 
     def at(self, name: str) -> str:
         return str(self.disk / name)
@@ -229,57 +242,83 @@ class LocalStore(Store):
         return (self.disk / name).open("rb")
 
     def write(self, name: str, content: bytes) -> None:
-        path = self.disk / name
-        self._replace(path, content, path.with_name(f".{path.name}.tmp"))
+        path = PurePosixPath(name)
+        self._replace(name, content, f"{path.parent}/.{path.name}.tmp")
 
     def commit(self, name: str, content: bytes) -> None:
         # Aside by a name of its own, as on a cluster two may write the same receipt; and where who holds the folder
         # next clears what a crash has left.
-        self._replace(self.disk / name, content, self.disk / SCRATCH / f"{Path(name).name}.{secrets.token_hex(6)}")
+        self._replace(name, content, f"{SCRATCH}/{PurePosixPath(name).name}.{secrets.token_hex(6)}")
 
-    def _replace(self, path: Path, content: bytes, scratch: Path) -> None:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.parent.mkdir(parents=True, exist_ok=True)
+    def _replace(self, name: str, content: bytes, aside: str) -> None:
+        with writing(self.disk / name), self._folder_of(name) as folder, self._folder_of(aside) as scratch:
+            file, temporary = PurePosixPath(name).name, PurePosixPath(aside).name
             try:
                 # A new file: one that is there is left from a crash, or a link to what must not be written.
-                scratch.unlink(missing_ok=True)
-                with scratch.open("xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                scratch.rename(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=scratch)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=scratch), "wb") as opened:
+                    opened.write(content)
+                    opened.flush()
+                    os.fsync(opened.fileno())
+                os.rename(temporary, file, src_dir_fd=scratch, dst_dir_fd=folder)
             finally:
-                scratch.unlink(missing_ok=True)
-            _sync_folder(path.parent)
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=scratch)
+            os.fsync(folder)  # a rename belongs to the folder
 
     def put(self, local: Path, name: str) -> None:
-        path = self.disk / name
-        with writing(path):
+        with writing(self.disk / name):
             with local.open("rb") as file:
                 os.fsync(file.fileno())
-            path.parent.mkdir(exist_ok=True)
-            local.rename(path)
-            _sync_folder(path.parent)
+            with self._folder_of(name) as folder:
+                os.rename(local, PurePosixPath(name).name, dst_dir_fd=folder)
+                os.fsync(folder)
 
     def delete(self, names: Iterable[str]) -> None:
         emptied = set()
         with writing(self.disk):
             for name in names:
-                (self.disk / name).unlink(missing_ok=True)
-                emptied.add((self.disk / name).parent)
-        for folder in emptied - {self.disk}:
-            if folder.parent == self.disk:  # not that of the receipts, by which a folder is known as ours
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+                path = PurePosixPath(name)
+                with contextlib.suppress(FileNotFoundError), self._folder_of(name, make=False) as folder:
+                    os.unlink(path.name, dir_fd=folder)
+                # Not that of the receipts, by which a folder is known as ours.
+                if len(path.parts) == 2:
+                    emptied.add(path.parts[0])
+            for name in emptied:
+                with contextlib.suppress(OSError), self._folder_of(name) as folder:
+                    os.rmdir(name, dir_fd=folder)
+
+    @contextlib.contextmanager
+    def _folder_of(self, name: str, *, make: bool = True) -> Iterator[int]:
+        """A handle of the folder in which a file lies.
+
+        Handles lead from the dataset's folder down, not paths, and through no link: so it is the folder that is held,
+        whatever has come to lie at its path.
+        """
+        self.check_held()
+        handle = os.open(self.disk, os.O_DIRECTORY) if self._handle is None else os.dup(self._handle)
+        try:
+            for part in PurePosixPath(name).parent.parts:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=handle)
+                inner = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+                os.close(handle)
+                handle = inner
+            yield handle
+        finally:
+            os.close(handle)
 
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
         # On the same disk, so that a file can be renamed into its place.
         # A name of its own: another try of the shard may still be under way, on a node that was given up.
-        folder = self.disk / SCRATCH / f"{name}.{secrets.token_hex(6)}"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        own = f"{name}.{secrets.token_hex(6)}"
+        folder = self.disk / SCRATCH / own
+        with writing(folder), self._folder_of(f"{SCRATCH}/{own}") as scratch:
+            os.mkdir(own, dir_fd=scratch)
         try:
             yield folder
         finally:
@@ -322,31 +361,59 @@ class LocalStore(Store):
             )
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """The operating system lets go when the process ends."""
+    def held(self, *, unlocked: bool = False) -> Iterator[None]:
+        """By a lock of the operating system, which lets go when the process ends."""
         self.refuse_links()
-        try:
-            (self.disk / ".run/receipts").mkdir(parents=True, exist_ok=True)
-            there = self.disk.stat()
-        except OSError as error:
-            raise write_failure(self.disk, error) from None
-        with self._held_here((there.st_dev, there.st_ino)), self._locked_out():
-            shutil.rmtree(self.disk / SCRATCH, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            with writing(self.disk):
+                self.disk.mkdir(parents=True, exist_ok=True)
+                handle = os.open(self.disk, os.O_DIRECTORY)
+                stack.callback(os.close, handle)
+                with self._folder_of(f"{OWN_FOLDERS}/lock"):
+                    there = os.fstat(handle)
+            stack.enter_context(self._held_here((there.st_dev, there.st_ino)))
+            if unlocked:
+                warn_unlocked(self.root)
+            else:
+                self._lock = stack.enter_context(self._locked_out(handle))
+            self._handle = handle
+            stack.callback(self._let_go)
+            self._clear_scratch()
+            # What a node that was lost leaves: once all is there no command holds the folder again.
+            stack.callback(self._clear_scratch)
+            yield
+
+    def _let_go(self) -> None:
+        self._handle = self._lock = None
+
+    def _clear_scratch(self) -> None:
+        """Remove what is not complete; by its handle, as another folder may lie at the path by now."""
+        assert self._handle is not None
+        with contextlib.suppress(OSError):
+            inside = os.open(".run", os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._handle)
             try:
-                yield
+                shutil.rmtree(PurePosixPath(SCRATCH).name, ignore_errors=True, dir_fd=inside)
             finally:
-                # What a node that was lost leaves: once all is there no command holds the folder again.
-                shutil.rmtree(self.disk / SCRATCH, ignore_errors=True)
+                os.close(inside)
 
     def check_held(self) -> None:
-        """The operating system gives it to nobody else."""
+        """The operating system gives it to nobody else, but it may have been moved, and its lock be removed."""
+        for name, handle in (("", self._handle), (LOCK, self._lock)):
+            if handle is not None and not _is_at(self.disk / name, handle):
+                raise PipelineError(
+                    f"{self.disk / name} was removed, moved or replaced while the run went on, and nothing more is "
+                    "written; put the folder back, then run the same command again."
+                )
+
+    def watch(self) -> None:
+        """Here a file is replaced at once, by the name that it has now."""
 
     @contextlib.contextmanager
     def _held_here(self, folder: tuple[int, int]) -> Iterator[None]:
         """Against other threads of this process."""
         with _HELD_LOCK:
             if folder in _HELD:
-                raise _in_use(self.root, f"process {os.getpid()}")
+                raise in_use(self.root, f"process {os.getpid()}")
             _HELD.add(folder)
         try:
             yield
@@ -355,26 +422,30 @@ class LocalStore(Store):
                 _HELD.discard(folder)
 
     @contextlib.contextmanager
-    def _locked_out(self) -> Iterator[None]:
+    def _locked_out(self, folder: int) -> Iterator[int]:
         """Against other processes."""
+        with writing(self.disk):
+            lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder)
         try:
-            lock = (self.disk / LOCK).open("a+")
-        except OSError as error:
-            raise write_failure(self.disk, error) from None
-        with lock:
             try:
                 # lockf, not flock: a worker inherits an flock, and would hold the folder for the seconds that it
                 # outlives a killed run.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise write_failure(self.disk, error) from None  # a file system without locks
-                lock.seek(0)
-                raise _in_use(self.root, f"process {lock.read().strip()}") from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            yield
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    holder = os.pread(lock, 100, 0).decode(errors="replace").strip()
+                    raise in_use(self.root, f"process {holder}") from None
+                raise ConfigError(
+                    f"output.path: {self.root}: nothing there keeps a second run out, as the file system has no "
+                    f"locks ({error.strerror}); see to it yourself that no other run writes there, and say so with "
+                    "--unlocked."
+                ) from None
+            with writing(self.disk):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
+            yield lock
+        finally:
+            os.close(lock)
 
 
 class ObjectStore(Store):
@@ -399,8 +470,9 @@ class ObjectStore(Store):
         # What the last listing says of the version of each file, and small files that were read with theirs.
         self._tags: dict[str, str] = {}
         self._known: dict[str, tuple[str, bytes]] = {}
-        # While it is held: what the lock says of us, and why it is ours no more.
-        self._lost: str | None = None
+        self._lock: StoreLock | None = None
+        # The versions of the files that are written on conditions, None where there are no conditions.
+        self._versions: dict[str, str] | None = None
 
     def at(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -458,8 +530,54 @@ class ObjectStore(Store):
             raise self._failure(error) from None
 
     def write(self, name: str, content: bytes) -> None:
+        """Each run has such a file under the same name: it is replaced if it is still of the version that was seen."""
         self.check_held()
-        self._ask("pipe_file", self._path(name), content, creates=True)
+        if self._versions is None:
+            self._ask("pipe_file", self._path(name), content, creates=True)
+            return
+        for _ in range(TRIES):
+            try:
+                self._versions[name] = self.replace(name, content, self._versions.get(name))
+                return
+            except ConflictError:
+                if self._lock is None:
+                    break
+                # It is still held: what a former holder has written late is replaced.
+                self._lock.confirm()
+                found = self.look(name)
+                self._versions.pop(name, None)
+                if found is not None:
+                    self._versions[name] = found[1]
+        raise PipelineError(f"{self.at(name)} was changed by another run meanwhile; run the same command again.")
+
+    def look(self, name: str) -> tuple[bytes, str] | None:
+        """An object's content and version, None where there is none."""
+        try:
+            # The version first: that of an older content is good for no write, that of a newer one would replace it.
+            version = str(self._ask("info", self._path(name))["ETag"])
+            return self.read(name), version
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name: str, content: bytes, version: str | None) -> str:
+        """Write an object that is still of a version, or None: not there yet. Returns its new version.
+
+        Raises:
+            ConflictError: it is not.
+            UnsupportedError: the store or its client refuses conditions.
+        """
+        if self._protocol not in CONDITIONAL:
+            raise UnsupportedError(f"the client for {self._protocol}:// has no conditional writes")
+        condition: dict[str, Any] = {"mode": "create"} if version is None else {"IfMatch": version}
+        try:
+            # In one request however large: the client would send a large one in parts, without the condition.
+            answer = self._ask("pipe_file", self._path(name), content, chunksize=2**32, conditional=True, **condition)
+            return str(answer["ETag"])
+        except ConflictError:
+            found = self.look(name)
+            if found is None or found[0] != content:
+                raise
+            return found[1]  # an earlier try of ours, whose answer was lost
 
     def commit(self, name: str, content: bytes) -> None:
         """An object that is there already was written by another process that did the same work."""
@@ -521,85 +639,32 @@ class ObjectStore(Store):
         del name  # there are none
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, *, unlocked: bool = False) -> Iterator[None]:
         """By an object that its holder rewrites; where that ends without a word, the next run waits and takes over."""
-        own = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8), "beat": 0}
-        self._take(own)
-        self._lost, over = None, threading.Event()
-        beating = threading.Thread(target=self._keep, args=(own, over), daemon=True, name="lock")
-        beating.start()
+        if unlocked:
+            warn_unlocked(self.root)
+            yield
+            return
+        lock = StoreLock(self)
         try:
+            self.watch()
+            # After the versions were seen: had another taken over before, they could be those that it has written.
+            lock.confirm()
+            self._lock, self.session = lock, lock.token
             yield
             self.check_held()
         finally:
-            over.set()
-            # It must not write the lock again; a store that hangs must not hold the end up for long.
-            beating.join(30.0)
-            lost, self._lost = self._lost, None
-            if lost is None:
-                with contextlib.suppress(PipelineError):
-                    self.delete([LOCK])
+            self._lock, self._versions, self.session = None, None, ""
+            lock.release()
 
-    def _take(self, own: Mapping[str, Any]) -> None:
-        """Make the lock; where there is one, see whether its holder lives."""
-        waits = False
-        while True:
-            with contextlib.suppress(FileExistsError):
-                self._write_lock(own, mode="create")
-                if waits:
-                    self._settle(own)
-                return
-            before = self._read_lock()
-            if before is None:
-                continue
-            if before.get("token") == own["token"]:  # a first answer was lost, and the client asked again
-                return
-            logger.info("%s has a lock of %s; waiting to see whether that lives.", self.root, _holder(before))
-            end = time.monotonic() + STALE_SECONDS
-            while (now := self._read_lock()) == before and time.monotonic() < end:
-                time.sleep(min(1.0, STALE_SECONDS / 10))
-            if now == before:
-                logger.warning("The lock of %s is taken over: it has not changed for %g s.", self.root, STALE_SECONDS)
-                self.delete([LOCK])
-                waits = True
-            elif now is not None:
-                raise _in_use(self.root, _holder(now))
-
-    def _settle(self, own: Mapping[str, Any]) -> None:
-        """Of two runs that took the same dead lock over at once, one has deleted the other's new one."""
-        time.sleep(SETTLE_SECONDS)
-        now = self._read_lock()
-        if now is None or now.get("token") != own["token"]:
-            raise _in_use(self.root, _holder(now or {}))
-
-    def _keep(self, own: dict[str, Any], over: threading.Event) -> None:
-        """Say every few seconds that the holder lives, until it is over."""
-        while not over.wait(BEAT_SECONDS):
-            # A store that fails for a while is no reason to give up: who writes a shard will hear of it.
-            with contextlib.suppress(PipelineError):
-                there = self._read_lock()
-                if there is None or there.get("token") != own["token"]:
-                    by = "removed" if there is None else f"taken over by another run ({_holder(there)})"
-                    self._lost = f"The lock of {self.root} was {by}; let no more than one run write there."
-                    return
-                own["beat"] += 1
-                self._write_lock(own)
+    def watch(self) -> None:
+        if self._protocol in CONDITIONAL:
+            self.sizes()
+            self._versions = dict(self._tags)
 
     def check_held(self) -> None:
-        if self._lost is not None:
-            raise PipelineError(self._lost)
-
-    def _write_lock(self, own: Mapping[str, Any], **mode: Any) -> None:
-        self._ask("pipe_file", self._path(LOCK), json.dumps(own).encode(), creates=True, **mode)
-
-    def _read_lock(self) -> dict[str, Any] | None:
-        try:
-            there = json.loads(self.read(LOCK))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            there = None
-        return there if isinstance(there, dict) else {}
+        if self._lock is not None:
+            self._lock.check()
 
     # ---------------------------------------------------------------------------------------------- the client
 
@@ -618,17 +683,27 @@ class ObjectStore(Store):
     def _path(self, name: str) -> str:
         return f"{self._base}/{name}"
 
-    def _ask(self, verb: str, *arguments: Any, creates: bool = False, patience: float = 0.0, **options: Any) -> Any:
+    def _ask(
+        self,
+        verb: str,
+        *arguments: Any,
+        creates: bool = False,
+        conditional: bool = False,
+        patience: float = 0.0,
+        **options: Any,
+    ) -> Any:
         """Ask the client; what it cannot do is one sentence.
 
         Args:
             verb: a method of fsspec's, with its arguments and options.
             creates: that there is no such object is no answer.
+            conditional: it is a write on a condition.
             patience: seconds beyond the usual ones; infinite where the client itself gives up if nothing more arrives.
 
         Raises:
             FileNotFoundError: what is read is not there.
             FileExistsError: what is created is there.
+            ConflictError, UnsupportedError: of a write on a condition, as `replace`.
         """
         system = self._system
         if system.async_impl and patience < math.inf:
@@ -639,13 +714,11 @@ class ObjectStore(Store):
                 with contextlib.suppress(TimeoutError):
                     return getattr(system, verb)(*arguments, **options)
             return getattr(system, verb)(*arguments, **options)
-        except FileExistsError:
-            raise
-        except FileNotFoundError as error:
-            if creates:  # there is no bucket any more
-                raise self._failure(error) from None
-            raise
-        except Exception as error:  # a dozen exception types of five libraries; all mean the same here
+        except Exception as error:  # a dozen exception types of five libraries
+            if conditional:
+                _raise_conflict(error)
+            if isinstance(error, FileExistsError) or (isinstance(error, FileNotFoundError) and not creates):
+                raise
             raise self._failure(error) from None
 
     def _failure(self, error: BaseException) -> PipelineError:
@@ -707,12 +780,33 @@ def _file_system(protocol: str) -> Any:
         raise ConfigError(f"output.path: fsspec knows no protocol {protocol}://; s3:// and gs:// are two.") from None
 
 
-def _in_use(root: str, holder: str) -> PipelineError:
-    return PipelineError(f"{root} is in use by another run ({holder}); wait for it.")
+def _raise_conflict(error: BaseException) -> None:
+    """Tell what a store says of a condition from what else can fail.
+
+    Raises:
+        ConflictError: the condition does not hold.
+        UnsupportedError: the store knows no conditions.
+    """
+    answers = [getattr(cause, "response", None) for cause in causes(error)]
+    status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
+    # What is to be replaced may be gone (404), or be written at the very moment (409).
+    if isinstance(error, FileExistsError) or status in (404, 409, 412):
+        raise ConflictError from None
+    if status == 501:
+        raise UnsupportedError("the store refuses conditional writes") from None
 
 
-def _holder(lock: Mapping[str, Any]) -> str:
-    return f"process {lock.get('process', '?')} on {lock.get('host', '?')}"
+def warn_unlocked(root: str) -> None:
+    """Say that nothing keeps a second run out."""
+    logger.warning("%s is not locked: see that no other run writes there before this one has ended.", root)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether what is open lies at a path still."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 @contextlib.contextmanager
@@ -722,24 +816,44 @@ def _temporary_folder() -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with writing(space):
             for left in space.glob(f"{TEMPORARY}*"):
-                with contextlib.suppress(OSError), _locked(left):
+                with contextlib.suppress(OSError), _abandoned(left):
                     shutil.rmtree(left, ignore_errors=True)
-            made = Path(tempfile.mkdtemp(prefix=f".{TEMPORARY}", dir=space))
+            made = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=space))
             stack.callback(shutil.rmtree, made, ignore_errors=True)
-            stack.enter_context(_locked(made))
-            folder = made.rename(space / made.name[1:])
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            # Locked before it has the name by which it is known: another process may look for what is abandoned.
+            marker = made / f"{MARKER}.tmp"
+            marker.write_bytes(MARK)
+            stack.enter_context(_locked(marker))
+            marker.rename(made / MARKER)
+            folder = made / "files"
+            folder.mkdir()
         yield folder
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for as long as its process lives.
+def _abandoned(folder: Path) -> Iterator[None]:
+    """Hold a temporary folder that a process of this user has made, and that no process uses any more.
 
     Raises:
-        OSError: it is locked, or another user's.
+        OSError: it is in use.
+        FileNotFoundError: it is not such a folder.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    marker, name = folder / MARKER, re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name)
+    own = name and folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
+    if not own or marker.is_symlink() or marker.read_bytes() != MARK:
+        raise FileNotFoundError(folder)
+    with _locked(marker):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Lock a file for as long as its process lives.
+
+    Raises:
+        OSError: it is locked.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -767,12 +881,3 @@ def reading(path: Path) -> Iterator[None]:
         raise PipelineError(
             f"Cannot read {path}: {error.strerror or first_line(error)}; mend the disk or its permissions."
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to disk: the entry belongs to the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

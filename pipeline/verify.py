@@ -97,13 +97,14 @@ class Judge:
     compiled_alike: bool
 
 
-def verify(path: str | Path, *, recompute: bool = False, repair: bool = False) -> Findings:
+def verify(path: str | Path, *, recompute: bool = False, repair: bool = False, unlocked: bool = False) -> Findings:
     """Check a dataset.
 
     Args:
         path: the output folder.
         recompute: derive every prediction anew from the stored bytes.
         repair: drop the receipts and files of damaged shards, so that `generate` writes them again.
+        unlocked: of a repair; as in `generate`.
 
     Raises:
         PipelineError: there is no run in the folder, or its victim cannot be loaded again.
@@ -135,7 +136,7 @@ def verify(path: str | Path, *, recompute: bool = False, repair: bool = False) -
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
             checker.check(shard, receipts[shard.name])
     if repair:
-        _drop(folder, manifest, plan, findings.damaged)
+        _drop(folder, manifest, plan, findings.damaged, unlocked)
     return findings
 
 
@@ -252,21 +253,23 @@ def _check_listing(
 
 def _check_summaries(folder: OutputFolder, manifest: Manifest, plan: Plan, findings: Findings) -> None:
     """The manifest's totals and the card's subsets follow from the receipts."""
-    expected = summarise(manifest, committed(folder, manifest.run_id, plan.shards))
+    expected = summarise(manifest, committed(folder, manifest.edition, plan.shards))
     if manifest != expected:
         findings.problems.append("manifest.json does not agree with the receipts; generate writes it again.")
     if not card_agrees(folder, expected):
         findings.problems.append("README.md does not list the subsets as they are; generate writes it again.")
 
 
-def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str]) -> None:
+def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str], unlocked: bool) -> None:
     """Remove what is damaged, the receipts first: a shard without a receipt does not exist."""
     if not damaged:
         return
-    with folder.store.held():
+    with folder.store.held(unlocked=unlocked):
         folder.store.delete(f"{folder.receipts}/{name}-{manifest.edition}.json" for name in damaged)
         shards = [shard for shard in plan.shards if shard.name in damaged]
-        folder.store.delete(shard_file(subset, shard, manifest.edition) for subset in manifest.stored for shard in shards)
+        folder.store.delete(
+            shard_file(subset, shard, manifest.edition) for subset in manifest.stored for shard in shards
+        )
         write_summaries(folder, manifest)
 
 
@@ -347,7 +350,9 @@ class _Checker:
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
         try:
-            if [entry.path for entry in receipt.files] != [shard_file(subset, shard, self.edition) for subset in self.stored]:
+            if [entry.path for entry in receipt.files] != [
+                shard_file(subset, shard, self.edition) for subset in self.stored
+            ]:
                 raise _DamageError(f"The receipt of {shard.name} lists other files than the run has.")
             # Each shard has its own: a run may have been resumed elsewhere.
             self.exact = self.judge is None or (receipt.versions == self.judge.versions and self.judge.compiled_alike)

@@ -1,7 +1,9 @@
 """What tests share: small real datasets, a small real model, and the command line in this process."""
 
 import io
+import json
 import multiprocessing
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.forkserver import ensure_running
@@ -54,6 +56,18 @@ class Broken(Net):
 
 not_callable = 3
 '''
+
+
+def shard_path(folder: Path, name: str) -> Path:
+    """A file of a shard in an output folder, or below one: its name with the run's id at its end."""
+    path = folder / name
+    (manifest, *_) = (there for parent in path.parents if (there := parent / "manifest.json").exists())
+    return path.with_name(f"{path.stem}-{json.loads(manifest.read_text())['run_id']}{path.suffix}")
+
+
+def without_run(text: str) -> str:
+    """A text in which names of shards' files do not end in a run's id."""
+    return re.sub(r"(?<=-of-\d{5})-[0-9a-f]{16}(-\d+)?", "", text)
 
 
 def random_pixels(count: int, side: int = 16, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from moto.s3.models import s3_backends
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from tests.conftest import fgsm
+from tests.conftest import fgsm, without_run
 
 KEY, SECRET = "AKIAHUSHHUSH", "hush/hush+hush"
 Answer = Callable[..., Any]
@@ -149,8 +149,8 @@ def running_s3() -> Iterator[S3]:
 def lock_of(objects: dict[str, bytes]) -> dict[str, Any] | None:
     """What the lock of a run says, None where there is none."""
     there = objects.get(".run/lock")
-    content: dict[str, Any] | None = json.loads(there) if there else None
-    return content
+    content: dict[str, Any] = json.loads(there) if there else {"released": True}
+    return None if content.get("released") else content
 
 
 # ------------------------------------------------------------------- what tests of runs in a store need
@@ -173,9 +173,8 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
         monkeypatch.delenv(name)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pipeline.stores.BEAT_SECONDS", 0.2)
-    monkeypatch.setattr("pipeline.stores.STALE_SECONDS", 3.0)
-    monkeypatch.setattr("pipeline.stores.SETTLE_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.locks.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.locks.STALE_SECONDS", 3.0)
     monkeypatch.setattr("pipeline.stores.ATTEMPTS", 2)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -203,6 +202,12 @@ def there(s3: S3, out: str) -> dict[str, bytes]:
 def alter(s3: S3, out: str, name: str, content: bytes | None) -> None:
     bucket, _, prefix = out.removeprefix("s3://").partition("/")
     s3.write(bucket, f"{prefix}/{name}", content)
+
+
+def shard_name(s3: S3, out: str, name: str) -> str:
+    """The whole name of a shard's file, which ends in the run's id."""
+    (found,) = (stored for stored in there(s3, out) if without_run(stored) == name)
+    return found
 
 
 def shards(objects: dict[str, bytes]) -> dict[str, str]:

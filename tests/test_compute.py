@@ -17,7 +17,7 @@ from pipeline.lanes import Lanes
 from pipeline.records import LAYOUTS
 from pipeline.runs import choose_device, open_run
 from pipeline.victims import Victim, load_victim
-from tests.conftest import FACTORY, WriteConfig, fgsm
+from tests.conftest import FACTORY, WriteConfig, fgsm, shard_path
 from tests.test_generate import digests, generate, manifest
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_the_size_that_fitted_stays_with_the_run(
     assert manifest(out)["asked_batch_size"] == 6
     # Later, or elsewhere, all six would fit; the run has decided.
     monkeypatch.setattr("pipeline.runs.fit_batch_size", lambda *_: 6)
-    (out / ".run/receipts/test-00001-of-00003.json").unlink()
+    shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     generate(config)
     assert digests(out) == before
     # Who asks for another size asks for another run; who asks for the size that fitted, for this one.
@@ -212,7 +212,7 @@ def test_a_compiled_run_resumes_and_verifies_exactly(
     # Nothing is compiled where nothing is written.
     generate(config)
     assert sum("Compiled the victim in" in record.message for record in caplog.records) == 1
-    (out / ".run/receipts/test-00001-of-00003.json").unlink()
+    shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     # A shorter run would not compile; this one has decided.
     monkeypatch.setattr("pipeline.compute.COMPILE_FROM", {})
     generate(config)
@@ -230,7 +230,7 @@ def test_a_compiled_run_resumes_and_verifies_exactly(
     result = fgsm("verify", out, "--recompute")
     assert "its predictions are compared as from another environment" in caplog.text
     assert "another environment than the recorded one" in result.stdout
-    (out / ".run/receipts/test-00001-of-00003.json").unlink()
+    shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     result = fgsm("generate", config)
     assert result.exit_code == 1
     assert "the run was begun with a compiled victim. Mend the compiler" in result.stderr

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, shard_path, write_parquet
 from tests.s3 import S3, running_s3
 from tests.test_generate import digests, generate, manifest
 from tests.test_processes import GATED, driver_of, group_is_gone, holds, receipts, run_fgsm, wait_for
@@ -660,7 +660,7 @@ def test_file_altered(site: Site, drill: Drill, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for subset in ("clean", "eps-4"):
         shutil.copytree(site.reference, out)
-        alter(out / subset / "test-00003-of-00012.parquet")
+        alter(shard_path(out / subset, "test-00003-of-00012.parquet"))
         site.start("verify", out).refused(
             "1 problems; run the generate command that made it after fgsm verify --repair"
         )
@@ -673,7 +673,7 @@ def test_file_deleted(site: Site, drill: Drill, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for subset in ("clean", "eps-8"):
         shutil.copytree(site.reference, out)
-        (out / subset / "test-00007-of-00012.parquet").unlink()
+        shard_path(out / subset, "test-00007-of-00012.parquet").unlink()
         assert site.start("verify", out).end() == 1
         drill.settle(site, out)
 
@@ -802,10 +802,11 @@ class Bucket:
 
 def impatient(environment: dict[str, str]) -> None:
     """What a process needs to use the store, and less patience than in life."""
+    import pipeline.locks
     import pipeline.stores
 
     os.environ.update(environment)
-    pipeline.stores.BEAT_SECONDS, pipeline.stores.STALE_SECONDS = 0.2, 1.5
+    pipeline.locks.BEAT_SECONDS, pipeline.locks.STALE_SECONDS = 0.2, 1.5
     pipeline.stores.SILENT_SECONDS, pipeline.stores.ATTEMPTS = 1.0, 2
     pipeline.stores.PATIENCE_SECONDS = 4.0
 

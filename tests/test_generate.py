@@ -38,7 +38,7 @@ from pipeline.progress import Progress
 from pipeline.records import encode_column
 from pipeline.runs import open_run
 from pipeline.summary import summary_table
-from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -58,7 +58,9 @@ def generate(config: Path, *arguments: str) -> str:
     logger.setLevel(logging.INFO)
     loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
     table = summary_table(
-        pipeline.generate.generate(loaded, overwrite=options["overwrite"], executor=options["executor"])
+        pipeline.generate.generate(
+            loaded, overwrite=options["overwrite"], executor=options["executor"], unlocked=options["unlocked"]
+        )
     )
     return f"{log.getvalue()}{table}"
 
@@ -141,7 +143,7 @@ def test_the_parquet_is_what_the_hub_wants(write_config: WriteConfig, tmp_path: 
     import pyarrow.parquet as pq
 
     generate(write_config())
-    file = pq.ParquetFile(tmp_path / "out/eps-8/test-00000-of-00003.parquet")
+    file = pq.ParquetFile(shard_path(tmp_path, "out/eps-8/test-00000-of-00003.parquet"))
     group = file.metadata.row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     assert columns["image.bytes"].compression == "UNCOMPRESSED"
@@ -163,7 +165,7 @@ def test_row_groups_are_bounded(write_config: WriteConfig, tmp_path: Path, monke
 
     monkeypatch.setattr("pipeline.shards.ROW_GROUP_ROWS", 12)
     generate(write_config())
-    metadata = pq.ParquetFile(tmp_path / "out/clean/test-00000-of-00003.parquet").metadata
+    metadata = pq.ParquetFile(shard_path(tmp_path, "out/clean/test-00000-of-00003.parquet")).metadata
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [12, 4]
 
 
@@ -184,8 +186,8 @@ def test_missing_shards_are_written_again_byte_for_byte(
     out = tmp_path / "out"
     complete, summary = digests(out), manifest(out)
     assert len(complete) == {"images": 9, "signs": 3}[layout]
-    (out / ".run/receipts/test-00001-of-00003.json").unlink()
-    (out / last / "test-00002-of-00003.parquet").write_bytes(b"cut short")
+    shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
+    shard_path(out / last, "test-00002-of-00003.parquet").write_bytes(b"cut short")
     generate(config)
     assert digests(out) == complete
     assert manifest(out) == summary
@@ -200,7 +202,7 @@ def test_every_session_that_wrote_something_says_how_fast_it_was(write_config: W
     assert first["images"] == 40
     assert f"{first['images_per_second']} images/s." in output
     assert set(first["busy"]) == {"load", "attack", "encode", "write"}
-    (tmp_path / "out/.run/receipts/test-00001-of-00003.json").unlink()
+    shard_path(tmp_path, "out/.run/receipts/test-00001-of-00003.json").unlink()
     generate(write_config())
     generate(write_config())  # nothing is left to do
     assert [session["images"] for session in sessions()] == [40, 16]
@@ -266,7 +268,7 @@ def test_every_auto_is_resolved_once_and_kept(
     assert "auto" not in (kept["output"]["image_format"], kept["runtime"]["device"], kept["runtime"]["compile"])
     # Another machine, or another version, would decide otherwise; the run that is there has decided.
     monkeypatch.setattr("pipeline.runs.choose_format", lambda *_: "png")
-    (tmp_path / "out/.run/receipts/test-00001-of-00003.json").unlink()
+    shard_path(tmp_path, "out/.run/receipts/test-00001-of-00003.json").unlink()
     generate(config)
     assert manifest(tmp_path / "out")["config"] == kept
 
@@ -860,7 +862,7 @@ def test_large_batches_are_cut_into_row_groups(
 
     monkeypatch.setattr("pipeline.shards.ROW_GROUP_BYTES", 3000)
     generate(write_config(runtime={"batch_size": 16}))
-    metadata = pq.ParquetFile(tmp_path / "out/clean/test-00000-of-00003.parquet").metadata
+    metadata = pq.ParquetFile(shard_path(tmp_path, "out/clean/test-00000-of-00003.parquet")).metadata
     rows_of = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     assert sum(rows_of) == 16
     assert max(rows_of) <= 5
@@ -892,6 +894,8 @@ def test_a_file_system_without_locks_is_one_sentence(
 
     monkeypatch.setattr("pipeline.stores.fcntl.lockf", no_locks)
     result = fgsm("generate", write_config())
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "No locks available" in result.stderr
+    assert "--unlocked" in result.stderr
     assert "in use" not in result.stderr
+    assert "is not locked" in generate(write_config(), "--unlocked")

@@ -19,7 +19,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder
 from pipeline.publish import _client_that_gives_up, list_files, redact
-from tests.conftest import CLASSES, fgsm
+from tests.conftest import CLASSES, fgsm, shard_path
 from tests.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
 from tests.test_generate import pixels, rows
 from tests.test_processes import wait_for
@@ -331,7 +331,7 @@ def test_a_folder_that_is_no_output(tmp_path: Path, hub: Hub) -> None:
 
 
 def test_a_damaged_or_incomplete_dataset(out: Path, hub: Hub) -> None:
-    shard = out / "eps-8/test-00001-of-00002.parquet"
+    shard = shard_path(out, "eps-8/test-00001-of-00002.parquet")
     shard.write_bytes(shard.read_bytes()[:-1])
     sentence = refused(out, ID, code=1)
     assert "cannot be published: " in sentence
@@ -393,7 +393,7 @@ def test_a_repository_of_another_run(out: Path, hub: Hub) -> None:
 def test_a_repository_that_holds_something_else(out: Path, hub: Hub) -> None:
     hub.repositories[ID] = Repository(private=True, commits=[{"model.bin": git_blob(b"x"), "a.md": git_blob(b"")}])
     assert f"{ID} holds other files already (a.md, model.bin); choose another repository" in refused(out, ID, code=2)
-    altered = (out / "clean/test-00000-of-00002.parquet").read_bytes()[:-1] + b"x"
+    altered = shard_path(out, "clean/test-00000-of-00002.parquet").read_bytes()[:-1] + b"x"
     hub.repositories[ID].commits[-1] = {"clean/test-00000-of-00002.parquet": git_blob(altered)}
     assert "holds other files already (clean/test-00000-of-00002.parquet)" in refused(out, ID, code=2)
     assert hub.writes == []
@@ -562,7 +562,7 @@ def test_files_that_are_not_of_the_dataset_stay_at_home(out: Path, hub: Hub, mon
     import pipeline.publish
 
     ours, upload = local(out), pipeline.publish._upload
-    shard = (out / "clean/test-00000-of-00002.parquet").read_bytes()
+    shard = shard_path(out, "clean/test-00000-of-00002.parquet").read_bytes()
 
     def place(*folders: str) -> None:
         for folder in folders:

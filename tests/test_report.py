@@ -32,7 +32,7 @@ from pipeline.outputs import EvaluatorCounts, OutputFolder, report_files, report
 from pipeline.plots import Curve, Ridge, curves_plot, matrix_plot, ridges_plot, shortened
 from pipeline.report import report, write_report
 from pipeline.sample import Sample, read_pictures, read_sample
-from tests.conftest import FACTORY, KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, KINDS, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
 from tests.test_evaluators import ROOM
 from tests.test_generate import generate, rows
 
@@ -539,7 +539,7 @@ def test_no_answer_is_right_and_none_is_fooled(write_config: WriteConfig, factor
 def test_an_incomplete_dataset_is_reported_as_one(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     for subset in ("clean", "eps-2", "eps-8"):
-        (tmp_path / "out" / subset / "test-00001-of-00003.parquet").unlink()
+        shard_path(tmp_path / "out" / subset, "test-00001-of-00003.parquet").unlink()
     page = make(tmp_path / "out")
     assert "Incomplete: 24 of 40 source images are written." in page.words
     assert "all 24 test images" in page.words
@@ -772,7 +772,7 @@ def test_a_picture_that_cannot_be_decoded_is_one_sentence(write_config: WriteCon
 def test_files_that_do_not_fit_are_one_sentence(change: str, write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     folder, manifest = opened(tmp_path / "out")
-    path = tmp_path / "out/eps-8/test-00001-of-00003.parquet"
+    path = shard_path(tmp_path, "out/eps-8/test-00001-of-00003.parquet")
     table = pq.read_table(path)
     if change == "rows":
         pq.write_table(table.slice(1), path)

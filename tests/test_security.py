@@ -43,7 +43,7 @@ from pipeline.streams import StreamedSource, open_stream
 from pipeline.summary import inspect
 from pipeline.verify import verify
 from pipeline.victims import load_victim
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
 from tests.hub import Repository, git_blob, lfs_blob, running_hub
 
 SECRET = "hf_" + "S3cretS3cret" * 3
@@ -674,7 +674,7 @@ def test_what_cannot_be_asked_again_is_a_sentence(out: Path) -> None:
 def test_a_receipt_that_lists_a_file_elsewhere_is_damage_and_repair_deletes_its_own_only(out: Path) -> None:
     secret = out.parent / "secret.parquet"
     secret.write_text("keep")
-    receipt = out / ".run/receipts/test-00000-of-00002.json"
+    receipt = shard_path(out, ".run/receipts/test-00000-of-00002.json")
     content = json.loads(receipt.read_text())
     content["files"][0]["path"] = "../secret.parquet"
     receipt.write_text(json.dumps(content))
@@ -763,7 +763,7 @@ NASTY = "\x1b]0;title\x07\x1b[2J\x9b\u202e\r\nPublished: nothing"
 
 def test_names_and_reasons_are_no_commands_to_a_terminal(out: Path) -> None:
     (out / "clean" / "\x1b[2Jevil\n.parquet").touch()
-    path = out / ".run/receipts/test-00000-of-00002.json"
+    path = shard_path(out, ".run/receipts/test-00000-of-00002.json")
     content = json.loads(path.read_text())
     content["skipped"] = [{"position": 0, "source_index": 0, "reason": NASTY}]
     path.write_text(json.dumps(content))
@@ -1125,7 +1125,7 @@ def test_messages_quote_values_in_part_only(tmp_path: Path) -> None:
 
 
 def test_a_receipt_is_as_strict_as_it_was(out: Path) -> None:
-    content = json.loads((out / ".run/receipts/test-00000-of-00002.json").read_text())
+    content = json.loads(shard_path(out, ".run/receipts/test-00000-of-00002.json").read_text())
     assert Receipt.model_validate(content).shard == "test-00000-of-00002"
     with pytest.raises(ValidationError):
         Receipt.model_validate({**content, "split": "../x"})

@@ -16,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.estimate import estimate_bytes
 from pipeline.images import decode_image, encode_images
 from pipeline.runs import open_run
-from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
 from tests.test_generate import digests, generate, manifest, pixels, rows
 from tests.test_verify import SHARD, alter_a_byte_of, assert_found, cut_short_of, forge
 
@@ -198,7 +198,7 @@ def test_damage_is_named_repaired_and_written_again(
     damage(out / FILE)
     assert_found(named, out)
     fgsm("verify", out, "--repair")
-    assert not (out / f".run/receipts/{SHARD}.json").exists()
+    assert not shard_path(out, f".run/receipts/{SHARD}.json").exists()
     assert not (out / FILE).exists()
     assert "2 of 3 shards are already there" in generate(config)
     assert digests(out) == before
@@ -336,7 +336,7 @@ def test_recompute_finds_what_the_pixels_do_not_give(
 
 def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config(output=SIGNS))
-    path = tmp_path / f"out/.run/receipts/{SHARD}.json"
+    path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     receipt["files"][0]["path"] = f"clean/{SHARD}.parquet"
     path.write_text(json.dumps(receipt))

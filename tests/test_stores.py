@@ -29,9 +29,9 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder, committed
 from pipeline.stores import LocalStore, ObjectStore, open_store
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, without_run, write_parquet
 from tests.hub import running_hub
-from tests.s3 import S3, alter, failed, lock_of, shards, there
+from tests.s3 import S3, alter, failed, lock_of, shard_name, shards, there
 from tests.s3 import bucket as bucket
 from tests.s3 import out as out
 from tests.s3 import s3 as s3
@@ -52,7 +52,7 @@ def test_a_run_into_a_store_equals_a_local_one(
     objects, local = there(s3, out), tmp_path / "out"
     assert shards(objects) == digests(local)
     names = {str(path.relative_to(local)) for path in local.rglob("*") if path.is_file()}
-    assert set(objects) == names - {".run/lock"}
+    assert set(objects) == names
     for receipt in (local / ".run/receipts").iterdir():
         assert objects[f".run/receipts/{receipt.name}"] == receipt.read_bytes()
     # One PUT for each file, the receipt after all files of its shard.
@@ -89,43 +89,56 @@ def test_to_find_what_is_done_is_one_listing_however_many_shards(s3: S3, out: st
         place = f"{out}/{images}"
         config = write_config(output={"path": place, "images_per_shard": images})
         generate(config)
-        alter(s3, place, f"eps-8/test-00001-of-{40 // images:05}.parquet", b"")
+        alter(s3, place, shard_name(s3, place, f"eps-8/test-00001-of-{40 // images:05}.parquet"), b"")
         s3.requests.clear()
         folder = OutputFolder(place)
         manifest = require_manifest(folder)
-        found = committed(folder, manifest.run_id, manifest.plan.shards)
+        found = committed(folder, manifest.edition, manifest.plan.shards)
         assert len(found) == 40 // images - 1
         assert len(s3.listings) == 1
         # Receipts are read once, until one changes.
         assert len(s3.asked("GET", "receipts/")) == 40 // images
-        assert committed(folder, manifest.run_id, manifest.plan.shards) == found
+        assert committed(folder, manifest.edition, manifest.plan.shards) == found
         assert len(s3.asked("GET", "receipts/")) == 40 // images
         assert not s3.asked("HEAD")
         name = sorted(found)[0]
-        content = json.loads(there(s3, place)[f".run/receipts/{name}.json"])
-        alter(s3, place, f".run/receipts/{name}.json", json.dumps({**content, "run_id": "0" * 16}).encode())
-        assert set(committed(folder, manifest.run_id, manifest.plan.shards)) == set(found) - {name}
+        file = shard_name(s3, place, f".run/receipts/{name}.json")
+        content = json.loads(there(s3, place)[file])
+        alter(s3, place, file, json.dumps({**content, "run_id": "0" * 16}).encode())
+        assert set(committed(folder, manifest.edition, manifest.plan.shards)) == set(found) - {name}
         s3.requests.clear()
         generate(config)
         listings.append(len(s3.listings))
         assert len(s3.asked("PUT", "parquet")) == 3 * (1 if images == 20 else 2) + 3 * (images == 20)
-    assert listings[0] == listings[1] == 3
+    assert listings[0] == listings[1] == 4
 
 
-def test_overwriting_leaves_nothing_of_another_run(s3: S3, out: str, write_config: WriteConfig) -> None:
-    alter(s3, out, "eps-4/test-00000-of-00001.parquet", b"of another run")
-    alter(s3, out, ".run/receipts/test-00000-of-00009.json", b"of another run")
-    generate(write_config(output={"path": out}))
-    assert "eps-4/test-00000-of-00001.parquet" in there(s3, out)
+def test_overwriting_removes_another_run_and_nothing_else(s3: S3, out: str, write_config: WriteConfig) -> None:
+    generate(write_config(output={"path": out, "images_per_shard": 20}))
+    former = there(s3, out)
+    mine = {"clean/data.csv": b"mine", "clean/mine.parquet": b"mine", "assets/mine.png": b"mine", "notes.txt": b"mine"}
+    for name, content in mine.items():
+        alter(s3, out, name, content)
+    said = generate(write_config(output={"path": out}), "--overwrite")
+    assert "Left as they are, not of this dataset: clean/data.csv, clean/mine.parquet, notes.txt." in said
+    objects = there(s3, out)
+    assert {name: objects[name] for name in mine} == mine
+    assert not {name for name in former if "-of-" in name} & set(objects)
+    assert len([name for name in objects if "receipts" in name]) == 3
+    verified = fgsm("verify", out)
+    assert verified.exit_code == 0, verified.output
+    # The names of the same run's files are others after each time, so that what is removed late is not theirs.
+    before = set(shards(objects)) - set(mine)
     generate(write_config(output={"path": out}), "--overwrite")
-    assert {name.split("/")[0] for name in shards(there(s3, out))} == {"clean", "eps-2", "eps-8"}
-    assert len([name for name in there(s3, out) if "receipts" in name]) == 3
+    assert not before & set(there(s3, out))
 
 
 def test_a_place_that_holds_something_else_is_refused(s3: S3, out: str, write_config: WriteConfig) -> None:
     alter(s3, out, "photos/cat.jpg", b"cat")
     sentence = failed("generate", write_config(output={"path": out}), code=2)
-    assert sentence == (f"output.path: {out} is not empty and holds no run (there is photos); choose another folder.")
+    assert sentence.startswith(
+        f"output.path: {out} is not empty and holds no dataset of fgsm-pipeline (there is photos)"
+    )
 
 
 def test_the_end_of_generate_and_the_card_name_what_works(s3: S3, out: str, write_config: WriteConfig) -> None:
@@ -157,20 +170,25 @@ def test_a_dataset_is_verified_mended_and_reported(s3: S3, out: str, write_confi
     config = write_config(output={"path": out})
     generate(config)
     before = there(s3, out)
-    altered, gone = "eps-2/test-00000-of-00003.parquet", "clean/test-00002-of-00003.parquet"
+    altered = shard_name(s3, out, "eps-2/test-00000-of-00003.parquet")
+    gone = shard_name(s3, out, "clean/test-00002-of-00003.parquet")
+    extra = altered.replace("eps-2/test-00000", "clean/test-00009")
     alter(s3, out, altered, before[altered][:-1] + b"x")
     alter(s3, out, gone, None)
-    alter(s3, out, "clean/test-extra.parquet", b"x")
+    alter(s3, out, "clean/mine.parquet", b"x")
+    alter(s3, out, extra, b"x")
     found = fgsm("verify", out)
     assert found.exit_code == 1
     assert f"{altered} was altered: its sha256 is not its receipt's." in found.output
     assert f"{gone} is missing." in found.output
-    assert "clean/test-extra.parquet belongs to no shard of this run" in found.output
-    alter(s3, out, "clean/test-extra.parquet", None)
+    assert f"{extra} belongs to no shard of this run" in found.output
+    assert "not of this dataset, and left alone: clean/mine.parquet" in found.output
+    alter(s3, out, extra, None)
     assert "2 damaged shards dropped" in fgsm("verify", out, "--repair").output
-    assert len(shards(there(s3, out))) == 3
+    assert len(shards(there(s3, out))) == 4
     assert fgsm("report", out).stdout.strip() == f"{out}/report.html"
     generate(config)
+    alter(s3, out, "clean/mine.parquet", None)
     assert shards(there(s3, out)) == shards(before)
     assert fgsm("verify", out).exit_code == 0
 
@@ -230,13 +248,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 def test_what_killed_processes_left_in_the_temporary_space_is_removed(out: str, tmp_path: Path) -> None:
     space = tmp_path / "temporary"
     process = subprocess.Popen([sys.executable, "-c", HOLD_SCRATCH, out], env={**os.environ, "TMPDIR": str(space)})
-    wait_for(lambda: len(list(space.glob("*/half"))) == 1)
+    wait_for(lambda: len(list(space.glob("*/*/half"))) == 1)
     with ObjectStore(out).scratch("another"):
         assert len(list(space.glob("fgsm-*"))) == 2, "that of a process that lives stays"
     process.kill()
     process.wait()
     with ObjectStore(out).scratch("another") as folder:
-        assert list(space.glob("fgsm-*")) == [folder]
+        assert list(space.glob("fgsm-*")) == [folder.parent]
 
 
 # A process that dies in the middle of a shard.
@@ -268,7 +286,7 @@ def test_the_receipt_of_a_shard_that_is_written_anew_is_dropped_first(
 ) -> None:
     config = write_config(output={"path": out})
     generate(config)
-    name = ".run/receipts/test-00001-of-00003.json"
+    name = shard_name(s3, out, ".run/receipts/test-00001-of-00003.json")
     alter(s3, out, name, b"half a rec")
     generate(config)
     assert json.loads(there(s3, out)[name])["rows"] == 16
@@ -348,7 +366,7 @@ def test_a_dataset_in_a_store_is_published(
         disable_progress_bars()
         try:
             listed = fgsm("publish", out, "user/images", "--dry-run")
-            assert "clean/test-00000-of-00003.parquet" in listed.output
+            assert "clean/test-00000-of-00003.parquet" in without_run(listed.output)
             assert not hub.requests
             result = fgsm("publish", out, "user/images")
             assert result.exit_code == 0, result.output
@@ -437,6 +455,7 @@ def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_local_folder_is_a_store_of_its_own_kind(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
     store = open_store(tmp_path / "out")
     assert isinstance(store, LocalStore)
     assert store.entries() == []

@@ -37,7 +37,7 @@ from pipeline.progress import Progress
 from pipeline.runs import open_run
 from pipeline.streams import StreamedFile, StreamedSource, open_stream
 from pipeline.verify import verify
-from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels
+from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels, shard_path
 from tests.hub import Repository, git_blob, lfs_blob, running_hub
 from tests.test_generate import digests, generate, manifest, rows
 from tests.test_processes import Start
@@ -215,7 +215,7 @@ def test_a_tar_gives_the_same_rows(write_config: WriteConfig, parquet: Path, tar
     findings = verify(tmp_path / "tar", recompute=True)
     assert (findings.problems, findings.mismatches, findings.recomputed) == ([], 0, 120)
     complete = digests(tmp_path / "tar")
-    (tmp_path / "tar/clean/test-00001-of-00003.parquet").write_bytes(b"damaged")
+    shard_path(tmp_path, "tar/clean/test-00001-of-00003.parquet").write_bytes(b"damaged")
     assert verify(tmp_path / "tar", repair=True).damaged == {"test-00001-of-00003"}
     assert "source images, 0 skipped" in fgsm("inspect", tmp_path / "tar").stdout
     generate(write_config(source=source, output={"path": str(tmp_path / "tar")}))
@@ -322,7 +322,7 @@ def test_a_file_without_rows_is_a_shard_without_rows(write_config: WriteConfig, 
     source = write_files(tmp_path / "some", images(12), [0] * 12, (7, 0, 5))
     generate(write_config(source=stream(source)))
     assert manifest(tmp_path / "out")["complete"]
-    assert len(pq.read_table(tmp_path / "out/clean/test-00001-of-00003.parquet")) == 0
+    assert len(pq.read_table(shard_path(tmp_path, "out/clean/test-00001-of-00003.parquet"))) == 0
     assert verify(tmp_path / "out", recompute=True).problems == []
     assert len(datasets.load_dataset(str(tmp_path / "out"), "clean", split="test")) == 12
     assert "already there" in generate(write_config(source=stream(source)))
@@ -510,7 +510,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_never_stored(
         assert first.returncode == 0, first.stderr
         cached = sum(path.stat().st_size for path in (tmp_path / "home").rglob("*") if path.is_file())
         assert cached < 2000 < stored, "the card, and no row"
-        (tmp_path / "out/.run/receipts/test-00003-of-00004.json").unlink()
+        shard_path(tmp_path, "out/.run/receipts/test-00003-of-00004.json").unlink()
         before = digests(tmp_path / "out")
         hub.requests.clear()
         again = subprocess.run(command, env=environment, capture_output=True, text=True)

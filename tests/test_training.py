@@ -28,7 +28,7 @@ from pipeline import shards, training
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.images import decode_images
 from pipeline.training import TrainingDataset
-from tests.conftest import FACTORY, KINDS, WriteConfig, let_go, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, KINDS, WriteConfig, let_go, png_bytes, random_pixels, shard_path, write_parquet
 from tests.hub import Hub, Repository, git_blob, running_hub
 from tests.test_dataset import LAYOUTS, loaded_by
 from tests.test_generate import generate
@@ -135,7 +135,7 @@ def indices(shown: Sequence[Shown]) -> list[int]:
 
 def test_row_groups_of_the_test_data_differ_between_subsets(outputs: Path) -> None:
     def ends(subset: str) -> list[int]:
-        footer = pq.read_metadata(outputs / "color-images" / subset / "test-00000-of-00003.parquet")
+        footer = pq.read_metadata(shard_path(outputs / "color-images" / subset, "test-00000-of-00003.parquet"))
         return [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
 
     assert ends("clean") != ends("eps-8")
@@ -639,7 +639,7 @@ def test_a_seed_of_numpy_is_that_number(outputs: Path, known: Known) -> None:
 def test_missing_and_altered_files_are_one_sentence(outputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(outputs / "color-images", folder)
-    file = folder / "eps-8/test-00001-of-00003.parquet"
+    file = shard_path(folder, "eps-8/test-00001-of-00003.parquet")
     content = file.read_bytes()
     file.unlink()
     with pytest.raises(PipelineError, match=r"is not the file that manifest\.json lists \(.*No such file"):
@@ -672,7 +672,7 @@ def test_damaged_pictures_are_one_sentence(outputs: Path, tmp_path: Path, name: 
     folder = tmp_path / "copy"
     shutil.copytree(outputs / name, folder)
     subset = "signs" if name.endswith("signs") else "eps-2"
-    file = folder / subset / "test-00002-of-00003.parquet"
+    file = shard_path(folder / subset, "test-00002-of-00003.parquet")
     rows = pq.ParquetFile(file).read().to_pylist()
     good = rows[0][column]["bytes"]
     rows[0][column]["bytes"] = {

@@ -17,7 +17,7 @@ from pipeline.card import write_summaries
 from pipeline.images import decode_image, encode_images
 from pipeline.manifest import read_manifest
 from pipeline.outputs import OutputFolder
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
 from tests.test_generate import digests, generate
 
 SHARD = "test-00001-of-00003"
@@ -47,12 +47,12 @@ def delete_a_file(out: Path) -> None:
 
 
 def break_a_receipt(out: Path) -> None:
-    path = out / f".run/receipts/{SHARD}.json"
+    path = shard_path(out, f".run/receipts/{SHARD}.json")
     path.write_text(path.read_text()[:40])
 
 
 def swap_a_receipt(out: Path) -> None:
-    path = out / f".run/receipts/{SHARD}.json"
+    path = shard_path(out, f".run/receipts/{SHARD}.json")
     path.write_text(path.read_text().replace('"run_id": "', '"run_id": "ff'))
 
 
@@ -71,7 +71,7 @@ def test_damage_is_named_repaired_and_written_again(
 ) -> None:
     config, out = write_config(), tmp_path / "out"
     generate(config)
-    before, receipt = digests(out), (out / f".run/receipts/{SHARD}.json").read_bytes()
+    before, receipt = digests(out), shard_path(out, f".run/receipts/{SHARD}.json").read_bytes()
     damage(out)
     result = fgsm("verify", out)
     assert result.exit_code == 1
@@ -79,11 +79,11 @@ def test_damage_is_named_repaired_and_written_again(
     assert "--repair" in result.stderr
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
-    assert not (out / f".run/receipts/{SHARD}.json").exists()
+    assert not shard_path(out, f".run/receipts/{SHARD}.json").exists()
     assert not list(out.glob(f"*/{SHARD}.parquet"))
     assert "2 of 3 shards are already there" in generate(config)
     assert digests(out) == before
-    assert (out / f".run/receipts/{SHARD}.json").read_bytes() == receipt
+    assert shard_path(out, f".run/receipts/{SHARD}.json").read_bytes() == receipt
     assert fgsm("verify", out, "--recompute").exit_code == 0
 
 
@@ -107,7 +107,7 @@ def test_repair_leaves_sound_shards_alone(write_config: WriteConfig, tmp_path: P
 def test_missing_shards_and_foreign_files_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     out = tmp_path / "out"
-    (out / f".run/receipts/{SHARD}.json").unlink()
+    shard_path(out, f".run/receipts/{SHARD}.json").unlink()
     (out / "clean/test-99999.parquet").write_bytes(b"would be loaded along")
     result = fgsm("verify", out)
     assert result.exit_code == 1
@@ -146,7 +146,7 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
 
     Keyword arguments are other counts of the largest epsilon.
     """
-    path, receipt_path = out / file, out / f".run/receipts/{SHARD}.json"
+    path, receipt_path = out / file, shard_path(out, f".run/receipts/{SHARD}.json")
     table = pq.read_table(path)
     columns = table.to_pydict()
     edit(columns)
@@ -227,7 +227,7 @@ def test_rows_that_the_plan_does_not_have_are_found(write_config: WriteConfig, t
 
 def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
-    path = tmp_path / f"out/.run/receipts/{SHARD}.json"
+    path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     receipt["files"].pop()
     path.write_text(json.dumps(receipt))
@@ -253,7 +253,7 @@ def test_lost_rows_and_other_columns_are_found(write_config: WriteConfig, tmp_pa
     path = tmp_path / "out" / FILE
     pq.write_table(pq.read_table(path).drop_columns(["fooled"]), path)
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-    receipt_path = tmp_path / f"out/.run/receipts/{SHARD}.json"
+    receipt_path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(receipt_path.read_text())
     next(entry for entry in receipt["files"] if entry["path"] == FILE).update(bytes=size, sha256=digest)
     receipt_path.write_text(json.dumps(receipt))
@@ -313,7 +313,7 @@ def test_elsewhere_only_near_ties_are_forgiven(
 ) -> None:
     generate(write_config())
     forge(tmp_path / "out", another_prediction)
-    path = tmp_path / f"out/.run/receipts/{SHARD}.json"
+    path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     receipt["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(receipt))
@@ -380,7 +380,7 @@ def test_after_a_repair_manifest_and_card_speak_of_what_is_left(write_config: Wr
 
 def test_inspect_counts_receipts_where_the_manifest_is_behind(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
-    (tmp_path / f"out/.run/receipts/{SHARD}.json").unlink()
+    shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json").unlink()
     assert "INCOMPLETE" in fgsm("inspect", tmp_path / "out").stdout
     assert "24 of 40 source images" in fgsm("inspect", tmp_path / "out").stdout
 
@@ -388,7 +388,7 @@ def test_inspect_counts_receipts_where_the_manifest_is_behind(write_config: Writ
 def test_a_foreign_receipt_is_named_and_does_not_count(write_config: WriteConfig, tmp_path: Path) -> None:
     config, receipts = write_config(), tmp_path / "out/.run/receipts"
     generate(config)
-    (receipts / "test-00007-of-00003.json").write_bytes((receipts / f"{SHARD}.json").read_bytes())
+    shard_path(receipts, "test-00007-of-00003.json").write_bytes(shard_path(receipts, f"{SHARD}.json").read_bytes())
     assert (
         "test-00007-of-00003.json belongs to no shard of this run; delete it" in fgsm("verify", tmp_path / "out").stderr
     )
