@@ -38,7 +38,7 @@ from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import redact_answer
 from pipeline.images import open_stored
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
-from pipeline.manifest import Manifest, require_manifest
+from pipeline.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
 from pipeline.outputs import SIGNS, OutputFolder, local_folder, shard_file, subset_name
 from pipeline.stores import storage_options
 
@@ -131,6 +131,8 @@ def load(
     epsilons: Sequence[str | float] | None = None,
     split: str | None = None,
     streaming: bool = False,
+    *,
+    allow_incomplete: bool = False,
 ) -> Any:
     """Load a dataset of either layout: a row per image and epsilon, with the columns of layout images.
 
@@ -141,6 +143,7 @@ def load(
             exactly, and what the victim and the evaluators would say of them is null.
         split: one of the dataset's; None loads all.
         streaming: read ahead of use only, in bounded memory.
+        allow_incomplete: do not warn where shards of an output folder are missing.
 
     Returns:
         What `datasets.load_dataset` returns: a `Dataset`, or an `IterableDataset` when streaming; without a split
@@ -153,10 +156,16 @@ def load(
     stored: Manifest | None = None
     if is_address(path_or_repo):
         place = str(path_or_repo)
-        stored = require_manifest(OutputFolder(place))
+        folder = OutputFolder(place)
+        stored = require_manifest(folder)
+        if not allow_incomplete:
+            warn_if_incomplete(folder, stored)
         recorded = None if SIGNS in stored.stored else list(stored.levels)
     else:
-        place = str(local_folder(path_or_repo) or path_or_repo)
+        local = local_folder(path_or_repo)
+        place = str(local or path_or_repo)
+        if local and not allow_incomplete and (manifest := read_manifest(OutputFolder(local))):
+            warn_if_incomplete(OutputFolder(local), manifest)
         recorded = _recorded_subsets(place)
     if recorded is None:
         opened = _open(place, stored, SIGNS, streaming)

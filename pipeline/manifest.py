@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -34,6 +35,7 @@ from pipeline.outputs import (
     committed,
     name_edition,
     receipts_digest,
+    shard_file,
     stored_subsets,
     subset_name,
     uncollected,
@@ -301,6 +303,18 @@ def current_manifest(folder: OutputFolder) -> Manifest:
     if ".run" not in folder.store.entries():
         return manifest
     return summarise(manifest, committed(folder, manifest.edition, manifest.plan.shards))
+
+
+def warn_if_incomplete(folder: OutputFolder, manifest: Manifest) -> None:
+    """Warn whoever reads a dataset of which shards are missing, and say how many are there."""
+    sizes, shards, stored = folder.store.sizes(), manifest.plan.shards, manifest.stored
+    there = sum(all(shard_file(subset, shard, manifest.edition) in sizes for subset in stored) for shard in shards)
+    if there < len(shards):
+        warnings.warn(
+            f"{folder.root} is incomplete: {there} of {len(shards)} shards are there ({there / len(shards):.0%}). Run "
+            "the generate command that made it again, or pass allow_incomplete=True.",
+            stacklevel=3,
+        )
 
 
 def plan_of(

@@ -568,10 +568,10 @@ class ObjectStore(Store):
         """
         if self._protocol not in CONDITIONAL:
             raise UnsupportedError(f"the client for {self._protocol}:// has no conditional writes")
-        condition: dict[str, Any] = {"mode": "create"} if version is None else {"IfMatch": version}
+        condition, options = ("create", {"mode": "create"}) if version is None else ("replace", {"IfMatch": version})
         try:
             # In one request however large: the client would send a large one in parts, without the condition.
-            answer = self._ask("pipe_file", self._path(name), content, chunksize=2**32, conditional=True, **condition)
+            answer = self._ask("pipe_file", self._path(name), content, condition=condition, chunksize=2**32, **options)
             return str(answer["ETag"])
         except ConflictError:
             found = self.look(name)
@@ -583,8 +583,10 @@ class ObjectStore(Store):
         """An object that is there already was written by another process that did the same work."""
         self.check_held()
         try:
-            self._ask("pipe_file", self._path(name), content, creates=True, mode="create")
-        except FileExistsError:
+            self._ask("pipe_file", self._path(name), content, condition="create", mode="create")
+        except UnsupportedError:  # the caller has said --unlocked
+            self._ask("pipe_file", self._path(name), content, creates=True)
+        except ConflictError:
             if self.read(name) != content:
                 raise PipelineError(
                     f"{self.at(name)} was written by another process meanwhile, with other content; "
@@ -688,7 +690,7 @@ class ObjectStore(Store):
         verb: str,
         *arguments: Any,
         creates: bool = False,
-        conditional: bool = False,
+        condition: str = "",
         patience: float = 0.0,
         **options: Any,
     ) -> Any:
@@ -697,12 +699,11 @@ class ObjectStore(Store):
         Args:
             verb: a method of fsspec's, with its arguments and options.
             creates: that there is no such object is no answer.
-            conditional: it is a write on a condition.
+            condition: of a write that has one: to `create` what is not there, or to `replace` a version.
             patience: seconds beyond the usual ones; infinite where the client itself gives up if nothing more arrives.
 
         Raises:
             FileNotFoundError: what is read is not there.
-            FileExistsError: what is created is there.
             ConflictError, UnsupportedError: of a write on a condition, as `replace`.
         """
         system = self._system
@@ -715,9 +716,9 @@ class ObjectStore(Store):
                     return getattr(system, verb)(*arguments, **options)
             return getattr(system, verb)(*arguments, **options)
         except Exception as error:  # a dozen exception types of five libraries
-            if conditional:
-                _raise_conflict(error)
-            if isinstance(error, FileExistsError) or (isinstance(error, FileNotFoundError) and not creates):
+            if condition:
+                _raise_conflict(error, condition)
+            if isinstance(error, FileNotFoundError) and not creates and not condition:
                 raise
             raise self._failure(error) from None
 
@@ -780,7 +781,7 @@ def _file_system(protocol: str) -> Any:
         raise ConfigError(f"output.path: fsspec knows no protocol {protocol}://; s3:// and gs:// are two.") from None
 
 
-def _raise_conflict(error: BaseException) -> None:
+def _raise_conflict(error: BaseException, condition: str) -> None:
     """Tell what a store says of a condition from what else can fail.
 
     Raises:
@@ -789,8 +790,9 @@ def _raise_conflict(error: BaseException) -> None:
     """
     answers = [getattr(cause, "response", None) for cause in causes(error)]
     status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
-    # What is to be replaced may be gone (404), or be written at the very moment (409).
-    if isinstance(error, FileExistsError) or status in (404, 409, 412):
+    # What is to be replaced may be gone (404), or be written by another at this very moment (409).
+    conflicts = (404, 409, 412) if condition == "replace" else (409, 412)
+    if isinstance(error, FileExistsError) or status in conflicts:
         raise ConflictError from None
     if status == 501:
         raise UnsupportedError("the store refuses conditional writes") from None

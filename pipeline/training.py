@@ -31,7 +31,7 @@ from pipeline.config import is_address, reading_levels
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.images import ImageFormat, UndecodableError, decode_images
 from pipeline.lattice import picture_to_sign_array, sign_between, step_array
-from pipeline.manifest import Manifest, require_manifest
+from pipeline.manifest import Manifest, require_manifest, warn_if_incomplete
 from pipeline.outputs import SIGNS, OutputFolder, local_folder, split_of, subset_name
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
@@ -460,6 +460,7 @@ def training_dataset(
     seed: SupportsIndex = 0,
     rank: int | None = None,
     world_size: int | None = None,
+    allow_incomplete: bool = False,
 ) -> TrainingDataset:
     """Open a dataset for training, either layout: images (C, H, W) uint8 and labels int64, for a DataLoader.
 
@@ -500,6 +501,7 @@ def training_dataset(
         shuffle: in an order of each epoch's own; else as stored.
         seed: of order and draws, 0 or more.
         rank, world_size: which part of how many; None: torch.distributed's where it is initialised, else all.
+        allow_incomplete: do not warn where shards of an output folder are missing.
 
     Raises:
         ConfigError: there is no such dataset or split, an argument is out of range, or images have no label.
@@ -519,6 +521,8 @@ def training_dataset(
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or _manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
+    if local and not allow_incomplete:
+        warn_if_incomplete(OutputFolder(root), manifest)
     _check_split(manifest, split, name)
     levels = manifest.levels[1:] if asked is None else tuple(asked)
     shards = _shards(root, manifest, levels, clean)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -27,28 +28,44 @@ Answer = Callable[..., Any]
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests that match: a status to answer, or `hang`, until the end of the server."""
+    """What goes wrong with the next requests that match: a status to answer; `hang`, never to answer; or `hold`, to
+    serve it late. Either lasts until `released`, the end of the server. `who` is a key of whoever asks.
+    """
 
     method: str
     path: str
     kind: int | str
     times: int
     after: int
+    who: str = ""
 
 
 @dataclass
 class S3:
-    """The server; `requests` lists what was asked of it, as (method, path and query, status)."""
+    """The server; `requests` lists what was asked of it, as (method, path and query, status).
+
+    `conditions` says what it does with If-Match and If-None-Match: `honoured`, `ignored` or `refused`. `held` is how
+    many requests wait to be served late.
+    """
 
     endpoint: str = ""
+    conditions: str = "honoured"
+    held: int = 0
     requests: list[tuple[str, str, int]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fail(self, method: str, path: str, kind: int | str, *, times: int = 10**6, after: int = 0) -> None:
+    def fail(
+        self, method: str, path: str, kind: int | str, *, times: int = 10**6, after: int = 0, who: str = ""
+    ) -> None:
         """Let the next `times` requests fail that match, but for the first `after`."""
-        self.faults.append(Fault(method, path, kind, times, after))
+        self.faults.append(Fault(method, path, kind, times, after, who))
+
+    def release(self) -> None:
+        """Serve what is held."""
+        self.released.set()
+        self.released = threading.Event()
 
     def asked(self, method: str, path: str = "") -> list[str]:
         return [there for verb, there, _ in self.requests if re.fullmatch(method, verb) and re.search(path, there)]
@@ -88,10 +105,11 @@ class S3:
         else:
             backend.put_object(bucket, name, content)
 
-    def _take(self, method: str, path: str) -> Fault | None:
+    def _take(self, method: str, path: str, who: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.times and re.fullmatch(fault.method, method) and re.search(fault.path, path):
+                matches = re.fullmatch(fault.method, method) and re.search(fault.path, path) and fault.who in who
+                if fault.times and matches:
                     if fault.after:
                         fault.after -= 1
                         continue
@@ -103,16 +121,23 @@ class S3:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         if environ.get("QUERY_STRING"):
             path = f"{path}?{environ['QUERY_STRING']}"
-        fault = self._take(method, path)
-        if fault is not None:
+        fault = self._take(method, path, environ.get("HTTP_AUTHORIZATION", ""))
+        if fault is not None and fault.kind == "hold":
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = io.BytesIO(body)
+            released, self.held = self.released, self.held + 1
+            released.wait()
+            self.held -= 1
+        elif fault is not None:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             self.requests.append((method, path, fault.kind if isinstance(fault.kind, int) else 0))
             if fault.kind == "hang":
                 self.released.wait()
-            status = fault.kind if isinstance(fault.kind, int) else 500
-            code = {403: "AccessDenied", 500: "InternalError"}[status]
-            start_response(f"{status} {code}", [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{code}</Code><Message>an injected fault for {KEY}</Message></Error>".encode()]
+            return _refuse(fault.kind if isinstance(fault.kind, int) else 500, start_response)
+        if self.conditions != "honoured":
+            asked = [environ.pop(header, None) for header in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")]
+            if self.conditions == "refused" and any(asked):
+                return _refuse(501, start_response)
 
         def started(status: str, headers: Any, *rest: Any) -> Any:
             self.requests.append((method, path, int(status.split()[0])))
@@ -122,6 +147,12 @@ class S3:
         return answer
 
     app: Any = field(default_factory=lambda: DomainDispatcherApplication(create_backend_app))
+
+
+def _refuse(status: int, start_response: Answer) -> list[bytes]:
+    code = {403: "AccessDenied", 500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}[status]
+    start_response(f"{status} {code}", [("Content-Type", "application/xml")])
+    return [f"<Error><Code>{code}</Code><Message>an injected fault for {KEY}</Message></Error>".encode()]
 
 
 class _Handler(WSGIRequestHandler):
@@ -169,6 +200,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     """The store with nothing asked of it yet; its client is less patient than in life and has a temporary space."""
     server.requests.clear()
     server.faults.clear()
+    server.conditions = "honoured"
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in server.environment.items():
