@@ -17,7 +17,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -51,10 +51,8 @@ PAUSES = (2.0, 20.0, 120.0)
 STALL_SECONDS = 300.0
 # Made by Git's host for every repository.
 ATTRIBUTES = ".gitattributes"
-# Files of ours by their names: where the Hub has one that the dataset does not, it is left from an earlier upload.
-OURS = (
-    r"(clean|eps-\d+|signs)/[^/]+\.parquet|report\.html|assets/(accuracy|confidence|examples|confusion|transfer)\.png"
-)
+# Files of the report by their names.
+REPORT = r"report\.html|assets/(accuracy|confidence|examples|confusion|transfer)\.png"
 
 Result = TypeVar("Result")
 Content = bytes  # OwnFile has a field of that name
@@ -103,8 +101,8 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
         files = list_files(folder, manifest)
         if others := _left_out(folder, files):
             logger.info("Not published, as they are not of this dataset: %s.", listing(others))
-        _upload(repository, folder, files, there)
-        _check_arrived(repository, folder, files)
+        _upload(repository, folder, manifest, files, there)
+        _check_arrived(repository, folder, manifest, files)
     return repository.url
 
 
@@ -233,12 +231,22 @@ def _report(folder: OutputFolder, manifest: Manifest) -> None:
     write_report(folder, manifest)
 
 
+def _left_by_an_earlier_upload(manifest: Manifest, files: Mapping[str, OwnFile], there: Iterable[str]) -> list[str]:
+    """Files of this run by their names that the Hub has and the dataset does not have any more."""
+    shards = rf"[^/]+/[^/]+-of-\d{{5,}}-{manifest.run_id}(-\d+)?\.parquet"
+    return [path for path in there if path not in files and re.fullmatch(f"{shards}|{REPORT}", path)]
+
+
 def _upload(
-    repository: "_Repository", folder: OutputFolder, files: Mapping[str, OwnFile], there: Mapping[str, RepoFile]
+    repository: "_Repository",
+    folder: OutputFolder,
+    manifest: Manifest,
+    files: Mapping[str, OwnFile],
+    there: Mapping[str, RepoFile],
 ) -> None:
     """Send what is not there, the data first; remove what an earlier upload left."""
     missing = _differing(folder, files, there)
-    stale = [path for path in there if path not in files and re.fullmatch(OURS, path)]
+    stale = _left_by_an_earlier_upload(manifest, files, there)
     if others := [path for path in there if path not in files and path not in (*stale, ATTRIBUTES)]:
         logger.info("Left as they are, not of this dataset: %s.", listing(others))
     if not missing and not stale:
@@ -251,7 +259,7 @@ def _upload(
         # By folders: the client compares every name with every pattern. What is there already it finds out itself.
         folders = sorted({path.rpartition("/")[0] for path in data})
         for root in folder.store.staged({path: files[path].bytes for path in data}):
-            repository.upload(root, folders)
+            repository.upload(root, folders, manifest.edition)
     rest = [path for path in missing if path not in set(data)]
     if rest or stale:
         if stale:
@@ -260,11 +268,13 @@ def _upload(
         repository.commit(contents, stale)
 
 
-def _check_arrived(repository: "_Repository", folder: OutputFolder, files: Mapping[str, OwnFile]) -> None:
+def _check_arrived(
+    repository: "_Repository", folder: OutputFolder, manifest: Manifest, files: Mapping[str, OwnFile]
+) -> None:
     """Published is what the Hub lists with the names, sizes and digests that were verified here."""
     there = repository.files() or {}
     wrong = _differing(folder, files, there)
-    wrong += [path for path in there if path not in files and re.fullmatch(OURS, path)]
+    wrong += _left_by_an_earlier_upload(manifest, files, there)
     if wrong:
         raise PipelineError(
             f"{repository.id} does not hold what was verified here: {listing(wrong)}; run the same command again."
@@ -340,14 +350,14 @@ class _Repository:
         run_id = content.get("run_id") if isinstance(content, dict) else None
         return run_id if isinstance(run_id, str) else None
 
-    def upload(self, root: Path, folders: Sequence[str]) -> None:
-        """Upload the Parquet files in some folders of one, but for those that are there."""
+    def upload(self, root: Path, folders: Sequence[str], edition: str) -> None:
+        """Upload the files of an edition in some folders of one, but for those that are there."""
         self._ask(
             lambda: self.api.upload_folder(
                 repo_id=self.id,
                 repo_type="dataset",
                 folder_path=root,
-                allow_patterns=[f"{folder}/*.parquet" for folder in folders],
+                allow_patterns=[f"{folder}/*-{edition}.parquet" for folder in folders],
                 ignore_patterns=[f"{folder}/*/*" for folder in folders],  # its * takes in what lies deeper
                 commit_message="Upload shards with fgsm-pipeline",
             )

@@ -44,13 +44,13 @@ class Fault:
 class S3:
     """The server; `requests` lists what was asked of it, as (method, path and query, status).
 
-    `conditions` says what it does with If-Match and If-None-Match: `honoured`, `ignored` or `refused`. `held` is how
-    many requests wait to be served late.
+    `conditions` says what it does with If-Match and If-None-Match: `honoured`, `ignored` or `refused`. `held` are
+    the paths of requests that wait to be served late.
     """
 
     endpoint: str = ""
     conditions: str = "honoured"
-    held: int = 0
+    held: list[str] = field(default_factory=list)
     requests: list[tuple[str, str, int]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
@@ -125,9 +125,10 @@ class S3:
         if fault is not None and fault.kind == "hold":
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             environ["wsgi.input"] = io.BytesIO(body)
-            released, self.held = self.released, self.held + 1
+            released = self.released
+            self.held.append(path)
             released.wait()
-            self.held -= 1
+            self.held.remove(path)
         elif fault is not None:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             self.requests.append((method, path, fault.kind if isinstance(fault.kind, int) else 0))

@@ -19,7 +19,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder
 from pipeline.publish import _client_that_gives_up, list_files, redact
-from tests.conftest import CLASSES, fgsm, shard_path
+from tests.conftest import CLASSES, fgsm, shard_path, without_run
 from tests.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
 from tests.test_generate import pixels, rows
 from tests.test_processes import wait_for
@@ -335,7 +335,7 @@ def test_a_damaged_or_incomplete_dataset(out: Path, hub: Hub) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     sentence = refused(out, ID, code=1)
     assert "cannot be published: " in sentence
-    assert "eps-8/test-00001-of-00002.parquet has" in sentence
+    assert "eps-8/test-00001-of-00002.parquet has" in without_run(sentence)
     assert f"run fgsm verify {out} --repair and then the generate command that made it" in sentence
     assert refused(out, ID, "--dry-run", code=1) == sentence
     fgsm("verify", out, "--repair")
@@ -394,8 +394,9 @@ def test_a_repository_that_holds_something_else(out: Path, hub: Hub) -> None:
     hub.repositories[ID] = Repository(private=True, commits=[{"model.bin": git_blob(b"x"), "a.md": git_blob(b"")}])
     assert f"{ID} holds other files already (a.md, model.bin); choose another repository" in refused(out, ID, code=2)
     altered = shard_path(out, "clean/test-00000-of-00002.parquet").read_bytes()[:-1] + b"x"
-    hub.repositories[ID].commits[-1] = {"clean/test-00000-of-00002.parquet": git_blob(altered)}
-    assert "holds other files already (clean/test-00000-of-00002.parquet)" in refused(out, ID, code=2)
+    name = shard_path(out, "clean/test-00000-of-00002.parquet").relative_to(out).as_posix()
+    hub.repositories[ID].commits[-1] = {name: git_blob(altered)}
+    assert f"holds other files already ({name})" in refused(out, ID, code=2)
     assert hub.writes == []
 
 
@@ -426,13 +427,14 @@ def test_a_repository_keeps_its_visibility(out: Path, hub: Hub) -> None:
 def test_what_an_earlier_upload_left_is_removed_and_the_owner_s_files_stay(out: Path, hub: Hub) -> None:
     published(out, ID)
     files = hub.repositories[ID].files
-    old = {"clean/test-00009-of-00010.parquet": lfs_blob("0" * 64, 3, b"old"), "assets/transfer.png": git_blob(b"old")}
-    own = {"LICENSE": git_blob(b"mine"), "assets/mine.png": git_blob(b"mine")}
+    stale = shard_path(out, "clean/test-00009-of-00010.parquet").relative_to(out).as_posix()
+    old = {stale: lfs_blob("0" * 64, 3, b"old"), "assets/transfer.png": git_blob(b"old")}
+    own = dict.fromkeys(("LICENSE", "assets/mine.png", "clean/mine.parquet"), git_blob(b"mine"))
     hub.repositories[ID].commits.append({**files, **old, **own})
     hub.fail("POST", "/commit/", "lose")  # and what is gone is not deleted a second time
     said = published(out, ID)
-    assert "Removing what an earlier upload left: assets/transfer.png, clean/test-00009-of-00010.parquet." in said
-    assert "Left as they are, not of this dataset: LICENSE, assets/mine.png." in said
+    assert f"Removing what an earlier upload left: assets/transfer.png, {stale}." in said
+    assert "Left as they are, not of this dataset: LICENSE, assets/mine.png, clean/mine.parquet." in said
     assert hub.repositories[ID].files == {**files, **own}
     hub.requests.clear()
     published(out, ID)
@@ -537,7 +539,7 @@ def test_what_arrived_is_compared_and_not_believed(out: Path, hub: Hub, monkeypa
 
     monkeypatch.setattr("tests.hub._Handler._commit", forget)
     sentence = refused(out, ID, code=1)
-    assert f"{ID} does not hold what was verified here: clean/test-00000-of-00002.parquet" in sentence
+    assert f"{ID} does not hold what was verified here: clean/test-00000-of-00002.parquet" in without_run(sentence)
     assert there(hub) == set()
 
 
@@ -547,13 +549,13 @@ def test_a_file_that_changes_on_the_way_is_found(out: Path, hub: Hub, monkeypatc
     upload = pipeline.publish._upload
 
     def change(repository: Any, folder: OutputFolder, *rest: Any) -> None:
-        shard = Path(folder.store.at("eps-8/test-00001-of-00002.parquet"))
+        shard = shard_path(Path(folder.root), "eps-8/test-00001-of-00002.parquet")
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
         upload(repository, folder, *rest)
 
     monkeypatch.setattr("pipeline.publish._upload", change)
     sentence = refused(out, ID, code=1)
-    assert "does not hold what was verified here: eps-8/test-00001-of-00002.parquet" in sentence
+    assert "does not hold what was verified here: eps-8/test-00001-of-00002.parquet" in without_run(sentence)
     assert there(hub) == local(out)
 
 
@@ -578,9 +580,16 @@ def test_files_that_are_not_of_the_dataset_stay_at_home(out: Path, hub: Hub, mon
     published(out, ID)
     assert there(hub) == ours
     hub.requests.clear()
-    sentence = refused(out, ID, code=1)
-    assert "cannot be published: clean/private/patients.parquet belongs to no shard of this run; delete it" in sentence
-    assert "(and 1 problems more)" in sentence
+    shutil.rmtree(out / "clean/private")
+    monkeypatch.setattr("pipeline.publish._upload", upload)
+    said = published(out, ID)
+    assert "Not published, as they are not of this dataset: assets/private/patients.parquet, eps-8/a/b/patients" in said
+    assert there(hub) == ours
+    # By its name the card would take this one for a shard.
+    extra = shard_path(out, "clean/test-00000-of-00002.parquet")
+    extra.with_name(extra.name.replace("00000", "00009")).write_bytes(shard)
+    hub.requests.clear()
+    assert "belongs to no shard of this run; delete it" in refused(out, ID, code=1)
     assert hub.requests == []
 
 

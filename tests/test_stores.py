@@ -28,7 +28,7 @@ from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.manifest import require_manifest
 from pipeline.outputs import OutputFolder, committed
-from pipeline.stores import LocalStore, ObjectStore, open_store
+from pipeline.stores import MARK, LocalStore, ObjectStore, open_store
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, without_run, write_parquet
 from tests.hub import running_hub
 from tests.s3 import S3, alter, failed, lock_of, shard_name, shards, there
@@ -255,6 +255,23 @@ def test_what_killed_processes_left_in_the_temporary_space_is_removed(out: str, 
     process.wait()
     with ObjectStore(out).scratch("another") as folder:
         assert list(space.glob("fgsm-*")) == [folder.parent]
+
+
+@pytest.mark.parametrize("name", ["fgsm-pipeline-main", "fgsm-pipeline-abcd1234", "fgsm-pipeline-1.0", "linked"])
+def test_folders_of_others_in_the_temporary_space_stay(name: str, out: str, tmp_path: Path) -> None:
+    """A repository's archive unpacks as a folder with our name; so may anything else be called."""
+    space = tmp_path / "temporary"
+    place = tmp_path / "elsewhere" if name == "linked" else space / name
+    place.mkdir()
+    (place / "work.py").write_text("mine")
+    if name == "linked":
+        (place / ".fgsm-pipeline").write_bytes(MARK)
+        (space / "fgsm-pipeline-abcd1234").symlink_to(place)
+    with ObjectStore(out).scratch("shard"):
+        pass
+    assert (place / "work.py").read_text() == "mine"
+    shutil.rmtree(place)
+    (space / "fgsm-pipeline-abcd1234").unlink(missing_ok=True)
 
 
 # A process that dies in the middle of a shard.
