@@ -158,7 +158,8 @@ def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
         if inside:
             raise ConfigError(
                 f"model.name: {model.name} would be code out of the dataset itself, which is never run; "
-                "put it elsewhere and name it in the manifest by its whole path, or work from another folder."
+                "put it elsewhere, delete manifest.json and run generate with a config that names its whole path, or "
+                "work from another folder."
             )
         logger.warning("Running code that the manifest names: %s. Only for datasets that you trust.", model.name)
 
@@ -416,11 +417,11 @@ class _Checker:
 
     def _check_receipt(self, shard: Shard, receipt: Receipt) -> None:
         """What a receipt says of its shard without looking at any row is what the plan says."""
-        if [entry.path for entry in receipt.files] != [shard_file(subset, shard) for subset in self.stored]:
-            raise _DamageError(f"{self._receipt(shard)} lists other files than the run has.")
         planned = receipt.planned if shard.rows is None else shard.rows
         if (receipt.shard, receipt.split, receipt.planned) != (shard.name, shard.split, planned):
             raise _DamageError(f"{self._receipt(shard)} is of another shard, or of another number of rows.")
+        if [entry.path for entry in receipt.files] != [shard_file(subset, shard) for subset in self.stored]:
+            raise _DamageError(f"{self._receipt(shard)} lists other files than the run has.")
         # Before anything is made for each row: the numbers may be any.
         if len(receipt.skipped) + receipt.rows != planned or {e.rows for e in receipt.files} != {receipt.rows}:
             raise _DamageError(f"{self._receipt(shard)} does not account for all source rows of its shard.")

@@ -16,8 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.manifest import require_manifest
-from pipeline.outputs import OutputFolder
 from pipeline.verify import verify
 from tests.conftest import CLASSES, FACTORY, fgsm, png_bytes, random_pixels, write_parquet, write_sealed
 

@@ -37,7 +37,7 @@ from pipeline.progress import Progress
 from pipeline.runs import open_run
 from pipeline.streams import StreamedFile, StreamedSource, open_stream
 from pipeline.verify import verify
-from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels
+from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels, write_sealed
 from tests.hub import Repository, git_blob, lfs_blob, running_hub
 from tests.test_generate import digests, generate, manifest, rows
 from tests.test_processes import Start
@@ -1016,5 +1016,5 @@ def test_verify_names_rows_of_another_file(write_config: WriteConfig, parquet: P
     generate(write_config(source=stream(parquet)))
     content = json.loads((tmp_path / "out/manifest.json").read_text())
     content["streamed"]["test"][2]["path"] = "data/other.parquet"
-    (tmp_path / "out/manifest.json").write_text(json.dumps(content))
+    write_sealed(tmp_path / "out/manifest.json", content)
     assert any("holds rows of another source file" in problem for problem in verify(tmp_path / "out").problems)

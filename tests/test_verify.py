@@ -167,10 +167,21 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
     receipt = json.loads(receipt_path.read_text())
     entry = next(entry for entry in receipt["files"] if entry["path"] == file)
     entry.update(bytes=size, sha256=digest)
-    if file == FILE:
-        receipt["counts"][-1].update(counts, confidence_sum=sum(columns["confidence"]))
+    receipt["counts"][-1].update(counts)
+    for count in receipt["counts"]:
+        count["confidence_sum"] = confidence_sum(columns, count["level"]) or count["confidence_sum"]
     write_sealed(receipt_path, receipt)
     agree(out)
+
+
+def confidence_sum(columns: dict[str, list[Any]], level: int) -> float:
+    """The sum of a file's confidences at one epsilon, 0 where it has none of it; layout signs has them all."""
+    if "attacks" not in columns:
+        return sum(columns["confidence"]) if columns["epsilon"][-1] == level / 255 else 0.0
+    if not level:
+        return sum(columns["clean_confidence"])
+    entries = [entry for attacks in columns["attacks"] for entry in attacks or () if entry]
+    return sum(entry["confidence"] for entry in entries if entry["epsilon"] == level / 255)
 
 
 def rewrite(path: Path, table: pa.Table) -> None:
