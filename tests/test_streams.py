@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import io
 import itertools
-import json
 import logging
 import os
 import re
@@ -37,11 +36,12 @@ from pipeline.progress import Progress
 from pipeline.runs import open_run
 from pipeline.streams import StreamedFile, StreamedSource, open_stream
 from pipeline.verify import verify
-from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels, write_sealed
+from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels
 from tests.hub import Repository, git_blob, lfs_blob, running_hub
 from tests.test_generate import digests, generate, manifest, rows
 from tests.test_processes import Start
 from tests.test_processes import start as start
+from tests.test_verify import forge
 
 # Rows of the three files of a source, and of their row groups.
 FILES, GROUP = (20, 14, 6), 5
@@ -1013,8 +1013,10 @@ def test_a_file_that_changes_while_it_is_read_is_named(parquet: Path) -> None:
 
 
 def test_verify_names_rows_of_another_file(write_config: WriteConfig, parquet: Path, tmp_path: Path) -> None:
+    def move(columns: dict[str, list[Any]]) -> None:
+        columns["source_file"] = ["data/other.parquet"] * len(columns["source_file"])
+
     generate(write_config(source=stream(parquet)))
-    content = json.loads((tmp_path / "out/manifest.json").read_text())
-    content["streamed"]["test"][2]["path"] = "data/other.parquet"
-    write_sealed(tmp_path / "out/manifest.json", content)
+    file = sorted((tmp_path / "out/clean").iterdir())[2]
+    forge(tmp_path / "out", move, f"clean/{file.name}")
     assert any("holds rows of another source file" in problem for problem in verify(tmp_path / "out").problems)

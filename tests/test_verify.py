@@ -158,7 +158,8 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
 
     Keyword arguments are other counts of the largest epsilon.
     """
-    path, receipt_path = out / file, out / f".run/receipts/{SHARD}.json"
+    path = out / file
+    receipt_path = out / f".run/receipts/{path.stem}.json"
     table = pq.read_table(path)
     columns = table.to_pydict()
     edit(columns)
@@ -177,11 +178,11 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
 def confidence_sum(columns: dict[str, list[Any]], level: int) -> float:
     """The sum of a file's confidences at one epsilon, 0 where it has none of it; layout signs has them all."""
     if "attacks" not in columns:
-        return sum(columns["confidence"]) if columns["epsilon"][-1] == level / 255 else 0.0
+        return float(sum(columns["confidence"])) if columns["epsilon"][-1] == level / 255 else 0.0
     if not level:
-        return sum(columns["clean_confidence"])
+        return float(sum(columns["clean_confidence"]))
     entries = [entry for attacks in columns["attacks"] for entry in attacks or () if entry]
-    return sum(entry["confidence"] for entry in entries if entry["epsilon"] == level / 255)
+    return float(sum(entry["confidence"] for entry in entries if entry["epsilon"] == level / 255))
 
 
 def rewrite(path: Path, table: pa.Table) -> None:
