@@ -22,7 +22,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
 from pipeline.errors import ConfigError
@@ -182,6 +182,17 @@ class LevelCounts(Record):
     fooled: Whole
     confidence_sum: Total
     evaluators: dict[str, EvaluatorCounts] = {}
+
+    @model_validator(mode="after")
+    def _check_sound(self) -> Self:
+        sound = self.correct <= self.labelled <= self.rows >= self.fooled and (
+            self.confidence_sum <= self.rows + 1  # it is rounded
+        )
+        if not sound or any(
+            counts.correct > self.labelled or counts.transferred > counts.exposed for counts in self.evaluators.values()
+        ):
+            raise ValueError("more answers are counted than images")
+        return self
 
 
 def add_up(level: int, counts: Sequence[LevelCounts], evaluators: Iterable[str]) -> LevelCounts:

@@ -4,9 +4,11 @@ Without a new digest any change is. With one, as a liar makes it, everything is 
 the rest is listed in FREE.
 """
 
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.manifest import require_manifest
+from pipeline.outputs import OutputFolder, read_receipts
 from pipeline.verify import verify
 from tests.conftest import CLASSES, FACTORY, fgsm, png_bytes, random_pixels, write_parquet, write_sealed
+from tests.test_verify import agree
 
 Place = tuple[str | int, ...]
 
@@ -83,7 +88,7 @@ def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
     if isinstance(value, dict | list) and value:
         for key, inside in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inside, (*place, key))
-    elif place != ("digest",):
+    else:
         yield place, value
 
 
@@ -128,8 +133,7 @@ def document(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> tupl
     shutil.copytree(made, out)
     if request.param == "manifest.json":
         return request.param, out / request.param
-    receipts = sorted((out / ".run/receipts").glob("*.json"))
-    return request.param, next(path for path in receipts if json.loads(path.read_text())["skipped"])
+    return request.param, receipt_path(out)
 
 
 def test_every_change_is_found_and_its_file_named(document: tuple[str, Path], tmp_path: Path) -> None:
@@ -139,23 +143,200 @@ def test_every_change_is_found_and_its_file_named(document: tuple[str, Path], tm
     original = json.loads(path.read_text())
     places = [place for place, _ in leaves(original)]
     assert len(places) > 40
-    wrong = []
+    wrong: list[tuple[str, str, list[str]]] = []
     for place in places:
         changed = altered(original, place)
         key = ".".join(map(str, place))
         path.write_text(json.dumps(changed))
-        if not all_of(found := problems(out), name):
-            wrong.append((key, "as it is", found))
+        if not is_refused(out, path):
+            wrong.append((key, "as it is", []))
+        if key == "digest":
+            continue
         write_sealed(path, changed)
         found = problems(out)
         if not any(fnmatch(key, pattern) for pattern in FREE[kind]):
             sound = all_of(found, name)
         else:
-            sound = not found if kind == "manifest.json" else all_of(found, "A file in .run/receipts was altered")
+            sound = not found if kind == "manifest.json" else all_of(found, ".run/receipts holds an altered receipt")
         if not sound:
             wrong.append((key, "with a digest", found))
     assert wrong == []
 
 
+def is_refused(out: Path, path: Path) -> bool:
+    """Whether a manifest or a receipt is not taken for one; whoever reads it reads it so."""
+    folder = OutputFolder(out)
+    if path.name != folder.manifest:
+        return read_receipts(folder)[1] == [path.name]
+    with pytest.raises(PipelineError, match=re.escape(str(path))):
+        require_manifest(folder)
+    return True
+
+
 def all_of(found: list[str], name: str) -> bool:
     return bool(found) and all(problem.startswith(name) for problem in found)
+
+
+def receipt_path(out: Path) -> Path:
+    """A receipt with a skipped row."""
+    receipts = sorted((out / ".run/receipts").glob("*.json"))
+    return next(path for path in receipts if json.loads(path.read_text())["skipped"])
+
+
+def less_confidence(receipt: Any) -> None:
+    receipt["counts"][-1]["confidence_sum"] -= 1e-4
+
+
+def another_split(receipt: Any) -> None:
+    receipt["split"] = "other"
+
+
+def more_zeros(receipt: Any) -> None:
+    receipt["zero_sign_share"] = 0.5
+
+
+def a_share_of_no_count(receipt: Any) -> None:
+    receipt["zero_sign_share"] += 1e-6
+
+
+def other_versions(receipt: Any) -> None:
+    receipt["versions"]["torch"] = "1.0"
+
+
+def fewer_versions(receipt: Any) -> None:
+    del receipt["versions"]["torch"]
+
+
+def no_skipped_row(receipt: Any) -> None:
+    receipt["skipped"] = []
+
+
+def another_row_skipped(receipt: Any) -> None:
+    receipt["skipped"][0]["source_index"] += 1
+
+
+def one_row_more(receipt: Any) -> None:
+    """Adds up, and is not the plan's."""
+    receipt["planned"] += 1
+    receipt["rows"] += 1
+
+
+def skipped_twice(receipt: Any) -> None:
+    receipt["skipped"] *= 2
+    receipt["rows"] -= 1
+    for part in (*receipt["counts"], *receipt["files"]):
+        part["rows"] -= 1
+
+
+def an_epsilon_less(receipt: Any) -> None:
+    receipt["counts"].pop()
+
+
+def an_evaluator_more(receipt: Any) -> None:
+    receipt["counts"][0]["evaluators"]["x"] = {"correct": 0, "fooled": 0, "exposed": 0, "transferred": 0}
+
+
+EDITS = [
+    *(less_confidence, another_split, more_zeros, a_share_of_no_count, other_versions, fewer_versions),
+    *(no_skipped_row, another_row_skipped, one_row_more, skipped_twice, an_epsilon_less, an_evaluator_more),
+]
+
+
+@pytest.mark.parametrize("made", ["images", "signs"], indirect=True)
+@pytest.mark.parametrize("edit", EDITS)
+def test_generate_does_not_believe_an_altered_receipt(made: Path, tmp_path: Path, edit: Callable[[Any], None]) -> None:
+    """Its shard is written anew, with the bytes that it had."""
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    before = contents(out)
+    path = receipt_path(out)
+    receipt = json.loads(path.read_text())
+    edit(receipt)
+    path.write_text(json.dumps(receipt))
+    assert problems(out) == [f".run/receipts/{path.name} was altered, or is no receipt."]
+    assert fgsm("generate", made.parent / "config.yaml", "--output", out).exit_code == 0
+    assert contents(out) == before
+    assert problems(out) == []
+
+
+@pytest.mark.parametrize("made", ["images", "signs"], indirect=True)
+@pytest.mark.parametrize("edit", [edit for edit in EDITS if edit is not other_versions])
+def test_a_receipt_with_a_digest_that_fits_is_compared_with_its_rows(
+    made: Path, tmp_path: Path, edit: Callable[[Any], None]
+) -> None:
+    """Manifest and card follow from it, as after a run that believed it."""
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    path = receipt_path(out)
+    receipt = json.loads(path.read_text())
+    edit(receipt)
+    write_sealed(path, receipt)
+    agree(out)
+    found = problems(out)
+    assert all_of(found, f".run/receipts/{path.name}"), found
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What a run has written, but for how fast it was and its report."""
+    kept = (out / "manifest.json", out / "README.md", *out.glob("*/*.parquet"), *out.glob(".run/receipts/*"))
+    return {str(path.relative_to(out)): path.read_bytes() for path in kept if path.name != "manifest.json"}
+
+
+def test_an_altered_manifest_is_not_resumed_from(made: Path, tmp_path: Path) -> None:
+    out, config = tmp_path / "out", made.parent / "config.yaml"
+    shutil.copytree(made, out)
+    path = out / "manifest.json"
+    text, before = path.read_text(), contents(out)
+    content = json.loads(text)
+    for changed in ({**content, "rows": 0}, {**content, "identity": {**content["identity"], "runtime.seed": 1}}):
+        path.write_text(json.dumps(changed))
+        result = fgsm("generate", config, "--output", out)
+        assert (result.exit_code, contents(out)) == (1, before)
+        assert f"{path} was altered: its digest" in result.stderr
+        assert path.read_text() == json.dumps(changed)
+    write_sealed(path, changed)
+    assert "its run id is not that of its identity" in fgsm("generate", config, "--output", out).stderr
+    path.unlink()
+    assert fgsm("generate", config, "--output", out).exit_code == 0
+    assert problems(out) == []
+    assert {**json.loads(path.read_text()), "config": {}, "digest": ""} == {**content, "config": {}, "digest": ""}
+
+
+def test_a_manifest_of_another_run_damages_no_shard(made: Path, tmp_path: Path) -> None:
+    """Otherwise a repair would remove them all."""
+    out, config = tmp_path / "out", made.parent / "config.yaml"
+    shutil.copytree(made, out)
+    before = contents(out)
+    result = fgsm("generate", config, "--output", tmp_path / "other", "--set", "runtime.seed=1")
+    assert result.exit_code == 0
+    shutil.copy(tmp_path / "other/manifest.json", out)
+    result = fgsm("verify", out, "--repair")
+    assert result.exit_code == 1
+    assert "manifest.json is of another run" in result.stderr
+    assert contents(out) == before
+
+
+def test_a_file_of_another_shard_is_found(made: Path, tmp_path: Path) -> None:
+    """With receipt and manifest that agree with it: it says of itself what it is."""
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    path = receipt_path(out)
+    receipt = json.loads(path.read_text())
+    subset = receipt["files"][0]["path"].partition("/")[0]
+    file = out / receipt["files"][0]["path"]
+    pq.write_table(pq.read_table(file), file)  # without what it says of itself
+    receipt["files"][0].update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    write_sealed(path, receipt)
+    agree(out)
+    assert all_of(found := problems(out), f"{subset}/{file.name}"), found
+
+
+@pytest.mark.parametrize("made", ["images"], indirect=True)
+def test_columns_that_are_carried_through_are_the_files(made: Path, tmp_path: Path) -> None:
+    """Of these only the manifest can lie, as the digest of the file is that of its receipt."""
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    content = json.loads((out / "manifest.json").read_text())
+    content["features"]["note"]["dtype"] = "binary"
+    write_sealed(out / "manifest.json", content)
+    assert all_of(found := problems(out), "manifest.json: its features"), found

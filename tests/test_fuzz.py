@@ -387,7 +387,7 @@ SKIPPED = {"split": "test", "source_index": 11, "reason": "cannot identify image
         (("subsets", 0, "split"), "train", "subsets lists others"),
         (("subsets", 0, "evaluators"), {"x": {}}, "subsets counts other evaluators"),
         (("subsets", 1, "bytes"), None, "subsets has bytes"),
-        (("subsets", 1, "rows"), 1, "subsets counts more answers than images"),
+        (("subsets", 1, "rows"), 1, "subsets.1: more answers are counted than images"),
         (("subsets", 0, "confidence_sum"), float("nan"), "subsets.0.confidence_sum: "),
     ],
 )
