@@ -282,6 +282,19 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in kept if path.name != "manifest.json"}
 
 
+@pytest.mark.parametrize("made", ["images", "signs"], indirect=True)
+def test_a_copied_receipt_commits_no_other_shard(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    before = contents(out)
+    first, second = sorted((out / ".run/receipts").glob("*.json"))
+    shutil.copy(first, second)
+    assert all_of(problems(out), f".run/receipts/{second.name} is of another shard")
+    assert fgsm("generate", made.parent / "config.yaml", "--output", out).exit_code == 0
+    assert contents(out) == before
+    assert problems(out) == []
+
+
 def test_an_altered_manifest_is_not_resumed_from(made: Path, tmp_path: Path) -> None:
     out, config = tmp_path / "out", made.parent / "config.yaml"
     shutil.copytree(made, out)
