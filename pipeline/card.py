@@ -78,7 +78,7 @@ def write_summaries(
     """
     if receipts is None:
         receipts = committed(folder, manifest.edition, manifest.plan.shards)
-    manifest = summarise(manifest, receipts)
+    manifest = summarise(manifest, receipts).sealed()
     folder.store.write(folder.manifest, manifest.model_dump_json(indent=1).encode())
     if not card_agrees(folder, manifest):
         place = HERE if folder.store.local else folder.root

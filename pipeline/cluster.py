@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 import torch
-from pydantic import ValidationError
+from pydantic_core import from_json
 from ray._private.utils import read_ray_address  # it has no public name
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -531,8 +531,8 @@ def _not_shared(folder: OutputFolder, shard: str) -> PipelineError:
 
 def _read_receipt(folder: OutputFolder, shard: Shard, edition: str) -> Receipt | None:
     """A shard's receipt, None where it is not to be seen yet; whether it is there in the end `check` says."""
-    with contextlib.suppress(FileNotFoundError, ValidationError):
-        return Receipt.model_validate_json(folder.store.read(folder.receipt(shard, edition)))
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return Receipt.of_json(from_json(folder.store.read(folder.receipt(shard, edition))))
     return None
 
 

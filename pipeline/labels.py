@@ -67,7 +67,7 @@ def join_labels(
     """
     classes = source.classes
     if isinstance(label_map, Mapping):
-        to_model = _mapped(label_map, classes or _numbered(source), model_classes, count)
+        to_model = map_classes(label_map, classes or _numbered(source), model_classes, count)
         classes = classes or _numbered(source)
     else:
         if classes is not None and label_map is None:
@@ -80,15 +80,23 @@ def join_labels(
         classes = classes or tuple(model_classes or map(str, range(count)))
         to_model = np.arange(len(classes))
     _check_range(source, len(classes))
-    one_to_one = len(to_model) == count and len(np.unique(to_model)) == count
-    inverse = np.argsort(to_model) if one_to_one else np.arange(count)
-    recorded = classes if one_to_one else model_classes
+    recorded = classes if is_one_to_one(to_model, count) else model_classes
     return LabelSpace(
         _distinct(classes),
         to_model.astype(np.int64),
         _distinct(recorded) if recorded else None,
-        inverse.astype(np.int64),
+        recorded_indices(to_model, count),
     )
+
+
+def is_one_to_one(to_model: NDArray[np.int64], count: int) -> bool:
+    """Whether each of a model's `count` classes is one class of the dataset."""
+    return len(to_model) == count and len(np.unique(to_model)) == count
+
+
+def recorded_indices(to_model: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """What is recorded for each of a model's `count` classes, as `LabelSpace.to_recorded`."""
+    return (np.argsort(to_model) if is_one_to_one(to_model, count) else np.arange(count)).astype(np.int64)
 
 
 def _numbered(source: Source) -> tuple[str, ...]:
@@ -111,9 +119,14 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(distinct)
 
 
-def _mapped(
+def map_classes(
     label_map: Mapping[str | int, str | int], classes: Sequence[str], model_classes: Sequence[str] | None, count: int
 ) -> NDArray[np.int64]:
+    """The model's index of each dataset class, as `label_map` says.
+
+    Raises:
+        ConfigError: it names a class that is not there, or leaves one out.
+    """
     translated: dict[str, int] = {}
     for key, value in label_map.items():
         name = (

@@ -1,6 +1,9 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import hashlib
 import itertools
+import json
+import math
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -16,23 +19,27 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
-from pipeline.config import MOST_PIXELS, Config, parse_config
+from pipeline.config import MOST_PIXELS, Config, ModelConfig, is_factory_file, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
 from pipeline.origins import UNKNOWN, Origin
 from pipeline.outputs import (
     RUN_ID,
     STEM,
-    EvaluatorCounts,
+    AlteredError,
     FileEntry,
     LevelCounts,
     OutputFolder,
     Receipt,
     Record,
+    SealedRecord,
+    Share,
     Whole,
+    add_up,
     committed,
+    json_digest,
     name_edition,
     receipts_digest,
     shard_file,
@@ -116,7 +123,7 @@ class Skipped(Record):
         return {key: value for key, value in serialize(self).items() if value is not None}
 
 
-class Manifest(Record):
+class Manifest(SealedRecord):
     """`manifest.json`: what the dataset is, and how it came about.
 
     `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
@@ -149,7 +156,7 @@ class Manifest(Record):
     receipts: str = ""
     rows: Whole = 0
     subsets: tuple[Subset, ...] = ()
-    zero_sign_share: float = 0.0
+    zero_sign_share: Share = 0.0
     files: tuple[FileEntry, ...] = ()
     skipped_rows: Whole = 0
     skipped: tuple[Skipped, ...] = ()
@@ -175,14 +182,6 @@ class Manifest(Record):
                 raise ValueError("subsets counts other evaluators than there are")
             if (there.bytes is None) == (subset_name(there.level) in stored):
                 raise ValueError("subsets has bytes that are not those of its layout")
-            sound = there.correct <= there.labelled <= there.rows >= there.fooled and (
-                0 <= there.confidence_sum <= there.rows + 1  # it is rounded
-            )
-            if not sound or any(
-                counts.correct > there.labelled or counts.transferred > counts.exposed
-                for counts in there.evaluators.values()
-            ):
-                raise ValueError("subsets counts more answers than images")
         return self
 
     @property
@@ -235,7 +234,98 @@ def published(manifest: Manifest) -> Manifest:
     """The manifest as it is published: without the folders of the machine that made it."""
     config = without_folders(manifest.config)
     config["output"]["path"] = PurePath(config["output"]["path"]).name or "."
-    return manifest.model_copy(update={"config": config, "identity": without_folders(manifest.identity)})
+    # These are names, and the identity has them too: a class may well be called /m/01yrx.
+    config["source"] |= {key: manifest.config["source"][key] for key in ("classes", "keep_columns")}
+    return manifest.model_copy(update={"config": config}).sealed()
+
+
+def _model_identity(model: ModelConfig) -> dict[str, Any]:
+    name = str(model.name)
+    return {
+        "kind": model.kind,
+        # A local folder of transformers is told by its content, as a factory's file is.
+        "name": name.rpartition(":")[2] if is_factory_file(name) else PurePath(name).name if name[:1] == "/" else name,
+        "kwargs": without_folders(model.kwargs),
+        "mean": model.mean,
+        "std": model.std,
+    }
+
+
+def identity_of(
+    config: Config,
+    *,
+    split_rows: Mapping[str, int | None],
+    streamed: Mapping[str, Sequence[StreamedFile]],
+    shape: Sequence[int],
+    dataset_classes: Sequence[str],
+    label_maps: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """What decides the bytes of a run and also stands elsewhere in its manifest, as dotted keys. Neither paths nor
+    workers are part of it.
+
+    Args:
+        config: with every `auto` resolved.
+        split_rows, streamed, shape, dataset_classes: as a manifest has them.
+        label_maps: the index of each dataset class in a model: of `model`, and of each `evaluators.ID`.
+    """
+    attack, models = config.attack, {f"evaluators.{other.id}": other for other in config.evaluators}
+    sections: dict[str, dict[str, Any]] = {
+        "source": {
+            **config.source.model_dump(include={"shuffle", "limit", "keep_columns"}),
+            "rows": split_rows,
+            "classes": dataset_classes,
+            # A source that is streamed has a shard for each stretch of its files.
+            **({"files": json_digest(_plain(streamed))} if streamed else {}),
+        },
+        "preprocess": {**config.preprocess.model_dump(), "shape": shape},
+        "attack": {
+            "epsilons": [f"{level}/255" for level in attack.levels],
+            "label": attack.label,
+            "target": attack.target,
+        },
+        "output": config.output.model_dump(exclude={"path"}),
+        "runtime": config.runtime.model_dump(
+            include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
+        ),
+        **{name: _model_identity(model) for name, model in {"model": config.model, **models}.items()},
+    }
+    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    flat |= {f"{name}.label_map": label_map for name, label_map in label_maps.items()}
+    identity: dict[str, Any] = _plain({"format": FORMAT_VERSION, **flat})
+    return identity
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back. Infinity is a text, as JSON has no number for it."""
+    return from_json(to_json(value, fallback=str, inf_nan_mode="strings"))
+
+
+def run_id_of(identity: Mapping[str, Any]) -> str:
+    """The id of a run: a digest of what decides its bytes, 16 hex digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def contradictions(manifest: Manifest) -> list[str]:
+    """The keys of a manifest that do not agree with its identity, or with each other."""
+    config = manifest.resolved
+    spaces = {"model": manifest.to_model} | {f"evaluators.{n}": s.to_model for n, s in manifest.evaluators.items()}
+    identity = identity_of(
+        config,
+        split_rows=manifest.split_rows,
+        streamed=manifest.streamed,
+        shape=manifest.shape,
+        dataset_classes=manifest.dataset_classes,
+        label_maps=spaces,
+    )
+    wrong = [key for key, value in identity.items() if manifest.identity.get(key) != value]
+    source = config.source
+    stated = {
+        "source.split": source.split in (None, tuple(manifest.split_rows)),
+        "source.streaming": source.streaming == bool(manifest.streamed),
+        "source.classes": source.classes in (None, manifest.dataset_classes),
+        "runtime.batch_size": config.runtime.batch_size <= manifest.asked_batch_size,
+    }
+    return wrong + [key for key, sound in stated.items() if not sound]
 
 
 @uncollected()
@@ -254,12 +344,27 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
                 f"{place} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
                 f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
             )
-        return Manifest.model_validate(content)
+        manifest = Manifest.of_json(content)
+        if manifest.run_id != run_id_of(manifest.identity):
+            raise AlteredError("its run id is not that of its identity")
+        parse_config(manifest.config)
+        return manifest
     except FileNotFoundError:
         return None
+    except ConfigError as error:
+        raise PipelineError(f"{place}: its config cannot be used: {error}") from None
+    except AlteredError as error:
+        raise altered_manifest(place, str(error)) from None
     except (ValueError, OSError, RecursionError) as error:  # neither JSON nor a manifest
         advice = "restore it, or start over with --overwrite" if folder.is_ours() else "it is not of fgsm-pipeline"
         raise PipelineError(f"{place} cannot be read ({_problem(error)}); {advice}.") from None
+
+
+def altered_manifest(place: str, why: str) -> PipelineError:
+    """The error for a manifest that does not say what was written."""
+    return PipelineError(
+        f"{place} was altered: {why}. Restore it, or delete it and run generate again, which writes it anew."
+    )
 
 
 def _problem(error: BaseException) -> str:
@@ -359,10 +464,11 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     return manifest.model_copy(
         update={
             "complete": len(receipts) == len(shards),
+            "versions": _versions(manifest, ordered),
             "receipts": receipts_digest(receipts),
             "rows": rows,
             "subsets": _subsets(manifest, ordered),
-            "zero_sign_share": sum(receipt.zero_sign_share * receipt.rows for receipt in ordered) / max(rows, 1),
+            "zero_sign_share": math.fsum(each.zero_sign_share * each.rows for each in ordered) / max(rows, 1),
             "files": tuple(entry for receipt in ordered for entry in receipt.files),
             "skipped_rows": sum(len(receipt.skipped) for receipt in ordered),
             "skipped": tuple(itertools.islice(skipped, MOST_SKIPPED)),
@@ -370,8 +476,14 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     )
 
 
+def _versions(manifest: Manifest, receipts: Sequence[Receipt]) -> dict[str, str]:
+    """The versions of the first session that wrote a shard which is still there: so each of them has a receipt."""
+    if not receipts or any(receipt.versions == manifest.versions for receipt in receipts):
+        return manifest.versions
+    return receipts[0].versions
+
+
 def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, ...]:
-    keys = ("rows", "labelled", "correct", "fooled", "confidence_sum")
     # Once over all receipts, not once for each epsilon.
     counts: defaultdict[tuple[str, int], list[LevelCounts]] = defaultdict(list)
     sizes: Counter[tuple[str, str]] = Counter()
@@ -383,13 +495,8 @@ def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, .
     subsets = []
     stored = manifest.stored
     for split, level in itertools.product(manifest.split_rows, manifest.levels):
-        own = counts[split, level]
-        evaluators = {
-            name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in own), EvaluatorCounts())
-            for name in manifest.evaluators
-        }
+        total = add_up(level, counts[split, level], manifest.evaluators)
         size = sizes[split, subset_name(level)] if subset_name(level) in stored else None
-        totals = {key: sum(getattr(count, key) for count in own) for key in keys}
-        # Not checked, as sums of evaluators' counts are not.
-        subsets.append(Subset.model_construct(split=split, level=level, bytes=size, evaluators=evaluators, **totals))
+        # Not checked, as the sum is not.
+        subsets.append(Subset.model_construct(split=split, bytes=size, **dict(total)))
     return tuple(subsets)

@@ -16,15 +16,18 @@ a pause or through a slow network, cannot touch a file of another.
 import contextlib
 import gc
 import hashlib
+import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import from_json
 
 from pipeline.errors import ConfigError, listing
 from pipeline.plan import Shard
@@ -37,6 +40,8 @@ SHARD_FILE = r"^(clean|signs|eps-[0-9]{1,3})/\w[\w.-]*\.parquet$"
 RUN_ID = r"^[0-9a-f]{16}$"
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Total = Annotated[float, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 Flags = NDArray[np.bool_]
 
@@ -128,6 +133,50 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# Made once: there are 10,000 receipts to hash. What was parsed holds no cycles.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False)
+
+
+class AlteredError(ValueError):
+    """A file is not as it was written."""
+
+
+def json_digest(value: Any) -> str:
+    """The sha256 of what JSON can hold, written with sorted keys and without spaces."""
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
+
+
+def _own_digest(content: Mapping[str, Any]) -> str:
+    return json_digest({key: value for key, value in content.items() if key != "digest"})
+
+
+class SealedRecord(Record):
+    """A record that is a file of its own.
+
+    `digest` is the `json_digest` of everything else in the file. A file that was altered afterwards is known by it.
+    """
+
+    digest: str = ""
+
+    def sealed(self) -> Self:
+        """The record with the digest of what it holds now."""
+        # Through JSON: a reader hashes what it finds in the file.
+        return self.model_copy(update={"digest": _own_digest(from_json(self.model_dump_json()))})
+
+    @classmethod
+    def of_json(cls, content: Any) -> Self:
+        """A record out of parsed JSON.
+
+        Raises:
+            ValidationError: it is no such record.
+            AlteredError: the digest is not that of the rest.
+        """
+        record = cls.model_validate(content)
+        if record.digest != _own_digest(content):
+            raise AlteredError("its digest is not that of its content")
+        return record
+
+
 class FileEntry(Record):
     """One Parquet file of a receipt."""
 
@@ -186,8 +235,37 @@ class LevelCounts(Record):
     labelled: Whole
     correct: Whole
     fooled: Whole
-    confidence_sum: float
+    confidence_sum: Total
     evaluators: dict[str, EvaluatorCounts] = {}
+
+    @model_validator(mode="after")
+    def _check_sound(self) -> Self:
+        sound = self.correct <= self.labelled <= self.rows >= self.fooled and (
+            self.confidence_sum <= self.rows + 1  # it is rounded
+        )
+        if not sound or any(
+            counts.correct > self.labelled or counts.transferred > counts.exposed for counts in self.evaluators.values()
+        ):
+            raise ValueError("more answers are counted than images")
+        return self
+
+
+def add_up(level: int, counts: Sequence[LevelCounts], evaluators: Iterable[str]) -> LevelCounts:
+    """The sum of counts at one epsilon, of the evaluators that are named."""
+    # Not checked: of numbers that others wrote the sum may be more than any of them may.
+    return LevelCounts.model_construct(
+        level=level,
+        rows=sum(count.rows for count in counts),
+        labelled=sum(count.labelled for count in counts),
+        correct=sum(count.correct for count in counts),
+        fooled=sum(count.fooled for count in counts),
+        # Not `sum`, whose last digit depends on the version of Python.
+        confidence_sum=math.fsum(count.confidence_sum for count in counts),
+        evaluators={
+            name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in counts), EvaluatorCounts())
+            for name in evaluators
+        },
+    )
 
 
 class SkippedRow(Record):
@@ -206,7 +284,7 @@ class LeftOut(Record):
     first: tuple[str, ...]
 
 
-class Receipt(Record):
+class Receipt(SealedRecord):
     """What a committed shard holds. Nothing in it depends on when or how fast it was written."""
 
     run_id: str
@@ -215,7 +293,7 @@ class Receipt(Record):
     planned: Whole
     rows: Whole
     skipped: tuple[SkippedRow, ...]
-    zero_sign_share: float
+    zero_sign_share: Share
     counts: tuple[LevelCounts, ...]
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
@@ -359,7 +437,7 @@ def uncollected() -> Iterator[None]:
 
 @uncollected()
 def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> tuple[dict[str, Receipt], list[str]]:
-    """All receipts by the stem of their file, sorted, and the names of files that are no receipts.
+    """All receipts by the stem of their file, sorted, and the names of files that are no receipts or were altered.
 
     Args:
         folder: of the dataset.
@@ -371,8 +449,8 @@ def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> t
     for name, content in folder.store.read_all(names).items():
         path = Path(name)
         try:
-            receipts[path.stem] = Receipt.model_validate_json(content)
-        except ValidationError:
+            receipts[path.stem] = Receipt.of_json(from_json(content))
+        except ValueError:  # no JSON, no receipt, or an altered one
             broken.append(path.name)
     return receipts, broken
 
@@ -396,7 +474,7 @@ def committed(
         name: receipt
         for name, receipt in receipts.items()
         if receipt
-        and receipt.run_id == edition[:16]
+        and (receipt.run_id, receipt.shard) == (edition[:16], name)
         and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
     }
 
@@ -405,7 +483,7 @@ def receipts_digest(receipts: Mapping[str, Receipt]) -> str:
     """One digest of all receipts; it changes whenever any stored byte does."""
     total = hashlib.sha256()
     for name in sorted(receipts):
-        total.update(receipts[name].model_dump_json().encode())
+        total.update(receipts[name].digest.encode())
     return total.hexdigest()
 
 

@@ -5,7 +5,6 @@ the outcome, so that a resumed run decides nothing anew.
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -22,14 +21,14 @@ import torch
 
 from pipeline import __version__
 from pipeline.compute import Attacker, compile_victim, fit_batch_size, rehearse, repays
-from pipeline.config import Config, ModelConfig, PreprocessConfig, is_address, is_factory_file
+from pipeline.config import Config, ModelConfig, PreprocessConfig, is_address
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.fgsm import Goal
 from pipeline.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.labels import LabelSpace, join_labels
 from pipeline.lanes import chunk_images
 from pipeline.loader import Reader, Shape, find_shape
-from pipeline.manifest import FORMAT_VERSION, Manifest, Space, StreamedFile, plan_of
+from pipeline.manifest import Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
 from pipeline.outputs import name_edition, stored_subsets
 from pipeline.plan import Plan
 from pipeline.records import LAYOUTS, Layout, make_features
@@ -109,7 +108,7 @@ class Run:
     @property
     def run_id(self) -> str:
         """A digest of what decides the bytes, 16 hex digits."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        return run_id_of(self.identity)
 
     @property
     def edition(self) -> str:
@@ -206,7 +205,9 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         ),
         device=device,
         image_format=image_format,
-        identity=_identity(resolved, source, victim, space, evaluators, chunk_images(device, plan.batch_size, shape)),
+        identity=_identity(
+            resolved, source, shape, Evaluator(victim, space), evaluators, chunk_images(device, plan.batch_size, shape)
+        ),
         asked_batch_size=asked_batch_size,
         evaluators=evaluators,
         generation=generation if recorded is None else recorded.generation,
@@ -399,61 +400,29 @@ def _target(config: Config, space: LabelSpace) -> Any:
     return int(np.flatnonzero(space.to_recorded == space.recorded_index(target))[0])
 
 
-def _model_identity(model: ModelConfig, victim: Victim, space: LabelSpace) -> dict[str, Any]:
-    name = str(model.name)
-    return {
-        "kind": model.kind,
-        # A local folder of transformers is told by its content, as a factory's file is.
-        "name": name.rpartition(":")[2] if is_factory_file(name) else Path(name).name if name[:1] == "/" else name,
-        "kwargs": model.kwargs,
-        "content": victim.digest,
-        "mean": model.mean,
-        "std": model.std,
-        "label_map": space.to_model.tolist(),
-    }
-
-
 def _identity(
     config: Config,
     source: Source,
-    victim: Victim,
-    space: LabelSpace,
+    shape: Shape,
+    victim: Evaluator,
     evaluators: Mapping[str, Evaluator],
     chunk: int,
 ) -> dict[str, Any]:
-    """What decides the bytes, as dotted keys: neither paths nor workers."""
-    attack, runtime, output = config.attack, config.runtime, config.output
-    sections: dict[str, dict[str, Any]] = {
-        "source": {
-            "content": source.digest,
-            "rows": _split_rows(source),
-            "shuffle": config.source.shuffle,
-            "limit": config.source.limit,
-            "keep_columns": config.source.keep_columns,
-            "classes": space.dataset_classes,
-        },
-        "preprocess": config.preprocess.model_dump(mode="json"),
-        "model": _model_identity(config.model, victim, space),
-        "attack": {
-            "epsilons": [f"{level}/255" for level in attack.levels],
-            "label": attack.label,
-            "target": attack.target,
-        },
-        "output": output.model_dump(mode="json", exclude={"path"}),
-        "runtime": {
-            **runtime.model_dump(
-                mode="json", include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
-            ),
-            "chunk": chunk,
-        },
+    """What decides the bytes: what the manifest says elsewhere too, and what only the source and the models tell."""
+    models = {"model": victim} | {f"evaluators.{name}": evaluator for name, evaluator in evaluators.items()}
+    return {
+        **identity_of(
+            config,
+            split_rows=_split_rows(source),
+            streamed=_streamed(source, config),
+            shape=shape,
+            dataset_classes=victim.space.dataset_classes,
+            label_maps={name: opened.space.to_model.tolist() for name, opened in models.items()},
+        ),
+        "source.content": source.digest,
+        "runtime.chunk": chunk,
+        **{f"{name}.content": opened.model.digest for name, opened in models.items()},
     }
-    for other in config.evaluators:
-        evaluator = evaluators[other.id]
-        sections[f"evaluators.{other.id}"] = _model_identity(other, evaluator.model, evaluator.space)
-    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    # Through JSON, so that it equals what a manifest gives back.
-    identity: dict[str, Any] = json.loads(json.dumps({"format": FORMAT_VERSION, **flat}, default=str))
-    return identity
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -122,7 +122,7 @@ class ShardWriter:
                 size, digest = local.stat().st_size, _digest(local)
             self.folder.store.put(local, file)
             files.append(FileEntry(path=file, rows=receipt.rows, bytes=size, sha256=digest))
-        receipt = receipt.model_copy(update={"files": tuple(files)})
+        receipt = receipt.model_copy(update={"files": tuple(files)}).sealed()
         self.folder.store.commit(
             self.folder.receipt(self.shard, self.edition), receipt.model_dump_json(indent=1).encode()
         )

@@ -8,7 +8,10 @@ images at every epsilon, and a table for each of what is recorded of them.
 
 import contextlib
 import hashlib
+import json
 import logging
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,22 +28,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.card import card_agrees, write_summaries
-from pipeline.columns import FILE, evaluator_columns, kept_columns
+from pipeline.card import make_configs, read_configs, write_summaries
+from pipeline.columns import FILE, SIGN, evaluator_columns, kept_columns
 from pipeline.compute import compile_victim, own_copy
 from pipeline.config import EvaluatorConfig, is_factory_file
 from pipeline.errors import ConfigError, PipelineError, first_line, listing
 from pipeline.fgsm import Goal
 from pipeline.images import OtherShapeError, UndecodableError, decode_image
-from pipeline.labels import LabelSpace
+from pipeline.labels import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.lanes import Lanes, available_cores, chunk_images
-from pipeline.manifest import Manifest, Space, require_manifest, summarise
+from pipeline.lattice import picture_to_sign
+from pipeline.manifest import Manifest, Space, altered_manifest, contradictions, require_manifest, summarise
 from pipeline.outputs import (
-    EvaluatorCounts,
     FileEntry,
     LevelCounts,
     OutputFolder,
     Receipt,
+    add_up,
     committed,
     count_evaluator,
     read_receipts,
@@ -49,7 +53,8 @@ from pipeline.outputs import (
 )
 from pipeline.plan import Plan, Shard
 from pipeline.records import LAYOUTS, Opinion, Scores, make_features, opinions, score
-from pipeline.runs import Evaluator, choose_device, load_model, make_attacker, naming_evaluator, versions
+from pipeline.runs import PACKAGES, Evaluator, choose_device, load_model, make_attacker, naming_evaluator, versions
+from pipeline.shards import FOOTER_KEY
 from pipeline.sources import UNLABELLED
 from pipeline.victims import Victim
 
@@ -111,6 +116,7 @@ def verify(path: str | Path, *, recompute: bool = False, repair: bool = False, u
     """
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
+    _check_manifest(manifest, folder.store.at(folder.manifest))
     findings = Findings()
     plan = manifest.plan
     sizes = folder.store.sizes()
@@ -121,9 +127,8 @@ def verify(path: str | Path, *, recompute: bool = False, repair: bool = False, u
     for name in broken:
         if Path(name).stem.endswith(ending):
             damaged = Path(name).stem.removesuffix(ending)
-            findings.damage(damaged, f".run/receipts/{name} cannot be read as a receipt.")
-    _check_listing(manifest, plan, receipts, sizes, findings)
-    _check_summaries(folder, manifest, plan, findings)
+            findings.damage(damaged, f".run/receipts/{name} was altered, or is no receipt.")
+    _check_listing(manifest, plan, receipts, sizes, findings, folder.store.at(folder.manifest))
     with contextlib.ExitStack() as stack:
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         # Loading a victim may run code that the manifest names: never for a dataset of which nothing was made here.
@@ -135,6 +140,7 @@ def verify(path: str | Path, *, recompute: bool = False, repair: bool = False, u
         checker = _Checker(folder, manifest, plan, sizes, findings, judge, decoders)
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
             checker.check(shard, receipts[shard.name])
+    _check_summaries(folder, manifest, plan, findings)
     if repair:
         _drop(folder, manifest, plan, findings.damaged, unlocked)
     return findings
@@ -160,7 +166,8 @@ def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
         if inside:
             raise ConfigError(
                 f"model.name: {model.name} would be code out of the dataset itself, which is never run; "
-                "put it elsewhere and name it in the manifest by its whole path, or work from another folder."
+                "put it elsewhere, delete manifest.json and run generate with a config that names its whole path, or "
+                "work from another folder."
             )
         logger.warning("Running code that the manifest names: %s. Only for datasets that you trust.", model.name)
 
@@ -220,12 +227,45 @@ def _space(manifest: Manifest, model: Manifest | Space) -> LabelSpace:
     )
 
 
+def _check_manifest(manifest: Manifest, place: str) -> None:
+    """The parts of a manifest agree with each other. Where they do not, what follows from it would blame other files.
+
+    Raises:
+        PipelineError: they do not.
+    """
+    config = manifest.resolved
+    wrong = contradictions(manifest)
+    spaces: dict[str, tuple[Any, Manifest | Space]] = {"model": (config.model.label_map, manifest)}
+    for other in config.evaluators:
+        if other.id in manifest.evaluators:  # if not, the features are others too
+            spaces[f"evaluators.{other.id}"] = (other.label_map, manifest.evaluators[other.id])
+    wrong += [name for name, (asked, space) in spaces.items() if not _fits(asked, _space(manifest, space))]
+    if wrong:
+        raise altered_manifest(place, f"it contradicts itself in {', '.join(wrong)}")
+
+
+def _fits(asked: Any, space: LabelSpace) -> bool:
+    """Whether a model's classes are recorded as its label map asks for, as far as its names are not needed."""
+    count = len(space.to_recorded)
+    if not np.array_equal(space.to_recorded, recorded_indices(space.to_model, count)):
+        return False
+    if is_one_to_one(space.to_model, count) and space.recorded_classes != space.dataset_classes:
+        return False
+    if not isinstance(asked, Mapping) or any(isinstance(value, str) for value in asked.values()):
+        return True
+    try:
+        return np.array_equal(space.to_model, map_classes(asked, space.dataset_classes, None, count))
+    except ConfigError:
+        return False
+
+
 def _check_listing(
     manifest: Manifest,
     plan: Plan,
     receipts: Mapping[str, Receipt],
     sizes: Mapping[str, int],
     findings: Findings,
+    manifest_place: str,
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
     missing = [shard.name for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
@@ -235,12 +275,19 @@ def _check_listing(
             f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
         )
     planned = {shard.name for shard in plan.shards}
+    runs = Counter(receipt.run_id for receipt in receipts.values())
+    if len(runs) == 1 and manifest.run_id not in runs:
+        # Nothing of theirs is damaged, and nothing must be repaired.
+        raise PipelineError(
+            f"{manifest_place} is of another run ({manifest.run_id}) than all receipts ({min(runs)}); restore the "
+            "manifest that belongs here, or delete it and run generate again, which writes it anew."
+        )
     for name, receipt in receipts.items():
         if name not in planned:
             file = f".run/receipts/{name}-{manifest.edition}.json"
             findings.problems.append(f"{file} belongs to no shard of this run; delete it.")
         elif receipt.run_id != manifest.run_id:
-            findings.damage(name, f"The receipt of {name} is of another run ({receipt.run_id}).")
+            findings.damage(name, f".run/receipts/{name}-{manifest.edition}.json is of another run ({receipt.run_id}).")
     # Once: it is derived from the config, which is parsed each time.
     stored = manifest.stored
     expected = {shard_file(subset, shard, manifest.edition) for shard in plan.shards for subset in stored}
@@ -252,11 +299,24 @@ def _check_listing(
 
 
 def _check_summaries(folder: OutputFolder, manifest: Manifest, plan: Plan, findings: Findings) -> None:
-    """The manifest's totals and the card's subsets follow from the receipts."""
+    """The manifest's totals and the card's subsets follow from the receipts, if those are sound themselves."""
+    if findings.damaged:
+        return
     expected = summarise(manifest, committed(folder, manifest.edition, plan.shards))
-    if manifest != expected:
-        findings.problems.append("manifest.json does not agree with the receipts; generate writes it again.")
-    if not card_agrees(folder, expected):
+    differing = [key for key in type(manifest).model_fields if getattr(manifest, key) != getattr(expected, key)]
+    card = read_configs(folder)
+    if manifest.files == expected.files and card == make_configs(manifest) != make_configs(expected):
+        # Two to one: manifest and card were made from other receipts of the same files.
+        findings.problems.append(
+            f"{folder.receipts} holds an altered receipt: manifest.json and README.md were made from another. Restore "
+            "it, as generate would take it for what it says now."
+        )
+        return
+    if differing:
+        findings.problems.append(
+            f"manifest.json does not agree with the receipts in {', '.join(differing)}; generate writes it again."
+        )
+    if card != make_configs(expected):
         findings.problems.append("README.md does not list the subsets as they are; generate writes it again.")
 
 
@@ -310,7 +370,8 @@ def _features(manifest: Manifest, place: str) -> datasets.Features:
         )
     except Exception as error:  # what is no feature can raise anything there
         raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
-    if features != expected:
+    # As JSON too: what `datasets` does not know of a feature it leaves out.
+    if features != expected or json.loads(json.dumps(expected.to_dict())) != manifest.features:
         raise PipelineError(f"{place}: its features are not those that a run of its config writes.")
     return features
 
@@ -338,8 +399,10 @@ class _Checker:
         self.levels, self.stored, self.edition = manifest.levels, manifest.stored, manifest.edition
         self.layout = LAYOUTS[manifest.resolved.output.layout]
         self.targeted = manifest.resolved.attack.target is not None
-        self.features = _features(manifest, folder.store.at(folder.manifest))
+        self.run_id, self.place = manifest.run_id, folder.store.at(folder.manifest)
+        self.features = _features(manifest, self.place)
         self.schema = self.features.arrow_schema
+        self.listed = {entry.path: entry for entry in manifest.files}
         self.exact = True
         self.tolerance = TOLERANCE[manifest.resolved.runtime.precision]
         # What does not depend on epsilon.
@@ -350,19 +413,16 @@ class _Checker:
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
         try:
-            if [entry.path for entry in receipt.files] != [
-                shard_file(subset, shard, self.edition) for subset in self.stored
-            ]:
-                raise _DamageError(f"The receipt of {shard.name} lists other files than the run has.")
+            self._check_receipt(shard, receipt)
             # Each shard has its own: a run may have been resumed elsewhere.
             self.exact = self.judge is None or (receipt.versions == self.judge.versions and self.judge.compiled_alike)
             self.findings.same_environment &= self.exact
             for entry in receipt.files:
-                self._check_size(entry)
+                self._check_size(shard, entry)
             try:
                 with self.folder.store.fetched([entry.path for entry in receipt.files]) as root:
                     for entry in receipt.files:
-                        _check_digest(root, entry)
+                        self._check_digest(shard, entry, root)
                     self._check_rows(shard, receipt, root)
             except OSError as error:
                 raise _DamageError(f"A file of {shard.name} cannot be read: {first_line(error)}") from None
@@ -370,39 +430,110 @@ class _Checker:
             self.findings.damage(shard.name, str(damage))
         self.findings.shards += 1
 
-    def _check_size(self, entry: FileEntry) -> None:
+    def _check_receipt(self, shard: Shard, receipt: Receipt) -> None:
+        """What a receipt says of its shard without looking at any row is what the plan says."""
+        planned = receipt.planned if shard.rows is None else shard.rows
+        if (receipt.shard, receipt.split, receipt.planned) != (shard.name, shard.split, planned):
+            raise _DamageError(f"{self._receipt(shard)} is of another shard, or of another number of rows.")
+        if [entry.path for entry in receipt.files] != [
+            shard_file(subset, shard, self.edition) for subset in self.stored
+        ]:
+            raise _DamageError(f"{self._receipt(shard)} lists other files than the run has.")
+        # Before anything is made for each row: the numbers may be any.
+        if len(receipt.skipped) + receipt.rows != planned or {e.rows for e in receipt.files} != {receipt.rows}:
+            raise _DamageError(f"{self._receipt(shard)} does not account for all source rows of its shard.")
+        if not {"python", "device", *PACKAGES} <= set(receipt.versions):
+            raise _DamageError(f"{self._receipt(shard)} does not say all versions.")
+
+    def _receipt(self, shard: Shard) -> str:
+        return self.folder.receipt(shard, self.edition)
+
+    def _check_size(self, shard: Shard, entry: FileEntry) -> None:
         size = self.sizes.get(entry.path)
         if size is None:
             raise _DamageError(f"{entry.path} is missing.")
         if size != entry.bytes:
+            if self._is_listed(entry, bytes=size):
+                raise _DamageError(
+                    f"{self._receipt(shard)} says that {entry.path} has {entry.bytes} bytes, not {size}."
+                )
             raise _DamageError(f"{entry.path} has {size} bytes; its receipt says {entry.bytes}.")
+
+    def _check_digest(self, shard: Shard, entry: FileEntry, root: Path) -> None:
+        with (root / entry.path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry.sha256:
+            if self._is_listed(entry, sha256=digest):
+                raise _DamageError(f"{self._receipt(shard)} has another sha256 of {entry.path} than that has.")
+            raise _DamageError(f"{entry.path} was altered: its sha256 is not its receipt's.")
+
+    def _is_listed(self, entry: FileEntry, **found: Any) -> bool:
+        """Whether the manifest lists a file as it was found: then its receipt is what was altered."""
+        return self.listed.get(entry.path) == entry.model_copy(update=found)
 
     def _check_rows(self, shard: Shard, receipt: Receipt, root: Path) -> None:
         if shard.stop is None:
             shard = shard.with_rows(receipt.planned)
+        self._check_skipped(shard, receipt)
         skipped = {row.position for row in receipt.skipped}
-        # Before anything is made for each row: the numbers may be any.
-        if len(skipped) + receipt.rows != shard.rows:
-            raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
         places = list(self.plan.batches(shard))
         masks = [
             np.array([place.start + i not in skipped for i in range(place.stop - place.start)]) for place in places
         ]
         counts = [int(mask.sum()) for mask in masks]
-        if sum(counts) != receipt.rows:
-            raise _DamageError(f"The receipt of {shard.name} does not account for all its source rows.")
-        tables = zip(*(self._read(root, entry.path, counts) for entry in receipt.files), strict=True)
-        width = 3 + len(EvaluatorCounts.model_fields) * len(self.evaluators)
-        totals = np.zeros((len(self.levels), width), dtype=np.int64)
-        for place, mask, subsets in zip(places, masks, tables, strict=True):
-            rows = self.plan.rows(shard, place)[mask]
-            totals += self._check_batch(shard, rows, mask, subsets)
-        there = [(count.level, count.rows, self._flat(count)) for count in receipt.counts]
-        for name, level, found in zip(self._names(shard), self.levels, totals.tolist(), strict=True):
-            if (level, receipt.rows, found) not in there:
-                raise _DamageError(f"{name} has other counts than its receipt.")
+        tables = zip(*(self._read(shard, subset, root, counts) for subset in self.stored), strict=True)
+        self._zero_signs = (0, 0)
+        batches = [
+            self._check_batch(shard, self.plan.rows(shard, place)[mask], mask, subsets)
+            for place, mask, subsets in zip(places, masks, tables, strict=True)
+        ]
+        self._check_counts(shard, receipt, batches)
+        self._check_zero_signs(shard, receipt)
         self.findings.rows += receipt.rows * len(self.stored)
         self.findings.skipped += len(skipped)
+
+    def _check_skipped(self, shard: Shard, receipt: Receipt) -> None:
+        """Skipped rows are in order, each at a place of the shard, and the source row that the plan has there."""
+        positions = [row.position for row in receipt.skipped]
+        if not positions:
+            return
+        if positions != sorted(set(positions)) or positions[-1] >= len(shard):
+            raise _DamageError(f"{self._receipt(shard)} lists skipped rows at places that its shard does not have.")
+        if [row.source_index for row in receipt.skipped] != self.plan.rows(shard)[positions].tolist():
+            raise _DamageError(f"{self._receipt(shard)} lists skipped rows that the plan has elsewhere.")
+
+    def _check_counts(self, shard: Shard, receipt: Receipt, batches: Sequence[Sequence[LevelCounts]]) -> None:
+        """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now."""
+        found = [
+            add_up(level, [batch[index] for batch in batches], self.evaluators)
+            for index, level in enumerate(self.levels)
+        ]
+        for there, here, name in zip(receipt.counts, found, self._names(shard), strict=False):
+            # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
+            if not math.isclose(there.confidence_sum, here.confidence_sum, rel_tol=1e-9) or there != here.model_copy(
+                update={"confidence_sum": there.confidence_sum}
+            ):
+                raise _DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
+        if len(receipt.counts) != len(found):
+            raise _DamageError(f"{self._receipt(shard)} counts other epsilons than the run has.")
+
+    def _check_zero_signs(self, shard: Shard, receipt: Receipt) -> None:
+        """The share of zero signs is a whole number of values, as many as the images leave possible."""
+        values = max(1, receipt.rows * self.shape.numel())
+        count = round(receipt.zero_sign_share * values)
+        least, most = self._zero_signs
+        if count / values != receipt.zero_sign_share or not least <= count <= most:
+            raise _DamageError(f"{self._receipt(shard)} has a zero_sign_share that the images do not give.")
+
+    def _count_zero_signs(self, pictures: Sequence[Tensor], images: Sequence[Tensor]) -> None:
+        """Count the values of a batch whose sign is 0: the least and the most that there can be."""
+        if SIGN in self.layout.pictures:
+            least = most = int((picture_to_sign(pictures[self.layout.pictures.index(SIGN)]) == 0).sum())
+        else:
+            # A step beyond black or white is clipped, so that there 0 cannot be told from -1 or +1.
+            still, clean = images[0] == images[-1], images[0]
+            least, most = int((still & (clean > 0) & (clean < 255)).sum()), int(still.sum())
+        self._zero_signs = (self._zero_signs[0] + least, self._zero_signs[1] + most)
 
     def _names(self, shard: Shard) -> list[str]:
         """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
@@ -413,13 +544,13 @@ class _Checker:
             for level in self.levels
         ]
 
-    def _read(self, root: Path, name: str, counts: Sequence[int]) -> Iterator[pa.Table]:
+    def _read(self, shard: Shard, subset: str, root: Path, counts: Sequence[int]) -> Iterator[pa.Table]:
         """One file's rows in tables of so many rows each, without holding the file in memory."""
+        name = shard_file(subset, shard, self.edition)
         try:
             file = pq.ParquetFile(root / name)
-            # Not the Arrow schemas: Parquet has its own name for the items of a list.
-            if datasets.Features.from_arrow_schema(file.schema_arrow) != self.features:
-                raise _DamageError(f"{name} has other columns than the manifest says.")
+            self._check_schema(name, file.schema_arrow)
+            self._check_footer(name, file.metadata.metadata, shard, subset, sum(counts))
             if file.metadata.num_rows != sum(counts):
                 raise _DamageError(f"{name} has {file.metadata.num_rows} rows; its receipt says {sum(counts)}.")
             waiting = self.schema.empty_table()
@@ -435,10 +566,31 @@ class _Checker:
         except (pa.ArrowException, OSError) as error:
             raise _DamageError(f"{name} cannot be read: {first_line(error)}") from None
 
+    def _check_schema(self, name: str, schema: pa.Schema) -> None:
+        # Not the Arrow schemas: Parquet has its own name for the items of a list.
+        features = datasets.Features.from_arrow_schema(schema)
+        if features == self.features:
+            return
+        # Our own columns follow from the config. Those that are carried through, only the files and the manifest tell.
+        kept = kept_columns(self.schema.names)
+        if {**features, **{column: self.features[column] for column in kept}} == self.features:
+            raise PipelineError(f"{self.place}: its features are not those of {name}, whose digest is its receipt's.")
+        raise _DamageError(f"{name} has other columns than the manifest says.")
+
+    def _check_footer(self, name: str, metadata: Mapping[bytes, bytes], shard: Shard, subset: str, rows: int) -> None:
+        """What the file says of itself is what it is taken for."""
+        expected = {"run_id": self.run_id, "shard": shard.name, "rows": rows, "subset": subset}
+        try:
+            found = json.loads(metadata.get(FOOTER_KEY.encode(), b""))
+        except ValueError:
+            found = None
+        if found != expected:
+            raise _DamageError(f"{name} says of itself that it is another run's, shard's or subset's file.")
+
     def _check_batch(
         self, shard: Shard, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
-    ) -> NDArray[np.int64]:
-        """Check one batch of every subset; (1 + K, n) counts, as `_flat` orders them."""
+    ) -> list[LevelCounts]:
+        """Check one batch of every subset; what its rows at each epsilon add up to."""
         files = [shard_file(subset, shard, self.edition) for subset in self.stored]
         if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
             raise _DamageError(f"{files[0]} holds other source rows than the plan says.")
@@ -457,34 +609,28 @@ class _Checker:
             totals.append(self._count(level, table, tables[0]))
         if self.judge is not None and len(rows):
             self._recompute(self.judge, names, mask, images, tables)
-        return np.array(totals)
+        return totals
 
-    def _count(self, level: int, table: pa.Table, clean: pa.Table) -> list[int]:
+    def _count(self, level: int, table: pa.Table, clean: pa.Table) -> LevelCounts:
         """What a batch's rows at one epsilon add up to."""
         known = np.asarray(table.column("label").is_valid())
         correct, fooled = (_column(table, flag, False).astype(np.bool_) for flag in ("correct", "fooled"))
+        confidence = _column(table, "confidence", 0.0)
         evaluators = {}
         for name in self.evaluators:
             _, right = evaluator_columns(name)
             before, now = (_column(rows, right, False).astype(np.bool_)[known] for rows in (clean, table))
             evaluators[name] = count_evaluator(before, now, fooled[known])
-        return self._flat(
-            LevelCounts(
-                level=level,
-                rows=len(known),
-                labelled=int(known.sum()),
-                correct=int(correct.sum()),
-                fooled=int(fooled.sum()),
-                confidence_sum=0.0,
-                evaluators=evaluators,
-            )
+        # Not checked: forged rows may say anything.
+        return LevelCounts.model_construct(
+            level=level,
+            rows=len(known),
+            labelled=int(known.sum()),
+            correct=int(correct.sum()),
+            fooled=int(fooled.sum()),
+            confidence_sum=float(confidence.sum(dtype=np.float64)),
+            evaluators=evaluators,
         )
-
-    def _flat(self, counts: LevelCounts) -> list[int]:
-        """Whole numbers of one epsilon that its rows must add up to, evaluators last."""
-        evaluators = [counts.evaluators.get(name, EvaluatorCounts()) for name in self.evaluators]
-        values = [value for evaluator in evaluators for value in evaluator.model_dump().values()]
-        return [counts.labelled, counts.correct, counts.fooled, *values]
 
     def _unpack(self, files: Sequence[str], subsets: Sequence[pa.Table]) -> tuple[list[Tensor], list[pa.Table]]:
         """The images at every epsilon, 1 + K times (M, C, H, W) uint8, and what is recorded of them."""
@@ -494,7 +640,9 @@ class _Checker:
             for column in self.layout.pictures
         ]
         try:
-            return self.layout.images(pictures, self.levels), self.layout.by_level(subsets, self.levels)
+            images = self.layout.images(pictures, self.levels)
+            self._count_zero_signs(pictures, images)
+            return images, self.layout.by_level(subsets, self.levels)
         except ValueError as error:
             raise _DamageError(f"{files[0]}: {error}.") from None
 
@@ -506,6 +654,11 @@ class _Checker:
             if not table.column(column).equals(clean.column(original)):
                 raise _DamageError(f"{name} has a {column} that differs from the clean subset's {original}.")
         self._check_nulls(name, level, table)
+        for column in ("confidence", "label_confidence"):
+            values = _column(table, column, 0.0)
+            # A softmax may exceed 1 by its rounding.
+            if not ((values >= 0) & (values < 1.001)).all():
+                raise _DamageError(f"{name} has a {column} that is no probability.")
 
     def _check_nulls(self, name: str, level: int, table: pa.Table) -> None:
         """Null is what cannot be said, and nothing else."""
@@ -637,12 +790,6 @@ class _Checker:
         for column, expected, where in chances:
             if (np.abs(_column(table, column, 0.0) - expected)[where] > tolerance).any():
                 raise _DamageError(f"{name} has a {column} that its pixels do not give.")
-
-
-def _check_digest(root: Path, entry: FileEntry) -> None:
-    with (root / entry.path).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-            raise _DamageError(f"{entry.path} was altered: its sha256 is not its receipt's.")
 
 
 def _column(table: pa.Table, name: str, null: Any) -> NDArray[Any]:

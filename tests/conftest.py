@@ -20,6 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
+from pipeline.outputs import json_digest
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
 # has. There is one, which has imported what was named before it started.
@@ -217,6 +218,12 @@ def fgsm(*arguments: str | Path) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write an altered manifest or receipt with the digest that it would have, as a liar does."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    path.write_text(json.dumps({**rest, "digest": json_digest(rest)}))
 
 
 def let_go(caught: pytest.ExceptionInfo[BaseException]) -> None:

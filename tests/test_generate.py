@@ -38,7 +38,17 @@ from pipeline.progress import Progress
 from pipeline.records import encode_column
 from pipeline.runs import open_run
 from pipeline.summary import summary_table
-from tests.conftest import CLASSES, FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
+from tests.conftest import (
+    CLASSES,
+    FACTORY,
+    WriteConfig,
+    fgsm,
+    png_bytes,
+    random_pixels,
+    shard_path,
+    write_parquet,
+    write_sealed,
+)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -567,7 +577,7 @@ def test_resuming_under_other_versions_warns_and_goes_on(write_config: WriteConf
     path = tmp_path / "out/manifest.json"
     content = manifest(tmp_path / "out")
     content["versions"]["torch"] = "1.0"
-    path.write_text(json.dumps(content))
+    write_sealed(path, content)
     output = generate(write_config())
     assert f"torch 1.0 then, {importlib.metadata.version('torch')} now" in output
 

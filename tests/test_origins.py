@@ -12,7 +12,7 @@ from pipeline.config import SourceConfig, load_config
 from pipeline.generate import generate
 from pipeline.origins import DIGITS, Origin, card_license, revision_of
 from pipeline.sources import open_source
-from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import CLASSES, WriteConfig, png_bytes, random_pixels, write_parquet
 
 PNGS = [png_bytes(image) for image in random_pixels(6)]
 
@@ -95,14 +95,3 @@ def test_the_licence_is_kept_in_the_manifest_and_is_no_part_of_the_run_id(
     assert after["run_id"] == before["run_id"]
     front = yaml.safe_load((tmp_path / "again/README.md").read_text().split("---\n")[1])
     assert front["license"] == "cc-by-sa-4.0"
-
-
-def test_a_manifest_from_before_it_was_recorded_can_be_read(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = load_config(str(write_config()))
-    generate(config)
-    path = tmp_path / "out/manifest.json"
-    content = json.loads(path.read_text())
-    del content["origin"]
-    path.write_text(json.dumps(content))
-    assert fgsm("inspect", tmp_path / "out").exit_code == 0
-    assert generate(config).complete

@@ -72,10 +72,11 @@ def simulate(run: Run, out: Path, shards: Sequence[Shard]) -> None:
     receipts.mkdir(parents=True)
     for subset in run.stored:
         (out / subset).mkdir()
-    first = receipt_of(run, shards[0]).model_dump_json(indent=1)
+    first = receipt_of(run, shards[0]).model_dump_json()
     for shard in shards:
         assert len(shard) == len(shards[0])
-        (receipts / f"{shard.name}.json").write_text(first.replace(shards[0].name, shard.name))
+        receipt = Receipt.model_validate_json(first.replace(shards[0].name, shard.name)).sealed()
+        (receipts / f"{shard.name}.json").write_text(receipt.model_dump_json(indent=1))
         for subset in run.stored:
             descriptor = os.open(out / shard_file(subset, shard), os.O_WRONLY | os.O_CREAT)
             os.ftruncate(descriptor, FILE_BYTES)

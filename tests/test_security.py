@@ -32,18 +32,19 @@ from pipeline.dataset import _addresses
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.guard import find_secret, presentable, redact
 from pipeline.images import OtherShapeError, UndecodableError, decode_image, open_image, read_image
-from pipeline.manifest import Manifest, published, require_manifest
+from pipeline.manifest import Manifest, contradictions, published, require_manifest, run_id_of
 from pipeline.origins import front_matter
 from pipeline.outputs import FileEntry, OutputFolder, Receipt
 from pipeline.publish import list_files
 from pipeline.report import report
+from pipeline.runs import open_run
 from pipeline.sources import Source, open_source
 from pipeline.stores import open_store
 from pipeline.streams import StreamedSource, open_stream
 from pipeline.summary import inspect
 from pipeline.verify import verify
 from pipeline.victims import load_victim
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
 from tests.hub import Repository, git_blob, lfs_blob, running_hub
 
 SECRET = "hf_" + "S3cretS3cret" * 3
@@ -572,6 +573,14 @@ def test_a_receipt_names_files_of_its_own_only(path: str) -> None:
         FileEntry(path=path, rows=1, bytes=1, sha256="")
 
 
+def make_consistent(out: Path, content: dict[str, Any]) -> None:
+    """Write an altered manifest, and receipts, with the run id and the digests that they would have."""
+    content["run_id"] = run_id_of(content["identity"])
+    write_sealed(out / "manifest.json", content)
+    for path in (out / ".run/receipts").iterdir():
+        write_sealed(path, {**json.loads(path.read_text()), "run_id": content["run_id"]})
+
+
 @pytest.mark.parametrize("split", ["../../x", "/etc/x", "..", "a/b", ""])
 def test_a_manifest_that_would_lead_out_changes_nothing(out: Path, split: str) -> None:
     neighbour = out.parent / "x-00000-of-00002.parquet"
@@ -630,7 +639,8 @@ def test_a_manifest_may_list_files_without_rows_and_of_unknown_length(out: Path)
 
 def test_a_plan_of_any_number_of_shards_is_not_made(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**content, "split_rows": {"test": 6 * 10**6 + 1}}))
+    content["split_rows"] = content["identity"]["source.rows"] = {"test": 6 * 10**6 + 1}
+    make_consistent(out, content)
     for look in (verify, inspect):
         with pytest.raises(ConfigError, match=r"^output\.images_per_shard: 6 cuts 6,000,001 rows of test into more"):
             look(out)
@@ -639,9 +649,9 @@ def test_a_plan_of_any_number_of_shards_is_not_made(out: Path) -> None:
 def test_a_receipt_of_any_number_of_rows_is_damage(out: Path) -> None:
     """A plan of one shard of so many rows would be batches, and a permutation, that no memory holds."""
     content = json.loads((out / "manifest.json").read_text())
-    content["split_rows"] = {"test": 2**62}
-    content["config"]["output"]["images_per_shard"] = 2**61
-    (out / "manifest.json").write_text(json.dumps(content))
+    content["split_rows"] = content["identity"]["source.rows"] = {"test": 2**62}
+    content["config"]["output"]["images_per_shard"] = content["identity"]["output.images_per_shard"] = 2**61
+    make_consistent(out, content)
     assert "test-00000-of-00002" in verify(out).damaged
 
 
@@ -658,15 +668,16 @@ def test_files_that_a_manifest_lists_beside_its_plan_are_not_read(finished: Path
 
 def test_features_are_those_of_the_config(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
-    content["config"]["attack"]["target"] = 1
-    (out / "manifest.json").write_text(json.dumps(content))
+    content["config"]["attack"]["target"] = content["identity"]["attack.target"] = 1
+    make_consistent(out, content)
     with pytest.raises(PipelineError, match="its features are not those that a run of its config writes"):
         verify(out)
 
 
 def test_what_cannot_be_asked_again_is_a_sentence(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**content, "identity": {}}))
+    del content["identity"]["model.content"]
+    make_consistent(out, content)
     with pytest.raises(ConfigError, match="the victim that the config names has changed since the run"):
         verify(out, recompute=True)
 
@@ -677,10 +688,10 @@ def test_a_receipt_that_lists_a_file_elsewhere_is_damage_and_repair_deletes_its_
     receipt = shard_path(out, ".run/receipts/test-00000-of-00002.json")
     content = json.loads(receipt.read_text())
     content["files"][0]["path"] = "../secret.parquet"
-    receipt.write_text(json.dumps(content))
+    write_sealed(receipt, content)
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
-    assert "test-00000-of-00002.json cannot be read as a receipt" in result.stderr
+    assert "test-00000-of-00002.json was altered, or is no receipt" in result.stderr
     assert secret.read_text() == "keep"
     assert not receipt.exists()
 
@@ -766,7 +777,7 @@ def test_names_and_reasons_are_no_commands_to_a_terminal(out: Path) -> None:
     path = shard_path(out, ".run/receipts/test-00000-of-00002.json")
     content = json.loads(path.read_text())
     content["skipped"] = [{"position": 0, "source_index": 0, "reason": NASTY}]
-    path.write_text(json.dumps(content))
+    write_sealed(path, content)
     for command in ("verify", "inspect"):
         result = fgsm(command, out)
         for text in (result.stdout, result.stderr):
@@ -800,7 +811,7 @@ def test_code_that_a_manifest_names_is_said_before_it_runs(out: Path) -> None:
     code.write_text(f"import sys\nsys.stderr.write('it runs\\n')\n{FACTORY}")
     content = json.loads((out / "manifest.json").read_text())
     content["config"]["model"]["name"] = f"{code}:make"
-    (out / "manifest.json").write_text(json.dumps(content))
+    write_sealed(out / "manifest.json", content)
     lines = fgsm("verify", out, "--recompute").stderr.splitlines()
     said = next(index for index, line in enumerate(lines) if f"Running code that the manifest names: {code}" in line)
     assert "Only for datasets that you trust." in lines[said]
@@ -815,7 +826,7 @@ def test_code_in_the_dataset_itself_never_runs(
     monkeypatch.chdir(out if name == "evil.py:make" else out.parent)
     content = json.loads((out / "manifest.json").read_text())
     content["config"]["model"]["name"] = name.format(out=out)
-    (out / "manifest.json").write_text(json.dumps(content))
+    write_sealed(out / "manifest.json", content)
     result = fgsm("verify", out, "--recompute")
     assert result.exit_code == 2
     assert "would be code out of the dataset itself, which is never run" in result.stderr
@@ -826,8 +837,8 @@ def test_a_module_in_the_dataset_never_runs(out: Path, canary: Path, monkeypatch
     (out / "evil_module.py").write_text(f"from pathlib import Path\nPath({str(canary)!r}).touch()\n")
     monkeypatch.chdir(out)
     content = json.loads((out / "manifest.json").read_text())
-    content["config"]["model"]["name"] = "evil_module:make"
-    (out / "manifest.json").write_text(json.dumps(content))
+    content["config"]["model"]["name"] = content["identity"]["model.name"] = "evil_module:make"
+    make_consistent(out, content)
     assert fgsm("verify", out, "--recompute").exit_code == 2
     assert not canary.exists()
 
@@ -836,7 +847,7 @@ def test_only_recompute_runs_the_code_that_a_manifest_names(out: Path, canary: P
     (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(canary)!r}).touch()\n")
     content = json.loads((out / "manifest.json").read_text())
     content["config"]["model"]["name"] = f"{tmp_path}/evil.py:make"
-    (out / "manifest.json").write_text(json.dumps(content))
+    write_sealed(out / "manifest.json", content)
     for arguments in (("verify",), ("inspect",), ("report",)):
         fgsm(*arguments, out)
     fgsm("publish", out, "user/name", "--dry-run")
@@ -1044,10 +1055,36 @@ def test_nothing_that_is_published_names_this_machine_s_folders(out: Path, finis
 def test_an_address_of_this_machine_is_published_without_its_folder(finished: Path, path: str) -> None:
     manifest = require_manifest(OutputFolder(finished))
     config = {**manifest.config, "source": {**manifest.config["source"], "path": path}}
-    shown = published(manifest.model_copy(update={"config": config, "identity": {"model.name": path}}))
-    assert (shown.config["source"]["path"], shown.identity["model.name"]) == ("a.tar", "a.tar")
-    remote = {"source": {"path": "s3://bucket/a.tar"}, "output": {"path": "out"}}
+    shown = published(manifest.model_copy(update={"config": config}))
+    assert shown.config["source"]["path"] == "a.tar"
+    remote = {"source": {**manifest.config["source"], "path": "s3://bucket/a.tar"}, "output": {"path": "out"}}
     assert published(manifest.model_copy(update={"config": remote})).config == remote
+
+
+def test_an_identity_names_no_folders(write_config: WriteConfig, tmp_path: Path) -> None:
+    """It is published as it is, as the run id is its digest."""
+    code = tmp_path / "with_file.py"
+    code.write_text(f"{FACTORY}\n\ndef load(file, note=None):\n    return Net()\n")
+    identities = []
+    for folder in ("a", "b"):
+        kwargs = {"file": f"/home/{folder}/net.bin", "note": float("inf")}
+        run = open_run(load_config(str(write_config(model={"name": f"{code}:load", "kwargs": kwargs}))))
+        identities.append(run.identity)
+    assert identities[0]["model.kwargs"] == {"file": "net.bin", "note": "Infinity"}
+    assert identities[0] == identities[1]
+
+
+def test_a_published_manifest_can_be_read(finished: Path, tmp_path: Path) -> None:
+    names = ["/m/01yrx", "~", "./dog"]
+    content = json.loads((finished / "manifest.json").read_text())
+    content["config"]["source"]["classes"] = content["identity"]["source.classes"] = names
+    content["dataset_classes"] = content["recorded_classes"] = names
+    manifest = Manifest.model_validate({**content, "run_id": run_id_of(content["identity"])})
+    assert contradictions(manifest) == []
+    shown = published(manifest)
+    (tmp_path / "manifest.json").write_text(shown.model_dump_json())
+    assert require_manifest(OutputFolder(tmp_path)) == shown
+    assert contradictions(shown) == []
 
 
 # -------------------------------------------------------------------------------------------- configs

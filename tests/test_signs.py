@@ -16,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.estimate import estimate_bytes
 from pipeline.images import decode_image, encode_images
 from pipeline.runs import open_run
-from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
+from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
 from tests.test_generate import digests, generate, manifest, pixels, rows
 from tests.test_verify import SHARD, alter_a_byte_of, assert_found, cut_short_of, forge
 
@@ -280,8 +280,8 @@ def exchange_rows(columns: Columns) -> None:
         (lose_an_entry, f"{FILE} at 8/255 has another epsilon than 8/255"),
         (lose_the_clean_prediction, f"{FILE} at 0/255 has a prediction that is null in other rows than it should be"),
         (lose_a_flag, f"{FILE} at 8/255 has a fooled that is null in other rows than it should be"),
-        (another_flag, f"{FILE} at 8/255 has other counts than its receipt"),
-        (another_clean_flag, f"{FILE} at 0/255 has other counts than its receipt"),
+        (another_flag, f"has other counts than the rows of {FILE} at 8/255"),
+        (another_clean_flag, f"has other counts than the rows of {FILE} at 0/255"),
         (exchange_rows, f"{FILE} holds other source rows than the plan says"),
     ],
 )
@@ -339,5 +339,5 @@ def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tm
     path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     receipt["files"][0]["path"] = f"clean/{SHARD}.parquet"
-    path.write_text(json.dumps(receipt))
-    assert f"The receipt of {SHARD} lists other files" in fgsm("verify", tmp_path / "out").stderr
+    write_sealed(path, receipt)
+    assert f"{SHARD}.json lists other files" in fgsm("verify", tmp_path / "out").stderr

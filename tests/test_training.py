@@ -28,7 +28,17 @@ from pipeline import shards, training
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.images import decode_images
 from pipeline.training import TrainingDataset
-from tests.conftest import FACTORY, KINDS, WriteConfig, let_go, png_bytes, random_pixels, shard_path, write_parquet
+from tests.conftest import (
+    FACTORY,
+    KINDS,
+    WriteConfig,
+    let_go,
+    png_bytes,
+    random_pixels,
+    shard_path,
+    write_parquet,
+    write_sealed,
+)
 from tests.hub import Hub, Repository, git_blob, running_hub
 from tests.test_dataset import LAYOUTS, loaded_by
 from tests.test_generate import generate
@@ -605,7 +615,7 @@ def test_unlabelled_images_are_one_sentence(write_config: WriteConfig, tmp_path:
 def test_a_split_without_images_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    (tmp_path / "out/manifest.json").write_text(json.dumps({**manifest, "complete": False, "subsets": [], "files": []}))
+    write_sealed(tmp_path / "out/manifest.json", {**manifest, "complete": False, "subsets": [], "files": []})
     with pytest.raises(ConfigError, match=r"has no images in 'test' yet; run fgsm generate to its end\.$"):
         opened(tmp_path / "out")
 
@@ -616,7 +626,7 @@ def test_a_file_that_is_listed_in_one_subset_only_is_one_sentence(outputs: Path,
     manifest = json.loads((folder / "manifest.json").read_text())
     name = "test-00001-of-00003.parquet"
     manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != f"eps-8/{name}"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(folder / "manifest.json", manifest)
     with pytest.raises(PipelineError) as caught:
         opened(folder)
     assert str(caught.value) == (
@@ -686,7 +696,7 @@ def test_damaged_pictures_are_one_sentence(outputs: Path, tmp_path: Path, name: 
     for entry in manifest["files"]:
         if entry["path"] == f"{subset}/{file.name}":
             entry["bytes"] = file.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(folder / "manifest.json", manifest)
     data = opened(folder, epsilons=["2/255"], clean=0)
     with pytest.raises(PipelineError, match=r"a stored picture is damaged \(.*\); fgsm verify names its file\.$"):
         list(data)

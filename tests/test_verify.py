@@ -17,7 +17,7 @@ from pipeline.card import write_summaries
 from pipeline.images import decode_image, encode_images
 from pipeline.manifest import read_manifest
 from pipeline.outputs import OutputFolder
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
+from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
 from tests.test_generate import digests, generate
 
 SHARD = "test-00001-of-00003"
@@ -53,7 +53,18 @@ def break_a_receipt(out: Path) -> None:
 
 def swap_a_receipt(out: Path) -> None:
     path = shard_path(out, f".run/receipts/{SHARD}.json")
-    path.write_text(path.read_text().replace('"run_id": "', '"run_id": "ff'))
+    write_sealed(path, {**json.loads(path.read_text()), "run_id": "ff"})
+
+
+def alter_a_receipt(out: Path) -> None:
+    path = shard_path(out, f".run/receipts/{SHARD}.json")
+    path.write_text(path.read_text().replace('"zero_sign_share": 0', '"zero_sign_share": 1'))
+
+
+def copy_a_receipt(out: Path) -> None:
+    shutil.copy(
+        shard_path(out, ".run/receipts/test-00000-of-00003.json"), shard_path(out, f".run/receipts/{SHARD}.json")
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,8 +73,10 @@ def swap_a_receipt(out: Path) -> None:
         (cut_short, f"{FILE} has "),
         (alter_a_byte, f"{FILE} was altered"),
         (delete_a_file, f"{FILE} is missing"),
-        (break_a_receipt, f"{SHARD}.json cannot be read as a receipt"),
-        (swap_a_receipt, f"The receipt of {SHARD} is of another run"),
+        (break_a_receipt, f"{SHARD}.json was altered, or is no receipt"),
+        (alter_a_receipt, f"{SHARD}.json was altered, or is no receipt"),
+        (copy_a_receipt, f"{SHARD}.json is of another shard"),
+        (swap_a_receipt, f"{SHARD}.json is of another run"),
     ],
 )
 def test_damage_is_named_repaired_and_written_again(
@@ -146,18 +159,39 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
 
     Keyword arguments are other counts of the largest epsilon.
     """
-    path, receipt_path = out / file, shard_path(out, f".run/receipts/{SHARD}.json")
+    path = shard_path(out, file)
+    receipt_path = out / f".run/receipts/{path.stem}.json"
     table = pq.read_table(path)
     columns = table.to_pydict()
     edit(columns)
-    pq.write_table(pa.table(columns, schema=table.schema), path)
+    rewrite(path, pa.table(columns, schema=table.schema))
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
     receipt = json.loads(receipt_path.read_text())
     entry = next(entry for entry in receipt["files"] if entry["path"] == file)
     entry.update(bytes=size, sha256=digest)
     receipt["counts"][-1].update(counts)
-    receipt_path.write_text(json.dumps(receipt))
+    for count in receipt["counts"]:
+        count["confidence_sum"] = confidence_sum(columns, count["level"]) or count["confidence_sum"]
+    write_sealed(receipt_path, receipt)
     agree(out)
+
+
+def confidence_sum(columns: dict[str, list[Any]], level: int) -> float:
+    """The sum of a file's confidences at one epsilon, 0 where it has none of it; layout signs has them all."""
+    if "attacks" not in columns:
+        return float(sum(columns["confidence"])) if columns["epsilon"][-1] == level / 255 else 0.0
+    if not level:
+        return float(sum(columns["clean_confidence"]))
+    entries = [entry for attacks in columns["attacks"] for entry in attacks or () if entry]
+    return float(sum(entry["confidence"] for entry in entries if entry["epsilon"] == level / 255))
+
+
+def rewrite(path: Path, table: pa.Table) -> None:
+    """Write other rows into a Parquet file that says of itself what it did before."""
+    footer = pq.read_metadata(path).metadata[b"fgsm"]
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"fgsm": footer.decode()})
 
 
 def agree(out: Path) -> None:
@@ -230,15 +264,15 @@ def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tm
     path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     receipt["files"].pop()
-    path.write_text(json.dumps(receipt))
-    assert f"The receipt of {SHARD} lists other files" in fgsm("verify", tmp_path / "out").stderr
+    write_sealed(path, receipt)
+    assert f"{SHARD}.json lists other files" in fgsm("verify", tmp_path / "out").stderr
 
 
 def test_wrong_counts_in_a_receipt_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     forge(tmp_path / "out", lambda _: None, correct=16, fooled=16)
     result = fgsm("verify", tmp_path / "out")
-    assert "other counts than its receipt" in result.stderr
+    assert f"{SHARD}.json has other counts than the rows of {FILE}" in result.stderr
 
 
 def lose_a_row(columns: dict[str, list[Any]]) -> None:
@@ -251,12 +285,12 @@ def test_lost_rows_and_other_columns_are_found(write_config: WriteConfig, tmp_pa
     forge(tmp_path / "out", lose_a_row)
     assert "has 15 rows; its receipt says 16" in fgsm("verify", tmp_path / "out").stderr
     path = tmp_path / "out" / FILE
-    pq.write_table(pq.read_table(path).drop_columns(["fooled"]), path)
+    rewrite(path, pq.read_table(path).drop_columns(["fooled"]))
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
     receipt_path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(receipt_path.read_text())
     next(entry for entry in receipt["files"] if entry["path"] == FILE).update(bytes=size, sha256=digest)
-    receipt_path.write_text(json.dumps(receipt))
+    write_sealed(receipt_path, receipt)
     assert "has other columns than the manifest says" in fgsm("verify", tmp_path / "out").stderr
 
 
@@ -316,7 +350,7 @@ def test_elsewhere_only_near_ties_are_forgiven(
     path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     receipt["versions"]["torch"] = "1.0"
-    path.write_text(json.dumps(receipt))
+    write_sealed(path, receipt)
     agree(tmp_path / "out")
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 1
@@ -328,15 +362,15 @@ def test_elsewhere_only_near_ties_are_forgiven(
     assert "1 near ties" in result.stdout
 
 
-@pytest.mark.parametrize(("old", "new"), [('"rows": 40,', '"rows": 41,'), ('"complete": true', '"complete": false')])
+@pytest.mark.parametrize(("key", "value"), [("rows", 41), ("complete", False), ("versions", {"torch": "1.0"})])
 def test_a_manifest_that_claims_otherwise_is_found_and_written_again(
-    write_config: WriteConfig, tmp_path: Path, old: str, new: str
+    write_config: WriteConfig, tmp_path: Path, key: str, value: Any
 ) -> None:
     config, path = write_config(), tmp_path / "out/manifest.json"
     generate(config)
     text = path.read_text()
-    path.write_text(text.replace(old, new, 1))
-    assert_found("manifest.json does not agree with the receipts", tmp_path / "out")
+    write_sealed(path, {**json.loads(text), key: value})
+    assert_found(f"manifest.json does not agree with the receipts in {key};", tmp_path / "out")
     generate(config)
     assert path.read_text() == text
 
@@ -426,5 +460,5 @@ def test_attention_gives_the_same_digits_again(
 def test_features_that_cannot_be_read_are_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     path = tmp_path / "out/manifest.json"
-    path.write_text(path.read_text().replace('"_type": "Image"', '"_type": "Picture"'))
+    write_sealed(path, json.loads(path.read_text().replace('"_type": "Image"', '"_type": "Picture"')))
     assert_found("manifest.json: its features cannot be read", tmp_path / "out")
