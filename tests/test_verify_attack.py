@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -224,13 +225,20 @@ def test_elsewhere_a_sign_that_rounding_may_turn_is_counted(
     assert verify(tmp_path / "out", recompute=True).damaged
 
 
+# Of the class 0 it is as sure as 1 - 1e-7.
+SURE = """
+
+class Sure(Net):
+    def forward(self, x):
+        return super().forward(x) * 0.1 + torch.tensor([16.5, 0.0, 0.0])
+"""
+
+
 def test_a_gradient_that_is_all_rounding_says_nothing_elsewhere(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory_file: Path
 ) -> None:
-    factory_file.write_text(
-        FACTORY + "\n\ndef sure():\n    net = Net()\n    net.linear.weight.data *= 1e4\n    return net\n"
-    )
-    config = write_config(model={"name": f"{factory_file}:sure"}, attack={"label": "prediction"})
+    factory_file.write_text(FACTORY + SURE)
+    config = write_config(model={"name": f"{factory_file}:Sure"}, attack={"label": "prediction"})
     generate_along(config, monkeypatch, at_random)
     move_elsewhere(tmp_path / "out")
     findings = verify(tmp_path / "out", recompute=True)
@@ -545,13 +553,20 @@ def test_a_file_that_goes_away_after_the_listing_is_no_damage(
     assert_kept(out, before)
 
 
-@pytest.mark.parametrize("place", ["pipeline.images.open_stored", "pipeline.verify.decode_image"])
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("pipeline.images.open_stored", MemoryError()),
+        ("pipeline.verify.decode_image", MemoryError()),
+        ("pipeline.verify.pq.ParquetFile", pa.ArrowMemoryError("malloc of size 64 failed")),
+    ],
+)
 def test_want_of_memory_is_no_damage(
-    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
 ) -> None:
     generate(write_config())
     before = digests(tmp_path / "out")
-    monkeypatch.setattr(place, Mock(side_effect=MemoryError()))
+    monkeypatch.setattr(place, Mock(side_effect=error))
     result = fgsm("verify", tmp_path / "out", "--repair")
     assert (result.exit_code, "memory" in result.stderr) == (1, True)
     assert digests(tmp_path / "out") == before
