@@ -445,6 +445,7 @@ class _Checker:
             self.findings.damage(shard.name, str(damage))
         except (_UnreadError, OSError) as error:
             self.findings.cannot_read(shard.name, first_line(error))
+            return
         self.findings.shards += 1
 
     def _compare_environment(self, receipt: Receipt) -> None:

@@ -579,7 +579,7 @@ def test_a_store_that_fails_for_one_file_hides_nothing_else(
     s3.fail("GET", FILE, 503)
     findings = verify(out, repair=True)
     assert (len(findings.problems), findings.damaged, findings.unread) == (1, set(), 1)
-    assert findings.rows == 3 * 24
+    assert (findings.shards, findings.rows) == (2, 3 * 24)
     monkeypatch.setattr("pipeline.verify.MOST_UNREAD", 1)
     # The two problems: the shard, and that the one after it was not tried.
     assert len(verify(out).problems) == 2
