@@ -104,17 +104,21 @@ def plan(
 def verify(
     output: Output,
     recompute: Annotated[bool, typer.Option("--recompute", help="Derive every prediction anew.")] = False,
+    source: Annotated[
+        bool, typer.Option("--source", help="Compare labels and clean images with the source, which is opened again.")
+    ] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Drop damaged shards; generate rewrites them.")] = False,
     unlocked: Unlocked = False,
     debug: Debug = False,
 ) -> None:
-    """Check integrity, schema, counts and the epsilon ball; with --recompute the predictions too."""
+    """Check integrity, schema, counts and that images are clean ones plus epsilon times one sign; with --recompute
+    predictions and signs too."""
     with _boundary(debug, "Interrupted."):
         from pipeline.verify import damage_report, describe
         from pipeline.verify import verify as check
 
-        findings = check(output, recompute=recompute, repair=repair, unlocked=unlocked)
-        _say(describe(findings, recompute))
+        findings = check(output, recompute=recompute, source=source, repair=repair, unlocked=unlocked)
+        _say(describe(findings, recompute, source))
         for problem in damage_report(findings):
             _say(problem, err=True, keep="")
         if findings.problems:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.columns import IMAGE
@@ -235,14 +236,28 @@ def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:
-    """A random number for each row that depends on the seed and its source row only, (N,) int64."""
+    """A random number for each row of a batch, (N,) int64."""
     draws = np.zeros(len(batch.labels), dtype=np.int64)
     if run.goal.target == "random":
         rows = run.plan.rows(batch.shard, batch.place)
-        # Rows of a source that is streamed are counted in each file anew.
-        key = [run.config.runtime.seed, *([zlib.crc32(batch.shard.file.encode())] if batch.shard.file else [])]
-        draws[: len(rows)] = [np.random.RandomState([*key, row]).randint(2**31) for row in rows]
+        draws[: len(rows)] = draw_numbers(run.config.runtime.seed, batch.shard, rows)
     return torch.from_numpy(draws)
+
+
+def draw_numbers(seed: int, shard: Shard, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A random number for each of some source rows of a shard; it depends on the seed and the row alone.
+
+    Args:
+        seed: of the run.
+        shard: that they are of.
+        rows: (M,) their numbers in the source.
+
+    Returns:
+        (M,) int64, 0 or more.
+    """
+    # Rows of a source that is streamed are counted in each file anew.
+    key = [seed, *([zlib.crc32(shard.file.encode())] if shard.file else [])]
+    return np.array([np.random.RandomState([*key, row]).randint(2**31) for row in rows], dtype=np.int64)
 
 
 def _encode(

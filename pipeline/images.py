@@ -252,7 +252,7 @@ def decode_image(data: bytes, shape: Sequence[int] | None = None) -> Tensor:
     try:
         with open_stored(data, shape) as image:
             return _to_tensor(image)
-    except UndecodableError:
+    except (UndecodableError, MemoryError):  # for want of memory nothing is said of the image
         raise
     except Exception as error:  # as in read_image
         raise UndecodableError(_reason(error)) from None
@@ -279,7 +279,7 @@ def decode_images(data: Sequence[bytes], image_format: ImageFormat, shape: tuple
         try:
             with open_stored(encoded, shape, (image_format,)) as image:
                 pixels.append(image.tobytes())
-        except UndecodableError:
+        except (UndecodableError, MemoryError):
             raise
         except Exception as error:  # as in read_image
             raise UndecodableError(_reason(error)) from None

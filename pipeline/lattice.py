@@ -6,6 +6,8 @@ Makers step in torch, on the device; readers in NumPy (`step_array`), since torc
 threads, and on a busy machine wait 40 ms for them where the step takes 0.1.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -85,3 +87,24 @@ def sign_between(images_u8: NDArray[np.uint8], attacked_u8: NDArray[np.uint8]) -
         int8 in -1, 0, 1.
     """
     return (attacked_u8 > images_u8).astype(np.int8) - (attacked_u8 < images_u8)
+
+
+def common_sign(images: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
+    """The sign map along which images lie; 0 where clipping hides it.
+
+    Args:
+        images: x and one or more x_k, uint8, of one shape.
+        levels: their k, the first one 0.
+
+    Returns:
+        int8 in -1, 0, 1. Where images lie along no one sign, it is what most of those say that are a whole step from x.
+    """
+    clean, *attacked = images
+    signs = [(pixels > clean).to(torch.int8) - (pixels < clean).to(torch.int8) for pixels in attacked]
+    if all(torch.equal(sign, signs[0]) for sign in signs[1:]):
+        return signs[0]
+    votes = [
+        sign * (step(clean, sign, level) == pixels)
+        for sign, level, pixels in zip(signs, levels[1:], attacked, strict=True)
+    ]
+    return torch.stack(votes).sum(0).sign().to(torch.int8)

@@ -345,7 +345,7 @@ class OutputFolder:
     def _claimed_manifest(self) -> ManifestClaim | None:
         try:
             return ManifestClaim.model_validate_json(self.store.read(self.manifest))
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             return None
 
     def _claimed_receipts(self, sizes: Iterable[str]) -> dict[str, Claim]:
@@ -353,7 +353,7 @@ class OutputFolder:
         names = [name for name in sizes if name.startswith(f"{self.receipts}/") and name.endswith(".json")]
         found = {}
         for name, content in self.store.read_all(names).items():
-            with contextlib.suppress(ValidationError):
+            with contextlib.suppress(ValueError):
                 found[name] = Claim.model_validate_json(content)
         return found
 

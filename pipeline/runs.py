@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,20 @@ ModelSection = TypeVar("ModelSection", bound=ModelConfig)
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
+# Environment variables by which the math libraries choose other kernels, whose sums run in another order.
+MATH_SETTINGS = (
+    "ATEN_CPU_CAPABILITY",
+    *(f"{library}_{name}" for library in ("ONEDNN", "DNNL") for name in ("MAX_CPU_ISA", "CPU_ISA_HINTS")),
+    *(f"{library}_DEFAULT_FPMATH_MODE" for library in ("ONEDNN", "DNNL")),
+    "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+# How the names of a CPU's vector and matrix instructions begin, as PyTorch calls them.
+VECTOR_UNITS = ("amx", "avx", "bf16", "dot", "fma", "i8mm", "neon", "sme", "sve")
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
     count = victim.count_classes(shape)
     space = join_labels(source, victim.classes, count, config.model.label_map)
-    goal = Goal(config.attack.label, _target(config, space))
+    goal = Goal(config.attack.label, attack_target(config, space))
     evaluators = _open_evaluators(config, source, shape, device)
     attacker = make_attacker(config, victim, goal, evaluators)
     # A run that is resumed has decided; it compiles when it has something to write.
@@ -392,7 +407,7 @@ def _image_format(config: Config, shape: tuple[int, int, int]) -> ImageFormat:
     return wanted
 
 
-def _target(config: Config, space: LabelSpace) -> Any:
+def attack_target(config: Config, space: LabelSpace) -> Any:
     """The attack's target as `Goal` wants it: a class becomes the model's index."""
     target = config.attack.target
     if target is None or target in ("least_likely", "random"):
@@ -437,13 +452,44 @@ def _short(value: Any) -> str:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What besides the config can change last digits: packages and device. Not the cores: a lane has one."""
+    """What besides the config can change last digits: packages, processors and settings of the math libraries.
+
+    Not the number of cores: a lane has one. The keys depend on the type of the device alone, so that those of two
+    sessions can be compared.
+    """
     name = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
+    found = {
         "python": platform.python_version(),
         "fgsm-pipeline": __version__,
         **{package: importlib.metadata.version(package) for package in PACKAGES},
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        # Probabilities are computed here also where a GPU computes the logits.
+        "cpu": _cpu(),
+        "settings": " ".join(f"{name}={os.environ[name]}" for name in MATH_SETTINGS if name in os.environ) or "default",
     }
+    if device.type == "cuda":
+        found |= {
+            "cuda": str(torch.version.cuda or torch.version.hip),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "driver": _driver(),
+        }
+    return found
+
+
+def _cpu() -> str:
+    """The CPU's name, and what it can do of that by which PyTorch, oneDNN and MKL choose their kernels."""
+    # PyTorch has this since some version after the lowest that we take.
+    there: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    vectors = sorted(name for name, can in there.items() if can is True and name.startswith(VECTOR_UNITS))
+    name = there.get("cpu_name") or platform.processor() or platform.machine()
+    return " ".join([name, torch.backends.cpu.get_cpu_capability(), *vectors])
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, which compiles kernels that a library brings for no such GPU."""
+    try:
+        first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return "unknown"
+    found = re.search(r"\d+(\.\d+)+", first)
+    return found[0] if found else "unknown"

@@ -568,7 +568,8 @@ class ObjectStore(Store):
         """
         if self._protocol not in CONDITIONAL:
             raise UnsupportedError(f"the client for {self._protocol}:// has no conditional writes")
-        condition, options = ("create", {"mode": "create"}) if version is None else ("replace", {"IfMatch": version})
+        condition = "create" if version is None else "replace"
+        options: dict[str, Any] = {"mode": "create"} if version is None else {"IfMatch": version}
         try:
             # In one request however large: the client would send a large one in parts, without the condition.
             answer = self._ask("pipe_file", self._path(name), content, condition=condition, chunksize=2**32, **options)

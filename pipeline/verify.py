@@ -1,18 +1,24 @@
 """Verify: does the dataset hold what its receipts and its manifest say, down to the pixel?
 
-Always: every file's digest, schema, row count and columns, every source row accounted for, and no pixel
-outside its epsilon ball. With `recompute`: the victim looks at the stored bytes again, in the batches of
-the run, and every recorded prediction is derived anew. From either layout a batch is first read back as its
-images at every epsilon, and a table for each of what is recorded of them.
+Always: every file's digest, schema, row count and columns, every source row accounted for, and every image the
+clean one moved by its epsilon along one sign. With `recompute`: the victim looks at the stored bytes again, in the
+batches of the run, and every recorded prediction and sign is derived anew. With `source`: labels and clean images are
+compared with the source's. From either layout a batch is first read back as its images at every epsilon, and a table
+for each of what is recorded of them.
+
+Damage is only what was read and is wrong, or what the listing does not have. What cannot be read now is a problem, and
+no reason to drop anything.
 """
 
 import contextlib
 import hashlib
+import importlib.metadata
+import itertools
 import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,12 +38,14 @@ from pipeline.card import make_configs, read_configs, write_summaries
 from pipeline.columns import FILE, SIGN, evaluator_columns, kept_columns
 from pipeline.compute import compile_victim, own_copy
 from pipeline.config import EvaluatorConfig, is_factory_file
-from pipeline.errors import ConfigError, PipelineError, first_line, listing
-from pipeline.fgsm import Goal
+from pipeline.errors import ConfigError, NonFiniteError, PipelineError, first_line, listing
+from pipeline.execute import draw_numbers
+from pipeline.fgsm import Goal, gradient_sign
 from pipeline.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.labels import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.lanes import Lanes, available_cores, chunk_images
-from pipeline.lattice import picture_to_sign
+from pipeline.lattice import common_sign, picture_to_sign, step
+from pipeline.loader import Batch, Reader, load_batches
 from pipeline.manifest import Manifest, Space, altered_manifest, contradictions, require_manifest, summarise
 from pipeline.outputs import (
     FileEntry,
@@ -52,17 +60,40 @@ from pipeline.outputs import (
     subset_name,
 )
 from pipeline.plan import Plan, Shard
-from pipeline.records import LAYOUTS, Opinion, Scores, make_features, opinions, score
-from pipeline.runs import PACKAGES, Evaluator, choose_device, load_model, make_attacker, naming_evaluator, versions
+from pipeline.records import LAYOUTS, Scores, make_features, opinions, score
+from pipeline.runs import (
+    PACKAGES,
+    Evaluator,
+    attack_target,
+    choose_device,
+    load_model,
+    make_attacker,
+    naming_evaluator,
+    versions,
+)
 from pipeline.shards import FOOTER_KEY
-from pipeline.sources import UNLABELLED
+from pipeline.sources import UNLABELLED, open_source
+from pipeline.streams import open_stream
 from pipeline.victims import Victim
 
 logger = logging.getLogger(__name__)
 
-# Outside the recorded environment logits may differ by this much: a prediction may fall otherwise where the two
-# top ones are closer, and probabilities may be off by as much.
+# In another environment logits may differ by this much: a prediction may fall otherwise where the recorded class is as
+# close to the top one, and probabilities may be off by as much. Not all of an environment can be recorded (a virtual
+# machine may hide what its CPU can do), so this much is nowhere damage where digits differ at all.
 TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 2e-2}
+# The part of an image's squared gradient that may lie on signs that fell otherwise. A sign falls otherwise only where
+# the gradient changes by more than its own size, so the squares there add up to no more than the change's. Rounding
+# alone changes a gradient by 1e-6 of its norm in fp32, but by up to 8% where it switches a ReLU or the choice of a max
+# pooling, and by up to 37% in bf16. Over 9 models and 800 images, with other kernels of oneDNN, MKL and PyTorch, at
+# most 3e-4 of an image lay there in fp32, and 1e-2 in bf16. Signs that have nothing to do with the gradient are wrong
+# on half of it.
+SIGN_TOLERANCE = {"fp32": 1e-2, "tf32": 0.1, "bf16": 0.1}
+# Where the probability p of the class is this close to 1 the whole gradient is rounding: it has the factor 1 - p, which
+# is known to 6e-8, 6% of this.
+SATURATED = 1e-6
+# Shards that cannot be read, after which the others are not tried: a store that fails takes half a minute for each.
+MOST_UNREAD = 5
 # Problems listed in full; the rest are counted.
 LISTED = 20
 
@@ -80,34 +111,49 @@ class Findings:
     rows: int = 0
     skipped: int = 0
     outside_ball: int = 0
+    unread: int = 0
     recomputed: int = 0
     mismatches: int = 0
     near_ties: int = 0
-    same_environment: bool = True
+    near_tie_signs: int = 0
+    last_digits: int = 0
+    changes: set[str] = field(default_factory=set)
+    compared: int = 0
 
     def damage(self, shard: str, problem: str) -> None:
         self.damaged.add(shard)
         self.problems.append(problem)
 
+    def cannot_read(self, shard: str, reason: str) -> None:
+        self.unread += 1
+        self.problems.append(
+            f"{shard} cannot be read now ({reason.rstrip('.')}), so it was neither checked nor dropped; mend the disk, "
+            "its permissions or the store, and verify again."
+        )
+
 
 @dataclass(frozen=True)
 class Judge:
-    """The models that are asked again, and the environment in which they answer."""
+    """The models that are asked again, what the attack wanted, and the environment in which they answer."""
 
     victim: Victim
     space: LabelSpace
+    goal: Goal
     evaluators: dict[str, Evaluator]
     lanes: Lanes
     versions: dict[str, str]
     compiled_alike: bool
 
 
-def verify(path: str | Path, *, recompute: bool = False, repair: bool = False, unlocked: bool = False) -> Findings:
+def verify(
+    path: str | Path, *, recompute: bool = False, source: bool = False, repair: bool = False, unlocked: bool = False
+) -> Findings:
     """Check a dataset.
 
     Args:
         path: the output folder.
-        recompute: derive every prediction anew from the stored bytes.
+        recompute: derive every prediction and every sign anew from the stored bytes.
+        source: open the source that the manifest names, and compare labels and clean images with it.
         repair: drop the receipts and files of damaged shards, so that `generate` writes them again.
         unlocked: of a repair; as in `generate`.
 
@@ -136,9 +182,13 @@ def verify(path: str | Path, *, recompute: bool = False, repair: bool = False, u
         if recompute and shards:
             announce_factories(folder, manifest)
             judge = stack.enter_context(_judge(manifest))
+        reader = _open_source(manifest, findings) if source and shards else None
         decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
-        checker = _Checker(folder, manifest, plan, sizes, findings, judge, decoders)
+        checker = _Checker(folder, manifest, plan, sizes, findings, judge, reader, decoders)
         for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
+            if findings.unread == MOST_UNREAD:
+                findings.problems.append("The shards after those were not checked.")
+                break
             checker.check(shard, receipts[shard.name])
     _check_summaries(folder, manifest, plan, findings)
     if repair:
@@ -193,7 +243,23 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
         chunk = recorded
     with Lanes(device, chunk) as lanes:
         space = _space(manifest, manifest)
-        yield Judge(victim, space, evaluators, lanes, versions(device), compiled_alike)
+        goal = Goal(config.attack.label, attack_target(config, space))
+        yield Judge(victim, space, goal, evaluators, lanes, versions(device), compiled_alike)
+
+
+def _open_source(manifest: Manifest, findings: Findings) -> Reader | None:
+    """What reads the rows of the run's source; None where that is gone or another one, which is a problem."""
+    config = manifest.resolved
+    opens = open_stream if config.source.streaming else open_source
+    try:
+        source = opens(config.source, need_labels=config.attack.label == "dataset")
+    except PipelineError as error:
+        findings.problems.append(f"Nothing was compared with the source: {error}")
+        return None
+    if source.digest != manifest.identity.get("source.content"):
+        findings.problems.append("Nothing was compared with the source: it has changed since the run.")
+        return None
+    return Reader(source, config.preprocess, config.runtime.max_pixels, manifest.shape, len(manifest.dataset_classes))
 
 
 def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Evaluator:
@@ -333,22 +399,48 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
         write_summaries(folder, manifest)
 
 
-def _look_again(victim: Victim, evaluators: Sequence[Victim], *chunk: Tensor) -> list[Tensor]:
-    """Each model's logits (1 + K, M, classes) of the valid rows of a chunk, the victim's first.
+@dataclass(frozen=True)
+class _Answer:
+    """What the models say of M rows: the logits of each (1 + K, M, classes), the victim's first.
+
+    differing (M,) int64: values of a row whose stored sign is not the gradient's; share (M,): the part of the row's
+    squared gradient that lies there, 0 where all of the gradient is rounding.
+    """
+
+    logits: list[Tensor]
+    differing: Tensor
+    share: Tensor
+
+
+def _look_again(victim: Victim, evaluators: Sequence[Victim], goal: Goal, clipped: bool, *chunk: Tensor) -> _Answer:
+    """Ask the models about a chunk again.
 
     Args:
         victim: the victim.
         evaluators: those that looked at the same images.
-        chunk: 1 + K times (N, C, H, W) uint8, then (N,) bool.
+        goal: of the attack.
+        clipped: whether the stored sign is 0 where clip(x + s) is x.
+        chunk: 1 + K times (N, C, H, W) uint8, the stored sign (N, C, H, W) int8, the model's index (N,) int64 of the
+            class whose loss was changed, then which rows are valid, (N,) bool.
     """
-    *images, valid = chunk
+    *images, sign, classes, valid = chunk
+    own = own_copy(victim)
     # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
     # that, with other last digits.
-    own = own_copy(victim)
-    clean = own(own.unit(images[0]).requires_grad_()).detach()
-    answers = [torch.stack([clean, *map(own.predict, images[1:])])]
-    answers += [torch.stack([*map(model.predict, images)]) for model in map(own_copy, evaluators)]
-    return [logits[:, valid].cpu() for logits in answers]
+    direction = gradient_sign(own, images[0], classes, goal=Goal(), draws=classes)
+    logits = [torch.stack([direction.logits, *map(own.predict, images[1:])])]
+    logits += [torch.stack([*map(model.predict, images)]) for model in map(own_copy, evaluators)]
+    again = direction.sign if goal.target is None else -direction.sign
+    if clipped:
+        again = again * (step(images[0], again, 1) != images[0])
+    differs = (again != sign).flatten(1)
+    gradient = direction.gradient.float().flatten(1)
+    # Of very small numbers the squares would be 0.
+    squares = (gradient / gradient.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).square()
+    share = (squares * differs).sum(1) / squares.sum(1).clamp(min=1.0)
+    chosen = direction.logits.log_softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
+    share = share.where(-chosen.expm1() > SATURATED, 0.0)
+    return _Answer([answers[:, valid].cpu() for answers in logits], differs.sum(1)[valid].cpu(), share[valid].cpu())
 
 
 def _features(manifest: Manifest, place: str) -> datasets.Features:
@@ -380,6 +472,10 @@ class _DamageError(Exception):
     """Ends the check of one shard; the message is the problem."""
 
 
+class _UnreadError(Exception):
+    """Ends the check of one shard, of which nothing can be said; the message is the reason."""
+
+
 class _Checker:
     """Checks one shard after another: its files side by side, batch by batch."""
 
@@ -391,20 +487,29 @@ class _Checker:
         sizes: Mapping[str, int],
         findings: Findings,
         judge: Judge | None,
+        reader: Reader | None,
         decoders: Executor,
     ) -> None:
         self.folder, self.plan, self.sizes = folder, plan, sizes
-        self.findings, self.judge, self.decoders = findings, judge, decoders
+        self.findings, self.judge, self.reader, self.decoders = findings, judge, reader, decoders
         self.shape = torch.Size(manifest.shape)
         self.levels, self.stored, self.edition = manifest.levels, manifest.stored, manifest.edition
         self.layout = LAYOUTS[manifest.resolved.output.layout]
+        # Whether the sign itself is stored; else it is 0 where clipping hides it.
+        self.signs = SIGN in self.layout.pictures
         self.targeted = manifest.resolved.attack.target is not None
         self.run_id, self.place = manifest.run_id, folder.store.at(folder.manifest)
         self.features = _features(manifest, self.place)
         self.schema = self.features.arrow_schema
         self.listed = {entry.path: entry for entry in manifest.files}
         self.exact = True
-        self.tolerance = TOLERANCE[manifest.resolved.runtime.precision]
+        self.classes = {
+            "label": len(manifest.dataset_classes),
+            "prediction": len(manifest.to_recorded),
+            "target": len(manifest.to_recorded),
+        }
+        self.seed, precision = manifest.resolved.runtime.seed, manifest.resolved.runtime.precision
+        self.tolerance, self.sign_tolerance = TOLERANCE[precision], SIGN_TOLERANCE[precision]
         # What does not depend on epsilon.
         files = [FILE] if FILE in self.schema.names else []
         self.shared = ("label", "source_index", *files, *kept_columns(self.schema.names))
@@ -414,20 +519,19 @@ class _Checker:
         """Check a shard; what is wrong goes to the findings."""
         try:
             self._check_receipt(shard, receipt)
-            # Each shard has its own: a run may have been resumed elsewhere.
-            self.exact = self.judge is None or (receipt.versions == self.judge.versions and self.judge.compiled_alike)
-            self.findings.same_environment &= self.exact
+            self._compare_environment(receipt)
             for entry in receipt.files:
                 self._check_size(shard, entry)
-            try:
-                with self.folder.store.fetched([entry.path for entry in receipt.files]) as root:
-                    for entry in receipt.files:
-                        self._check_digest(shard, entry, root)
-                    self._check_rows(shard, receipt, root)
-            except OSError as error:
-                raise _DamageError(f"A file of {shard.name} cannot be read: {first_line(error)}") from None
+            with contextlib.ExitStack() as stack:
+                root = self._fetch(stack, receipt)
+                for entry in receipt.files:
+                    self._check_digest(shard, entry, root)
+                self._check_rows(shard, receipt, root)
         except _DamageError as damage:
             self.findings.damage(shard.name, str(damage))
+        except (_UnreadError, OSError) as error:
+            self.findings.cannot_read(shard.name, first_line(error))
+            return
         self.findings.shards += 1
 
     def _check_receipt(self, shard: Shard, receipt: Receipt) -> None:
@@ -447,6 +551,27 @@ class _Checker:
 
     def _receipt(self, shard: Shard) -> str:
         return self.folder.receipt(shard, self.edition)
+
+    def _compare_environment(self, receipt: Receipt) -> None:
+        """Each shard has its own: a run may have been resumed elsewhere."""
+        if self.judge is None:
+            return
+        here = self.judge.versions
+        changes = [
+            f"{name} {receipt.versions.get(name)} then, {here.get(name)} now"
+            for name in {**receipt.versions, **here}
+            if receipt.versions.get(name) != here.get(name)
+        ]
+        changes += [] if self.judge.compiled_alike else ["not compiled now"]
+        self.exact = not changes
+        self.findings.changes.update(changes)
+
+    def _fetch(self, stack: contextlib.ExitStack, receipt: Receipt) -> Path:
+        """A local folder with a shard's files, until the stack is left."""
+        try:
+            return stack.enter_context(self.folder.store.fetched([entry.path for entry in receipt.files]))
+        except PipelineError as error:  # a store's sentence
+            raise _UnreadError(str(error)) from None
 
     def _check_size(self, shard: Shard, entry: FileEntry) -> None:
         size = self.sizes.get(entry.path)
@@ -483,10 +608,11 @@ class _Checker:
         counts = [int(mask.sum()) for mask in masks]
         tables = zip(*(self._read(shard, subset, root, counts) for subset in self.stored), strict=True)
         self._zero_signs = (0, 0)
-        batches = [
-            self._check_batch(shard, self.plan.rows(shard, place)[mask], mask, subsets)
-            for place, mask, subsets in zip(places, masks, tables, strict=True)
-        ]
+        with contextlib.closing(self._originals(shard)) as originals:
+            batches = [
+                self._check_batch(shard, self.plan.rows(shard, place)[mask], mask, subsets, next(originals), receipt)
+                for place, mask, subsets in zip(places, masks, tables, strict=True)
+            ]
         self._check_counts(shard, receipt, batches)
         self._check_zero_signs(shard, receipt)
         self.findings.rows += receipt.rows * len(self.stored)
@@ -525,15 +651,12 @@ class _Checker:
         if count / values != receipt.zero_sign_share or not least <= count <= most:
             raise _DamageError(f"{self._receipt(shard)} has a zero_sign_share that the images do not give.")
 
-    def _count_zero_signs(self, pictures: Sequence[Tensor], images: Sequence[Tensor]) -> None:
+    def _count_zero_signs(self, clean: Tensor, sign: Tensor) -> None:
         """Count the values of a batch whose sign is 0: the least and the most that there can be."""
-        if SIGN in self.layout.pictures:
-            least = most = int((picture_to_sign(pictures[self.layout.pictures.index(SIGN)]) == 0).sum())
-        else:
-            # A step beyond black or white is clipped, so that there 0 cannot be told from -1 or +1.
-            still, clean = images[0] == images[-1], images[0]
-            least, most = int((still & (clean > 0) & (clean < 255)).sum()), int(still.sum())
-        self._zero_signs = (self._zero_signs[0] + least, self._zero_signs[1] + most)
+        still = sign == 0
+        # Where the sign itself is not stored, 0 is not told from a step beyond black or white, which is clipped.
+        sure = still if self.signs else still & (clean > 0) & (clean < 255)
+        self._zero_signs = (self._zero_signs[0] + int(sure.sum()), self._zero_signs[1] + int(still.sum()))
 
     def _names(self, shard: Shard) -> list[str]:
         """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
@@ -563,8 +686,22 @@ class _Checker:
                     waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch]).cast(self.schema)])
                 yield waiting.slice(0, count)
                 waiting = waiting.slice(count)
+        except MemoryError:  # Arrow has one of its own, which is of both kinds
+            raise
         except (pa.ArrowException, OSError) as error:
-            raise _DamageError(f"{name} cannot be read: {first_line(error)}") from None
+            # Only what the operating system refuses has a number.
+            kind = _UnreadError if isinstance(error, OSError) and error.errno is not None else _DamageError
+            raise kind(f"{name} cannot be read: {first_line(error)}") from None
+
+    def _originals(self, shard: Shard) -> Generator[Batch | None, None, None]:
+        """A shard's batches as the source has them, and without end None where it cannot be asked."""
+        try:
+            if self.reader is not None:
+                yield from load_batches(self.reader, self.plan, [shard], 0)
+        except PipelineError as error:
+            self.reader = None
+            self.findings.problems.append(f"From {shard.name} on nothing was compared with the source: {error}")
+        yield from itertools.repeat(None)
 
     def _check_schema(self, name: str, schema: pa.Schema) -> None:
         # Not the Arrow schemas: Parquet has its own name for the items of a list.
@@ -588,7 +725,13 @@ class _Checker:
             raise _DamageError(f"{name} says of itself that it is another run's, shard's or subset's file.")
 
     def _check_batch(
-        self, shard: Shard, rows: NDArray[np.int64], mask: NDArray[np.bool_], subsets: Sequence[pa.Table]
+        self,
+        shard: Shard,
+        rows: NDArray[np.int64],
+        mask: NDArray[np.bool_],
+        subsets: Sequence[pa.Table],
+        original: Batch | None,
+        receipt: Receipt,
     ) -> list[LevelCounts]:
         """Check one batch of every subset; what its rows at each epsilon add up to."""
         files = [shard_file(subset, shard, self.edition) for subset in self.stored]
@@ -596,20 +739,69 @@ class _Checker:
             raise _DamageError(f"{files[0]} holds other source rows than the plan says.")
         if shard.file is not None and set(subsets[0].column(FILE).to_pylist()) - {shard.file}:
             raise _DamageError(f"{files[0]} holds rows of another source file than the plan says.")
-        images, tables = self._unpack(files, subsets)
+        images, sign, tables = self._unpack(files, subsets)
         names = self._names(shard)
         totals = []
-        for level, name, table, pixels in zip(self.levels, names, tables, images, strict=True):
+        for level, name, table in zip(self.levels, names, tables, strict=True):
             self._check_columns(name, level, table, tables[0])
+            totals.append(self._count(level, table, tables[0]))
+        self._check_pixels(names, images, sign, tables[0])
+        self._count_zero_signs(images[0], sign)
+        if original is not None:
+            self._compare_source(original, files[0], mask, images[0], tables[0], receipt)
+        if self.judge is not None and len(rows):
+            self._recompute(self.judge, names, mask, images, sign, tables, draw_numbers(self.seed, shard, rows))
+        return totals
+
+    def _check_pixels(self, names: Sequence[str], images: Sequence[Tensor], sign: Tensor, clean: pa.Table) -> None:
+        """Every image is the clean one, moved along the one sign."""
+        for level, name, pixels in zip(self.levels, names, images, strict=True):
+            if torch.equal(step(images[0], sign, level), pixels):
+                continue
             distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
             outside = int((distance > level).flatten(1).any(1).sum())
             if outside:
                 self.findings.outside_ball += outside
                 raise _DamageError(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
-            totals.append(self._count(level, table, tables[0]))
-        if self.judge is not None and len(rows):
-            self._recompute(self.judge, names, mask, images, tables)
-        return totals
+            other = (step(images[0], sign, level) != pixels).flatten(1).any(1).numpy()
+            raise _DamageError(
+                f"{name} has {int(other.sum())} images that are not the clean ones moved by {level}/255 along one sign "
+                f"for all epsilons; the first is {_name_row(clean, other)}."
+            )
+
+    def _compare_source(
+        self, original: Batch, name: str, mask: NDArray[np.bool_], images: Tensor, clean: pa.Table, receipt: Receipt
+    ) -> None:
+        """Labels, kept columns and clean images of a batch are the source's."""
+        valid = original.valid[: len(mask)].numpy()
+        labels = original.labels[: len(mask)].numpy()[mask]
+        other = labels != _column(clean, "label", UNLABELLED)
+        if other.any():
+            raise _DamageError(
+                f"{name} has {int(other.sum())} labels that are not the source's; the first is "
+                f"{_name_row(clean, other)}."
+            )
+        decodes = np.array_equal(valid, mask)
+        if decodes:
+            for column in original.kept.column_names:
+                kept = original.kept.column(column).cast(self.schema.field(column).type)
+                if not kept.combine_chunks().equals(clean.column(column).combine_chunks()):
+                    raise _DamageError(f"{name} has a {column} that is not the source's.")
+            other = (original.images[original.valid] != images).flatten(1).any(1).numpy()
+        if not decodes or other.any():
+            self._report_decoded(name, receipt, f"{int(other.sum())} clean images" if decodes else "skipped rows")
+        self.findings.compared += len(labels)
+
+    def _report_decoded(self, name: str, receipt: Receipt, what: str) -> None:
+        """What is decoded otherwise than in the run is damage only where the same libraries decode."""
+        here = {package: importlib.metadata.version(package) for package in ("pillow", "torchvision")}
+        then = {package: str(receipt.versions.get(package)) for package in here}
+        if here == then:
+            raise _DamageError(f"{name} has {what} that are not the source's.")
+        others = ", ".join(f"{package} {then[package]} then, {here[package]} now" for package in here)
+        self.findings.problems.append(
+            f"{name} has {what} that are not the source's as it is decoded here ({others}); nothing is dropped for it."
+        )
 
     def _count(self, level: int, table: pa.Table, clean: pa.Table) -> LevelCounts:
         """What a batch's rows at one epsilon add up to."""
@@ -632,19 +824,18 @@ class _Checker:
             evaluators=evaluators,
         )
 
-    def _unpack(self, files: Sequence[str], subsets: Sequence[pa.Table]) -> tuple[list[Tensor], list[pa.Table]]:
-        """The images at every epsilon, 1 + K times (M, C, H, W) uint8, and what is recorded of them."""
+    def _unpack(self, files: Sequence[str], subsets: Sequence[pa.Table]) -> tuple[list[Tensor], Tensor, list[pa.Table]]:
+        """The images at every epsilon, 1 + K times (M, C, H, W) uint8, their sign, and what is recorded of them."""
         pictures = [
             self._pictures(table.column(column), file)
             for file, table in zip(files, subsets, strict=True)
             for column in self.layout.pictures
         ]
         try:
-            images = self.layout.images(pictures, self.levels)
-            self._count_zero_signs(pictures, images)
-            return images, self.layout.by_level(subsets, self.levels)
+            images, tables = self.layout.images(pictures, self.levels), self.layout.by_level(subsets, self.levels)
         except ValueError as error:
             raise _DamageError(f"{files[0]}: {error}.") from None
+        return images, picture_to_sign(pictures[1]) if self.signs else common_sign(images, self.levels), tables
 
     def _check_columns(self, name: str, level: int, table: pa.Table, clean: pa.Table) -> None:
         if not np.array_equal(table.column("epsilon").to_numpy(), np.full(table.num_rows, level / 255)):
@@ -654,6 +845,10 @@ class _Checker:
             if not table.column(column).equals(clean.column(original)):
                 raise _DamageError(f"{name} has a {column} that differs from the clean subset's {original}.")
         self._check_nulls(name, level, table)
+        for column in {*self.classes} & {*table.column_names}:
+            values = _column(table, column, 0)
+            if ((values < 0) | (values >= self.classes[column])).any():
+                raise _DamageError(f"{name} has a {column} that is no class.")
         for column in ("confidence", "label_confidence"):
             values = _column(table, column, 0.0)
             # A softmax may exceed 1 by its rounding.
@@ -698,50 +893,80 @@ class _Checker:
         names: Sequence[str],
         mask: NDArray[np.bool_],
         images: Sequence[Tensor],
-        subsets: Sequence[pa.Table],
+        sign: Tensor,
+        tables: Sequence[pa.Table],
+        draws: NDArray[np.int64],
     ) -> None:
         """Ask the models again, in the same batch of the same shape, with the same holes."""
-        slots = torch.from_numpy(np.flatnonzero(mask))
-        valid = torch.zeros(self.plan.batch_size, dtype=torch.bool)
-        valid[slots] = True
-        padded = []
-        for pixels in images:
-            batch = torch.zeros((self.plan.batch_size, *self.shape), dtype=torch.uint8)
-            batch[slots] = pixels
-            padded.append(batch)
-        models = [evaluator.model for evaluator in judge.evaluators.values()]
-        futures = judge.lanes.submit(partial(_look_again, judge.victim, models), *padded, valid=valid)
+        labels = torch.from_numpy(_column(tables[0], "label", UNLABELLED).astype(np.int64))
+        own, target = self._wanted(judge, labels, tables)
+        changed = own if target is None else target
+        rows = [self._padded(mask, values) for values in (*images, sign, changed)]
+        valid = self._padded(mask, torch.ones(len(changed), dtype=torch.bool))
+        answer = self._ask(judge, rows, valid)
         try:
-            chunks = [future.result() for future in futures]
+            strict = self._compare_victim(judge, answer, names, labels, target, tables)
+            if target is not None:
+                expected = judge.goal.classes(answer.logits[0][0], own, torch.from_numpy(draws))
+                self._compare_target(judge, expected, target, answer.logits[0][0], names[-1], tables[-1], strict)
+            self._compare_evaluators(judge, answer, names, labels, tables, strict)
+            self._compare_signs(judge, answer, names, tables[0], strict)
+        except _DamageError:
+            again = self._ask(judge, rows, valid)
+            for before, now in zip(answer.logits, again.logits, strict=True):
+                if not bool(((before - now).abs() <= self.tolerance).all()):
+                    raise PipelineError(
+                        "model: asked twice about the same images it gives different answers, so that nothing can be "
+                        "derived anew; see whether it draws random numbers or keeps something between calls."
+                    ) from None
+            raise
+
+    def _padded(self, mask: NDArray[np.bool_], values: Tensor) -> Tensor:
+        """The values of M rows, each in its place in the run's batch, with 0 between them."""
+        batch = torch.zeros((self.plan.batch_size, *values.shape[1:]), dtype=values.dtype)
+        batch[torch.from_numpy(np.flatnonzero(mask))] = values
+        return batch
+
+    def _ask(self, judge: Judge, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
+        models = [evaluator.model for evaluator in judge.evaluators.values()]
+        ask = partial(_look_again, judge.victim, models, judge.goal, not self.signs)
+        try:
+            parts = [future.result() for future in judge.lanes.submit(ask, *rows, valid=valid)]
         except torch.OutOfMemoryError as error:
             raise PipelineError(
                 f"A batch of {self.plan.batch_size}, as the run had it, does not fit in this device's memory; free "
                 "what else uses it, or verify on the machine of the run."
             ) from error
-        logits, *others = (torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
-        labels = torch.from_numpy(_column(subsets[0], "label", UNLABELLED).astype(np.int64))
-        again = score(logits, labels, self._target(judge, subsets), judge.space)
-        close = self._close(logits)
-        for index, (name, table) in enumerate(zip(names, subsets, strict=True)):
-            self._compare(again, index, name, table, close)
-        for (evaluator, opened), answers in zip(judge.evaluators.items(), others, strict=True):
-            (opinion,) = opinions(answers.argmax(-1)[None], labels, {evaluator: opened.space}).values()
-            close = self._close(answers)
-            for index, (name, table) in enumerate(zip(names, subsets, strict=True)):
-                self._compare_opinion(evaluator, opinion, index, name, table, close[index])
+        logits = [torch.cat(chunks, 1) for chunks in zip(*(part.logits for part in parts), strict=True)]
+        share = torch.cat([part.share for part in parts])
+        if not all(bool(torch.isfinite(values).all()) for values in (*logits, share)):
+            raise NonFiniteError("The model gives NaN or infinity here, which it did not in the run.")
+        return _Answer(logits, torch.cat([part.differing for part in parts]), share)
 
-    def _close(self, logits: Tensor) -> NDArray[np.bool_]:
-        """(1 + K, M): whether a prediction may fall otherwise outside the recorded environment."""
-        margins = logits.topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
-        close: NDArray[np.bool_] = (margins < self.tolerance).numpy()
-        return close
+    def _wanted(self, judge: Judge, labels: Tensor, tables: Sequence[pa.Table]) -> tuple[Tensor, Tensor | None]:
+        """Of each row, as the model's indices (M,): its own class, by which the attack went, and its target, if any.
 
-    def _target(self, judge: Judge, subsets: Sequence[pa.Table]) -> Tensor | None:
-        """The recorded targets as model indices; None for the plain attack."""
+        As they are recorded: a prediction that lies on a near tie may fall otherwise here.
+        """
+        to_model = torch.from_numpy(np.argsort(judge.space.to_recorded))
+        own = to_model[torch.from_numpy(_column(tables[0], "prediction", 0).astype(np.int64))]
+        if judge.goal.label == "dataset":
+            known = judge.space.model_labels(labels)
+            own = torch.where(known == UNLABELLED, own, known)
         if not self.targeted:
-            return None
-        recorded = _column(subsets[-1], "target", 0).astype(np.int64)
-        return torch.from_numpy(np.argsort(judge.space.to_recorded)[recorded])
+            return own, None
+        return own, to_model[torch.from_numpy(_column(tables[-1], "target", 0).astype(np.int64))]
+
+    def _near_ties(
+        self, logits: Tensor, column: str, tables: Sequence[pa.Table], space: LabelSpace
+    ) -> NDArray[np.bool_]:
+        """(1 + K, M): whether the recorded class is as close to the top one as another environment may bring it."""
+        recorded = np.stack([_column(table, column, -1) for table in tables])
+        known = (recorded >= 0) & (recorded < logits.shape[-1])
+        chosen = torch.from_numpy(np.argsort(space.to_recorded)[np.where(known, recorded, 0)])
+        behind = logits.amax(-1) - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        close: NDArray[np.bool_] = (behind < self.tolerance).numpy() & known
+        return close
 
     def _compare_predictions(
         self, expected: NDArray[np.int64], column: str, name: str, table: pa.Table, close: NDArray[np.bool_]
@@ -749,47 +974,124 @@ class _Checker:
         """Compare one model's predictions at one epsilon; (M,) those that fell otherwise on a near tie."""
         findings = self.findings
         differs = _column(table, column, -1) != expected
-        ties: NDArray[np.bool_] = np.zeros_like(differs) if self.exact else differs & close
+        ties: NDArray[np.bool_] = differs & close
         wrong = differs & ~ties
         findings.recomputed += len(differs)
         findings.near_ties += int(ties.sum())
         findings.mismatches += int(wrong.sum())
         if wrong.any():
-            first = table.slice(int(wrong.argmax()), 1).to_pydict()
-            row = f"row {first['source_index'][0]}{f' of {first[FILE][0]}' if FILE in first else ''}"
             of = "" if column == "prediction" else f" in {column}"
             raise _DamageError(
-                f"{name} records {int(wrong.sum())} predictions{of} that its pixels do not give; the first is {row}."
+                f"{name} records {int(wrong.sum())} predictions{of} that its pixels do not give; the first is "
+                f"{_name_row(table, wrong)}."
             )
         return ties
 
-    def _compare_opinion(
-        self, evaluator: str, opinion: Opinion, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]
-    ) -> None:
-        prediction, correct = evaluator_columns(evaluator)
-        ties = self._compare_predictions(opinion.prediction[index], prediction, name, table, close)
-        known = np.asarray(table.column("label").is_valid()) & ~ties
-        if (_column(table, correct, False).astype(np.bool_) != opinion.correct[index])[known].any():
-            raise _DamageError(f"{name} has a wrong value in {correct}.")
+    def _compare_victim(
+        self,
+        judge: Judge,
+        answer: _Answer,
+        names: Sequence[str],
+        labels: Tensor,
+        target: Tensor | None,
+        tables: Sequence[pa.Table],
+    ) -> bool:
+        """Compare what the victim says; whether it is so to the last digit, in an environment like the recorded one.
+
+        There nothing is excused by other digits.
+        """
+        again = score(answer.logits[0], labels, target, judge.space)
+        recorded = [_column(table, "confidence", 0.0) for table in tables]
+        strict = self.exact and all(map(np.array_equal, recorded, again.confidence))
+        close = self._near_ties(answer.logits[0], "prediction", tables, judge.space) & (not strict)
+        for index, (name, table) in enumerate(zip(names, tables, strict=True)):
+            self._compare(again, index, name, table, close[index])
+        return strict
 
     def _compare(self, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]) -> None:
-        ties = self._compare_predictions(again.prediction[index], "prediction", name, table, close[index])
+        ties = self._compare_predictions(again.prediction[index], "prediction", name, table, close)
         # What follows from a prediction that lay on a tie cannot be held against it, nor on the clean one's.
-        checked = ~(ties | (close[0] & (not self.exact)))
+        checked = ~ties & (_column(table, "clean_prediction", -1) == again.prediction[0])
         labelled, known = again.labelled & checked, again.fooled_known(index) & checked
         flags = (("correct", again.correct[index], labelled), ("fooled", again.fooled[index], known))
         for column, expected, where in flags:
             if (_column(table, column, False).astype(np.bool_) != expected)[where].any():
                 raise _DamageError(f"{name} has a wrong value in {column}.")
-        # In the recorded environment every digit is the same.
-        tolerance = 0.0 if self.exact else self.tolerance
         chances = (
-            ("confidence", again.confidence[index], checked),
-            ("label_confidence", again.label_confidence[index], labelled),
+            ("confidence", again.confidence[index], np.ones_like(again.labelled)),
+            ("label_confidence", again.label_confidence[index], again.labelled),
         )
         for column, expected, where in chances:
-            if (np.abs(_column(table, column, 0.0) - expected)[where] > tolerance).any():
+            off = np.abs(_column(table, column, 0.0) - expected)[where]
+            if not (off <= self.tolerance).all():  # NaN is not
                 raise _DamageError(f"{name} has a {column} that its pixels do not give.")
+            self.findings.last_digits += int((off > 0).sum())
+
+    def _compare_evaluators(
+        self,
+        judge: Judge,
+        answer: _Answer,
+        names: Sequence[str],
+        labels: Tensor,
+        tables: Sequence[pa.Table],
+        strict: bool,
+    ) -> None:
+        for (evaluator, opened), logits in zip(judge.evaluators.items(), answer.logits[1:], strict=True):
+            (opinion,) = opinions(logits.argmax(-1)[None], labels, {evaluator: opened.space}).values()
+            prediction, correct = evaluator_columns(evaluator)
+            close = self._near_ties(logits, prediction, tables, opened.space) & (not strict)
+            for index, (name, table) in enumerate(zip(names, tables, strict=True)):
+                ties = self._compare_predictions(opinion.prediction[index], prediction, name, table, close[index])
+                known = np.asarray(table.column("label").is_valid()) & ~ties
+                if (_column(table, correct, False).astype(np.bool_) != opinion.correct[index])[known].any():
+                    raise _DamageError(f"{name} has a wrong value in {correct}.")
+
+    def _compare_target(
+        self,
+        judge: Judge,
+        expected: Tensor,
+        target: Tensor,
+        logits: Tensor,
+        name: str,
+        table: pa.Table,
+        strict: bool,
+    ) -> None:
+        """Compare the targets, (M,) the model's indices; the least likely class may be a near tie too."""
+        wrong = (target != expected).numpy()
+        if judge.goal.target == "least_likely" and not strict:
+            above = logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.amin(1)
+            ties = wrong & (above < self.tolerance).numpy()
+            self.findings.near_ties += int(ties.sum())
+            wrong &= ~ties
+        if wrong.any():
+            raise _DamageError(
+                f"{name} records {int(wrong.sum())} targets that are not the attack's; the first is "
+                f"{_name_row(table, wrong)}."
+            )
+
+    def _compare_signs(
+        self, judge: Judge, answer: _Answer, names: Sequence[str], clean: pa.Table, strict: bool
+    ) -> None:
+        """The images lie along the sign of the gradient, but where that is rounding.
+
+        A CPU gives each gradient again to the last digit; of CUDA some backward passes (of adaptive pooling and
+        resizing) add in any order.
+        """
+        exact = strict and judge.lanes.device.type == "cpu"
+        wrong = (answer.differing > 0 if exact else answer.share > self.sign_tolerance).numpy()
+        self.findings.near_tie_signs += int(answer.differing.numpy()[~wrong].sum())
+        if wrong.any():
+            raise _DamageError(
+                f"{names[1]} has {int(wrong.sum())} images that do not lie along the sign of the loss gradient; the "
+                f"first is {_name_row(clean, wrong)}."
+            )
+
+
+def _name_row(table: pa.Table, which: NDArray[np.bool_]) -> str:
+    """The first of some rows of a table, for messages."""
+    first = table.slice(int(which.argmax()), 1)
+    file = f" of {first.column(FILE)[0]}" if FILE in table.column_names else ""
+    return f"row {first.column('source_index')[0]}{file}"
 
 
 def _column(table: pa.Table, name: str, null: Any) -> NDArray[Any]:
@@ -798,24 +1100,35 @@ def _column(table: pa.Table, name: str, null: Any) -> NDArray[Any]:
     return values
 
 
-def describe(findings: Findings, recompute: bool) -> str:
+def _environment(findings: Findings) -> str:
+    """In what environment predictions were compared, and what that changed."""
+    if findings.changes:
+        where = f"another environment than the recorded one ({'; '.join(sorted(findings.changes))})"
+    elif findings.last_digits or findings.near_ties or findings.near_tie_signs:
+        where = "another environment than the recorded one, though all that is recorded of it is the same"
+    else:
+        return "the recorded environment, exactly"
+    return (
+        f"{where}: {findings.last_digits:,} confidences differ in their last digits, with {findings.near_ties:,} near "
+        f"ties that fell otherwise, and {findings.near_tie_signs:,} signs of gradients that are rounding"
+    )
+
+
+def describe(findings: Findings, recompute: bool, source: bool = False) -> str:
     """What was checked, in a few lines."""
     lines = [
         f"{findings.shards:,} shards and {findings.rows:,} rows checked; {findings.skipped:,} source rows were skipped",
         f"{findings.outside_ball:,} images outside their epsilon ball",
     ]
     if recompute:
-        where = (
-            "the recorded environment, exactly"
-            if findings.same_environment
-            else (
-                f"another environment than the recorded one, with {findings.near_ties:,} near ties that fell otherwise"
-            )
-        )
         lines.append(
             f"{findings.recomputed:,} predictions re-derived from the stored pixels, {findings.mismatches:,} differ; "
-            f"compared in {where}"
+            f"compared in {_environment(findings)}"
         )
+    if source:
+        lines.append(f"{findings.compared:,} source rows compared with the source")
+    if findings.unread:
+        lines.append(f"{findings.unread:,} shards cannot be read now")
     if findings.others:
         lines.append(f"not of this dataset, and left alone: {listing(findings.others)}")
     lines.append(f"{len(findings.problems):,} problems in {len(findings.damaged):,} shards")
