@@ -5,6 +5,7 @@ Shlens and Szegedy, "Explaining and Harnessing Adversarial Examples" (ICLR 2015)
 and epsilons in whole grey levels. The arithmetic is exact, so what is predicted is what is stored.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 from pipeline.errors import NonFiniteError
 from pipeline.lattice import step
 from pipeline.victims import Victim
+
+# The most that a loss is scaled by, as an exponent of two: float32 reaches 127.
+MOST_SCALED = 100
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,10 @@ def attack(
 @dataclass(frozen=True)
 class Direction:
     """Where the attack leads: sign (N, C, H, W) int8 in -1, 0, 1, of the gradient (N, C, H, W) of the loss of
-    `classes` (N,), or against it in a targeted attack; logits (N, classes) of the clean images."""
+    `classes` (N,), or against it in a targeted attack; logits (N, classes) of the clean images.
+
+    Each image's gradient is multiplied by a power of two of its own, see `_loss_scale`.
+    """
 
     sign: Tensor
     gradient: Tensor
@@ -140,10 +147,24 @@ def gradient_sign(victim: Victim, images_u8: Tensor, labels: Tensor, *, goal: Go
     images = victim.unit(images_u8).requires_grad_()
     logits = victim(images)
     classes = goal.classes(logits.detach(), labels, draws)
-    loss = F.cross_entropy(logits, classes, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, images)
+    losses = F.cross_entropy(logits, classes, reduction="none") * _loss_scale(logits.detach(), classes)
+    (gradient,) = torch.autograd.grad(losses.sum(), images)
     sign = gradient.sign().to(torch.int8)
     return Direction(sign if goal.target is None else -sign, gradient, logits.detach(), classes)
+
+
+def _loss_scale(logits: Tensor, classes: Tensor) -> Tensor:
+    """What to multiply each image's loss by, (N,): a power of two.
+
+    The gradient at the logits is as small as the probability that is left to other classes, and a model of half
+    precision, or a part of one, loses what is below 6e-8: an image of which it is sure would get no direction. Scaled,
+    the largest value at the logits is between a half and 1, as for an image that the model has wrong, so that nothing
+    overflows that would not have for such an image. The sign stays as it is, and so do all digits: a power of two
+    changes exponents only.
+    """
+    others = logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1) - logits.logsumexp(1)
+    exponents = (others / math.log(2)).ceil().clamp(-MOST_SCALED, 0)
+    return torch.ldexp(torch.ones_like(exponents), -exponents)
 
 
 def all_finite(values: Tensor, valid: Tensor) -> Tensor:
