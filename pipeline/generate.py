@@ -105,7 +105,10 @@ def generate(config: Config, *, overwrite: bool = False, executor: ExecutorName 
     folder.check_usable()
     recorded = None if overwrite else read_manifest(folder)
     with _executor(executor) as execution:
-        return _execute(execution, config, folder, recorded, overwrite)
+        manifest = _execute(execution, config, folder, recorded, overwrite)
+    if warning := manifest.zero_gradient_warning:
+        logger.warning("%s.", warning)
+    return manifest
 
 
 @contextlib.contextmanager

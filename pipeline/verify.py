@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pipeline.card import card_agrees, write_summaries
 from pipeline.columns import FILE, evaluator_columns, kept_columns
-from pipeline.compute import compile_victim, own_copy
+from pipeline.compute import check_repeatable, compile_victim, own_copy
 from pipeline.config import EvaluatorConfig, is_factory_file
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.fgsm import Goal
@@ -171,6 +171,7 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
     evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
+    _check_repeatable(victim, evaluators, manifest, device)
     compiled_alike = not config.runtime.compile or _compiles(victim, evaluators, manifest, device)
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
     recorded = manifest.identity.get("runtime.chunk")
@@ -179,6 +180,27 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
     with Lanes(device, chunk) as lanes:
         space = _space(manifest, manifest)
         yield Judge(victim, space, evaluators, lanes, versions(device), compiled_alike)
+
+
+def _check_repeatable(
+    victim: Victim, evaluators: Mapping[str, Evaluator], manifest: Manifest, device: torch.device
+) -> None:
+    """Ask each model twice about noise: one that draws random numbers cannot tell damage from chance.
+
+    Raises:
+        ConfigError: a model is not deterministic.
+    """
+    count = chunk_images(torch.device("cpu"), manifest.resolved.runtime.batch_size, manifest.shape)
+    noise = torch.randint(
+        0, 256, (count, *manifest.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    noise = noise.to(device)
+    found = check_repeatable(victim, noise)
+    for name, evaluator in evaluators.items():
+        with naming_evaluator(name):
+            found += [f"evaluators, {name}: {sentence}" for sentence in check_repeatable(evaluator.model, noise)]
+    for sentence in found:
+        logger.warning("%s.", sentence)
 
 
 def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Evaluator:
