@@ -344,9 +344,9 @@ def _check_repeated(model: Victim, pairs: Mapping[str, Sequence[tuple[Tensor, Te
         moved = max(_moved(*answer) for answer in answers)
         if moved > (LOW_LAST_DIGITS if low else LAST_DIGITS):
             raise ConfigError(
-                f"model: it is not deterministic: the same images gave other values of its {what} the second time ({moved:.2g} of "
-                "the largest value away), so what is recorded of them could not be found again; switch off what draws "
-                "random numbers (dropout, noise) or remembers earlier calls."
+                f"model: it is not deterministic: the same images gave other values of its {what} the second time "
+                f"({moved:.2g} of the largest value away), so what is recorded of them could not be found again; "
+                "switch off what draws random numbers (dropout, noise) or remembers earlier calls."
             )
         if moved:
             return [

@@ -178,14 +178,16 @@ class Reader:
         return Batch(shard, place, images, labels, valid, source_index, pa.table({}), tuple(skipped), 0.0)
 
     def sample(self, plan: Plan, count: int) -> tuple[Tensor, Tensor]:
-        """Some images of the run: spread over its first split, or at the head of one that is streamed.
+        """Some images of the run: spread over each split, or the head of the first shard of a source that is streamed.
 
         Returns:
             Up to `count` images, (n, C, H, W) uint8, and their labels, (n,) int64, -1 for unlabelled. What cannot be
             decoded, or is of another size, is left to the run.
         """
         images, labels = [], []
-        for _, label, opener in _samples(self.source, plan, count):
+        streamed = isinstance(self.source, StreamedSource)
+        rows = head_openers(self.source, plan.shards[:1], count) if streamed else _samples(self.source, plan, count)
+        for _, label, opener in rows:
             with contextlib.suppress(UndecodableError):
                 pixels = read_image(opener, self.preprocess, self.max_pixels)
                 if tuple(pixels.shape) == self.shape:
@@ -251,11 +253,11 @@ Sample = tuple[str, int, Opener]
 
 
 def _samples(source: Source, plan: Plan, count: int = SIZE_SAMPLES) -> Iterator[Sample]:
-    """Rows to look at before a run: `count` of each split, fewer of one that is streamed."""
+    """Rows to look at before a run: `count` of each split, or the head of each split of a source that is streamed."""
     if isinstance(source, StreamedSource):
         for name in source.files:
             shards = [shard for shard in plan.shards if shard.split == name]
-            yield from head_openers(source, shards, min(count, HEAD_SAMPLES))
+            yield from head_openers(source, shards, HEAD_SAMPLES)
     for split in source.splits:
         order = plan.orders[split.name]
         for row in order[spread(len(order), count)].tolist():
