@@ -359,10 +359,12 @@ def _check_repeated(model: Victim, pairs: Mapping[str, Sequence[tuple[Tensor, Te
 def _check_neighbours(model: Victim, images_u8: Tensor, logits: Tensor) -> None:
     """What a model says of an image is to depend on that image alone.
 
-    It is asked about half of them, and with black ones in place of the others, as they fill up a short batch.
+    It is asked about half of them, and with black and white ones in place of the others.
     """
     some = images_u8[: (len(images_u8) + 1) // 2]
-    batches = (some, torch.cat([some, torch.zeros_like(some)]))
+    others = torch.zeros_like(some)
+    others[1::2] = 255
+    batches = (some, torch.cat([some, others]))
     moved = max(_moved(logits[: len(some)], _logits(model, batch)[: len(some)]) for batch in batches)
     if moved > OTHER_BATCH:
         raise ConfigError(

@@ -5,21 +5,16 @@ Shlens and Szegedy, "Explaining and Harnessing Adversarial Examples" (ICLR 2015)
 and epsilons in whole grey levels. The arithmetic is exact, so what is predicted is what is stored.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.errors import NonFiniteError
 from pipeline.lattice import step
 from pipeline.victims import Victim
-
-# The most that a loss is scaled by, as an exponent of two: float32 reaches 127.
-MOST_SCALED = 100
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ class Direction:
     """Where the attack leads: sign (N, C, H, W) int8 in -1, 0, 1, of the gradient (N, C, H, W) of the loss of
     `classes` (N,), or against it in a targeted attack; logits (N, classes) of the clean images.
 
-    Each image's gradient is multiplied by a power of two of its own, see `_loss_scale`.
+    Each image's gradient is a positive multiple of the loss's, see `_margin`.
     """
 
     sign: Tensor
@@ -141,30 +136,27 @@ class Direction:
 def gradient_sign(victim: Victim, images_u8: Tensor, labels: Tensor, *, goal: Goal, draws: Tensor) -> Direction:
     """The direction of the attack, from one forward and one backward pass to the input only.
 
-    The loss is summed over the batch, in float32 or more: a mean over a large batch can push small
+    What is raised is summed over the batch, in float32 or more: a mean over a large batch can push small
     gradients to zero, and an image's gradient would depend on how many others share its batch.
     """
     images = victim.unit(images_u8).requires_grad_()
     logits = victim(images)
     classes = goal.classes(logits.detach(), labels, draws)
-    losses = F.cross_entropy(logits, classes, reduction="none") * _loss_scale(logits.detach(), classes)
-    (gradient,) = torch.autograd.grad(losses.sum(), images)
+    (gradient,) = torch.autograd.grad(_margin(logits, classes).sum(), images)
     sign = gradient.sign().to(torch.int8)
     return Direction(sign if goal.target is None else -sign, gradient, logits.detach(), classes)
 
 
-def _loss_scale(logits: Tensor, classes: Tensor) -> Tensor:
-    """What to multiply each image's loss by, (N,): a power of two.
+def _margin(logits: Tensor, classes: Tensor) -> Tensor:
+    """What the attack raises in place of the loss, (N,): how far the other classes together are above each row's own.
 
-    The gradient at the logits is as small as the probability that is left to other classes, and a model of half
-    precision, or a part of one, loses what is below 6e-8: an image of which it is sure would get no direction. Scaled,
-    the largest value at the logits is between a half and 1, as for an image that the model has wrong, so that nothing
-    overflows that would not have for such an image. The sign stays as it is, and so do all digits: a power of two
-    changes exponents only.
+    With z the logits and y the class, d = log(sum of exp(z_j), j != y) - z_y, and the cross-entropy is log(1 + exp(d)).
+    So its gradient is that of d times the probability of the other classes: the sign is the same. Where the model is
+    sure of an image that factor is next to 0: float32 rounds y's own part of the gradient away then, and half precision
+    all of it.
     """
-    others = logits.scatter(1, classes[:, None], -torch.inf).logsumexp(1) - logits.logsumexp(1)
-    exponents = (others / math.log(2)).ceil().clamp(-MOST_SCALED, 0)
-    return torch.ldexp(torch.ones_like(exponents), -exponents)
+    own = classes.unsqueeze(1)
+    return logits.scatter(1, own, -torch.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)
 
 
 def all_finite(values: Tensor, valid: Tensor) -> Tensor:

@@ -185,8 +185,10 @@ class Reader:
             decoded, or is of another size, is left to the run.
         """
         images, labels = [], []
-        streamed = isinstance(self.source, StreamedSource)
-        rows = head_openers(self.source, plan.shards[:1], count) if streamed else _samples(self.source, plan, count)
+        if isinstance(self.source, StreamedSource):
+            rows = head_openers(self.source, plan.shards[:1], count)
+        else:
+            rows = _samples(self.source, plan, count)
         for _, label, opener in rows:
             with contextlib.suppress(UndecodableError):
                 pixels = read_image(opener, self.preprocess, self.max_pixels)

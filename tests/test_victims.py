@@ -5,6 +5,7 @@ import math
 import pickle
 import shutil
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,16 +78,41 @@ def test_normalisation_is_inside() -> None:
 
 
 def test_logits_are_float32_or_more_and_may_come_wrapped() -> None:
-    class Wrapping(nn.Module):
-        def forward(self, images: Tensor) -> SimpleNamespace:
-            return SimpleNamespace(logits=images.flatten(1))
-
     images = torch.zeros((1, 1, 2, 2), dtype=torch.uint8)
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(4, 2, dtype=dtype)))
         assert victim(victim.unit(images)).dtype == expected
-    wrapping = Victim(Wrapping())
-    assert wrapping(wrapping.unit(images)).tolist() == [[0.0] * 4]
+    for wrap in (
+        lambda logits: SimpleNamespace(logits=logits, loss=None),
+        lambda logits: {"loss": None, "logits": logits},
+        lambda logits: namedtuple("Outputs", ["logits", "aux_logits"])(logits, 3),  # type: ignore[call-arg]
+    ):
+        wrapping = Victim(Returning(wrap))
+        assert wrapping(wrapping.unit(images)).tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ([torch.arange(4), torch.zeros(2)], torch.float32),
+        ([torch.zeros(2, dtype=torch.uint8), torch.zeros(2, dtype=torch.float16)], torch.float16),
+        ([torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.float64)], torch.float64),
+        ([torch.zeros(2).to(torch.float8_e4m3fn), torch.zeros(2, dtype=torch.bfloat16)], torch.bfloat16),
+        ([torch.zeros(2, dtype=torch.bool)], torch.float32),
+        ([], torch.float32),
+    ],
+)
+@pytest.mark.parametrize("buffers", [False, True])
+def test_the_first_floating_type_decides(tensors: list[Tensor], expected: torch.dtype, buffers: bool) -> None:
+    module = nn.Flatten()
+    for index, tensor in enumerate(tensors):
+        if buffers:
+            module.register_buffer(f"b{index}", tensor)
+        else:
+            module.register_parameter(f"p{index}", nn.Parameter(tensor, requires_grad=False))
+    victim = Victim(module, mean=(0.5,), std=(0.25,))
+    assert victim.unit(torch.zeros((1, 3, 2, 2), dtype=torch.uint8)).dtype == expected
+    assert (victim.mean.item(), victim.std.item()) == (0.5, 0.25)
 
 
 def test_channels_last_changes_the_layout_and_not_the_numbers() -> None:
@@ -120,6 +146,17 @@ def test_frozen_and_in_eval_mode() -> None:
     assert all(parameter.grad is None for parameter in victim.parameters())
 
 
+class Returning(nn.Module):
+    """Returns what a function makes of its pixels (N, values)."""
+
+    def __init__(self, made: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, images: Tensor) -> Any:
+        return self.made(images.flatten(1))
+
+
 @pytest.mark.parametrize(
     ("module", "options", "shape", "sentence"),
     [
@@ -132,6 +169,19 @@ def test_frozen_and_in_eval_mode() -> None:
         (nn.Flatten(0), {}, (3, 2, 2), "shape (12,); logits (images, classes)"),
         (nn.Flatten(0, 1), {}, (3, 2, 2), "shape (3, 2, 2); logits (images, classes)"),
         (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), "shape (1, 3, 2, 1, 2); logits (images, classes)"),
+        (Returning(lambda logits: (logits, logits)), {}, (3, 2, 2), "model: it returned a tuple of Tensor, Tensor;"),
+        (Returning(lambda logits: [logits]), {}, (3, 2, 2), "model: it returned a list of Tensor;"),
+        (Returning(lambda logits: {"out": logits, "aux": 3}), {}, (3, 2, 2), "a dict with the keys 'out', 'aux';"),
+        (Returning(lambda _: {"logits": None}), {}, (3, 2, 2), "a dict with the keys 'logits';"),
+        (Returning(lambda logits: SimpleNamespace(scores=logits)), {}, (3, 2, 2), "an object of type SimpleNamespace;"),
+        (Returning(lambda logits: logits.numpy(force=True)), {}, (3, 2, 2), "an object of type ndarray;"),
+        (Returning(lambda _: None), {}, (3, 2, 2), "model: it returned None;"),
+        (Returning(lambda logits: logits.long()), {}, (3, 2, 2), "model: it returned torch.int64 values;"),
+        (Returning(lambda logits: logits > 0), {}, (3, 2, 2), "model: it returned torch.bool values;"),
+        (Returning(lambda logits: logits + 1j), {}, (3, 2, 2), "model: it returned torch.complex64 values;"),
+        (Returning(lambda logits: logits[..., None, None]), {}, (3, 2, 2), "shape (1, 12, 1, 1); logits (images"),
+        (Returning(lambda logits: logits.T), {}, (3, 2, 2), "shape (12, 1); logits (images"),
+        (Returning(lambda logits: logits.detach()), {}, (3, 2, 2), "model: no gradient reaches its input"),
         # One class: nothing to confuse it with, and a gradient that is always zero.
         (nn.Flatten(), {}, (1, 1, 1), "shape (1, 1); logits (images, classes) of two classes or more are needed"),
     ],
