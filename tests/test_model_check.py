@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.compute import check_model, check_repeatable
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.fgsm import Goal
 from pipeline.victims import Victim
 from tests.conftest import FACTORY, WriteConfig, fgsm
@@ -194,6 +194,13 @@ class Corner(Net):
         return super().forward(x[:, :, :8, :8])
 
 
+class Large(Net):
+    def forward(self, x):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward(x)
+
+
 class Moody(Net):
     '''Draws random numbers where the environment says so.'''
 
@@ -251,6 +258,14 @@ def test_a_run_that_is_resumed_has_been_looked_at(
     monkeypatch.setattr("pipeline.runs.check_model", None)
     generate(write_config())
     assert digests(tmp_path / "out") == before
+
+
+def test_so_many_images_are_looked_at_as_fit(
+    write_config: WriteConfig, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = fgsm("generate", write_config(model={"name": f"{models}:Large"}))
+    assert "A batch of 6 does not fit in the device's memory; 1 does" in caplog.text
+    assert result.exit_code == PipelineError.exit_code, "on a CPU the run does not halve its batch"
 
 
 @pytest.mark.parametrize("judged", ["model", "evaluators"])
