@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.compute import check_model, check_repeatable
+from pipeline.compute import _check_accuracy, check_model, check_repeatable
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.fgsm import Goal
 from pipeline.victims import Victim
@@ -171,6 +171,13 @@ def test_accuracy_of_chance_is_said_where_the_images_can_tell(
     found = look(Colours(change), count=count, goal=None, labels=labels)
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
+
+
+@pytest.mark.parametrize(("right", "said"), [(0, True), (1, True), (2, False), (60, False)])
+def test_two_right_of_a_thousand_classes_are_more_than_chance(right: int, said: bool) -> None:
+    labels = torch.arange(64)
+    predictions = torch.where(labels < right, labels, labels + 100)
+    assert bool(_check_accuracy(F.one_hot(predictions, 1000).float(), labels)) == said
 
 
 # ------------------------------------------------------------------------------------------------- in a run
