@@ -1,5 +1,7 @@
 """Checkpoints: weights from a file into a module, without running anything that the file contains."""
 
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +10,25 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, first_line, listing
 
+# Keys that may lead to a state dict, one within another.
+DEEPEST = 4
+
 
 def load_checkpoint(module: nn.Module, path: Path) -> None:
     """Load weights into a module: safetensors, or .pt/.pth that holds nothing but weights.
 
-    A nesting under `state_dict` or `model`, and DataParallel's `module.` prefix, are taken off.
+    The state dict may lie under any keys, beside an optimizer's or an epoch; of several, one must fit the module. A
+    prefix that all of its keys have in common (`module.` of DataParallel, `_orig_mod.` of torch.compile, an attribute's
+    name) is taken off where the rest then fits.
 
     Raises:
         ConfigError: there is no such file, it is not plain weights, or its keys or shapes do not fit.
     """
     if not path.is_file():
         raise ConfigError(f"model.weights: there is no file {path}.")
-    weights = _plain_weights(_read_checkpoint(path), path)
     expected = module.state_dict()
-    # Files without PyTorch's metadata may lack these counters; nothing in eval mode reads them.
-    missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in weights if key not in expected]
+    weights = _state_dict(_read_checkpoint(path), expected, path)
+    missing, unexpected = _misfits(weights, expected)
     reshaped = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
     problems = [
         f"{what} {listing(keys)}"
@@ -53,17 +58,54 @@ def _read_checkpoint(path: Path) -> Any:
         ) from error
 
 
-def _plain_weights(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not (isinstance(content, dict) and content and all(map(_is_weight, content.items()))):
-        raise ConfigError(f"model.weights: {path} holds no state dict.")
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content)
+def _state_dict(content: Any, expected: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The state dict that a checkpoint holds for a module of the expected keys.
+
+    Raises:
+        ConfigError: it holds none, or several of which not exactly one fits.
+    """
+    found = {name: _without_prefix(weights, expected) for name, weights in _state_dicts(content)}
+    if not found:
+        keys = f"; its keys are {listing([*map(repr, content)])}" if isinstance(content, dict) and content else ""
+        raise ConfigError(f"model.weights: {path} holds no state dict{keys}.")
+    fitting = {name: weights for name, weights in found.items() if not any(_misfits(weights, expected))}
+    chosen = fitting or found
+    if len(chosen) > 1:
+        which = "fit the model" if fitting else "none of which fits the model"
+        raise ConfigError(
+            f"model.weights: {path} holds several state dicts, {which}: {listing([*chosen])}; save the one that is "
+            "meant to a file of its own."
+        )
+    (weights,) = chosen.values()
+    return weights
 
 
-def _is_weight(item: tuple[Any, Any]) -> bool:
-    key, value = item
-    return isinstance(key, str) and isinstance(value, Tensor)
+def _state_dicts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every mapping of tensors in a checkpoint, and the keys that lead to it, joined by dots."""
+    # A mapping may hold itself.
+    if len(keys) > DEEPEST or not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        yield ".".join(keys), content
+        return
+    for key, value in content.items():
+        yield from _state_dicts(value, (*keys, key))
+
+
+def _without_prefix(weights: dict[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights without the parts of a name that all keys begin with, as many of them as make the rest fit best."""
+    parts = next(iter(weights)).split(".")[:-1]
+    prefixes = ["", *itertools.accumulate(f"{part}." for part in parts)]
+    stripped = (
+        {key.removeprefix(prefix): value for key, value in weights.items()}
+        for prefix in prefixes
+        if all(key.startswith(prefix) for key in weights)
+    )
+    return min(stripped, key=lambda rest: sum(map(len, _misfits(rest, expected))))
+
+
+def _misfits(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The keys that are missing, and those that the module does not know."""
+    # Files without PyTorch's metadata may lack these counters; nothing in eval mode reads them.
+    missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
+    return missing, [key for key in weights if key not in expected]

@@ -1,12 +1,14 @@
 """Compute: the attack as a lane runs it, and what is tried out before a run is fixed.
 
-A rehearsal attacks a few batches of noise: it finds the batch size that fits, and compiles the victim.
+A rehearsal attacks a few batches of noise: it finds the batch size that fits, and compiles the victim. A check looks
+at what a model makes of a few images of the source.
 """
 
 import contextlib
 import copy
 import gc
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, NonFiniteError, PipelineError, first_line
-from pipeline.fgsm import Goal, all_finite, attack
+from pipeline.fgsm import Goal, all_finite, attack, gradient_sign
 from pipeline.lanes import Lanes, chunk_images, to_host
 from pipeline.victims import Victim
 
@@ -27,6 +29,16 @@ COMPILE_FROM = {"cpu": 75_000, "cuda": 500_000}
 
 # Batches for each lane of a rehearsal, so that their peaks meet as they will in the run.
 REHEARSED_BATCHES = 3
+
+# How far numbers may be apart, as a share of the largest: from call to call, where only the order of sums differs, in
+# float32 and in less; and with another number of images in the batch, for which libraries have other code.
+LAST_DIGITS, LOW_LAST_DIGITS, OTHER_BATCH = 1e-3, 3e-2, 3e-2
+# How far the probabilities of an image may add up to something else than 1: those of bfloat16 are off by this.
+SUM_SLACK = 1e-2
+# The share of values with gradient 0 that is worth a warning.
+MANY_ZERO = 0.5
+# A finding of chance must be so unlikely of a model that is a quarter of the way from chance to perfect.
+UNLIKELY = 0.01
 
 logger = logging.getLogger(__name__)
 
@@ -236,3 +248,157 @@ def compile_victim(attacker: Attacker, device: torch.device, shape: tuple[int, i
             f"torch.compile fails on this victim: {type(error).__name__}: {first_line(error)}"
         ) from error
     logger.info("Compiled the victim in %.1f s.", time.perf_counter() - started)
+
+
+# --------------------------------------------------------------------------------------- a look at the model
+
+
+def check_model(model: Victim, images_u8: Tensor, labels: Tensor, goal: Goal | None, size: int) -> list[str]:
+    """Look once at what a model makes of images of the source, before a run writes anything.
+
+    Logits and gradients that are not numbers are left to the run, which finds them in every batch and names it.
+
+    Args:
+        model: a victim or an evaluator.
+        images_u8: (N, C, H, W) uint8 on the model's device, N at least 1.
+        labels: (N,) int64 model indices on the same device, -1 for unlabelled.
+        goal: of the attack; None for a model that is not attacked.
+        size: how many images are computed at once; where the run computes each alone, 1.
+
+    Returns:
+        What should be known, a sentence for each finding.
+
+    Raises:
+        ConfigError: the dataset would not be what it says that it is.
+        torch.OutOfMemoryError: so many images do not fit.
+    """
+    logits = torch.cat([_logits(model, chunk) for chunk in images_u8.split(size)])
+    found = _check_range(logits)
+    chunk, first = images_u8[:size], logits[:size]
+    pairs = {"logits": [(first, model.predict(chunk))]}
+    if goal is not None:
+        draws = torch.zeros_like(labels[:size])
+        one, other = (gradient_sign(model, chunk, labels[:size], goal=goal, draws=draws) for _ in range(2))
+        pairs["logits"].append((one.logits, other.logits))
+        pairs["gradient"] = [(one.gradient, other.gradient)]
+    found += _check_repeated(model, pairs)
+    if size > 1:
+        _check_neighbours(model, chunk, first)
+    if goal is not None:
+        found += _check_gradient(one.gradient)
+    return found + _check_accuracy(logits, labels)
+
+
+def _logits(model: Victim, images_u8: Tensor) -> Tensor:
+    """(N, classes), of more images than the one that classes were counted with."""
+    count = len(images_u8)
+    try:
+        logits = model.predict(images_u8)
+    except (torch.OutOfMemoryError, ConfigError):
+        raise
+    except Exception as error:  # the model is the user's code
+        raise ConfigError(f"model: it takes one image and not {count} at once: {first_line(error)}") from error
+    if logits.ndim != 2 or len(logits) != count:
+        raise ConfigError(
+            f"model: for {count} images it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "
+            "are needed."
+        )
+    return logits
+
+
+def _check_range(logits: Tensor) -> list[str]:
+    """Whether they are logits and not what a softmax or a sigmoid made of them."""
+    if not bool(((logits >= 0) & (logits <= 1)).all()):
+        return []
+    if bool(((logits.sum(1) - 1).abs() < SUM_SLACK).all()):
+        raise ConfigError(
+            "model: it returns probabilities (in [0, 1], and for each image their sum is 1), and logits are needed; "
+            "leave out its softmax."
+        )
+    return ["model: all that it returns lies in [0, 1]; if that is a sigmoid's output, leave the sigmoid out"]
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """The largest difference as a share of the largest value; what is not a number counts as 0."""
+    before, after = (values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for values in (before, after))
+    largest = before.abs().amax().clamp(min=torch.finfo(before.dtype).tiny)
+    return float((after - before).abs().amax() / largest)
+
+
+def _check_repeated(model: Victim, pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[str]:
+    """Compare what a model gave the first time and the second, by what it is."""
+    low = model.bf16 or model.mean.dtype in (torch.float16, torch.bfloat16)
+    for what, answers in pairs.items():
+        moved = max(_moved(*answer) for answer in answers)
+        if moved > (LOW_LAST_DIGITS if low else LAST_DIGITS):
+            raise ConfigError(
+                f"model: it is not deterministic: the same images gave other values of its {what} the second time "
+                f"({moved:.2g} of the largest value away), so what is recorded of them could not be found again; "
+                "switch off what draws random numbers (dropout, noise) or remembers earlier calls."
+            )
+        if moved:
+            return [
+                f"model: the last digits of its {what} differ from call to call (by {moved:.1g} of the largest value), "
+                "and so may a run that is resumed or verified"
+            ]
+    return []
+
+
+def _check_neighbours(model: Victim, images_u8: Tensor, logits: Tensor) -> None:
+    """What a model says of an image is to depend on that image alone.
+
+    It is asked about half of them, and with black and white ones in place of the others.
+    """
+    some = images_u8[: (len(images_u8) + 1) // 2]
+    others = torch.zeros_like(some)
+    others[1::2] = 255
+    batches = (some, torch.cat([some, others]))
+    moved = max(_moved(logits[: len(some)], _logits(model, batch)[: len(some)]) for batch in batches)
+    if moved > OTHER_BATCH:
+        raise ConfigError(
+            f"model: its logits for an image change with the other images of the batch (by {moved:.2g} of the largest "
+            "value), as from batch norm without running statistics; mend the model, or set runtime.batch_size=1."
+        )
+
+
+def _check_gradient(gradient: Tensor) -> list[str]:
+    """Whether the attack has something to follow."""
+    numbers = gradient[torch.isfinite(gradient).flatten(1).all(1)]
+    share = float((numbers == 0).double().mean()) if len(numbers) else 0.0
+    if share == 1:
+        raise ConfigError(
+            f"model: the gradient of the loss is 0 in every pixel of the {len(numbers)} images looked at, so the "
+            "attack would change nothing; its output may be rounded or constant, or so sure that its softmax is 0 or 1."
+        )
+    if share <= MANY_ZERO:
+        return []
+    return [
+        f"model: the gradient of the loss is 0 on {share:.1%} of the pixel values of the {len(numbers)} images looked "
+        "at, which the attack does not move"
+    ]
+
+
+def _check_accuracy(logits: Tensor, labels: Tensor) -> list[str]:
+    """Whether a model does better than chance, where labels of several classes tell."""
+    known = (labels >= 0) & torch.isfinite(logits).all(1)
+    labels, predictions = labels[known], logits[known].argmax(1)
+    if len(labels.unique()) < 2:
+        return []
+    count, right = len(labels), int((predictions == labels).sum())
+    # The same predictions, dealt out to these images at random.
+    shares = [values.bincount(minlength=logits.shape[1]) / count for values in (predictions, labels)]
+    chance = float((shares[0] * shares[1]).sum())
+    clearly_above = 1 - _at_most(right - 1, count, chance) < UNLIKELY
+    if clearly_above or _at_most(right, count, chance + (1 - chance) / 4) > UNLIKELY:
+        return []
+    return [
+        f"model: accuracy {right / count:.0%} on {count} images of the source, where chance gives {chance:.0%}; check "
+        "its weights, mean and std, and the order of its classes"
+    ]
+
+
+def _at_most(successes: int, tries: int, chance: float) -> float:
+    """The probability of no more successes than that, of the binomial distribution."""
+    return sum(
+        math.comb(tries, count) * chance**count * (1 - chance) ** (tries - count) for count in range(successes + 1)
+    )

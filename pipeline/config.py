@@ -37,6 +37,8 @@ MOST_QUOTED, MOST_SAID = 200, 500
 REFUSED_KWARGS = {
     "transformers": ("trust_remote_code", "code_revision", "use_kernels", "kernel_config", "weights_only"),
 }
+# Images in [0, 1] have a std of 0.5 at most. Four grey levels, the least that photographs could have, are above it too.
+MOST_STD = 4
 # 0.0313725490 is 8/255 to ten decimals, yet 255 * 0.0313725490 = 7.999999995: decimals get this much slack.
 LEVEL_SLACK = 1e-6
 
@@ -167,6 +169,24 @@ class PreprocessConfig(Section):
         return self.crop is not None or isinstance(self.resize, tuple)
 
 
+def check_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse a mean and a std that cannot be those of images in [0, 1].
+
+    Raises:
+        ValueError: they cannot; the message begins with the key.
+    """
+    for key, values, sensible, allowed in (
+        ("mean", mean, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+        # 1/255 gives the model grey levels, and 1 leaves images as they are.
+        ("std", std, lambda value: 0 < value <= MOST_STD, f"be above 0 and at most {MOST_STD}"),
+    ):
+        if values == () or not all(map(sensible, values or ())):
+            raise ValueError(
+                f"{key} is {list(values or ())}, and its values must {allowed}, as images are given to the model in "
+                "[0, 1]; divide by 255 what is in grey levels"
+            )
+
+
 class ModelConfig(Section):
     """The victim: the model that is attacked."""
 
@@ -203,10 +223,7 @@ class ModelConfig(Section):
             raise ValueError(
                 f"name {self.name!r} is not of the form package.module:callable or path/to/file.py:callable"
             )
-        if not all(map(math.isfinite, (*(self.mean or ()), *(self.std or ())))):
-            raise ValueError("mean and std must be finite numbers")
-        if self.std is not None and any(value <= 0 for value in self.std):
-            raise ValueError("std must be above 0")
+        check_normalisation(self.mean, self.std)
         for key in REFUSED_KWARGS.get(self.kind, ()):
             if key in self.kwargs:
                 raise ValueError(
@@ -465,11 +482,20 @@ class Config(Section):
         device, gpus = self.runtime.device, self.runtime.ray.gpus_per_worker
         if (device == "cuda" and gpus == 0) or (device in ("cpu", "mps") and gpus not in ("auto", 0)):
             raise ValueError(f"runtime.ray: gpus_per_worker {gpus:g} does not go with runtime.device {device}")
+        if self.preprocess.mode == "RGB":
+            self._check_channels()
         for key, size in (("resize", self.preprocess.resize), ("crop", self.preprocess.crop)):
             height, width = size if isinstance(size, tuple) else (size or 0, size or 0)
             if height * width > self.runtime.max_pixels:
                 raise ValueError(f"preprocess.{key}: {width}x{height} is more than runtime.max_pixels allows")
         return self
+
+    def _check_channels(self) -> None:
+        models = [("model", self.model), *((f"evaluators, {other.id}", other) for other in self.evaluators)]
+        for name, model in models:
+            for key, values in (("mean", model.mean), ("std", model.std)):
+                if values is not None and len(values) not in (1, 3):
+                    raise ValueError(f"{name}.{key}: {len(values)} values, and RGB images have 3 channels; give 3 or 1")
 
 
 def packaged_configs() -> Path:

@@ -77,7 +77,7 @@ def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
 
 def _openers(run: Run, shards: Sequence[Shard]) -> Iterator[Opener]:
     if isinstance(run.source, StreamedSource):
-        yield from (opener for _, opener in head_openers(run.source, shards, SAMPLES))
+        yield from (opener for *_, opener in head_openers(run.source, shards, SAMPLES))
     splits = {split.name: split.rows for split in run.source.splits}
     for shard in shards[:SAMPLES] if splits else ():
         yield from splits[shard.split].openers(run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist())

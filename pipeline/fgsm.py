@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.errors import NonFiniteError
 from pipeline.lattice import step
@@ -123,7 +122,10 @@ def attack(
 @dataclass(frozen=True)
 class Direction:
     """Where the attack leads: sign (N, C, H, W) int8 in -1, 0, 1, of the gradient (N, C, H, W) of the loss of
-    `classes` (N,), or against it in a targeted attack; logits (N, classes) of the clean images."""
+    `classes` (N,), or against it in a targeted attack; logits (N, classes) of the clean images.
+
+    Each image's gradient is a positive multiple of the loss's, see `_margin`.
+    """
 
     sign: Tensor
     gradient: Tensor
@@ -134,16 +136,27 @@ class Direction:
 def gradient_sign(victim: Victim, images_u8: Tensor, labels: Tensor, *, goal: Goal, draws: Tensor) -> Direction:
     """The direction of the attack, from one forward and one backward pass to the input only.
 
-    The loss is summed over the batch, in float32 or more: a mean over a large batch can push small
+    What is raised is summed over the batch, in float32 or more: a mean over a large batch can push small
     gradients to zero, and an image's gradient would depend on how many others share its batch.
     """
     images = victim.unit(images_u8).requires_grad_()
     logits = victim(images)
     classes = goal.classes(logits.detach(), labels, draws)
-    loss = F.cross_entropy(logits, classes, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, images)
+    (gradient,) = torch.autograd.grad(_margin(logits, classes).sum(), images)
     sign = gradient.sign().to(torch.int8)
     return Direction(sign if goal.target is None else -sign, gradient, logits.detach(), classes)
+
+
+def _margin(logits: Tensor, classes: Tensor) -> Tensor:
+    """What the attack raises in place of the loss, (N,): how far the other classes together are above each row's own.
+
+    With z the logits and y the class, d = log(sum of exp(z_j), j != y) - z_y, and the cross-entropy is log(1 + exp(d)).
+    So its gradient is that of d times the probability of the other classes: the sign is the same. Where the model is
+    sure of an image that factor is next to 0: float32 rounds y's own part of the gradient away then, and half precision
+    all of it.
+    """
+    own = classes.unsqueeze(1)
+    return logits.scatter(1, own, -torch.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)
 
 
 def all_finite(values: Tensor, valid: Tensor) -> Tensor:

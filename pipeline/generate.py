@@ -111,7 +111,10 @@ def generate(
     folder.check_usable()
     recorded = None if overwrite else read_manifest(folder)
     with _executor(executor) as execution:
-        return _execute(execution, config, folder, recorded, overwrite, unlocked)
+        manifest = _execute(execution, config, folder, recorded, overwrite, unlocked)
+    if warning := manifest.zero_gradient_warning:
+        logger.warning("%s.", warning)
+    return manifest
 
 
 @contextlib.contextmanager

@@ -177,6 +177,29 @@ class Reader:
         source_index = rows[valid[: len(rows)].numpy()]
         return Batch(shard, place, images, labels, valid, source_index, pa.table({}), tuple(skipped), 0.0)
 
+    def sample(self, plan: Plan, count: int) -> tuple[Tensor, Tensor]:
+        """Some images of the run: spread over each split, or the head of the first shard of a source that is streamed.
+
+        Returns:
+            Up to `count` images, (n, C, H, W) uint8, and their labels, (n,) int64, -1 for unlabelled. What cannot be
+            decoded, or is of another size, is left to the run.
+        """
+        images, labels = [], []
+        if isinstance(self.source, StreamedSource):
+            rows = head_openers(self.source, plan.shards[:1], count)
+        else:
+            rows = _samples(self.source, plan, count)
+        for _, label, opener in rows:
+            with contextlib.suppress(UndecodableError):
+                pixels = read_image(opener, self.preprocess, self.max_pixels)
+                if tuple(pixels.shape) == self.shape:
+                    images.append(pixels)
+                    labels.append(UNLABELLED if self.classes is not None and label >= self.classes else label)
+            if len(images) == count:
+                break
+        found = torch.stack(images) if images else torch.zeros((0, *self.shape), dtype=torch.uint8)
+        return found, torch.tensor(labels, dtype=torch.int64)
+
     def _split(self, name: str) -> Split:
         return next(split for split in self.source.splits if split.name == name)
 
@@ -205,7 +228,7 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
     """
     shape: Shape | None = None
     reason = ""
-    for where, opener in _samples(source, plan):
+    for where, _, opener in _samples(source, plan):
         try:
             pixels = read_image(opener, preprocess, max_pixels)
         except UndecodableError as error:
@@ -227,27 +250,31 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
     return shape
 
 
-def _samples(source: Source, plan: Plan) -> Iterator[tuple[str, Opener]]:
-    """Rows to learn the size of images from: what messages call each, and what opens it."""
+# What messages call a row, its label and what opens its image.
+Sample = tuple[str, int, Opener]
+
+
+def _samples(source: Source, plan: Plan, count: int = SIZE_SAMPLES) -> Iterator[Sample]:
+    """Rows to look at before a run: `count` of each split, or the head of each split of a source that is streamed."""
     if isinstance(source, StreamedSource):
         for name in source.files:
             shards = [shard for shard in plan.shards if shard.split == name]
             yield from head_openers(source, shards, HEAD_SAMPLES)
     for split in source.splits:
         order = plan.orders[split.name]
-        for row in order[spread(len(order), SIZE_SAMPLES)].tolist():
-            yield f"row {row} of split {split.name}", split.rows.openers([row])[0]
+        for row in order[spread(len(order), count)].tolist():
+            yield f"row {row} of split {split.name}", int(split.labels[row]), split.rows.openers([row])[0]
 
 
-def head_openers(source: StreamedSource, shards: Sequence[Shard], count: int) -> Iterator[tuple[str, Opener]]:
-    """The first `count` rows of some shards, fetched as they are asked for: what messages call each, what opens it."""
+def head_openers(source: StreamedSource, shards: Sequence[Shard], count: int) -> Iterator[Sample]:
+    """The first `count` rows of some shards, fetched as they are asked for."""
     for shard in shards:
         row = shard.start
         for table in read_head(source, _stretch(source, shard)):
-            for cell in table.column(0).to_pylist():
+            for cell, label in zip(table.column(0).to_pylist(), table.column(1).to_pylist(), strict=True):
                 if not count:
                     return
-                yield name_row(shard, row), partial(open_cell, cell, source.allowed)
+                yield name_row(shard, row), label, partial(open_cell, cell, source.allowed)
                 row, count = row + 1, count - 1
 
 

@@ -51,6 +51,8 @@ from pipeline.plan import Plan, make_plan, stream_plan
 
 # Raised when the stored form changes: it is part of the identity of every run.
 FORMAT_VERSION = 5
+# The share of values with gradient 0 above which there is a warning.
+MANY_ZERO = 0.5
 # Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
 
@@ -208,6 +210,16 @@ class Manifest(SealedRecord):
     def plan(self) -> Plan:
         """The plan of the run, rebuilt from what the manifest records."""
         return plan_of(self.resolved, self.split_rows, self.streamed)
+
+    @property
+    def zero_gradient_warning(self) -> str | None:
+        """A sentence for a dataset of which the attack changed less than half, None for others."""
+        if self.zero_sign_share <= MANY_ZERO:
+            return None
+        return (
+            f"the attack left {self.zero_sign_share:.1%} of the pixel values as they are, as the model's gradient is 0 "
+            "there; it may be of half precision, rounded or cut off, or so sure that its softmax is 0 or 1"
+        )
 
     @property
     def planned(self) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -19,9 +20,10 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline import __version__
-from pipeline.compute import Attacker, compile_victim, fit_batch_size, rehearse, repays
+from pipeline.compute import Attacker, check_model, compile_victim, fit_batch_size, rehearse, repays
 from pipeline.config import Config, ModelConfig, PreprocessConfig, is_address
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.fgsm import Goal
@@ -40,6 +42,9 @@ from pipeline.victims import Victim, load_victim
 ModelSection = TypeVar("ModelSection", bound=ModelConfig)
 
 logger = logging.getLogger(__name__)
+
+# Images of the source that a model is looked at with: so many, or as many as have so many values.
+SAMPLE_IMAGES, SAMPLE_VALUES = 64, 64 * 3 * 224 * 224
 
 PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
 # Environment variables by which the math libraries choose other kernels, whose sums run in another order.
@@ -185,9 +190,11 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     goal = Goal(config.attack.label, attack_target(config, space))
     evaluators = _open_evaluators(config, source, shape, device)
     attacker = make_attacker(config, victim, goal, evaluators)
+    reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(space.dataset_classes))
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
     if recorded is None:
+        _check_models(attacker, reader, plan, space, evaluators)
         compiled, batch_size = _settle(attacker, device, shape, plan, config)
     plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
@@ -206,7 +213,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         config=resolved,
         source=source,
         plan=plan,
-        reader=Reader(source, preprocess, config.runtime.max_pixels, shape, len(space.dataset_classes)),
+        reader=reader,
         victim=victim,
         space=space,
         goal=goal,
@@ -251,6 +258,37 @@ def _open_evaluators(config: Config, source: Source, shape: Shape, device: torch
             count = model.count_classes(shape, attacked=False)
             evaluators[other.id] = Evaluator(model, join_labels(source, model.classes, count, other.label_map))
     return evaluators
+
+
+def _check_models(
+    attacker: Attacker, reader: Reader, plan: Plan, space: LabelSpace, evaluators: Mapping[str, Evaluator]
+) -> None:
+    """Look once at what the models make of images of the source, and say what should be known.
+
+    Raises:
+        ConfigError: as `check_model`.
+    """
+    size = chunk_images(torch.device("cpu"), plan.batch_size, reader.shape)
+    count = max(size, min(SAMPLE_IMAGES, SAMPLE_VALUES // math.prod(reader.shape)))
+    images, labels = reader.sample(plan, count)
+    if not len(images):
+        return  # the run says which cannot be decoded
+    images = images.to(attacker.victim.mean.device)
+
+    def look(model: Victim, goal: Goal | None, labels: Tensor, name: str) -> None:
+        found: list[str] = []
+
+        def attempt(size: int) -> None:
+            found[:] = check_model(model, images, labels.to(images.device), goal, size)
+
+        fit_batch_size(attempt, size)
+        for sentence in found:
+            logger.warning("%s%s.", name, sentence)
+
+    look(attacker.victim, attacker.goal, space.model_labels(labels), "")
+    for name, other in evaluators.items():
+        with naming_evaluator(name):
+            look(other.model, None, other.space.model_labels(labels), f"evaluators, {name}: ")
 
 
 @contextlib.contextmanager

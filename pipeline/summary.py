@@ -80,6 +80,8 @@ def _notes(manifest: Manifest) -> list[str]:
         f"{manifest.skipped_rows:,} skipped",
         f"gradient exactly zero on {manifest.zero_sign_share:.2%} of the pixel values",
     ]
+    if warning := manifest.zero_gradient_warning:
+        notes.append(f"WARNING: {warning}")
     if any(subset.bytes is None for subset in manifest.subsets):
         notes.append(f"files: {_split_sizes(manifest)}")
     for row in manifest.skipped[:5]:

@@ -913,11 +913,13 @@ class _Checker:
             self._compare_signs(judge, answer, names, tables[0], strict)
         except _DamageError:
             again = self._ask(judge, rows, valid)
-            for before, now in zip(answer.logits, again.logits, strict=True):
+            asked = ["model", *(f"evaluators, {name}" for name in judge.evaluators)]
+            for name, before, now in zip(asked, answer.logits, again.logits, strict=True):
                 if not bool(((before - now).abs() <= self.tolerance).all()):
                     raise PipelineError(
-                        "model: asked twice about the same images it gives different answers, so that nothing can be "
-                        "derived anew; see whether it draws random numbers or keeps something between calls."
+                        f"{name}: it is not deterministic: asked twice about the same images it gives different "
+                        "answers, so that nothing can be derived anew; see whether it draws random numbers or keeps "
+                        "something between calls."
                     ) from None
             raise
 

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
 import os
 import sys
@@ -21,18 +22,26 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoints import load_checkpoint
-from pipeline.config import Interpolation, ModelConfig, PreprocessConfig, is_checkpoint, is_factory_file
-from pipeline.errors import ConfigError, first_line
+from pipeline.config import (
+    Interpolation,
+    ModelConfig,
+    PreprocessConfig,
+    check_normalisation,
+    is_checkpoint,
+    is_factory_file,
+)
+from pipeline.errors import ConfigError, first_line, listing
 
 # The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
 # of a process, in two batch sizes.
 COMPILED_FORMS = 256
 # Without it transformers asks on a terminal whether to run the code of a repository.
 NO_CODE = {"trust_remote_code": False}
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Victim(nn.Module):
-    """A frozen classifier of images in [0, 1].
+    """A frozen classifier of images in [0, 1], which it is given in the type of its first floating-point parameter.
 
     `classes` are the model's own class names, None where unknown; `digest` changes with the weights and
     with a factory's code. Activations lie channels last, which every convolution measured liked better: on a CPU
@@ -54,7 +63,7 @@ class Victim(nn.Module):
     ) -> None:
         super().__init__()
         self.module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+        dtype = _input_dtype(module)
         self.register_buffer("mean", torch.tensor(mean, dtype=dtype).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=dtype).view(1, -1, 1, 1))
         self.classes = tuple(classes) if classes else None
@@ -79,8 +88,7 @@ class Victim(nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.module((images - self.mean) / self.std)
-        logits: Tensor = getattr(output, "logits", output)  # transformers wrap their logits
+            logits = _logits_of(self.module((images - self.mean) / self.std))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _logits_of_pixels(self, images_u8: Tensor) -> Tensor:
@@ -132,6 +140,8 @@ class Victim(nn.Module):
         try:
             image = self.unit(torch.zeros((1, *shape), dtype=torch.uint8, device=device)).requires_grad_()
             logits = self(image)
+        except ConfigError:
+            raise
         except Exception as error:  # the model is the user's code
             raise ConfigError(
                 f"model: it does not take images of shape {shape} (channels, height, width): {first_line(error)}"
@@ -147,6 +157,40 @@ class Victim(nn.Module):
         if reached is None:
             raise ConfigError("model: no gradient reaches its input; does it run under torch.no_grad or detach?")
         return int(logits.shape[1])
+
+
+def _input_dtype(module: nn.Module) -> torch.dtype:
+    """The type that a module's images must have: whole numbers and 8-bit floats store weights, and compute nothing."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.dtype for tensor in tensors if tensor.dtype in INPUT_DTYPES), torch.float32)
+
+
+def _logits_of(output: Any) -> Tensor:
+    """The logits of what a module returned: a tensor, or `logits` of a mapping or an object, as transformers wrap them.
+
+    Raises:
+        ConfigError: it is neither, or holds no floating-point numbers.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ConfigError(
+            f"model: it returned {_described(output)}; return the logits alone, a tensor (images, classes), or as "
+            '"logits" of a dict or .logits of an object.'
+        )
+    if not logits.is_floating_point():
+        raise ConfigError(f"model: it returned {logits.dtype} values; logits are floating-point numbers.")
+    return logits
+
+
+def _described(output: Any) -> str:
+    """What a module returned in place of a tensor."""
+    if output is None:
+        return "None"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with the keys {listing([*map(repr, output)])}"
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {listing([type(part).__name__ for part in output])}"
+    return f"an object of type {type(output).__name__}"
 
 
 @dataclass(frozen=True)
@@ -187,10 +231,15 @@ def load_victim(config: ModelConfig, *, seed: int, device: torch.device, bf16: b
         loaded = loaders[config.kind](config)
     if config.weights is not None and is_checkpoint(config.weights):
         load_checkpoint(loaded.module, Path(config.weights).expanduser())
+    mean, std = config.mean or loaded.mean or (0.0,), config.std or loaded.std or (1.0,)
+    try:
+        check_normalisation(mean, std)
+    except ValueError as error:
+        raise ConfigError(f"model.weights: as {config.weights} was published, {error}.") from None
     victim = Victim(
         loaded.module,
-        mean=config.mean or loaded.mean or (0.0,),
-        std=config.std or loaded.std or (1.0,),
+        mean=mean,
+        std=std,
         classes=loaded.classes,
         digest=_digest(loaded.module, config),
         bf16=bf16,
@@ -353,13 +402,31 @@ def _load_transformers(config: ModelConfig) -> Loaded:
         processor = transformers.AutoImageProcessor.from_pretrained(wanted, **NO_CODE).to_dict()
     except (OSError, ValueError):  # weights without a processor say nothing of their input
         processor = {}
+    mean, std = _processor_statistics(processor)
     return Loaded(
         module,
         classes=[names[index] for index in range(len(names))],
-        mean=processor.get("image_mean") if processor.get("do_normalize") else None,
-        std=processor.get("image_std") if processor.get("do_normalize") else None,
+        mean=mean,
+        std=std,
         preprocess=_processor_sizes(processor),
     )
+
+
+def _processor_statistics(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """What a transformers image processor subtracts from images in [0, 1], and what it divides them by then.
+
+    It does so to what its own rescaling gives, which may be grey levels.
+    """
+    white = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1)
+    mean = _channels(processor["image_mean"]) if processor.get("do_normalize") else [0.0]
+    # EfficientNet divides images for a classifier once more.
+    times = bool(processor.get("do_normalize")) + bool(processor.get("include_top"))
+    std = [value**times for value in _channels(processor["image_std"])] if times else [1.0]
+    return [value / white for value in mean], [value / white for value in std]
+
+
+def _channels(values: float | Sequence[float]) -> list[float]:
+    return [values] if isinstance(values, int | float) else [*values]
 
 
 def _processor_sizes(processor: Mapping[str, Any]) -> PreprocessConfig | None:
@@ -371,10 +438,11 @@ def _processor_sizes(processor: Mapping[str, Any]) -> PreprocessConfig | None:
     from PIL import Image
 
     filter_name = Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR)).name.lower()
-    scales = processor.get("do_rescale") and abs(255 * processor.get("rescale_factor", 1 / 255) - 1) > 1e-6
-    if processor.get("do_flip_channel_order") or scales or filter_name not in get_args(Interpolation):
+    # An offset is subtracted after rescaling; without rescaling there is none.
+    shifts = processor.get("do_rescale", True) and processor.get("rescale_offset")
+    if processor.get("do_flip_channel_order") or shifts or filter_name not in get_args(Interpolation):
         raise ConfigError(
-            "model.weights: its image processor flips channels, rescales or resizes in a way that preprocess cannot "
+            "model.weights: its image processor flips channels, shifts or resizes in a way that preprocess cannot "
             "express; wrap the model with kind factory."
         )
     size = processor.get("size") if processor.get("do_resize") else None

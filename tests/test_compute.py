@@ -109,8 +109,8 @@ def test_the_size_that_fitted_stays_with_the_run(
 
 def test_memory_that_ends_later_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
     path = tmp_path / "hungry.py"
-    # Per batch of 6 the victim runs three times; the third batch of the first shard is its last.
-    path.write_text(SMALL_MEMORY.format(most=13))
+    # Before the run it runs 13 times; per batch of 6 three times; the third batch of the first shard is its last.
+    path.write_text(SMALL_MEMORY.format(most=13 + 12))
     result = fgsm("generate", write_config(model={"name": f"{path}:Hungry"}))
     assert result.exit_code == 1
     assert "a batch of 6 does not fit in the device's memory; free what else uses it" in result.stderr

@@ -62,11 +62,19 @@ def value_at(config: Config, key: str) -> Any:
         ({"source": {"limit": 0}}, r"^source\.limit: .*greater than 0"),
         ({"model": {"kind": "factory"}}, r"^model\.name is missing: kind factory needs it"),
         ({"model": {"kind": "factory", "name": "victim.py"}}, r"^model\.name 'victim\.py' is not of the form"),
-        ({"model": {"std": [0.5, 0]}}, r"^model\.std must be above 0"),
         ({"model": {"label_map": "same"}}, r"^model\.label_map must be a mapping of keys \(got 'same'\)"),
         ({"model": {"label_map": {}}}, r"^model\.label_map is empty"),
-        ({"model": {"mean": [float("nan")]}}, r"^model\.mean and std must be finite"),
-        ({"model": {"std": [float("inf")]}}, r"^model\.mean and std must be finite"),
+        ({"model": {"mean": [float("nan")]}}, r"^model\.mean is \[nan\]"),
+        ({"model": {"mean": [123.675, 116.28, 103.53]}}, r"^model\.mean is \[123\.675, .* divide by 255"),
+        ({"model": {"mean": [0.5, 1.5, 0.5]}}, r"^model\.mean "),
+        ({"model": {"mean": [0.5, -0.5, 0.5]}}, r"^model\.mean "),
+        ({"model": {"mean": []}}, r"^model\.mean "),
+        ({"model": {"mean": [0.5] * 4}}, r"^model\.mean: 4 values, and RGB images have 3 channels"),
+        ({"model": {"std": [0.5] * 2}}, r"^model\.std: 2 values"),
+        ({"model": {"std": [float("inf")]}}, r"^model\.std "),
+        ({"model": {"std": [0.5, 0]}}, r"^model\.std "),
+        ({"model": {"std": [0.5, -0.5, 0.5]}}, r"^model\.std "),
+        ({"model": {"mean": [0.5], "std": [58.395, 57.12, 57.375]}}, r"^model\.std is .* divide by 255"),
         ({"model": {"name": "resnet18"}}, r"^model\.name has no effect with kind digits"),
         ({"source": {"path": "somewhere"}}, r"^source\.path has no effect with kind digits"),
         ({"source": {"limit": True}}, r"^source\.limit: .*integer"),
@@ -438,7 +446,7 @@ CONFIGS = st.fixed_dictionaries(
         "model": st.fixed_dictionaries(
             {
                 "kind": st.just("digits"),
-                "mean": st.none() | st.lists(st.floats(0, 1), min_size=1),
+                "mean": st.none() | st.lists(st.floats(0, 1), min_size=3, max_size=3),
                 "label_map": st.none()
                 | st.just("identity")
                 | st.dictionaries(st.text(), st.integers(0, 9) | st.text(), min_size=1),

@@ -310,6 +310,67 @@ def test_the_loss_is_summed() -> None:
     assert torch.equal(moved, torch.tensor([1, -1] * 4, dtype=torch.int16).expand(1024, 1, 1, 8))
 
 
+class HalfInside(nn.Module):
+    """Single precision outside, half precision inside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.float16):
+            logits: Tensor = self.module(images)
+        return logits
+
+
+@pytest.mark.parametrize("half", [nn.Module.float, nn.Module.half, HalfInside, nn.Module.bfloat16])
+@pytest.mark.parametrize("goal", [Goal(), Goal(target="random")])
+def test_every_precision_keeps_the_gradient_of_a_sure_model(half: Callable[[nn.Module], nn.Module], goal: Goal) -> None:
+    # So sure that what is left to other classes, about 1e-9, is 0 in half precision, and lost beside 1 in float32.
+    net, images = conv_net(2), noise(8)
+    last = net[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        logits = net(images / 255)
+        last.weight.mul_(20)
+        last.bias.copy_(20 * last.bias - 20 * logits.mean(0) + 20 * torch.eye(7)[3])
+        sure = net(images / 255)
+    assert (sure.softmax(1)[:, 3] > 1 - 1e-7).all(), "the test needs a model that is sure"
+    labels, draws = torch.full((8,), 3), torch.zeros(8, dtype=torch.int64)
+    exact = Victim(copy.deepcopy(net).double())
+    expected = gradient_sign(exact, images, labels, goal=goal, draws=draws).gradient
+    found = gradient_sign(Victim(half(net)), images, labels, goal=goal, draws=draws)
+    assert torch.isfinite(found.gradient).all()
+    assert (found.sign == 0).float().mean() < 0.01
+    clear = expected.abs() > 0.1 * expected.abs().amax((1, 2, 3), keepdim=True)
+    assert (found.gradient.sign() == expected.sign())[clear].float().mean() > 0.99
+
+
+@pytest.mark.parametrize("goal", [Goal(), Goal(target=2)])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+def test_the_direction_is_the_gradient_of_the_cross_entropy(sharpness: float, goal: Goal) -> None:
+    net, images, labels = conv_net(1).double(), noise(16), torch.arange(16) % 7
+    victim = Victim(nn.Sequential(net, Scaled(sharpness)))
+    found = gradient_sign(victim, images, labels, goal=goal, draws=labels)
+    unit = victim.unit(images).requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(victim(unit), found.classes, reduction="sum"), unit)
+    clear = expected.abs() > 1e-9 * expected.abs().amax((1, 2, 3), keepdim=True)
+    assert clear.float().mean() > 0.999
+    assert torch.equal(found.gradient.sign()[clear], expected.sign()[clear])
+    assert torch.equal(found.sign, (found.gradient if goal.target is None else -found.gradient).sign().to(torch.int8))
+
+
+class Scaled(nn.Module):
+    """Logits times a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.factor * logits
+
+
 def test_the_sign_is_the_direction_of_the_attack() -> None:
     victim, images, labels = random_linear(48), noise(3, side=4), torch.tensor([0, 1, 2])
     draws = torch.zeros(3, dtype=torch.int64)

@@ -355,6 +355,20 @@ def test_a_source_of_broken_images_is_refused(tmp_path: Path) -> None:
         find_shape(source, plan_of(source), AS_IT_IS, MAX_PIXELS)
 
 
+def test_a_sample_is_spread_over_the_split_and_leaves_out_what_it_cannot_take(damaged: Source) -> None:
+    plan, reader = plan_of(damaged, shuffle=False), Reader(damaged, AS_IT_IS, MAX_PIXELS, (3, 16, 16), classes=2)
+    images, labels = reader.sample(plan, 100)
+    pixels = torch.from_numpy(random_pixels(12)).permute(0, 3, 1, 2)
+    kept = [row for row in range(12) if row not in (BROKEN, EMPTY)]
+    assert torch.equal(images, pixels[kept])
+    # Row 3 has no label, and class 2 is none of the two.
+    assert labels.tolist() == [-1 if row == 3 or row % 3 == 2 else row % 3 for row in kept]
+    few, _ = reader.sample(plan, 2)
+    assert torch.equal(few, pixels[[0, 11]])
+    other = Reader(damaged, AS_IT_IS, MAX_PIXELS, (3, 8, 8)).sample(plan, 100)
+    assert [tensor.shape for tensor in other] == [(0, 3, 8, 8), (0,)]
+
+
 # ----------------------------------------------------------------------------------------- worker processes
 
 

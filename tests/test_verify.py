@@ -449,7 +449,9 @@ def test_attention_gives_the_same_digits_again(
     path = tmp_path / "vit.py"
     path.write_text(
         "import torchvision\n\n\ndef make():\n"
-        "    return torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 16, num_classes=3)\n"
+        "    model = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 16, num_classes=3)\n"
+        "    model.heads.head.weight.data.normal_()  # it begins as zeros, and no gradient passes\n"
+        "    return model\n"
     )
     generate(write_config(model={"name": f"{path}:make"}))
     monkeypatch.setattr("pipeline.verify.TOLERANCE", {"fp32": 0.0})

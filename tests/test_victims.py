@@ -5,6 +5,7 @@ import math
 import pickle
 import shutil
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,16 +78,41 @@ def test_normalisation_is_inside() -> None:
 
 
 def test_logits_are_float32_or_more_and_may_come_wrapped() -> None:
-    class Wrapping(nn.Module):
-        def forward(self, images: Tensor) -> SimpleNamespace:
-            return SimpleNamespace(logits=images.flatten(1))
-
     images = torch.zeros((1, 1, 2, 2), dtype=torch.uint8)
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(4, 2, dtype=dtype)))
         assert victim(victim.unit(images)).dtype == expected
-    wrapping = Victim(Wrapping())
-    assert wrapping(wrapping.unit(images)).tolist() == [[0.0] * 4]
+    for wrap in (
+        lambda logits: SimpleNamespace(logits=logits, loss=None),
+        lambda logits: {"loss": None, "logits": logits},
+        lambda logits: namedtuple("Outputs", ["logits", "aux_logits"])(logits, 3),  # type: ignore[call-arg]
+    ):
+        wrapping = Victim(Returning(wrap))
+        assert wrapping(wrapping.unit(images)).tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ([torch.arange(4), torch.zeros(2)], torch.float32),
+        ([torch.zeros(2, dtype=torch.uint8), torch.zeros(2, dtype=torch.float16)], torch.float16),
+        ([torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.float64)], torch.float64),
+        ([torch.zeros(2).to(torch.float8_e4m3fn), torch.zeros(2, dtype=torch.bfloat16)], torch.bfloat16),
+        ([torch.zeros(2, dtype=torch.bool)], torch.float32),
+        ([], torch.float32),
+    ],
+)
+@pytest.mark.parametrize("buffers", [False, True])
+def test_the_first_floating_type_decides(tensors: list[Tensor], expected: torch.dtype, buffers: bool) -> None:
+    module = nn.Flatten()
+    for index, tensor in enumerate(tensors):
+        if buffers:
+            module.register_buffer(f"b{index}", tensor)
+        else:
+            module.register_parameter(f"p{index}", nn.Parameter(tensor, requires_grad=False))
+    victim = Victim(module, mean=(0.5,), std=(0.25,))
+    assert victim.unit(torch.zeros((1, 3, 2, 2), dtype=torch.uint8)).dtype == expected
+    assert (victim.mean.item(), victim.std.item()) == (0.5, 0.25)
 
 
 def test_channels_last_changes_the_layout_and_not_the_numbers() -> None:
@@ -120,6 +146,17 @@ def test_frozen_and_in_eval_mode() -> None:
     assert all(parameter.grad is None for parameter in victim.parameters())
 
 
+class Returning(nn.Module):
+    """Returns what a function makes of its pixels (N, values)."""
+
+    def __init__(self, made: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, images: Tensor) -> Any:
+        return self.made(images.flatten(1))
+
+
 @pytest.mark.parametrize(
     ("module", "options", "shape", "sentence"),
     [
@@ -132,6 +169,19 @@ def test_frozen_and_in_eval_mode() -> None:
         (nn.Flatten(0), {}, (3, 2, 2), "shape (12,); logits (images, classes)"),
         (nn.Flatten(0, 1), {}, (3, 2, 2), "shape (3, 2, 2); logits (images, classes)"),
         (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), "shape (1, 3, 2, 1, 2); logits (images, classes)"),
+        (Returning(lambda logits: (logits, logits)), {}, (3, 2, 2), "model: it returned a tuple of Tensor, Tensor;"),
+        (Returning(lambda logits: [logits]), {}, (3, 2, 2), "model: it returned a list of Tensor;"),
+        (Returning(lambda logits: {"out": logits, "aux": 3}), {}, (3, 2, 2), "a dict with the keys 'out', 'aux';"),
+        (Returning(lambda _: {"logits": None}), {}, (3, 2, 2), "a dict with the keys 'logits';"),
+        (Returning(lambda logits: SimpleNamespace(scores=logits)), {}, (3, 2, 2), "an object of type SimpleNamespace;"),
+        (Returning(lambda logits: logits.numpy(force=True)), {}, (3, 2, 2), "an object of type ndarray;"),
+        (Returning(lambda _: None), {}, (3, 2, 2), "model: it returned None;"),
+        (Returning(lambda logits: logits.long()), {}, (3, 2, 2), "model: it returned torch.int64 values;"),
+        (Returning(lambda logits: logits > 0), {}, (3, 2, 2), "model: it returned torch.bool values;"),
+        (Returning(lambda logits: logits + 1j), {}, (3, 2, 2), "model: it returned torch.complex64 values;"),
+        (Returning(lambda logits: logits[..., None, None]), {}, (3, 2, 2), "shape (1, 12, 1, 1); logits (images"),
+        (Returning(lambda logits: logits.T), {}, (3, 2, 2), "shape (12, 1); logits (images"),
+        (Returning(lambda logits: logits.detach()), {}, (3, 2, 2), "model: no gradient reaches its input"),
         # One class: nothing to confuse it with, and a gradient that is always zero.
         (nn.Flatten(), {}, (1, 1, 1), "shape (1, 1); logits (images, classes) of two classes or more are needed"),
     ],
@@ -482,6 +532,41 @@ def test_transformers_weights_without_normalisation_or_processor(vit: tuple[Any,
     assert loaded.preprocess is not None
 
 
+@pytest.mark.parametrize(
+    ("processor", "options"),
+    [
+        ("ViTImageProcessor", {}),
+        ("ViTImageProcessor", {"do_normalize": False}),
+        # Grey levels, from a mean of 128 on or as they are.
+        ("ViTImageProcessor", {"do_rescale": False, "image_mean": [128.0] * 3, "image_std": [64.0] * 3}),
+        ("ViTImageProcessor", {"do_rescale": False, "do_normalize": False}),
+        ("ViTImageProcessor", {"rescale_factor": 1 / 127.5}),
+        ("EfficientNetImageProcessor", {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}),
+        ("EfficientNetImageProcessor", {"include_top": False}),
+        ("EfficientNetImageProcessor", {"do_normalize": False}),
+    ],
+)
+def test_the_model_sees_what_its_image_processor_would_give_it(
+    vit: tuple[Any, Path], processor: str, options: dict[str, Any]
+) -> None:
+    import transformers
+
+    _, folder = vit
+    made = getattr(transformers, processor)(**options, do_resize=False, do_center_crop=False)
+    made.save_pretrained(folder)
+    victim, _ = load(kind="transformers", name="vit", weights=str(folder))
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    seen = (victim.unit(images) - victim.mean) / victim.std
+    theirs = made([*images], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen, theirs.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_published_statistics_that_cannot_be_are_refused(vit: tuple[Any, Path]) -> None:
+    _, folder = vit
+    preprocessing("ViTImageProcessor", {"image_mean": [123.675, 116.28, 103.53]}, folder)
+    assert "model.weights: as " in refused(kind="transformers", name="vit", weights=str(folder))
+
+
 def test_untrained_transformers_models(tmp_path: Path) -> None:
     tiny_vit().save_pretrained(tmp_path)
     config: dict[str, Any] = {"kind": "transformers", "name": str(tmp_path)}
@@ -560,8 +645,8 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
 
 
-def prefixed(state: State) -> State:
-    return {f"module.{key}": value for key, value in state.items()}
+def prefixed(state: State, prefix: str = "module.") -> State:
+    return {f"{prefix}{key}": value for key, value in state.items()}
 
 
 def without_counters(state: State) -> State:
@@ -579,8 +664,18 @@ def without_counters(state: State) -> State:
         lambda state: {"model": state, "optimizer": {"step": torch.zeros(1)}},
         lambda state: {"state_dict": prefixed(state)},
         lambda state: {"model": prefixed(state), "epoch": 3},
+        lambda state: {"net": state, "acc": 93.1, "epoch": 7},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {0: {"step": torch.ones(1)}}}},
+        lambda state: {"state_dict": {"model": state}},
+        lambda state: {"net": state, "optimizer": {"step": torch.zeros(1)}, "teacher": prefixed({"x": torch.ones(1)})},
+        lambda state: prefixed(state, "_orig_mod."),
+        lambda state: {"state_dict": prefixed(state, "module._orig_mod.")},
+        lambda state: {"state_dict": prefixed(state, "backbone.")},
     ],
-    ids=["plain", "module.", "no counters", "state_dict", "model", "state_dict module.", "model module."],
+    ids=[
+        *("plain", "module.", "no counters", "state_dict", "model", "state_dict module.", "model module."),
+        *("net", "model_state_dict", "two deep", "others that do not fit", "_orig_mod.", "both", "an attribute"),
+    ],
 )
 def test_checkpoints(tmp_path: Path, name: str, wrap: Callable[[State], Any]) -> None:
     trained, path = net(), tmp_path / name
@@ -588,13 +683,57 @@ def test_checkpoints(tmp_path: Path, name: str, wrap: Callable[[State], Any]) ->
     content = wrap(trained.state_dict())
     if path.suffix == ".safetensors":
         # These files hold tensors only, so there is nothing to nest them under.
-        save_file(content.get("state_dict", content.get("model", content)), path)
+        while not all(isinstance(value, Tensor) for value in content.values()):
+            content = next(iter(content.values()))
+        save_file(content, path)
     else:
         torch.save(content, path)
     module = net()
     assert not same_weights(module, trained)
     load_checkpoint(module, path)
     assert same_weights(module, trained)
+
+
+def test_a_model_whose_own_names_begin_alike_keeps_them(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = net()
+
+    trained = Wrapper()
+    for state in (trained.state_dict(), prefixed(trained.state_dict())):
+        torch.save(state, tmp_path / "a.pt")
+        module = Wrapper()
+        load_checkpoint(module, tmp_path / "a.pt")
+        assert same_weights(module, trained)
+
+
+def circle() -> dict[str, Any]:
+    content: dict[str, Any] = {"epoch": 3}
+    content["itself"] = content
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        # Both could be meant, and neither is taken.
+        (lambda state: {"model": state, "model_ema": state}, ["model, model_ema", "fit the model"]),
+        (lambda state: {"state_dict": state, "state_dict_ema": prefixed(state)}, ["state_dict, state_dict_ema"]),
+        (lambda state: {"a": {"x": state["0.bias"]}, "b": {"y": state["0.bias"]}}, ["a, b", "none of which fits"]),
+        (lambda _: {"epoch": 3, "arch": "resnet20"}, ["holds no state dict", "'epoch', 'arch'"]),
+        (lambda _: circle(), ["holds no state dict", "'epoch', 'itself'"]),
+        # One alone is it, and what does not fit of it is said.
+        (lambda state: {"net": prefixed({**state, "head": state["0.bias"]})}, ["unexpected head."]),
+    ],
+)
+def test_a_checkpoint_that_leaves_open_what_is_meant(
+    tmp_path: Path, content: Callable[[State], Any], named: list[str]
+) -> None:
+    torch.save(content(net().state_dict()), tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"^model\.weights: ") as caught:
+        load_checkpoint(net(), tmp_path / "a.pt")
+    assert all(part in str(caught.value) for part in named)
 
 
 def test_a_checkpoint_in_another_precision_is_converted(tmp_path: Path) -> None:
@@ -704,7 +843,7 @@ def test_files_that_are_no_checkpoint(
     "processor",
     [
         {"do_flip_channel_order": True},
-        {"do_rescale": True, "rescale_factor": 1 / 127.5},
+        {"do_rescale": True, "rescale_factor": 1 / 127.5, "rescale_offset": True},
         {"do_resize": True, "size": {"shortest_edge": 32}, "resample": 5},
     ],
 )
