@@ -604,7 +604,7 @@ def test_a_machine_on_which_ray_cannot_start_is_told(monkeypatch: pytest.MonkeyP
         TimeoutError("Timed out while waiting for the file."),
         RuntimeError("Failed to start GCS."),
         ConnectionError("The GCS is gone."),
-        ray.exceptions.RaySystemError("no raylet"),
+        ray.exceptions.RayError("no raylet"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -980,7 +980,24 @@ def test_tokens_are_known_by_how_their_issuers_write_them(token: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    "pwd pass passwd PASSWORD db_pass cookie Set-Cookie X-Api-Token X-Api-Key auth_token Authorization Proxy-Authorization sas_token client_secret private-key auth".split(),
+    [
+        "pwd",
+        "pass",
+        "passwd",
+        "PASSWORD",
+        "db_pass",
+        "cookie",
+        "Set-Cookie",
+        "X-Api-Token",
+        "X-Api-Key",
+        "auth_token",
+        "Authorization",
+        "Proxy-Authorization",
+        "sas_token",
+        "client_secret",
+        "private-key",
+        "auth",
+    ],
 )
 def test_keys_that_name_credentials(key: str) -> None:
     assert find_secret({"source": {"kwargs": {"headers": {key: "swordfish"}}}}) == f"source.kwargs.headers.{key}"
