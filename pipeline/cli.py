@@ -249,7 +249,8 @@ class _Output(io.TextIOWrapper):
     """
 
     def __init__(self, descriptor: int, failed: Callable[[OSError], None]) -> None:
-        former = sys.stdout if descriptor == 1 else sys.stderr
+        # Kept: one that is collected may close the descriptor.
+        self._former = former = sys.stdout if descriptor == 1 else sys.stderr
         super().__init__(
             open(descriptor, "wb", closefd=False),  # noqa: SIM115 (it lives as long as the process)
             encoding=former.encoding if former else "utf-8",

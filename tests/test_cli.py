@@ -34,9 +34,10 @@ def limited(which: int, value: int) -> Callable[[], None]:
 
 def ended(*arguments: str | Path, prepare: Callable[[], None] | None = None, **streams: Any) -> tuple[int, str]:
     """The exit code of a command in another process, and what it says."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": prepare, "timeout": 60} | streams
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options |= {"preexec_fn": prepare, "timeout": 60, **streams}
     done = subprocess.run([*COMMAND, *map(str, arguments)], check=False, **options)
-    return done.returncode, (done.stderr or b"").decode()
+    return done.returncode, str(done.stderr or b"", "utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- limits
@@ -192,7 +193,7 @@ def test_messages_that_nobody_can_read_change_nothing(out: Path, tmp_path: Path,
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     """What a library prints would end up in it."""
     out = tmp_path / "out"
-    arguments = ["generate", "digits", "--limit", "8", "--set", "runtime.workers=0", "--output", out]
+    arguments: list[str | Path] = ["generate", "digits", "--limit", "8", "--set", "runtime.workers=0", "--output", out]
     assert ended(*arguments, prepare=partial(closed, 0, 1, 2))[0] == 1, "the summary was not written"
     assert fgsm("verify", out).exit_code == 0
 
