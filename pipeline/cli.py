@@ -1,19 +1,22 @@
 """The command line: parse, call, print. Results go to stdout, talk to stderr."""
 
 import contextlib
+import errno
+import io
 import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.errors import Interrupted, PipelineError, first_line
+from pipeline.errors import Interrupted, PipelineError, first_line, system_refusal
 from pipeline.guard import presentable
 
 if TYPE_CHECKING:
@@ -220,21 +223,23 @@ def _say_epsilons(attack: "AttackConfig") -> None:
 def _boundary(debug: bool, farewell: str) -> Iterator[None]:
     """Turn what a user can cause into one sentence and an exit code; anything else keeps its traceback."""
     from pipeline.interrupts import interruptible
+    from pipeline.memory import require_open_files
 
     _log_to_stderr()
     try:
+        require_open_files()
         with interruptible(lambda: _say(f"\n{farewell}", err=True)):
             yield
     except Interrupted as interrupt:
         raise typer.Exit(128 + interrupt.signum) from None
-    except MemoryError:
-        _say("Error: There is not enough memory for this; lower runtime.batch_size or runtime.max_pixels.", err=True)
-        raise typer.Exit(1) from None
-    except PipelineError as error:
+    except Exception as error:
+        known = error if isinstance(error, PipelineError) else system_refusal(error)
+        if known is None:
+            raise
         if debug:
             _say(traceback.format_exc(), err=True)
-        _say(f"Error: {error}", err=True, keep="")
-        raise typer.Exit(error.exit_code) from None
+        _say(f"Error: {known}", err=True, keep="")
+        raise typer.Exit(known.exit_code) from None
 
 
 def _log_to_stderr() -> None:
@@ -246,8 +251,67 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
 
 
+class _Output(io.TextIOWrapper):
+    """A standard stream of this process. A write that fails ends in what `failed` does, and the stream is silent then.
+
+    What writes there is not only ours: typer prints help, libraries print what they like.
+    """
+
+    def __init__(self, descriptor: int, failed: Callable[[OSError], None]) -> None:
+        # Kept: one that is collected may close the descriptor.
+        self._former = former = sys.stdout if descriptor == 1 else sys.stderr
+        super().__init__(
+            open(descriptor, "wb", closefd=False),  # noqa: SIM115 (it lives as long as the process)
+            encoding=former.encoding if former else "utf-8",
+            errors="backslashreplace",
+            line_buffering=descriptor == 2 or os.isatty(descriptor),
+        )
+        self._failed = failed
+
+    def write(self, text: str) -> int:
+        with self._watched():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._watched():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What is left in the buffers must go somewhere, or Python complains of it at its end.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            self._failed(error)
+
+
+def _stdout_failed(error: OSError) -> None:
+    """End as coreutils do: without a word where the reader has gone, else with what the system says."""
+    if error.errno == errno.EPIPE:
+        sys.exit(128 + signal.SIGPIPE)
+    _say(f"Error: Cannot write to standard output: {error.strerror}.", err=True, keep="")
+    sys.exit(1)
+
+
+def _watch_streams() -> None:
+    """Let a command notice that its result went nowhere, and go on where only its messages do."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Closed: the next file to be opened, such as one of the dataset, would take its number, and get what is
+            # printed. Opened for reading, so that writing still fails.
+            os.open(os.devnull, os.O_RDONLY)
+    sys.stdout, sys.stderr = _Output(1, _stdout_failed), _Output(2, lambda _: None)
+
+
 def main() -> None:
     """The console command `fgsm`. A bug keeps its traceback, without what a terminal or a log must not have."""
+    _watch_streams()
     try:
         app(prog_name="fgsm")
     except Exception:

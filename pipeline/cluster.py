@@ -615,19 +615,23 @@ def _init(**options: Any) -> None:
     """Join or start a cluster.
 
     Raises:
-        PipelineError: none can be started, as in a temporary folder with a long name.
+        PipelineError: none can be started, as in a temporary folder with a long name, or not in time.
+        ConnectionError, RayError, RuntimeError, ValueError: the cluster that is there cannot be joined.
     """
     # What was ended for want of memory Ray would try again for ever.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
+    starting = "local" in (options.get("address"), os.environ.get("RAY_ADDRESS"))
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except ConnectionError:
-        raise
-    except OSError as error:
-        raise PipelineError(
-            f"Ray cannot be started on this machine ({first_line(error)}); name a folder for it with RAY_TMPDIR, such "
-            "as /tmp."
-        ) from error
+    except Exception as error:  # Exception itself, where a process of Ray's does not start in time
+        joining = (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError)
+        if not starting and isinstance(error, joining):
+            raise
+        advice = "run the same command again when the machine is less busy"
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+            advice = "name a folder for it with RAY_TMPDIR, such as /tmp"
+        reason = first_line(error).rstrip(".")
+        raise PipelineError(f"Ray cannot be started on this machine ({reason}); {advice}.") from error
 
 
 def _silence(address: str | None) -> str | None:

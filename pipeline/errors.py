@@ -10,6 +10,8 @@
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -75,3 +77,44 @@ def write_failure(path: Path, error: OSError) -> PipelineError:
         f"Cannot write {path}: {reason}. What was committed is kept; mend the disk or its permissions, "
         "then run the same command again."
     )
+
+
+# What the system refuses for want of something, or of a right, and what helps.
+_REFUSALS = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (`ulimit -n`)"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or name another disk with TMPDIR or HF_HOME"),
+    errno.EFBIG: "allow larger files (`ulimit -f`)",
+    errno.EAGAIN: "allow more processes (`ulimit -u`), or set a smaller runtime.workers",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), "correct the path or its permissions (TMPDIR, HF_HOME)"
+    ),
+    errno.EIO: "check the disk",
+}
+# How Python and libraries say it in exceptions that have no number, or one that says less.
+_NO_MEMORY = ("Cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment")
+_IN_WORDS = {errno.EAGAIN: "can't start new thread", errno.ENOSPC: "No usable temporary directory found"}
+
+
+def system_refusal(error: BaseException) -> PipelineError | None:
+    """The sentence for an error that comes from a limit, a disk or a permission of the system; None for any other.
+
+    Libraries wrap such an error in types of their own, and a worker process sends only its text: the system's words
+    are in it either way.
+    """
+    for cause in causes(error):
+        said = str(cause)
+        if isinstance(cause, MemoryError) or any(words in said for words in _NO_MEMORY):
+            return PipelineError(
+                "There is not enough memory for this; lower runtime.batch_size, runtime.workers or runtime.max_pixels."
+            )
+        for number, help_ in _REFUSALS.items():
+            words = _IN_WORDS.get(number, "")
+            reason = words if words and words in said else os.strerror(number)
+            if getattr(cause, "errno", None) == number or reason in said:
+                name = getattr(cause, "filename", None)
+                where = f" for {name}" if isinstance(name, str | Path) else ""
+                return PipelineError(
+                    f"The system refused{where}: {reason}. What was committed is kept; {help_}, "
+                    "then run the same command again."
+                )
+    return None

@@ -10,28 +10,50 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-# Names of keys whose values are credentials. `class_token` and `reg_tokens` are parameters of models.
+# Names of keys whose values are credentials, with `_` for `-`. `class_token` and `reg_tokens` are parameters of models.
 SECRET_KEY = re.compile(
-    r"token|((use|hf|hub|auth|access|api|bearer|session|github|refresh)_?)+token|authorization"
+    r"token|((x|use|hf|hub|auth|access|api|amz|bearer|csrf|github|gitlab|id|oauth|private|refresh|sas|security|session"
+    r"|slack)_?)+token"
+    r"|(proxy_)?authorization|auth|(basic|http|proxy)_auth|(set_)?cookies?"
+    r"|((user|db|proxy|smtp|ftp|http)_?)?(pass|pwd)|passcode"
     r"|.*(passwd|password|passphrase|secret|credential|api_?key|private_?key|access_?key|account_?key"
     r"|connection_?string).*",
     re.IGNORECASE,
 )
-# Tokens of the Hub, user:password@ in an address, what signs an address, and what a request or a connection string of
-# Azure is signed with. (Before the @ of abfs:// is a container.)
+# Tokens as their issuers write them, by the prefixes that these publish so that scanners find them; upper and lower
+# case matter. A list of our own: the one of detect-secrets 1.5 lacks Hugging Face's and GitHub's newer tokens, and its
+# measure of entropy takes file names of weights for keys.
+TOKENS = (
+    r"hf_[A-Za-z0-9]{20,}",
+    r"gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl[a-z]{2,6}-[\w-]{20,}",
+    r"sk-(proj|ant|or|svcacct|admin)-[\w-]{16,}|sk-[A-Za-z0-9]{32,}|[rs]k_(live|test)_[A-Za-z0-9]{16,}",
+    r"(AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|AIza[\w-]{35}|ya29\.[\w-]{20,}",
+    r"xox[a-z]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{20,}|hooks\.slack\.com/services/[\w/]{20,}",
+    r"npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{40,}|dckr_pat_[\w-]{20,}|nvapi-[\w-]{40,}",
+    r"eyJ[\w-]{8,}\.eyJ[\w-]{8,}(\.[\w-]*)?",
+)
+# Those, private keys, user:password@ in an address, what signs an address, and what a request or a connection string
+# is signed with; all of it also where an address is quoted within another, as %3A%2F%2F. (Before the @ of abfs:// is a
+# container.)
 SECRET_TEXT = re.compile(
-    r"(?P<token>\bhf_[A-Za-z0-9]{20,})"
+    rf"(?P<token>(?<![A-Za-z0-9])(?-i:{'|'.join(TOKENS)})"
+    r"|-----BEGIN [A-Z ]{0,20}PRIVATE KEY( BLOCK)?-----(.*?-----END [A-Z ]{0,20}PRIVATE KEY( BLOCK)?-----|.*))"
     r"|(?P<scheme>\b(?!abfss?:)[a-z][a-z0-9+.-]{0,20}://)[^\s/?#'\"@]{1,300}@"
-    r"|(?P<key>[?&]([\w-]{0,40}(signature|credential|security-token|access_?key(id)?)|sig|token|api_?key|password)=)[^\s&'\")]+"
-    r"|(?P<signed>\b(authorization['\"]?: ?['\"]?(bearer|basic|token) |bearer (?=\S*\d)|(account|sharedaccess)key=))"
-    r"[^\s;'\",)]{8,}",
-    re.IGNORECASE,
+    r"|(?P<encoded>\b(?!abfss?%)[a-z][a-z0-9+.-]{0,20}%3A%2F%2F)((?!%2F|%3F|%23|%40)[^\s/?#'\"@]){1,300}%40"
+    r"|(?P<key>([?&]|%3F|%26)(amp;)?([\w-]{0,40}(signature|credential|token|secret|access_?key(id)?|api_?key|password)"
+    r"|sig|passwd|pass|pwd)(=|%3D))((?!%26)[^\s&'\")])+"
+    r"|(?P<signed>\b(authorization['\"]?: ?['\"]?(bearer|basic|token|digest) |bearer (?=\S*\d)"
+    r"|(account|sharedaccess)key=|x-[a-z-]{0,30}(key|token)['\"]?: ?['\"]?|cookie['\"]?: ?['\"]?"
+    r"|(password|passwd|pwd)=(?!/)))[^\s;'\",)]{8,}",
+    re.IGNORECASE | re.DOTALL,
 )
 # Variables of the environment that hold credentials: HF_TOKEN, AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_CONNECTION_STRING
 # and the like.
 SECRET_VARIABLE = re.compile(
-    r".*(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|PRIVATE_?KEY|_(KEY|PASS|CONNECTION_STRING))", re.IGNORECASE
+    r".*(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|COOKIE|API_?KEY|PRIVATE_?KEY|_(KEY|PASS|PWD|PAT|CONNECTION_STRING))",
+    re.IGNORECASE,
 )
 # The keys of a label_map are names of classes.
 CLASS_NAMES = ("model.label_map", "evaluators.label_map")
@@ -53,8 +75,11 @@ def _find(value: Any, where: str, known: Collection[str]) -> str | None:
             named = f"{where}.{key}" if where else str(key)
             if _without(str(key), known) != str(key):
                 return where or "a key"
-            names_secret = isinstance(key, str) and SECRET_KEY.fullmatch(key) and where not in CLASS_NAMES
-            if names_secret and inside not in (None, False):
+            names_secret = (
+                isinstance(key, str) and SECRET_KEY.fullmatch(key.replace("-", "_")) and where not in CLASS_NAMES
+            )
+            # `use_auth_token: true` says where to look.
+            if names_secret and inside is not None and not isinstance(inside, bool):
                 return named
             if found := _find(inside, named, known):
                 return found
@@ -64,13 +89,15 @@ def _find(value: Any, where: str, known: Collection[str]) -> str | None:
 
 
 def redact(text: str) -> str:
-    """A text without credentials: those of the environment, tokens of the Hub, and those in addresses."""
+    """A text without credentials: those of the environment, tokens, keys, and those in addresses."""
     return _without(text, _environment())
 
 
 def _without(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
-        text = text.replace(secret, "***")
+        # An address quotes what it carries.
+        for form in (secret, quote(secret, safe=""), quote(secret)):
+            text = text.replace(form, "***")
     return SECRET_TEXT.sub(_shown, text)
 
 
@@ -87,6 +114,8 @@ def redact_answer(text: str) -> str:
 def _shown(found: re.Match[str]) -> str:
     if found["scheme"]:
         return f"{found['scheme']}***@"
+    if found["encoded"]:
+        return f"{found['encoded']}***%40"
     return f"{found['key'] or found['signed'] or ''}***"
 
 

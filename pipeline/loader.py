@@ -28,6 +28,7 @@ from pipeline.config import MOST_PIXELS, PreprocessConfig
 from pipeline.errors import ConfigError, PipelineError, RowError, first_line
 from pipeline.images import Opener, UndecodableError, read_image
 from pipeline.lanes import available_cores
+from pipeline.memory import require_open_files
 from pipeline.plan import Plan, Shard
 from pipeline.sources import UNLABELLED, Source, Split, open_cell, spread
 from pipeline.streams import StreamedSource, Stretch, read_head, read_stretches
@@ -344,20 +345,23 @@ def load_batches(
         pin: put images, labels and masks into page-locked memory, from which copies to CUDA are asynchronous.
 
     Raises:
-        PipelineError: what `Reader.read` raises, or a worker process died.
+        PipelineError: what `Reader.read` raises, a worker process died, or too few files may be open for so many.
     """
     count = min(available_cores(), MAX_WORKERS) if workers == "auto" else int(workers)
     if isinstance(reader.source, StreamedSource):
         return _stream_batches(reader, reader.source, plan, shards, max(1, count), pin=pin)
     batches = _Batches(reader, plan, shards)
+    count = min(count, len(batches))
+    if count:
+        require_open_files(count)
     loader = DataLoader(
         batches,
         batch_size=None,
         collate_fn=_same,
-        num_workers=min(count, len(batches)),
+        num_workers=count,
         pin_memory=pin,
         worker_init_fn=_ignore_interrupt,
-        timeout=SILENT_SECONDS if count and len(batches) else 0,
+        timeout=SILENT_SECONDS if count else 0,
     )
     return _unwrap(loader)
 

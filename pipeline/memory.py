@@ -1,4 +1,4 @@
-"""Memory in use: this process and the workers that it started, seen now and then."""
+"""Memory in use, by this process and the workers that it started, seen now and then; and files that may be open."""
 
 import contextlib
 import os
@@ -10,9 +10,35 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.errors import PipelineError
+
 SAMPLE_SECONDS = 0.05
 # Reading the PSS walks the page tables, some 15 ms for a gigabyte: at most a tenth of one core goes into it.
 SAMPLE_SHARE = 0.1
+# Files that a run has open at most: without workers about 30, and 7 more for each worker.
+OPEN_FILES, OPEN_FILES_OF_WORKER = 64, 12
+
+
+def require_open_files(workers: int = 0) -> None:
+    """See that this process may open enough files, and raise its own limit where the system lets it.
+
+    Asked before anything starts: a worker of DataLoader that may open no more files does not fail, it hangs.
+
+    Raises:
+        PipelineError: the limit is too low.
+    """
+    needed = OPEN_FILES + OPEN_FILES_OF_WORKER * workers
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    if most == resource.RLIM_INFINITY or most >= needed:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+            return
+    fewer = ", or set a smaller runtime.workers" if workers else ""
+    raise PipelineError(
+        f"Only {limit} files may be open at once, and {needed} are needed; allow more with `ulimit -n {needed}`{fewer}."
+    )
 
 
 def descend(process: int) -> list[int]:

@@ -600,6 +600,32 @@ def test_a_machine_on_which_ray_cannot_start_is_told(monkeypatch: pytest.MonkeyP
         pipeline.cluster._connect()
 
 
+@pytest.mark.parametrize("where", ["local", None])
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("The current node timed out during startup."),
+        TimeoutError("Timed out while waiting for the file."),
+        RuntimeError("Failed to start GCS."),
+        ConnectionError("The GCS is gone."),
+        ray.exceptions.RayError("no raylet"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_local_cluster_that_does_not_start_is_one_sentence(
+    where: str | None, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where:
+        monkeypatch.setenv("RAY_ADDRESS", where)
+    else:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Where none is named and none found, a first attempt joins nothing.
+    monkeypatch.setattr("ray.init", Init(error) if where else Init(ConnectionError("none found"), error))
+    monkeypatch.setattr("pipeline.cluster.read_ray_address", lambda: None)
+    with pytest.raises(PipelineError, match=r"^Ray cannot be started on this machine"):
+        pipeline.cluster._connect()
+
+
 @pytest.mark.drill
 def test_a_temporary_folder_with_a_long_name_is_told(tmp_path: Path) -> None:
     (tmp_path / ("long" * 20)).mkdir()
