@@ -478,6 +478,14 @@ def packaged_configs() -> Path:
     return inside if inside.is_dir() else inside.parent.parent / "configs"
 
 
+def working_folder() -> Path | None:
+    """The folder to which relative paths are relative, None where it was removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
 def load_config(
     name: str, overrides: Sequence[str] = (), *, output: str | None = None, limit: int | None = None
 ) -> Config:
@@ -508,7 +516,7 @@ def load_config(
         _override(raw, override)
     # What is still relative came from an override or a shipped config. Absolute paths let `verify --recompute`
     # find the model again from any folder.
-    raw = _anchor_inputs(raw, Path.cwd())
+    raw = _anchor_inputs(raw, working_folder() or Path("/the removed working folder"))
     if output is not None:
         _override_value(raw, "output.path", output)
     if limit is not None:

@@ -20,7 +20,7 @@ from pydantic_core import from_json
 from pipeline.config import MOST_PIXELS, Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
-from pipeline.origins import UNKNOWN, Origin
+from pipeline.origins import UNKNOWN, LeftOut, Origin
 from pipeline.outputs import (
     STEM,
     EvaluatorCounts,
@@ -100,12 +100,16 @@ def _check_pixels(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 class Skipped(Record):
-    """A source row that could not be decoded; `source_file` is that of a source that was streamed."""
+    """A source row that could not be decoded.
+
+    `source_file` is that of a source that was streamed, `file` the name of the image where each has its own file.
+    """
 
     split: Split
     source_file: str | None = None
     source_index: Whole
     reason: str
+    file: str | None = None
 
     @model_serializer(mode="wrap")
     def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -116,6 +120,7 @@ class Manifest(Record):
     """`manifest.json`: what the dataset is, and how it came about.
 
     `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
+    `left_out` says what the source holds beside its rows, as it was found when the run began.
     """
 
     format: int = FORMAT_VERSION
@@ -125,6 +130,7 @@ class Manifest(Record):
     identity: dict[str, Any]
     versions: dict[str, str]
     origin: Origin = UNKNOWN
+    left_out: tuple[LeftOut, ...] = ()
     features: dict[str, Any]
     dataset_classes: tuple[str, ...]
     recorded_classes: tuple[str, ...] | None
@@ -320,6 +326,7 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
             source_file=files.get(receipt.shard),
             source_index=row.source_index,
             reason=row.reason,
+            file=row.file,
         )
         for receipt in ordered
         for row in receipt.skipped

@@ -140,19 +140,12 @@ class LevelCounts(Record):
 
 
 class SkippedRow(Record):
-    """A source row that could not be decoded; `position` is its place in the shard."""
+    """A source row that could not be decoded; `position` is its place in the shard, `file` the image's name."""
 
     position: Whole
     source_index: Whole
     reason: str
-
-
-class LeftOut(Record):
-    """What of a source is no row of it, for one reason: how many files or members of a tar, and the first names."""
-
-    reason: str
-    count: Whole
-    first: tuple[str, ...]
+    file: str | None = None
 
 
 class Receipt(Record):

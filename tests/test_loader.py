@@ -63,7 +63,7 @@ def files(folder: Path, contents: Sequence[bytes]) -> FileRows:
     paths = [folder / f"{index:03}.png" for index in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    return FileRows([str(path) for path in paths])
+    return FileRows([str(path) for path in paths], str(folder))
 
 
 def as_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
