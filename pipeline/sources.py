@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import stat
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,15 @@ from PIL import Image
 
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
-from pipeline.images import PILLOW_PIXELS, Opener, UndecodableError, is_image_name, is_of_the_machine, open_image
+from pipeline.images import (
+    PILLOW_PIXELS,
+    Opener,
+    UndecodableError,
+    image_suffixes,
+    is_image_name,
+    is_of_the_machine,
+    open_image,
+)
 from pipeline.origins import DIGITS, UNKNOWN, LeftOut, Origin, Tally, card_license, revision_of
 
 UNLABELLED = -1
@@ -293,6 +302,9 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in LITTER
 
 
+LITTER_REASON = "hidden files or folders, or ones that a system keeps"
+# Archives of images that `datasets` unpacks.
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 NO_IMAGE = "files that are no image by their name"
 
 
@@ -348,7 +360,7 @@ class _ClassFolders:
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
             if is_litter(entry.name):
-                self._leave_out("hidden files or folders, or ones that a system keeps", entry.path)
+                self._leave_out(LITTER_REASON, entry.path)
             elif entry.is_symlink():
                 entry.stat()  # raises where it leads to nothing: a class or an image may be missing
         return [entry for entry in entries if not is_litter(entry.name)]
@@ -399,10 +411,7 @@ class _ClassFolders:
     def _leave_out_second(self, kind: str, path: str, owner: str, first: str) -> None:
         """Leave out what a link leads to, and what is read already."""
         if kind != owner:
-            raise ConfigError(
-                f"source.path: {self._name(path)} leads to {self._name(first)}, whose images would then be of two "
-                "classes; remove the link."
-            )
+            raise _of_two_classes(self._name(path), self._name(first))
         self._leave_out("links to what is read already", path)
 
 
@@ -573,6 +582,13 @@ class ArrowRows(Rows):
             return pa.table({})
         return self.carried[list(map(int, rows))].replace_schema_metadata(None)
 
+    def file(self, row: int) -> str | None:
+        cell = self.cells([row])[0]
+        if not cell or cell["bytes"] is not None or cell["path"] is None:
+            return None
+        path = Path(cell["path"])
+        return next((str(path.relative_to(folder)) for folder in self.allowed if path.is_relative_to(folder)), None)
+
 
 def open_cell(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Image.Image:
     """Open an image as `datasets` stores it, {bytes, path}; a path only below the folders that are allowed.
@@ -604,7 +620,8 @@ def _file_digest(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> b
 def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
     import datasets
 
-    opened, allowed = _load_splits(config)
+    tally = Tally()
+    opened, allowed = _load_splits(config, tally)
     first = next(iter(opened.values()))
     image_column = find_image_column(first.features, config)
     label_column = find_label_column(first.features, config, need_labels)
@@ -635,6 +652,7 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
         digest=digest_of([*content, json.dumps(sorted(config.keep_columns))]),
         kept={name: first.features[name] for name in config.keep_columns},
         origin=_huggingface_origin(config, first),
+        left_out=tally.left_out(),
     )
 
 
@@ -668,8 +686,11 @@ def _check_alike(opened: dict[str, Any], columns: Sequence[str]) -> None:
                 )
 
 
-def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to."""
+def _load_splits(config: SourceConfig, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to.
+
+    `tally` counts the files of a local folder that are in none of them.
+    """
     import datasets
     from huggingface_hub import constants
 
@@ -687,10 +708,10 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
             _check_saved(folder)
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
-            cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-local-{_listing_digest(folder)}"
-            loaded = _load_own(
-                datasets.load_dataset_builder(str(folder.resolve()), config.name, cache_dir=str(cache)), config
-            )
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-folder-{_listing_digest(folder)}"
+            builder = _folder_builder(folder.resolve(), config.name, str(cache))
+            loaded = _load_own(builder, config)
+            _count_unread(builder, loaded, folder.resolve(), tally)
         else:
             cache, hub = Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve()
             own = path.replace("/", "--")
@@ -715,6 +736,111 @@ def _load_own(builder: Any, config: SourceConfig) -> Any:
     own_files(builder, config)
     builder.download_and_prepare()
     return builder.as_dataset()
+
+
+def _folder_builder(folder: Path, name: str | None, cache: str) -> Any:
+    """The builder of `datasets` for a local folder; of a folder of images it reads those that are read elsewhere here.
+
+    Raises:
+        ConfigError: an image's name is no UTF-8, or a link makes an image one of two classes.
+    """
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    try:
+        builder = datasets.load_dataset_builder(str(folder), name, cache_dir=cache)
+    except datasets.exceptions.DataFilesNotFoundError:
+        # Images of endings that its own list lacks, such as AVIF's.
+        builder = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), cache_dir=cache)
+    if isinstance(builder, ImageFolder):
+        _take_images(builder, folder)
+    return builder
+
+
+def _take_images(builder: Any, folder: Path) -> None:
+    """Have `datasets` read what Pillow opens, and no litter. Which file is of which split stays its choice."""
+    from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
+
+    builder.EXTENSIONS = sorted(image_suffixes())
+    found, place = builder.config.data_files, folder.as_posix()
+    every = DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
+    for split, files in found.items():
+        # Where a card says which files there are, it is left at that.
+        more = every.get(split, [])
+        taken = [
+            file
+            for file in (more if set(files) <= set(more) else files)
+            if (is_image_name(file) or Path(file).suffix in ARCHIVES or Path(file).name in builder.METADATA_FILENAMES)
+            and not any(map(is_litter, Path(file).relative_to(folder).parts))
+        ]
+        for file in taken:
+            if not file.isascii() and as_text(file) != file:
+                raise ConfigError(
+                    f"source.path: the name of {as_text(file)} is no UTF-8, and `datasets` holds no other; rename it, "
+                    "or set source.kind: imagefolder."
+                )
+        found[split] = DataFilesList(_without_second(taken), files.origin_metadata)
+
+
+def _without_second(files: Sequence[str]) -> list[str]:
+    """Files of which a link to another one of them is left out."""
+    own, kept = set(files), []
+    for file in files:
+        target = Path(file).resolve() if Path(file).is_symlink() else None
+        if str(target) not in own:
+            kept.append(file)
+        elif target is not None and target.parent != Path(file).parent:
+            raise _of_two_classes(file, str(target))
+    return kept
+
+
+def _of_two_classes(link: str, first: str) -> ConfigError:
+    return ConfigError(
+        f"source.path: {link} leads to {first}, whose images would then be of two classes; remove the link."
+    )
+
+
+def _count_unread(builder: Any, loaded: Mapping[str, Any], folder: Path, tally: Tally) -> None:
+    """Count the files of a local folder that `datasets` reads for no split, but for the card.
+
+    Raises:
+        OSError: a file is not where a link leads to.
+    """
+    read = {file for files in (builder.config.data_files or {}).values() for file in files}
+    if any(Path(file).name in getattr(builder, "METADATA_FILENAMES", ()) for file in read):
+        # Then only images that it names are rows.
+        read = {file for file in read if not is_image_name(file)} | _named_images(loaded)
+    waiting = deque([folder])
+    while waiting:
+        current = waiting.popleft()
+        inside = sorted(current.iterdir())
+        if not inside:
+            tally.add("empty folders", as_text(str(current.relative_to(folder))))
+        for path in inside:
+            name = as_text(str(path.relative_to(folder)))
+            if str(path) in read or path == folder / "README.md":
+                continue
+            if is_litter(path.name):
+                tally.add(LITTER_REASON, name)
+            elif stat.S_ISDIR(path.stat().st_mode):
+                if path.is_symlink():
+                    tally.add("links to folders, which `datasets` does not follow", name)
+                else:
+                    waiting.append(path)
+            else:
+                tally.add("files that `datasets` reads for no split", name)
+
+
+def _named_images(loaded: Mapping[str, Any]) -> set[str]:
+    import datasets
+
+    columns = (
+        dataset.data.table.column(name)
+        for dataset in loaded.values()
+        for name, feature in dataset.features.items()
+        if isinstance(feature, datasets.Image)
+    )
+    return {path for column in columns for path in pc.struct_field(column, "path").to_pylist()}
 
 
 def own_files(builder: Any, config: SourceConfig) -> dict[str, list[tuple[str, str]]]:
