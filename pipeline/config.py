@@ -521,7 +521,19 @@ def load_config(
         _override_value(raw, "output.path", output)
     if limit is not None:
         _override_value(raw, "source.limit", limit)
+    _check_recordable(raw)
     return parse_config(raw)
+
+
+def _check_recordable(raw: Mapping[str, Any]) -> None:
+    """Refuse a path whose bytes are no UTF-8: JSON, of which the manifest is, has no such text."""
+    for section, keys in raw.items():
+        for key, value in keys.items() if isinstance(keys, dict) else ():
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise ConfigError(
+                    f"{section}.{key}: the path {printable(value)} is no UTF-8, and manifest.json cannot record it; "
+                    "rename that file or folder."
+                )
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:

@@ -219,7 +219,7 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
         try:
             pixels = read_image(opener, preprocess, max_pixels)
         except UndecodableError as error:
-            reason = str(error)
+            reason = f"{where} ({error})"
             continue
         channels, height, width = pixels.shape
         if shape is not None and shape != (channels, height, width):
@@ -233,7 +233,7 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
         if preprocess.fixes_size:
             return shape
     if shape is None:
-        raise PipelineError(f"source: none of its images can be decoded; the last one tried says: {reason}.")
+        raise PipelineError(f"source: none of its images can be decoded; the last one tried is {reason}.")
     return shape
 
 

@@ -749,9 +749,11 @@ def _folder_builder(folder: Path, name: str | None, cache: str) -> Any:
 
     try:
         builder = datasets.load_dataset_builder(str(folder), name, cache_dir=cache)
-    except datasets.exceptions.DataFilesNotFoundError:
-        # Images of endings that its own list lacks, such as AVIF's.
+    except (datasets.exceptions.DataFilesNotFoundError, ValueError):
+        # A split may be of images alone whose endings its own list lacks, such as AVIF's.
         builder = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), cache_dir=cache)
+        if not all(any(map(is_image_name, files)) for files in builder.config.data_files.values()):
+            raise
     if isinstance(builder, ImageFolder):
         _take_images(builder, folder)
     return builder
