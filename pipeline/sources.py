@@ -340,6 +340,8 @@ class _ClassFolders:
         self._folders: deque[tuple[str, str, Path]] = deque()
         self._links: deque[tuple[str, str, Path]] = deque()
         self._file_links: list[tuple[str, str]] = []
+        # The real paths of folders that links to files lead into.
+        self._resolved: dict[Path, Path] = {}
         top = folder.resolve()
         for entry in self._entries(str(folder)):
             if entry.is_dir():
@@ -401,7 +403,13 @@ class _ClassFolders:
                 self.images[kind].append(entry.path)
 
     def _take_link(self, kind: str, path: str) -> None:
-        target = Path(path).resolve()
+        # To resolve each link by itself would take most of the time of a folder of links alone.
+        linked = Path(path).parent / Path(path).readlink()
+        if linked.parent not in self._resolved:
+            self._resolved[linked.parent] = linked.parent.resolve()
+        target = self._resolved[linked.parent] / linked.name
+        if target.is_symlink():
+            target = target.resolve()
         if target.parent in self._read and is_image_name(target.name) and not is_litter(target.name):
             owner, its_path = self._read[target.parent]
             self._leave_out_second(kind, path, owner, f"{its_path}/{target.name}")

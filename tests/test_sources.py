@@ -289,7 +289,8 @@ def test_what_lies_in_no_class_folder_is_counted(tmp_path: Path) -> None:
 def test_splits_are_found_beside_litter(tmp_path: Path) -> None:
     for split in ("val", "test"):
         write_folders(tmp_path / split, {"cat": [1], "dog": [2]})
-        put_image(tmp_path / split / ".ipynb_checkpoints/0.png")
+        for name in (".ipynb_checkpoints/0.png", "._0.png"):
+            put_image(tmp_path / split / name)
         for name in (".DS_Store", "labels.txt"):
             (tmp_path / split / name).touch()
     assert labels(folders(tmp_path, split=["val", "test"])) == {"val": [0, 1], "test": [0, 1]}
@@ -328,6 +329,7 @@ def test_images_come_in_the_order_of_torchvision(tmp_path: Path) -> None:
         ("cat/s/t", ".."),
         ("cat/1.png", "0.png"),
         ("cat/s/1.png", "../0.png"),
+        ("cat/s/1.png", "../s/../0.png"),
     ],
 )
 def test_each_file_is_read_once_whatever_links_lead_to_it(tmp_path: Path, link: str, target: str) -> None:
