@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.errors import Interrupted, PipelineError, first_line, system_refusal
+from pipeline.errors import ConfigError, Interrupted, PipelineError, first_line, system_refusal
 from pipeline.guard import presentable
 
 if TYPE_CHECKING:
@@ -62,10 +62,12 @@ def generate(
     again = shlex.join(["fgsm", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
     with _boundary(debug, f"Interrupted; what was committed is kept. To go on: {again}"):
         from pipeline.config import is_address, load_config
+
+        loaded = load_config(config, overrides or (), output=output, limit=limit)
+        _leave_removed_folder(loaded.output.path)
         from pipeline.generate import generate as run
         from pipeline.summary import summary_table
 
-        loaded = load_config(config, overrides or (), output=output, limit=limit)
         _say_epsilons(loaded.attack)
         manifest = run(loaded, overwrite=overwrite, executor=executor, unlocked=unlocked)
         _say(summary_table(manifest))
@@ -93,9 +95,11 @@ def plan(
     """Say what generate would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept."""
     with _boundary(debug, "Interrupted."):
         from pipeline.config import load_config
-        from pipeline.estimate import describe_plan
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
+        _leave_removed_folder(loaded.output.path)
+        from pipeline.estimate import describe_plan
+
         _say_epsilons(loaded.attack)
         text, warnings = describe_plan(loaded)
         _say(text)
@@ -117,6 +121,7 @@ def verify(
     """Check integrity, schema, counts and that images are clean ones plus epsilon times one sign; with --recompute
     predictions and signs too."""
     with _boundary(debug, "Interrupted."):
+        _leave_removed_folder(output)
         from pipeline.verify import damage_report, describe
         from pipeline.verify import verify as check
 
@@ -135,6 +140,7 @@ def verify(
 def inspect(output: Output, debug: Debug = False) -> None:
     """Show a table: per epsilon rows, accuracy, mean confidence, fooled, bytes."""
     with _boundary(debug, "Interrupted."):
+        _leave_removed_folder(output)
         from pipeline.summary import inspect as table
 
         _say(table(output))
@@ -144,6 +150,7 @@ def inspect(output: Output, debug: Debug = False) -> None:
 def report(output: Output, debug: Debug = False) -> None:
     """Make report.html and its pictures: what the attack did, for people."""
     with _boundary(debug, "Interrupted."):
+        _leave_removed_folder(output)
         from pipeline.report import report as make
 
         _say(make(output))
@@ -188,6 +195,7 @@ def publish(
         if not sys.stderr.isatty():
             # The client's bars for LFS, which it draws into a log too: tqdm reads this when it is imported.
             os.environ.setdefault("TQDM_MININTERVAL", "30")
+        _leave_removed_folder(output)
         from pipeline import publish as hub
 
         if dry_run:
@@ -195,6 +203,21 @@ def publish(
             return
         _say(f"Published: {hub.publish(output, repo_id, private=private)}")
         _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
+
+
+def _leave_removed_folder(output: str) -> None:
+    """Work from / where the working folder was removed: torch's libraries end the process where there is none.
+
+    Raises:
+        ConfigError: the output is relative to the folder that was removed.
+    """
+    from pipeline.config import is_address, working_folder
+
+    if working_folder() is not None:
+        return
+    if not is_address(output) and not Path(output).expanduser().is_absolute():
+        raise ConfigError(f"The working folder was removed; name {output} by its whole path, or work from another one.")
+    os.chdir("/")
 
 
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:

@@ -467,7 +467,7 @@ class _Session:
         """Stop where too many rows were skipped, the last of them in this shard, as its receipt says."""
         skipped, read = sum(len(receipt.skipped) for receipt in receipts), sum(receipt.planned for receipt in receipts)
         row = last.skipped[-1]
-        message = f"{name_row(shard, row.source_index)} cannot be decoded ({row.reason})"
+        message = f"{name_row(shard, row.source_index, row.file)} cannot be decoded ({row.reason})"
         check_share_skipped(skipped, self.total, read, self.most, message)
 
     def _look(self) -> None:

@@ -504,6 +504,14 @@ def packaged_configs() -> Path:
     return inside if inside.is_dir() else inside.parent.parent / "configs"
 
 
+def working_folder() -> Path | None:
+    """The folder to which relative paths are relative, None where it was removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
 def load_config(
     name: str, overrides: Sequence[str] = (), *, output: str | None = None, limit: int | None = None
 ) -> Config:
@@ -534,12 +542,24 @@ def load_config(
         _override(raw, override)
     # What is still relative came from an override or a shipped config. Absolute paths let `verify --recompute`
     # find the model again from any folder.
-    raw = _anchor_inputs(raw, Path.cwd())
+    raw = _anchor_inputs(raw, working_folder() or Path("/the removed working folder"))
     if output is not None:
         _override_value(raw, "output.path", output)
     if limit is not None:
         _override_value(raw, "source.limit", limit)
+    _check_recordable(raw)
     return parse_config(raw)
+
+
+def _check_recordable(raw: Mapping[str, Any]) -> None:
+    """Refuse a path whose bytes are no UTF-8: JSON, of which the manifest is, has no such text."""
+    for section, keys in raw.items():
+        for key, value in keys.items() if isinstance(keys, dict) else ():
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise ConfigError(
+                    f"{section}.{key}: the path {printable(value)} is no UTF-8, and manifest.json cannot record it; "
+                    "rename that file or folder."
+                )
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:

@@ -188,7 +188,7 @@ def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, judges: b
     if not batch.skipped:
         return
     runtime, last = run.config.runtime, batch.skipped[-1]
-    row = f"{name_row(batch.shard, last.source_index)} cannot be decoded ({last.reason})"
+    row = f"{name_row(batch.shard, last.source_index, last.file)} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
         raise RowError(f"source: {row}, and runtime.on_error is fail.")
     if judges:
@@ -354,7 +354,8 @@ class _Sink:
                 )
         self._zero_signs += zero_signs
         self._skipped += [
-            SkippedRow(position=row.position, source_index=row.source_index, reason=row.reason) for row in batch.skipped
+            SkippedRow(position=row.position, source_index=row.source_index, reason=row.reason, file=row.file)
+            for row in batch.skipped
         ]
 
     def _receipt(self, shard: Shard) -> Receipt:

@@ -3,12 +3,12 @@
 How every image becomes what `preprocess.mode` says:
 
     EXIF          the orientation is applied first
-    16-bit gray   divided by 257, so that 65,535 becomes 255 (Pillow alone would clip at 255)
+    16-bit gray   divided by 257, so that 65,535 becomes 255 (Pillow alone would clip at 255); 12-bit alike
     alpha         dropped, as torchvision's and `datasets`' loaders do; hidden colours show
     palette, CMYK, 1-bit, YCbCr   Pillow's conversion, ICC profiles ignored
     RGB to L      0.299 R + 0.587 G + 0.114 B (ITU-R 601-2); L to RGB repeats the channel
     animations    the first frame
-    float pixels  refused: their range is not known
+    float pixels  refused: their range is not known; the same for 32-bit integers and signed ones
 
 Only formats of FORMATS are opened, whatever else Pillow could: PostScript would run Ghostscript, and formats that
 nobody keeps photographs in are parsers that nobody has attacked yet. A header is believed before a pixel is decoded:
@@ -20,15 +20,16 @@ images by 1 to 3 grey levels on average and by up to 96.
 """
 
 import errno
+import functools
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.config import PreprocessConfig
@@ -43,6 +44,8 @@ WEBP_MAX_SIDE = 16_383
 IMAGE_ERRORS = (errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.EISDIR, errno.ENAMETOOLONG)
 # What images of datasets come in, as Pillow names it: JPEG is MPO too, PPM its whole family, BMP also DIB.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# What Pillow calls files of these formats by their names alone.
+NAMED_FORMATS = (*FORMATS, "MPO", "DIB")
 # What pictures are stored in.
 STORED_FORMATS = ("WEBP", "PNG")
 # Pillow's own limit, above which it warns; above twice as much it refuses.
@@ -69,6 +72,17 @@ def open_image(file: Path | str | IO[bytes]) -> Image.Image:
     return Image.open(file, formats=FORMATS)
 
 
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of names of images, in lower case: those of FORMATS, as Pillow has them."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in NAMED_FORMATS)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name ends as that of an image does, in letters of either case."""
+    return PurePath(name).suffix.lower() in image_suffixes()
+
+
 def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) -> Tensor:
     """Open, decode, convert, resize and crop one image.
 
@@ -91,7 +105,7 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
         with opener() as image:
             _check_pixels(image.width, image.height, max_pixels)
             _check_resized(image.width, image.height, preprocess, max_pixels)
-            pixels = _convert(_upright(image), preprocess.mode)
+            pixels = _convert(_gray_to_8_bits(_upright(image), image), preprocess.mode)
         return _resize(pixels, preprocess)
     except UndecodableError:
         raise
@@ -150,13 +164,32 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
+def _gray_to_8_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """Gray of 16 or 12 bits as 8 bits; any other image as it is.
+
+    Args:
+        image: the pixels.
+        opened: the same image as it was opened: turned upright, it no longer knows what it was read from.
+
+    Raises:
+        UndecodableError: nobody knows which value is white.
+    """
+    # Pillow has 16 bits of PNG and PPM as mode I too, whose values are then 0 to 65,535.
+    if image.mode == "F" or (image.mode == "I" and opened.format not in ("PNG", "PPM")):
+        raise UndecodableError(
+            f"{'floating-point' if image.mode == 'F' else '32-bit or signed'} pixels have no fixed range"
+        )
+    if not image.mode.startswith("I"):
+        return image
+    tags = opened.tag_v2 if isinstance(opened, TiffImagePlugin.TiffImageFile) else {}
+    white = 4095 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 65_535
+    values = np.clip(np.asarray(image).astype(np.int64), 0, white)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        values = white - values  # 0 is white, which Pillow heeds in 8 bits only
+    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+
+
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "F":
-        raise UndecodableError("floating-point pixels have no fixed range")
-    if image.mode.startswith("I"):
-        # 16-bit gray opens as I;16 or, from some formats, as I.
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns where this step is left out
     return image.convert(mode)

@@ -11,7 +11,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,11 +46,12 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Skipped:
-    """A source row that is not in the output, and why; `position` is its place in the shard."""
+    """A source row that is not in the output, and why; `position` is its place in the shard, `file` its name."""
 
     position: int
     source_index: int
     reason: str
+    file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Reader:
         started = time.thread_time()
         split = self._split(shard.split)
         rows = plan.rows(shard, place)
-        batch = self._decode(plan, shard, place, split.rows.openers(rows.tolist()), split.labels[rows])
+        batch = self._decode(plan, shard, place, split.rows.openers(rows.tolist()), split.labels[rows], split.rows.file)
         kept = split.rows.kept(batch.source_index.tolist())
         return replace(batch, kept=kept, seconds=time.thread_time() - started)
 
@@ -156,9 +157,15 @@ class Reader:
             )
 
     def _decode(
-        self, plan: Plan, shard: Shard, place: slice, openers: Sequence[Opener], known: NDArray[np.int64]
+        self,
+        plan: Plan,
+        shard: Shard,
+        place: slice,
+        openers: Sequence[Opener],
+        known: NDArray[np.int64],
+        file_of: Callable[[int], str | None] = lambda _: None,
     ) -> Batch:
-        """A batch without its kept columns."""
+        """A batch without its kept columns; `file_of` names the file of a source row."""
         rows = plan.rows(shard, place)
         channels, height, width = self.shape
         images = torch.zeros((plan.batch_size, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -169,10 +176,12 @@ class Reader:
             try:
                 pixels = read_image(opener, self.preprocess, self.max_pixels)
             except UndecodableError as error:
-                skipped.append(Skipped(place.start + slot, int(rows[slot]), str(error)))
+                row = int(rows[slot])
+                skipped.append(Skipped(place.start + slot, row, str(error), file_of(row)))
                 continue
             if tuple(pixels.shape) != self.shape:
-                raise _mixed_sizes(self.shape, tuple(pixels.shape), name_row(shard, int(rows[slot])))
+                row = int(rows[slot])
+                raise _mixed_sizes(self.shape, tuple(pixels.shape), name_row(shard, row, file_of(row)))
             images[slot], valid[slot] = pixels, True
         labels[: len(rows)] = torch.from_numpy(known)
         source_index = rows[valid[: len(rows)].numpy()]
@@ -205,9 +214,10 @@ class Reader:
         return next(split for split in self.source.splits if split.name == name)
 
 
-def name_row(shard: Shard, row: int) -> str:
-    """A source row, for messages."""
-    return f"row {row} of {f'split {shard.split}' if shard.file is None else shard.file}"
+def name_row(shard: Shard, row: int, file: str | None = None) -> str:
+    """A source row, for messages; `file` is the name of its image, where it has one."""
+    where = f"row {row} of {f'split {shard.split}' if shard.file is None else shard.file}"
+    return f"{where} ({file})" if file else where
 
 
 def _mixed_sizes(expected: Sequence[int], found: Sequence[int], where: str) -> ConfigError:
@@ -233,7 +243,7 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
         try:
             pixels = read_image(opener, preprocess, max_pixels)
         except UndecodableError as error:
-            reason = str(error)
+            reason = f"{where} ({error})"
             continue
         channels, height, width = pixels.shape
         if shape is not None and shape != (channels, height, width):
@@ -247,7 +257,7 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
         if preprocess.fixes_size:
             return shape
     if shape is None:
-        raise PipelineError(f"source: none of its images can be decoded; the last one tried says: {reason}.")
+        raise PipelineError(f"source: none of its images can be decoded; the last one tried is {reason}.")
     return shape
 
 
@@ -264,7 +274,9 @@ def _samples(source: Source, plan: Plan, count: int = SIZE_SAMPLES) -> Iterator[
     for split in source.splits:
         order = plan.orders[split.name]
         for row in order[spread(len(order), count)].tolist():
-            yield f"row {row} of split {split.name}", int(split.labels[row]), split.rows.openers([row])[0]
+            file = split.rows.file(row)
+            named = f" ({file})" if file else ""
+            yield f"row {row} of split {split.name}{named}", int(split.labels[row]), split.rows.openers([row])[0]
 
 
 def head_openers(source: StreamedSource, shards: Sequence[Shard], count: int) -> Iterator[Sample]:

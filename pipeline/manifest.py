@@ -24,7 +24,7 @@ from pydantic_core import from_json, to_json
 from pipeline.config import MOST_PIXELS, Config, ModelConfig, is_factory_file, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
-from pipeline.origins import UNKNOWN, Origin
+from pipeline.origins import UNKNOWN, LeftOut, Origin
 from pipeline.outputs import (
     RUN_ID,
     STEM,
@@ -113,12 +113,16 @@ def _check_pixels(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 class Skipped(Record):
-    """A source row that could not be decoded; `source_file` is that of a source that was streamed."""
+    """A source row that could not be decoded.
+
+    `source_file` is that of a source that was streamed, `file` the name of the image where each has its own file.
+    """
 
     split: Split
     source_file: str | None = None
     source_index: Whole
     reason: str
+    file: str | None = None
 
     @model_serializer(mode="wrap")
     def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -129,6 +133,7 @@ class Manifest(SealedRecord):
     """`manifest.json`: what the dataset is, and how it came about.
 
     `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
+    `left_out` says what the source holds beside its rows, as it was found when the run began.
 
     `generation` counts how often an object store's prefix had been started over when the run began. While a run is
     under way, `session` names the process that holds the store, so that each has a manifest of its own, and
@@ -145,6 +150,7 @@ class Manifest(SealedRecord):
     identity: dict[str, Any]
     versions: dict[str, str]
     origin: Origin = UNKNOWN
+    left_out: tuple[LeftOut, ...] = ()
     features: dict[str, Any]
     dataset_classes: tuple[str, ...]
     recorded_classes: tuple[str, ...] | None
@@ -469,6 +475,7 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
             source_file=files.get(receipt.shard),
             source_index=row.source_index,
             reason=row.reason,
+            file=row.file,
         )
         for receipt in ordered
         for row in receipt.skipped

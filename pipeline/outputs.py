@@ -269,19 +269,12 @@ def add_up(level: int, counts: Sequence[LevelCounts], evaluators: Iterable[str])
 
 
 class SkippedRow(Record):
-    """A source row that could not be decoded; `position` is its place in the shard."""
+    """A source row that could not be decoded; `position` is its place in the shard, `file` the image's name."""
 
     position: Whole
     source_index: Whole
     reason: str
-
-
-class LeftOut(Record):
-    """What of a source is no row of it, for one reason: how many files or members of a tar, and the first names."""
-
-    reason: str
-    count: Whole
-    first: tuple[str, ...]
+    file: str | None = None
 
 
 class Receipt(SealedRecord):

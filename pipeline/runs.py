@@ -144,6 +144,7 @@ class Run:
             identity=self.identity,
             versions=versions(self.device),
             origin=self.source.origin,
+            left_out=self.source.left_out,
             features=self.features.to_dict(),
             dataset_classes=self.space.dataset_classes,
             recorded_classes=self.space.recorded_classes,
@@ -175,6 +176,8 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     device = choose_device(config.runtime.device, config.runtime.precision)
     opens = open_stream if config.source.streaming else open_source
     source = opens(config.source, need_labels=config.attack.label == "dataset")
+    for left_out in source.left_out:
+        logger.warning("Left out of the source: %s.", left_out)
     victim, published = load_victim(
         config.model, seed=config.runtime.seed, device=device, bf16=config.runtime.precision == "bf16"
     )

@@ -8,8 +8,11 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import re
+import stat
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,8 +27,16 @@ from PIL import Image
 
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, PipelineError, first_line
-from pipeline.images import PILLOW_PIXELS, Opener, UndecodableError, is_of_the_machine, open_image
-from pipeline.origins import DIGITS, UNKNOWN, Origin, card_license, revision_of
+from pipeline.images import (
+    PILLOW_PIXELS,
+    Opener,
+    UndecodableError,
+    image_suffixes,
+    is_image_name,
+    is_of_the_machine,
+    open_image,
+)
+from pipeline.origins import DIGITS, UNKNOWN, LeftOut, Origin, Tally, card_license, revision_of
 
 UNLABELLED = -1
 # Evenly spaced images whose bytes enter a source's digest; sizes and labels of all rows enter it too.
@@ -48,6 +59,11 @@ class Rows(Protocol):
         del rows
         return pa.table({})
 
+    def file(self, row: int) -> str | None:
+        """The name of a row's file within the source, where it has one; for people, in valid UTF-8."""
+        del row
+        return None
+
 
 @dataclass(frozen=True)
 class Split:
@@ -64,7 +80,7 @@ class Source:
 
     `classes` is None where the dataset does not name its classes; then its labels are the model's own
     indices. `kept` maps carried-through columns to their `datasets` features. `digest` changes when the
-    content does, and not when the dataset moves. `origin` is for the card.
+    content does, and not when the dataset moves. `origin` is for the card. `left_out` says what of it is no row.
     """
 
     splits: tuple[Split, ...]
@@ -72,6 +88,7 @@ class Source:
     digest: str
     kept: dict[str, Any] = field(default_factory=dict)
     origin: Origin = UNKNOWN
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def open_source(config: SourceConfig, *, need_labels: bool) -> Source:
@@ -127,7 +144,7 @@ def digest_of(parts: Iterable[bytes | str]) -> str:
     """A sha256 over all parts, in order, that tells where each ends."""
     total = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = os.fsencode(part) if isinstance(part, str) else part  # names of files may be no UTF-8
         total.update(len(data).to_bytes(8, "little") + data)
     return total.hexdigest()
 
@@ -196,51 +213,214 @@ def _check_splits(asked: Sequence[str], there: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class FileRows(Rows):
-    """Image files by their paths."""
+    """Image files by their paths, below `root`."""
 
     paths: Sequence[str]
+    root: str
 
     def openers(self, rows: Sequence[int]) -> list[Opener]:
         return [partial(open_image, self.paths[row]) for row in rows]
 
+    def file(self, row: int) -> str:
+        return as_text(self.paths[row].removeprefix(f"{self.root}/"))
+
+
+def as_text(name: str) -> str:
+    """A file's name for people and files of text: bytes of it that are no UTF-8 become escapes such as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
 
 def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
     del need_labels  # the folder of an image is its label
-    from torchvision.datasets import ImageFolder
-
     root = _existing_folder(config)
-    folders = _split_folders(root, config)
+    tally = Tally()
     try:
-        opened = {name: ImageFolder(str(folder)) for name, folder in folders.items()}
-    except FileNotFoundError as error:
-        raise ConfigError(f"source.path: {root} is not a folder of class folders: {first_line(error)}.") from None
-    classes = next(iter(opened.values())).classes
-    for name, images in opened.items():
-        if images.classes != classes:
-            raise ConfigError(f"source.path: the class folders of split {name} differ from those of the first split.")
-    listing = (
-        f"{name}/{Path(path).relative_to(folders[name])}:{Path(path).stat().st_size}"
-        for name, images in opened.items()
-        for path, _ in images.samples
-    )
-    sampled = (
-        Path(images.samples[row][0]).read_bytes()
-        for images in opened.values()
-        for row in spread(len(images.samples), DIGEST_SAMPLES)
-    )
-    try:
+        folders = _split_folders(root, config)
+        listed = {name: _ClassFolders(folder, root, tally).images for name, folder in folders.items()}
+        classes = _common_classes(listed, root, tally)
+        paths = {name: [path for own in images.values() for path in own] for name, images in listed.items()}
+        listing = (
+            f"{name}/{path.removeprefix(f'{folders[name]}/')}:{Path(path).stat().st_size}"
+            for name, own in paths.items()
+            for path in own
+        )
+        sampled = (Path(own[row]).read_bytes() for own in paths.values() for row in spread(len(own), DIGEST_SAMPLES))
         digest = digest_of([*listing, *sampled])
     except OSError as error:
         raise _unread(error) from None
     return Source(
         splits=tuple(
-            Split(name, np.asarray(images.targets, dtype=np.int64), FileRows([path for path, _ in images.samples]))
-            for name, images in opened.items()
+            Split(
+                name,
+                np.repeat(np.arange(len(images)), [len(own) for own in images.values()]).astype(np.int64),
+                FileRows(paths[name], str(root)),
+            )
+            for name, images in listed.items()
         ),
         classes=class_names(config, classes),
         digest=digest,
-        origin=Origin(name=root.resolve().name),
+        origin=Origin(name=as_text(root.resolve().name)),
+        left_out=tally.left_out(),
     )
+
+
+def _common_classes(listed: Mapping[str, Mapping[str, Sequence[str]]], root: Path, tally: Tally) -> list[str]:
+    """The class names, which are the same for all splits; a class may be without images in some of them, not in all.
+
+    Raises:
+        ConfigError: there are none, they differ, or a folder without images may be a class or not.
+    """
+    first = next(iter(listed.values()))
+    if not first:
+        raise ConfigError(f"source.path: {root} is not a folder of class folders: there is no folder in it.")
+    for name, images in listed.items():
+        if [*images] != [*first]:
+            raise ConfigError(f"source.path: the class folders of split {name} differ from those of the first split.")
+        for empty in (kind for kind, own in images.items() if not own):
+            tally.add("class folders without images (the class keeps its index)", as_text(f"{name}/{empty}"))
+    for kind in first:
+        if not any(images[kind] for images in listed.values()):
+            raise ConfigError(
+                f"source.path: {root} is not a folder of class folders: {as_text(kind)} holds no image; remove it, or "
+                "put an image of that class there."
+            )
+    classes = [as_text(kind) for kind in first]
+    if len(set(classes)) < len(classes):
+        raise ConfigError(f"source.path: {root} has two class folders whose names read alike; rename one of them.")
+    return classes
+
+
+# Folders that systems and tools leave among the files of others, in lower case. What begins with a dot is hidden.
+LITTER = (
+    *("__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"),
+    "__pycache__",
+)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems and tools leave among the files of others."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
+LITTER_REASON = "hidden files or folders, or ones that a system keeps"
+# Archives of images that `datasets` unpacks.
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
+NO_IMAGE = "files that are no image by their name"
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not is_litter(path.name)]
+
+
+class _ClassFolders:
+    """The image files below a folder of class folders, by class.
+
+    Links are followed, and each folder is read once: those that lie there first, then those that links lead to. So no
+    label depends on the order of names, and a loop of links ends. A link to a file that is read under its own name is
+    left out too. Any other link to a file is an image: stores that keep equal files once are folders of such links.
+    """
+
+    def __init__(self, folder: Path, root: Path, tally: Tally) -> None:
+        """List them.
+
+        Args:
+            folder: of the class folders.
+            root: of the source, to which names in messages are relative.
+            tally: counts what is left out.
+
+        Raises:
+            ConfigError: a link would make an image one of two classes.
+            OSError: a file or folder cannot be read, or is not where a link leads to.
+        """
+        self.images: dict[str, list[str]] = {}
+        self._root, self._tally = root, tally
+        # The class and the path of each folder that was read, by its real path.
+        self._read: dict[Path, tuple[str, str]] = {}
+        # What is still to be read: class, path and real path.
+        self._folders: deque[tuple[str, str, Path]] = deque()
+        self._links: deque[tuple[str, str, Path]] = deque()
+        self._file_links: list[tuple[str, str]] = []
+        # The real paths of folders that links to files lead into.
+        self._resolved: dict[Path, Path] = {}
+        top = folder.resolve()
+        for entry in self._entries(str(folder)):
+            if entry.is_dir():
+                self._found_folder(entry.name, entry, top)
+            else:
+                what = "images in no class folder" if is_image_name(entry.name) else NO_IMAGE
+                self._leave_out(what, entry.path)
+        while self._folders or self._links:
+            self._read_folder(*(self._folders or self._links).popleft())
+        for kind, path in self._file_links:
+            self._take_link(kind, path)
+        # In the order of torchvision's ImageFolder: by folder, then by name.
+        self.images = {kind: sorted(self.images[kind], key=os.path.split) for kind in sorted(self.images)}
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """What a folder holds, by name, but for litter."""
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if is_litter(entry.name):
+                self._leave_out(LITTER_REASON, entry.path)
+            elif entry.is_symlink():
+                entry.stat()  # raises where it leads to nothing: a class or an image may be missing
+        return [entry for entry in entries if not is_litter(entry.name)]
+
+    def _leave_out(self, reason: str, path: str) -> None:
+        self._tally.add(reason, self._name(path))
+
+    def _name(self, path: str) -> str:
+        return as_text(path.removeprefix(f"{self._root}/"))
+
+    def _found_folder(self, kind: str, entry: os.DirEntry[str], real: Path) -> None:
+        """Read a folder later, in a folder of this real path: links after all that lies there itself."""
+        if not entry.is_symlink():
+            self._folders.append((kind, entry.path, real / entry.name))
+        else:
+            target = Path(entry.path).resolve()
+            if real.is_relative_to(target):
+                self._leave_out("links to a folder that they lie in", entry.path)
+                return
+            self._links.append((kind, entry.path, target))
+        self.images.setdefault(kind, [])
+
+    def _read_folder(self, kind: str, path: str, real: Path) -> None:
+        if real in self._read:
+            self._leave_out_second(kind, path, *self._read[real])
+            return
+        self._read[real] = kind, path
+        for entry in self._entries(path):
+            if entry.is_dir():
+                self._found_folder(kind, entry, real)
+            elif not is_image_name(entry.name):
+                self._leave_out(NO_IMAGE, entry.path)
+            elif not entry.is_file():
+                self._leave_out("pipes, sockets or devices", entry.path)  # opening a pipe would wait for ever
+            elif entry.is_symlink():
+                self._file_links.append((kind, entry.path))
+            else:
+                self.images[kind].append(entry.path)
+
+    def _take_link(self, kind: str, path: str) -> None:
+        # To resolve each link by itself would take most of the time of a folder of links alone.
+        linked = Path(path).parent / Path(path).readlink()
+        if linked.parent not in self._resolved:
+            self._resolved[linked.parent] = linked.parent.resolve()
+        target = self._resolved[linked.parent] / linked.name
+        if target.is_symlink():
+            target = target.resolve()
+        if target.parent in self._read and is_image_name(target.name) and not is_litter(target.name):
+            owner, its_path = self._read[target.parent]
+            self._leave_out_second(kind, path, owner, f"{its_path}/{target.name}")
+        else:
+            self.images[kind].append(path)
+
+    def _leave_out_second(self, kind: str, path: str, owner: str, first: str) -> None:
+        """Leave out what a link leads to, and what is read already."""
+        if kind != owner:
+            raise _of_two_classes(self._name(path), self._name(first))
+        self._leave_out("links to what is read already", path)
 
 
 def _existing_folder(config: SourceConfig) -> Path:
@@ -254,14 +434,14 @@ def _split_folders(root: Path, config: SourceConfig) -> dict[str, Path]:
     """Where each split's class folders are: `root/<split>` if that holds folders, else `root` itself."""
     names = config.split or ("train",)
     folders = {name: root / name for name in names}
-    nested = [name for name, folder in folders.items() if folder.is_dir() and any(map(Path.is_dir, folder.iterdir()))]
+    nested = [name for name, folder in folders.items() if folder.is_dir() and _subfolders(folder)]
     if len(nested) == len(names):
         return folders
     if len(names) > 1:
         missing = next(name for name in names if name not in nested)
         raise ConfigError(f"source.split: there is no folder {root / missing} with class folders in it.")
-    inside = [path for folder in root.iterdir() if folder.is_dir() for path in folder.iterdir()]
-    if inside and all(path.is_dir() for path in inside):
+    inside = [path for folder in _subfolders(root) for path in folder.iterdir() if not is_litter(path.name)]
+    if any(map(Path.is_dir, inside)) and not any(is_image_name(path.name) and path.is_file() for path in inside):
         raise ConfigError(f"source.split: there is no folder {root / names[0]} with class folders in it.")
     return {names[0]: root}
 
@@ -354,7 +534,7 @@ def _torchvision_labels(dataset: Any, config: SourceConfig) -> Labels:
 
 def _unread(error: Exception) -> PipelineError:
     """The sentence for an image that the machine failed to read, or that is gone, before a run."""
-    return PipelineError(f"source: an image cannot be read: {first_line(error)}; mend that first.")
+    return PipelineError(f"source: an image or a folder cannot be read: {first_line(error)}; mend that first.")
 
 
 def _sampled(reads: Iterable[Callable[[], bytes]]) -> Iterable[bytes]:
@@ -410,6 +590,13 @@ class ArrowRows(Rows):
             return pa.table({})
         return self.carried[list(map(int, rows))].replace_schema_metadata(None)
 
+    def file(self, row: int) -> str | None:
+        cell = self.cells([row])[0]
+        if not cell or cell["bytes"] is not None or cell["path"] is None:
+            return None
+        path = Path(cell["path"])
+        return next((str(path.relative_to(folder)) for folder in self.allowed if path.is_relative_to(folder)), None)
+
 
 def open_cell(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Image.Image:
     """Open an image as `datasets` stores it, {bytes, path}; a path only below the folders that are allowed.
@@ -441,7 +628,8 @@ def _file_digest(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> b
 def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
     import datasets
 
-    opened, allowed = _load_splits(config)
+    tally = Tally()
+    opened, allowed = _load_splits(config, tally)
     first = next(iter(opened.values()))
     image_column = find_image_column(first.features, config)
     label_column = find_label_column(first.features, config, need_labels)
@@ -472,6 +660,7 @@ def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
         digest=digest_of([*content, json.dumps(sorted(config.keep_columns))]),
         kept={name: first.features[name] for name in config.keep_columns},
         origin=_huggingface_origin(config, first),
+        left_out=tally.left_out(),
     )
 
 
@@ -505,8 +694,11 @@ def _check_alike(opened: dict[str, Any], columns: Sequence[str]) -> None:
                 )
 
 
-def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to."""
+def _load_splits(config: SourceConfig, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to.
+
+    `tally` counts the files of a local folder that are in none of them.
+    """
     import datasets
     from huggingface_hub import constants
 
@@ -524,10 +716,10 @@ def _load_splits(config: SourceConfig) -> tuple[dict[str, Any], tuple[Path, ...]
             _check_saved(folder)
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
-            cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-local-{_listing_digest(folder)}"
-            loaded = _load_own(
-                datasets.load_dataset_builder(str(folder.resolve()), config.name, cache_dir=str(cache)), config
-            )
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-folder-{_listing_digest(folder)}"
+            builder = _folder_builder(folder.resolve(), config.name, str(cache))
+            loaded = _load_own(builder, config)
+            _count_unread(builder, loaded, folder.resolve(), tally)
         else:
             cache, hub = Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve()
             own = path.replace("/", "--")
@@ -552,6 +744,113 @@ def _load_own(builder: Any, config: SourceConfig) -> Any:
     own_files(builder, config)
     builder.download_and_prepare()
     return builder.as_dataset()
+
+
+def _folder_builder(folder: Path, name: str | None, cache: str) -> Any:
+    """The builder of `datasets` for a local folder; of a folder of images it reads those that are read elsewhere here.
+
+    Raises:
+        ConfigError: an image's name is no UTF-8, or a link makes an image one of two classes.
+    """
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    try:
+        builder = datasets.load_dataset_builder(str(folder), name, cache_dir=cache)
+    except (datasets.exceptions.DataFilesNotFoundError, ValueError):
+        # A split may be of images alone whose endings its own list lacks, such as AVIF's.
+        builder = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), cache_dir=cache)
+        if not all(any(map(is_image_name, files)) for files in builder.config.data_files.values()):
+            raise
+    if isinstance(builder, ImageFolder):
+        _take_images(builder, folder)
+    return builder
+
+
+def _take_images(builder: Any, folder: Path) -> None:
+    """Have `datasets` read what Pillow opens, and no litter. Which file is of which split stays its choice."""
+    from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
+
+    builder.EXTENSIONS = sorted(image_suffixes())
+    found, place = builder.config.data_files, folder.as_posix()
+    every = DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
+    for split, files in found.items():
+        # Where a card says which files there are, it is left at that.
+        more = every.get(split, [])
+        taken = [
+            file
+            for file in (more if set(files) <= set(more) else files)
+            if (is_image_name(file) or Path(file).suffix in ARCHIVES or Path(file).name in builder.METADATA_FILENAMES)
+            and not any(map(is_litter, Path(file).relative_to(folder).parts))
+        ]
+        for file in taken:
+            if not file.isascii() and as_text(file) != file:
+                raise ConfigError(
+                    f"source.path: the name of {as_text(file)} is no UTF-8, and `datasets` holds no other; rename it, "
+                    "or set source.kind: imagefolder."
+                )
+        found[split] = DataFilesList(_without_second(taken), files.origin_metadata)
+
+
+def _without_second(files: Sequence[str]) -> list[str]:
+    """Files of which a link to another one of them is left out."""
+    own, kept = set(files), []
+    for file in files:
+        target = Path(file).resolve() if Path(file).is_symlink() else None
+        if str(target) not in own:
+            kept.append(file)
+        elif target is not None and target.parent != Path(file).parent:
+            raise _of_two_classes(file, str(target))
+    return kept
+
+
+def _of_two_classes(link: str, first: str) -> ConfigError:
+    return ConfigError(
+        f"source.path: {link} leads to {first}, whose images would then be of two classes; remove the link."
+    )
+
+
+def _count_unread(builder: Any, loaded: Mapping[str, Any], folder: Path, tally: Tally) -> None:
+    """Count the files of a local folder that `datasets` reads for no split, but for the card.
+
+    Raises:
+        OSError: a file is not where a link leads to.
+    """
+    read = {file for files in (builder.config.data_files or {}).values() for file in files}
+    if any(Path(file).name in getattr(builder, "METADATA_FILENAMES", ()) for file in read):
+        # Then only images that it names are rows.
+        read = {file for file in read if not is_image_name(file)} | _named_images(loaded)
+    waiting = deque([folder])
+    while waiting:
+        current = waiting.popleft()
+        inside = sorted(current.iterdir())
+        if not inside:
+            tally.add("empty folders", as_text(str(current.relative_to(folder))))
+        for path in inside:
+            name = as_text(str(path.relative_to(folder)))
+            if str(path) in read or path == folder / "README.md":
+                continue
+            if is_litter(path.name):
+                tally.add(LITTER_REASON, name)
+            elif stat.S_ISDIR(path.stat().st_mode):
+                if path.is_symlink():
+                    tally.add("links to folders, which `datasets` does not follow", name)
+                else:
+                    waiting.append(path)
+            else:
+                tally.add("files that `datasets` reads for no split", name)
+
+
+def _named_images(loaded: Mapping[str, Any]) -> set[str]:
+    import datasets
+
+    columns = (
+        dataset.data.table.column(name)
+        for dataset in loaded.values()
+        for name, feature in dataset.features.items()
+        if isinstance(feature, datasets.Image)
+    )
+    return {path for column in columns for path in pc.struct_field(column, "path").to_pylist()}
 
 
 def own_files(builder: Any, config: SourceConfig) -> dict[str, list[tuple[str, str]]]:

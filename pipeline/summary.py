@@ -84,8 +84,10 @@ def _notes(manifest: Manifest) -> list[str]:
         notes.append(f"WARNING: {warning}")
     if any(subset.bytes is None for subset in manifest.subsets):
         notes.append(f"files: {_split_sizes(manifest)}")
+    notes += [printable(f"left out of the source: {left_out}") for left_out in manifest.left_out]
     for row in manifest.skipped[:5]:
-        notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}: {row.reason}"))
+        file = f" ({row.file})" if row.file else ""
+        notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}{file}: {row.reason}"))
     return notes
 
 

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,14 @@ def greys(*values: int) -> list[tuple[int, int, int]]:
     return [(value, value, value) for value in values]
 
 
+def tiff_of_12_bits(first: int, second: int, third: int, fourth: int) -> bytes:
+    """Four gray values of 12 bits each, which Pillow reads and does not write: little-endian, one strip."""
+    packed = ((first << 36) | (second << 24) | (third << 12) | fourth).to_bytes(6, "big")
+    entries = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 6)]
+    fields = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    return struct.pack("<2sHI", b"II", 42, 14) + packed + struct.pack("<H", len(entries)) + fields + bytes(4)
+
+
 @pytest.mark.parametrize(
     ("mode", "data", "pixels"),
     [
@@ -97,7 +106,17 @@ def greys(*values: int) -> list[tuple[int, int, int]]:
         # 128 away from a level rounds to the nearer one.
         ("I;16", encoded(gray([128, 129, 65406, 65407], np.uint16)), greys(0, 1, 254, 255)),
         ("I;16B", encoded(gray([0, 257, 65535], ">u2"), "TIFF"), greys(0, 1, 255)),
-        ("I", encoded(gray([-5, 0, 257, 65535, 99999], np.int32), "TIFF"), greys(0, 0, 1, 255, 255)),
+        ("I;16", encoded(gray([0, 257, 65535], np.uint16), "TIFF"), greys(0, 1, 255)),
+        ("I;16", encoded(gray([0, 257, 65535], np.uint16), "JPEG2000", irreversible=False), greys(0, 1, 255)),
+        # 0 is white.
+        ("I;16", encoded(gray([0, 257, 65535], np.uint16), "TIFF", tiffinfo={262: 0}), greys(255, 254, 0)),
+        ("I;16", tiff_of_12_bits(0, 16, 2048, 4095), greys(0, 1, 128, 255)),
+        ("L", b"P5 3 1 255 \x00\x01\xff", greys(0, 1, 255)),
+        ("L", b"P5 3 1 100 \x00\x32\x64", greys(0, 128, 255)),
+        ("I", b"P5 3 1 65535 \x00\x00\x01\x01\xff\xff", greys(0, 1, 255)),
+        ("I", b"P5 3 1 1023 \x00\x00\x02\x00\x03\xff", greys(0, 128, 255)),
+        ("I", b"P2 3 1 4095 0 16 4095", greys(0, 1, 255)),
+        ("RGB", b"P6 1 1 65535 \xff\xff\x00\x00\x00\x00", [(255, 0, 0)]),
     ],
 )
 def test_every_kind_of_pixel(mode: str, data: bytes, pixels: list[tuple[int, int, int]]) -> None:
@@ -130,6 +149,15 @@ def test_exif_orientation_is_applied(
     exif[0x0112] = orientation
     image = read(encoded(Image.fromarray(pixels), exif=exif))
     assert torch.equal(image, torch.from_numpy(upright(pixels).transpose(2, 0, 1).copy()))
+
+
+def test_an_upright_image_is_still_known_to_have_16_bits() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    tiff = encoded(gray([0, 257, 65535], np.uint16), "TIFF", tiffinfo={262: 0, 0x0112: 3})
+    png = encoded(gray([0, 257, 65535], np.uint16), exif=exif)
+    assert read(png, mode="L").flatten().tolist() == [255, 1, 0]
+    assert read(tiff, mode="L").flatten().tolist() == [0, 254, 255]
 
 
 def test_orientation_comes_before_resize_and_crop() -> None:
@@ -166,6 +194,10 @@ NOISE = encoded(Image.fromarray(random_pixels(1, side=64)[0]))
         (b"", {}, r"cannot identify image file"),
         (b"not an image at all", {}, r"cannot identify image file"),
         (encoded(gray([0.5], np.float32), "TIFF"), {}, r"floating-point"),
+        (b"Pf 1 1 -1.0 \x00\x00\x80\x3f", {}, r"floating-point"),
+        (encoded(gray([40, 70_000], np.int32), "TIFF"), {}, r"32-bit or signed"),
+        (encoded(gray([40, 200], np.int32), "TIFF", tiffinfo={339: 1}), {}, r"32-bit or signed"),
+        (encoded(gray([40, 200], np.uint16), "TIFF", tiffinfo={339: 2}), {}, r"32-bit or signed"),
         (NOISE, {"max_pixels": 64 * 64 - 1}, r"64x64 .*runtime\.max_pixels = 4095"),
         # 400 pixels become 256 x 102,400.
         (

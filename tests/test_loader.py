@@ -63,7 +63,7 @@ def files(folder: Path, contents: Sequence[bytes]) -> FileRows:
     paths = [folder / f"{index:03}.png" for index in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    return FileRows([str(path) for path in paths])
+    return FileRows([str(path) for path in paths], str(folder))
 
 
 def as_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
@@ -176,6 +176,7 @@ def test_an_image_that_cannot_be_decoded_leaves_a_masked_hole(damaged: Source) -
         assert not batch.images[slot].any()
         reason = {BROKEN: "OSError: ", EMPTY: "cannot identify image file"}[row.source_index]
         assert row.reason.startswith(reason)
+        assert row.file == f"{row.source_index:03}.png"
         assert "\n" not in row.reason
 
     found = np.concatenate([batch.source_index for batch in batches])
@@ -254,7 +255,7 @@ def test_the_loader_refuses_an_image_of_another_size(tmp_path: Path, workers: in
     with pytest.raises(ConfigError) as caught:
         read(source, plan_of(source), workers=workers)
     assert str(caught.value) == (
-        "source: images differ in size: one is 16x16 and row 7 of split test is 16x12; "
+        "source: images differ in size: one is 16x16 and row 7 of split test (007.png) is 16x12; "
         "set preprocess.resize and preprocess.crop."
     )
 
@@ -350,7 +351,7 @@ def test_a_source_of_broken_images_is_refused(tmp_path: Path) -> None:
     source = one_split(files(tmp_path / "images", [b"no image"] * 3), [0] * 3)
     with pytest.raises(
         PipelineError,
-        match=r"^source: none of its images can be decoded; the last one tried says: cannot identify image file\.$",
+        match=r"^source: none of its images .* row \d of split test \(00\d\.png\) \(cannot identify image file\)\.$",
     ):
         find_shape(source, plan_of(source), AS_IT_IS, MAX_PIXELS)
 

@@ -172,7 +172,7 @@ def test_a_file_of_an_imagefolder_that_cannot_be_read_is_named(tmp_path: Path) -
     root = write_folders(tmp_path / "pets", {"cat": [10], "dog": [20]})
     (root / "cat/1.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(
-        PipelineError, match=r"^source: an image cannot be read: .*No such file.*/pets/cat/1\.png'; mend"
+        PipelineError, match=r"^source: an image or a folder cannot be read: .*No such file.*/pets/cat/1\.png'; mend"
     ):
         folders(root)
 
@@ -188,6 +188,215 @@ def test_imagefolder_digest(tmp_path: Path) -> None:
     assert changed != digest
     shutil.copy(moved / "cat" / "0.bmp", moved / "dog" / "1.bmp")
     assert folders(moved).digest not in (digest, changed)
+
+
+def names(source: Source) -> dict[str, list[str | None]]:
+    """The file of every row."""
+    return {split.name: [split.rows.file(row) for row in range(len(split.labels))] for split in source.splits}
+
+
+def left_out(source: Source) -> list[tuple[int, tuple[str, ...]]]:
+    return [(kind.count, kind.first) for kind in source.left_out]
+
+
+def put_image(path: Path, kind: str | None = "PNG") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(path, kind)
+
+
+ENDINGS = (
+    "a.png",
+    "b.gif",
+    "c.avif",
+    "d.jfif",
+    "e.jp2",
+    "f.JPE",
+    "g.TIF",
+    "h.pnm",
+    "i.bmp",
+    "j.webp",
+    "k.mpo",
+    "l.apng",
+)
+KINDS = {".jfif": "JPEG", ".jpe": "JPEG", ".mpo": "MPO", ".pnm": "PPM", ".apng": "PNG"}
+
+
+@pytest.mark.parametrize("opening", [folders, hub])
+def test_what_pillow_opens_is_an_image_whatever_its_ending(tmp_path: Path, opening: Callable[..., Source]) -> None:
+    for name in ("cat", "dog"):
+        for file in ENDINGS:
+            put_image(tmp_path / name / file, KINDS.get(Path(file).suffix.lower()))
+    put_image(tmp_path / "dog/m.tga", "TGA")
+    put_image(tmp_path / "dog/no ending")
+    source = opening(tmp_path)
+    assert labels(source) == {"train": [0] * len(ENDINGS) + [1] * len(ENDINGS)}
+    assert names(source)["train"][: len(ENDINGS)] == [f"cat/{file}" for file in ENDINGS]
+    for opener in source.splits[0].rows.openers(range(2 * len(ENDINGS))):
+        assert read_image(opener, PreprocessConfig(), 100).shape == (3, 4, 4)
+    assert left_out(source) == [(2, ("dog/m.tga", "dog/no ending"))]
+
+
+def test_a_folder_of_one_kind_that_datasets_does_not_know(tmp_path: Path) -> None:
+    for name in ("train/cat/0", "train/dog/0", "test/cat/1"):
+        put_image(tmp_path / f"{name}.avif", "AVIF")
+    put_image(tmp_path / "test/dog/1.png")
+    source = hub(tmp_path, split=["train", "test"])
+    assert labels(source) == {"train": [0, 1], "test": [0, 1]}
+    for name in ("cat", "dog"):
+        put_image(tmp_path / f"only/{name}/0.avif", "AVIF")
+    assert names(hub(tmp_path / "only")) == {"train": ["cat/0.avif", "dog/0.avif"]}
+
+
+LITTER = (
+    ".ipynb_checkpoints/x.png",
+    "__MACOSX/y.png",
+    ".git/z.png",
+    "lost+found/0.png",
+    "cat/._0.png",
+    "cat/@eaDir/0.png",
+)
+
+
+@pytest.mark.parametrize("opening", [folders, hub])
+def test_litter_of_systems_and_tools_is_left_out_and_counted(tmp_path: Path, opening: Callable[..., Source]) -> None:
+    for name in ("cat/0.png", "dog/0.png"):
+        put_image(tmp_path / name)
+    clean = opening(tmp_path)
+    for name in LITTER:
+        put_image(tmp_path / name)
+    for name in ("cat/Thumbs.db", "dog/desktop.ini", "dog/.DS_Store"):
+        (tmp_path / name).touch()
+    source = opening(tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert labels(source) == {"train": [0, 1]}
+    assert source.digest == clean.digest
+    assert sorted(left_out(source)) == [
+        (2, ("cat/Thumbs.db", "dog/desktop.ini")),
+        (7, (".git", ".ipynb_checkpoints", "__MACOSX", "lost+found", "cat/._0.png")),
+    ]
+
+
+def test_what_lies_in_no_class_folder_is_counted(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "pets", {"cat": [10], "dog": [20]})
+    put_image(root / "stray.png")
+    (root / "classes.txt").touch()
+    os.mkfifo(root / "cat/pipe.png")  # opening it would wait for ever
+    source = folders(root)
+    assert labels(source) == {"train": [0, 1]}
+    assert sorted(left_out(source)) == [(1, ("cat/pipe.png",)), (1, ("classes.txt",)), (1, ("stray.png",))]
+
+
+def test_splits_are_found_beside_litter(tmp_path: Path) -> None:
+    for split in ("val", "test"):
+        write_folders(tmp_path / split, {"cat": [1], "dog": [2]})
+        for name in (".ipynb_checkpoints/0.png", "._0.png"):
+            put_image(tmp_path / split / name)
+        for name in (".DS_Store", "labels.txt"):
+            (tmp_path / split / name).touch()
+    assert labels(folders(tmp_path, split=["val", "test"])) == {"val": [0, 1], "test": [0, 1]}
+    # They are no classes, whatever lies beside those.
+    refuse(lambda: folders(tmp_path), r"^source\.split: ")
+    # A folder of nothing but litter is no split.
+    put_image(tmp_path / "train/.ipynb_checkpoints/0.png")
+    refuse(lambda: folders(tmp_path), r"^source\.split: ")
+
+
+def test_a_class_without_images_in_one_split_keeps_its_index(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", {"cat": [1], "dog": [2], "eel": [3]})
+    write_folders(tmp_path / "test", {"cat": [1], "dog": [], "eel": [3]})
+    source = folders(tmp_path, split=["train", "test"])
+    assert labels(source) == {"train": [0, 1, 2], "test": [0, 2]}
+    assert left_out(source) == [(1, ("test/dog",))]
+
+
+def test_images_come_in_the_order_of_torchvision(tmp_path: Path) -> None:
+    for name in ("b/9.png", "b/10.png", "b/s/0.png", "b/s-t/0.png", "b/s/r/0.png", "a/Z.png", "a/a.png", "B/0.png"):
+        put_image(tmp_path / name)
+    torchvisions = torchvision.datasets.ImageFolder(str(tmp_path))
+    source = folders(tmp_path)
+    assert source.classes == tuple(torchvisions.classes)
+    assert labels(source) == {"train": torchvisions.targets}
+    assert names(source)["train"] == [str(Path(path).relative_to(tmp_path)) for path, _ in torchvisions.samples]
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("cat/again", "../cat"),
+        ("again", "."),
+        ("cat/up", "../.."),
+        ("cat/a link of earlier name", "s"),
+        ("cat/s/t", ".."),
+        ("cat/1.png", "0.png"),
+        ("cat/s/1.png", "../0.png"),
+        ("cat/s/1.png", "../s/../0.png"),
+    ],
+)
+def test_each_file_is_read_once_whatever_links_lead_to_it(tmp_path: Path, link: str, target: str) -> None:
+    for name in ("cat/0.png", "cat/s/0.png", "dog/0.png"):
+        put_image(tmp_path / name)
+    (tmp_path / link).symlink_to(target)
+    source = folders(tmp_path)
+    assert names(source) == {"train": ["cat/0.png", "cat/s/0.png", "dog/0.png"]}
+    assert source.classes == ("cat", "dog")
+    assert left_out(source) == [(1, (link,))]
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("dog/1.png", "../cat/0.png"), ("cat/more", "../dog"), ("eel", "cat"), ("eel/x/y", "../../cat")],
+)
+def test_a_link_that_makes_an_image_one_of_two_classes_is_refused(tmp_path: Path, link: str, target: str) -> None:
+    for name in ("cat/0.png", "dog/0.png"):
+        put_image(tmp_path / name)
+    (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / link).symlink_to(target)
+    refuse(lambda: folders(tmp_path), rf"^source\.path: {link}.* leads to (cat|dog)")
+
+
+def test_a_link_to_an_image_of_another_class_is_refused_of_datasets_too(tmp_path: Path) -> None:
+    for name in ("cat/0.png", "dog/0.png"):
+        put_image(tmp_path / name)
+    (tmp_path / "dog/1.png").symlink_to("0.png")
+    assert names(hub(tmp_path)) == {"train": ["cat/0.png", "dog/0.png"]}
+    (tmp_path / "dog/2.png").symlink_to("../cat/0.png")
+    refuse(lambda: hub(tmp_path), r"^source\.path: .*dog/2\.png leads to ")
+
+
+def test_a_dataset_may_be_of_links_alone(tmp_path: Path) -> None:
+    for index in range(4):
+        put_image(tmp_path / f"pool/{index // 2}/{index}.png")
+    files, root = tmp_path / "files", tmp_path / "folders"
+    for name, target in (("cat/a.png", "0/0"), ("cat/b.png", "0/1"), ("dog/a.png", "1/2"), ("dog/b.png", "1/2")):
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
+        (files / name).symlink_to(tmp_path / f"pool/{target}.png")
+    # Stores that keep equal files once have two links to one.
+    assert labels(folders(files)) == labels(hub(files)) == {"train": [0, 0, 1, 1]}
+    root.mkdir()
+    (root / "cat").symlink_to(tmp_path / "pool/0")
+    (root / "dog").symlink_to(tmp_path / "pool/1")
+    source = folders(root)
+    assert names(source) == {"train": ["cat/0.png", "cat/1.png", "dog/2.png", "dog/3.png"]}
+    assert source.left_out == ()
+    (root / "eel").symlink_to(tmp_path / "gone")
+    with pytest.raises(PipelineError, match="folders/eel"):
+        folders(root)
+
+
+def test_names_of_files_are_bytes(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    for name in (f"{latin}/0.png", f"dog/{latin}.png"):
+        put_image(tmp_path / name)
+    (tmp_path / "dog" / f"{latin}.txt").touch()
+    source = folders(tmp_path)
+    assert source.classes == (r"caf\xe9", "dog")
+    assert names(source) == {"train": [r"caf\xe9/0.png", r"dog/caf\xe9.png"]}
+    assert left_out(source) == [(1, (r"dog/caf\xe9.txt",))]
+    (tmp_path / "dog" / f"{latin}.png").rename(tmp_path / "dog" / os.fsdecode(b"caf\xe8.png"))
+    assert folders(tmp_path).digest != source.digest
+    put_image(tmp_path / r"caf\xe9" / "0.png")
+    refuse(lambda: folders(tmp_path), r"^source\.path: .* two class folders")
+    refuse(lambda: hub(tmp_path), r"^source\.path: .*xe.*UTF-8")
 
 
 # ----------------------------------------------------------------------------------------- huggingface
@@ -510,6 +719,28 @@ def test_local_folder_of_images(tmp_path: Path) -> None:
     assert source.classes == ("cat", "dog")
     assert labels(source) == {"train": [0, 1, 1]}
     assert first_values(source.splits[0]) == [10, 20, 30]
+
+
+def test_images_that_metadata_does_not_name_are_counted(tmp_path: Path) -> None:
+    for name in ("0.png", "1.avif", "2.png"):
+        put_image(tmp_path / "train" / name, None)
+    rows = {"file_name": ["0.png", "1.avif"], "kind": ["cat", "dog"]}
+    pq.write_table(pa.table(rows), tmp_path / "train/metadata.parquet")
+    (tmp_path / "empty").mkdir()
+    source = hub(tmp_path, label_column="kind")
+    assert names(source) == {"train": ["train/0.png", "train/1.avif"]}
+    assert left_out(source) == [(1, ("empty",)), (1, ("train/2.png",))]
+
+
+def test_what_a_folder_holds_beside_its_data_is_counted(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "pets", SHADES, LABELS)
+    (folder / "README.md").write_text("# Pets")
+    for name in ("notes.txt", ".gitattributes"):
+        (folder / name).touch()
+    (folder / "other").symlink_to(tmp_path)
+    source = hub(folder)
+    assert labels(source) == {"test": LABELS}
+    assert left_out(source) == [(1, (".gitattributes",)), (1, ("notes.txt",)), (1, ("other",))]
 
 
 def test_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
