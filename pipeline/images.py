@@ -20,9 +20,10 @@ images by 1 to 3 grey levels on average and by up to 96.
 """
 
 import errno
+import functools
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Literal
 
 import numpy as np
@@ -43,6 +44,8 @@ WEBP_MAX_SIDE = 16_383
 IMAGE_ERRORS = (errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.EISDIR, errno.ENAMETOOLONG)
 # What images of datasets come in, as Pillow names it: JPEG is MPO too, PPM its whole family, BMP also DIB.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# What Pillow calls files of these formats by their names alone.
+NAMED_FORMATS = (*FORMATS, "MPO", "DIB")
 # What pictures are stored in.
 STORED_FORMATS = ("WEBP", "PNG")
 # Pillow's own limit, above which it warns; above twice as much it refuses.
@@ -67,6 +70,17 @@ def open_image(file: Path | str | IO[bytes]) -> Image.Image:
         OSError, ValueError, SyntaxError: as Pillow, for what is none.
     """
     return Image.open(file, formats=FORMATS)
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of names of images, in lower case: those of FORMATS, as Pillow has them."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in NAMED_FORMATS)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name ends as that of an image does, in letters of either case."""
+    return PurePath(name).suffix.lower() in image_suffixes()
 
 
 def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) -> Tensor:

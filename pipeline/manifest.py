@@ -20,7 +20,7 @@ from pydantic_core import from_json
 from pipeline.config import MOST_PIXELS, Config, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
-from pipeline.origins import UNKNOWN, Origin
+from pipeline.origins import UNKNOWN, LeftOut, Origin, sum_left_out
 from pipeline.outputs import (
     STEM,
     EvaluatorCounts,
@@ -116,6 +116,7 @@ class Manifest(Record):
     """`manifest.json`: what the dataset is, and how it came about.
 
     `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
+    `members_left_out` counts members of tars that are part of no row.
     """
 
     format: int = FORMAT_VERSION
@@ -142,6 +143,7 @@ class Manifest(Record):
     files: tuple[FileEntry, ...] = ()
     skipped_rows: Whole = 0
     skipped: tuple[Skipped, ...] = ()
+    members_left_out: tuple[LeftOut, ...] = ()
 
     @model_validator(mode="after")
     def _check_streamed(self) -> "Manifest":
@@ -334,6 +336,7 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
             "files": tuple(entry for receipt in ordered for entry in receipt.files),
             "skipped_rows": sum(len(receipt.skipped) for receipt in ordered),
             "skipped": tuple(itertools.islice(skipped, MOST_SKIPPED)),
+            "members_left_out": sum_left_out(part for receipt in ordered for part in receipt.left_out),
         }
     )
 

@@ -1,17 +1,22 @@
-"""Origins: what is known of the dataset behind a run, for the card: its name, its revision, its licence.
+"""Origins: what is known of the dataset behind a run, for the card: its name, its revision, its licence, and what of
+its files was left out.
 
 None of it decides a byte, so none of it is part of the run id. What is not known stays None, and the card says so.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import MOST_NODES, BoundedLoader
+
+# Names of files that are kept for each reason to leave files out.
+FIRST_NAMES = 5
 
 
 class Origin(BaseModel):
@@ -28,6 +33,50 @@ class Origin(BaseModel):
     revision: str | None = None
     license: str | None = None
     credit: str | None = None
+
+
+class LeftOut(BaseModel):
+    """What of a source is no row of it, for one reason: how many files, folders or members of a tar, and the first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reason: str
+    count: int = Field(ge=1, lt=2**63)
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return f"{self.reason} ({self.count:,}): {', '.join(self.first)}{f' and {more:,} more' if more > 0 else ''}"
+
+
+class Tally:
+    """Counts what is left out of a source."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._first: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, reason: str, name: str) -> None:
+        self._counts[reason] += 1
+        if len(self._first[reason]) < FIRST_NAMES:
+            self._first[reason].append(name)
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What was counted, in the order in which reasons came up."""
+        return tuple(
+            LeftOut(reason=reason, count=count, first=tuple(self._first[reason]))
+            for reason, count in self._counts.items()
+        )
+
+
+def sum_left_out(parts: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """What several parts of a source leave out, by reason, with as many names as one of them may have."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    first: defaultdict[str, list[str]] = defaultdict(list)
+    for part in parts:
+        counts[part.reason] += part.count
+        first[part.reason] += part.first[: FIRST_NAMES - len(first[part.reason])]
+    return tuple(LeftOut(reason=why, count=count, first=tuple(first[why])) for why, count in counts.items())
 
 
 UNKNOWN = Origin()

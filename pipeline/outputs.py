@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError
+from pipeline.origins import LeftOut
 from pipeline.plan import Shard
 from pipeline.stores import open_store
 
@@ -147,14 +148,6 @@ class SkippedRow(Record):
     reason: str
 
 
-class LeftOut(Record):
-    """What of a source is no row of it, for one reason: how many files or members of a tar, and the first names."""
-
-    reason: str
-    count: Whole
-    first: tuple[str, ...]
-
-
 class Receipt(Record):
     """What a committed shard holds. Nothing in it depends on when or how fast it was written."""
 
@@ -168,6 +161,7 @@ class Receipt(Record):
     counts: tuple[LevelCounts, ...]
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class OutputFolder:

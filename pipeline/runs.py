@@ -146,8 +146,7 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
     if recorded is not None:
         config = _take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
-    opens = open_stream if config.source.streaming else open_source
-    source = opens(config.source, need_labels=config.attack.label == "dataset")
+    source = _open_source(config)
     victim, published = load_victim(
         config.model, seed=config.runtime.seed, device=device, bf16=config.runtime.precision == "bf16"
     )
@@ -202,6 +201,13 @@ def open_run(config: Config, recorded: Manifest | None = None) -> Run:
         asked_batch_size=asked_batch_size,
         evaluators=evaluators,
     )
+
+
+def _open_source(config: Config) -> Source:
+    need_labels = config.attack.label == "dataset"
+    if config.source.streaming:
+        return open_stream(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
+    return open_source(config.source, need_labels=need_labels)
 
 
 def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> PreprocessConfig:

@@ -84,6 +84,8 @@ def _notes(manifest: Manifest) -> list[str]:
         notes.append(f"files: {_split_sizes(manifest)}")
     for row in manifest.skipped[:5]:
         notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}: {row.reason}"))
+    for part in manifest.members_left_out:
+        notes.append(printable(f"left out of tars: {part}"))
     return notes
 
 
