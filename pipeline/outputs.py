@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.config import is_address
 from pipeline.errors import ConfigError
 from pipeline.origins import LeftOut
 from pipeline.plan import Shard
@@ -183,8 +184,13 @@ class OutputFolder:
         """Refuse a folder that holds something else, before anything is written.
 
         Raises:
-            ConfigError: it is a file, or a folder with other content than a run's.
+            ConfigError: it is a file, or a folder with other content than a run's, or readers would not find it.
         """
+        if not is_address(self.root) and re.search(r"[*?\[]|::", str(Path(self.root).resolve())):
+            raise ConfigError(
+                f"output.path: a name in the path of {self.root} holds one of * ? [ or ::, which `datasets` and others "
+                "take for a pattern, so that they could not read the dataset; choose another folder."
+            )
         entries = self.store.entries()
         others = [name for name in entries if not name.startswith(".")]
         if others and not {self.manifest, ".run"} & set(entries):

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import SourceConfig
-from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.errors import ConfigError, PipelineError, first_line, shortened
 from pipeline.images import PILLOW_PIXELS, Opener, UndecodableError, is_of_the_machine, open_image
 from pipeline.origins import DIGITS, UNKNOWN, Origin, card_license, revision_of
 
@@ -38,8 +38,6 @@ UNLABELLED = -1
 DIGEST_SAMPLES = 64
 # Rows of carried-through columns that are read at once for it.
 DIGEST_BATCH = 1000
-# Characters of what a column holds that a message quotes.
-MOST_QUOTED = 100
 
 Labels = NDArray[np.int64]
 Item = TypeVar("Item")
@@ -377,7 +375,7 @@ def _torchvision_labels(dataset: Any, config: SourceConfig) -> Labels:
 
 def _unread(error: Exception) -> PipelineError:
     """The sentence for an image that the machine failed to read, or that is gone, before a run."""
-    return PipelineError(f"source: an image cannot be read: {first_line(error)}; mend that first.")
+    return PipelineError(f"source: an image cannot be read: {shortened(first_line(error))}; mend that first.")
 
 
 def _sampled(reads: Iterable[Callable[[], bytes]]) -> Iterable[bytes]:
@@ -587,7 +585,8 @@ def _load_splits(config: SourceConfig, need_labels: bool) -> tuple[dict[str, Any
 def _load_own(load: Callable[..., Any], config: SourceConfig, need_labels: bool) -> Any:
     """The splits that a builder of `datasets` makes, out of files of its own only.
 
-    Of Parquet only the columns that are used are read, as `datasets` has no type for some others.
+    Of Parquet it is told what to read where it would fail over other columns, or read other types out of the files of a
+    split that nobody asked for. Told nothing, it finds what it has cached without a network too.
     """
     import datasets
     from datasets.packaged_modules.arrow.arrow import Arrow
@@ -598,12 +597,15 @@ def _load_own(load: Callable[..., Any], config: SourceConfig, need_labels: bool)
     if files and isinstance(builder, Parquet | Arrow):
         read_schema = pq.read_schema if isinstance(builder, Parquet) else _arrow_schema
         schemas: dict[str, pa.Schema] = {}
-        for split in chosen_splits(config, list(files)):
+        wanted = chosen_splits(config, list(files))
+        for split in wanted:
             # Of the Hub's files these are the copies in its cache, which the builder reads too.
             places = datasets.DownloadManager().download([place for _, place in files[split]])
             schemas |= {name: read_schema(place) for (name, _), place in zip(files[split], places, strict=True)}
-        columns = find_columns(schemas, stated_features(builder, load), config, need_labels)
-        if isinstance(builder, Parquet):
+        stated = stated_features(builder, load)
+        columns = find_columns(schemas, stated, config, need_labels)
+        alike = all(_is_of_datasets(schema) and schema == next(iter(schemas.values())) for schema in schemas.values())
+        if isinstance(builder, Parquet) and not (alike and (stated is not None or next(iter(files)) in wanted)):
             builder = load(columns=list(columns.features), features=datasets.Features(columns.features))
     builder.download_and_prepare()
     return builder.as_dataset()
@@ -660,9 +662,15 @@ def literal_folders() -> Iterator[None]:
 
 
 def local_builder(folder: Path, name: str | None, **options: Any) -> Any:
-    """The builder that `datasets` has for a local folder."""
+    """The builder that `datasets` has for a local folder.
+
+    Raises:
+        ConfigError: its path can be none for `datasets`.
+    """
     import datasets
 
+    if "::" in str(folder.resolve()):
+        raise ConfigError(f"source.path: `datasets` takes :: in a path for a chain of addresses; rename {folder}.")
     with literal_folders():
         return datasets.load_dataset_builder(str(folder.resolve()), name, **options)
 
@@ -762,7 +770,7 @@ def find_columns(
             by_card = name in (stated or {}) and not here.startswith((CLASSES_OF, MISSING))
             if expected != here and not by_card:
                 raise ConfigError(
-                    f"source: column {name} holds {_shortened(here)} in {file} and {_shortened(expected)} in "
+                    f"source: column {name} holds {shortened(here)} in {file} and {shortened(expected)} in "
                     f"{'the card' if name in (stated or {}) else first}; the files of a dataset must agree, so write "
                     "one of them anew, or read them as two datasets."
                 )
@@ -779,13 +787,16 @@ def column_features(schema: pa.Schema, names: Iterable[str] | None = None) -> di
     """The features of `datasets` that some columns have, all by default; of a type without one, the type itself."""
     import datasets
 
-    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info") or {}
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        told = None
     features: dict[str, Any] = {}
     for name in schema.names if names is None else names:
         if (index := schema.get_field_index(name)) < 0:
             continue  # not there, or there twice
         kind = plain_type(schema.field(index).type)
-        stated = (told.get("features") or {}).get(name)
+        stated = told.get(name) if isinstance(told, dict) else None
         metadata = {"huggingface": json.dumps({"info": {"features": {name: stated}}})} if stated else None
         try:
             features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, kind)], metadata))[name]
@@ -794,8 +805,19 @@ def column_features(schema: pa.Schema, names: Iterable[str] | None = None) -> di
     return features
 
 
+def _is_of_datasets(schema: pa.Schema) -> bool:
+    """Whether `datasets` has a type for each column of a file."""
+    import datasets
+
+    try:
+        datasets.Features.from_arrow_schema(schema)
+    except Exception:  # as in column_features
+        return False
+    return len(set(schema.names)) == len(schema.names) and all(plain_type(kind) == kind for kind in schema.types)
+
+
 # How the two meanings begin that a card does not replace.
-CLASSES_OF, MISSING = "the classes ", "nothing"
+CLASSES_OF, MISSING = "the classes ", "nothing, as it is missing,"
 
 
 def _meaning(feature: Any, role: str) -> str:
@@ -807,15 +829,11 @@ def _meaning(feature: Any, role: str) -> str:
     if isinstance(feature, datasets.ClassLabel):
         return f"{CLASSES_OF}{', '.join(feature.names or ())}"
     if role == "image" and not isinstance(feature, datasets.Value):
-        return "images"
+        return "structs of an image"
     kind = str(getattr(feature, "dtype", "")) if isinstance(feature, datasets.Value) else str(feature)
     if role == "label" and re.fullmatch(r"u?int\d+", kind):
         return "integers"
     return kind.replace("large_", "")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}..."
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

@@ -302,6 +302,8 @@ def _built(config: SourceConfig, path: str) -> tuple[dict[str, list[tuple[str, s
     try:
         builder = load() if local else _answered(load)
         features = stated_features(builder, load)
+    except ConfigError:
+        raise
     except Exception as error:  # as in sources: all mean the same here
         looked = "" if local else " (no such local folder, so it was looked up on the Hub)"
         raise ConfigError(f"source.path: {path} cannot be opened{looked}: {_reason(error)}") from error
@@ -445,7 +447,7 @@ def _parquet_fields(
     for schema in schemas.values():
         kind = plain_type(schema.field(image).type)
         if not _holds_images(kind):
-            hint = " (base64 must become bytes first)" if _is_text(kind) else ""
+            hint = " (text, such as base64 or paths, must become the images' bytes first)" if _is_text(kind) else ""
             raise ConfigError(f"source.image_column: {image} does not hold images but {kind}{hint}.")
         kind = plain_type(schema.field(label).type) if label is not None else pa.int64()
         if _is_text(kind) and names is None and config.classes is None:
@@ -524,7 +526,7 @@ def _head_of_tars(
 
 
 def _is_image(name: str) -> bool:
-    return is_image_name(f".{name}")
+    return is_image_name(f"x.{name}")
 
 
 # ----------------------------------------------------------------------------------------------- reading
