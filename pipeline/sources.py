@@ -797,11 +797,13 @@ def column_features(schema: pa.Schema, names: Iterable[str] | None = None) -> di
             continue  # not there, or there twice
         kind = plain_type(schema.field(index).type)
         stated = told.get(name) if isinstance(told, dict) else None
-        metadata = {"huggingface": json.dumps({"info": {"features": {name: stated}}})} if stated else None
-        try:
-            features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, kind)], metadata))[name]
-        except Exception:  # of types and of what the metadata may say; each library module has its own
-            features[name] = kind
+        metadata = {"huggingface": json.dumps({"info": {"features": {name: stated}}})}
+        features[name] = kind
+        # What the metadata says may be of a version to come: then the type alone tells.
+        for known in ([metadata] if stated else []) + [None]:
+            with contextlib.suppress(Exception):  # the library has an error of its own for each case
+                features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, kind)], known))[name]
+                break
     return features
 
 

@@ -70,12 +70,12 @@ TAR_ROWS = 256
 TAR_BYTES = 16 * 2**20
 TAR_BLOCK = 4 * 2**20
 # Bytes that a header of a tar may take for long names and the like, and a label or a text of a sample. An image may
-# have as many as its pixels take where nothing compresses them, four channels of 16 bits, and as many again as a text.
+# have as many as its pixels take where nothing compresses them, in four channels, and as many more as a text.
 HEADER_BYTES = 2**20
 TEXT_BYTES = 16 * 2**20
-PIXEL_BYTES = 8
+PIXEL_BYTES = 4
 # Of a compressed tar nobody knows how long it is; what one member may claim.
-MOST_UNPACKED = 2**36
+MOST_UNPACKED = 2**34
 # Characters of a member's name that are kept.
 NAME_LENGTH = 200
 # Links that lead to links.
@@ -101,7 +101,7 @@ UNPACK: Mapping[bytes, Callable[[Any], Any]] = {
 }
 CLASS_FIELD, KEY = "cls", "__key__"
 # In a tar these would seem to be samples.
-TAR_LITTER = r"(^|/)(PaxHeaders?(\.\d+)?/|(Thumbs\.db|desktop\.ini)$)"
+TAR_LITTER = ("thumbs.db", "desktop.ini")
 # What explains samples that lack a part.
 SIDE_BY_SIDE = "(The files of a sample must lie side by side in a tar, as `tar --sort=name` puts them.)"
 CELL = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -333,8 +333,8 @@ def _kind(found: Mapping[str, Sequence[tuple[str, str]]]) -> Kind:
     names = [name for files in found.values() for name, _ in files]
     kinds: dict[Kind, tuple[str, ...]] = {"parquet": PARQUET_SUFFIXES, "tar": TAR_SUFFIXES}
     for kind, suffixes in kinds.items():
-        if names[0].endswith(suffixes):
-            other = next((name for name in names if not name.endswith(suffixes)), None)
+        if names[0].lower().endswith(suffixes):
+            other = next((name for name in names if not name.lower().endswith(suffixes)), None)
             if other is None:
                 return kind
             raise ConfigError(f"source.path: {names[0]} and {other} are of two kinds; a streamed source is of one.")
@@ -525,6 +525,8 @@ def _head_of_tars(
     raise ConfigError("source: its tars have no samples: files whose names have an extension.")
 
 
+# Of a million samples the fields have a few names.
+@functools.lru_cache(maxsize=1024)
 def _is_image(name: str) -> bool:
     return is_image_name(f"x.{name}")
 
@@ -835,8 +837,9 @@ class _Tar:
         key = None
         for member in self._members():
             found = re.fullmatch(r"((?:.*/|)[^./][^./]*)\.([^/]+)", member.name)
-            if found is None or _is_tar_litter(member.name):
-                self._leave_out(member, LITTER_REASON if _is_tar_litter(member.name) else "names without an extension")
+            litter = _is_tar_litter(member.name)
+            if found is None or litter:
+                self._leave_out(member, LITTER_REASON if litter else "names without an extension")
                 continue
             if sample and found[1] != key:
                 yield sample
@@ -860,13 +863,13 @@ class _Tar:
             self._archive.members = []  # type: ignore[attr-defined]  # or a million of them would stay in memory
             if member.isdir():
                 continue
-            if member.size > self._most:
-                raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes, more than there are")
             if member.type in LABELS_OF_TARS:
                 self._leave_out(member, "labels of a tar")
             elif member.issparse() or not (member.isfile() or member.issym() or member.islnk()):
                 kind = "a sparse file" if member.issparse() else "no file but a device, a pipe or the like"
                 raise self._refused(member, f"is {kind}; pack the images as plain files")
+            elif member.size > self._most:
+                raise tarfile.ReadError(f"{printable(member.name)} claims {member.size:,} bytes, more than there are")
             else:
                 yield member
         # The end mark is of zeros, as is what pads it; a header that was overwritten with zeros has files behind it.
@@ -896,7 +899,7 @@ class _Tar:
     def _linked(self, member: tarfile.TarInfo) -> tuple[int, int]:
         """Where in the tar the file is that a link leads to: its first byte, and its bytes."""
         if self._compressed:
-            raise self._refused(member, "is a link, which is not followed in a compressed tar; unpack it with gunzip")
+            raise self._refused(member, "is a link, and in a compressed tar none is followed; decompress the tar")
         if self._targets is None:
             self._targets = _targets(self.file)
         target: Target = _link_target(member)
@@ -911,8 +914,14 @@ class _Tar:
 
 def _is_tar_litter(name: str) -> bool:
     """Whether a member is litter, of a system or of a tar that was unpacked by what did not know its headers."""
-    parts = [part for part in name.split("/") if part not in (".", "..")]
-    return any(map(is_litter, parts)) or re.search(TAR_LITTER, name, re.IGNORECASE) is not None
+    folder, _, own = name.rpartition("/")
+    return own.startswith(".") or own.lower() in TAR_LITTER or _is_litter_folder(folder)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_litter_folder(path: str) -> bool:
+    parts = [part for part in path.split("/") if part not in (".", "..")]
+    return any(is_litter(part) or re.fullmatch(r"PaxHeaders?(\.\d+)?", part) for part in parts)
 
 
 def _targets(file: StreamedFile) -> dict[str, Target]:
