@@ -167,12 +167,12 @@ def test_a_card_names_the_classes_of_files_that_name_none(folder: Path, streamin
         opened(folder, streaming)
 
 
-@BOTH
-def test_classes_are_not_those_of_what_datasets_has_cached(folder: Path, streaming: bool) -> None:
-    SOUND(folder / "train.parquet")
-    datasets.load_dataset(str(folder))
-    classes([*CLASSES[::-1]])(folder / "train.parquet")
-    assert opened(folder, streaming).classes == CLASSES[::-1]
+def test_what_datasets_has_cached_is_no_card(folder: Path) -> None:
+    SOUND(folder / "train-0.parquet")
+    classes([*CLASSES[::-1]])(folder / "train-1.parquet")
+    datasets.load_dataset(str(folder.resolve()))
+    with pytest.raises(ConfigError, match=r"train-1\.parquet .*train-0\.parquet"):
+        opened(folder, True)
 
 
 # --------------------------------------------------------------------------------------------------- types
