@@ -70,6 +70,11 @@ def listing(names: Sequence[str], most: int = 5) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """The beginning of a text that others wrote, where it is too long for a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def write_failure(path: Path, error: OSError) -> PipelineError:
     """The sentence for a write that the operating system refused."""
     reason = error.strerror or first_line(error)

@@ -26,6 +26,7 @@ from pipeline.compute import Part, compile_victim
 from pipeline.errors import NonFiniteError, PipelineError, RowError
 from pipeline.lanes import Lanes, available_cores
 from pipeline.loader import Batch, load_batches, name_row, naming_dead_workers
+from pipeline.origins import LeftOut, sum_left_out
 from pipeline.outputs import (
     EvaluatorCounts,
     LevelCounts,
@@ -301,6 +302,7 @@ class _Sink:
         }
         self._evaluated = {level: dict.fromkeys(self.run.evaluators, EvaluatorCounts()) for level in self.run.levels}
         self._skipped: list[SkippedRow] = []
+        self._left_out: list[LeftOut] = []
         self._zero_signs = 0
 
     def add(
@@ -353,6 +355,7 @@ class _Sink:
                     opinion.correct[0][known], opinion.correct[index][known], fooled
                 )
         self._zero_signs += zero_signs
+        self._left_out += batch.left_out
         self._skipped += [
             SkippedRow(position=row.position, source_index=row.source_index, reason=row.reason, file=row.file)
             for row in batch.skipped
@@ -374,6 +377,7 @@ class _Sink:
             ),
             files=(),
             versions=self.versions,
+            left_out=sum_left_out(self._left_out),
         )
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from torch import Tensor
 
 from pipeline.config import PreprocessConfig
-from pipeline.errors import PipelineError, first_line
+from pipeline.errors import PipelineError, first_line, shortened
 from pipeline.guard import redact
 
 # The largest side of a WebP image: its header holds 14 bits.
@@ -114,7 +114,7 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
     except Exception as error:  # a broken file can raise anything from Pillow's parsers
         if not is_of_the_machine(error):
             raise UndecodableError(_reason(error)) from None
-        what = getattr(error, "filename", None) or "an image"
+        what = shortened(str(getattr(error, "filename", None) or "an image"))
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise PipelineError(
                 f"source: {what} is not there, which is no fault of the image, so it is not skipped; bring the file or "

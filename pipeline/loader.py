@@ -29,9 +29,10 @@ from pipeline.errors import ConfigError, PipelineError, RowError, first_line
 from pipeline.images import Opener, UndecodableError, read_image
 from pipeline.lanes import available_cores
 from pipeline.memory import require_open_files
+from pipeline.origins import LeftOut
 from pipeline.plan import Plan, Shard
 from pipeline.sources import UNLABELLED, Source, Split, open_cell, spread
-from pipeline.streams import StreamedSource, Stretch, read_head, read_stretches
+from pipeline.streams import Read, StreamedSource, Stretch, read_head, read_stretches
 
 MAX_WORKERS = 16
 # A batch that takes longer never comes: a process that was forked may wait for a lock that nobody holds any more.
@@ -60,7 +61,7 @@ class Batch:
 
     images: (N, C, H, W) uint8, channels last in memory; labels: (N,) int64, -1 for unlabelled; valid: (N,)
     bool, false for padding and skipped rows. source_index: (valid rows,) int64; kept: carried-through
-    columns of the valid rows; seconds: of a core, that reading took.
+    columns of the valid rows; seconds: of a core, that reading took; left_out: of the source, since the batch before.
     """
 
     shard: Shard
@@ -72,6 +73,7 @@ class Batch:
     kept: pa.Table
     skipped: tuple[Skipped, ...]
     seconds: float
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def ends_shard(self) -> bool:
@@ -121,7 +123,9 @@ class Reader:
         kept = split.rows.kept(batch.source_index.tolist())
         return replace(batch, kept=kept, seconds=time.thread_time() - started)
 
-    def read_table(self, plan: Plan, shard: Shard, place: slice, table: pa.Table) -> Batch:
+    def read_table(
+        self, plan: Plan, shard: Shard, place: slice, table: pa.Table, left_out: tuple[LeftOut, ...] = ()
+    ) -> Batch:
         """Decode one batch of a source that is streamed.
 
         Args:
@@ -129,6 +133,7 @@ class Reader:
             shard: with its length, if this is the last batch.
             place: of the rows within it.
             table: the rows, as `streams` gives them.
+            left_out: of the source where they are.
 
         Raises:
             ConfigError: as `read`.
@@ -141,7 +146,7 @@ class Reader:
         openers = [partial(open_cell, cell, allowed) for cell in table.column(0).to_pylist()]
         batch = self._decode(plan, shard, place, openers, labels)
         kept = table.select(range(2, table.num_columns)).filter(pa.array(batch.valid[: len(labels)].numpy()))
-        return replace(batch, kept=kept, seconds=time.thread_time() - started)
+        return replace(batch, kept=kept, seconds=time.thread_time() - started, left_out=left_out)
 
     def _check_labels(self, shard: Shard, place: slice, labels: NDArray[np.int64]) -> None:
         if getattr(self.source, "need_labels", False) and (labels == UNLABELLED).any():
@@ -430,9 +435,11 @@ def _stream_batches(
     waiting: deque[Future[Batch]] = deque()
     try:
         for number, own in itertools.groupby(tables, lambda item: item[0]):
-            rows, exact = (table for _, table in own), stretches[number].file.rows is not None
+            left_out: list[LeftOut] = []
+            rows, exact = _noting(own, left_out), stretches[number].file.rows is not None
             for shard, place, table in _cut(shards[number], rows, plan.batch_size, exact=exact):
-                waiting.append(decoders.submit(reader.read_table, plan, shard, place, table))
+                waiting.append(decoders.submit(reader.read_table, plan, shard, place, table, tuple(left_out)))
+                left_out.clear()
                 if len(waiting) > threads:
                     yield _arrived(waiting.popleft(), pin=pin)
         while waiting:
@@ -440,6 +447,13 @@ def _stream_batches(
     finally:
         tables.close()
         decoders.shutdown(cancel_futures=True)
+
+
+def _noting(read: Iterable[Read], left_out: list[LeftOut]) -> Iterator[pa.Table]:
+    """The tables alone; what was left out where they are goes into the list."""
+    for _, table, left in read:
+        left_out += left
+        yield table
 
 
 def _arrived(future: Future[Batch], *, pin: bool) -> Batch:

@@ -24,7 +24,7 @@ from pydantic_core import from_json, to_json
 from pipeline.config import MOST_PIXELS, Config, ModelConfig, is_factory_file, parse_config
 from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
-from pipeline.origins import UNKNOWN, LeftOut, Origin
+from pipeline.origins import UNKNOWN, LeftOut, Origin, sum_left_out
 from pipeline.outputs import (
     RUN_ID,
     STEM,
@@ -133,7 +133,8 @@ class Manifest(SealedRecord):
     """`manifest.json`: what the dataset is, and how it came about.
 
     `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
-    `left_out` says what the source holds beside its rows, as it was found when the run began.
+    `left_out` says what the source holds beside its rows, as it was found when the run began, `members_left_out` what
+    members of its tars are part of no row.
 
     `generation` counts how often an object store's prefix had been started over when the run began. While a run is
     under way, `session` names the process that holds the store, so that each has a manifest of its own, and
@@ -168,6 +169,7 @@ class Manifest(SealedRecord):
     files: tuple[FileEntry, ...] = ()
     skipped_rows: Whole = 0
     skipped: tuple[Skipped, ...] = ()
+    members_left_out: tuple[LeftOut, ...] = ()
 
     @model_validator(mode="after")
     def _check_streamed(self) -> "Manifest":
@@ -491,6 +493,7 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
             "files": tuple(entry for receipt in ordered for entry in receipt.files),
             "skipped_rows": sum(len(receipt.skipped) for receipt in ordered),
             "skipped": tuple(itertools.islice(skipped, MOST_SKIPPED)),
+            "members_left_out": sum_left_out(part for receipt in ordered for part in receipt.left_out),
         }
     )
 

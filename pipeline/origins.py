@@ -69,6 +69,16 @@ class Tally:
         )
 
 
+def sum_left_out(parts: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """What several parts of a source leave out, by reason, with as many names as one of them may have."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    first: defaultdict[str, list[str]] = defaultdict(list)
+    for part in parts:
+        counts[part.reason] += part.count
+        first[part.reason] += part.first[: FIRST_NAMES - len(first[part.reason])]
+    return tuple(LeftOut(reason=why, count=count, first=tuple(first[why])) for why, count in counts.items())
+
+
 UNKNOWN = Origin()
 DIGITS = Origin(
     name="Optical Recognition of Handwritten Digits",

@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
+from pipeline.config import is_address
 from pipeline.errors import ConfigError, listing
+from pipeline.origins import LeftOut
 from pipeline.plan import Shard
 from pipeline.stores import open_store
 
@@ -290,6 +292,7 @@ class Receipt(SealedRecord):
     counts: tuple[LevelCounts, ...]
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 # A file that an edition ends the name of.
@@ -322,8 +325,13 @@ class OutputFolder:
         """Refuse a folder that holds something else, before anything is written.
 
         Raises:
-            ConfigError: it is a file, or a folder with other content than a run's.
+            ConfigError: it is a file, or a folder with other content than a run's, or readers would not find it.
         """
+        if not is_address(self.root) and re.search(r"[*?\[]|::", str(Path(self.root).resolve())):
+            raise ConfigError(
+                f"output.path: a name in the path of {self.root} holds one of * ? [ or ::, which `datasets` and others "
+                "take for a pattern, so that they could not read the dataset; choose another folder."
+            )
         others = [name for name in self.store.entries() if not name.startswith(".")]
         if others and not self.is_ours():
             raise ConfigError(

@@ -174,8 +174,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     if recorded is not None:
         config = _take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
-    opens = open_stream if config.source.streaming else open_source
-    source = opens(config.source, need_labels=config.attack.label == "dataset")
+    source = open_run_source(config)
     for left_out in source.left_out:
         logger.warning("Left out of the source: %s.", left_out)
     victim, published = load_victim(
@@ -237,6 +236,14 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         evaluators=evaluators,
         generation=generation if recorded is None else recorded.generation,
     )
+
+
+def open_run_source(config: Config) -> Source:
+    """The source of a run, streamed or not."""
+    need_labels = config.attack.label == "dataset"
+    if config.source.streaming:
+        return open_stream(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
+    return open_source(config.source, need_labels=need_labels)
 
 
 def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> PreprocessConfig:

@@ -4,6 +4,9 @@
 loader's workers, row by row, through the openers that a split hands out.
 """
 
+import contextlib
+import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -11,9 +14,11 @@ import json
 import os
 import re
 import stat
+import tempfile
+import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +27,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import SourceConfig
-from pipeline.errors import ConfigError, PipelineError, first_line
+from pipeline.errors import ConfigError, PipelineError, first_line, shortened
 from pipeline.images import (
     PILLOW_PIXELS,
     Opener,
@@ -534,7 +540,9 @@ def _torchvision_labels(dataset: Any, config: SourceConfig) -> Labels:
 
 def _unread(error: Exception) -> PipelineError:
     """The sentence for an image that the machine failed to read, or that is gone, before a run."""
-    return PipelineError(f"source: an image or a folder cannot be read: {first_line(error)}; mend that first.")
+    return PipelineError(
+        f"source: an image or a folder cannot be read: {shortened(first_line(error))}; mend that first."
+    )
 
 
 def _sampled(reads: Iterable[Callable[[], bytes]]) -> Iterable[bytes]:
@@ -542,6 +550,8 @@ def _sampled(reads: Iterable[Callable[[], bytes]]) -> Iterable[bytes]:
     for read in reads:
         try:
             yield read()
+        except ConfigError:
+            raise
         except Exception as error:  # as in read_image
             if is_of_the_machine(error):
                 raise _unread(error) from None
@@ -609,6 +619,10 @@ def open_cell(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Imag
     return open_image(_path_of(cell, allowed))
 
 
+# What begins like an address, or is long and of base64's letters alone.
+NO_PATH = re.compile(r"\w+://|data:|[\w+/=\s-]{100,}\Z")
+
+
 def _path_of(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Path:
     if not cell or cell["path"] is None:
         raise UndecodableError("the row has no image")
@@ -621,21 +635,29 @@ def _path_of(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Path:
 
 
 def _file_digest(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> bytes:
-    with _path_of(cell, allowed).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    path = _path_of(cell, allowed)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        text = str(cell and cell["path"])
+        if not NO_PATH.match(text):
+            raise
+        raise ConfigError(
+            f"source.image_column: it holds text that is no path, {text[:20]!r} and so on; base64, or an address? "
+            "Store the images' bytes instead."
+        ) from None
 
 
 def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
     import datasets
 
     tally = Tally()
-    opened, allowed = _load_splits(config, tally)
+    opened, allowed = _load_splits(config, need_labels, tally)
     first = next(iter(opened.values()))
     image_column = find_image_column(first.features, config)
     label_column = find_label_column(first.features, config, need_labels)
-    for name in config.keep_columns:
-        if name not in first.column_names:
-            raise ConfigError(f"source.keep_columns: there is no column {name}; {column_listing(first.features)}.")
+    _check_kept(first.features, config)
     _check_alike(opened, [image_column, *([label_column] if label_column else []), *config.keep_columns])
     labels, classes = _read_labels(opened, label_column, config)
     splits: list[Split] = []
@@ -694,7 +716,7 @@ def _check_alike(opened: dict[str, Any], columns: Sequence[str]) -> None:
                 )
 
 
-def _load_splits(config: SourceConfig, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
+def _load_splits(config: SourceConfig, need_labels: bool, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to.
 
     `tally` counts the files of a local folder that are in none of them.
@@ -717,36 +739,60 @@ def _load_splits(config: SourceConfig, tally: Tally) -> tuple[dict[str, Any], tu
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-folder-{_listing_digest(folder)}"
-            builder = _folder_builder(folder.resolve(), config.name, str(cache))
-            loaded = _load_own(builder, config)
+            where = functools.partial(_folder_builder, folder.resolve(), config.name, cache_dir=str(cache))
+            builder = _load_own(where, config, need_labels)
+            loaded = builder.as_dataset()
             _count_unread(builder, loaded, folder.resolve(), tally)
         else:
             cache, hub = Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve()
             own = path.replace("/", "--")
             allowed = (cache / "downloads", cache / path.replace("/", "___"), hub / f"datasets--{own}")
-            loaded = _load_own(datasets.load_dataset_builder(path, config.name, revision=config.revision), config)
+            where = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
+            loaded = _load_own(where, config, need_labels).as_dataset()
     except ConfigError:
         raise
     except Exception as error:  # a dozen exception types of three libraries; all mean the same here
         if "corresponds to no data" in str(error):
             raise ConfigError(f"source.path: {path} is empty: it has no rows.") from None
-        where = "" if folder.is_dir() else " (no such local folder, so it was looked up on the Hub)"
+        looked = "" if folder.is_dir() else " (no such local folder, so it was looked up on the Hub)"
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        raise ConfigError(f"source.path: {path} cannot be opened{where}: {first_line(cause or error)}") from error
+        raise ConfigError(f"source.path: {path} cannot be opened{looked}: {first_line(cause or error)}") from error
     if isinstance(loaded, datasets.Dataset):
         # A saved slice is called `train[:10%]`, or `train+test`.
         loaded = {re.split(r"[^\w.-]", str(loaded.split or "train"))[0]: loaded}
     return {name: loaded[name] for name in chosen_splits(config, list(loaded))}, allowed
 
 
-def _load_own(builder: Any, config: SourceConfig) -> Any:
-    """The splits that a builder of `datasets` makes, out of files of its own only."""
-    own_files(builder, config)
+def _load_own(load: Callable[..., Any], config: SourceConfig, need_labels: bool) -> Any:
+    """A builder of `datasets` that has made the splits, out of files of its own only.
+
+    Of Parquet it is told what to read where it would fail over other columns, or read other types out of the files of a
+    split that nobody asked for. Told nothing, it finds what it has cached without a network too.
+    """
+    import datasets
+    from datasets.packaged_modules.arrow.arrow import Arrow
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    builder = load()
+    files = own_files(builder, config)
+    if files and isinstance(builder, Parquet | Arrow):
+        read_schema = pq.read_schema if isinstance(builder, Parquet) else _arrow_schema
+        schemas: dict[str, pa.Schema] = {}
+        wanted = chosen_splits(config, list(files))
+        for split in wanted:
+            # Of the Hub's files these are the copies in its cache, which the builder reads too.
+            places = datasets.DownloadManager().download([place for _, place in files[split]])
+            schemas |= {name: read_schema(place) for (name, _), place in zip(files[split], places, strict=True)}
+        stated = stated_features(builder, load)
+        columns = find_columns(schemas, stated, config, need_labels)
+        alike = all(_is_of_datasets(schema) and schema == next(iter(schemas.values())) for schema in schemas.values())
+        if isinstance(builder, Parquet) and not (alike and (stated is not None or next(iter(files)) in wanted)):
+            builder = load(columns=list(columns.features), features=datasets.Features(columns.features))
     builder.download_and_prepare()
-    return builder.as_dataset()
+    return builder
 
 
-def _folder_builder(folder: Path, name: str | None, cache: str) -> Any:
+def _folder_builder(folder: Path, name: str | None, **options: Any) -> Any:
     """The builder of `datasets` for a local folder; of a folder of images it reads those that are read elsewhere here.
 
     Raises:
@@ -756,10 +802,11 @@ def _folder_builder(folder: Path, name: str | None, cache: str) -> Any:
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     try:
-        builder = datasets.load_dataset_builder(str(folder), name, cache_dir=cache)
+        builder = local_builder(folder, name, **options)
     except (datasets.exceptions.DataFilesNotFoundError, ValueError):
         # A split may be of images alone whose endings its own list lacks, such as AVIF's.
-        builder = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), cache_dir=cache)
+        with literal_folders():
+            builder = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), **options)
         if not all(any(map(is_image_name, files)) for files in builder.config.data_files.values()):
             raise
     if isinstance(builder, ImageFolder):
@@ -773,7 +820,8 @@ def _take_images(builder: Any, folder: Path) -> None:
 
     builder.EXTENSIONS = sorted(image_suffixes())
     found, place = builder.config.data_files, folder.as_posix()
-    every = DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
+    with literal_folders():
+        every = DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
     for split, files in found.items():
         # Where a card says which files there are, it is left at that.
         more = every.get(split, [])
@@ -853,6 +901,70 @@ def _named_images(loaded: Mapping[str, Any]) -> set[str]:
     return {path for column in columns for path in pc.struct_field(column, "path").to_pylist()}
 
 
+def stated_features(builder: Any, load: Callable[..., Any]) -> Mapping[str, Any] | None:
+    """The features that a dataset's card states; a builder may have those of its cache, which may be of other files.
+
+    Args:
+        builder: of the dataset.
+        load: makes another one.
+    """
+    features: Mapping[str, Any] | None = builder.info.features
+    if features is not None and Path(builder.cache_dir).exists():
+        with tempfile.TemporaryDirectory() as empty:
+            features = load(cache_dir=empty).info.features
+    return features
+
+
+def _arrow_schema(path: str) -> pa.Schema:
+    with pa.OSFile(path) as file:
+        try:
+            return pa.ipc.open_stream(file).schema
+        except pa.ArrowInvalid:
+            file.seek(0)
+            return pa.ipc.open_file(file).schema
+
+
+# Held while `datasets` looks for the files of a local folder.
+_LISTING = threading.Lock()
+
+
+@contextlib.contextmanager
+def literal_folders() -> Iterator[None]:
+    """Have `datasets` take local folders literally.
+
+    It makes a folder's own name a part of the pattern of its files: of `run[1]` it finds none, and of `run*` those of
+    other folders. So within this the function that resolves its patterns escapes the folder.
+    """
+    from datasets import data_files
+
+    resolve = data_files.resolve_pattern
+
+    @functools.wraps(resolve)
+    def escaped(pattern: str, base_path: str, *arguments: Any, **keywords: Any) -> Any:
+        return resolve(pattern, glob.escape(base_path), *arguments, **keywords)
+
+    with _LISTING:
+        data_files.resolve_pattern = escaped
+        try:
+            yield
+        finally:
+            data_files.resolve_pattern = resolve
+
+
+def local_builder(folder: Path, name: str | None, **options: Any) -> Any:
+    """The builder that `datasets` has for a local folder.
+
+    Raises:
+        ConfigError: its path can be none for `datasets`.
+    """
+    import datasets
+
+    if "::" in str(folder.resolve()):
+        raise ConfigError(f"source.path: `datasets` takes :: in a path for a chain of addresses; rename {folder}.")
+    with literal_folders():
+        return datasets.load_dataset_builder(str(folder.resolve()), name, **options)
+
+
 def own_files(builder: Any, config: SourceConfig) -> dict[str, list[tuple[str, str]]]:
     """The (name, place) of the files of each split that a builder of `datasets` has found; nothing of them was read.
 
@@ -904,6 +1016,133 @@ def _listing_digest(folder: Path) -> str:
     states = ((path.relative_to(folder), path.stat()) for path in files)
     listing = (f"{path}:{state.st_size}:{state.st_mtime_ns}" for path, state in states)
     return digest_of([str(folder.resolve()), *listing])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table become what, and the features of `datasets` that they have."""
+
+    image: str
+    label: str | None
+    kept: tuple[str, ...]
+    features: Mapping[str, Any]
+
+
+def find_columns(
+    schemas: Mapping[str, pa.Schema], stated: Mapping[str, Any] | None, config: SourceConfig, need_labels: bool
+) -> Columns:
+    """The columns of a dataset's files that are used; they must mean the same in each file.
+
+    Args:
+        schemas: of the files, by their names.
+        stated: the features that the dataset's card states, if it does.
+        config: the `source` section.
+        need_labels: whether a dataset without a label column is an error.
+
+    Raises:
+        ConfigError: a column is not there, or differs between two files: the same numbers would mean other classes.
+    """
+    first, schema = next(iter(schemas.items()))
+    features = {**column_features(schema), **(stated or {})}
+    image = find_image_column(features, config)
+    label = find_label_column(features, config, need_labels)
+    _check_kept(features, config)
+    used = dict.fromkeys((image, *([label] if label else []), *config.keep_columns))
+    for name in used:
+        if isinstance(features[name], pa.DataType):
+            raise ConfigError(f"source: column {name} holds {features[name]}, of which `datasets` has no type.")
+    for file, other in schemas.items():
+        own = column_features(other, used)
+        for name in used:
+            role = "image" if name == image else "label" if name == label else "kept"
+            expected, here = (_meaning(features.get(name), role), _meaning(own.get(name), role))
+            # A card may give a meaning to what files hold; but no other one than they state themselves.
+            by_card = name in (stated or {}) and not here.startswith((CLASSES_OF, MISSING))
+            if expected != here and not by_card:
+                raise ConfigError(
+                    f"source: column {name} holds {shortened(here)} in {file} and {shortened(expected)} in "
+                    f"{'the card' if name in (stated or {}) else first}; the files of a dataset must agree, so write "
+                    "one of them anew, or read them as two datasets."
+                )
+    return Columns(image, label, config.keep_columns, {name: features[name] for name in used})
+
+
+def _check_kept(features: Mapping[str, Any], config: SourceConfig) -> None:
+    for name in config.keep_columns:
+        if name not in features:
+            raise ConfigError(f"source.keep_columns: there is no column {name}; {column_listing(features)}.")
+
+
+def column_features(schema: pa.Schema, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The features of `datasets` that some columns have, all by default; of a type without one, the type itself."""
+    import datasets
+
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        told = None
+    features: dict[str, Any] = {}
+    for name in schema.names if names is None else names:
+        if (index := schema.get_field_index(name)) < 0:
+            continue  # not there, or there twice
+        kind = plain_type(schema.field(index).type)
+        stated = told.get(name) if isinstance(told, dict) else None
+        metadata = {"huggingface": json.dumps({"info": {"features": {name: stated}}})}
+        features[name] = kind
+        # What the metadata says may be of a version to come: then the type alone tells.
+        for known in ([metadata] if stated else []) + [None]:
+            with contextlib.suppress(Exception):  # the library has an error of its own for each case
+                features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, kind)], known))[name]
+                break
+    return features
+
+
+def _is_of_datasets(schema: pa.Schema) -> bool:
+    """Whether `datasets` has a type for each column of a file."""
+    import datasets
+
+    try:
+        datasets.Features.from_arrow_schema(schema)
+    except Exception:  # as in column_features
+        return False
+    return len(set(schema.names)) == len(schema.names) and all(plain_type(kind) == kind for kind in schema.types)
+
+
+# How the two meanings begin that a card does not replace.
+CLASSES_OF, MISSING = "the classes ", "nothing, as it is missing,"
+
+
+def _meaning(feature: Any, role: str) -> str:
+    """What a column holds, in words that are the same where it means the same."""
+    import datasets
+
+    if feature is None:
+        return MISSING
+    if isinstance(feature, datasets.ClassLabel):
+        return f"{CLASSES_OF}{', '.join(feature.names or ())}"
+    if role == "image" and not isinstance(feature, datasets.Value):
+        return "structs of an image"
+    kind = str(getattr(feature, "dtype", "")) if isinstance(feature, datasets.Value) else str(feature)
+    if role == "label" and re.fullmatch(r"u?int\d+", kind):
+        return "integers"
+    return kind.replace("large_", "")
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """An Arrow type without dictionaries and views, which other libraries write for texts that repeat."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
+    if pa.types.is_large_list(kind):
+        return pa.large_list(plain_type(kind.value_type))
+    if pa.types.is_list(kind):
+        return pa.list_(plain_type(kind.value_type))
+    return kind
 
 
 def column_listing(names: Iterable[str]) -> str:

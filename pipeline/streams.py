@@ -5,9 +5,15 @@ them on their way at a time; a WebDataset tar member by member, front to back. R
 columns are the encoded image and the label; those that are carried through follow.
 """
 
+import bz2
 import contextlib
 import functools
+import gzip
 import hashlib
+import io
+import itertools
+import lzma
+import posixpath
 import queue
 import re
 import tarfile
@@ -25,20 +31,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config import SourceConfig
+from pipeline.config import MOST_PIXELS, SourceConfig
 from pipeline.errors import ConfigError, PipelineError, RowError, first_line
-from pipeline.origins import Origin, card_license
+from pipeline.guard import printable
+from pipeline.images import is_image_name
+from pipeline.origins import LeftOut, Origin, Tally, card_license
 from pipeline.sources import (
+    LITTER_REASON,
     UNLABELLED,
     Source,
     chosen_splits,
     class_names,
-    column_listing,
     digest_of,
     file_names,
-    find_image_column,
-    find_label_column,
+    find_columns,
+    is_litter,
+    local_builder,
     own_files,
+    plain_type,
+    stated_features,
 )
 
 # Threads that read footers while planning: each waits for its server most of the time.
@@ -58,6 +69,19 @@ GAP_BYTES = 2**20
 TAR_ROWS = 256
 TAR_BYTES = 16 * 2**20
 TAR_BLOCK = 4 * 2**20
+# Bytes that a header of a tar may take for long names and the like, and a label or a text of a sample. An image may
+# have as many as its pixels take where nothing compresses them, in four channels, and as many more as a text.
+HEADER_BYTES = 2**20
+TEXT_BYTES = 16 * 2**20
+PIXEL_BYTES = 4
+# Of a compressed tar nobody knows how long it is; what one member may claim.
+MOST_UNPACKED = 2**34
+# Characters of a member's name that are kept.
+NAME_LENGTH = 200
+# Links that lead to links.
+MOST_LINKS = 40
+# Samples at the head of a tar that are looked at for what samples hold.
+HEAD_SAMPLES = 64
 # What a mark takes of either end of a file that no checksum is known of.
 MARK_BYTES = 2**16
 # Rows of a table at the head of a file, and the bytes that are fetched at once for it.
@@ -67,9 +91,19 @@ HEAD_BUFFER = 2**18
 # The local file system, as fsspec names it.
 LOCAL = ("file", ("file", "local"))
 PARQUET_SUFFIXES = (".parquet", ".pq")
-# Of the fields of a WebDataset sample, those that are images.
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+TAR_SUFFIXES = (".tar", *(f".{name}" for name in ("tar.gz", "tgz", "tar.bz2", "tbz2", "tar.xz", "txz", "tar.zst")))
+# How a compressed file begins, whatever it is called, and what reads it.
+UNPACK: Mapping[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"),
+}
 CLASS_FIELD, KEY = "cls", "__key__"
+# In a tar these would seem to be samples.
+TAR_LITTER = ("thumbs.db", "desktop.ini")
+# What explains samples that lack a part.
+SIDE_BY_SIDE = "(The files of a sample must lie side by side in a tar, as `tar --sort=name` puts them.)"
 CELL = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 Item = TypeVar("Item")
@@ -117,7 +151,8 @@ class Fields:
 class StreamedSource(Source):
     """A source whose rows are not known ahead; `splits` is empty, and `files` has those of each split, in order.
 
-    `allowed` are the folders that image paths may lead to; `need_labels` makes an unlabelled row an error.
+    `allowed` are the folders that image paths may lead to; `need_labels` makes an unlabelled row an error; `most_bytes`
+    is what an image in a tar may have.
     """
 
     files: Mapping[str, tuple[StreamedFile, ...]] = field(default_factory=dict)
@@ -126,6 +161,7 @@ class StreamedSource(Source):
     names: tuple[str, ...] | None = None
     need_labels: bool = True
     allowed: tuple[Path, ...] = ()
+    most_bytes: int = TEXT_BYTES + PIXEL_BYTES * MOST_PIXELS
 
     @functools.cached_property
     def by_name(self) -> Mapping[tuple[str, str], StreamedFile]:
@@ -149,12 +185,13 @@ def _total(rows: Iterable[int | None]) -> int | None:
 # ---------------------------------------------------------------------------------------------- planning
 
 
-def open_stream(config: SourceConfig, *, need_labels: bool) -> StreamedSource:
+def open_stream(config: SourceConfig, *, need_labels: bool, max_pixels: int = MOST_PIXELS) -> StreamedSource:
     """Find the files of a source that is streamed, and what their rows hold.
 
     Args:
         config: the `source` section.
         need_labels: whether a row without a label is an error.
+        max_pixels: of an image; what claims more bytes than so many pixels can take is not read.
 
     Raises:
         ConfigError: it is not there, is empty, is neither Parquet nor WebDataset, or lacks the splits or columns that
@@ -163,15 +200,15 @@ def open_stream(config: SourceConfig, *, need_labels: bool) -> StreamedSource:
     found, features, origin = _resolve(config)
     kind = _kind(found)
     files: dict[str, tuple[StreamedFile, ...]] = {}
+    schemas: dict[str, pa.Schema] = {}
     for split, listed in file_names(found).items():
-        files[split] = _measured(listed, kind, config.limit)
+        files[split] = _measured(listed, kind, config.limit, schemas)
         if _total(file.rows for file in files[split]) == 0:
             raise ConfigError(f"source: split {split} is empty.")
-    first = next(iter(files.values()))[0]
     if kind == "tar":
-        fields, kept, own = _tar_fields(first, config, need_labels)
+        fields, kept, own = _tar_fields(itertools.chain(*files.values()), config, need_labels)
     else:
-        fields, kept, own = _parquet_fields(files, features, config, need_labels)
+        fields, kept, own = _parquet_fields(schemas, features, config, need_labels)
     folder = Path(str(config.path)).expanduser()
     marks = (f"{split}/{file.name}:{file.size}:{file.mark}:{file.rows}" for split in files for file in files[split])
     return StreamedSource(
@@ -183,9 +220,10 @@ def open_stream(config: SourceConfig, *, need_labels: bool) -> StreamedSource:
         files=files,
         kind=kind,
         fields=fields,
-        names=config.classes,
+        names=class_names(config, own),
         need_labels=need_labels,
         allowed=(folder.resolve(),) if folder.is_dir() else (),
+        most_bytes=TEXT_BYTES + PIXEL_BYTES * max_pixels,
     )
 
 
@@ -258,11 +296,14 @@ def _built(config: SourceConfig, path: str) -> tuple[dict[str, list[tuple[str, s
     local = folder.is_dir()
     if not local and (path.startswith((".", "~", "/")) or path.count("/") > 1):
         raise ConfigError(f"source.path: there is no folder {folder}.")
+    load = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
+    if local:
+        load = functools.partial(local_builder, folder, config.name)
     try:
-        where = str(folder.resolve()) if local else path
-        revision = None if local else config.revision
-        load = functools.partial(datasets.load_dataset_builder, where, config.name, revision=revision)
         builder = load() if local else _answered(load)
+        features = stated_features(builder, load)
+    except ConfigError:
+        raise
     except Exception as error:  # as in sources: all mean the same here
         looked = "" if local else " (no such local folder, so it was looked up on the Hub)"
         raise ConfigError(f"source.path: {path} cannot be opened{looked}: {_reason(error)}") from error
@@ -274,7 +315,7 @@ def _built(config: SourceConfig, path: str) -> tuple[dict[str, list[tuple[str, s
     if local:
         return (
             found,
-            builder.info.features,
+            features,
             Origin(name=folder.resolve().name, license=card_license(folder / "README.md")),
         )
     commit = next((match[1] for match in re.finditer(r"@([0-9a-f]{40})/", next(iter(found.values()))[0][1])), None)
@@ -283,17 +324,17 @@ def _built(config: SourceConfig, path: str) -> tuple[dict[str, list[tuple[str, s
     license_ = stated or (card_license(Path(card)) if isinstance(card, str) else None)
     return (
         found,
-        builder.info.features,
+        features,
         Origin(name=path.rpartition("/")[2], repository=path, revision=commit, license=license_),
     )
 
 
 def _kind(found: Mapping[str, Sequence[tuple[str, str]]]) -> Kind:
     names = [name for files in found.values() for name, _ in files]
-    kinds: dict[Kind, tuple[str, ...]] = {"parquet": PARQUET_SUFFIXES, "tar": (".tar",)}
+    kinds: dict[Kind, tuple[str, ...]] = {"parquet": PARQUET_SUFFIXES, "tar": TAR_SUFFIXES}
     for kind, suffixes in kinds.items():
-        if names[0].endswith(suffixes):
-            other = next((name for name in names if not name.endswith(suffixes)), None)
+        if names[0].lower().endswith(suffixes):
+            other = next((name for name in names if not name.lower().endswith(suffixes)), None)
             if other is None:
                 return kind
             raise ConfigError(f"source.path: {names[0]} and {other} are of two kinds; a streamed source is of one.")
@@ -303,12 +344,17 @@ def _kind(found: Mapping[str, Sequence[tuple[str, str]]]) -> Kind:
     )
 
 
-def _measured(listed: Sequence[tuple[str, str]], kind: Kind, limit: int | None) -> tuple[StreamedFile, ...]:
+def _measured(
+    listed: Sequence[tuple[str, str]], kind: Kind, limit: int | None, schemas: dict[str, pa.Schema]
+) -> tuple[StreamedFile, ...]:
     """The files with their sizes, marks and, of Parquet, rows: with a limit, the first that hold so many.
+
+    `schemas` takes those of Parquet files, by their names; of files with the same one the first.
 
     With a limit the samples of tars are counted too, one tar after another, so that none is read that is not taken.
     """
     measured: list[StreamedFile] = []
+    seen = {schema.serialize().to_pybytes() for schema in schemas.values()}
     rows = 0
     # A limit is met by a few files as a rule, of which no more are looked at than there are threads.
     for start in range(0, len(listed), PLANNERS if limit else len(listed)):
@@ -317,10 +363,13 @@ def _measured(listed: Sequence[tuple[str, str]], kind: Kind, limit: int | None) 
             futures = [pool.submit(functools.partial(_measure, name, place, kind)) for name, place in some]
             for (name, _), future in zip(some, futures, strict=True):
                 with _planning(name):
-                    file = future.result(SILENT_SECONDS)
+                    file, schema = future.result(SILENT_SECONDS)
                     if limit is not None and file.rows is None:
                         file = replace(file, rows=_count_samples(file))
                 measured.append(file)
+                if schema is not None and (stored := schema.serialize().to_pybytes()) not in seen:
+                    seen.add(stored)
+                    schemas[name] = schema
                 rows += file.rows or 0
                 if limit is not None and rows >= limit:
                     return tuple(measured)
@@ -338,7 +387,7 @@ def _planning(name: str) -> Iterator[None]:
         raise ConfigError(f"source: {name} cannot be read: {_reason(error)}") from error
 
 
-def _measure(name: str, place: str, kind: Kind) -> StreamedFile:
+def _measure(name: str, place: str, kind: Kind) -> tuple[StreamedFile, pa.Schema | None]:
     with _planning(name):
         system, path = _system_of(place)
         info = system.info(path)
@@ -350,10 +399,12 @@ def _measure(name: str, place: str, kind: Kind) -> StreamedFile:
         mark = next((str(info[key]) for key in keys if info.get(key)), None) or _ends(file)
         rows: int | None = None
         groups: tuple[tuple[int, int], ...] = ()
+        schema: pa.Schema | None = None
         if kind == "parquet":
             footer = _footer(file)
+            schema = footer.schema.to_arrow_schema()
             rows, groups = footer.num_rows, tuple(map(_group, map(footer.row_group, range(footer.num_row_groups))))
-    return StreamedFile(name, place, file.size, mark, groups, rows)
+    return StreamedFile(name, place, file.size, mark, groups, rows), schema
 
 
 def _group(group: Any) -> tuple[int, int]:
@@ -383,38 +434,30 @@ def _footer(file: StreamedFile) -> pq.FileMetaData:
 
 
 def _parquet_fields(
-    files: Mapping[str, Sequence[StreamedFile]], features: Any, config: SourceConfig, need_labels: bool
-) -> tuple[Fields, dict[str, Any], list[str] | None]:
+    schemas: Mapping[str, pa.Schema], stated: Mapping[str, Any] | None, config: SourceConfig, need_labels: bool
+) -> tuple[Fields, dict[str, Any], Sequence[str] | None]:
     """What is read of Parquet files, the features of kept columns, and the class names if they have them."""
     import datasets
 
-    first = next(iter(files.values()))[0]
-    with _planning(first.name):
-        schema = _footer(first).schema.to_arrow_schema()
-    if features is None:
-        features = datasets.Features.from_arrow_schema(schema)
-    image = find_image_column(features, config)
-    label = find_label_column(features, config, need_labels)
-    for name in (image, *([label] if label else []), *config.keep_columns):
-        if name not in features or name not in schema.names:
-            raise ConfigError(f"source.keep_columns: there is no column {name}; {column_listing(features)}.")
-    if not _holds_images(schema.field(image).type):
-        raise ConfigError(f"source.image_column: {image} does not hold images but {schema.field(image).type}.")
+    columns = find_columns(schemas, stated, config, need_labels)
+    image, label = columns.image, columns.label
     names = None
-    if label is not None:
-        kind = schema.field(label).type
-        if isinstance(features[label], datasets.ClassLabel):
-            names = features[label].names
-        if _is_text(kind):
-            if config.classes is None:
-                raise ConfigError(
-                    f"source.classes: column {label} holds strings; name the classes, as a streamed source is not read "
-                    "ahead to find them."
-                )
-            names = None
-        elif not pa.types.is_integer(kind):
+    if label is not None and isinstance(columns.features[label], datasets.ClassLabel):
+        names = columns.features[label].names
+    for schema in schemas.values():
+        kind = plain_type(schema.field(image).type)
+        if not _holds_images(kind):
+            hint = " (text, such as base64 or paths, must become the images' bytes first)" if _is_text(kind) else ""
+            raise ConfigError(f"source.image_column: {image} does not hold images but {kind}{hint}.")
+        kind = plain_type(schema.field(label).type) if label is not None else pa.int64()
+        if _is_text(kind) and names is None and config.classes is None:
+            raise ConfigError(
+                f"source.classes: column {label} holds strings; name the classes, as a streamed source is not read "
+                "ahead to find them."
+            )
+        if not (_is_text(kind) or pa.types.is_integer(kind)):
             raise ConfigError(f"source.label_column: {label} holds {kind}; labels are integers or strings.")
-    kept = {name: features[name] for name in config.keep_columns}
+    kept = {name: columns.features[name] for name in config.keep_columns}
     return Fields(image, label, config.keep_columns), kept, names
 
 
@@ -429,39 +472,70 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _tar_fields(
-    first: StreamedFile, config: SourceConfig, need_labels: bool
-) -> tuple[Fields, dict[str, Any], list[str] | None]:
-    """What is read of the samples of tars; there are no class names in them."""
+    files: Iterable[StreamedFile], config: SourceConfig, need_labels: bool
+) -> tuple[Fields, dict[str, Any], None]:
+    """What is read of the samples of tars; there are no class names in them.
+
+    The first tar that has samples tells, and of these as many as it takes to see all fields that are wanted.
+    """
     import datasets
 
-    with _planning(first.name), _opened(first, cache_type="readahead", block_size=MARK_BYTES) as handle:
-        sample = next(_samples(first, handle, lambda _: False), None)
-    if sample is None:
-        raise ConfigError(f"source: {first.name} has no samples: files whose names have an extension.")
-    there = f"the fields of {first.name} are {', '.join(sample)}"
-    images = [name for name in sample if _is_image(name)]
-    if config.image_column is None and len(images) != 1:
-        raise ConfigError(f"source.image_column: a sample has {len(images)} images; name one ({there}).")
-    for key, wanted in (("image_column", config.image_column), ("label_column", config.label_column)):
-        if wanted is not None and wanted not in sample:
-            raise ConfigError(f"source.{key}: there is no field {wanted}; {there}.")
-    for name in config.keep_columns:
-        if name not in sample:
-            raise ConfigError(f"source.keep_columns: there is no field {name}; {there}.")
-    label = config.label_column or (CLASS_FIELD if CLASS_FIELD in sample else None)
-    if label is None and need_labels:
-        raise ConfigError(
-            f"source.label_column: there is no field {CLASS_FIELD}; name one ({there}), or set attack.label=prediction."
-        )
+    label: str | None = config.label_column or CLASS_FIELD
+    wanted = {
+        config.label_column or CLASS_FIELD,
+        *config.keep_columns,
+        *([config.image_column] if config.image_column else []),
+    }
+    file, there, images = _head_of_tars(files, wanted, config)
+    fields = f"the fields of {file.name} are {', '.join(there)}"
+    if config.image_column is None and images != 1:
+        if images:
+            raise ConfigError(f"source.image_column: a sample has {images} images; name one ({fields}).")
+        raise ConfigError(f"source.image_column: a sample has 0 images; name one ({fields}). {SIDE_BY_SIDE}")
+    if config.label_column is None and label not in there:
+        if need_labels:
+            raise ConfigError(
+                f"source.label_column: there is no field {CLASS_FIELD}; name one ({fields}), or set "
+                f"attack.label=prediction. {SIDE_BY_SIDE}"
+            )
+        label = None
+    named = {"image_column": config.image_column, "label_column": config.label_column}
+    for key, name in [*named.items(), *(("keep_columns", name) for name in config.keep_columns)]:
+        if name is not None and name not in there:
+            raise ConfigError(f"source.{key}: there is no field {name}; {fields}. {SIDE_BY_SIDE}")
     kept = {name: datasets.Value("string") for name in config.keep_columns}
     return Fields(config.image_column, label, config.keep_columns), kept, None
 
 
+def _head_of_tars(
+    files: Iterable[StreamedFile], wanted: set[str], config: SourceConfig
+) -> tuple[StreamedFile, list[str], int]:
+    """The first tar that has samples, the fields at its head, and how many images the first sample with one has."""
+    for file in files:
+        there: dict[str, None] = {}
+        images = 0
+        with _planning(file.name), contextlib.closing(_Tar(file, MARK_BYTES)) as tar:
+            for sample in itertools.islice(tar.samples(), HEAD_SAMPLES):
+                there |= dict.fromkeys(sample)
+                images = images or sum(map(_is_image, sample))
+                if wanted <= set(there) and (images or config.image_column):
+                    break
+        if there:
+            return file, list(there), images
+    raise ConfigError("source: its tars have no samples: files whose names have an extension.")
+
+
+# Of a million samples the fields have a few names.
+@functools.lru_cache(maxsize=1024)
 def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_FIELDS
+    return is_image_name(f"x.{name}")
 
 
 # ----------------------------------------------------------------------------------------------- reading
+
+
+# A number of a stretch, some of its rows, and what was left out where they are.
+Read = tuple[int, pa.Table, tuple[LeftOut, ...]]
 
 
 @dataclass(frozen=True)
@@ -473,8 +547,8 @@ class Stretch:
     stop: int | None
 
 
-def read_stretches(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[tuple[int, pa.Table], None, None]:
-    """The rows of some stretches, in order: the stretch's number and a table, at least one of each stretch.
+def read_stretches(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[Read, None, None]:
+    """The rows of some stretches, in order: at least one table of each, and what of a tar was left out.
 
     A bounded number of bytes is on its way at a time. Nothing before or between the stretches is read but the Parquet
     footers; the tar of a stretch is read from its front.
@@ -492,7 +566,7 @@ def read_head(source: StreamedSource, stretch: Stretch) -> Iterator[pa.Table]:
         PipelineError: as `read_stretches`.
     """
     if source.kind == "tar":
-        yield from _tables_of_tar(source, stretch.file, HEAD_ROWS)
+        yield from (table for table, _ in _tables_of_tar(source, stretch.file, HEAD_ROWS))
         return
     with _naming(stretch.file), _opened(stretch.file) as handle:
         # Buffered, a page at a time: a row group may be a hundred megabytes.
@@ -502,7 +576,7 @@ def read_head(source: StreamedSource, stretch: Stretch) -> Iterator[pa.Table]:
                 yield _normalised(source, stretch.file, pa.Table.from_batches([batch]))
 
 
-def _read_parquet(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[tuple[int, pa.Table], None, None]:
+def _read_parquet(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[Read, None, None]:
     # Row groups of a file follow each other, so a few footers are enough.
     footer, one_by_one = functools.lru_cache(maxsize=2 * FETCHERS)(_footer), threading.Lock()
 
@@ -541,7 +615,7 @@ def _read_parquet(source: StreamedSource, stretches: Sequence[Stretch]) -> Gener
             number, size, future = waiting.popleft()
             with _naming(stretches[number].file):
                 rows = future.result(SILENT_SECONDS + ahead / SLOW_BYTES)
-            yield number, rows
+            yield number, rows, ()
             ahead -= size
 
 
@@ -576,29 +650,27 @@ def _chunk_start(chunk: Any) -> int:
     return min(offsets)
 
 
-def _read_tars(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[tuple[int, pa.Table], None, None]:
+def _read_tars(source: StreamedSource, stretches: Sequence[Stretch]) -> Generator[Read, None, None]:
     for number, stretch in enumerate(stretches):
         tables = _until(stretch.stop, _tables_of_tar(source, stretch.file, TAR_ROWS))
         following_table = functools.partial(next, tables, None)
         with contextlib.closing(_Fetchers(1)) as pool:
             following = [pool.submit(following_table) for _ in range(2)]
-            table, empty = following.pop(0).result(), True
-            while table is not None:
+            while (found := following.pop(0).result()) is not None:
                 following.append(pool.submit(following_table))
-                yield number, table
-                table, empty = following.pop(0).result(), False
-        if empty:
-            yield number, _table_of(source, stretch.file, [])
+                yield number, *found
 
 
-def _until(stop: int | None, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+def _until(
+    stop: int | None, tables: Iterator[tuple[pa.Table, tuple[LeftOut, ...]]]
+) -> Iterator[tuple[pa.Table, tuple[LeftOut, ...]]]:
     """The rows before the stop, None for all; what follows is not read."""
-    for table in tables:
+    for table, left_out in tables:
         if stop is not None and table.num_rows >= stop:
-            yield table.slice(0, stop)
+            yield table.slice(0, stop), left_out
             return
         stop = None if stop is None else stop - table.num_rows
-        yield table
+        yield table, left_out
 
 
 class _Fetchers:
@@ -666,14 +738,15 @@ def _normalised(source: StreamedSource, file: StreamedFile, rows: pa.Table) -> p
     from datasets.table import table_cast
 
     fields = source.fields
+    # Dictionaries and views become what they stand for, which is what everything from here on knows.
+    rows = rows.replace_schema_metadata(None)
+    rows = rows.cast(pa.schema([column.with_type(plain_type(column.type)) for column in rows.schema]))
     image, labels = rows.column(str(fields.image)), np.full(rows.num_rows, UNLABELLED)
     # Not combined: a row group may hold more bytes than one array of them can.
     cells = pa.chunked_array([datasets.Image().cast_storage(chunk) for chunk in image.chunks], CELL)
     if fields.label is not None:
         labels = _indices(source, file, rows.column(fields.label))
-    kept = table_cast(
-        rows.select(list(fields.kept)).replace_schema_metadata(None), datasets.Features(source.kept).arrow_schema
-    )
+    kept = table_cast(rows.select(list(fields.kept)), datasets.Features(source.kept).arrow_schema)
     return _joined(cells, pa.array(labels, pa.int64()), kept.replace_schema_metadata(None))
 
 
@@ -707,72 +780,229 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if buf == bytes(tarfile.BLOCKSIZE):
                 raise  # the end mark
             reason = f"a header in it is damaged, {error}" if buf else "it breaks off before its end mark"
             raise tarfile.ReadError(reason) from None
+        # `tarfile` would read any number of bytes of a long name into memory.
+        if member.size < 0 or (member.type in LONG_HEADERS and member.size > HEADER_BYTES):
+            raise tarfile.ReadError(f"a header in it claims {member.size:,} bytes")
+        return member
 
 
-def _samples(file: StreamedFile, handle: Any, wanted: Callable[[str], bool]) -> Iterator[dict[str, bytes | None]]:
-    """The samples of a WebDataset: consecutive files of one name, by their extensions; only those wanted are read.
+# What a name in a tar stands for: where a file is and its bytes, or the name that a link leads to.
+Target = str | tuple[int, int] | None
+# Headers with something behind them: long names and the like. Labels of a tar, of which nothing is a file.
+LONG_HEADERS = (b"L", b"K", b"x", b"g", b"X")
+LABELS_OF_TARS = (b"V", b"D")
 
-    Raises:
-        tarfile.ReadError: the tar is damaged, or does not go on to its end mark, with nothing behind it.
+
+class _Tar:
+    """One tar while it is read, front to back.
+
+    most_bytes: that an image may have.
     """
-    sample: dict[str, bytes | None] = {}
-    key = None
-    with tarfile.open(fileobj=handle, mode="r|", bufsize=2**16, tarinfo=_Member) as archive:
-        for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # or every one of a million would stay in memory
+
+    def __init__(self, file: StreamedFile, block: int, most_bytes: int = 0) -> None:
+        self.file, self.most_bytes = file, most_bytes
+        self._tally = Tally()
+        self._stack = contextlib.ExitStack()
+        handle = self._stack.enter_context(_opened(file, cache_type="readahead", block_size=block))
+        # A server may give files from their beginning only: nothing is sought.
+        packed = self._stack.enter_context(io.BufferedReader(handle, 2**16))
+        unpack = next((unpack for magic, unpack in UNPACK.items() if packed.peek(8).startswith(magic)), None)
+        self._handle = packed if unpack is None else self._stack.enter_context(unpack(packed))
+        self._most = file.size if unpack is None else MOST_UNPACKED
+        self._compressed = unpack is not None
+        self._targets: dict[str, Target] | None = None
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def take_left_out(self) -> tuple[LeftOut, ...]:
+        """What was left out since the last call."""
+        taken, self._tally = self._tally.left_out(), Tally()
+        return taken
+
+    def samples(self, wanted: Callable[[str], bool] = lambda _: False) -> Iterator[dict[str, bytes | None]]:
+        """The samples: consecutive files of one name, by their extensions; only those wanted are read.
+
+        Raises:
+            tarfile.ReadError: the tar is damaged, or does not go on to its end mark, with nothing behind it.
+            PipelineError: a member can be part of no sample, or is larger than it may be.
+        """
+        sample: dict[str, bytes | None] = {}
+        key = None
+        for member in self._members():
             found = re.fullmatch(r"((?:.*/|)[^./][^./]*)\.([^/]+)", member.name)
-            if not member.isfile() or found is None:
+            litter = _is_tar_litter(member.name)
+            if found is None or litter:
+                self._leave_out(member, LITTER_REASON if litter else "names without an extension")
                 continue
             if sample and found[1] != key:
                 yield sample
                 sample = {}
             key, name = found[1], found[2]
             if name in sample:
-                raise PipelineError(f"source: {file.name} has two files {member.name} in one sample.")
+                raise PipelineError(f"source: {self.file.name} has two files {member.name} in one sample.")
             sample.setdefault(KEY, key.encode())
-            content = archive.extractfile(member) if wanted(name) else None
-            sample[name] = content.read() if content else None
+            sample[name] = self._content(member, _is_image(name)) if wanted(name) else None
+        if sample:
+            yield sample
+
+    def _members(self) -> Iterator[tarfile.TarInfo]:
+        """What in the tar may be part of a sample: files, and links within it."""
+        try:
+            archive = tarfile.open(fileobj=self._handle, mode="r|", bufsize=2**16, tarinfo=_Member)  # noqa: SIM115
+            self._archive = self._stack.enter_context(archive)
+        except tarfile.ReadError as error:
+            raise tarfile.ReadError(f"it is no tar, or {error}") from None
+        for member in self._archive:
+            self._archive.members = []  # type: ignore[attr-defined]  # or a million of them would stay in memory
+            if member.isdir():
+                continue
+            if member.type in LABELS_OF_TARS:
+                self._leave_out(member, "labels of a tar")
+            elif member.issparse() or not (member.isfile() or member.issym() or member.islnk()):
+                kind = "a sparse file" if member.issparse() else "no file but a device, a pipe or the like"
+                raise self._refused(member, f"is {kind}; pack the images as plain files")
+            elif member.size > self._most:
+                raise tarfile.ReadError(f"{printable(member.name)} claims {member.size:,} bytes, more than there are")
+            else:
+                yield member
         # The end mark is of zeros, as is what pads it; a header that was overwritten with zeros has files behind it.
-        while block := archive.fileobj.read(TAR_BLOCK):
+        while block := self._archive.fileobj.read(TAR_BLOCK):
             if block.count(0) < len(block):
                 raise tarfile.ReadError("something follows its end mark")
-    if sample:
-        yield sample
+
+    def _leave_out(self, member: tarfile.TarInfo, reason: str) -> None:
+        self._tally.add(reason, printable(member.name)[:NAME_LENGTH])
+
+    def _refused(self, member: tarfile.TarInfo, why: str) -> PipelineError:
+        return PipelineError(f"source: {printable(member.name)} in {self.file.name} {why}.")
+
+    def _content(self, member: tarfile.TarInfo, image: bool) -> bytes:
+        linked = None if member.isfile() else self._linked(member)
+        size, most = linked[1] if linked else member.size, self.most_bytes if image else TEXT_BYTES
+        if size > most:
+            what = "an image of runtime.max_pixels" if image else "a label or a text"
+            raise self._refused(member, f"has {size:,} bytes, and {what} has at most {most:,}")
+        if linked is None:
+            return self._archive.extractfile(member).read()  # type: ignore[union-attr]
+        with _opened(self.file) as handle:
+            handle.seek(linked[0])
+            content: bytes = handle.read(size)
+        return content
+
+    def _linked(self, member: tarfile.TarInfo) -> tuple[int, int]:
+        """Where in the tar the file is that a link leads to: its first byte, and its bytes."""
+        if self._compressed:
+            raise self._refused(member, "is a link, and in a compressed tar none is followed; decompress the tar")
+        if self._targets is None:
+            self._targets = _targets(self.file)
+        target: Target = _link_target(member)
+        for _ in range(MOST_LINKS):
+            if not isinstance(target, str):
+                break
+            target = self._targets.get(target)
+        if isinstance(target, tuple):
+            return target
+        raise self._refused(member, f"is a link to {printable(member.linkname)}, which is no file in the same tar")
+
+
+def _is_tar_litter(name: str) -> bool:
+    """Whether a member is litter, of a system or of a tar that was unpacked by what did not know its headers."""
+    folder, _, own = name.rpartition("/")
+    return own.startswith(".") or own.lower() in TAR_LITTER or _is_litter_folder(folder)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_litter_folder(path: str) -> bool:
+    parts = [part for part in path.split("/") if part not in (".", "..")]
+    return any(is_litter(part) or re.fullmatch(r"PaxHeaders?(\.\d+)?", part) for part in parts)
+
+
+def _targets(file: StreamedFile) -> dict[str, Target]:
+    """What links in a tar may lead to, by name: where a file is in it, or the target of another link.
+
+    Only asked for a tar with links, which is then read a second time: all names of any other would be kept for nothing.
+    None stands for a name that is there twice.
+    """
+    targets: dict[str, Target] = {}
+    with (
+        _opened(file, cache_type="readahead", block_size=TAR_BLOCK) as handle,
+        tarfile.open(fileobj=handle, mode="r:", tarinfo=_Member) as archive,
+    ):
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]
+            name = posixpath.normpath(member.name)
+            if member.issym() or member.islnk():
+                target: Target = _link_target(member)
+            else:
+                plain = member.isfile() and not member.issparse()
+                target = (member.offset_data, member.size) if plain else None
+            targets[name] = None if name in targets else target
+    return targets
+
+
+def _link_target(member: tarfile.TarInfo) -> str:
+    """The name that a link leads to: a symbolic one from its own folder, a hard one from the top of the tar."""
+    folder = posixpath.dirname(member.name) if member.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, member.linkname))
 
 
 def _count_samples(file: StreamedFile) -> int:
     # Headers only, as far as the blocks that are fetched allow.
-    with _opened(file, cache_type="readahead", block_size=TAR_BLOCK) as handle:
-        return sum(1 for _ in _samples(file, handle, lambda _: False))
+    with contextlib.closing(_Tar(file, TAR_BLOCK)) as tar:
+        return sum(1 for _ in tar.samples())
 
 
-def _tables_of_tar(source: StreamedSource, file: StreamedFile, rows: int) -> Iterator[pa.Table]:
+def _tables_of_tar(
+    source: StreamedSource, file: StreamedFile, rows: int
+) -> Iterator[tuple[pa.Table, tuple[LeftOut, ...]]]:
+    """The rows of a tar, at least one table, each with what was left out since the one before."""
     fields = source.fields
 
     def wanted(name: str) -> bool:
         return name in (fields.label, *fields.kept) or (name == fields.image if fields.image else _is_image(name))
 
-    with _naming(file), _opened(file, cache_type="readahead", block_size=TAR_BLOCK) as handle:
-        waiting, size = [], 0
-        for sample in _samples(file, handle, wanted):
+    with _naming(file), contextlib.closing(_Tar(file, TAR_BLOCK, source.most_bytes)) as tar:
+        waiting: list[dict[str, bytes | None]] = []
+        size = 0
+        for sample in _side_by_side(source, file, tar.samples(wanted)):
             waiting.append(sample)
             size += sum(len(content) for content in sample.values() if content is not None)
             if len(waiting) >= rows or size >= TAR_BYTES:
-                yield _table_of(source, file, waiting)
+                yield _table_of(source, file, waiting), tar.take_left_out()
                 waiting, size = [], 0
-        if waiting:
-            yield _table_of(source, file, waiting)
+        yield _table_of(source, file, waiting), tar.take_left_out()
+
+
+def _side_by_side(
+    source: StreamedSource, file: StreamedFile, samples: Iterator[dict[str, bytes | None]]
+) -> Iterator[dict[str, bytes | None]]:
+    """The samples, none of which is there in parts: in a tar that is sorted by type, labels would be lost.
+
+    Only the names of samples that lack something are kept in mind, as numbers.
+    """
+    parts: set[int] = set()
+    fields = source.fields
+    needed = {name for name in (fields.label, *fields.kept) if name is not None}
+    for sample in samples:
+        name = hash(sample[KEY])
+        if name in parts:
+            shown = printable((sample[KEY] or b"").decode("utf-8", "replace"))
+            raise PipelineError(f"source: {file.name} has files of the sample {shown} apart. {SIDE_BY_SIDE}")
+        if not needed <= sample.keys() or _image_of(file, sample, fields.image) is None:
+            parts.add(name)
+        yield sample
 
 
 def _table_of(source: StreamedSource, file: StreamedFile, samples: Sequence[Mapping[str, bytes | None]]) -> pa.Table:
     fields = source.fields
-    cells = [{"bytes": _image_of(sample, fields.image), "path": None} for sample in samples]
+    cells = [{"bytes": _image_of(file, sample, fields.image), "path": None} for sample in samples]
     labels = [_label_of(source, file, sample) for sample in samples]
     kept = {
         name: pa.array([_text_of(file, name, sample.get(name)) for sample in samples], pa.string())
@@ -781,11 +1011,20 @@ def _table_of(source: StreamedSource, file: StreamedFile, samples: Sequence[Mapp
     return _joined(pa.array(cells, CELL), pa.array(labels, pa.int64()), pa.table(kept))
 
 
-def _image_of(sample: Mapping[str, bytes | None], name: str | None) -> bytes | None:
-    """The image of a sample; where none is named and there are several, the first."""
-    if name is not None:
-        return sample.get(name)
-    return next((content for field, content in sample.items() if _is_image(field)), None)
+def _image_of(file: StreamedFile, sample: Mapping[str, bytes | None], name: str | None) -> bytes | None:
+    """The image of a sample: the one that the config names, or the only one.
+
+    Raises:
+        RowError: there are several.
+    """
+    images = [field for field in sample if _is_image(field)] if name is None else [name]
+    if len(images) > 1:
+        key = printable((sample[KEY] or b"").decode("utf-8", "replace"))
+        raise RowError(
+            f"source.image_column: the sample {key} in {file.name} has {len(images)} images ({', '.join(images)}); "
+            "name one."
+        )
+    return sample.get(images[0]) if images else None
 
 
 def _label_of(source: StreamedSource, file: StreamedFile, sample: Mapping[str, bytes | None]) -> int:

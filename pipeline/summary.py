@@ -88,6 +88,7 @@ def _notes(manifest: Manifest) -> list[str]:
     for row in manifest.skipped[:5]:
         file = f" ({row.file})" if row.file else ""
         notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}{file}: {row.reason}"))
+    notes += [printable(f"left out of tars: {part}") for part in manifest.members_left_out]
     return notes
 
 

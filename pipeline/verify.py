@@ -69,11 +69,11 @@ from pipeline.runs import (
     load_model,
     make_attacker,
     naming_evaluator,
+    open_run_source,
     versions,
 )
 from pipeline.shards import FOOTER_KEY
-from pipeline.sources import UNLABELLED, open_source
-from pipeline.streams import open_stream
+from pipeline.sources import UNLABELLED
 from pipeline.victims import Victim
 
 logger = logging.getLogger(__name__)
@@ -250,9 +250,8 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
 def _open_source(manifest: Manifest, findings: Findings) -> Reader | None:
     """What reads the rows of the run's source; None where that is gone or another one, which is a problem."""
     config = manifest.resolved
-    opens = open_stream if config.source.streaming else open_source
     try:
-        source = opens(config.source, need_labels=config.attack.label == "dataset")
+        source = open_run_source(config)
     except PipelineError as error:
         findings.problems.append(f"Nothing was compared with the source: {error}")
         return None
