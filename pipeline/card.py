@@ -309,6 +309,7 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "levels": levels,
         "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
         "stored": manifest.stored,
+        "edition": manifest.edition,
         "signs": SIGNS in manifest.stored,
         "place": place,
         "here": place == HERE,

@@ -17,7 +17,8 @@ from pipeline.digits import digits_split
 from pipeline.errors import ConfigError, NonFiniteError
 from pipeline.images import decode_image
 from pipeline.victims import load_victim
-from tests.conftest import LABELS, WriteConfig, fgsm, wide_parquet
+from tests.conftest import LABELS, WriteConfig, wide_parquet
+from tests.conftest import fgsm_without_run as fgsm
 from tests.test_generate import digests, generate, manifest, rows
 from tests.test_verify import FILE, SHARD, assert_found, forge
 

@@ -16,7 +16,16 @@ from pipeline.config import load_config
 from pipeline.estimate import estimate_bytes
 from pipeline.images import decode_image, encode_images
 from pipeline.runs import open_run
-from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
+from tests.conftest import (
+    KINDS,
+    WriteConfig,
+    png_bytes,
+    random_pixels,
+    shard_path,
+    write_parquet,
+    write_sealed,
+)
+from tests.conftest import fgsm_without_run as fgsm
 from tests.test_generate import digests, generate, manifest, pixels, rows
 from tests.test_verify import SHARD, alter_a_byte_of, assert_found, cut_short_of, forge
 
@@ -105,7 +114,7 @@ def test_it_loads_with_nothing_of_ours(write_config: WriteConfig, tmp_path: Path
 
 def test_pictures_are_stored_plain_and_the_rest_compressed(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config(output=SIGNS))
-    group = pq.ParquetFile(tmp_path / "out" / FILE).metadata.row_group(0)
+    group = pq.ParquetFile(shard_path(tmp_path / "out", FILE)).metadata.row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     for name in ("image.bytes", "sign.bytes"):
         assert columns[name].compression == "UNCOMPRESSED"
@@ -195,11 +204,11 @@ def test_damage_is_named_repaired_and_written_again(
     config, out = write_config(output=SIGNS), tmp_path / "out"
     generate(config)
     before = digests(out)
-    damage(out / FILE)
+    damage(shard_path(out, FILE))
     assert_found(named, out)
     fgsm("verify", out, "--repair")
     assert not shard_path(out, f".run/receipts/{SHARD}.json").exists()
-    assert not (out / FILE).exists()
+    assert not shard_path(out, FILE).exists()
     assert "2 of 3 shards are already there" in generate(config)
     assert digests(out) == before
     result = fgsm("verify", out, "--recompute")
@@ -210,8 +219,8 @@ def test_damage_is_named_repaired_and_written_again(
 
 def test_foreign_files_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config(output=SIGNS))
-    (tmp_path / "out/signs/test-99999.parquet").write_bytes(b"would be loaded along")
-    assert "signs/test-99999.parquet belongs to no shard" in fgsm("verify", tmp_path / "out").stderr
+    shard_path(tmp_path, "out/signs/test-00009-of-00003.parquet").write_bytes(b"would be loaded along")
+    assert "signs/test-00009-of-00003.parquet belongs to no shard" in fgsm("verify", tmp_path / "out").stderr
 
 
 Columns = dict[str, list[Any]]

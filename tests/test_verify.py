@@ -17,7 +17,17 @@ from pipeline.card import write_summaries
 from pipeline.images import decode_image, encode_images
 from pipeline.manifest import read_manifest
 from pipeline.outputs import OutputFolder
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
+from tests.conftest import (
+    FACTORY,
+    WriteConfig,
+    png_bytes,
+    random_pixels,
+    shard_path,
+    without_run,
+    write_parquet,
+    write_sealed,
+)
+from tests.conftest import fgsm_without_run as fgsm
 from tests.test_generate import digests, generate
 
 SHARD = "test-00001-of-00003"
@@ -29,11 +39,11 @@ def cut_short_of(path: Path) -> None:
 
 
 def cut_short(out: Path) -> None:
-    cut_short_of(out / FILE)
+    cut_short_of(shard_path(out, FILE))
 
 
 def alter_a_byte(out: Path) -> None:
-    alter_a_byte_of(out / FILE)
+    alter_a_byte_of(shard_path(out, FILE))
 
 
 def alter_a_byte_of(path: Path) -> None:
@@ -43,7 +53,7 @@ def alter_a_byte_of(path: Path) -> None:
 
 
 def delete_a_file(out: Path) -> None:
-    (out / FILE).unlink()
+    shard_path(out, FILE).unlink()
 
 
 def break_a_receipt(out: Path) -> None:
@@ -93,7 +103,7 @@ def test_damage_is_named_repaired_and_written_again(
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
     assert not shard_path(out, f".run/receipts/{SHARD}.json").exists()
-    assert not list(out.glob(f"*/{SHARD}.parquet"))
+    assert not list(out.glob(f"*/{SHARD}-*.parquet"))
     assert "2 of 3 shards are already there" in generate(config)
     assert digests(out) == before
     assert shard_path(out, f".run/receipts/{SHARD}.json").read_bytes() == receipt
@@ -121,11 +131,14 @@ def test_missing_shards_and_foreign_files_are_named(write_config: WriteConfig, t
     generate(write_config())
     out = tmp_path / "out"
     shard_path(out, f".run/receipts/{SHARD}.json").unlink()
-    (out / "clean/test-99999.parquet").write_bytes(b"would be loaded along")
+    extra = shard_path(out, "clean/test-00009-of-00003.parquet")
+    extra.write_bytes(b"would be loaded along")
+    (out / "clean/mine.parquet").write_bytes(b"would not")
     result = fgsm("verify", out)
     assert result.exit_code == 1
     assert f"1 of 3 shards are missing, {SHARD} first" in result.stderr
-    assert "clean/test-99999.parquet belongs to no shard" in result.stderr
+    assert "clean/test-00009-of-00003.parquet belongs to no shard" in result.stderr
+    assert "not of this dataset, and left alone: clean/mine.parquet" in result.stdout
 
 
 def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
@@ -167,7 +180,7 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
     rewrite(path, pa.table(columns, schema=table.schema))
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
     receipt = json.loads(receipt_path.read_text())
-    entry = next(entry for entry in receipt["files"] if entry["path"] == file)
+    entry = next(entry for entry in receipt["files"] if without_run(entry["path"]) == file)
     entry.update(bytes=size, sha256=digest)
     receipt["counts"][-1].update(counts)
     for count in receipt["counts"]:
@@ -284,12 +297,12 @@ def test_lost_rows_and_other_columns_are_found(write_config: WriteConfig, tmp_pa
     generate(write_config())
     forge(tmp_path / "out", lose_a_row)
     assert "has 15 rows; its receipt says 16" in fgsm("verify", tmp_path / "out").stderr
-    path = tmp_path / "out" / FILE
+    path = shard_path(tmp_path / "out", FILE)
     rewrite(path, pq.read_table(path).drop_columns(["fooled"]))
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
     receipt_path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(receipt_path.read_text())
-    next(entry for entry in receipt["files"] if entry["path"] == FILE).update(bytes=size, sha256=digest)
+    next(entry for entry in receipt["files"] if without_run(entry["path"]) == FILE).update(bytes=size, sha256=digest)
     write_sealed(receipt_path, receipt)
     assert "has other columns than the manifest says" in fgsm("verify", tmp_path / "out").stderr
 

@@ -25,7 +25,18 @@ from pipeline.images import decode_image, encode_images
 from pipeline.lattice import common_sign, step
 from pipeline.stores import LocalStore
 from pipeline.verify import Findings, verify
-from tests.conftest import FACTORY, KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import (
+    FACTORY,
+    KINDS,
+    WriteConfig,
+    png_bytes,
+    random_pixels,
+    shard_path,
+    without_run,
+    write_parquet,
+    write_sealed,
+)
+from tests.conftest import fgsm_without_run as fgsm
 from tests.s3 import S3
 from tests.s3 import bucket as bucket
 from tests.s3 import out as out
@@ -39,10 +50,10 @@ Columns = dict[str, list[Any]]
 
 
 def edit_receipt(out: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    path = out / f".run/receipts/{SHARD}.json"
+    path = shard_path(out, f".run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     edit(receipt)
-    path.write_text(json.dumps(receipt))
+    write_sealed(path, receipt)
     agree(out)
 
 
@@ -63,7 +74,9 @@ def found(out: Path, **options: bool) -> Findings:
 
 def pictures(out: Path, file: str) -> Tensor:
     """(N, C, H, W) uint8."""
-    return torch.stack([decode_image(cell["bytes"]) for cell in pq.read_table(out / file).column("image").to_pylist()])
+    return torch.stack(
+        [decode_image(cell["bytes"]) for cell in pq.read_table(shard_path(out, file)).column("image").to_pylist()]
+    )
 
 
 def put(images: Tensor) -> Callable[[Columns], None]:
@@ -431,7 +444,7 @@ def test_rows_that_are_not_the_source_s_are_found(
 ) -> None:
     generate(write_config(source={"streaming": streaming}))
     out = tmp_path / "out"
-    (shard, *_) = sorted(path.stem for path in (out / "clean").iterdir())
+    (shard, *_) = sorted(without_run(path.stem) for path in (out / "clean").iterdir())
     for subset in ("clean", "eps-2", "eps-8"):
         forge_in(out, edit, subset, shard)
     (problem,) = verify(out, source=True).problems
@@ -506,7 +519,7 @@ def assert_kept(out: Path, before: dict[str, str]) -> None:
     findings = verify(out, repair=True)
     assert (len(findings.problems), findings.damaged, findings.unread) == (1, set(), 1), findings.problems
     assert fgsm("verify", out, "--repair").exit_code == 1
-    assert (out / f".run/receipts/{SHARD}.json").exists()
+    assert shard_path(out, f".run/receipts/{SHARD}.json").exists()
     assert digests(out) == before
 
 
@@ -515,17 +528,17 @@ def test_a_file_that_the_disk_does_not_give_is_no_damage(write_config: WriteConf
     generate(write_config())
     out = tmp_path / "out"
     # Reading there is an I/O error, for root too; its size is 0.
-    (out / FILE).unlink()
-    (out / FILE).symlink_to("/proc/self/mem")
+    shard_path(out, FILE).unlink()
+    shard_path(out, FILE).symlink_to("/proc/self/mem")
 
     def claim_nothing(receipt: dict[str, Any]) -> None:
-        next(entry for entry in receipt["files"] if entry["path"] == FILE)["bytes"] = 0
+        next(entry for entry in receipt["files"] if without_run(entry["path"]) == FILE)["bytes"] = 0
 
     edit_receipt(out, claim_nothing)
     findings = verify(out, repair=True)
     assert (len(findings.problems), findings.damaged, findings.unread) == (1, set(), 1)
     assert "Input/output error" in findings.problems[0]
-    assert (out / f".run/receipts/{SHARD}.json").exists()
+    assert shard_path(out, f".run/receipts/{SHARD}.json").exists()
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
@@ -547,7 +560,7 @@ def test_a_file_that_goes_away_after_the_listing_is_no_damage(
     generate(write_config())
     out = tmp_path / "out"
     sizes = LocalStore(out).sizes()
-    (out / FILE).unlink()
+    shard_path(out, FILE).unlink()
     before = digests(out)
     monkeypatch.setattr(LocalStore, "sizes", lambda _: sizes)
     assert_kept(out, before)
@@ -576,7 +589,7 @@ def test_a_store_that_fails_for_one_file_hides_nothing_else(
     s3: S3, out: str, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate(write_config(output={"path": out}))
-    s3.fail("GET", FILE, 503)
+    s3.fail("GET", FILE.removesuffix(".parquet"), 503)
     findings = verify(out, repair=True)
     assert (len(findings.problems), findings.damaged, findings.unread) == (1, set(), 1)
     assert (findings.shards, findings.rows) == (2, 3 * 24)
