@@ -51,17 +51,17 @@ def measure(workers: int, arguments: argparse.Namespace, output: str, sender: An
     folder = OutputFolder(Path(config.output.path))
     with contextlib.ExitStack() as stack:
         executor: Executor = stack.enter_context(RayExecutor()) if workers else LocalExecutor()
-        opened = executor.open(config, None)
+        opened = executor.open(config, None, 0)
         shards = opened.plan.shards
         if len(shards) < 2 * WARM_SHARDS:
             raise SystemExit(f"{len(shards)} shards are too few to time; give more --images, or fewer a shard.")
-        with folder.held():
+        with folder.store.held():
             executor.write(folder, shards[:WARM_SHARDS], [])
-            done = list(committed(folder, opened.run_id, shards).values())
+            done = list(committed(folder, opened.edition, shards).values())
             began = time.monotonic()
             executor.write(folder, shards[WARM_SHARDS:], done)
             seconds = time.monotonic() - began
-    written = committed(folder, opened.run_id, shards)
+    written = committed(folder, opened.edition, shards)
     digest = hashlib.sha256("".join(file.sha256 for name in sorted(written) for file in written[name].files).encode())
     sender.send((sum(map(len, shards[WARM_SHARDS:])), seconds, digest.hexdigest()))
 

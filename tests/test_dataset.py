@@ -337,6 +337,6 @@ def test_importing_the_package_is_instant_and_load_is_there() -> None:
 
 def test_reading_loads_neither_attack_nor_victim() -> None:
     loaded = {name for name in loaded_by("from pipeline import load") if name.startswith("pipeline.")}
-    allowed = {"errors", "guard", "config", "images", "lattice", "columns", "origins", "plan", "stores", "outputs"}
-    allowed |= {"manifest", "dataset"}
+    allowed = {"errors", "guard", "config", "images", "lattice", "columns", "origins", "plan", "locks", "stores"}
+    allowed |= {"outputs", "manifest", "dataset"}
     assert loaded == {f"pipeline.{name}" for name in allowed}

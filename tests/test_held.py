@@ -11,7 +11,7 @@ import pytest
 import pipeline
 from pipeline.errors import PipelineError
 from pipeline.shards import ShardWriter
-from tests.conftest import WriteConfig, fgsm, shard_path
+from tests.conftest import WriteConfig, fgsm, shard_path, write_sealed
 from tests.test_generate import digests, generate, manifest
 
 
@@ -247,7 +247,7 @@ def test_readers_of_an_incomplete_dataset_are_warned(write_config: WriteConfig, 
         shard_path(half, f"{subset}/test-00001-of-00002.parquet").unlink()
     fgsm("verify", half)
     files = [file for file in content["files"] if "test-00001" not in file["path"]]
-    (half / "manifest.json").write_text(json.dumps({**content, "files": files, "complete": False}))
+    write_sealed(half / "manifest.json", {**content, "files": files, "complete": False})
     with pytest.warns(UserWarning, match=r"1 of 2 shards"):
         pipeline.training_dataset(half, "test")
     pipeline.training_dataset(half, "test", allow_incomplete=True)

@@ -59,7 +59,7 @@ def receipt_of(run: Run, shard: Shard, skipped: Sequence[SkippedRow] = ()) -> Re
             for level in run.levels
         ),
         files=tuple(
-            FileEntry(path=shard_file(subset, shard), rows=rows, bytes=FILE_BYTES, sha256="0" * 64)
+            FileEntry(path=shard_file(subset, shard, run.edition), rows=rows, bytes=FILE_BYTES, sha256="0" * 64)
             for subset in run.stored
         ),
         versions=versions(run.device),
@@ -76,9 +76,9 @@ def simulate(run: Run, out: Path, shards: Sequence[Shard]) -> None:
     for shard in shards:
         assert len(shard) == len(shards[0])
         receipt = Receipt.model_validate_json(first.replace(shards[0].name, shard.name)).sealed()
-        (receipts / f"{shard.name}.json").write_text(receipt.model_dump_json(indent=1))
+        (out / OutputFolder(out).receipt(shard, run.edition)).write_text(receipt.model_dump_json(indent=1))
         for subset in run.stored:
-            descriptor = os.open(out / shard_file(subset, shard), os.O_WRONLY | os.O_CREAT)
+            descriptor = os.open(out / shard_file(subset, shard, run.edition), os.O_WRONLY | os.O_CREAT)
             os.ftruncate(descriptor, FILE_BYTES)
             os.close(descriptor)
 
@@ -139,7 +139,7 @@ def test_ten_thousand_shards(write_config: WriteConfig, tmp_path: Path) -> None:
         sizes = folder.store.sizes()
     assert sum(name.startswith(f"{folder.receipts}/") for name in sizes) == SHARDS - 1
     with at_most(1.5, "what is committed"):
-        assert len(committed(folder, run.run_id, run.plan.shards)) == SHARDS - 1
+        assert len(committed(folder, run.edition, run.plan.shards)) == SHARDS - 1
     with first_batch() as seen, at_most(15, "the last shard"):
         began = time.process_time()
         assert "complete; 10,000 of 10,000 source images" in generate(config)
@@ -163,7 +163,7 @@ def test_a_resumed_run_starts_within_ten_seconds_by_the_clock(write_config: Writ
     assert time.monotonic() - began < 1
     assert sum(name.startswith(f"{folder.receipts}/") for name in sizes) == SHARDS - 1
     began = time.monotonic()
-    assert len(committed(folder, run.run_id, run.plan.shards)) == SHARDS - 1
+    assert len(committed(folder, run.edition, run.plan.shards)) == SHARDS - 1
     assert time.monotonic() - began < 1.5
     with first_batch() as seen:
         began = time.monotonic()

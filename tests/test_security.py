@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -325,14 +326,14 @@ def test_an_output_folder_runs_nothing(out: Path, canary: Path) -> None:
         pipeline.load(out, split="test")
     (out / f"{out.name}.py").unlink()
     pipeline.load(out, split="test")[0]
-    for name in ("manifest.json", ".run/receipts/test-00000-of-00002.json"):
-        before = (out / name).read_bytes()
-        (out / name).write_bytes(pickle.dumps(Payload(canary)))
+    for path in (out / "manifest.json", shard_path(out, ".run/receipts/test-00000-of-00002.json")):
+        before = path.read_bytes()
+        path.write_bytes(pickle.dumps(Payload(canary)))
         try:
             assert verify(out).problems
         except PipelineError as error:
             assert "cannot be read" in str(error)
-        (out / name).write_bytes(before)
+        path.write_bytes(before)
     assert not canary.exists()
 
 
@@ -574,18 +575,20 @@ def test_a_receipt_names_files_of_its_own_only(path: str) -> None:
 
 
 def make_consistent(out: Path, content: dict[str, Any]) -> None:
-    """Write an altered manifest, and receipts, with the run id and the digests that they would have."""
-    content["run_id"] = run_id_of(content["identity"])
-    write_sealed(out / "manifest.json", content)
+    """Write an altered manifest, and receipts, with the run id, the names and the digests that they would have."""
+    former, run_id = content["run_id"], run_id_of(content["identity"])
+    write_sealed(out / "manifest.json", json.loads(json.dumps(content).replace(former, run_id)))
     for path in (out / ".run/receipts").iterdir():
-        write_sealed(path, {**json.loads(path.read_text()), "run_id": content["run_id"]})
+        write_sealed(path, json.loads(path.read_text().replace(former, run_id)))
+    for path in list(out.rglob(f"*-{former}.*")):
+        path.rename(path.with_name(path.name.replace(former, run_id)))
 
 
 @pytest.mark.parametrize("split", ["../../x", "/etc/x", "..", "a/b", ""])
 def test_a_manifest_that_would_lead_out_changes_nothing(out: Path, split: str) -> None:
-    neighbour = out.parent / "x-00000-of-00002.parquet"
-    neighbour.write_text("a neighbour")
     content = json.loads((out / "manifest.json").read_text())
+    neighbour = out.parent / f"x-00000-of-00002-{content['run_id']}.parquet"
+    neighbour.write_text("a neighbour")
     content["split_rows"] = {split: 12}
     (out / "manifest.json").write_text(json.dumps(content))
     for arguments in (("verify",), ("verify", "--repair"), ("report",), ("inspect",)):
@@ -660,9 +663,10 @@ def test_files_that_a_manifest_lists_beside_its_plan_are_not_read(finished: Path
     manifest = require_manifest(OutputFolder(finished))
     place = "s3://bucket/out"
     assert list(_addresses(place, manifest, "clean")) == ["test"]
-    entry = manifest.files[0].model_copy(update={"path": f"clean/{name}.parquet"})
+    file = f"clean/{name}-{manifest.edition}.parquet"
+    entry = manifest.files[0].model_copy(update={"path": file})
     other = manifest.model_copy(update={"files": (*manifest.files, entry)})
-    with pytest.raises(ConfigError, match=rf"^{place}: its manifest\.json lists clean/{name}\.parquet, which is no"):
+    with pytest.raises(ConfigError, match=rf"^{place}: its manifest\.json lists {re.escape(file)}, which is no"):
         _addresses(place, other, "clean")
 
 

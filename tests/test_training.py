@@ -624,7 +624,7 @@ def test_a_file_that_is_listed_in_one_subset_only_is_one_sentence(outputs: Path,
     folder = tmp_path / "copy"
     shutil.copytree(outputs / "color-images", folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    name = "test-00001-of-00003.parquet"
+    name = shard_path(folder, "eps-8/test-00001-of-00003.parquet").name
     manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != f"eps-8/{name}"]
     write_sealed(folder / "manifest.json", manifest)
     with pytest.raises(PipelineError) as caught:
@@ -766,8 +766,8 @@ def test_hub_errors_are_one_sentence(outputs: Path, hub: Hub, monkeypatch: pytes
 
 def test_training_loads_neither_attack_nor_victim_nor_datasets() -> None:
     loaded = loaded_by("from pipeline import training_dataset")
-    allowed = {"errors", "guard", "config", "images", "lattice", "plan", "origins", "stores", "outputs", "manifest"}
-    allowed |= {"training"}
+    allowed = {"errors", "guard", "config", "images", "lattice", "plan", "origins", "locks", "stores", "outputs"}
+    allowed |= {"manifest", "training"}
     assert {name for name in loaded if name.startswith("pipeline.")} == {f"pipeline.{name}" for name in allowed}
     assert not {"datasets", "torchvision", "huggingface_hub"} & loaded
     assert "training_dataset" in pipeline.__all__
