@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError, PipelineError, first_line
 from pipeline.guard import printable
 from pipeline.origins import UNKNOWN, LeftOut, Origin, sum_left_out
 from pipeline.outputs import (
+    EDITION,
     RUN_ID,
     STEM,
     AlteredError,
@@ -99,6 +100,7 @@ class StreamedFile(Record):
     cuts: Annotated[tuple[Whole, ...] | None, AfterValidator(_check_cuts)]
 
 
+Edition = Annotated[str, Field(pattern=EDITION)]
 # A name of which the names of shards begin.
 Split = Annotated[str, Field(pattern=STEM)]
 
@@ -144,8 +146,8 @@ class Manifest(SealedRecord):
     format: int = FORMAT_VERSION
     run_id: Annotated[str, Field(pattern=RUN_ID)]
     generation: Whole = 0
-    session: str = ""
-    supersedes: tuple[str, ...] = ()
+    session: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
+    supersedes: tuple[Edition, ...] = ()
     complete: bool = False
     config: dict[str, Any]
     identity: dict[str, Any]
@@ -177,6 +179,12 @@ class Manifest(SealedRecord):
             raise ValueError("streamed lists other splits than split_rows")
         if not self.streamed and None in self.split_rows.values():
             raise ValueError("split_rows does not say how many rows there are, and streamed lists no files")
+        return self
+
+    @model_validator(mode="after")
+    def _check_files(self) -> "Manifest":
+        if not all(file.path.endswith(f"-{self.edition}.parquet") for file in self.files):
+            raise ValueError("files lists some whose names do not end in its run id and generation")
         return self
 
     @model_validator(mode="after")

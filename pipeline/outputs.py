@@ -39,7 +39,7 @@ from pipeline.stores import open_store
 # out of them is never a way out of the folder.
 STEM = r"^\w[\w.-]*$"
 SHARD_FILE = r"^(clean|signs|eps-[0-9]{1,3})/\w[\w.-]*\.parquet$"
-RUN_ID = r"^[0-9a-f]{16}$"
+RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Total = Annotated[float, Field(ge=0, lt=2**63)]

@@ -17,7 +17,6 @@ import itertools
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -174,7 +173,13 @@ def verify(
         if Path(name).stem.endswith(ending):
             damaged = Path(name).stem.removesuffix(ending)
             findings.damage(damaged, f".run/receipts/{name} was altered, or is no receipt.")
-    _check_listing(manifest, plan, receipts, sizes, findings, folder.store.at(folder.manifest))
+    _check_listing(manifest, plan, receipts, sizes, findings)
+    if found and not receipts:
+        other = min(receipt.run_id for receipt in found.values())
+        findings.problems.append(
+            f"manifest.json is of another run ({manifest.run_id}) than all receipts ({other}); if it is not the one "
+            "that belongs here, restore that, or delete it and run generate again, which writes it anew."
+        )
     with contextlib.ExitStack() as stack:
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         # Loading a victim may run code that the manifest names: never for a dataset of which nothing was made here.
@@ -330,7 +335,6 @@ def _check_listing(
     receipts: Mapping[str, Receipt],
     sizes: Mapping[str, int],
     findings: Findings,
-    manifest_place: str,
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
     missing = [shard.name for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
@@ -340,13 +344,6 @@ def _check_listing(
             f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
         )
     planned = {shard.name for shard in plan.shards}
-    runs = Counter(receipt.run_id for receipt in receipts.values())
-    if len(runs) == 1 and manifest.run_id not in runs:
-        # Nothing of theirs is damaged, and nothing must be repaired.
-        raise PipelineError(
-            f"{manifest_place} is of another run ({manifest.run_id}) than all receipts ({min(runs)}); restore the "
-            "manifest that belongs here, or delete it and run generate again, which writes it anew."
-        )
     for name, receipt in receipts.items():
         if name not in planned:
             file = f".run/receipts/{name}-{manifest.edition}.json"
