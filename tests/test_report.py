@@ -32,7 +32,17 @@ from pipeline.outputs import EvaluatorCounts, OutputFolder, report_files, report
 from pipeline.plots import Curve, Ridge, curves_plot, matrix_plot, ridges_plot, shortened
 from pipeline.report import report, write_report
 from pipeline.sample import Sample, read_pictures, read_sample
-from tests.conftest import FACTORY, KINDS, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet
+from tests.conftest import (
+    FACTORY,
+    KINDS,
+    WriteConfig,
+    fgsm,
+    png_bytes,
+    random_pixels,
+    shard_path,
+    without_run,
+    write_parquet,
+)
 from tests.test_evaluators import ROOM
 from tests.test_generate import generate, rows
 
@@ -260,14 +270,36 @@ def test_a_picture_that_a_report_no_longer_has_goes_if_it_is_its_own(digits: Pat
     assert [path.name for path in (copy / "assets").iterdir()] == ["confusion.png"]
 
 
-def test_overwriting_a_run_removes_its_report(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_overwriting_a_run_replaces_its_report(finished: Path, tmp_path: Path) -> None:
+    """By a page of no receipts, of which the pictures still are: the next report replaces them, and nothing else."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "assets/mine.png").write_text("mine")
+    folder = OutputFolder(out)
+    of_receipts, names = reported_receipts(folder), report_files(folder)
+    pictures = {name: (out / name).read_bytes() for name in names[:-1]}
+    assert len(pictures) == len(list((out / "assets").iterdir())) - 1
+    generate(finished.parent / "config.yaml", "--output", str(out), "--overwrite")
+    assert reported_receipts(folder) == ""
+    page = (out / "report.html").read_text()
+    assert len(page) < 1000
+    assert "This dataset is being written anew" in page
+    assert report_files(folder) == names
+    report(out)
+    assert (reported_receipts(folder), report_files(folder)) == (of_receipts, names)
+    assert {name: (out / name).read_bytes() for name in names[:-1]} == pictures
+    assert (out / "assets/mine.png").read_text() == "mine"
+
+
+def test_overwriting_a_run_leaves_a_page_that_no_report_wrote(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     (tmp_path / "out/report.html").write_text("<html>")
     (tmp_path / "out/assets").mkdir()
     (tmp_path / "out/assets/accuracy.png").write_text("a plot")
     generate(write_config(), "--overwrite")
-    assert not (tmp_path / "out/report.html").exists()
-    assert not (tmp_path / "out/assets").exists()
+    assert (tmp_path / "out/report.html").read_text() == "<html>"
+    assert [path.name for path in (tmp_path / "out/assets").iterdir()] == ["accuracy.png"]
+    assert (tmp_path / "out/assets/accuracy.png").read_text() == "a plot"
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\xff\xfe"])
@@ -438,7 +470,7 @@ def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config
     stored = pipeline.load(tmp_path / "out", split="test")
     order = list(zip(stored["source_index"], stored["epsilon"], strict=True))
     place = [f"test-{int(sample.shard[row]):05d}-of-00004" for row in picked]
-    assert [sample.shards[sample.shard[row]] for row in picked] == place
+    assert [without_run(sample.shards[sample.shard[row]]) for row in picked] == place
     assert list(read_pictures(folder, manifest, sample, picked)) == sorted(picked)
     (name, _, chosen), *_ = choose_rows(sample, sample.levels)
     group = make_groups(folder, manifest, sample, sample.levels, str)[0]
@@ -764,7 +796,8 @@ def test_a_picture_that_cannot_be_decoded_is_one_sentence(write_config: WriteCon
     broken = pa.array([{"bytes": b"RIFF", "path": None}] * len(table), table.schema.field("image").type)
     folder, manifest = opened(tmp_path / "out")
     pq.write_table(table.set_column(0, table.schema.field("image"), broken), path)
-    with pytest.raises(pipeline.errors.PipelineError, match=r"A picture in row \d+ of test-0000\d-of-00004 cannot be"):
+    place = rf"test-0000\d-of-00004-{manifest.run_id}"
+    with pytest.raises(pipeline.errors.PipelineError, match=rf"A picture in row \d+ of {place} cannot be"):
         write_report(folder, manifest)
 
 
