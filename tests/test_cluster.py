@@ -42,7 +42,8 @@ from tests.test_generate import digests, generate, manifest
 from tests.test_processes import GATED, driver_of, receipts, run_fgsm, wait_for
 from tests.test_streams import images, stream, write_files, write_tar
 
-# A victim that does what files beside it say, and notes which processes load it, with how many cores.
+# A victim that does what files beside it say, and notes which processes load it, with how many cores. It fails no
+# earlier than when the run has begun, of which the opening looks at images too.
 WATCHED = """
 
 import os, pathlib, signal, time
@@ -63,6 +64,9 @@ class Watched(Net):
         if len(x) > 1:
             if (HERE / "slow").exists():
                 time.sleep(0.1)
+        if not (HERE / "out/manifest.json").exists():
+            return super().forward(x)
+        if len(x) > 1:
             try:
                 (HERE / "kill once").unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -294,7 +298,7 @@ def test_what_a_lost_worker_has_committed_is_not_written_again(
     generate(watched_config)
     monkeypatch.setattr("pipeline.cluster._held", None)
     there = require_manifest(OutputFolder(tmp_path / "out"))
-    job = Job(load_config(str(watched_config)), there, str(Path.cwd()), cores=1, gpus=1)
+    job = Job(load_config(str(watched_config)), there, there.generation, str(Path.cwd()), cores=1, gpus=1)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
     assert write_on_worker(job, str(tmp_path / "out"), there.plan.shards[2], None) == {}
     assert written == {path: path.stat().st_mtime_ns for path in written}
@@ -496,7 +500,7 @@ def test_a_worker_sees_what_it_was_given_of_the_gpus(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", shares.append)
     config = load_config(str(write_config(runtime={"device": device})))
-    with pipeline.cluster._at_work(Job(config, None, str(Path.cwd()), 1, gpus)):
+    with pipeline.cluster._at_work(Job(config, None, 0, str(Path.cwd()), 1, gpus)):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     assert shares == ([] if share is None else [share])
 
@@ -504,7 +508,7 @@ def test_a_worker_sees_what_it_was_given_of_the_gpus(
 def test_a_worker_names_no_credential_of_its_node(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver, which has others, could not take it out."""
     monkeypatch.setenv("NODE_SECRET", "hush-hush-hush")
-    job = Job(load_config(str(write_config())), None, str(Path.cwd()), 1, 1)
+    job = Job(load_config(str(write_config())), None, 0, str(Path.cwd()), 1, 1)
     with pytest.raises(PipelineError) as caught, pipeline.cluster._at_work(job):
         try:
             raise OSError(5, "refused hush-hush-hush")
