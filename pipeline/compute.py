@@ -183,12 +183,13 @@ def rehearse(
                 future.result()
 
 
-def fit_batch_size(attempt: Callable[[int], None], batch_size: int) -> int:
+def fit_batch_size(attempt: Callable[[int], None], batch_size: int, *, quiet: bool = False) -> int:
     """Halve a batch until it fits in the device's memory.
 
     Args:
         attempt: computes a batch of that many rows; raises torch.OutOfMemoryError.
         batch_size: the size to begin with.
+        quiet: say nothing of a smaller one.
 
     Raises:
         ConfigError: not even one image fits.
@@ -201,7 +202,7 @@ def fit_batch_size(attempt: Callable[[int], None], batch_size: int) -> int:
         gc.collect()
         torch.cuda.empty_cache()
         size //= 2
-    if size < batch_size:
+    if size < batch_size and not quiet:
         logger.warning("A batch of %d does not fit in the device's memory; %d does.", batch_size, size)
     return size
 

@@ -291,7 +291,7 @@ def _check_models(
         def attempt(size: int) -> None:
             found[:] = check_model(model, images, labels.to(images.device), goal, size)
 
-        fit_batch_size(attempt, size)
+        fit_batch_size(attempt, size, quiet=True)
         for sentence in found:
             logger.warning("%s%s.", name, sentence)
 
@@ -431,6 +431,8 @@ def choose_device(wanted: str, precision: str = "fp32") -> torch.device:
     if wanted == "cuda":
         # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Memory that the rehearsal gave back in small pieces is joined for the run, where PyTorch has not begun yet.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         # The compiler times candidates and keeps the fastest, whose sums may run in another order the next time.
         os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
         # fp32 means fp32: cuDNN would use tf32 by default.
