@@ -268,10 +268,17 @@ def test_a_run_that_is_resumed_has_been_looked_at(
 
 
 def test_so_many_images_are_looked_at_as_fit(
-    write_config: WriteConfig, models: Path, caplog: pytest.LogCaptureFixture
+    write_config: WriteConfig, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sizes: list[int] = []
+
+    def looking(*arguments: Any) -> list[str]:
+        sizes.append(arguments[-1])
+        return check_model(*arguments)
+
+    monkeypatch.setattr("pipeline.runs.check_model", looking)
     result = fgsm("generate", write_config(model={"name": f"{models}:Large"}))
-    assert "A batch of 6 does not fit in the device's memory; 1 does" in caplog.text
+    assert sizes == [6, 3, 1]
     assert result.exit_code == PipelineError.exit_code, "on a CPU the run does not halve its batch"
 
 

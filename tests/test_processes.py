@@ -243,7 +243,9 @@ def test_a_killed_run_leaves_no_worker_behind(slow_config: Path, tmp_path: Path,
 def test_two_runs_cannot_hold_one_folder(slow_config: Path, tmp_path: Path, start: Start) -> None:
     process = start("generate", slow_config)
     wait_for(lambda: receipts(tmp_path / "out") >= 1)
+    os.kill(process.pid, signal.SIGSTOP)  # so that it is not done before the other has opened its run
     result = fgsm("generate", slow_config)
+    os.kill(process.pid, signal.SIGCONT)
     assert result.exit_code == 1
     assert f"in use by another run (process {process.pid}); wait for it" in result.stderr
     process.join(30)
