@@ -298,7 +298,9 @@ def _logits(model: Victim, images_u8: Tensor) -> Tensor:
     except (torch.OutOfMemoryError, ConfigError):
         raise
     except Exception as error:  # the model is the user's code
-        raise ConfigError(f"model: it takes one image and not {count} at once: {first_line(error)}") from error
+        raise ConfigError(
+            f"model: it takes one black image, and fails on {count} images of the source: {first_line(error)}"
+        ) from error
     if logits.ndim != 2 or len(logits) != count:
         raise ConfigError(
             f"model: for {count} images it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "

@@ -401,9 +401,10 @@ class OutputFolder:
             if self.store.read(self.sessions):
                 self.store.write(self.sessions, b"")
         there = self.store.sizes()
+        ours = {self.manifest, self.card}
         if report_files(self):
             self.store.write(self.report, _report_of_none(self))
-        ours = {self.manifest, self.card, self.report}
+            ours.add(self.report)
         hidden = (".run", self.assets)
         others = [name for name in there if name not in ours and name.split("/")[0] not in hidden]
         if others:

@@ -90,7 +90,7 @@ def without_statistics(values: Tensor) -> Tensor:
         (None, lambda pixels: pixels / pixels.amax(), "other images of the batch"),
         (lambda logits: logits.mean(0, keepdim=True), None, r"for 16 images it returned a tensor of shape \(1, 3\)"),
         (lambda logits: logits.reshape(1, -1), None, r"for 16 images it returned a tensor of shape \(1, 48\)"),
-        (lambda logits: logits.view(1, 3), None, "takes one image and not 16"),
+        (lambda logits: logits.view(1, 3), None, "fails on 16 images of the source"),
         (lambda logits: logits.round(), None, "gradient of the loss is 0"),
         (lambda logits: 0 * logits, None, "gradient of the loss is 0"),
         (None, lambda pixels: (255 * pixels).round() / 255, "gradient of the loss is 0"),

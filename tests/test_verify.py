@@ -193,7 +193,7 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
 def confidence_sum(columns: dict[str, list[Any]], level: int) -> float:
     """The sum of a file's confidences at one epsilon, 0 where it has none of it; layout signs has them all."""
     if "attacks" not in columns:
-        values = np.float32(columns["confidence"])  # as they are stored
+        values = np.array(columns["confidence"], dtype=np.float32)  # as they are stored
         return float(np.nansum(values, dtype=np.float64)) if columns["epsilon"][-1] == level / 255 else 0.0
     if not level:
         return float(sum(columns["clean_confidence"]))
