@@ -254,6 +254,7 @@ LITTER = (
     "lost+found/0.png",
     "cat/._0.png",
     "cat/@eaDir/0.png",
+    "@Recycle/0.png",
 )
 
 
@@ -272,7 +273,7 @@ def test_litter_of_systems_and_tools_is_left_out_and_counted(tmp_path: Path, ope
     assert source.digest == clean.digest
     assert sorted(left_out(source)) == [
         (2, ("cat/Thumbs.db", "dog/desktop.ini")),
-        (7, (".git", ".ipynb_checkpoints", "__MACOSX", "lost+found", "cat/._0.png")),
+        (8, (".git", ".ipynb_checkpoints", "@Recycle", "__MACOSX", "lost+found")),
     ]
 
 
@@ -284,6 +285,14 @@ def test_what_lies_in_no_class_folder_is_counted(tmp_path: Path) -> None:
     source = folders(root)
     assert labels(source) == {"train": [0, 1]}
     assert sorted(left_out(source)) == [(1, ("cat/pipe.png",)), (1, ("classes.txt",)), (1, ("stray.png",))]
+
+
+def test_folders_beside_train_are_named_where_no_split_was_asked_for(tmp_path: Path) -> None:
+    # A class may be called train, and its folder hold others: the other classes are not left out without a word.
+    for name in ("car/0.png", "bus/0.png", "train/steam/0.png"):
+        put_image(tmp_path / name)
+    assert left_out(folders(tmp_path)) == [(2, ("bus", "car"))]
+    assert left_out(folders(tmp_path, split=["train"])) == []
 
 
 def test_splits_are_found_beside_litter(tmp_path: Path) -> None:
