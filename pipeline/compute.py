@@ -289,7 +289,7 @@ def check_model(model: Victim, images_u8: Tensor, labels: Tensor, goal: Goal | N
         moved = _moved(first, one.logits)
         if moved > OTHER_BATCH:
             raise ConfigError(
-                f"model: its logits under torch.no_grad are others than with a gradient (by {moved:.2g} of the largest "
+                f"model: its logits without a gradient differ from those with one (by {moved:.2g} of the largest "
                 "value), so clean and attacked images could not be compared; mend the model."
             )
         found += _check_gradient(one.gradient)
