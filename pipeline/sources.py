@@ -831,14 +831,22 @@ def _folder_builder(folder: Path, name: str | None, **options: Any) -> Any:
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+    builder, failure = None, None
     try:
         builder = local_builder(folder, name, **options)
-    except (datasets.exceptions.DataFilesNotFoundError, ValueError):
+    except (datasets.exceptions.DataFilesNotFoundError, ValueError) as error:
+        failure = error
+    found = builder.config.data_files.values() if builder is not None else ()
+    described = any(Path(file).name in ImageFolder.METADATA_FILENAMES for files in found for file in files)
+    if builder is None or (described and not isinstance(builder, ImageFolder)):
         # A split may be of images alone whose endings its own list lacks, such as AVIF's.
         with literal_folders():
-            builder = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), **options)
-        if not all(any(map(is_image_name, files)) for files in builder.config.data_files.values()):
-            raise
+            images = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), **options)
+        if all(any(map(is_image_name, files)) for files in images.config.data_files.values()):
+            builder = images
+    if builder is None:
+        assert failure is not None
+        raise failure
     if isinstance(builder, ImageFolder):
         _take_images(builder, folder)
     return builder

@@ -1,6 +1,7 @@
 """Sources: what is read of each kind of dataset before the run, and how its images open."""
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -275,6 +276,14 @@ def test_litter_of_systems_and_tools_is_left_out_and_counted(tmp_path: Path, ope
         (2, ("cat/Thumbs.db", "dog/desktop.ini")),
         (8, (".git", ".ipynb_checkpoints", "@Recycle", "__MACOSX", "lost+found")),
     ]
+
+
+def test_metadata_may_name_images_that_datasets_does_not_know_by_their_names(tmp_path: Path) -> None:
+    for name in ("0.avif", "1.avif"):
+        put_image(tmp_path / "images" / name)
+    rows = [{"file_name": "images/0.avif", "kind": 1}, {"file_name": "images/1.avif", "kind": 0}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert labels(hub(tmp_path, label_column="kind")) == {"train": [1, 0]}
 
 
 def test_what_lies_in_no_class_folder_is_counted(tmp_path: Path) -> None:
