@@ -940,6 +940,8 @@ def check_unstreamed(files: Iterable[tuple[str, str]]) -> None:
                 else:
                     continue
                 raise tar.refused(member, f"{why}, and `datasets` leaves it out; set source.streaming: true")
+        if first is None:
+            raise ConfigError(f"source: {name} has no samples; set source.streaming: true, or remove it.")
 
 
 def _is_tar_litter(name: str) -> bool:

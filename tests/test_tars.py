@@ -227,6 +227,13 @@ def test_a_tar_with_another_behind_it_is_refused_unstreamed_too(folder: Path) ->
         open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
 
 
+def test_a_first_tar_without_samples_is_named_unstreamed(folder: Path) -> None:
+    (folder / "0.tar").write_bytes(pack([]))
+    (folder / "1.tar").write_bytes(pack(sample(0)))
+    with pytest.raises(ConfigError, match=r"^source: 0\.tar has no samples; set source\.streaming: true"):
+        open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+
+
 def test_plain_tars_are_read_unstreamed(folder: Path) -> None:
     for row in range(3):
         (folder / f"{row}.tar").write_bytes(pack([*sample(row), (f"{row}.d/._x.png", b"", {})]))
