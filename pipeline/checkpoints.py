@@ -94,6 +94,8 @@ def _state_dicts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str
 
 def _without_prefix(weights: dict[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights without the parts of a name that all keys begin with, as many of them as make the rest fit best."""
+    # Beside the weights PyTorch's AveragedModel keeps how many it has averaged.
+    weights = {key: value for key, value in weights.items() if key in expected or key != "n_averaged"} or weights
     parts = next(iter(weights)).split(".")[:-1]
     prefixes = ["", *itertools.accumulate(f"{part}." for part in parts)]
     stripped = (

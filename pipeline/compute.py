@@ -286,6 +286,12 @@ def check_model(model: Victim, images_u8: Tensor, labels: Tensor, goal: Goal | N
     if size > 1:
         _check_neighbours(model, chunk, first)
     if goal is not None:
+        moved = _moved(first, one.logits)
+        if moved > OTHER_BATCH:
+            raise ConfigError(
+                f"model: its logits without a gradient differ from those with one (by {moved:.2g} of the largest "
+                "value), so clean and attacked images could not be compared; mend the model."
+            )
         found += _check_gradient(one.gradient)
     return found + _check_accuracy(logits, labels)
 

@@ -242,6 +242,9 @@ def _open_imagefolder(config: SourceConfig, need_labels: bool) -> Source:
     tally = Tally()
     try:
         folders = _split_folders(root, config)
+        if config.split is None and root not in folders.values():
+            for beside in sorted({*_subfolders(root)} - {*folders.values()}):
+                tally.add("folders beside train, as source.split names none", as_text(beside.name))
         listed = {name: _ClassFolders(folder, root, tally).images for name, folder in folders.items()}
         classes = _common_classes(listed, root, tally)
         paths = {name: [path for own in images.values() for path in own] for name, images in listed.items()}
@@ -298,7 +301,17 @@ def _common_classes(listed: Mapping[str, Mapping[str, Sequence[str]]], root: Pat
 
 # Folders that systems and tools leave among the files of others, in lower case. What begins with a dot is hidden.
 LITTER = (
-    *("__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"),
+    *(
+        "__macosx",
+        "@eadir",
+        "#recycle",
+        "@recycle",
+        "@recently-snapshot",
+        "#snapshot",
+        "$recycle.bin",
+        "system volume information",
+        "lost+found",
+    ),
     "__pycache__",
 )
 
@@ -749,7 +762,7 @@ def _load_splits(config: SourceConfig, need_labels: bool, tally: Tally) -> tuple
             allowed = (cache / "downloads", cache / path.replace("/", "___"), hub / f"datasets--{own}")
             where = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
             loaded = _load_own(where, config, need_labels).as_dataset()
-    except ConfigError:
+    except PipelineError:
         raise
     except Exception as error:  # a dozen exception types of three libraries; all mean the same here
         if "corresponds to no data" in str(error):
@@ -772,24 +785,41 @@ def _load_own(load: Callable[..., Any], config: SourceConfig, need_labels: bool)
     import datasets
     from datasets.packaged_modules.arrow.arrow import Arrow
     from datasets.packaged_modules.parquet.parquet import Parquet
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     builder = load()
     files = own_files(builder, config)
     if files and isinstance(builder, Parquet | Arrow):
         read_schema = pq.read_schema if isinstance(builder, Parquet) else _arrow_schema
         schemas: dict[str, pa.Schema] = {}
+        sizes: dict[str, int] = {}
         wanted = chosen_splits(config, list(files))
         for split in wanted:
             # Of the Hub's files these are the copies in its cache, which the builder reads too.
             places = datasets.DownloadManager().download([place for _, place in files[split]])
             schemas |= {name: read_schema(place) for (name, _), place in zip(files[split], places, strict=True)}
+            if isinstance(builder, Parquet) and not all(map(_begins_with_rows, places)):
+                sizes = {"batch_size": DIGEST_BATCH}  # or it would take the rows of that row group, which are none
         stated = stated_features(builder, load)
         columns = find_columns(schemas, stated, config, need_labels)
         alike = all(_is_of_datasets(schema) and schema == next(iter(schemas.values())) for schema in schemas.values())
         if isinstance(builder, Parquet) and not (alike and (stated is not None or next(iter(files)) in wanted)):
-            builder = load(columns=list(columns.features), features=datasets.Features(columns.features))
+            builder = load(columns=list(columns.features), features=datasets.Features(columns.features), **sizes)
+        elif sizes:
+            builder = load(**sizes)
+    if isinstance(builder, WebDataset):
+        from pipeline.streams import check_unstreamed  # it imports this module
+
+        listed = [file for own in files.values() for file in own]
+        places = datasets.DownloadManager().download([place for _, place in listed])
+        check_unstreamed((name, place) for (name, _), place in zip(listed, places, strict=True))
     builder.download_and_prepare()
     return builder
+
+
+def _begins_with_rows(path: str) -> bool:
+    metadata = pq.read_metadata(path)
+    return not metadata.num_row_groups or metadata.row_group(0).num_rows > 0
 
 
 def _folder_builder(folder: Path, name: str | None, **options: Any) -> Any:
@@ -801,14 +831,22 @@ def _folder_builder(folder: Path, name: str | None, **options: Any) -> Any:
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+    builder, failure = None, None
     try:
         builder = local_builder(folder, name, **options)
-    except (datasets.exceptions.DataFilesNotFoundError, ValueError):
+    except (datasets.exceptions.DataFilesNotFoundError, ValueError) as error:
+        failure = error
+    found = builder.config.data_files.values() if builder is not None else ()
+    described = any(Path(file).name in ImageFolder.METADATA_FILENAMES for files in found for file in files)
+    if builder is None or (described and not isinstance(builder, ImageFolder)):
         # A split may be of images alone whose endings its own list lacks, such as AVIF's.
         with literal_folders():
-            builder = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), **options)
-        if not all(any(map(is_image_name, files)) for files in builder.config.data_files.values()):
-            raise
+            images = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), **options)
+        if all(any(map(is_image_name, files)) for files in images.config.data_files.values()):
+            builder = images
+    if builder is None:
+        assert failure is not None
+        raise failure
     if isinstance(builder, ImageFolder):
         _take_images(builder, folder)
     return builder

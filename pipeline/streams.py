@@ -100,6 +100,8 @@ UNPACK: Mapping[bytes, Callable[[Any], Any]] = {
     b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"),
 }
 CLASS_FIELD, KEY = "cls", "__key__"
+# The name of a member of a sample: the sample's own, which may have folders, and the field.
+MEMBER = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]+)")
 # In a tar these would seem to be samples.
 TAR_LITTER = ("thumbs.db", "desktop.ini")
 # What explains samples that lack a part.
@@ -835,8 +837,8 @@ class _Tar:
         """
         sample: dict[str, bytes | None] = {}
         key = None
-        for member in self._members():
-            found = re.fullmatch(r"((?:.*/|)[^./][^./]*)\.([^/]+)", member.name)
+        for member in self.members():
+            found = MEMBER.fullmatch(member.name)
             litter = _is_tar_litter(member.name)
             if found is None or litter:
                 self._leave_out(member, LITTER_REASON if litter else "names without an extension")
@@ -852,7 +854,7 @@ class _Tar:
         if sample:
             yield sample
 
-    def _members(self) -> Iterator[tarfile.TarInfo]:
+    def members(self) -> Iterator[tarfile.TarInfo]:
         """What in the tar may be part of a sample: files, and links within it."""
         try:
             archive = tarfile.open(fileobj=self._handle, mode="r|", bufsize=2**16, tarinfo=_Member)  # noqa: SIM115
@@ -867,7 +869,7 @@ class _Tar:
                 self._leave_out(member, "labels of a tar")
             elif member.issparse() or not (member.isfile() or member.issym() or member.islnk()):
                 kind = "a sparse file" if member.issparse() else "no file but a device, a pipe or the like"
-                raise self._refused(member, f"is {kind}; pack the images as plain files")
+                raise self.refused(member, f"is {kind}; pack the images as plain files")
             elif member.size > self._most:
                 raise tarfile.ReadError(f"{printable(member.name)} claims {member.size:,} bytes, more than there are")
             else:
@@ -880,7 +882,7 @@ class _Tar:
     def _leave_out(self, member: tarfile.TarInfo, reason: str) -> None:
         self._tally.add(reason, printable(member.name)[:NAME_LENGTH])
 
-    def _refused(self, member: tarfile.TarInfo, why: str) -> PipelineError:
+    def refused(self, member: tarfile.TarInfo, why: str) -> PipelineError:
         return PipelineError(f"source: {printable(member.name)} in {self.file.name} {why}.")
 
     def _content(self, member: tarfile.TarInfo, image: bool) -> bytes:
@@ -888,7 +890,7 @@ class _Tar:
         size, most = linked[1] if linked else member.size, self.most_bytes if image else TEXT_BYTES
         if size > most:
             what = "an image of runtime.max_pixels" if image else "a label or a text"
-            raise self._refused(member, f"has {size:,} bytes, and {what} has at most {most:,}")
+            raise self.refused(member, f"has {size:,} bytes, and {what} has at most {most:,}")
         if linked is None:
             return self._archive.extractfile(member).read()  # type: ignore[union-attr]
         with _opened(self.file) as handle:
@@ -899,7 +901,7 @@ class _Tar:
     def _linked(self, member: tarfile.TarInfo) -> tuple[int, int]:
         """Where in the tar the file is that a link leads to: its first byte, and its bytes."""
         if self._compressed:
-            raise self._refused(member, "is a link, and in a compressed tar none is followed; decompress the tar")
+            raise self.refused(member, "is a link, and in a compressed tar none is followed; decompress the tar")
         if self._targets is None:
             self._targets = _targets(self.file)
         target: Target = _link_target(member)
@@ -909,7 +911,37 @@ class _Tar:
             target = self._targets.get(target)
         if isinstance(target, tuple):
             return target
-        raise self._refused(member, f"is a link to {printable(member.linkname)}, which is no file in the same tar")
+        raise self.refused(member, f"is a link to {printable(member.linkname)}, which is no file in the same tar")
+
+
+def check_unstreamed(files: Iterable[tuple[str, str]]) -> None:
+    """Look through tars, by name and place, that `datasets` is to read: it would leave images out, and say nothing.
+
+    Raises:
+        PipelineError: a tar is damaged, or has an image that only a stream reads.
+    """
+    first: str | None = None
+    fields: set[str] = set()
+    for name, place in files:
+        with _planning(name), contextlib.closing(_Tar(_measure(name, place, "tar")[0], TAR_BLOCK)) as tar:
+            for member in tar.members():
+                found = MEMBER.fullmatch(member.name)
+                if found is None or _is_tar_litter(member.name):
+                    continue
+                first = first or found[1]
+                if found[1] == first:
+                    fields.add(found[2])
+                if not member.isfile():
+                    why = "is a link"
+                elif posixpath.basename(member.name).startswith("__"):
+                    why = "has a name that begins with __"
+                elif _is_image(found[2]) and found[2] not in fields:
+                    why = f"is a .{found[2]}, which the first sample has not"
+                else:
+                    continue
+                raise tar.refused(member, f"{why}, and `datasets` leaves it out; set source.streaming: true")
+        if first is None:
+            raise ConfigError(f"source: {name} has no samples; set source.streaming: true, or remove it.")
 
 
 def _is_tar_litter(name: str) -> bool:

@@ -62,7 +62,9 @@ class Victim(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.module = module.eval().to(memory_format=torch.channels_last)
+        for parameter in module.parameters():  # the module's own requires_grad_ is refused by TorchScript
+            parameter.requires_grad_(False)
         dtype = _input_dtype(module)
         self.register_buffer("mean", torch.tensor(mean, dtype=dtype).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=dtype).view(1, -1, 1, 1))

@@ -90,13 +90,13 @@ def test_the_size_that_fitted_stays_with_the_run(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, out = write_config(runtime={"batch_size": 6}), tmp_path / "out"
-    monkeypatch.setattr("pipeline.runs.fit_batch_size", lambda *_: 3)
+    monkeypatch.setattr("pipeline.runs.fit_batch_size", lambda *_, **__: 3)
     generate(config)
     before = digests(out)
     assert resolved(out)["batch_size"] == 3
     assert manifest(out)["asked_batch_size"] == 6
     # Later, or elsewhere, all six would fit; the run has decided.
-    monkeypatch.setattr("pipeline.runs.fit_batch_size", lambda *_: 6)
+    monkeypatch.setattr("pipeline.runs.fit_batch_size", lambda *_, **__: 6)
     shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     generate(config)
     assert digests(out) == before

@@ -118,6 +118,18 @@ def test_what_is_right_passes_without_a_word(change: Forward | None, before: For
     assert look(Colours(change, before)) == []
 
 
+def test_logits_that_depend_on_whether_a_gradient_is_wanted_are_refused() -> None:
+    with pytest.raises(ConfigError, match="without a gradient"):
+        look(Colours(lambda logits: logits if torch.is_grad_enabled() else -logits))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_model_of_torchscript_is_looked_at_as_any() -> None:
+    torch.manual_seed(0)
+    module = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten()))
+    assert look(module, labels=[-1] * 32) == []
+
+
 def test_a_batch_of_one_has_no_neighbours() -> None:
     assert look(Colours(lambda logits: logits * (1 + len(logits))), size=1) == []
 

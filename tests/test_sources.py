@@ -1,6 +1,7 @@
 """Sources: what is read of each kind of dataset before the run, and how its images open."""
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -254,6 +255,7 @@ LITTER = (
     "lost+found/0.png",
     "cat/._0.png",
     "cat/@eaDir/0.png",
+    "@Recycle/0.png",
 )
 
 
@@ -272,8 +274,16 @@ def test_litter_of_systems_and_tools_is_left_out_and_counted(tmp_path: Path, ope
     assert source.digest == clean.digest
     assert sorted(left_out(source)) == [
         (2, ("cat/Thumbs.db", "dog/desktop.ini")),
-        (7, (".git", ".ipynb_checkpoints", "__MACOSX", "lost+found", "cat/._0.png")),
+        (8, (".git", ".ipynb_checkpoints", "@Recycle", "__MACOSX", "lost+found")),
     ]
+
+
+def test_metadata_may_name_images_that_datasets_does_not_know_by_their_names(tmp_path: Path) -> None:
+    for name in ("0.avif", "1.avif"):
+        put_image(tmp_path / "images" / name)
+    rows = [{"file_name": "images/0.avif", "kind": 1}, {"file_name": "images/1.avif", "kind": 0}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert labels(hub(tmp_path, label_column="kind")) == {"train": [1, 0]}
 
 
 def test_what_lies_in_no_class_folder_is_counted(tmp_path: Path) -> None:
@@ -284,6 +294,14 @@ def test_what_lies_in_no_class_folder_is_counted(tmp_path: Path) -> None:
     source = folders(root)
     assert labels(source) == {"train": [0, 1]}
     assert sorted(left_out(source)) == [(1, ("cat/pipe.png",)), (1, ("classes.txt",)), (1, ("stray.png",))]
+
+
+def test_folders_beside_train_are_named_where_no_split_was_asked_for(tmp_path: Path) -> None:
+    # A class may be called train, and its folder hold others: the other classes are not left out without a word.
+    for name in ("car/0.png", "bus/0.png", "train/steam/0.png"):
+        put_image(tmp_path / name)
+    assert left_out(folders(tmp_path)) == [(2, ("bus", "car"))]
+    assert left_out(folders(tmp_path, split=["train"])) == []
 
 
 def test_splits_are_found_beside_litter(tmp_path: Path) -> None:

@@ -141,6 +141,15 @@ def test_what_nobody_asked_for_may_differ(folder: Path, streaming: bool) -> None
 
 
 @BOTH
+@pytest.mark.parametrize("write", [SOUND, PLAIN])
+@pytest.mark.parametrize("empty", ["train-0.parquet", "train-2.parquet"])
+def test_a_file_may_be_without_rows(folder: Path, streaming: bool, write: Write, empty: str) -> None:
+    write(folder / "train-1.parquet")
+    pq.write_table(pq.read_table(folder / "train-1.parquet").slice(0, 0), folder / empty)
+    assert_reads(folder, streaming, [0, 1, 2], **NAMED)
+
+
+@BOTH
 def test_a_split_has_the_classes_of_its_own_files(folder: Path, streaming: bool) -> None:
     SOUND(folder / "train.parquet")
     classes([*CLASSES[::-1]])(folder / "test.parquet")

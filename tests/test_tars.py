@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, PipelineError, RowError
 from pipeline.origins import LeftOut, sum_left_out
+from pipeline.sources import open_source
 from pipeline.streams import Stretch, open_stream, read_stretches
 from pipeline.verify import verify
 from tests.conftest import WriteConfig, fgsm
@@ -201,6 +202,43 @@ def test_a_link_in_a_compressed_tar_is_named(folder: Path) -> None:
     (folder / "0.tar").write_bytes(gzip.compress(pack(LINKS["hard"])))
     with pytest.raises(PipelineError, match=r"^source: 0002\.png in 0\.tar is a link"):
         read(folder)
+
+
+UNSTREAMED = {
+    "is a link": [*sample(0), link("0001.png", "0000.png", HARD)],
+    "has a name that begins with __": [*sample(0), ("__1.png", shade(40), {}), ("__1.cls", b"1", {})],
+    "is a .webp": [*(part for row in range(6) for part in sample(row)), *sample(6, "webp", "WEBP")],
+}
+
+
+@pytest.mark.parametrize("why", UNSTREAMED)
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_a_tar_of_which_datasets_would_leave_images_out_is_refused(
+    folder: Path, why: str, packed: Callable[[bytes], bytes]
+) -> None:
+    (folder / "0.tar").write_bytes(packed(pack(UNSTREAMED[why])))
+    with pytest.raises(PipelineError, match=rf"^source: \w+\.\w+ in 0\.tar {why}.*set source\.streaming: true\.$"):
+        open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+
+
+def test_a_tar_with_another_behind_it_is_refused_unstreamed_too(folder: Path) -> None:
+    (folder / "0.tar").write_bytes(2 * pack(sample(0)))
+    with pytest.raises(PipelineError, match=r"^source: 0\.tar cannot be read: something follows its end mark"):
+        open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+
+
+def test_a_first_tar_without_samples_is_named_unstreamed(folder: Path) -> None:
+    (folder / "0.tar").write_bytes(pack([]))
+    (folder / "1.tar").write_bytes(pack(sample(0)))
+    with pytest.raises(ConfigError, match=r"^source: 0\.tar has no samples; set source\.streaming: true"):
+        open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+
+
+def test_plain_tars_are_read_unstreamed(folder: Path) -> None:
+    for row in range(3):
+        (folder / f"{row}.tar").write_bytes(pack([*sample(row), (f"{row}.d/._x.png", b"", {})]))
+    source = open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+    assert source.splits[0].labels.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, b"M"])

@@ -669,12 +669,14 @@ def without_counters(state: State) -> State:
         lambda state: {"state_dict": {"model": state}},
         lambda state: {"net": state, "optimizer": {"step": torch.zeros(1)}, "teacher": prefixed({"x": torch.ones(1)})},
         lambda state: prefixed(state, "_orig_mod."),
+        lambda state: {"n_averaged": torch.tensor(3), **prefixed(state, "module.")},
         lambda state: {"state_dict": prefixed(state, "module._orig_mod.")},
         lambda state: {"state_dict": prefixed(state, "backbone.")},
     ],
     ids=[
         *("plain", "module.", "no counters", "state_dict", "model", "state_dict module.", "model module."),
-        *("net", "model_state_dict", "two deep", "others that do not fit", "_orig_mod.", "both", "an attribute"),
+        *("net", "model_state_dict", "two deep", "others that do not fit", "_orig_mod.", "averaged", "both"),
+        "an attribute",
     ],
 )
 def test_checkpoints(tmp_path: Path, name: str, wrap: Callable[[State], Any]) -> None:
