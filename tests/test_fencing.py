@@ -187,6 +187,19 @@ def test_a_run_that_takes_over_its_own_kind_goes_on(
     assert fgsm("verify", out).exit_code == 0
 
 
+def test_a_late_shard_replaces_none_that_the_same_run_has_written_elsewhere(
+    s3: S3, out: str, two: tuple[Path, Path], start: Callable[..., First]
+) -> None:
+    """On another machine last digits may differ, and the receipt is of the other file."""
+    first = start(two[0], out, path="eps-4/")
+    assert first.wait_until_held()
+    name = "eps-4/" + s3.held[0].partition("eps-4/")[2].partition("?")[0]
+    alter(s3, out, name, b"of another machine")
+    s3.release()
+    wait_for(lambda: not s3.held)
+    assert there(s3, out)[name] == b"of another machine"
+
+
 def test_a_holder_that_alone_is_refused_gives_up(
     s3: S3, out: str, two: tuple[Path, Path], start: Callable[..., First]
 ) -> None:
