@@ -244,13 +244,15 @@ class LocalStore(Store):
         return (self.disk / name).open("rb")
 
     def write(self, name: str, content: bytes) -> None:
-        # First under a name of its own, as two processes may write the same file, and in the scratch folder: who holds
-        # the dataset next removes what a crash has left there.
-        file, temporary = PurePosixPath(name).name, f"{PurePosixPath(name).name}.{secrets.token_hex(6)}"
+        # First under a name of its own, as two processes may write the same file. In the scratch folder, where there is
+        # one: who holds the dataset next removes what a crash has left there.
+        path = PurePosixPath(name)
+        file, temporary = path.name, f".{path.name}.{secrets.token_hex(6)}"
+        aside = SCRATCH if (self.disk / ".run").is_dir() else str(path.parent)
         with (
             writing(self.disk / name),
             self._folder_of(name) as folder,
-            self._folder_of(f"{SCRATCH}/{temporary}") as scratch,
+            self._folder_of(f"{aside}/{temporary}") as scratch,
         ):
             try:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
