@@ -323,3 +323,16 @@ def test_of_two_runs_that_overwrite_at_once_one_takes_no_names_of_the_other(
     monkeypatch.setattr(LocalExecutor, "open", late)
     assert "changed by another run" in failed("generate", config, "--output", out, "--overwrite")
     assert fgsm("verify", out).exit_code == 0
+
+
+def test_pictures_that_a_report_in_a_store_no_longer_shows_are_known_as_ours(
+    s3: S3, out: str, two: tuple[Path, Path]
+) -> None:
+    assert fgsm("generate", two[0], "--output", out).exit_code == 0
+    for name in there(s3, out):
+        if "-of-" in name:
+            alter(s3, out, name, None)
+    assert fgsm("report", out).exit_code == 0
+    result = fgsm("generate", two[1], "--output", out, "--overwrite")
+    assert result.exit_code == 0
+    assert "its report was not made" not in result.stderr
