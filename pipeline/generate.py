@@ -144,7 +144,8 @@ def _execute(
     unlocked: bool,
 ) -> Manifest:
     """Find out what is missing, and have it written."""
-    opened = execution.open(config, recorded, folder.next_generation() if overwrite else 0)
+    generation = folder.generation(over=overwrite) if recorded is None else recorded.generation
+    opened = execution.open(config, recorded, generation)
     if not overwrite:
         _check_same(opened, recorded, folder)
     shards = opened.plan.shards
@@ -155,7 +156,8 @@ def _execute(
     needed = execution.estimate_bytes(folder, [shard for shard in shards if shard.name not in done])
     check_disk(needed, folder, overwrite=overwrite)
     with folder.store.held(unlocked=unlocked):
-        if not overwrite and read_manifest(folder) != recorded:
+        same = folder.generation(over=True) == generation if overwrite else read_manifest(folder) == recorded
+        if not same:
             raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
         begun = _begin(folder, recorded or opened, overwrite)
         sizes = folder.store.sizes()

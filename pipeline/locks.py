@@ -4,7 +4,8 @@ Clocks, pauses and slow networks cannot be trusted. A holder may be stopped at a
 send what it was about to send. So the lock alone protects nothing. What does is that such a request finds nothing of
 another run to change:
 
-1. Shards and receipts have the run's id in their names. What is removed has the name of a former generation.
+1. Shards and receipts have the run's id in their names, and are made only where there are none yet. What a run that
+   starts over removes has the name of a former generation.
 2. What all runs have under one name (the manifest, the card, the report, the lock) is written on a condition, which the
    store checks: that it is still the version that the writer knew while it held the lock (`If-Match`), or not there yet
    (`If-None-Match`). The first act of a new holder is to write the manifest with its own mark in it. From then on a
@@ -12,7 +13,8 @@ another run to change:
 3. The lock changes hands by such a write alone. Its holder rewrites it every few seconds. Where that has not succeeded
    for CONFIRM_SECONDS, by a clock that counts suspension too, the holder writes nothing before it has succeeded again.
 
-Two processes of the same run may still write at once: they write the same bytes.
+Two processes of the same run may still write at once. In the same environment they write the same bytes; in another one
+last digits may differ, and what one of them sends late replaces nothing that the other has written.
 """
 
 import contextlib

@@ -38,7 +38,8 @@ from pipeline.stores import open_store
 # What names of splits and files are made of: receipts and manifests are data, which others may have written, and a name
 # out of them is never a way out of the folder.
 STEM = r"^\w[\w.-]*$"
-SHARD_FILE = r"^(clean|signs|eps-[0-9]{1,3})/\w[\w.-]*\.parquet$"
+SUBSETS = r"(?:clean|signs|eps-[0-9]{1,3})"
+SHARD_FILE = rf"^{SUBSETS}/\w[\w.-]*\.parquet$"
 RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
@@ -295,8 +296,10 @@ class Receipt(SealedRecord):
     left_out: tuple[LeftOut, ...] = ()
 
 
-# A file that an edition ends the name of.
-_NAMED = re.compile(rf"(?:[^/]+|\.run/receipts)/.+-\d{{5,}}-of-\d{{5,}}-({RUN_ID[1:-1]}(?:-\d+)?)\.(?:parquet|json)")
+# A file that a run writes, with the edition in which its name ends. A copy of it in any other folder is the user's.
+_NAMED = re.compile(
+    rf"(?:{SUBSETS}|\.run/receipts)/[^/]+-\d{{5,}}-of-\d{{5,}}-({RUN_ID[1:-1]}(?:-\d+)?)\.(?:parquet|json)"
+)
 
 
 def _edition(receipt: str, claim: Claim) -> str:
@@ -365,23 +368,22 @@ class OutputFolder:
         found = {manifest.edition, *manifest.supersedes} if manifest else set()
         return found | {_edition(name, claim) for name, claim in self._claimed_receipts(sizes).items()}
 
-    def next_generation(self) -> int:
-        """The generation of a run that starts over here: above all that the names of files show.
+    def generation(self, *, over: bool) -> int:
+        """The generation of a run that begins here, above all that the names of files show where it starts over.
 
-        On a disk it is 0: there the operating system keeps a second run out. In an object store a request of the
-        former run may arrive late, and must not delete a file of this one, which may have the same id.
+        On a disk that is 0: there the operating system keeps a second run out. In an object store a request of the
+        former run may arrive late, and must not delete a file of this one, which may have the same id. A run that
+        starts nothing over may be one whose manifest was removed, and goes on in the generation that is there.
         """
-        editions = set() if self.store.local else self.editions()
-        return 1 + max((int(edition[17:] or 0) for edition in editions), default=-1)
+        if over and self.store.local:
+            return 0
+        there = [int(edition[17:] or 0) for edition in self.editions()]
+        return 1 + max(there, default=-1) if over else max(there, default=0)
 
     def owned(self, editions: Iterable[str]) -> list[str]:
         """The files of some editions, receipts last: those that receipts and manifest list or whose names say so."""
         sizes, wanted = self.store.sizes(), set(editions)
-        found = {
-            name
-            for name in sizes
-            if (named := _NAMED.fullmatch(name)) and named[1] in wanted and name.split("/")[0] != self.assets
-        }
+        found = {name for name in sizes if (named := _NAMED.fullmatch(name)) and named[1] in wanted}
         for name, claim in self._claimed_receipts(sizes).items():
             if _edition(name, claim) in wanted:
                 found |= {name, *(file.path for file in claim.files)}

@@ -40,7 +40,7 @@ from pipeline.card import moved_card
 from pipeline.errors import ConfigError, PipelineError, causes, first_line, listing
 from pipeline.guard import redact_answer
 from pipeline.manifest import Manifest, published, require_manifest
-from pipeline.outputs import OutputFolder, report_files, reported_receipts
+from pipeline.outputs import SUBSETS, OutputFolder, report_files, reported_receipts
 from pipeline.summary import human_bytes
 from pipeline.verify import verify
 
@@ -233,7 +233,7 @@ def _report(folder: OutputFolder, manifest: Manifest) -> None:
 
 def _left_by_an_earlier_upload(manifest: Manifest, files: Mapping[str, OwnFile], there: Iterable[str]) -> list[str]:
     """Files of this run by their names that the Hub has and the dataset does not have any more."""
-    shards = rf"[^/]+/[^/]+-of-\d{{5,}}-{manifest.run_id}(-\d+)?\.parquet"
+    shards = rf"{SUBSETS}/[^/]+-of-\d{{5,}}-{manifest.run_id}(-\d+)?\.parquet"
     return [path for path in there if path not in files and re.fullmatch(f"{shards}|{REPORT}", path)]
 
 

@@ -96,8 +96,11 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> str:
     if not listed <= reported_assets(folder):
         # Listed before they are written: a picture that a killed report leaves behind is still known as ours.
         _write_page(folder, view, "", listed | reported_assets(folder))
-    if folder.store.local:  # in a store a late delete could take a picture of another run
-        folder.store.delete(own - {folder.report} - written.keys())
+    former = own - {folder.report} - written.keys()
+    if folder.store.local:
+        folder.store.delete(former)
+    else:  # a late delete could take a picture of another run; listed they are still known as ours
+        listed |= {(name, digest) for name, digest in reported_assets(folder) if name in former}
     for name, data in written.items():
         folder.store.write(name, data)
     _write_page(folder, view, manifest.receipts, listed)

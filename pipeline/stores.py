@@ -221,7 +221,9 @@ class LocalStore(Store):
                 for entry in entries:
                     name = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_file():
-                        found[name] = entry.stat().st_size
+                        # A file may go away after it was listed; the others are there still.
+                        with contextlib.suppress(FileNotFoundError):
+                            found[name] = entry.stat().st_size
                     # What lies deeper is not ours, which is what `verify` must see. A link there may lead in a circle.
                     elif not name.startswith(".") and entry.is_dir(follow_symlinks=not folder):
                         folders.append(name)
@@ -242,21 +244,17 @@ class LocalStore(Store):
         return (self.disk / name).open("rb")
 
     def write(self, name: str, content: bytes) -> None:
+        # First under a name of its own, as two processes may write the same file. In the scratch folder, where there is
+        # one: who holds the dataset next removes what a crash has left there.
         path = PurePosixPath(name)
-        self._replace(name, content, f"{path.parent}/.{path.name}.tmp")
-
-    def commit(self, name: str, content: bytes) -> None:
-        # Aside by a name of its own, as on a cluster two may write the same receipt; and where who holds the folder
-        # next clears what a crash has left.
-        self._replace(name, content, f"{SCRATCH}/{PurePosixPath(name).name}.{secrets.token_hex(6)}")
-
-    def _replace(self, name: str, content: bytes, aside: str) -> None:
-        with writing(self.disk / name), self._folder_of(name) as folder, self._folder_of(aside) as scratch:
-            file, temporary = PurePosixPath(name).name, PurePosixPath(aside).name
+        file, temporary = path.name, f".{path.name}.{secrets.token_hex(6)}"
+        aside = SCRATCH if (self.disk / ".run").is_dir() else str(path.parent)
+        with (
+            writing(self.disk / name),
+            self._folder_of(name) as folder,
+            self._folder_of(f"{aside}/{temporary}") as scratch,
+        ):
             try:
-                # A new file: one that is there is left from a crash, or a link to what must not be written.
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=scratch)
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
                 with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=scratch), "wb") as opened:
                     opened.write(content)
@@ -267,6 +265,9 @@ class LocalStore(Store):
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=scratch)
             os.fsync(folder)  # a rename belongs to the folder
+
+    def commit(self, name: str, content: bytes) -> None:
+        self.write(name, content)
 
     def put(self, local: Path, name: str) -> None:
         with writing(self.disk / name):
@@ -390,6 +391,9 @@ class LocalStore(Store):
         """Remove what is not complete; by its handle, as another folder may lie at the path by now."""
         assert self._handle is not None
         with contextlib.suppress(OSError):
+            lock = None if self._lock is None else os.fstat(self._lock)
+            if lock and not os.path.samestat(lock, os.stat(LOCK, dir_fd=self._handle)):
+                return  # the lock was removed: what is there may be of the run that has made it anew
             inside = os.open(".run", os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._handle)
             try:
                 shutil.rmtree(PurePosixPath(SCRATCH).name, ignore_errors=True, dir_fd=inside)
@@ -539,6 +543,10 @@ class ObjectStore(Store):
             try:
                 self._versions[name] = self.replace(name, content, self._versions.get(name))
                 return
+            except UnsupportedError:  # no run has a lock there, as each was told --unlocked
+                self._versions = None
+                self.write(name, content)
+                return
             except ConflictError:
                 if self._lock is None:
                     break
@@ -595,8 +603,17 @@ class ObjectStore(Store):
                 ) from None
 
     def put(self, local: Path, name: str) -> None:
-        self.check_held()
+        """An upload that arrives late replaces nothing: what is there by then may differ in last digits."""
         patience = local.stat().st_size / 1e6
+        if self._protocol in CONDITIONAL:
+            self.check_held()
+            with contextlib.suppress(ConflictError, UnsupportedError):
+                self._ask(
+                    "put_file", str(local), self._path(name), condition="create", patience=patience, mode="create"
+                )
+                return
+        # What is there has no receipt: it is left of a run that was cut off.
+        self.check_held()
         self._ask("put_file", str(local), self._path(name), creates=True, patience=patience)
 
     def delete(self, names: Iterable[str]) -> None:

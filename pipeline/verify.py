@@ -45,7 +45,15 @@ from pipeline.labels import LabelSpace, is_one_to_one, map_classes, recorded_ind
 from pipeline.lanes import Lanes, available_cores, chunk_images
 from pipeline.lattice import common_sign, picture_to_sign, step
 from pipeline.loader import Batch, Reader, load_batches
-from pipeline.manifest import Manifest, Space, altered_manifest, contradictions, require_manifest, summarise
+from pipeline.manifest import (
+    Manifest,
+    Space,
+    altered_manifest,
+    contradictions,
+    read_manifest,
+    require_manifest,
+    summarise,
+)
 from pipeline.outputs import (
     FileEntry,
     LevelCounts,
@@ -387,6 +395,10 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
     if not damaged:
         return
     with folder.store.held(unlocked=unlocked):
+        if read_manifest(folder) != manifest:
+            raise PipelineError(
+                f"{folder.root} was changed by another run meanwhile, and nothing was dropped; verify again."
+            )
         folder.store.delete(f"{folder.receipts}/{name}-{manifest.edition}.json" for name in damaged)
         shards = [shard for shard in plan.shards if shard.name in damaged]
         folder.store.delete(

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.generate import LocalExecutor
 from pipeline.locks import StoreLock
 from pipeline.outputs import OutputFolder
 from pipeline.stores import ObjectStore
 from tests.conftest import WriteConfig, fgsm
-from tests.s3 import S3, failed, lock_of, shards, there
+from tests.s3 import S3, alter, failed, lock_of, shards, there
 from tests.s3 import bucket as bucket
 from tests.s3 import out as out
 from tests.s3 import s3 as s3
@@ -186,6 +187,19 @@ def test_a_run_that_takes_over_its_own_kind_goes_on(
     assert fgsm("verify", out).exit_code == 0
 
 
+def test_a_late_shard_replaces_none_that_the_same_run_has_written_elsewhere(
+    s3: S3, out: str, two: tuple[Path, Path], start: Callable[..., First]
+) -> None:
+    """On another machine last digits may differ, and the receipt is of the other file."""
+    first = start(two[0], out, path="eps-4/")
+    assert first.wait_until_held()
+    name = "eps-4/" + s3.held[0].partition("eps-4/")[2].partition("?")[0]
+    alter(s3, out, name, b"of another machine")
+    s3.release()
+    wait_for(lambda: not s3.held)
+    assert there(s3, out)[name] == b"of another machine"
+
+
 def test_a_holder_that_alone_is_refused_gives_up(
     s3: S3, out: str, two: tuple[Path, Path], start: Callable[..., First]
 ) -> None:
@@ -214,6 +228,7 @@ def test_a_store_without_conditions_is_refused_unless_unlocked(
     assert not shards(there(s3, out))
     assert f"{out} is not locked" in generate(config, "--unlocked")
     assert fgsm("verify", out).exit_code == 0
+    assert fgsm("report", out).exit_code == 0
 
 
 def test_a_client_without_conditions_is_refused_unless_unlocked(
@@ -278,3 +293,46 @@ def test_a_report_that_is_late_replaces_no_report_of_another_run(
     monkeypatch.setattr("pipeline.report._make", late)
     assert "another run" in failed("report", out)
     assert b"8/255" in there(s3, out)["report.html"]
+
+
+def test_a_run_whose_manifest_was_removed_goes_on_in_its_generation(
+    s3: S3, out: str, write_config: WriteConfig
+) -> None:
+    config = write_config()
+    generate(config, "--output", out)
+    generate(config, "--output", out, "--overwrite")
+    before = there(s3, out)
+    alter(s3, out, "manifest.json", None)
+    assert "3 of 3 shards are already there" in generate(config, "--output", out)
+    assert shards(there(s3, out)) == shards(before)
+    assert there(s3, out)["manifest.json"] == before["manifest.json"]
+
+
+def test_of_two_runs_that_overwrite_at_once_one_takes_no_names_of_the_other(
+    out: str, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request of one of them to remove a file, if it is late, must not find a new file of the other."""
+    config, opening = write_config(), LocalExecutor.open
+    generate(config, "--output", out)
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(LocalExecutor, "open", opening)
+        generate(config, "--output", out, "--overwrite")
+        return opening(*arguments)
+
+    monkeypatch.setattr(LocalExecutor, "open", late)
+    assert "changed by another run" in failed("generate", config, "--output", out, "--overwrite")
+    assert fgsm("verify", out).exit_code == 0
+
+
+def test_pictures_that_a_report_in_a_store_no_longer_shows_are_known_as_ours(
+    s3: S3, out: str, two: tuple[Path, Path]
+) -> None:
+    assert fgsm("generate", two[0], "--output", out).exit_code == 0
+    for name in there(s3, out):
+        if "-of-" in name:
+            alter(s3, out, name, None)
+    assert fgsm("report", out).exit_code == 0
+    result = fgsm("generate", two[1], "--output", out, "--overwrite")
+    assert result.exit_code == 0
+    assert "its report was not made" not in result.stderr

@@ -1,16 +1,20 @@
 """What a run holds, writes and removes on a disk: its own, wherever that has gone, and nothing of anybody else's."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import pipeline
+import pipeline.verify
 from pipeline.errors import PipelineError
 from pipeline.shards import ShardWriter
+from pipeline.stores import LocalStore
 from tests.conftest import WriteConfig, fgsm, shard_path, write_sealed
 from tests.test_generate import digests, generate, manifest
 
@@ -95,6 +99,41 @@ def test_without_its_lock_a_run_writes_nothing_more(
     assert manifest(tmp_path / "out")["complete"]
 
 
+def test_without_its_lock_a_run_removes_nothing_of_the_run_that_has_it(
+    write_config: WriteConfig, tmp_path: Path, midway: Callable[..., None]
+) -> None:
+    out = tmp_path / "out"
+
+    def exchange() -> None:
+        (out / ".run/lock").unlink()
+        (out / ".run/tmp/half").mkdir()
+        (out / ".run/tmp/half/file").write_text("of the run that has the folder now")
+
+    midway(exchange)
+    with pytest.raises(PipelineError, match="lock"):
+        generate(write_config())
+    assert (out / ".run/tmp/half/file").exists()
+
+
+def test_a_repair_drops_nothing_of_a_run_that_has_begun_meanwhile(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, drop, after = tmp_path / "out", pipeline.verify._drop, {}
+    generate(write_config())
+    shard_path(out, "eps-8/test-00001-of-00003.parquet").write_bytes(b"x")
+
+    def late(*arguments: Any) -> None:
+        generate(write_config(attack={"epsilons": ["4/255"]}), "--overwrite")
+        after.update(contents(out))
+        drop(*arguments)
+
+    monkeypatch.setattr("pipeline.verify._drop", late)
+    result = fgsm("verify", out, "--repair")
+    assert result.exit_code == 1
+    assert "changed by another run" in result.stderr
+    assert contents(out) == after
+
+
 @pytest.mark.parametrize("folder", ["eps-8", ".run/receipts", ".run/tmp"])
 def test_a_folder_that_becomes_a_link_is_not_followed(
     folder: str, write_config: WriteConfig, tmp_path: Path, midway: Callable[..., None]
@@ -172,6 +211,20 @@ def test_overwriting_removes_what_is_the_run_s_and_names_the_rest(write_config: 
     assert fgsm("verify", out).exit_code == 0
 
 
+def test_overwriting_keeps_copies_of_shards_in_folders_of_the_user_s(write_config: WriteConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    generate(write_config())
+    for name in ("backup", "backup/eps-8", "clean/old", ".old"):
+        shutil.copytree(out / "eps-8", out / name)
+    (out / ".README.md.tmp").write_text("mine")
+    before = contents(out)
+    generate(write_config(attack={"epsilons": ["4/255"]}), "--overwrite")
+    mine = {name for name in before if "backup" in name or "old/" in name or name == ".README.md.tmp"}
+    assert len(mine) == 13
+    now = contents(out)
+    assert all(now.get(name) == before[name] for name in mine)
+
+
 def test_overwriting_removes_a_dataset_of_another_version(write_config: WriteConfig, tmp_path: Path) -> None:
     """Until format 4 no name of a file ended in the run's id."""
     out = tmp_path / "out"
@@ -226,6 +279,29 @@ def test_a_removal_that_is_cut_off_goes_on_with_the_next_run(
 
 
 # ------------------------------------------------------------------------------------------- who reads it
+
+
+def test_a_file_that_goes_away_hides_no_other(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editor's or another command's temporary file may be gone when its size is asked for."""
+    store, scandir = LocalStore(finished), os.scandir
+    before = store.sizes()
+
+    class Gone:
+        name = "gone.tmp"
+
+        def is_file(self) -> bool:
+            return True
+
+        def stat(self) -> None:
+            raise FileNotFoundError
+
+    @contextlib.contextmanager
+    def scanning(folder: Path) -> Iterator[Any]:
+        with scandir(folder) as entries:
+            yield [Gone(), *entries]
+
+    monkeypatch.setattr(os, "scandir", scanning)
+    assert store.sizes() == before
 
 
 def test_readers_of_an_incomplete_dataset_are_warned(write_config: WriteConfig, tmp_path: Path) -> None:
