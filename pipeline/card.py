@@ -22,6 +22,7 @@ from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
 from pipeline.config import is_address, is_checkpoint, is_factory_file
+from pipeline.errors import PipelineError
 from pipeline.manifest import Manifest, summarise
 from pipeline.origins import front_matter
 from pipeline.outputs import SIGNS, OutputFolder, Receipt, committed
@@ -63,7 +64,8 @@ def write_summaries(
 ) -> Manifest:
     """Write the manifest and the card as they follow from the receipts that are there.
 
-    A card that lists the right subsets is left alone, with whatever its owner has added to it.
+    A card that lists the right subsets is left alone, with whatever its owner has added to it. A README.md that is no
+    card of a run is the user's, and never replaced.
 
     Args:
         folder: the output folder.
@@ -74,8 +76,9 @@ def write_summaries(
         The manifest as written.
 
     Raises:
-        PipelineError: the disk refused.
+        PipelineError: the disk refused, or README.md is the user's.
     """
+    _refuse_foreign_card(folder)
     if receipts is None:
         receipts = committed(folder, manifest.edition, manifest.plan.shards)
     manifest = summarise(manifest, receipts).sealed()
@@ -84,6 +87,20 @@ def write_summaries(
         place = HERE if folder.store.local else folder.root
         folder.store.write(folder.card, render_card(manifest, place).encode())
     return manifest
+
+
+def _refuse_foreign_card(folder: OutputFolder) -> None:
+    try:
+        front = front_matter(folder.store.read(folder.card)) or {}
+    except FileNotFoundError:
+        return
+    configs = front.get("configs")
+    stated = [str(config.get("description")) for config in configs or () if isinstance(config, dict)]
+    if not any(re.search(r"run [0-9a-f]{16}, receipts ", text) for text in stated):
+        raise PipelineError(
+            f"{folder.store.at(folder.card)} is not a card that a run wrote, and is not replaced; move or delete it, then "
+            "run the same command again."
+        )
 
 
 def card_agrees(folder: OutputFolder, manifest: Manifest) -> bool:

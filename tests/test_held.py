@@ -225,6 +225,22 @@ def test_overwriting_keeps_copies_of_shards_in_folders_of_the_user_s(write_confi
     assert all(now.get(name) == before[name] for name in mine)
 
 
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_readme_of_the_user_is_not_replaced(
+    options: tuple[str, ...], write_config: WriteConfig, tmp_path: Path
+) -> None:
+    generate(write_config())
+    before = contents(tmp_path / "out")
+    (tmp_path / "out/README.md").write_text("# my own notes")
+    result = fgsm("generate", write_config(), *options)
+    assert result.exit_code == 1
+    assert "README.md is not a card that a run wrote" in result.stderr
+    assert contents(tmp_path / "out") == {**before, "README.md": b"# my own notes"}
+    (tmp_path / "out/README.md").unlink()
+    generate(write_config())
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
+
+
 def test_overwriting_removes_a_dataset_of_another_version(write_config: WriteConfig, tmp_path: Path) -> None:
     """Until format 4 no name of a file ended in the run's id."""
     out = tmp_path / "out"
