@@ -144,7 +144,12 @@ def _execute(
     unlocked: bool,
 ) -> Manifest:
     """Find out what is missing, and have it written."""
-    opened = execution.open(config, recorded, folder.next_generation() if overwrite else 0)
+    generation = 0
+    if overwrite:
+        generation = folder.next_generation()
+    elif recorded is None:  # a manifest that was deleted is written anew, for the shards that are there
+        generation = max(0, folder.next_generation() - 1)
+    opened = execution.open(config, recorded, generation)
     if not overwrite:
         _check_same(opened, recorded, folder)
     shards = opened.plan.shards

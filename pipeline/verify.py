@@ -161,7 +161,7 @@ def verify(
     """
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
-    _check_manifest(manifest, folder.store.at(folder.manifest))
+    _check_manifest(manifest, folder)
     findings = Findings()
     plan = manifest.plan
     sizes = folder.store.sizes()
@@ -297,7 +297,7 @@ def _space(manifest: Manifest, model: Manifest | Space) -> LabelSpace:
     )
 
 
-def _check_manifest(manifest: Manifest, place: str) -> None:
+def _check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     """The parts of a manifest agree with each other. Where they do not, what follows from it would blame other files.
 
     Raises:
@@ -311,7 +311,7 @@ def _check_manifest(manifest: Manifest, place: str) -> None:
             spaces[f"evaluators.{other.id}"] = (other.label_map, manifest.evaluators[other.id])
     wrong += [name for name, (asked, space) in spaces.items() if not _fits(asked, _space(manifest, space))]
     if wrong:
-        raise altered_manifest(place, f"it contradicts itself in {', '.join(wrong)}")
+        raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
 
 
 def _fits(asked: Any, space: LabelSpace) -> bool:
@@ -439,7 +439,7 @@ def _look_again(victim: Victim, evaluators: Sequence[Victim], goal: Goal, clippe
     return _Answer([answers[:, valid].cpu() for answers in logits], differs.sum(1)[valid].cpu(), share[valid].cpu())
 
 
-def _features(manifest: Manifest, place: str) -> datasets.Features:
+def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     """The columns that a manifest says its files have.
 
     Raises:
@@ -457,10 +457,11 @@ def _features(manifest: Manifest, place: str) -> datasets.Features:
             streamed=bool(manifest.streamed),
         )
     except Exception as error:  # what is no feature can raise anything there
+        place = folder.store.at(folder.manifest)
         raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
     # As JSON too: what `datasets` does not know of a feature it leaves out.
     if features != expected or json.loads(json.dumps(expected.to_dict())) != manifest.features:
-        raise PipelineError(f"{place}: its features are not those that a run of its config writes.")
+        raise altered_manifest(folder, "its features are not those that a run of its config writes")
     return features
 
 
@@ -494,8 +495,8 @@ class _Checker:
         # Whether the sign itself is stored; else it is 0 where clipping hides it.
         self.signs = SIGN in self.layout.pictures
         self.targeted = manifest.resolved.attack.target is not None
-        self.run_id, self.place = manifest.run_id, folder.store.at(folder.manifest)
-        self.features = _features(manifest, self.place)
+        self.run_id = manifest.run_id
+        self.features = _features(manifest, folder)
         self.schema = self.features.arrow_schema
         self.listed = {entry.path: entry for entry in manifest.files}
         self.exact = True
@@ -707,7 +708,7 @@ class _Checker:
         # Our own columns follow from the config. Those that are carried through, only the files and the manifest tell.
         kept = kept_columns(self.schema.names)
         if {**features, **{column: self.features[column] for column in kept}} == self.features:
-            raise PipelineError(f"{self.place}: its features are not those of {name}, whose digest is its receipt's.")
+            raise altered_manifest(self.folder, f"its features are not those of {name}, whose digest is its receipt's")
         raise _DamageError(f"{name} has other columns than the manifest says.")
 
     def _check_footer(self, name: str, metadata: Mapping[bytes, bytes], shard: Shard, subset: str, rows: int) -> None:

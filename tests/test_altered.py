@@ -353,4 +353,4 @@ def test_columns_that_are_carried_through_are_the_files(made: Path, tmp_path: Pa
     content = json.loads((out / "manifest.json").read_text())
     content["features"]["note"]["dtype"] = "binary"
     write_sealed(out / "manifest.json", content)
-    assert all_of(found := problems(out), "manifest.json: its features"), found
+    assert all_of(found := problems(out), "manifest.json was altered: its features"), found
