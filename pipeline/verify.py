@@ -173,13 +173,16 @@ def verify(
         if Path(name).stem.endswith(ending):
             damaged = Path(name).stem.removesuffix(ending)
             findings.damage(damaged, f".run/receipts/{name} was altered, or is no receipt.")
-    _check_listing(manifest, plan, receipts, sizes, findings)
-    if found and not receipts:
+    if found and not receipts and not findings.damaged:
+        # Nothing else is said: all that follows from this manifest would blame what is sound.
         other = min(receipt.run_id for receipt in found.values())
         findings.problems.append(
-            f"manifest.json is of another run ({manifest.run_id}) than all receipts ({other}); if it is not the one "
-            "that belongs here, restore that, or delete it and run generate again, which writes it anew."
+            f"manifest.json is of another run ({manifest.run_id}) than all receipts ({other}); if it belongs "
+            "here, run the generate command that made it; if not, restore the one that does, or delete it and run "
+            "generate again, which writes it anew."
         )
+        return findings
+    _check_listing(manifest, plan, receipts, sizes, findings)
     with contextlib.ExitStack() as stack:
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         # Loading a victim may run code that the manifest names: never for a dataset of which nothing was made here.
@@ -337,11 +340,21 @@ def _check_listing(
     findings: Findings,
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
-    missing = [shard.name for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
-    findings.missing = len(missing)
+    stored = manifest.stored  # once: it is derived from the config, which is parsed each time
+    absent = [shard for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
+    findings.missing = len(absent)
+    there = [s.name for s in absent if all(shard_file(subset, s, manifest.edition) in sizes for subset in stored)]
+    unchecked = set(there)
+    missing = [shard.name for shard in absent if shard.name not in unchecked]
     if missing:
         findings.problems.append(
             f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
+        )
+    if there:
+        findings.problems.append(
+            f"{len(there)} of {len(plan.shards)} shards have no receipt in {OutputFolder.receipts}, {there[0]} first, "
+            "so they were not checked, though their files are there; copy that folder too, if the dataset was copied "
+            "without it, or let generate write them again."
         )
     planned = {shard.name for shard in plan.shards}
     for name, receipt in receipts.items():
@@ -350,8 +363,6 @@ def _check_listing(
             findings.problems.append(f"{file} belongs to no shard of this run; delete it.")
         elif receipt.run_id != manifest.run_id:
             findings.damage(name, f".run/receipts/{name}-{manifest.edition}.json is of another run ({receipt.run_id}).")
-    # Once: it is derived from the config, which is parsed each time.
-    stored = manifest.stored
     expected = {shard_file(subset, shard, manifest.edition) for shard in plan.shards for subset in stored}
     others = sorted(name for name in sizes if name.split("/")[0] in stored and name not in expected)
     # By their names the card takes these for shards of the run.

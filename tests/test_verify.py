@@ -137,7 +137,8 @@ def test_missing_shards_and_foreign_files_are_named(write_config: WriteConfig, t
     (out / "clean/mine.parquet").write_bytes(b"would not")
     result = fgsm("verify", out)
     assert result.exit_code == 1
-    assert f"1 of 3 shards are missing, {SHARD} first" in result.stderr
+    assert f"1 of 3 shards have no receipt in .run/receipts, {SHARD} first" in result.stderr
+    assert "are missing" not in result.stderr
     assert "clean/test-00009-of-00003.parquet belongs to no shard" in result.stderr
     assert "not of this dataset, and left alone: clean/mine.parquet" in result.stdout
 
@@ -157,7 +158,7 @@ def test_a_downloaded_dataset_runs_no_code_of_its_own(write_config: WriteConfig,
     ran = tmp_path / "ran"
     (tmp_path / "victim.py").write_text(f"open({str(ran)!r}, 'w').close()")
     assert "victim.py:make" in path.read_text()
-    assert_found("3 of 3 shards are missing", tmp_path / "out", "--recompute")
+    assert_found("3 of 3 shards have no receipt", tmp_path / "out", "--recompute")
     assert not ran.exists()
 
 
