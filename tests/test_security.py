@@ -973,7 +973,9 @@ def test_words_stay_words(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 @pytest.mark.parametrize("key", ["source.path", "source.kwargs.root", "model.weights"])
 def test_a_password_in_an_address_is_found_where_a_path_belongs(write_config: WriteConfig, key: str) -> None:
     """Made a path, https:// would have one slash, and the password would be quoted as a folder that is not there."""
-    result = fgsm("generate", write_config(), "--set", f"{key}=https://me:hush@host/x.pt")
+    result = fgsm(
+        "generate", write_config(), "--set", "source.kind=imagefolder", "--set", f"{key}=https://me:hush@host/x.pt"
+    )
     assert result.exit_code == 2
     assert f"{key} holds a credential" in result.stderr
     assert "hush" not in result.output
