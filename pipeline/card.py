@@ -91,15 +91,16 @@ def write_summaries(
 
 def _refuse_foreign_card(folder: OutputFolder) -> None:
     try:
-        front = front_matter(folder.store.read(folder.card)) or {}
+        content = folder.store.read(folder.card)
     except FileNotFoundError:
         return
+    front = front_matter(content) or {}
     configs = front.get("configs")
     stated = [str(config.get("description")) for config in configs or () if isinstance(config, dict)]
-    if not any(re.search(r"run [0-9a-f]{16}, receipts ", text) for text in stated):
+    if content.strip() and not any(re.search(r"run [0-9a-f]{16}, receipts ", text) for text in stated):
         raise PipelineError(
-            f"{folder.store.at(folder.card)} is not a card that a run wrote, and is not replaced; move or delete it, then "
-            "run the same command again."
+            f"{folder.store.at(folder.card)} is not a card that a run wrote, and is not replaced; move or delete it, "
+            "then run the same command again."
         )
 
 

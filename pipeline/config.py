@@ -669,15 +669,20 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             source.get("kind") == "imagefolder"
             or (source.get("kind") == "huggingface" and (path.startswith((".", "~")) or _is_there(folder / path)))
         ):
-            source["path"] = str(folder / _home(path))
+            source["path"] = _anchored(path, folder)
         kwargs = source.get("kwargs")
         if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
-            kwargs["root"] = str(folder / _home(kwargs["root"]))
+            kwargs["root"] = _anchored(kwargs["root"], folder)
     evaluators = raw.get("evaluators")
     for model in (raw.get("model"), *(evaluators if isinstance(evaluators, list) else ())):
         if isinstance(model, dict):
             _anchor_model(model, folder)
     return raw
+
+
+def _anchored(path: str, folder: Path) -> str:
+    # An address stays as it is: as a path it would lose a slash, and a password in it would not be found.
+    return path if is_address(path) else str(folder / _home(path))
 
 
 def _home(path: str) -> Path:
@@ -698,11 +703,11 @@ def _is_there(path: Path) -> bool:
 def _anchor_model(model: dict[str, Any], folder: Path) -> None:
     weights, name = model.get("weights"), model.get("name")
     if isinstance(weights, str) and is_checkpoint(weights):
-        model["weights"] = str(folder / _home(weights))
+        model["weights"] = _anchored(weights, folder)
     if isinstance(name, str) and (
         is_factory_file(name) or (model.get("kind") == "transformers" and _is_there(folder / name))
     ):
-        model["name"] = str(folder / _home(name))
+        model["name"] = _anchored(name, folder)
 
 
 def is_checkpoint(weights: str) -> bool:

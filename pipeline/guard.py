@@ -27,7 +27,7 @@ SECRET_KEY = re.compile(
 # measure of entropy takes file names of weights for keys.
 TOKENS = (
     r"hf_[A-Za-z0-9]{20,}",
-    r"gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl[a-z]{2,6}-[\w-]{20,}",
+    r"gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl(pat|oas|soat|dt|rt|cbt|ptt|ft|imt|agent|ffct)-[\w-]{20,}",
     r"sk-(proj|ant|or|svcacct|admin)-[\w-]{16,}|sk-[A-Za-z0-9]{32,}|[rs]k_(live|test)_[A-Za-z0-9]{16,}",
     r"(AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|AIza[\w-]{35}|ya29\.[\w-]{20,}",
     r"xox[a-z]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{20,}|hooks\.slack\.com/services/[\w/]{20,}",

@@ -382,17 +382,22 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     except ConfigError as error:
         raise PipelineError(f"{place}: its config cannot be used: {error}") from None
     except AlteredError as error:
-        raise altered_manifest(place, str(error)) from None
+        raise altered_manifest(folder, str(error)) from None
     except (ValueError, OSError, RecursionError) as error:  # neither JSON nor a manifest
-        advice = "restore it, or start over with --overwrite" if folder.is_ours() else "it is not of fgsm-pipeline"
-        raise PipelineError(f"{place} cannot be read ({_problem(error)}); {advice}.") from None
+        advice = _way_out(folder) if folder.is_ours() else "It is not of fgsm-pipeline."
+        raise PipelineError(f"{place} cannot be read ({_problem(error)}). {advice}") from None
 
 
-def altered_manifest(place: str, why: str) -> PipelineError:
+def altered_manifest(folder: OutputFolder, why: str) -> PipelineError:
     """The error for a manifest that does not say what was written."""
-    return PipelineError(
-        f"{place} was altered: {why}. Restore it, or delete it and run generate again, which writes it anew."
-    )
+    return PipelineError(f"{folder.store.at(folder.manifest)} was altered: {why}. {_way_out(folder)}")
+
+
+def _way_out(folder: OutputFolder) -> str:
+    """What helps where a manifest cannot be used. Shards with receipts need not be written again."""
+    if folder.has_receipts():
+        return "Restore it, or delete it and run generate again, which writes it anew and keeps all shards."
+    return "Restore it, or start over with --overwrite: no shard has a receipt, so none can be kept."
 
 
 def _problem(error: BaseException) -> str:

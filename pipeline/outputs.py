@@ -344,7 +344,11 @@ class OutputFolder:
 
     def is_ours(self) -> bool:
         """Whether there is a manifest or a receipt that this package wrote, in any version."""
-        return self._claimed_manifest() is not None or bool(self._claimed_receipts(self.store.sizes()))
+        return self._claimed_manifest() is not None or self.has_receipts()
+
+    def has_receipts(self) -> bool:
+        """Whether there is a receipt that this package wrote, in any version."""
+        return bool(self._claimed_receipts(self.store.sizes()))
 
     def _claimed_manifest(self) -> ManifestClaim | None:
         try:

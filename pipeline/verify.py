@@ -169,7 +169,7 @@ def verify(
     """
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
-    _check_manifest(manifest, folder.store.at(folder.manifest))
+    _check_manifest(manifest, folder)
     findings = Findings()
     plan = manifest.plan
     sizes = folder.store.sizes()
@@ -181,13 +181,16 @@ def verify(
         if Path(name).stem.endswith(ending):
             damaged = Path(name).stem.removesuffix(ending)
             findings.damage(damaged, f".run/receipts/{name} was altered, or is no receipt.")
-    _check_listing(manifest, plan, receipts, sizes, findings)
-    if found and not receipts:
+    if found and not receipts and not findings.damaged:
+        # Nothing else is said: all that follows from this manifest would blame what is sound.
         other = min(receipt.run_id for receipt in found.values())
         findings.problems.append(
-            f"manifest.json is of another run ({manifest.run_id}) than all receipts ({other}); if it is not the one "
-            "that belongs here, restore that, or delete it and run generate again, which writes it anew."
+            f"manifest.json is of another run ({manifest.run_id}) than all receipts ({other}); if it belongs "
+            "here, run the generate command that made it; if not, restore the one that does, or delete it and run "
+            "generate again, which writes it anew."
         )
+        return findings
+    _check_listing(manifest, plan, receipts, sizes, findings)
     with contextlib.ExitStack() as stack:
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
         # Loading a victim may run code that the manifest names: never for a dataset of which nothing was made here.
@@ -305,7 +308,7 @@ def _space(manifest: Manifest, model: Manifest | Space) -> LabelSpace:
     )
 
 
-def _check_manifest(manifest: Manifest, place: str) -> None:
+def _check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     """The parts of a manifest agree with each other. Where they do not, what follows from it would blame other files.
 
     Raises:
@@ -319,7 +322,7 @@ def _check_manifest(manifest: Manifest, place: str) -> None:
             spaces[f"evaluators.{other.id}"] = (other.label_map, manifest.evaluators[other.id])
     wrong += [name for name, (asked, space) in spaces.items() if not _fits(asked, _space(manifest, space))]
     if wrong:
-        raise altered_manifest(place, f"it contradicts itself in {', '.join(wrong)}")
+        raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
 
 
 def _fits(asked: Any, space: LabelSpace) -> bool:
@@ -345,11 +348,21 @@ def _check_listing(
     findings: Findings,
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
-    missing = [shard.name for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
-    findings.missing = len(missing)
+    stored = manifest.stored  # once: it is derived from the config, which is parsed each time
+    absent = [shard for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
+    findings.missing = len(absent)
+    there = [s.name for s in absent if all(shard_file(subset, s, manifest.edition) in sizes for subset in stored)]
+    unchecked = set(there)
+    missing = [shard.name for shard in absent if shard.name not in unchecked]
     if missing:
         findings.problems.append(
             f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
+        )
+    if there:
+        findings.problems.append(
+            f"{len(there)} of {len(plan.shards)} shards have no receipt in {OutputFolder.receipts}, {there[0]} first, "
+            "so they were not checked, though their files are there; copy that folder too, if the dataset was copied "
+            "without it, or let generate write them again."
         )
     planned = {shard.name for shard in plan.shards}
     for name, receipt in receipts.items():
@@ -358,8 +371,6 @@ def _check_listing(
             findings.problems.append(f"{file} belongs to no shard of this run; delete it.")
         elif receipt.run_id != manifest.run_id:
             findings.damage(name, f".run/receipts/{name}-{manifest.edition}.json is of another run ({receipt.run_id}).")
-    # Once: it is derived from the config, which is parsed each time.
-    stored = manifest.stored
     expected = {shard_file(subset, shard, manifest.edition) for shard in plan.shards for subset in stored}
     others = sorted(name for name in sizes if name.split("/")[0] in stored and name not in expected)
     # By their names the card takes these for shards of the run.
@@ -451,7 +462,7 @@ def _look_again(victim: Victim, evaluators: Sequence[Victim], goal: Goal, clippe
     return _Answer([answers[:, valid].cpu() for answers in logits], differs.sum(1)[valid].cpu(), share[valid].cpu())
 
 
-def _features(manifest: Manifest, place: str) -> datasets.Features:
+def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     """The columns that a manifest says its files have.
 
     Raises:
@@ -469,10 +480,11 @@ def _features(manifest: Manifest, place: str) -> datasets.Features:
             streamed=bool(manifest.streamed),
         )
     except Exception as error:  # what is no feature can raise anything there
+        place = folder.store.at(folder.manifest)
         raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
     # As JSON too: what `datasets` does not know of a feature it leaves out.
     if features != expected or json.loads(json.dumps(expected.to_dict())) != manifest.features:
-        raise PipelineError(f"{place}: its features are not those that a run of its config writes.")
+        raise altered_manifest(folder, "its features are not those that a run of its config writes")
     return features
 
 
@@ -506,8 +518,8 @@ class _Checker:
         # Whether the sign itself is stored; else it is 0 where clipping hides it.
         self.signs = SIGN in self.layout.pictures
         self.targeted = manifest.resolved.attack.target is not None
-        self.run_id, self.place = manifest.run_id, folder.store.at(folder.manifest)
-        self.features = _features(manifest, self.place)
+        self.run_id = manifest.run_id
+        self.features = _features(manifest, folder)
         self.schema = self.features.arrow_schema
         self.listed = {entry.path: entry for entry in manifest.files}
         self.exact = True
@@ -719,7 +731,7 @@ class _Checker:
         # Our own columns follow from the config. Those that are carried through, only the files and the manifest tell.
         kept = kept_columns(self.schema.names)
         if {**features, **{column: self.features[column] for column in kept}} == self.features:
-            raise PipelineError(f"{self.place}: its features are not those of {name}, whose digest is its receipt's.")
+            raise altered_manifest(self.folder, f"its features are not those of {name}, whose digest is its receipt's")
         raise _DamageError(f"{name} has other columns than the manifest says.")
 
     def _check_footer(self, name: str, metadata: Mapping[bytes, bytes], shard: Shard, subset: str, rows: int) -> None:

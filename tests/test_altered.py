@@ -326,8 +326,13 @@ def test_a_manifest_of_another_run_damages_no_shard(made: Path, tmp_path: Path) 
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
     assert "manifest.json is of another run" in result.stderr
+    assert "1 problems" in result.stderr
     assert "0 damaged shards dropped" in result.stderr
     assert contents(out) == before
+    # As the message advises.
+    (out / "manifest.json").unlink()
+    assert fgsm("generate", config, "--output", out).exit_code == 0
+    assert fgsm("verify", out).exit_code == 0
 
 
 def test_a_file_of_another_shard_is_found(made: Path, tmp_path: Path) -> None:
@@ -353,4 +358,4 @@ def test_columns_that_are_carried_through_are_the_files(made: Path, tmp_path: Pa
     content = json.loads((out / "manifest.json").read_text())
     content["features"]["note"]["dtype"] = "binary"
     write_sealed(out / "manifest.json", content)
-    assert all_of(found := problems(out), "manifest.json: its features"), found
+    assert all_of(found := problems(out), "manifest.json was altered: its features"), found

@@ -591,6 +591,33 @@ def test_a_broken_manifest_is_one_sentence(write_config: WriteConfig, tmp_path: 
     generate(write_config(), "--overwrite")
 
 
+def test_of_a_broken_manifest_all_shards_are_kept(write_config: WriteConfig, tmp_path: Path) -> None:
+    """What the message advises is done as it says, and nothing is written again but the manifest."""
+    generate(write_config())
+    path, before = tmp_path / "out/manifest.json", digests(tmp_path / "out")
+    path.write_text("{")
+    result = fgsm("generate", write_config())
+    assert "delete it and run generate again" in result.stderr
+    assert "--overwrite" not in result.stderr
+    path.unlink()
+    assert "shards are already there" in generate(write_config())
+    assert digests(tmp_path / "out") == before
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+def test_an_altered_manifest_without_receipts_is_started_over(write_config: WriteConfig, tmp_path: Path) -> None:
+    """Deleted, it would leave a folder of which nothing says that it is ours."""
+    generate(write_config())
+    path = tmp_path / "out/manifest.json"
+    shutil.rmtree(tmp_path / "out/.run")
+    path.write_text(json.dumps({**manifest(tmp_path / "out"), "rows": 1}))
+    result = fgsm("generate", write_config())
+    assert "manifest.json was altered" in result.stderr
+    assert "start over with --overwrite" in result.stderr
+    generate(write_config(), "--overwrite")
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
+
+
 def test_a_manifest_of_another_version_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     path = tmp_path / "out/manifest.json"

@@ -635,7 +635,7 @@ def test_a_manifest_whose_streamed_files_make_no_plan(
     content = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**content, "split_rows": split_rows, "streamed": streamed}))
     for look in (verify, inspect, pipeline.training_dataset):
-        with pytest.raises(PipelineError, match=rf"^{out}/manifest\.json cannot be read \(.*{said}.*; restore it"):
+        with pytest.raises(PipelineError, match=rf"^{out}/manifest\.json cannot be read \(.*{said}.*\)\. Restore it"):
             look(out)
 
 
@@ -967,6 +967,23 @@ def test_words_stay_words(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("KEYBOARD", "standing")
     monkeypatch.setenv("BY_PASSING", "business")
     monkeypatch.setenv("SORT_KEY", "cup")
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("key", ["source.path", "source.kwargs.root", "model.weights"])
+def test_a_password_in_an_address_is_found_where_a_path_belongs(write_config: WriteConfig, key: str) -> None:
+    """Made a path, https:// would have one slash, and the password would be quoted as a folder that is not there."""
+    result = fgsm(
+        "generate", write_config(), "--set", "source.kind=imagefolder", "--set", f"{key}=https://me:hush@host/x.pt"
+    )
+    assert result.exit_code == 2
+    assert f"{key} holds a credential" in result.stderr
+    assert "hush" not in result.output
+
+
+@pytest.mark.parametrize("text", ["glass-bottles-and-other-containers", "glove-compartments-of-cars-v2"])
+def test_names_that_begin_like_tokens_are_no_secrets(text: str) -> None:
+    assert find_secret({"source": {"path": f"data/{text}", "classes": [text]}}) is None
     assert redact(text) == text
 
 

@@ -494,3 +494,16 @@ def test_a_local_folder_is_a_store_of_its_own_kind(tmp_path: Path) -> None:
     store.delete(["clean/a", "clean/b", ".run/receipts/a.json"])
     assert not (tmp_path / "out/clean").exists()
     assert (tmp_path / "out/.run/receipts").is_dir()
+
+
+def test_a_deleted_manifest_is_written_anew_also_after_a_start_over(
+    write_config: WriteConfig, s3: S3, out: str
+) -> None:
+    """The names of the shards bear the generation, which the manifest that is gone had."""
+    generate(write_config(output={"path": out}))
+    generate(write_config(output={"path": out}), "--overwrite")
+    before = shards(there(s3, out))
+    alter(s3, out, "manifest.json", None)
+    assert "shards are already there" in generate(write_config(output={"path": out}))
+    assert shards(there(s3, out)) == before
+    assert fgsm("verify", out).exit_code == 0

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.card import write_summaries
+from pipeline.errors import PipelineError
 from pipeline.images import decode_image, encode_images
 from pipeline.manifest import read_manifest
 from pipeline.outputs import OutputFolder
@@ -137,7 +138,8 @@ def test_missing_shards_and_foreign_files_are_named(write_config: WriteConfig, t
     (out / "clean/mine.parquet").write_bytes(b"would not")
     result = fgsm("verify", out)
     assert result.exit_code == 1
-    assert f"1 of 3 shards are missing, {SHARD} first" in result.stderr
+    assert f"1 of 3 shards have no receipt in .run/receipts, {SHARD} first" in result.stderr
+    assert "are missing" not in result.stderr
     assert "clean/test-00009-of-00003.parquet belongs to no shard" in result.stderr
     assert "not of this dataset, and left alone: clean/mine.parquet" in result.stdout
 
@@ -157,7 +159,7 @@ def test_a_downloaded_dataset_runs_no_code_of_its_own(write_config: WriteConfig,
     ran = tmp_path / "ran"
     (tmp_path / "victim.py").write_text(f"open({str(ran)!r}, 'w').close()")
     assert "victim.py:make" in path.read_text()
-    assert_found("3 of 3 shards are missing", tmp_path / "out", "--recompute")
+    assert_found("3 of 3 shards have no receipt", tmp_path / "out", "--recompute")
     assert not ran.exists()
 
 
@@ -401,6 +403,11 @@ def test_a_card_without_the_subsets_is_found_and_written_again(
     if card is not None:
         path.write_text(card)
     assert "README.md does not list the subsets" in fgsm("verify", tmp_path / "out").stderr
+    if card:  # somebody else's text is not replaced
+        with pytest.raises(PipelineError, match=r"README\.md is not a card that a run wrote"):
+            generate(config)
+        assert path.read_text() == card
+        path.unlink()
     generate(config)
     assert path.read_text() == text
 
