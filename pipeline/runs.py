@@ -36,7 +36,7 @@ from pipeline.outputs import name_edition, stored_subsets
 from pipeline.plan import Plan
 from pipeline.records import LAYOUTS, Layout, make_features
 from pipeline.sources import Source, open_source
-from pipeline.streams import StreamedSource, open_stream
+from pipeline.streams import StreamedSource, check_unstreamed, open_stream
 from pipeline.victims import Victim, load_victim
 
 ModelSection = TypeVar("ModelSection", bound=ModelConfig)
@@ -243,7 +243,7 @@ def open_run_source(config: Config) -> Source:
     need_labels = config.attack.label == "dataset"
     if config.source.streaming:
         return open_stream(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
-    return open_source(config.source, need_labels=need_labels)
+    return open_source(config.source, need_labels=need_labels, check_tars=check_unstreamed)
 
 
 def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> PreprocessConfig:

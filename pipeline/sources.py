@@ -44,6 +44,8 @@ from pipeline.images import (
 )
 from pipeline.origins import DIGITS, UNKNOWN, LeftOut, Origin, Tally, card_license, revision_of
 
+# Refuses tars of which `datasets` would leave something out.
+CheckTars = Callable[[Iterable[tuple[str, str]]], None]
 UNLABELLED = -1
 # Evenly spaced images whose bytes enter a source's digest; sizes and labels of all rows enter it too.
 DIGEST_SAMPLES = 64
@@ -97,18 +99,19 @@ class Source:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def open_source(config: SourceConfig, *, need_labels: bool) -> Source:
+def open_source(config: SourceConfig, *, need_labels: bool, check_tars: CheckTars | None = None) -> Source:
     """Open the dataset that the config names.
 
     Args:
         config: the `source` section.
         need_labels: whether a dataset without a label column is an error.
+        check_tars: looks through tars, by name and place, before `datasets` reads them.
 
     Raises:
         ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
     """
     opened = {
-        "huggingface": _open_huggingface,
+        "huggingface": functools.partial(_open_huggingface, check_tars=check_tars),
         "imagefolder": _open_imagefolder,
         "torchvision": _open_torchvision,
         "digits": _open_digits,
@@ -662,11 +665,11 @@ def _file_digest(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> b
         ) from None
 
 
-def _open_huggingface(config: SourceConfig, need_labels: bool) -> Source:
+def _open_huggingface(config: SourceConfig, need_labels: bool, check_tars: CheckTars | None) -> Source:
     import datasets
 
     tally = Tally()
-    opened, allowed = _load_splits(config, need_labels, tally)
+    opened, allowed = _load_splits(config, need_labels, tally, check_tars)
     first = next(iter(opened.values()))
     image_column = find_image_column(first.features, config)
     label_column = find_label_column(first.features, config, need_labels)
@@ -729,7 +732,9 @@ def _check_alike(opened: dict[str, Any], columns: Sequence[str]) -> None:
                 )
 
 
-def _load_splits(config: SourceConfig, need_labels: bool, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
+def _load_splits(
+    config: SourceConfig, need_labels: bool, tally: Tally, check_tars: CheckTars | None
+) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to.
 
     `tally` counts the files of a local folder that are in none of them.
@@ -753,7 +758,7 @@ def _load_splits(config: SourceConfig, need_labels: bool, tally: Tally) -> tuple
         elif folder.is_dir():
             cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-folder-{_listing_digest(folder)}"
             where = functools.partial(_folder_builder, folder.resolve(), config.name, cache_dir=str(cache))
-            builder = _load_own(where, config, need_labels)
+            builder = _load_own(where, config, need_labels, check_tars)
             loaded = builder.as_dataset()
             _count_unread(builder, loaded, folder.resolve(), tally)
         else:
@@ -761,7 +766,7 @@ def _load_splits(config: SourceConfig, need_labels: bool, tally: Tally) -> tuple
             own = path.replace("/", "--")
             allowed = (cache / "downloads", cache / path.replace("/", "___"), hub / f"datasets--{own}")
             where = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
-            loaded = _load_own(where, config, need_labels).as_dataset()
+            loaded = _load_own(where, config, need_labels, check_tars).as_dataset()
     except PipelineError:
         raise
     except Exception as error:  # a dozen exception types of three libraries; all mean the same here
@@ -776,7 +781,7 @@ def _load_splits(config: SourceConfig, need_labels: bool, tally: Tally) -> tuple
     return {name: loaded[name] for name in chosen_splits(config, list(loaded))}, allowed
 
 
-def _load_own(load: Callable[..., Any], config: SourceConfig, need_labels: bool) -> Any:
+def _load_own(load: Callable[..., Any], config: SourceConfig, need_labels: bool, check_tars: CheckTars | None) -> Any:
     """A builder of `datasets` that has made the splits, out of files of its own only.
 
     Of Parquet it is told what to read where it would fail over other columns, or read other types out of the files of a
@@ -807,12 +812,10 @@ def _load_own(load: Callable[..., Any], config: SourceConfig, need_labels: bool)
             builder = load(columns=list(columns.features), features=datasets.Features(columns.features), **sizes)
         elif sizes:
             builder = load(**sizes)
-    if isinstance(builder, WebDataset):
-        from pipeline.streams import check_unstreamed  # it imports this module
-
+    if isinstance(builder, WebDataset) and check_tars:
         listed = [file for own in files.values() for file in own]
         places = datasets.DownloadManager().download([place for _, place in listed])
-        check_unstreamed((name, place) for (name, _), place in zip(listed, places, strict=True))
+        check_tars((name, place) for (name, _), place in zip(listed, places, strict=True))
     builder.download_and_prepare()
     return builder
 

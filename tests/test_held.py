@@ -263,7 +263,7 @@ def test_a_manifest_that_is_damaged_is_known_as_ours_by_its_receipts(write_confi
     out = tmp_path / "out"
     generate(write_config(output={"images_per_shard": 20}))
     (out / "manifest.json").write_text("{")
-    assert "--overwrite" in fgsm("generate", write_config()).stderr
+    assert fgsm("generate", write_config()).exit_code == 1
     generate(write_config(), "--overwrite")
     assert len(list(out.rglob("*.parquet"))) == 9
 

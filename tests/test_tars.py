@@ -18,8 +18,8 @@ from PIL import Image
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, PipelineError, RowError
 from pipeline.origins import LeftOut, sum_left_out
-from pipeline.sources import open_source
-from pipeline.streams import Stretch, open_stream, read_stretches
+from pipeline.sources import Source, open_source
+from pipeline.streams import Stretch, check_unstreamed, open_stream, read_stretches
 from pipeline.verify import verify
 from tests.conftest import WriteConfig, fgsm
 from tests.test_generate import generate, manifest
@@ -211,6 +211,12 @@ UNSTREAMED = {
 }
 
 
+def unstreamed(folder: Path) -> Source:
+    """Open tars as a run does that does not stream them."""
+    config = SourceConfig(kind="huggingface", path=str(folder), label_column="cls")
+    return open_source(config, need_labels=True, check_tars=check_unstreamed)
+
+
 @pytest.mark.parametrize("why", UNSTREAMED)
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
 def test_a_tar_of_which_datasets_would_leave_images_out_is_refused(
@@ -218,26 +224,26 @@ def test_a_tar_of_which_datasets_would_leave_images_out_is_refused(
 ) -> None:
     (folder / "0.tar").write_bytes(packed(pack(UNSTREAMED[why])))
     with pytest.raises(PipelineError, match=rf"^source: \w+\.\w+ in 0\.tar {why}.*set source\.streaming: true\.$"):
-        open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+        unstreamed(folder)
 
 
 def test_a_tar_with_another_behind_it_is_refused_unstreamed_too(folder: Path) -> None:
     (folder / "0.tar").write_bytes(2 * pack(sample(0)))
     with pytest.raises(PipelineError, match=r"^source: 0\.tar cannot be read: something follows its end mark"):
-        open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+        unstreamed(folder)
 
 
 def test_a_first_tar_without_samples_is_named_unstreamed(folder: Path) -> None:
     (folder / "0.tar").write_bytes(pack([]))
     (folder / "1.tar").write_bytes(pack(sample(0)))
     with pytest.raises(ConfigError, match=r"^source: 0\.tar has no samples; set source\.streaming: true"):
-        open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+        unstreamed(folder)
 
 
 def test_plain_tars_are_read_unstreamed(folder: Path) -> None:
     for row in range(3):
         (folder / f"{row}.tar").write_bytes(pack([*sample(row), (f"{row}.d/._x.png", b"", {})]))
-    source = open_source(SourceConfig(kind="huggingface", path=str(folder), label_column="cls"), need_labels=True)
+    source = unstreamed(folder)
     assert source.splits[0].labels.tolist() == [0, 1, 2]
 
 
