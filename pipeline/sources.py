@@ -110,12 +110,13 @@ def open_source(config: SourceConfig, *, need_labels: bool, check_tars: CheckTar
     Raises:
         ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
     """
-    opened = {
+    openers: dict[str, Callable[[SourceConfig, bool], Source]] = {
         "huggingface": functools.partial(_open_huggingface, check_tars=check_tars),
         "imagefolder": _open_imagefolder,
         "torchvision": _open_torchvision,
         "digits": _open_digits,
-    }[config.kind](config, need_labels)
+    }
+    opened = openers[config.kind](config, need_labels)
     renamed = file_names({split.name: split for split in opened.splits})
     opened = replace(opened, splits=tuple(replace(split, name=name) for name, split in renamed.items()))
     for split in opened.splits:
