@@ -152,6 +152,7 @@ def _execute(
     done = {} if overwrite else committed(folder, opened.edition, shards)
     if recorded is not None and recorded.complete and _is_current(folder, recorded, done):
         logger.info("All %d shards are already there.", len(shards))
+        folder.store.tidy()
         return recorded
     needed = execution.estimate_bytes(folder, [shard for shard in shards if shard.name not in done])
     check_disk(needed, folder, overwrite=overwrite)

@@ -174,6 +174,10 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def tidy(self) -> None:
+        """Remove what killed processes have left aside, unless somebody holds the place."""
+
+    @abstractmethod
     def watch(self) -> None:
         """For who writes without holding the place: from now on nothing is replaced that another has written since."""
 
@@ -383,6 +387,11 @@ class LocalStore(Store):
             # What a node that was lost leaves: once all is there no command holds the folder again.
             stack.callback(self._clear_scratch)
             yield
+
+    def tidy(self) -> None:
+        if any((self.disk / SCRATCH).glob("*")):
+            with contextlib.suppress(PipelineError), self.held():
+                pass  # to let go of it is to remove that
 
     def _let_go(self) -> None:
         self._handle = self._lock = None
@@ -676,6 +685,9 @@ class ObjectStore(Store):
         finally:
             self._lock, self._versions, self.session = None, None, ""
             lock.release()
+
+    def tidy(self) -> None:
+        """Nothing is written aside."""
 
     def watch(self) -> None:
         if self._protocol in CONDITIONAL:

@@ -406,7 +406,7 @@ def break_before(folder: Path, nth: int, error: int | None = None) -> Callable[[
 def before_report(found: Sequence[str]) -> int:
     """How many changes come before those of the report, which has a drill of its own."""
     until = next(i for i, change in enumerate(found) if "report.html" in change)
-    while found[until - 1] == "os.mkdir .":
+    while found[until - 1].startswith("os.mkdir "):
         until -= 1
     return until
 
