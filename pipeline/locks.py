@@ -99,8 +99,7 @@ class StoreLock:
         Raises:
             PipelineError: it was taken over, or the store cannot be asked.
         """
-        if self._lost is not None:
-            raise PipelineError(self._lost)
+        self._raise_if_lost()
         if time.clock_gettime(CLOCK) - self._confirmed > CONFIRM_SECONDS:
             self.confirm()
 
