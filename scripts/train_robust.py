@@ -222,12 +222,18 @@ def shown(value: Mapping[str, Any], form: str) -> str:
     return format(value["mean"], form) + ("" if value["stdev"] is None else f" ± {value['stdev']:.1%}")
 
 
-def closing_note(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> str:
-    """What the table shows, and what it does not."""
+def averaged_gains(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What adversarial images in training gain on `clean`, `stored` and `fresh` images, averaged over the epsilons."""
     gains = {}
     for kind in ("clean", "stored", "fresh"):
         by_seed = zip(*(row["gain"]["values"] for row in rows if row["images"].startswith(kind)), strict=True)
         gains[kind] = over_seeds([statistics.mean(values) for values in by_seed])
+    return gains
+
+
+def closing_note(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> str:
+    """What the table shows, and what it does not."""
+    gains = averaged_gains(rows)
     seeds = len(gains["clean"]["values"])
     spread = f"{seeds} seeds, mean ± standard deviation" if seeds > 1 else "One seed, so nothing is known of the spread"
     return (
@@ -378,6 +384,7 @@ def main(
             "run_id": manifest.run_id,
             "recipe": {**asdict(recipe), "clean": clean, "train_split": train_split, "test_split": test_split},
             "table": rows,
+            "averaged_gains": averaged_gains(rows),
             "results": [asdict(result) for result in results],
         }
         json_path.write_text(json.dumps(report, indent=2) + "\n")

@@ -208,6 +208,10 @@ def test_the_script_prints_one_table_and_writes_it(digits: Path, tmp_path: Path)
         (training, seed, 128) for seed in range(2) for training in (CLEAN_ONLY, MIXED)
     ]
     assert report["table"][0]["images"] == "clean"
+    # With one epsilon the average over all is that of the one.
+    assert report["averaged_gains"] == {
+        kind: row["gain"] for kind, row in zip(("clean", "stored", "fresh"), report["table"], strict=True)
+    }
 
 
 def test_another_architecture_may_be_trained(digits: Path, tmp_path: Path) -> None:
