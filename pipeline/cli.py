@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.errors import ConfigError, Interrupted, PipelineError, first_line, system_refusal
-from pipeline.guard import presentable
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError, first_line, system_refusal
+from pipeline.core.redaction import presentable
 
 if TYPE_CHECKING:
-    from pipeline.config import AttackConfig
-    from pipeline.manifest import Manifest
+    from pipeline.config.schema import AttackConfig
+    from pipeline.output.manifest import Manifest
 
 app = typer.Typer(
     name="fgsm",
@@ -61,12 +61,12 @@ def generate(
     """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
     again = shlex.join(["fgsm", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
     with _boundary(debug, f"Interrupted; what was committed is kept. To go on: {again}"):
-        from pipeline.config import is_address, load_config
+        from pipeline.config.schema import is_address, load_config
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _leave_removed_folder(loaded.output.path)
         from pipeline.generate import generate as run
-        from pipeline.summary import summary_table
+        from pipeline.output.summary import summary_table
 
         _say_epsilons(loaded.attack)
         manifest = run(loaded, overwrite=overwrite, executor=executor, unlocked=unlocked)
@@ -94,11 +94,11 @@ def plan(
 ) -> None:
     """Say what generate would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept."""
     with _boundary(debug, "Interrupted."):
-        from pipeline.config import load_config
+        from pipeline.config.schema import load_config
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _leave_removed_folder(loaded.output.path)
-        from pipeline.estimate import describe_plan
+        from pipeline.engine.estimate import describe_plan
 
         _say_epsilons(loaded.attack)
         text, warnings = describe_plan(loaded)
@@ -122,8 +122,8 @@ def verify(
     predictions and signs too."""
     with _boundary(debug, "Interrupted."):
         _leave_removed_folder(output)
-        from pipeline.verify import damage_report, describe
-        from pipeline.verify import verify as check
+        from pipeline.check.verify import damage_report, describe
+        from pipeline.check.verify import verify as check
 
         findings = check(output, recompute=recompute, source=source, repair=repair, unlocked=unlocked)
         _say(describe(findings, recompute, source))
@@ -141,7 +141,7 @@ def inspect(output: Output, debug: Debug = False) -> None:
     """Show a table: per epsilon rows, accuracy, mean confidence, fooled, bytes."""
     with _boundary(debug, "Interrupted."):
         _leave_removed_folder(output)
-        from pipeline.summary import inspect as table
+        from pipeline.output.summary import inspect as table
 
         _say(table(output))
 
@@ -151,20 +151,20 @@ def report(output: Output, debug: Debug = False) -> None:
     """Make report.html and its pictures: what the attack did, for people."""
     with _boundary(debug, "Interrupted."):
         _leave_removed_folder(output)
-        from pipeline.report import report as make
+        from pipeline.report.page import report as make
 
         _say(make(output))
 
 
 def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
     """Make the report of a complete dataset unless it is there. Without it the dataset is as complete."""
-    from pipeline.outputs import OutputFolder, reported_receipts
+    from pipeline.output.folder import OutputFolder, reported_receipts
 
     folder = OutputFolder(path)
     if reported_receipts(folder) == manifest.receipts:
         return
     try:
-        from pipeline.report import write_report
+        from pipeline.report.page import write_report
 
         _say(f"\nReport: {write_report(folder, manifest)}", err=True)
     except Exception as error:  # whatever it is, it is no failure of the run
@@ -196,7 +196,7 @@ def publish(
             # The client's bars for LFS, which it draws into a log too: tqdm reads this when it is imported.
             os.environ.setdefault("TQDM_MININTERVAL", "30")
         _leave_removed_folder(output)
-        from pipeline import publish as hub
+        from pipeline.hub import upload as hub
 
         if dry_run:
             _say(hub.dry_run(output, repo_id))
@@ -211,7 +211,7 @@ def _leave_removed_folder(output: str) -> None:
     Raises:
         ConfigError: the output is relative to the folder that was removed.
     """
-    from pipeline.config import is_address, working_folder
+    from pipeline.config.schema import is_address, working_folder
 
     if working_folder() is not None:
         return
@@ -234,7 +234,7 @@ class _Formatter(logging.Formatter):
 
 def _say_epsilons(attack: "AttackConfig") -> None:
     """Requested and stored epsilons side by side, and a warning where the next level was probably meant."""
-    from pipeline.config import stored_just_below
+    from pipeline.config.schema import stored_just_below
 
     for level, epsilon in attack.requested.items():
         _say(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
@@ -245,8 +245,8 @@ def _say_epsilons(attack: "AttackConfig") -> None:
 @contextlib.contextmanager
 def _boundary(debug: bool, farewell: str) -> Iterator[None]:
     """Turn what a user can cause into one sentence and an exit code; anything else keeps its traceback."""
-    from pipeline.interrupts import interruptible
-    from pipeline.memory import require_open_files
+    from pipeline.core.interrupts import interruptible
+    from pipeline.core.memory import require_open_files
 
     _log_to_stderr()
     try:

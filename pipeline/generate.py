@@ -9,17 +9,17 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
-from pipeline.card import card_agrees, write_summaries
-from pipeline.config import Config
-from pipeline.errors import ConfigError, PipelineError, listing
-from pipeline.estimate import check_disk, estimate_bytes, in_flight
-from pipeline.execute import compile_as_begun, tell_speed, write_shards
-from pipeline.lanes import available_cores, lane_count
-from pipeline.manifest import Manifest, read_manifest, settled, summarise
-from pipeline.outputs import OutputFolder, Receipt, committed
-from pipeline.plan import Shard
-from pipeline.progress import Busy, Progress
-from pipeline.runs import differences, open_run, versions
+from pipeline.config.schema import Config
+from pipeline.core.errors import ConfigError, PipelineError, listing
+from pipeline.core.lanes import available_cores, lane_count
+from pipeline.core.plan import Shard
+from pipeline.engine.estimate import check_disk, estimate_bytes, in_flight
+from pipeline.engine.execute import compile_as_begun, tell_speed, write_shards
+from pipeline.engine.progress import Busy, Progress
+from pipeline.engine.run import differences, open_run, versions
+from pipeline.output.card import card_agrees, write_summaries
+from pipeline.output.folder import OutputFolder, Receipt, committed
+from pipeline.output.manifest import Manifest, read_manifest, settled, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _executor(name: ExecutorName) -> Iterator[Executor]:
         yield LocalExecutor()
         return
     try:
-        from pipeline.cluster import RayExecutor
+        from pipeline.executors.ray import RayExecutor
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise

@@ -43,8 +43,8 @@ import typer
 import yaml
 from workloads import ROOT, WORKLOADS, Workload, encoded_images, write_source
 
-from pipeline.lanes import available_cores
-from pipeline.memory import descend, proportional_set_size
+from pipeline.core.lanes import available_cores
+from pipeline.core.memory import descend, proportional_set_size
 
 PEERS = ("torchattacks", "foolbox", "art")
 CONTENDERS = ("ours", "bound", "plain", *PEERS)

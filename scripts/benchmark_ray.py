@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import load_config
+from pipeline.config.schema import load_config
 
 LOCAL = 0
 # Of the whole: left out of the timing, so that two workers have each written one.
@@ -39,9 +39,9 @@ def measure(workers: int, arguments: argparse.Namespace, output: str, sender: An
     """
     import contextlib
 
-    from pipeline.cluster import RayExecutor
+    from pipeline.executors.ray import RayExecutor
     from pipeline.generate import Executor, LocalExecutor
-    from pipeline.outputs import OutputFolder, committed
+    from pipeline.output.folder import OutputFolder, committed
 
     logging.basicConfig(format=f"{workers or 'local'}: %(message)s", level=logging.INFO)
     overrides = [f"output.images_per_shard={arguments.images_per_shard}", *arguments.overrides]

@@ -44,9 +44,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from pipeline import training_dataset
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.manifest import require_manifest
-from pipeline.outputs import OutputFolder, subset_name
+from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.output.folder import OutputFolder, subset_name
+from pipeline.output.manifest import require_manifest
 
 # Images that the streaming mode shuffles among.
 SHUFFLE_BUFFER = 1_000

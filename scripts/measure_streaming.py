@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 import pipeline.generate
-from pipeline.config import parse_config
+from pipeline.config.schema import parse_config
+from pipeline.engine.progress import Progress
 from pipeline.generate import generate
-from pipeline.outputs import OutputFolder, read_receipts
-from pipeline.progress import Progress
+from pipeline.output.folder import OutputFolder, read_receipts
 
 FACTORY = """
 from torch import nn

@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import models, transforms
 
-from pipeline.checkpoints import load_checkpoint
-from pipeline.config import Config, load_config
-from pipeline.digits import WEIGHTS, DigitsNet
-from pipeline.lanes import available_cores
+from pipeline.config.schema import Config, load_config
+from pipeline.core.lanes import available_cores
+from pipeline.models.checkpoints import load_checkpoint
+from pipeline.models.digits import WEIGHTS, DigitsNet
 
 # Batches that the bound goes through over and over; more would only take longer to decode.
 BOUND_BATCHES = 8
@@ -62,10 +62,10 @@ class Stopwatch:
 def run_bound(config: Config, images: int) -> Marks:
     """Our own engine over batches that are already in memory."""
     # Here, so that the peers' memory holds nothing of ours.
-    from pipeline.execute import attack_ahead
-    from pipeline.loader import load_batches
-    from pipeline.progress import Busy
-    from pipeline.runs import open_run
+    from pipeline.engine.execute import attack_ahead
+    from pipeline.engine.loader import load_batches
+    from pipeline.engine.progress import Busy
+    from pipeline.engine.run import open_run
 
     few = min(images, BOUND_BATCHES * config.runtime.batch_size)
     run = open_run(config.model_copy(update={"source": config.source.model_copy(update={"limit": few})}))

@@ -1,4 +1,4 @@
-"""Train the digits victim from the train split alone, and write pipeline/digits.safetensors.
+"""Train the digits victim from the train split alone, and write pipeline/models/digits.safetensors.
 
     python scripts/train_digits.py
 
@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.digits import WEIGHTS, DigitsNet, digits_split
+from pipeline.models.digits import WEIGHTS, DigitsNet
+from pipeline.sources.digits import digits_split
 
 EPOCHS = 40
 BATCH_SIZE = 64

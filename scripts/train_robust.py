@@ -34,14 +34,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from pipeline import training_dataset
-from pipeline.config import ModelConfig, reading_levels
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.fgsm import Goal, attack
-from pipeline.manifest import Manifest, require_manifest
-from pipeline.outputs import OutputFolder
-from pipeline.training import TrainingDataset
-from pipeline.verify import announce_factories
-from pipeline.victims import Victim, load_victim
+from pipeline.attacks.fgsm import Goal, attack
+from pipeline.check.verify import announce_factories
+from pipeline.config.schema import ModelConfig, reading_levels
+from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.models.victims import Victim, load_victim
+from pipeline.output.folder import OutputFolder
+from pipeline.output.manifest import Manifest, require_manifest
+from pipeline.read.training import TrainingDataset
 
 CLEAN_ONLY, MIXED = "clean only", "clean + adversarial"
 WEIGHT_DECAY = 1e-2

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.digits import digits_split
+from pipeline.sources.digits import digits_split
 
 ROOT = Path(__file__).resolve().parent.parent
 # Different synthetic images; more would only take longer to make.

@@ -20,13 +20,14 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
-from pipeline.outputs import json_digest
+from pipeline.output.folder import json_digest
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
 # has. There is one, which has imported what was named before it started.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.training", "datasets", __name__])
+PROCESSES.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.read.training", "datasets", __name__])
 
+REPOSITORY = Path(__file__).parent.parent
 CLASSES = ("cat", "dog", "eel")
 FACTORY = '''
 import torch

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import PipelineError, system_refusal
-from pipeline.memory import OPEN_FILES, OPEN_FILES_OF_WORKER, require_open_files
+from pipeline.core.errors import PipelineError, system_refusal
+from pipeline.core.memory import OPEN_FILES, OPEN_FILES_OF_WORKER, require_open_files
 from tests.conftest import WriteConfig, fgsm
 from tests.test_generate import generate
 
@@ -123,7 +123,7 @@ def test_what_the_system_refuses_is_one_sentence(error: Exception, monkeypatch: 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("pipeline.summary.inspect", fail)
+    monkeypatch.setattr("pipeline.output.summary.inspect", fail)
     result = fgsm("inspect", "out")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")

@@ -33,7 +33,7 @@ import pytest
 import yaml
 
 from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, shard_path, write_parquet
-from tests.s3 import S3, running_s3
+from tests.fakes.s3 import S3, running_s3
 from tests.test_generate import digests, generate, manifest
 from tests.test_processes import GATED, driver_of, group_is_gone, holds, receipts, run_fgsm, wait_for
 
@@ -285,7 +285,7 @@ def differing_bytes(here: Path, there: Path) -> int:
 def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Site]]:
     """Sites by name, each made once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.report", "datasets", __name__])
+    context.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.report.page", "datasets", __name__])
     folder, made = tmp_path_factory.mktemp("drill"), {}
 
     def make(
@@ -805,13 +805,13 @@ class Bucket:
 
 def impatient(environment: dict[str, str]) -> None:
     """What a process needs to use the store, and less patience than in life."""
-    import pipeline.locks
-    import pipeline.stores
+    import pipeline.output.locks
+    import pipeline.output.stores
 
     os.environ.update(environment)
-    pipeline.locks.BEAT_SECONDS, pipeline.locks.STALE_SECONDS = 0.2, 1.5
-    pipeline.stores.SILENT_SECONDS, pipeline.stores.ATTEMPTS = 1.0, 2
-    pipeline.stores.PATIENCE_SECONDS = 4.0
+    pipeline.output.locks.BEAT_SECONDS, pipeline.output.locks.STALE_SECONDS = 0.2, 1.5
+    pipeline.output.stores.SILENT_SECONDS, pipeline.output.stores.ATTEMPTS = 1.0, 2
+    pipeline.output.stores.PATIENCE_SECONDS = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -896,7 +896,7 @@ def test_ray_node_removed(
 ) -> None:
     """Ray: a node removed in the middle of its shard."""
     pytest.importorskip("ray")
-    from tests.test_cluster import lose_a_node
+    from tests.executors.test_ray import lose_a_node
 
     site, out = sites("white", 96, White), tmp_path / "out"
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")

@@ -23,17 +23,18 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 import pipeline
-from pipeline.card import render_card
-from pipeline.config import Config, PreprocessConfig, load_config, parse_config
-from pipeline.dataset import _addresses
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.guard import presentable, printable
-from pipeline.images import OtherShapeError, UndecodableError, decode_image, open_image, read_image
-from pipeline.manifest import Manifest, current_manifest, require_manifest
-from pipeline.outputs import OutputFolder
-from pipeline.report import report
-from pipeline.summary import inspect, summary_table
-from pipeline.verify import verify
+from pipeline.check.verify import verify
+from pipeline.config.schema import Config, PreprocessConfig, load_config, parse_config
+from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.images import OtherShapeError, UndecodableError, decode_image, open_image
+from pipeline.core.redaction import presentable, printable
+from pipeline.engine.decode import read_image
+from pipeline.output.card import render_card
+from pipeline.output.folder import OutputFolder
+from pipeline.output.manifest import Manifest, current_manifest, require_manifest
+from pipeline.output.summary import inspect, summary_table
+from pipeline.read.load import _addresses
+from pipeline.report.page import report
 from tests.conftest import random_pixels, shard_path, write_sealed
 
 FEW, MANY = 10, 2000
@@ -510,7 +511,7 @@ def body(card: str) -> str:
 
 @pytest.mark.parametrize("examples", [3, pytest.param(100, marks=pytest.mark.drill)])
 def test_any_class_name_stays_a_name_in_the_report(finished: Path, tmp_path: Path, examples: int) -> None:
-    from pipeline.report import write_report
+    from pipeline.report.page import write_report
 
     out = tmp_path / "out"
     shutil.copytree(finished, out)

@@ -30,14 +30,14 @@ from torch import Tensor
 
 import pipeline.generate
 from pipeline.cli import app
-from pipeline.config import load_config
-from pipeline.errors import PipelineError
-from pipeline.images import ImageFormat, decode_image
-from pipeline.manifest import FORMAT_VERSION
-from pipeline.progress import Progress
-from pipeline.records import encode_column
-from pipeline.runs import open_run
-from pipeline.summary import summary_table
+from pipeline.config.schema import load_config
+from pipeline.core.errors import PipelineError
+from pipeline.core.images import ImageFormat, decode_image
+from pipeline.engine.progress import Progress
+from pipeline.engine.run import open_run
+from pipeline.layouts.records import encode_column
+from pipeline.output.manifest import FORMAT_VERSION
+from pipeline.output.summary import summary_table
 from tests.conftest import (
     CLASSES,
     FACTORY,
@@ -173,7 +173,7 @@ def test_the_parquet_is_what_the_hub_wants(write_config: WriteConfig, tmp_path: 
 def test_row_groups_are_bounded(write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("pipeline.shards.ROW_GROUP_ROWS", 12)
+    monkeypatch.setattr("pipeline.output.shards.ROW_GROUP_ROWS", 12)
     generate(write_config())
     metadata = pq.ParquetFile(shard_path(tmp_path, "out/clean/test-00000-of-00003.parquet")).metadata
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [12, 4]
@@ -277,7 +277,7 @@ def test_every_auto_is_resolved_once_and_kept(
     kept = manifest(tmp_path / "out")["config"]
     assert "auto" not in (kept["output"]["image_format"], kept["runtime"]["device"], kept["runtime"]["compile"])
     # Another machine, or another version, would decide otherwise; the run that is there has decided.
-    monkeypatch.setattr("pipeline.runs.choose_format", lambda *_: "png")
+    monkeypatch.setattr("pipeline.engine.run.choose_format", lambda *_: "png")
     shard_path(tmp_path, "out/.run/receipts/test-00001-of-00003.json").unlink()
     generate(config)
     assert manifest(tmp_path / "out")["config"] == kept
@@ -489,7 +489,7 @@ def test_a_folder_with_other_content_is_left_alone(
 
 def test_an_unwritable_place_is_one_sentence(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     # CI runs as root, which permissions do not stop; nobody can make a folder in /proc.
-    monkeypatch.setattr("pipeline.estimate.free_bytes", lambda _: 10**9)
+    monkeypatch.setattr("pipeline.engine.estimate.free_bytes", lambda _: 10**9)
     result = fgsm("generate", write_config(output={"path": "/proc/fgsm-out"}))
     assert result.exit_code == 1
     assert "Error: Cannot write /proc/fgsm-out: No such file or directory. What was committed is kept" in result.stderr
@@ -529,7 +529,7 @@ def test_batches_behind_one_that_fails_are_not_committed(
         return encode_column(images_u8, image_format)
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.execute.encode_column", fail_once)
+    monkeypatch.setattr("pipeline.engine.execute.encode_column", fail_once)
     config = write_config(output={"images_per_shard": images_per_shard})
     result = fgsm("generate", config)
     assert result.exit_code == 1
@@ -552,8 +552,8 @@ def test_too_little_free_space_is_noticed_before_starting(
 
 
 def test_the_estimate_of_bytes_is_close(write_config: WriteConfig, tmp_path: Path) -> None:
-    from pipeline.config import load_config
-    from pipeline.estimate import estimate_bytes
+    from pipeline.config.schema import load_config
+    from pipeline.engine.estimate import estimate_bytes
 
     config = write_config()
     generate(config)
@@ -788,7 +788,7 @@ def test_without_a_terminal_progress_is_a_log_line(caplog: pytest.LogCaptureFixt
 
 def test_progress_lines_are_30_seconds_apart(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("pipeline.engine.progress.time.monotonic", lambda: clock[0])
     with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 0, (0,)) as progress:
         for second in range(0, 100, 5):
             clock[0] = float(second)
@@ -837,7 +837,7 @@ def test_overwriting_counts_the_space_that_it_frees(
 ) -> None:
     config = write_config(output={"images_per_shard": 40})
     generate(config)
-    monkeypatch.setattr("pipeline.estimate.free_bytes", lambda _: 60_000)
+    monkeypatch.setattr("pipeline.engine.estimate.free_bytes", lambda _: 60_000)
     assert fgsm("generate", config, "--output", str(tmp_path / "second")).exit_code == 1
     generate(config, "--overwrite")
 
@@ -897,7 +897,7 @@ def test_large_batches_are_cut_into_row_groups(
 ) -> None:
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("pipeline.shards.ROW_GROUP_BYTES", 3000)
+    monkeypatch.setattr("pipeline.output.shards.ROW_GROUP_BYTES", 3000)
     generate(write_config(runtime={"batch_size": 16}))
     metadata = pq.ParquetFile(shard_path(tmp_path, "out/clean/test-00000-of-00003.parquet")).metadata
     rows_of = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
@@ -916,7 +916,7 @@ def test_what_failed_first_is_what_the_user_reads(write_config: WriteConfig, mon
         raise PipelineError("the manifest could not be written")
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.execute.encode_column", fail)
+    monkeypatch.setattr("pipeline.engine.execute.encode_column", fail)
     result = fgsm("generate", write_config())
     assert result.exit_code == 1
     assert "the shard could not be written" in result.stderr
@@ -929,7 +929,7 @@ def test_a_file_system_without_locks_is_one_sentence(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("pipeline.stores.fcntl.lockf", no_locks)
+    monkeypatch.setattr("pipeline.output.stores.fcntl.lockf", no_locks)
     result = fgsm("generate", write_config())
     assert result.exit_code == 2
     assert "No locks available" in result.stderr

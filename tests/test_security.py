@@ -27,26 +27,27 @@ import yaml
 from PIL import Image
 from pydantic import ValidationError
 
-import pipeline
-from pipeline.config import ModelConfig, PreprocessConfig, SourceConfig, load_config
-from pipeline.dataset import _addresses
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.guard import find_secret, presentable, redact
-from pipeline.images import OtherShapeError, UndecodableError, decode_image, open_image, read_image
-from pipeline.manifest import Manifest, contradictions, published, require_manifest, run_id_of
-from pipeline.origins import front_matter
-from pipeline.outputs import FileEntry, OutputFolder, Receipt
-from pipeline.publish import list_files
-from pipeline.report import report
-from pipeline.runs import open_run
-from pipeline.sources import Source, open_source
-from pipeline.stores import open_store
-from pipeline.streams import StreamedSource, open_stream
-from pipeline.summary import inspect
-from pipeline.verify import verify
-from pipeline.victims import load_victim
+import pipeline.engine.decode
+from pipeline.check.verify import verify
+from pipeline.config.schema import ModelConfig, PreprocessConfig, SourceConfig, load_config
+from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.images import OtherShapeError, UndecodableError, decode_image, open_image
+from pipeline.core.redaction import find_secret, presentable, redact
+from pipeline.engine.decode import read_image
+from pipeline.engine.run import open_run
+from pipeline.hub.upload import list_files
+from pipeline.models.victims import load_victim
+from pipeline.output.folder import FileEntry, OutputFolder, Receipt
+from pipeline.output.manifest import Manifest, contradictions, published, require_manifest, run_id_of
+from pipeline.output.stores import open_store
+from pipeline.output.summary import inspect
+from pipeline.read.load import _addresses
+from pipeline.report.page import report
+from pipeline.sources.mapped import Source, open_source
+from pipeline.sources.origins import front_matter
+from pipeline.sources.streamed import StreamedSource, open_stream
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
-from tests.hub import Repository, git_blob, lfs_blob, running_hub
+from tests.fakes.hub import Repository, git_blob, lfs_blob, running_hub
 
 SECRET = "hf_" + "S3cretS3cret" * 3
 
@@ -192,10 +193,10 @@ def open_any(config: SourceConfig) -> Source:
 # Opens datasets of the Hub, both ways, and prints how many rows each has, or why it has none.
 OPENED = """
 import sys
-from pipeline.config import SourceConfig
-from pipeline.errors import ConfigError
-from pipeline.sources import open_source
-from pipeline.streams import open_stream
+from pipeline.config.schema import SourceConfig
+from pipeline.core.errors import ConfigError
+from pipeline.sources.mapped import open_source
+from pipeline.sources.streamed import open_stream
 for path in sys.argv[1:]:
     for streaming in (False, True):
         config = SourceConfig(kind="huggingface", path=path, streaming=streaming)
@@ -406,8 +407,9 @@ BOMBS = {
 BOUNDED = """
 import io, resource, sys, time
 from pathlib import Path
-from pipeline.config import PreprocessConfig
-from pipeline.images import UndecodableError, open_image, read_image, decode_image
+from pipeline.config.schema import PreprocessConfig
+from pipeline.core.images import UndecodableError, open_image, decode_image
+from pipeline.engine.decode import read_image
 read = lambda data: read_image(lambda: open_image(io.BytesIO(data)), PreprocessConfig(resize=8, crop=8), 10_000_000)
 read(Path(sys.argv[1]).read_bytes())
 for path in sys.argv[2:]:
@@ -460,7 +462,7 @@ def test_pillows_own_limit_stays_for_what_decodes_by_itself() -> None:
 
 def test_no_image_is_opened_to_open_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where cells are paths, the digest takes the files, whatever they claim to hold."""
-    monkeypatch.setattr("pipeline.sources.open_image", lambda _: pytest.fail("an image was opened"))
+    monkeypatch.setattr("pipeline.sources.mapped.open_image", lambda _: pytest.fail("an image was opened"))
     digests = set()
     for data in (b"one", b"two", b"one"):
         (tmp_path / "photos/a").mkdir(parents=True, exist_ok=True)
@@ -484,7 +486,7 @@ def test_a_digest_of_a_torchvision_dataset_takes_no_image_past_pillows_own_limit
     )
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**9)
     whole = open_source(config, need_labels=True).digest
-    monkeypatch.setattr("pipeline.sources.PILLOW_PIXELS", 1000)
+    monkeypatch.setattr("pipeline.sources.mapped.PILLOW_PIXELS", 1000)
     assert open_source(config, need_labels=True).digest != whole
 
 
@@ -512,7 +514,7 @@ def test_no_manifest_makes_room_for_a_bomb(out: Path) -> None:
 def test_nothing_is_stored_that_could_not_be_read_again(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.loader.MOST_PIXELS", 16 * 16 - 1)
+    monkeypatch.setattr("pipeline.engine.loader.MOST_PIXELS", 16 * 16 - 1)
     result = fgsm("generate", write_config(runtime={"max_pixels": 2**40}))
     assert result.exit_code == 2
     assert "is 16x16, and an image of a dataset has at most 255 pixels" in result.stderr
@@ -1115,10 +1117,10 @@ def test_messages_lose_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_bug_s_traceback_shows_no_credential() -> None:
     code = (
-        "import pipeline.cli, pipeline.summary, sys\n"
+        "import pipeline.cli, pipeline.output.summary, sys\n"
         "address, secret = 'https://me:pw@host/x?X-Amz-Signature=abc', sys.argv[1]\n"
         "def broken(*_): raise RuntimeError(f'GET {address} {secret}')\n"
-        "pipeline.summary.inspect, sys.argv[1:] = broken, ['inspect', 'out']\n"
+        "pipeline.output.summary.inspect, sys.argv[1:] = broken, ['inspect', 'out']\n"
         "pipeline.cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code, SECRET], capture_output=True, text=True, timeout=60)
@@ -1147,7 +1149,7 @@ def fail(**kwargs):
     assert "logged ***" in broken.stderr
     assert "quoted ***" in broken.stderr
 
-    whole, seen = pipeline.images._upright, []
+    whole, seen = pipeline.engine.decode._upright, []
 
     def quoting(image: Image.Image) -> Image.Image:
         seen.append(image)
@@ -1155,7 +1157,7 @@ def fail(**kwargs):
             raise ValueError(f"read with {SECRET}")
         return whole(image)
 
-    monkeypatch.setattr("pipeline.images._upright", quoting)
+    monkeypatch.setattr("pipeline.engine.decode._upright", quoting)
     done = fgsm("generate", config, "--debug")
     assert done.exit_code == 0
     inspected = fgsm("inspect", tmp_path / "out")
@@ -1316,7 +1318,7 @@ def test_want_of_memory_is_a_sentence(out: Path, monkeypatch: pytest.MonkeyPatch
     def greedy(*_: Any) -> str:
         raise MemoryError
 
-    monkeypatch.setattr("pipeline.summary.inspect", greedy)
+    monkeypatch.setattr("pipeline.output.summary.inspect", greedy)
     result = fgsm("inspect", out)
     assert result.exit_code == 1
     assert "Error: There is not enough memory" in result.stderr

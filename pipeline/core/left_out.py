@@ -1,0 +1,53 @@
+"""What of a source is no row of it, counted by reason."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Names of files that are kept for each reason to leave files out.
+FIRST_NAMES = 5
+
+
+class LeftOut(BaseModel):
+    """What of a source is no row of it, for one reason: how many files, folders or members of a tar, and the first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reason: str
+    count: int = Field(ge=1, lt=2**63)
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return f"{self.reason} ({self.count:,}): {', '.join(self.first)}{f' and {more:,} more' if more > 0 else ''}"
+
+
+class Tally:
+    """Counts what is left out of a source."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._first: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, reason: str, name: str) -> None:
+        self._counts[reason] += 1
+        if len(self._first[reason]) < FIRST_NAMES:
+            self._first[reason].append(name)
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What was counted, in the order in which reasons came up."""
+        return tuple(
+            LeftOut(reason=reason, count=count, first=tuple(self._first[reason]))
+            for reason, count in self._counts.items()
+        )
+
+
+def sum_left_out(parts: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """What several parts of a source leave out, by reason, with as many names as one of them may have."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    first: defaultdict[str, list[str]] = defaultdict(list)
+    for part in parts:
+        counts[part.reason] += part.count
+        first[part.reason] += part.first[: FIRST_NAMES - len(first[part.reason])]
+    return tuple(LeftOut(reason=why, count=count, first=tuple(first[why])) for why, count in counts.items())

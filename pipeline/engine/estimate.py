@@ -1,0 +1,363 @@
+"""Estimates before a run: whether the disk has room, and, for `fgsm plan`, what a run will take.
+
+`generate` encodes a few images, which takes no time. `plan` calibrates: some rows of the real run go the whole way,
+into a folder that is thrown away, and what that took is scaled up.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.config.schema import Config
+from pipeline.core.errors import PipelineError
+from pipeline.core.images import Opener, UndecodableError, encode_images
+from pipeline.core.lanes import lane_count
+from pipeline.core.lattice import step
+from pipeline.core.memory import PeakMemory
+from pipeline.core.plan import Plan, Shard
+from pipeline.engine.decode import read_image
+from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
+from pipeline.engine.loader import head_openers
+from pipeline.engine.progress import Busy
+from pipeline.engine.run import Run, open_run
+from pipeline.output.folder import OutputFolder, read_receipts
+from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS
+from pipeline.output.summary import human_bytes
+from pipeline.sources.streamed import StreamedSource
+
+# Images encoded to estimate the size of all.
+SAMPLES = 16
+# Per row, for everything beside the image.
+ROW_BYTES = 64
+# A calibration lasts about so long, however fast the model, and reads so many batches at most.
+CALIBRATION_SECONDS = 6.0
+CALIBRATION_BATCHES = 16
+# Shards over which it spreads: sources that are not shuffled hold one class after the other.
+CALIBRATION_SHARDS = 4
+# What the Hub allows: files in a folder, and in a repository.
+HUB_FOLDER_FILES = 10_000
+HUB_REPOSITORY_FILES = 100_000
+# Of a repository's files, those that are not Parquet: the card, the manifest, the report and its pictures.
+HUB_OTHER_FILES = 100
+
+
+def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
+    """Bytes that some shards will take, as far as it is known how many rows they have, from encoding a few of their
+    images with random signs.
+
+    Random signs compress worse than a gradient's, so this leans to the high side. None is 0, as hardly one of a
+    gradient's is.
+    """
+    images = _samples(run, shards)
+    if not len(images):
+        return 0
+    signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    stored = run.layout.stored([step(images, signs, level) for level in run.levels], signs)
+    sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
+    return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
+
+
+def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
+    """Some decoded images of the shards, (n, C, H, W) uint8, n up to SAMPLES."""
+    found = []
+    for opener in _openers(run, shards):
+        try:
+            found.append(read_image(opener, run.reader.preprocess, run.reader.max_pixels))
+        except UndecodableError:
+            continue
+    return torch.stack(found) if found else torch.zeros((0, *run.reader.shape), dtype=torch.uint8)
+
+
+def _openers(run: Run, shards: Sequence[Shard]) -> Iterator[Opener]:
+    if isinstance(run.source, StreamedSource):
+        yield from (opener for *_, opener in head_openers(run.source, shards, SAMPLES))
+    splits = {split.name: split.rows for split in run.source.splits}
+    for shard in shards[:SAMPLES] if splits else ():
+        yield from splits[shard.split].openers(run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist())
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that will hold a path, which need not be there yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
+    """Of some shards those that are on the local disk at once: all, or for an object store one at a time."""
+    return shards if folder.store.local else sorted(shards, key=lambda shard: shard.rows or 0)[-1:]
+
+
+def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
+    """Refuse to start a run that cannot end. Overwriting frees what is there.
+
+    Args:
+        needed: bytes that it will write.
+        folder: where they go.
+        overwrite: whether what is there goes first.
+
+    Raises:
+        PipelineError: the free space is less than the estimate.
+    """
+    local, disk = folder.store.local, folder.store.disk
+    free = free_bytes(disk.resolve())
+    if overwrite and local:
+        sizes = folder.store.sizes()
+        free += sum(sizes[name] for name in folder.owned(folder.editions()))
+    if needed > free:
+        what, mend = "", "choose another disk, fewer epsilons or a source.limit."
+        if not local:
+            what = " for a shard before its upload"
+            mend = "name a larger one with TMPDIR, or make output.images_per_shard smaller."
+        raise PipelineError(
+            f"output.path: about {human_bytes(needed)} are needed{what} and {disk} has {human_bytes(free)} free; {mend}"
+        )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What some rows of a run took on this machine.
+
+    images: source rows that went the whole way, in the largest of the passes. start: seconds before the first image
+    flows; seconds: of each image. row_bytes: stored for each source row, in all subsets; file_bytes: of each file
+    beside its rows. memory: the most bytes resident in this process and its workers together; device_memory: the most
+    that PyTorch had allocated on CUDA, None elsewhere.
+    """
+
+    images: int
+    start: float
+    seconds: float
+    row_bytes: float
+    file_bytes: float
+    memory: int
+    device_memory: int | None
+
+
+def calibrate(run: Run) -> Calibration:
+    """Send some rows of a run the whole way: read, attacked, encoded, written and committed, to a temporary folder.
+
+    First a chunk for each lane, to warm up; once more, for what starting costs; then as many rows as fit into
+    CALIBRATION_SECONDS, and four times as many as before at least: what that took longer is the price of its further
+    rows. Where the model is so slow that starting is nothing beside it, there is no further pass.
+
+    Raises:
+        PipelineError: what stops these rows would stop the run.
+    """
+    least = min(run.plan.batch_size, lane_count(run.device) * run.chunk)
+    with PeakMemory() as memory:
+        last = first = _pass(run, least)
+        if first.seconds < CALIBRATION_SECONDS:
+            last = first = _pass(run, least)
+        if first.seconds < CALIBRATION_SECONDS / 2:
+            wanted = max(4 * first.images, int(CALIBRATION_SECONDS * first.images / first.seconds))
+            last = _pass(run, min(wanted, CALIBRATION_BATCHES * run.plan.batch_size))
+    seconds = last.seconds / last.images
+    if last.images > first.images:
+        # Beside other work a short pass may take as long as a long one, which then was half start at most.
+        seconds = max(seconds / 2, (last.seconds - first.seconds) / (last.images - first.images))
+    return Calibration(
+        images=last.images,
+        start=max(0.0, last.seconds - seconds * last.images),
+        seconds=seconds,
+        row_bytes=last.row_bytes,
+        file_bytes=last.file_bytes,
+        memory=memory.peak + _unseen_bytes(run, last),
+        device_memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of a calibration: source rows, the most of them in one shard, seconds, and bytes as in `Calibration`."""
+
+    images: int
+    longest: int
+    seconds: float
+    row_bytes: float
+    file_bytes: float
+
+
+def _pass(run: Run, rows: int) -> _Pass:
+    """Execute about so many rows of a run, in front parts of its shards."""
+    parts = _parts(run.plan, rows)
+    with tempfile.TemporaryDirectory(prefix="fgsm-plan-") as place:
+        folder = OutputFolder(Path(place))
+        with folder.store.held():
+            began = time.perf_counter()
+            write_shards(run, folder, parts, [], Busy(), lambda *_: None)
+            seconds = time.perf_counter() - began
+        receipts = read_receipts(folder)[0].values()
+        files = [entry for receipt in receipts for entry in receipt.files]
+        data = sum(_data_bytes(Path(place) / entry.path) for entry in files)
+    beside = (sum(entry.bytes for entry in files) - data) / len(files)
+    planned = [receipt.planned for receipt in receipts]
+    images = max(1, sum(planned))
+    return _Pass(images, max(planned), seconds, data / images, beside)
+
+
+def _parts(plan: Plan, rows: int) -> list[Shard]:
+    """The first rows of some shards that lie spread over the plan, about so many together.
+
+    A part is no shorter than a batch where there are rows enough for one: padding would be computed for nothing.
+    """
+    count = min(CALIBRATION_SHARDS, max(1, rows // plan.batch_size))
+    # Short shards make up for it by their number.
+    count = min(
+        len(plan.shards),
+        max(count, -(-rows // max(rows if shard.rows is None else shard.rows for shard in plan.shards))),
+    )
+    chosen = [plan.shards[index * len(plan.shards) // count] for index in range(count)]
+    each = -(-rows // count)
+    return [shard.with_rows(each if shard.rows is None else min(each, shard.rows)) for shard in chosen]
+
+
+def _data_bytes(file: Path) -> int:
+    """Bytes of a Parquet file's rows, without what it says of them."""
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    return sum(group.column(index).total_compressed_size for group in groups for index in range(group.num_columns))
+
+
+def _unseen_bytes(run: Run, seen: _Pass) -> int:
+    """What a run holds and a calibration of few rows did not: full batches, pixels and encoded, and full row groups."""
+    missing = run.plan.batch_size - seen.longest
+    if missing <= 0:
+        return 0
+    pixels = torch.Size(run.reader.shape).numel() * run.pictures
+    # Being attacked, waiting for it, being encoded, and waiting to be written.
+    batches = missing * (pixels + seen.row_bytes) * (2 + BATCHES_IN_FLIGHT)
+    group = min(ROW_GROUP_BYTES * len(run.stored), ROW_GROUP_ROWS * seen.row_bytes)
+    return int(batches + max(0.0, group - seen.longest * seen.row_bytes))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take: files, their bytes, and seconds, from what a calibration took.
+
+    Bytes and seconds are None where a source is streamed whose length is not known.
+    """
+
+    files: int
+    bytes: int | None
+    seconds: float | None
+    seen: Calibration
+
+
+def estimate(run: Run) -> Estimate:
+    """Estimate the whole run.
+
+    Raises:
+        PipelineError: as `calibrate`.
+    """
+    seen, images = calibrate(run), run.plan.total
+    files = len(run.plan.shards) * len(run.stored)
+    return Estimate(
+        files=files,
+        bytes=None if images is None else int(images * seen.row_bytes + files * seen.file_bytes),
+        seconds=None if images is None else seen.start + images * seen.seconds,
+        seen=seen,
+    )
+
+
+def describe_plan(config: Config) -> tuple[str, list[str]]:
+    """What `fgsm plan` prints, and warnings of what will not fit on the disk or the Hub.
+
+    Raises:
+        ConfigError: as `open_run`.
+        PipelineError: as `calibrate`.
+    """
+    folder = OutputFolder(config.output.path)
+    began = time.perf_counter()
+    run = open_run(config)
+    opening = time.perf_counter() - began
+    plan, disk = estimate(run), folder.store.disk
+    images, free = run.plan.total, free_bytes(disk.resolve())
+    needed: float | None = None
+    if plan.bytes is not None and images:
+        needed = plan.bytes * sum(shard.rows or 0 for shard in in_flight(folder, run.plan.shards)) / images
+    _, height, width = run.reader.shape
+    epsilons = ", ".join(f"{level}/255" for level in run.config.attack.levels)
+    splits = ", ".join(f"{name} {_count(rows)}" for name, rows in _planned(run.plan).items())
+    memory = f"about {human_bytes(plan.seen.memory)} with all workers"
+    if plan.seen.device_memory is not None:
+        memory += f", {human_bytes(plan.seen.device_memory)} on the device"
+    files = f"{plan.files:,} Parquet files in {len(run.plan.shards):,} shards"
+    size = f"{_about(plan.bytes, human_bytes)} ({run.image_format}), {human_bytes(free)} free"
+    if plan.bytes is not None:
+        files += f", about {human_bytes(plan.bytes / plan.files)} each"
+    if needed is not None and not folder.store.local:
+        size += f" in {disk}, where about {human_bytes(needed)} lie at once"
+    seconds = None if plan.seconds is None else opening + plan.seconds
+    rows = {
+        "source images": f"{_count(images)} ({splits}), {width}x{height} {run.config.preprocess.mode}",
+        "epsilons": f"clean, {epsilons}",
+        "rows": _count(None if images is None else images * len(run.stored)),
+        "files": files,
+        "bytes": size,
+        "time": f"{_about(seconds, tqdm.format_interval)} on {run.device.type}, "
+        f"{_rate(1 / plan.seen.seconds)} images/s",
+        "memory": f"{memory}, at its peak",
+        "measured": f"on {plan.seen.images:,} images, after {opening + plan.seen.start:.1f} s to open and to start",
+        "batch": f"{run.plan.batch_size}",
+        "output": f"{folder.root} (run {run.run_id})",
+    }
+    column = max(map(len, rows))
+    text = "\n".join(f"{key.ljust(column)}  {value}" for key, value in rows.items())
+    warnings = hub_warnings(run.plan, len(run.stored), plan.bytes)
+    if needed is not None and needed > free:
+        warnings.append(f"{disk} has {human_bytes(free)} free, and about {human_bytes(needed)} are needed.")
+    return text, warnings
+
+
+def _planned(plan: Plan) -> dict[str, int | None]:
+    """The rows of each split; None where that is not known."""
+    splits: dict[str, int | None] = {}
+    for shard in plan.shards:
+        before = splits.get(shard.split, 0)
+        splits[shard.split] = None if before is None or shard.rows is None else before + shard.rows
+    return splits
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _about(number: float | None, form: Callable[[float], str]) -> str:
+    return "unknown" if number is None else f"about {form(number)}"
+
+
+def _rate(per_second: float) -> str:
+    """Images a second, with a decimal where that is much of it."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
+
+
+def hub_warnings(plan: Plan, subsets: int, size: float | None) -> list[str]:
+    """What the Hub would not take of a dataset, and the setting that mends it.
+
+    Args:
+        plan: of the run.
+        subsets: how many are stored, each a folder.
+        size: bytes of all files, None where that is not known.
+    """
+    shards, splits = len(plan.shards), _planned(plan)
+    folder, repository = shards > HUB_FOLDER_FILES, shards * subsets > HUB_REPOSITORY_FILES - HUB_OTHER_FILES
+    if not folder and not repository:
+        return []
+    over = [f"{shards:,} files in a folder (the Hub takes {HUB_FOLDER_FILES:,})"] * folder
+    over += [f"{shards * subsets:,} in a repository (it takes under {HUB_REPOSITORY_FILES:,})"] * repository
+    if plan.shards[0].file is not None or size is None:
+        return [f"source.streaming: {' and '.join(over)}; a streamed source's files are the shards: take one of fewer."]
+    # Each split may end with a short shard.
+    most = min(HUB_FOLDER_FILES, (HUB_REPOSITORY_FILES - HUB_OTHER_FILES) // subsets) - len(splits)
+    enough = -(-len(plan) // most)
+    enough = -(-enough // 1024) * 1024
+    each = human_bytes(size * enough / len(plan) / subsets)
+    return [f"output.images_per_shard: {' and '.join(over)}; {enough} would do, with files of about {each}."]

@@ -1,0 +1,388 @@
+"""Execute: some shards of a run, from source rows to committed files, on this machine.
+
+Loading, attacking, encoding and writing overlap: the loader's workers decode ahead, lanes drive the device,
+a pool of threads encodes (the codecs release the GIL), and one thread writes and commits in order. A bounded
+number of batches is in flight, so memory does not grow with the dataset.
+"""
+
+import contextlib
+import json
+import logging
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.core.batches import Batch
+from pipeline.core.errors import NonFiniteError, PipelineError, RowError
+from pipeline.core.lanes import Lanes, available_cores
+from pipeline.core.left_out import LeftOut, sum_left_out
+from pipeline.core.plan import Shard
+from pipeline.engine.compute import Part, compile_victim
+from pipeline.engine.loader import load_batches, name_row, naming_dead_workers
+from pipeline.engine.progress import Busy, Progress
+from pipeline.engine.run import Run, versions
+from pipeline.layouts.columns import IMAGE
+from pipeline.layouts.records import Scores, encode_column, opinions, score
+from pipeline.output.folder import (
+    EvaluatorCounts,
+    LevelCounts,
+    OutputFolder,
+    Receipt,
+    SkippedRow,
+    count_evaluator,
+)
+from pipeline.output.shards import ShardWriter
+
+# Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
+BATCHES_IN_FLIGHT = 2
+# Images of one encoding task: enough to hide the hand-over, few enough to keep every core busy.
+IMAGES_PER_TASK = 32
+# Where the rows of a source are not known, the share that may be skipped is one of at least so many.
+SKIPPED_AMONG = 1000
+
+# Called with a batch's source images, how many of them are labelled, and how many of those are right at each level.
+Tell = Callable[[int, int, Mapping[int, int]], None]
+
+logger = logging.getLogger(__name__)
+
+
+@naming_dead_workers()
+def write_shards(
+    run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
+) -> None:
+    """Attack, encode and commit some shards, in order.
+
+    Args:
+        run: the opened run, compiled if it is to be.
+        folder: where they go.
+        shards: those to write.
+        others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`; None where they are
+            not known here, and the caller judges.
+        busy: takes the seconds of each stage.
+        tell: called with the counts of each batch.
+
+    Raises:
+        RowError: a row stops the run.
+        PipelineError: the numbers do, or the disk refuses.
+    """
+    skipped = sum(len(receipt.skipped) for receipt in others or ())
+    read = sum(receipt.planned for receipt in others or ())
+    sink = _Sink(run, folder, busy)
+    encoders = ThreadPoolExecutor(available_cores(), "encode")
+    writer = ThreadPoolExecutor(1, "write")
+    in_flight: deque[Future[None]] = deque()
+    try:
+        batches = load_batches(run.reader, run.plan, shards, run.config.runtime.workers, pin=run.device.type == "cuda")
+        attacked = attack_ahead(run, batches, busy)
+        with contextlib.closing(batches), contextlib.closing(attacked):
+            for batch, parts in attacked:
+                skipped += len(batch.skipped)
+                read += batch.place.stop - batch.place.start
+                _check_skipped(run, batch, skipped, read, judges=others is not None)
+                busy.add("load", batch.seconds)
+                scores = _score(run, batch, parts)
+                encoded = _encode(encoders, parts, run, busy)
+                zero_signs = sum(part.zero_signs for part in parts)
+                in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
+                tell(*_progress_counts(run, batch, scores))
+                if len(in_flight) > BATCHES_IN_FLIGHT:
+                    in_flight.popleft().result()
+            while in_flight:
+                in_flight.popleft().result()
+    finally:
+        # After a failure nothing waits for encodings that nobody will write.
+        writer.shutdown(wait=False, cancel_futures=True)
+        encoders.shutdown(cancel_futures=True)
+        writer.shutdown()
+        sink.close()
+
+
+def tell_speed(folder: OutputFolder, progress: Progress, shares: Mapping[str, float], device: str) -> None:
+    """Say how fast a session was and what kept it busy, and keep it for the report.
+
+    Args:
+        folder: of the dataset.
+        progress: of the session.
+        shares: how busy each stage was, 1 for always.
+        device: what computed, for a person.
+    """
+    logger.info(
+        "Busy: %s; %.1f images/s.", ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items()), progress.rate
+    )
+    session = {
+        "images": progress.fresh,
+        "images_per_second": round(progress.rate, 1),
+        "device": device,
+        "busy": {stage: round(share, 3) for stage, share in shares.items()},
+    }
+    folder.add_session(json.dumps(session))
+
+
+def compile_as_begun(run: Run) -> None:
+    """Compile the victim of a run that was compiled when it began; one that is compiled already is left alone.
+
+    Raises:
+        PipelineError: it cannot be compiled here.
+    """
+    if not run.config.runtime.compile:
+        return
+    try:
+        compile_victim(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
+    except torch.OutOfMemoryError as error:
+        raise _too_large("the compiled victim", run.plan.batch_size) from error
+    except PipelineError as error:
+        raise PipelineError(
+            f"{error}; the run was begun with a compiled victim. Mend the compiler, or start over with "
+            "--set runtime.compile=false --overwrite."
+        ) from error
+
+
+def attack_ahead(run: Run, batches: Iterable[Batch], busy: Busy) -> Generator[tuple[Batch, list[Part]], None, None]:
+    """Attack batches on the run's device, in order, with enough of them under way that no lane waits.
+
+    Args:
+        run: the opened run.
+        batches: of the plan's batch size, on the CPU.
+        busy: takes the seconds of the attack.
+
+    Yields:
+        Each batch, and its valid rows, attacked, in parts that follow each other.
+
+    Raises:
+        NonFiniteError: logits or a gradient hold NaN or infinity; names the batch.
+        PipelineError: the device's memory is too small.
+    """
+    waiting: deque[tuple[Batch, list[Future[Part]]]] = deque()
+    with Lanes(run.device, run.chunk) as lanes:
+        # Two chunks for each lane: one under way, one that follows.
+        ahead = -(-2 * lanes.count * run.chunk // run.plan.batch_size)
+        clock = time.thread_time if run.device.type == "cpu" else time.perf_counter
+        attacker = busy.timed("attack", run.attacker, clock)
+        for batch in batches:
+            labels = run.space.model_labels(batch.labels)
+            waiting.append((batch, lanes.submit(attacker, batch.images, labels, _draws(run, batch), valid=batch.valid)))
+            if len(waiting) > ahead:
+                yield _arrive(*waiting.popleft())
+        while waiting:
+            yield _arrive(*waiting.popleft())
+
+
+def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[Part]]:
+    try:
+        return batch, [future.result() for future in futures]
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error} in {batch.name}; check the weights, and model.mean and std.") from None
+    except torch.OutOfMemoryError as error:
+        raise _too_large(batch.name, len(batch.labels)) from error
+
+
+def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, judges: bool) -> None:
+    """Stop where undecodable images are not to be skipped, or are too many: of all, or of those read so far."""
+    if not batch.skipped:
+        return
+    runtime, last = run.config.runtime, batch.skipped[-1]
+    row = f"{name_row(batch.shard, last.source_index, last.file)} cannot be decoded ({last.reason})"
+    if runtime.on_error == "fail":
+        raise RowError(f"source: {row}, and runtime.on_error is fail.")
+    if judges:
+        check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, row)
+
+
+def check_share_skipped(skipped: int, total: int | None, read: int, most: float, last: str) -> None:
+    """Stop where too many rows were skipped.
+
+    Args:
+        skipped: so many were.
+        total: rows of the source; where that is None, it is a share of those that were read so far.
+        read: rows of the source that were read so far.
+        most: the share of them that may be.
+        last: the last one and why, for a person.
+
+    Raises:
+        RowError: there are more.
+    """
+    if skipped > most * (max(read, SKIPPED_AMONG) if total is None else total):
+        raise RowError(
+            f"source: {skipped} of {total or read} rows could not be decoded, more than runtime.max_skipped = "
+            f"{most:g} allows; the last: {last}."
+        )
+
+
+def _too_large(what: str, size: int) -> PipelineError:
+    return PipelineError(
+        f"runtime.batch_size: {what}: a batch of {size} does not fit in the device's memory; free what else uses it "
+        f"and run the same command again, or start over with --set runtime.batch_size={max(1, size // 2)} --overwrite."
+    )
+
+
+def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
+    """The scores of a batch's valid rows."""
+    labels = batch.labels[batch.valid]
+    if not parts:  # every image was skipped
+        logits, classes = torch.zeros((len(run.levels), 0, 2)), labels
+        evaluations = torch.zeros((len(run.evaluators), len(run.levels), 0), dtype=torch.int64)
+    else:
+        logits, classes = torch.cat([part.logits for part in parts], 1), torch.cat([part.classes for part in parts])
+        evaluations = torch.cat([part.evaluations for part in parts], 2)
+    target = None if run.goal.target is None else classes
+    return score(logits, labels, target, run.space, opinions(evaluations, labels, run.spaces))
+
+
+def _draws(run: Run, batch: Batch) -> Tensor:
+    """A random number for each row of a batch, (N,) int64."""
+    draws = np.zeros(len(batch.labels), dtype=np.int64)
+    if run.goal.target == "random":
+        rows = run.plan.rows(batch.shard, batch.place)
+        draws[: len(rows)] = draw_numbers(run.config.runtime.seed, batch.shard, rows)
+    return torch.from_numpy(draws)
+
+
+def draw_numbers(seed: int, shard: Shard, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A random number for each of some source rows of a shard; it depends on the seed and the row alone.
+
+    Args:
+        seed: of the run.
+        shard: that they are of.
+        rows: (M,) their numbers in the source.
+
+    Returns:
+        (M,) int64, 0 or more.
+    """
+    # Rows of a source that is streamed are counted in each file anew.
+    key = [seed, *([zlib.crc32(shard.file.encode())] if shard.file else [])]
+    return np.array([np.random.RandomState([*key, row]).randint(2**31) for row in rows], dtype=np.int64)
+
+
+def _encode(
+    encoders: ThreadPoolExecutor, parts: Sequence[Part], run: Run, busy: Busy
+) -> list[list[Future[pa.StructArray]]]:
+    """Begin to encode a batch: for each stored picture, its rows in pieces that follow each other."""
+    encode = busy.timed("encode", encode_column)
+    return [
+        [
+            encoders.submit(encode, piece, run.image_format)
+            for part in parts
+            for piece in part.pictures[index].split(IMAGES_PER_TASK)
+        ]
+        for index in range(run.pictures)
+    ]
+
+
+def _progress_counts(run: Run, batch: Batch, scores: Scores) -> tuple[int, int, dict[int, int]]:
+    right = (scores.correct & scores.labelled).sum(1).tolist()
+    return batch.place.stop - batch.place.start, int(scores.labelled.sum()), dict(zip(run.levels, right, strict=True))
+
+
+class _Sink:
+    """Where encoded batches go, in order: the shard being written, and its counts so far.
+
+    Used by one thread, the writer's.
+    """
+
+    def __init__(self, run: Run, folder: OutputFolder, busy: Busy) -> None:
+        self.run, self.folder, self.busy = run, folder, busy
+        self.schema = run.features.arrow_schema
+        self.versions = versions(run.device)
+        self._open: ShardWriter | None = None
+        self._failed = False
+        self._start()
+
+    def _start(self) -> None:
+        self._totals: dict[int, dict[str, Any]] = {
+            level: {"rows": 0, "labelled": 0, "correct": 0, "fooled": 0, "confidence_sum": 0.0}
+            for level in self.run.levels
+        }
+        self._evaluated = {level: dict.fromkeys(self.run.evaluators, EvaluatorCounts()) for level in self.run.levels}
+        self._skipped: list[SkippedRow] = []
+        self._left_out: list[LeftOut] = []
+        self._zero_signs = 0
+
+    def add(
+        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
+    ) -> None:
+        """Write a batch, and commit its shard if it was the last one.
+
+        Batches that were already waiting when one failed are dropped: they must not complete its shard.
+        """
+        if self._failed:
+            return
+        try:
+            self._add(batch, scores, zero_signs, encoded)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _add(
+        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
+    ) -> None:
+        run = self.run
+        if self._open is None:
+            self._open = ShardWriter(
+                self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.edition
+            )
+        kind = self.schema.field(IMAGE).type
+        pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
+        # By the wall, without the encoders: what holds a writer up is the disk.
+        self.busy.timed("write", self._open.write, time.perf_counter)(
+            run.layout.tables(self.schema, pictures, scores, run.levels, batch)
+        )
+        self._count(batch, scores, zero_signs)
+        if batch.ends_shard:
+            self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
+            self.close()
+            self._start()
+
+    def _count(self, batch: Batch, scores: Scores, zero_signs: int) -> None:
+        for index, level in enumerate(self.run.levels):
+            totals = self._totals[level]
+            totals["rows"] += len(scores.label)
+            totals["labelled"] += int(scores.labelled.sum())
+            totals["correct"] += int((scores.correct[index] & scores.labelled).sum())
+            totals["fooled"] += int((scores.fooled[index] & scores.fooled_known(index)).sum())
+            totals["confidence_sum"] += float(scores.confidence[index].sum(dtype=np.float64))
+            known = scores.labelled
+            fooled = (scores.fooled[index] & scores.fooled_known(index))[known]
+            for name, opinion in scores.evaluators.items():
+                self._evaluated[level][name] += count_evaluator(
+                    opinion.correct[0][known], opinion.correct[index][known], fooled
+                )
+        self._zero_signs += zero_signs
+        self._left_out += batch.left_out
+        self._skipped += [
+            SkippedRow(position=row.position, source_index=row.source_index, reason=row.reason, file=row.file)
+            for row in batch.skipped
+        ]
+
+    def _receipt(self, shard: Shard) -> Receipt:
+        rows = int(self._totals[0]["rows"])
+        return Receipt(
+            run_id=self.run.run_id,
+            shard=shard.name,
+            split=shard.split,
+            planned=len(shard),
+            rows=rows,
+            skipped=tuple(self._skipped),
+            zero_sign_share=self._zero_signs / max(1, rows * int(np.prod(self.run.reader.shape))),
+            counts=tuple(
+                LevelCounts(level=level, evaluators=self._evaluated[level], **totals)
+                for level, totals in self._totals.items()
+            ),
+            files=(),
+            versions=self.versions,
+            left_out=sum_left_out(self._left_out),
+        )
+
+    def close(self) -> None:
+        """Drop the shard being written, if any; committed files are elsewhere by then."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None

@@ -1,0 +1,92 @@
+"""Images that are made on reading: a stored picture moved along a direction, as a feature of `datasets`."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.features.features import register_feature
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.images import open_stored
+from pipeline.core.lattice import picture_to_sign_array, sign_between, step_array
+
+# A view's image, in Arrow: without a direction the picture is the image. No field is called `bytes`, or a cast to
+# datasets.Image would silently take the picture for the image.
+STEPPED_TYPE = pa.struct({"picture": pa.binary(), "direction": pa.binary(), "level": pa.uint8()})
+
+
+@dataclass
+class SteppedImage:
+    """A feature of `datasets` whose cells are images made on reading: `level` grey levels along a direction.
+
+    attacked: directions are attacked images rather than sign maps.
+    """
+
+    attacked: bool = False
+    decode: bool = True
+    id: str | None = field(default=None, repr=False)
+    dtype: ClassVar[str] = "PIL.Image.Image"
+    pa_type: ClassVar[Any] = STEPPED_TYPE
+    _type: str = field(default="SteppedImage", init=False, repr=False)
+
+    def __call__(self) -> Any:
+        return self.pa_type
+
+    def decode_example(self, value: Any, token_per_repo_id: Mapping[str, Any] | None = None) -> Any:
+        """The image of a cell, as PIL's; what is one already stays."""
+        del token_per_repo_id
+        if not isinstance(value, dict):
+            return value
+        if value["direction"] is None:
+            # A copy has no format: `datasets` would encode what was a WebP as one again, with loss.
+            return datasets.Image().decode_example({"bytes": value["picture"], "path": None}).copy()
+        try:
+            picture, direction = _decode(value["picture"]), _decode(value["direction"])
+            sign = sign_between(picture, direction) if self.attacked else picture_to_sign_array(direction)
+        except ValueError as error:
+            raise PipelineError(f"A row cannot be read: {error}; fgsm verify names the damaged file.") from None
+        return Image.fromarray(step_array(picture, sign, value["level"]))
+
+    def encode_example(self, value: Any) -> dict[str, Any]:
+        """A cell from what `datasets.map` returns: a cell as it was, or a new image."""
+        if isinstance(value, dict) and "picture" in value:
+            return value
+        return {"picture": datasets.Image().encode_example(value)["bytes"], "direction": None, "level": 0}
+
+    def cast_storage(self, storage: pa.Array) -> pa.Array:
+        """Cells as they are, or images as `datasets` stores them."""
+        if pa.types.is_struct(storage.type) and storage.type.get_field_index("picture") >= 0:
+            return storage.cast(self.pa_type)
+        pictures = datasets.Image().cast_storage(storage).field("bytes")
+        return pa.StructArray.from_arrays(
+            [pictures, pa.nulls(len(pictures), pa.binary()), pa.repeat(pa.scalar(0, pa.uint8()), len(pictures))],
+            fields=list(self.pa_type),
+        )
+
+    def embed_storage(self, *_: Any, **__: Any) -> pa.Array:
+        """Called where `datasets` uploads, for readers that do not have this feature."""
+        raise PipelineError(
+            "These images are made on reading, so they cannot be uploaded as they are; first make them with "
+            'ds.map(lambda row: {"image": row["image"]}, '
+            'features=datasets.Features({**ds.features, "image": datasets.Image()}), cache_file_name="images.arrow").'
+        )
+
+    def flatten(self) -> "SteppedImage":
+        return self
+
+
+def _decode(data: bytes) -> NDArray[np.uint8]:
+    """(H, W) or (H, W, 3), of a picture no larger than Pillow admits by itself."""
+    with open_stored(data) as image:
+        return np.asarray(image)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # `register_feature is experimental`
+    register_feature(SteppedImage, "SteppedImage")

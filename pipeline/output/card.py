@@ -1,0 +1,374 @@
+"""The dataset card, OUTPUT/README.md: YAML that makes the subsets, and what a reader of the dataset must know.
+
+Each config carries the run id and a digest of the receipts in its description. `datasets` 5.2 builds its
+cache key of a local folder from that YAML and neither from path nor content: without them it would
+silently return the rows of another folder of the same name, or those from before an overwrite.
+
+The text is `card.md.j2`. Names in it come from elsewhere (classes, models, files, columns), so whatever the template
+puts in is escaped for Markdown unless it says otherwise.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import yaml
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCardData
+from markupsafe import Markup
+
+from pipeline.config.schema import is_address, is_checkpoint, is_factory_file
+from pipeline.core.errors import PipelineError
+from pipeline.output.folder import SIGNS, OutputFolder, Receipt, committed
+from pipeline.output.manifest import Manifest, summarise
+from pipeline.sources.origins import front_matter
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+# What the card's examples load until the dataset is published. (`datasets` cannot load ".", which has no name.)
+HERE = "path/to/this/folder"
+SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+TAGS = ("adversarial", "adversarial-examples", "fgsm", "robustness")
+# Licences of datasets that the Hub knows by these names. Any other is `other` there, and stands in the text.
+HUB_LICENSES = (
+    *("cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "pddl"),
+    *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-3.0"),
+    *("cc-by-nc-sa-4.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "odbl", "odc-by"),
+    *("mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "unlicense", "unknown", "other"),
+)
+MEANINGS = {
+    "image": "lossless",
+    "sign": "0, 127 and 254 for the signs -1, 0 and +1, lossless",
+    "label": "null where the source has none",
+    "epsilon": "k/255; 0 is clean",
+    "prediction": "the victim's, of these pixels",
+    "confidence": "probability of the prediction",
+    "label_confidence": "probability of the label",
+    "correct": "whether the prediction is the label",
+    "clean_prediction": "the victim's, of the clean image",
+    "clean_confidence": "probability of that prediction",
+    "clean_label_confidence": "probability of the label, of the clean image",
+    "clean_correct": "whether the clean prediction is the label",
+    "attacks": "for each recorded epsilon, rising: what the victim says of the image at it",
+    "target": "the class that the attack aimed at; null on clean images",
+    "source_file": "the file of the source that the row is in",
+    "source_index": "row in the source's split",
+}
+
+
+def write_summaries(
+    folder: OutputFolder, manifest: Manifest, receipts: Mapping[str, Receipt] | None = None
+) -> Manifest:
+    """Write the manifest and the card as they follow from the receipts that are there.
+
+    A card that lists the right subsets is left alone, with whatever its owner has added to it. A README.md that is no
+    card of a run is the user's, and never replaced.
+
+    Args:
+        folder: the output folder.
+        manifest: of the run.
+        receipts: of the shards that are there, where they have just been read.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        PipelineError: the disk refused, or README.md is the user's.
+    """
+    _refuse_foreign_card(folder)
+    if receipts is None:
+        receipts = committed(folder, manifest.edition, manifest.plan.shards)
+    manifest = summarise(manifest, receipts).sealed()
+    folder.store.write(folder.manifest, manifest.model_dump_json(indent=1).encode())
+    if not card_agrees(folder, manifest):
+        place = HERE if folder.store.local else folder.root
+        folder.store.write(folder.card, render_card(manifest, place).encode())
+    return manifest
+
+
+def _refuse_foreign_card(folder: OutputFolder) -> None:
+    try:
+        content = folder.store.read(folder.card)
+    except FileNotFoundError:
+        return
+    front = front_matter(content) or {}
+    configs = front.get("configs")
+    stated = [str(config.get("description")) for config in configs or () if isinstance(config, dict)]
+    if content.strip() and not any(re.search(r"run [0-9a-f]{16}, receipts ", text) for text in stated):
+        raise PipelineError(
+            f"{folder.store.at(folder.card)} is not a card that a run wrote, and is not replaced; move or delete it, "
+            "then run the same command again."
+        )
+
+
+def card_agrees(folder: OutputFolder, manifest: Manifest) -> bool:
+    """Whether the card that is there lists the subsets of a manifest."""
+    return read_configs(folder) == make_configs(manifest)
+
+
+# -------------------------------------------------------------------------------------------------- YAML
+
+
+class _OneLine(yaml.SafeDumper):
+    """One line a value: nothing that comes from elsewhere begins a line, where `---` would end the YAML."""
+
+
+_OneLine.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"'),
+)
+
+
+def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
+    """The subsets of a dataset as the Hub's YAML lists them.
+
+    Args:
+        manifest: of the run, with the digest of the receipts there are.
+    """
+    stored = manifest.stored
+    stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
+    configs = [_config(subset, manifest, [subset], f"{_about(subset)}; {stamp}") for subset in stored]
+    if len(stored) > 1:
+        configs.insert(0, _config("all", manifest, stored, f"Clean and every epsilon; {stamp}"))
+    return [{**configs[0], "default": True}, *configs[1:]]
+
+
+def _about(subset: str) -> str:
+    if subset.startswith("eps-"):
+        return f"FGSM at epsilon {subset.removeprefix('eps-')}/255"
+    return {"clean": "Clean images", SIGNS: "Clean images, and the sign that leads to every epsilon"}[subset]
+
+
+def _config(name: str, manifest: Manifest, folders: Sequence[str], description: str) -> dict[str, Any]:
+    files = [
+        {"split": split, "path": [f"{folder}/{split}-*-{manifest.edition}.parquet" for folder in folders]}
+        for split in manifest.split_rows
+    ]
+    return {"config_name": name, "description": description, "data_files": files}
+
+
+def read_configs(folder: OutputFolder) -> list[dict[str, Any]] | None:
+    """The subsets that the card lists, None where there is no card or none that can be read."""
+    try:
+        front = front_matter(folder.store.read(folder.card))
+    except OSError:
+        return None
+    return front.get("configs") if front else None
+
+
+def _front(manifest: Manifest) -> dict[str, Any]:
+    """The card's YAML. No counts: `datasets` refuses to load where one is wrong."""
+    origin = manifest.origin
+    front: dict[str, Any] = {"pretty_name": _title(manifest)}
+    if origin.license:
+        stated = origin.license.strip().lower()
+        front["license"] = stated if stated in HUB_LICENSES else "other"
+    if origin.repository:
+        front["source_datasets"] = [origin.repository]
+    # Rows of the default config: an image's clean and attacked ones, or in layout signs one.
+    size = size_category(manifest.rows * len(manifest.stored))
+    hub = {"task_categories": ["image-classification"], "size_categories": [size], "tags": list(TAGS)}
+    configs = make_configs(manifest)
+    # Of the default config; all have the same features, and of a thousand classes one list is long enough.
+    return {**front, **hub, "dataset_info": _dataset_info(configs[0]["config_name"], manifest), "configs": configs}
+
+
+def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
+    """The features of a config as the Hub's YAML has them."""
+    described = DatasetCardData()
+    info = datasets.DatasetInfo(features=datasets.Features.from_dict(manifest.features), config_name=config)
+    DatasetInfosDict({config: info}).to_dataset_card_data(described)
+    found: dict[str, Any] = described.to_dict()["dataset_info"]  # type: ignore[no-untyped-call]
+    return found
+
+
+def _title(manifest: Manifest) -> str:
+    name = " ".join((manifest.origin.name or "").split())
+    return f"{name} under FGSM" if name else "Images under FGSM"
+
+
+def size_category(rows: int) -> str:
+    """The Hub's category for a dataset of so many rows."""
+    index = next((power for power in range(len(SIZES)) if rows < 10 ** (power + 3)), len(SIZES))
+    if index == 0:
+        return f"n<{SIZES[0]}"
+    return f"{SIZES[index - 1]}<n<{SIZES[index]}" if index < len(SIZES) else f"n>{SIZES[-1]}"
+
+
+# -------------------------------------------------------------------------------------------------- text
+
+
+def plain(text: str) -> Markup:
+    """A text from elsewhere as Markdown that says just that: on one line, in a table too.
+
+    What could be markup becomes a character reference, which Markdown never takes for any; control characters
+    become their escapes.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    # An underscore inside a word is one to Markdown too.
+    return Markup(re.sub(r"(?<=[^\W_])_(?=[^\W_])|[^\W_]|[ .,:;/+='%()-]|(.)", _reference, shown))
+
+
+def _reference(found: re.Match[str]) -> str:
+    mark, before, after = found[0], found.string[: found.start()], found.string[found.end() :]
+    # At the start of a line these make a list, a rule or a heading of what is above.
+    leads = (mark in "-+=" and not before.strip()) or (mark in ".)" and before.isdecimal() and after[:1] in ("", " "))
+    return f"&#{ord(mark)};" if found[1] or leads else mark
+
+
+def code(name: str) -> Markup:
+    """A name from elsewhere, in code type."""
+    if re.fullmatch(r"[\w./:@+=,#%()-]+( [\w./:@+=,#%()-]+)*", name):
+        return Markup(f"`{name}`")
+    return Markup(f"<code>{plain(name)}</code>")
+
+
+def _finalize(value: Any) -> Any:
+    """What every value of the template goes through."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else Markup("-")
+
+
+def _enumerate(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _floats(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:.4g}' for value in values)})"
+
+
+def _model(model: Mapping[str, Any]) -> Markup:
+    """A model in words, without the folders of the machine that ran it."""
+    name, weights = model["name"], model["weights"]
+    if name and is_factory_file(name):
+        path, _, function = name.rpartition(":")
+        name = f"{Path(path).name}:{function}"
+    elif name and Path(name).is_absolute():
+        name = Path(name).name
+    if weights and is_checkpoint(weights):
+        weights = Path(weights).name
+    if weights == model["kind"]:
+        trained = "its own weights"
+    elif weights:
+        trained = f"weights {code(weights)}"
+    else:
+        trained = "as its callable makes it" if model["kind"] == "factory" else "untrained"
+    return Markup(f"{model['kind']} {code(name)}, {trained}" if name else f"{model['kind']}, {trained}")
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    # No autoescape: that is for HTML. `finalize` does for Markdown what it does there.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "code": code,
+        "enumerate": _enumerate,
+        "floats": _floats,
+        "model": _model,
+        "share": _share,
+        "thousands": "{:,}".format,
+    }
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def render_card(manifest: Manifest, place: str = HERE) -> str:
+    """The card's text.
+
+    Args:
+        manifest: of the run.
+        place: what the examples load: the folder itself, its address in an object store, or a Hub id.
+    """
+    front = yaml.dump(_front(manifest), Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return f"---\n{front}---\n\n{_template().render(_values(manifest, place))}"
+
+
+def moved_card(text: str, manifest: Manifest, place: str) -> str:
+    """A card with its examples loading from another place; whatever its owner has added to it stays.
+
+    Args:
+        text: of the card.
+        manifest: of the run that it describes.
+        place: a Hub id.
+    """
+    after = render_card(manifest, place).split("\n")
+    moved: dict[str, str] = {}
+    # Its owner may have added an example that loads something else.
+    for former in dict.fromkeys(re.findall(r'(?:datasets\.load_dataset|pipeline\.load)\("([^"\n]+)"', text)):
+        moved |= zip(render_card(manifest, former).split("\n"), after, strict=True)
+    return "\n".join(moved.get(line, line) for line in text.split("\n"))
+
+
+def _values(manifest: Manifest, place: str) -> dict[str, Any]:
+    config, levels, subsets = manifest.resolved, manifest.levels, manifest.subsets
+    features, attacks = manifest.features, manifest.features.get("attacks")
+    judges = [
+        judge for judge in manifest.config.get("evaluators") or () if subsets and judge["id"] in subsets[0].evaluators
+    ]
+    ids = [judge["id"] for judge in judges]
+    return {
+        **dict(manifest),
+        **dict(config),
+        "title": _title(manifest),
+        "planned": manifest.planned,
+        "epsilons": [f"{level}/255" for level in levels[1:]],
+        "requested": [_requested(level, epsilon) for level, epsilon in config.attack.requested.items()],
+        "levels": levels,
+        "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
+        "stored": manifest.stored,
+        "edition": manifest.edition,
+        "signs": SIGNS in manifest.stored,
+        "place": place,
+        "here": place == HERE,
+        "address": is_address(place),
+        "files": place if place == HERE or is_address(place) else f"hf://datasets/{place}",
+        # The last split is the one to measure with, as a rule.
+        "split": list(manifest.split_rows)[-1],
+        "labelled": all(row.labelled == row.rows for row in subsets),
+        "victim": manifest.config["model"],
+        "judges": judges,
+        "classes": manifest.dataset_classes,
+        "columns": list(_describe(features, ids, config.attack.target is not None)),
+        "fields": list(_describe(attacks["feature"], ids, config.attack.target is not None)) if attacks else [],
+    }
+
+
+def _requested(level: int, epsilon: str | float) -> str:
+    exact = re.sub(r"\s", "", str(epsilon)) == f"{level}/255"
+    return f"{level} ({level}/255 = {level / 255:.4f}{'' if exact else f', asked for as {epsilon}'})"
+
+
+def _describe(features: Mapping[str, Any], judges: Sequence[str], targeted: bool) -> Iterator[dict[str, str]]:
+    """Name, type and meaning of columns, as a manifest records them."""
+    fooled = "whether the prediction is the target" if targeted else "whether it was right when clean and is wrong now"
+    meanings = {**MEANINGS, "fooled": f"{fooled}; null on clean images"}
+    if "source_file" in features:
+        meanings["source_index"] = "row in that file"
+    for judge in judges:
+        for column in ("prediction", "correct", "clean_prediction", "clean_correct"):
+            meanings[f"{column}_{judge}"] = f"as {column}, of evaluator {judge}"
+    for name, feature in features.items():
+        yield {
+            "name": name,
+            "type": _type_name(feature),
+            "meaning": meanings.get(name, "from the source, unchanged"),
+        }
+
+
+def _type_name(feature: Any) -> str:
+    if not isinstance(feature, Mapping) or "_type" not in feature:
+        return "struct"
+    if feature["_type"] == "List":
+        return f"list of {_type_name(feature['feature'])}"
+    return str(feature["dtype"] if feature["_type"] == "Value" else feature["_type"])

@@ -1,0 +1,541 @@
+"""The output folder: what is where in it, and the receipts that make its shards true.
+
+OUTPUT/manifest.json                                what the dataset is
+OUTPUT/README.md                                    the card, which makes the subsets
+OUTPUT/clean/test-00000-of-00004-RUN.parquet
+OUTPUT/eps-8/test-00000-of-00004-RUN.parquet
+OUTPUT/signs/test-00000-of-00004-RUN.parquet        in layout signs, instead of the two above
+OUTPUT/report.html, OUTPUT/assets/*.png             what it looks like
+OUTPUT/.run/receipts/test-00000-of-00004-RUN.json   a shard without a receipt does not exist
+OUTPUT/.run/sessions.jsonl                          how fast each session that wrote something was
+
+RUN is the edition: the run's id. No two runs write files of the same name, so whatever one of them writes late, after
+a pause or through a slow network, cannot touch a file of another.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import from_json
+
+from pipeline.config.schema import is_address
+from pipeline.core.errors import ConfigError, listing
+from pipeline.core.left_out import LeftOut
+from pipeline.core.plan import Shard
+from pipeline.output.stores import open_store
+
+# What names of splits and files are made of: receipts and manifests are data, which others may have written, and a name
+# out of them is never a way out of the folder.
+STEM = r"^\w[\w.-]*$"
+SUBSETS = r"(?:clean|signs|eps-[0-9]{1,3})"
+SHARD_FILE = rf"^{SUBSETS}/\w[\w.-]*\.parquet$"
+RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
+# Numbers there are such that one can compute with them.
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Total = Annotated[float, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+Flags = NDArray[np.bool_]
+
+logger = logging.getLogger(__name__)
+
+# The one subset of layout signs.
+SIGNS = "signs"
+
+
+def subset_name(level: int) -> str:
+    """The subset that holds one epsilon in grey levels, 0 for clean, in layout images."""
+    return f"eps-{level}" if level else "clean"
+
+
+def stored_subsets(layout: str, levels: Iterable[int]) -> tuple[str, ...]:
+    """The subsets that a layout stores: each is a folder, and a config of the Hub's.
+
+    Args:
+        layout: `images`, a subset for each epsilon, or `signs`, one for all of them.
+        levels: 0 and every epsilon in grey levels.
+    """
+    return (SIGNS,) if layout == SIGNS else tuple(map(subset_name, levels))
+
+
+def local_folder(path_or_repo: str | Path) -> Path | None:
+    """The folder that a reader means, as a whole path; None where it is the id of a Hub dataset.
+
+    Raises:
+        ConfigError: it is neither a folder nor looks like an id.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_repo)):
+        raise ConfigError(f"There is no folder {folder}.")
+    return None
+
+
+def name_edition(run_id: str, generation: int) -> str:
+    """What ends the names of a run's files: its id.
+
+    Args:
+        run_id: of the run.
+        generation: how often the place had been started over when the run began; see `Manifest.generation`.
+    """
+    return f"{run_id}-{generation}" if generation else run_id
+
+
+def shard_file(subset: str, shard: Shard, edition: str) -> str:
+    """A shard's file relative to the output folder."""
+    return f"{subset}/{shard.name}-{edition}.parquet"
+
+
+def split_of(file: str) -> str:
+    """The split of a shard, by the name of one of its files."""
+    found = re.match(r"(.+)-\d{5,}-of-\d{5,}-", PurePosixPath(file).name)
+    return found[1] if found else ""
+
+
+class Claim(BaseModel):
+    """What of a manifest or a receipt says that files are ours, whichever version of this package wrote it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run_id: str = Field(pattern=RUN_ID)
+    generation: int = 0
+    files: tuple["ClaimedFile", ...] = ()
+
+    @property
+    def edition(self) -> str:
+        """As `name_edition`."""
+        return name_edition(self.run_id, self.generation)
+
+
+class ClaimedFile(BaseModel):
+    """A file that a manifest or a receipt lists."""
+
+    path: str = Field(pattern=SHARD_FILE)
+
+
+class ManifestClaim(Claim):
+    """As `Claim`, of a manifest. `supersedes` are editions whose files its run was about to remove."""
+
+    format: int
+    supersedes: tuple[str, ...] = ()
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# Made once: there are 10,000 receipts to hash. What was parsed holds no cycles.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False)
+
+
+class AlteredError(ValueError):
+    """A file is not as it was written."""
+
+
+def json_digest(value: Any) -> str:
+    """The sha256 of what JSON can hold, written with sorted keys and without spaces."""
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
+
+
+def _own_digest(content: Mapping[str, Any]) -> str:
+    return json_digest({key: value for key, value in content.items() if key != "digest"})
+
+
+class SealedRecord(Record):
+    """A record that is a file of its own.
+
+    `digest` is the `json_digest` of everything else in the file. A file that was altered afterwards is known by it.
+    """
+
+    digest: str = ""
+
+    def sealed(self) -> Self:
+        """The record with the digest of what it holds now."""
+        # Through JSON: a reader hashes what it finds in the file.
+        return self.model_copy(update={"digest": _own_digest(from_json(self.model_dump_json()))})
+
+    @classmethod
+    def of_json(cls, content: Any) -> Self:
+        """A record out of parsed JSON.
+
+        Raises:
+            ValidationError: it is no such record.
+            AlteredError: the digest is not that of the rest.
+        """
+        record = cls.model_validate(content)
+        if record.digest != _own_digest(content):
+            raise AlteredError("its digest is not that of its content")
+        return record
+
+
+class FileEntry(Record):
+    """One Parquet file of a receipt."""
+
+    path: str = Field(pattern=SHARD_FILE)
+    rows: Whole
+    bytes: Whole
+    sha256: str
+
+
+class EvaluatorCounts(Record):
+    """What an evaluator says of images at one epsilon: how far the victim's mistakes are its own.
+
+    Of labelled images, `correct` are predicted right, and `fooled` right when clean and wrong now. Of those that
+    fool the victim, `exposed` are ones that the evaluator gets right when clean, and `transferred` ones that fool
+    it too: transferred / exposed is the rate at which the attack transfers.
+    """
+
+    correct: Whole = 0
+    fooled: Whole = 0
+    exposed: Whole = 0
+    transferred: Whole = 0
+
+    def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
+        # Not checked: of numbers that others wrote the sum may be more than any of them may.
+        return EvaluatorCounts.model_construct(
+            **{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields}
+        )
+
+
+def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
+    """Count what an evaluator says of M labelled images at one epsilon.
+
+    Args:
+        clean: (M,) bool, whether it is right about the clean image.
+        now: (M,) bool, whether it is right about this one.
+        fooled: (M,) bool, whether this one fools the victim.
+    """
+    lost = clean & ~now
+    return EvaluatorCounts(
+        correct=int(now.sum()),
+        fooled=int(lost.sum()),
+        exposed=int((fooled & clean).sum()),
+        transferred=int((fooled & lost).sum()),
+    )
+
+
+class LevelCounts(Record):
+    """What a shard's images at one epsilon add up to; `level` 0 is clean.
+
+    `labelled` of them have a label, and `correct` of those are predicted right; `fooled` counts true values;
+    `confidence_sum` over `rows` is the mean confidence; `evaluators` by their ids.
+    """
+
+    level: Whole
+    rows: Whole
+    labelled: Whole
+    correct: Whole
+    fooled: Whole
+    confidence_sum: Total
+    evaluators: dict[str, EvaluatorCounts] = {}
+
+    @model_validator(mode="after")
+    def _check_sound(self) -> Self:
+        sound = self.correct <= self.labelled <= self.rows >= self.fooled and (
+            self.confidence_sum <= self.rows + 1  # it is rounded
+        )
+        if not sound or any(
+            counts.correct > self.labelled or counts.transferred > counts.exposed for counts in self.evaluators.values()
+        ):
+            raise ValueError("more answers are counted than images")
+        return self
+
+
+def add_up(level: int, counts: Sequence[LevelCounts], evaluators: Iterable[str]) -> LevelCounts:
+    """The sum of counts at one epsilon, of the evaluators that are named."""
+    # Not checked: of numbers that others wrote the sum may be more than any of them may.
+    return LevelCounts.model_construct(
+        level=level,
+        rows=sum(count.rows for count in counts),
+        labelled=sum(count.labelled for count in counts),
+        correct=sum(count.correct for count in counts),
+        fooled=sum(count.fooled for count in counts),
+        # Not `sum`, whose last digit depends on the version of Python.
+        confidence_sum=math.fsum(count.confidence_sum for count in counts),
+        evaluators={
+            name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in counts), EvaluatorCounts())
+            for name in evaluators
+        },
+    )
+
+
+class SkippedRow(Record):
+    """A source row that could not be decoded; `position` is its place in the shard, `file` the image's name."""
+
+    position: Whole
+    source_index: Whole
+    reason: str
+    file: str | None = None
+
+
+class Receipt(SealedRecord):
+    """What a committed shard holds. Nothing in it depends on when or how fast it was written."""
+
+    run_id: str
+    shard: str = Field(pattern=STEM)
+    split: str = Field(pattern=STEM)
+    planned: Whole
+    rows: Whole
+    skipped: tuple[SkippedRow, ...]
+    zero_sign_share: Share
+    counts: tuple[LevelCounts, ...]
+    files: tuple[FileEntry, ...]
+    versions: dict[str, str]
+    left_out: tuple[LeftOut, ...] = ()
+
+
+# A file that a run writes, with the edition in which its name ends. A copy of it in any other folder is the user's.
+_NAMED = re.compile(
+    rf"(?:{SUBSETS}|\.run/receipts)/[^/]+-\d{{5,}}-of-\d{{5,}}-({RUN_ID[1:-1]}(?:-\d+)?)\.(?:parquet|json)"
+)
+
+
+def _edition(receipt: str, claim: Claim) -> str:
+    """The edition of a receipt: until format 4 names of files had none."""
+    named = _NAMED.fullmatch(receipt)
+    return named[1] if named else claim.run_id
+
+
+class OutputFolder:
+    """The output folder, on a disk or in an object store: the names of things in it, over the store that holds them."""
+
+    manifest, card, report = "manifest.json", "README.md", "report.html"
+    assets, receipts = "assets", ".run/receipts"
+    sessions = ".run/sessions.jsonl"
+
+    def __init__(self, root: str | Path) -> None:
+        self.store = open_store(root)
+        # For messages.
+        self.root = self.store.root
+
+    def receipt(self, shard: Shard, edition: str) -> str:
+        """The name of a shard's receipt."""
+        return f"{self.receipts}/{shard.name}-{edition}.json"
+
+    def check_usable(self) -> None:
+        """Refuse a folder that holds something else, before anything is written.
+
+        Raises:
+            ConfigError: it is a file, or a folder with other content than a run's, or readers would not find it.
+        """
+        if not is_address(self.root) and re.search(r"[*?\[]|::", str(Path(self.root).resolve())):
+            raise ConfigError(
+                f"output.path: a name in the path of {self.root} holds one of * ? [ or ::, which `datasets` and others "
+                "take for a pattern, so that they could not read the dataset; choose another folder."
+            )
+        others = [name for name in self.store.entries() if not name.startswith(".")]
+        if others and not self.is_ours():
+            raise ConfigError(
+                f"output.path: {self.root} is not empty and holds no dataset of fgsm-pipeline (there is {others[0]}); "
+                "choose another folder."
+            )
+
+    def is_ours(self) -> bool:
+        """Whether there is a manifest or a receipt that this package wrote, in any version."""
+        return self._claimed_manifest() is not None or self.has_receipts()
+
+    def has_receipts(self) -> bool:
+        """Whether there is a receipt that this package wrote, in any version."""
+        return bool(self._claimed_receipts(self.store.sizes()))
+
+    def _claimed_manifest(self) -> ManifestClaim | None:
+        try:
+            return ManifestClaim.model_validate_json(self.store.read(self.manifest))
+        except (OSError, ValueError):
+            return None
+
+    def _claimed_receipts(self, sizes: Iterable[str]) -> dict[str, Claim]:
+        """What receipts claim, by the names of their files."""
+        names = [name for name in sizes if name.startswith(f"{self.receipts}/") and name.endswith(".json")]
+        found = {}
+        for name, content in self.store.read_all(names).items():
+            with contextlib.suppress(ValueError):
+                found[name] = Claim.model_validate_json(content)
+        return found
+
+    def editions(self) -> set[str]:
+        """The editions of all of which there is something here."""
+        sizes = self.store.sizes()
+        manifest = self._claimed_manifest()
+        found = {manifest.edition, *manifest.supersedes} if manifest else set()
+        return found | {_edition(name, claim) for name, claim in self._claimed_receipts(sizes).items()}
+
+    def generation(self, *, over: bool) -> int:
+        """The generation of a run that begins here, above all that the names of files show where it starts over.
+
+        On a disk that is 0: there the operating system keeps a second run out. In an object store a request of the
+        former run may arrive late, and must not delete a file of this one, which may have the same id. A run that
+        starts nothing over may be one whose manifest was removed, and goes on in the generation that is there.
+        """
+        if over and self.store.local:
+            return 0
+        there = [int(edition[17:] or 0) for edition in self.editions()]
+        return 1 + max(there, default=-1) if over else max(there, default=0)
+
+    def owned(self, editions: Iterable[str]) -> list[str]:
+        """The files of some editions, receipts last: those that receipts and manifest list or whose names say so."""
+        sizes, wanted = self.store.sizes(), set(editions)
+        found = {name for name in sizes if (named := _NAMED.fullmatch(name)) and named[1] in wanted}
+        for name, claim in self._claimed_receipts(sizes).items():
+            if _edition(name, claim) in wanted:
+                found |= {name, *(file.path for file in claim.files)}
+        return sorted(found & set(sizes), key=lambda name: (name.startswith(self.receipts), name))
+
+    def start_over(self, editions: Iterable[str]) -> None:
+        """Remove the files of runs that were here, and say what else there is.
+
+        What all runs have under one name is replaced, not removed: a request to remove it that arrives late would take
+        another run's.
+
+        Raises:
+            PipelineError: the disk or the store refused.
+        """
+        self.store.delete(self.owned(editions))
+        with contextlib.suppress(FileNotFoundError):
+            if self.store.read(self.sessions):
+                self.store.write(self.sessions, b"")
+        there = self.store.sizes()
+        ours = {self.manifest, self.card}
+        if report_files(self):
+            self.store.write(self.report, _report_of_none(self))
+            ours.add(self.report)
+        hidden = (".run", self.assets)
+        others = [name for name in there if name not in ours and name.split("/")[0] not in hidden]
+        if others:
+            logger.info("Left as they are, not of this dataset: %s.", listing(sorted(others)))
+
+    def forget(self, shards: Iterable[Shard], edition: str, there: Iterable[str]) -> None:
+        """Remove what receipts there are of shards that will be written anew: until then they do not exist."""
+        self.store.delete(name for shard in shards if (name := self.receipt(shard, edition)) in there)
+
+    def add_session(self, line: str) -> None:
+        """Keep what there is to say of a session that wrote something."""
+        try:
+            before = self.store.read(self.sessions)
+        except FileNotFoundError:
+            before = b""
+        self.store.write(self.sessions, before + line.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which would walk over all that has been read so far again and again: with 10,000
+    receipts that is two thirds of the time, and there is no garbage among them.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@uncollected()
+def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> tuple[dict[str, Receipt], list[str]]:
+    """All receipts by the stem of their file, sorted, and the names of files that are no receipts or were altered.
+
+    Args:
+        folder: of the dataset.
+        sizes: its listing, where that is at hand.
+    """
+    there = folder.store.sizes() if sizes is None else sizes
+    names = sorted(name for name in there if name.startswith(f"{folder.receipts}/") and name.endswith(".json"))
+    receipts, broken = {}, []
+    for name, content in folder.store.read_all(names).items():
+        path = Path(name)
+        try:
+            receipts[path.stem] = Receipt.of_json(from_json(content))
+        except ValueError:  # no JSON, no receipt, or an altered one
+            broken.append(path.name)
+    return receipts, broken
+
+
+@uncollected()
+def committed(
+    folder: OutputFolder, edition: str, shards: Iterable[Shard], sizes: Mapping[str, int] | None = None
+) -> dict[str, Receipt]:
+    """The receipts of some shards, by their names, whose files are there with the sizes they state.
+
+    Args:
+        folder: of the dataset.
+        edition: of the run.
+        shards: of its plan.
+        sizes: the folder's listing, where that is at hand.
+    """
+    sizes = folder.store.sizes() if sizes is None else sizes
+    found, _ = read_receipts(folder, sizes)
+    receipts = {shard.name: found.get(f"{shard.name}-{edition}") for shard in shards}
+    return {
+        name: receipt
+        for name, receipt in receipts.items()
+        if receipt
+        and (receipt.run_id, receipt.shard) == (edition[:16], name)
+        and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
+    }
+
+
+def receipts_digest(receipts: Mapping[str, Receipt]) -> str:
+    """One digest of all receipts; it changes whenever any stored byte does."""
+    total = hashlib.sha256()
+    for name in sorted(receipts):
+        total.update(receipts[name].digest.encode())
+    return total.hexdigest()
+
+
+def reported_receipts(folder: OutputFolder) -> str | None:
+    """The digest of the receipts that the report is of, None where there is no report that says."""
+    found = re.search(rb'<meta name="fgsm-receipts" content="(\w*)">', _report_head(folder))
+    return found[1].decode() if found else None
+
+
+def reported_assets(folder: OutputFolder) -> set[tuple[str, str]]:
+    """What the report lists as written by it: the name of a picture in the folder, and its sha256.
+
+    While pictures are replaced it lists the old and the new content of a name.
+    """
+    found = re.search(rb'<meta name="fgsm-assets" content="([\w.= -]*)">', _report_head(folder))
+    pairs = (entry.partition("=") for entry in found[1].decode().split()) if found else ()
+    return {(f"{folder.assets}/{name}", digest) for name, _, digest in pairs}
+
+
+def report_files(folder: OutputFolder) -> list[str]:
+    """The pictures that are still as the report wrote them, and last the report, if it is one of ours.
+
+    Every other file in `assets/` is the user's: it is never published, replaced or deleted.
+    """
+    if reported_receipts(folder) is None:
+        return []
+    own = []
+    for name, digest in sorted(reported_assets(folder)):
+        with contextlib.suppress(FileNotFoundError):
+            if hashlib.sha256(folder.store.read(name)).hexdigest() == digest:
+                own.append(name)
+    return [*own, folder.report]
+
+
+def _report_of_none(folder: OutputFolder) -> bytes:
+    """What stands for the report while the dataset is written anew; the pictures are still listed as the report's."""
+    assets = " ".join(f"{PurePosixPath(name).name}={digest}" for name, digest in sorted(reported_assets(folder)))
+    head = f'<meta name="fgsm-receipts" content=""><meta name="fgsm-assets" content="{assets}">'
+    return f"<!doctype html>{head}<p>This dataset is being written anew; fgsm report makes its report.\n".encode()
+
+
+def _report_head(folder: OutputFolder) -> bytes:
+    try:
+        with folder.store.open(folder.report) as file:
+            return file.read(4096)
+    except OSError:
+        return b""

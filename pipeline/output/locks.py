@@ -1,0 +1,209 @@
+"""The lock of a prefix in an object store, and why a run that has lost it can do no harm.
+
+Clocks, pauses and slow networks cannot be trusted. A holder may be stopped at any moment, be taken for dead, and later
+send what it was about to send. So the lock alone protects nothing. What does is that such a request finds nothing of
+another run to change:
+
+1. Shards and receipts have the run's id in their names, and are made only where there are none yet. What a run that
+   starts over removes has the name of a former generation.
+2. What all runs have under one name (the manifest, the card, the report, the lock) is written on a condition, which the
+   store checks: that it is still the version that the writer knew while it held the lock (`If-Match`), or not there yet
+   (`If-None-Match`). The first act of a new holder is to write the manifest with its own mark in it. From then on a
+   request of the former holder fails.
+3. The lock changes hands by such a write alone. Its holder rewrites it every few seconds. Where that has not succeeded
+   for CONFIRM_SECONDS, by a clock that counts suspension too, the holder writes nothing before it has succeeded again.
+
+Two processes of the same run may still write at once. In the same environment they write the same bytes; in another one
+last digits may differ, and what one of them sends late replaces nothing that the other has written.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from typing import Any, Protocol
+
+from pipeline.core.errors import ConfigError, PipelineError
+
+LOCK = ".run/lock"
+
+# A holder rewrites its lock this often; one that has not changed for so long is nobody's any more.
+BEAT_SECONDS, STALE_SECONDS = 10.0, 30.0
+# A holder that has not rewritten its lock for so long does that before it writes anything else.
+CONFIRM_SECONDS = 20.0
+# Linux has a clock that goes on while the machine is suspended; that of macOS always does.
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+logger = logging.getLogger(__name__)
+
+
+class ConflictError(Exception):
+    """An object is no more the version that was to be replaced."""
+
+
+class UnsupportedError(Exception):
+    """The store, or its client, cannot write on conditions."""
+
+
+class Objects(Protocol):
+    """What a lock needs of an object store."""
+
+    root: str
+
+    def look(self, name: str) -> tuple[bytes, str] | None:
+        """An object's content and version, None where there is none."""
+        ...
+
+    def replace(self, name: str, content: bytes, version: str | None) -> str:
+        """Write an object that is still of a version, or None: not there yet. Returns its new version.
+
+        Raises:
+            ConflictError: it is not.
+            UnsupportedError: the store refuses conditions.
+        """
+        ...
+
+
+class StoreLock:
+    """The lock of a prefix, once it is taken; `token` names this holder.
+
+    Raises:
+        ConfigError: the store does not honour conditions.
+        PipelineError: another run holds it, or the store fails.
+    """
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects, self.token = objects, secrets.token_hex(8)
+        self._beat = 0
+        self._lost: str | None = None
+        self._mutex, self._over = threading.Lock(), threading.Event()
+        try:
+            self._version = self._take()
+            self._probe()
+        except UnsupportedError as error:
+            raise ConfigError(
+                f"output.path: {objects.root}: nothing there keeps a second run out, as {error}; see to it yourself "
+                "that no other run writes there, and say so with --unlocked."
+            ) from None
+        self._confirmed = time.clock_gettime(CLOCK)
+        self._thread = threading.Thread(target=self._keep, daemon=True, name="lock")
+        self._thread.start()
+
+    def check(self) -> None:
+        """See that it is still held.
+
+        Raises:
+            PipelineError: it was taken over, or the store cannot be asked.
+        """
+        self._raise_if_lost()
+        if time.clock_gettime(CLOCK) - self._confirmed > CONFIRM_SECONDS:
+            self.confirm()
+
+    def confirm(self) -> None:
+        """Rewrite it, which only its holder can.
+
+        Raises:
+            PipelineError: as `check`.
+        """
+        with self._mutex:
+            if self._lost is None:
+                self._beat += 1
+                try:
+                    self._version = self._objects.replace(LOCK, self._content(beat=self._beat), self._version)
+                    self._confirmed = time.clock_gettime(CLOCK)
+                except ConflictError:
+                    found = self._objects.look(LOCK)
+                    by = f"taken over by another run ({_holder(_parse(found[0]))})" if found else "removed"
+                    self._lost = (
+                        f"The lock of {self._objects.root} was {by}; nothing more is written. See that one run at a "
+                        "time writes there, then run the same command again."
+                    )
+        self._raise_if_lost()
+
+    def release(self) -> None:
+        """Let go of it. It stays as an object that says so: not every store removes on a condition."""
+        self._over.set()
+        # It must not write the lock again; a store that hangs must not hold the end up for long.
+        self._thread.join(STALE_SECONDS)
+        if self._lost is None:
+            with contextlib.suppress(PipelineError, ConflictError):
+                self._objects.replace(LOCK, self._content(released=True), self._version)
+
+    def _raise_if_lost(self) -> None:
+        if self._lost is not None:
+            raise PipelineError(self._lost)
+
+    def _content(self, **more: Any) -> bytes:
+        own = {"host": socket.gethostname(), "process": os.getpid(), "token": self.token}
+        return json.dumps({**own, **more}).encode()
+
+    def _take(self) -> str:
+        """Make the lock, or replace one that was released or whose holder has died; its version."""
+        while True:
+            found = self._objects.look(LOCK)
+            if found is not None and not _parse(found[0]).get("released") and not self._is_stale(found):
+                continue
+            with contextlib.suppress(ConflictError):
+                return self._objects.replace(LOCK, self._content(beat=0), found[1] if found else None)
+
+    def _is_stale(self, found: tuple[bytes, str]) -> bool:
+        """Wait until a lock changes, or has not changed for long; whether it has not.
+
+        Raises:
+            PipelineError: its holder lives.
+        """
+        logger.info("%s has a lock of %s; waiting to see whether that lives.", self._objects.root, _holder_of(found))
+        end = time.clock_gettime(CLOCK) + STALE_SECONDS
+        while (now := self._objects.look(LOCK)) == found:
+            if time.clock_gettime(CLOCK) > end:
+                logger.warning(
+                    "The lock of %s is taken over: it has not changed for %g s.", self._objects.root, STALE_SECONDS
+                )
+                return True
+            time.sleep(min(1.0, STALE_SECONDS / 10))
+        if now is not None and not _parse(now[0]).get("released"):
+            raise in_use(self._objects.root, _holder_of(now))
+        return False
+
+    def _probe(self) -> None:
+        """See that the store honours both conditions: neither of these writes may succeed.
+
+        Raises:
+            UnsupportedError: one did.
+        """
+        for version, header in ((None, "If-None-Match"), ('"no such version"', "If-Match")):
+            with contextlib.suppress(ConflictError):
+                self._objects.replace(LOCK, self._content(probe=header), version)
+                raise UnsupportedError(f"the store ignores {header}")
+
+    def _keep(self) -> None:
+        """Say every few seconds that the holder lives, until it is over."""
+        while self._lost is None and not self._over.wait(BEAT_SECONDS):
+            # A store that fails for a while is no reason to give up: who writes a shard will hear of it.
+            with contextlib.suppress(PipelineError):
+                self.confirm()
+
+
+def in_use(root: str, holder: str) -> PipelineError:
+    """The sentence for a place that another process holds."""
+    return PipelineError(f"{root} is in use by another run ({holder}); wait for it.")
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _holder(lock: dict[str, Any]) -> str:
+    return f"process {lock.get('process', '?')} on {lock.get('host', '?')}"
+
+
+def _holder_of(found: tuple[bytes, str]) -> str:
+    return _holder(_parse(found[0]))

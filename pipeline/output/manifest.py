@@ -1,0 +1,538 @@
+"""The manifest: what the dataset is and how it came about, and the plan that follows from it."""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import from_json, to_json
+
+from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig, is_factory_file, parse_config
+from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.left_out import LeftOut, sum_left_out
+from pipeline.core.plan import Plan, make_plan, stream_plan
+from pipeline.core.redaction import printable
+from pipeline.output.folder import (
+    EDITION,
+    RUN_ID,
+    STEM,
+    AlteredError,
+    FileEntry,
+    LevelCounts,
+    OutputFolder,
+    Receipt,
+    Record,
+    SealedRecord,
+    Share,
+    Whole,
+    add_up,
+    committed,
+    json_digest,
+    name_edition,
+    receipts_digest,
+    shard_file,
+    stored_subsets,
+    subset_name,
+    uncollected,
+)
+from pipeline.sources.origins import UNKNOWN, Origin
+
+# Raised when the stored form changes: it is part of the identity of every run.
+FORMAT_VERSION = 5
+# The share of values with gradient 0 above which there is a warning.
+MANY_ZERO = 0.5
+# Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
+MOST_SKIPPED = 10_000
+
+# Characters of a part of a manifest that a message names.
+MOST_NAMED = 200
+
+# A class of a model or a dataset, by its index.
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+Side = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class Space(Record):
+    """How an evaluator's classes translate: see labels.LabelSpace."""
+
+    recorded_classes: tuple[str, ...] | None
+    to_model: tuple[Index, ...]
+    to_recorded: tuple[Index, ...]
+
+
+class Subset(LevelCounts):
+    """What the images of one split at one epsilon add up to; `bytes` is None where other epsilons share their files."""
+
+    split: str
+    bytes: Whole | None
+
+
+def _check_path(path: str) -> str:
+    if not path or path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path!r} names no file of a source")
+    return path
+
+
+def _check_cuts(cuts: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    # A file without rows is one shard without rows.
+    if cuts is not None and cuts != (0,) and not (cuts and all(a < b for a, b in itertools.pairwise((0, *cuts)))):
+        raise ValueError("the rows at which shards end must rise")
+    return cuts
+
+
+class StreamedFile(Record):
+    """A file of a source that was streamed: the rows at which its shards end, None for one of unknown length."""
+
+    path: Annotated[str, AfterValidator(_check_path)]
+    cuts: Annotated[tuple[Whole, ...] | None, AfterValidator(_check_cuts)]
+
+
+Edition = Annotated[str, Field(pattern=EDITION)]
+# A name of which the names of shards begin.
+Split = Annotated[str, Field(pattern=STEM)]
+
+
+def _check_pixels(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    _, height, width = shape
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"{width}x{height} is more than the {MOST_PIXELS:,} pixels that an image of a dataset may have"
+        )
+    return shape
+
+
+class Skipped(Record):
+    """A source row that could not be decoded.
+
+    `source_file` is that of a source that was streamed, `file` the name of the image where each has its own file.
+    """
+
+    split: Split
+    source_file: str | None = None
+    source_index: Whole
+    reason: str
+    file: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
+
+
+class Manifest(SealedRecord):
+    """`manifest.json`: what the dataset is, and how it came about.
+
+    `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
+    `left_out` says what the source holds beside its rows, as it was found when the run began, `members_left_out` what
+    members of its tars are part of no row.
+
+    `generation` counts how often an object store's prefix had been started over when the run began. While a run is
+    under way, `session` names the process that holds the store, so that each has a manifest of its own, and
+    `supersedes` lists the editions whose files it is about to remove.
+    """
+
+    format: int = FORMAT_VERSION
+    run_id: Annotated[str, Field(pattern=RUN_ID)]
+    generation: Whole = 0
+    session: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
+    supersedes: tuple[Edition, ...] = ()
+    complete: bool = False
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    versions: dict[str, str]
+    origin: Origin = UNKNOWN
+    left_out: tuple[LeftOut, ...] = ()
+    features: dict[str, Any]
+    dataset_classes: tuple[str, ...]
+    recorded_classes: tuple[str, ...] | None
+    to_model: tuple[Index, ...]
+    to_recorded: tuple[Index, ...]
+    evaluators: Mapping[str, Space] = Field(default_factory=dict)
+    split_rows: dict[Split, Annotated[int, Field(gt=0, lt=2**63)] | None] = Field(min_length=1)
+    streamed: Mapping[Split, Annotated[tuple[StreamedFile, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    shape: Annotated[tuple[Literal[1, 3], Side, Side], AfterValidator(_check_pixels)]
+    asked_batch_size: Whole
+    receipts: str = ""
+    rows: Whole = 0
+    subsets: tuple[Subset, ...] = ()
+    zero_sign_share: Share = 0.0
+    files: tuple[FileEntry, ...] = ()
+    skipped_rows: Whole = 0
+    skipped: tuple[Skipped, ...] = ()
+    members_left_out: tuple[LeftOut, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_streamed(self) -> "Manifest":
+        if self.streamed and set(self.streamed) != set(self.split_rows):
+            raise ValueError("streamed lists other splits than split_rows")
+        if not self.streamed and None in self.split_rows.values():
+            raise ValueError("split_rows does not say how many rows there are, and streamed lists no files")
+        return self
+
+    @model_validator(mode="after")
+    def _check_files(self) -> "Manifest":
+        if not all(file.path.endswith(f"-{self.edition}.parquet") for file in self.files):
+            raise ValueError("files lists some whose names do not end in its run id and generation")
+        return self
+
+    @model_validator(mode="after")
+    def _check_subsets(self) -> "Manifest":
+        """As `summarise` makes them, or none: a dataset without receipts is shown by what they say."""
+        if not self.subsets:
+            return self
+        if [(there.split, there.level) for there in self.subsets] != [*itertools.product(self.split_rows, self.levels)]:
+            raise ValueError("subsets lists others than its splits and epsilons make")
+        stored = self.stored
+        for there in self.subsets:
+            if [*there.evaluators] != [*self.evaluators]:
+                raise ValueError("subsets counts other evaluators than there are")
+            if (there.bytes is None) == (subset_name(there.level) in stored):
+                raise ValueError("subsets has bytes that are not those of its layout")
+        return self
+
+    @property
+    def resolved(self) -> Config:
+        """The config with every `auto` resolved."""
+        return parse_config(self.config)
+
+    @property
+    def edition(self) -> str:
+        """What ends the names of its files."""
+        return name_edition(self.run_id, self.generation)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Clean, 0, and every epsilon in grey levels."""
+        return (0, *self.resolved.attack.levels)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The subsets that are stored, each a folder."""
+        return stored_subsets(self.resolved.output.layout, self.levels)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run, rebuilt from what the manifest records."""
+        return plan_of(self.resolved, self.split_rows, self.streamed)
+
+    @property
+    def zero_gradient_warning(self) -> str | None:
+        """A sentence for a dataset of which the attack changed less than half, None for others."""
+        if self.zero_sign_share <= MANY_ZERO:
+            return None
+        return (
+            f"the attack left {self.zero_sign_share:.1%} of the pixel values as they are, as the model's gradient is 0 "
+            "there; it may be of half precision, rounded or cut off, or so sure that its softmax is 0 or 1"
+        )
+
+    @property
+    def planned(self) -> str:
+        """How many source rows the whole run has, for people; streamed ones are counted as they come."""
+        rows = self.rows + self.skipped_rows if self.complete else self.plan.total
+        return "an unknown number of" if rows is None else f"{rows:,}"
+
+
+def without_folders(value: Any) -> Any:
+    """A config, or a part of one, as it is shown to others: of the machine's own paths only their names are left.
+
+    They name its users and its disks, and lead nowhere elsewhere. Here they stay in manifest.json, by which
+    `verify --recompute` finds the model again.
+    """
+    if isinstance(value, str):
+        local = value.startswith(("/", "~", "./", "../")) or re.match(r"([\w+]+::)*(file|local)://", value)
+        return PurePath(value).name if local else value
+    if isinstance(value, Mapping):
+        return {key: without_folders(inside) for key, inside in value.items()}
+    return [without_folders(inside) for inside in value] if isinstance(value, list | tuple) else value
+
+
+def published(manifest: Manifest) -> Manifest:
+    """The manifest as it is published: without the folders of the machine that made it."""
+    config = without_folders(manifest.config)
+    config["output"]["path"] = PurePath(config["output"]["path"]).name or "."
+    # These are names, and the identity has them too: a class may well be called /m/01yrx.
+    config["source"] |= {key: manifest.config["source"][key] for key in ("classes", "keep_columns")}
+    return manifest.model_copy(update={"config": config}).sealed()
+
+
+def _model_identity(model: ModelConfig) -> dict[str, Any]:
+    name = str(model.name)
+    return {
+        "kind": model.kind,
+        # A local folder of transformers is told by its content, as a factory's file is.
+        "name": name.rpartition(":")[2] if is_factory_file(name) else PurePath(name).name if name[:1] == "/" else name,
+        "kwargs": without_folders(model.kwargs),
+        "mean": model.mean,
+        "std": model.std,
+    }
+
+
+def identity_of(
+    config: Config,
+    *,
+    split_rows: Mapping[str, int | None],
+    streamed: Mapping[str, Sequence[StreamedFile]],
+    shape: Sequence[int],
+    dataset_classes: Sequence[str],
+    label_maps: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """What decides the bytes of a run and also stands elsewhere in its manifest, as dotted keys. Neither paths nor
+    workers are part of it.
+
+    Args:
+        config: with every `auto` resolved.
+        split_rows, streamed, shape, dataset_classes: as a manifest has them.
+        label_maps: the index of each dataset class in a model: of `model`, and of each `evaluators.ID`.
+    """
+    attack, models = config.attack, {f"evaluators.{other.id}": other for other in config.evaluators}
+    sections: dict[str, dict[str, Any]] = {
+        "source": {
+            **config.source.model_dump(include={"shuffle", "limit", "keep_columns"}),
+            "rows": split_rows,
+            "classes": dataset_classes,
+            # A source that is streamed has a shard for each stretch of its files.
+            **({"files": json_digest(_plain(streamed))} if streamed else {}),
+        },
+        "preprocess": {**config.preprocess.model_dump(), "shape": shape},
+        "attack": {
+            "epsilons": [f"{level}/255" for level in attack.levels],
+            "label": attack.label,
+            "target": attack.target,
+        },
+        "output": config.output.model_dump(exclude={"path"}),
+        "runtime": config.runtime.model_dump(
+            include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
+        ),
+        **{name: _model_identity(model) for name, model in {"model": config.model, **models}.items()},
+    }
+    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    flat |= {f"{name}.label_map": label_map for name, label_map in label_maps.items()}
+    identity: dict[str, Any] = _plain({"format": FORMAT_VERSION, **flat})
+    return identity
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back. Infinity is a text, as JSON has no number for it."""
+    return from_json(to_json(value, fallback=str, inf_nan_mode="strings"))
+
+
+def run_id_of(identity: Mapping[str, Any]) -> str:
+    """The id of a run: a digest of what decides its bytes, 16 hex digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def contradictions(manifest: Manifest) -> list[str]:
+    """The keys of a manifest that do not agree with its identity, or with each other."""
+    config = manifest.resolved
+    spaces = {"model": manifest.to_model} | {f"evaluators.{n}": s.to_model for n, s in manifest.evaluators.items()}
+    identity = identity_of(
+        config,
+        split_rows=manifest.split_rows,
+        streamed=manifest.streamed,
+        shape=manifest.shape,
+        dataset_classes=manifest.dataset_classes,
+        label_maps=spaces,
+    )
+    wrong = [key for key, value in identity.items() if manifest.identity.get(key) != value]
+    source = config.source
+    stated = {
+        "source.split": source.split in (None, tuple(manifest.split_rows)),
+        "source.streaming": source.streaming == bool(manifest.streamed),
+        "source.classes": source.classes in (None, manifest.dataset_classes),
+        "runtime.batch_size": config.runtime.batch_size <= manifest.asked_batch_size,
+    }
+    return wrong + [key for key, sound in stated.items() if not sound]
+
+
+@uncollected()
+def read_manifest(folder: OutputFolder) -> Manifest | None:
+    """The manifest of a run, None where there is none.
+
+    Raises:
+        PipelineError: it cannot be read as one, or another version of this package wrote it.
+    """
+    place = folder.store.at(folder.manifest)
+    try:
+        content = from_json(folder.store.read(folder.manifest))  # json would take halves of characters
+        there = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
+        if isinstance(there, int) and there != FORMAT_VERSION and folder.is_ours():
+            raise PipelineError(
+                f"{place} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
+                f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
+            )
+        manifest = Manifest.of_json(content)
+        if manifest.run_id != run_id_of(manifest.identity):
+            raise AlteredError("its run id is not that of its identity")
+        parse_config(manifest.config)
+        return manifest
+    except FileNotFoundError:
+        return None
+    except ConfigError as error:
+        raise PipelineError(f"{place}: its config cannot be used: {error}") from None
+    except AlteredError as error:
+        raise altered_manifest(folder, str(error)) from None
+    except (ValueError, OSError, RecursionError) as error:  # neither JSON nor a manifest
+        advice = _way_out(folder) if folder.is_ours() else "It is not of fgsm-pipeline."
+        raise PipelineError(f"{place} cannot be read ({_problem(error)}). {advice}") from None
+
+
+def altered_manifest(folder: OutputFolder, why: str) -> PipelineError:
+    """The error for a manifest that does not say what was written."""
+    return PipelineError(f"{folder.store.at(folder.manifest)} was altered: {why}. {_way_out(folder)}")
+
+
+def _way_out(folder: OutputFolder) -> str:
+    """What helps where a manifest cannot be used. Shards with receipts need not be written again."""
+    if folder.has_receipts():
+        return "Restore it, or delete it and run generate again, which writes it anew and keeps all shards."
+    return "Restore it, or start over with --overwrite: no shard has a receipt, so none can be kept."
+
+
+def _problem(error: BaseException) -> str:
+    """What is wrong with a manifest: where, and what, without quoting more of it than keys."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(printable(str(part))[:MOST_NAMED] for part in first["loc"])
+    message = printable(first["msg"].removeprefix("Value error, "))[:MOST_NAMED]
+    return f"{where}: {message}" if where else message
+
+
+def settled(manifest: Manifest) -> Manifest:
+    """The manifest of a run that is not under way."""
+    return manifest.model_copy(update={"session": "", "supersedes": ()})
+
+
+def require_manifest(folder: OutputFolder) -> Manifest:
+    """The manifest of a run that must be there.
+
+    Raises:
+        ConfigError: there is none.
+        PipelineError: as `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigError(f"{folder.root} holds no dataset of ours: there is no manifest.json.")
+    return manifest
+
+
+def current_manifest(folder: OutputFolder) -> Manifest:
+    """The manifest of a dataset as it is now, for those who only look.
+
+    Its totals follow from the receipts, as a run that was killed has not had the time to write it again. A dataset
+    from the Hub comes without any: there the manifest is all there is to go by.
+
+    Raises:
+        ConfigError, PipelineError: as `require_manifest`.
+    """
+    manifest = require_manifest(folder)
+    if ".run" not in folder.store.entries():
+        return manifest
+    return summarise(manifest, committed(folder, manifest.edition, manifest.plan.shards))
+
+
+def warn_if_incomplete(folder: OutputFolder, manifest: Manifest) -> None:
+    """Warn whoever reads a dataset of which shards are missing, and say how many are there."""
+    sizes, shards, stored = folder.store.sizes(), manifest.plan.shards, manifest.stored
+    there = sum(all(shard_file(subset, shard, manifest.edition) in sizes for subset in stored) for shard in shards)
+    if there < len(shards):
+        warnings.warn(
+            f"{folder.root} is incomplete: {there} of {len(shards)} shards are there ({there / len(shards):.0%}). Run "
+            "the generate command that made it again, or pass allow_incomplete=True.",
+            stacklevel=3,
+        )
+
+
+def plan_of(
+    config: Config, split_rows: Mapping[str, int | None], streamed: Mapping[str, Sequence[StreamedFile]]
+) -> Plan:
+    """The plan of a config over splits of so many rows, or over the files of a source that is streamed."""
+    if streamed:
+        files = {split: [(file.path, file.cuts) for file in files] for split, files in streamed.items()}
+        return stream_plan(files, batch_size=config.runtime.batch_size)
+    return make_plan(
+        {split: rows for split, rows in split_rows.items() if rows is not None},
+        shuffle=config.source.shuffle,
+        seed=config.runtime.seed,
+        limit=config.source.limit,
+        images_per_shard=config.output.images_per_shard,
+        batch_size=config.runtime.batch_size,
+    )
+
+
+@uncollected()
+def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
+    """The manifest with everything that follows from the receipts: totals, files, skipped rows, their digest.
+
+    Args:
+        manifest: of the run; only what was decided at its start is kept.
+        receipts: of the shards that are there, by name.
+    """
+    ordered = [receipts[name] for name in sorted(receipts)]
+    rows = sum(receipt.rows for receipt in ordered)
+    shards = manifest.plan.shards
+    files = {shard.name: shard.file for shard in shards}
+    skipped = (
+        Skipped(
+            split=receipt.split,
+            source_file=files.get(receipt.shard),
+            source_index=row.source_index,
+            reason=row.reason,
+            file=row.file,
+        )
+        for receipt in ordered
+        for row in receipt.skipped
+    )
+    return manifest.model_copy(
+        update={
+            "complete": len(receipts) == len(shards),
+            "versions": _versions(manifest, ordered),
+            "receipts": receipts_digest(receipts),
+            "rows": rows,
+            "subsets": _subsets(manifest, ordered),
+            "zero_sign_share": math.fsum(each.zero_sign_share * each.rows for each in ordered) / max(rows, 1),
+            "files": tuple(entry for receipt in ordered for entry in receipt.files),
+            "skipped_rows": sum(len(receipt.skipped) for receipt in ordered),
+            "skipped": tuple(itertools.islice(skipped, MOST_SKIPPED)),
+            "members_left_out": sum_left_out(part for receipt in ordered for part in receipt.left_out),
+        }
+    )
+
+
+def _versions(manifest: Manifest, receipts: Sequence[Receipt]) -> dict[str, str]:
+    """The versions of the first session that wrote a shard which is still there: so each of them has a receipt."""
+    if not receipts or any(receipt.versions == manifest.versions for receipt in receipts):
+        return manifest.versions
+    return receipts[0].versions
+
+
+def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, ...]:
+    # Once over all receipts, not once for each epsilon.
+    counts: defaultdict[tuple[str, int], list[LevelCounts]] = defaultdict(list)
+    sizes: Counter[tuple[str, str]] = Counter()
+    for receipt in receipts:
+        for count in receipt.counts:
+            counts[receipt.split, count.level].append(count)
+        for file in receipt.files:
+            sizes[receipt.split, file.path.partition("/")[0]] += file.bytes
+    subsets = []
+    stored = manifest.stored
+    for split, level in itertools.product(manifest.split_rows, manifest.levels):
+        total = add_up(level, counts[split, level], manifest.evaluators)
+        size = sizes[split, subset_name(level)] if subset_name(level) in stored else None
+        # Not checked, as the sum is not.
+        subsets.append(Subset.model_construct(split=split, bytes=size, **dict(total)))
+    return tuple(subsets)

@@ -1,0 +1,156 @@
+"""The Parquet writer of one shard, and its commit.
+
+A shard is one Parquet file per subset, written in a scratch folder, put into its place in the store, and made true by
+its receipt, which is written last.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.plan import Shard
+from pipeline.output.folder import FileEntry, OutputFolder, Receipt, shard_file
+from pipeline.output.stores import writing
+
+# A row group closes at whichever comes first. The Hub's viewer reads whole row groups and wants under 300 MB
+# of them; streaming readers buffer one per file; a reader that skips by statistics wants them small.
+ROW_GROUP_ROWS = 1024
+ROW_GROUP_BYTES = 32 * 2**20
+# What `datasets` 5.2 passes for the Hub's deduplication (datasets.config.DEFAULT_CDC_OPTIONS).
+CONTENT_DEFINED_CHUNKING = {"min_chunk_size": 256 * 1024, "max_chunk_size": 1024 * 1024, "norm_level": 0}
+FOOTER_KEY = "fgsm"
+
+
+class ShardWriter:
+    """The Parquet files of one shard, one for each subset, until they are committed or dropped.
+
+    `pictures` names the schema's columns of encoded images.
+    """
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        shard: Shard,
+        subsets: Sequence[str],
+        schema: pa.Schema,
+        pictures: Sequence[str],
+        edition: str,
+    ) -> None:
+        self.folder, self.shard, self.subsets, self.edition = folder, shard, subsets, edition
+        self._waiting: list[list[pa.Table]] = [[] for _ in subsets]
+        self._writers: list[pq.ParquetWriter] = []
+        self._stack = contextlib.ExitStack()
+        self.scratch = self._stack.enter_context(folder.store.scratch(shard.name))
+        with writing(self.scratch):
+            for subset in subsets:
+                self._writers.append(
+                    pq.ParquetWriter(
+                        self._scratch_file(subset),
+                        schema,
+                        write_page_index=True,
+                        use_content_defined_chunking=CONTENT_DEFINED_CHUNKING,
+                        **_column_options(schema, pictures),
+                    )
+                )
+
+    def close(self) -> None:
+        """Let go of the files and drop what is not committed."""
+        for writer in self._writers:
+            with contextlib.suppress(OSError):  # a full disk fails again on closing
+                writer.close()
+        self._stack.close()
+
+    def _scratch_file(self, subset: str) -> Path:
+        return self.scratch / f"{subset}.parquet"
+
+    def write(self, tables: Sequence[pa.Table]) -> None:
+        """Add one batch: a table for each subset.
+
+        Raises:
+            PipelineError: the disk refused.
+        """
+        for waiting, table in zip(self._waiting, tables, strict=True):
+            waiting.append(table)
+        rows = sum(table.num_rows for table in self._waiting[0])
+        largest = max(sum(table.nbytes for table in waiting) for waiting in self._waiting)
+        if rows >= ROW_GROUP_ROWS or largest >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        with writing(self.scratch):
+            for waiting, writer in zip(self._waiting, self._writers, strict=True):
+                table = pa.concat_tables(waiting) if waiting else None
+                # `datasets` 5.2 fails on a row group without rows; a file without row groups it reads as empty.
+                if table:
+                    # One batch of large images may be many row groups' worth.
+                    rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
+                    writer.write_table(table, row_group_size=min(ROW_GROUP_ROWS, rows))
+                waiting.clear()
+
+    def commit(self, receipt: Receipt) -> None:
+        """Close every file and put it into its place, then write the receipt, which is the commit.
+
+        Args:
+            receipt: the shard's, still without files.
+
+        Raises:
+            PipelineError: the disk or the store refused; then there is no receipt.
+        """
+        if receipt.rows + len(receipt.skipped) != receipt.planned:
+            raise RuntimeError(f"{self.shard.name}: rows written and skipped do not add up to those planned")
+        self._flush()
+        footer = {"run_id": receipt.run_id, "shard": self.shard.name, "rows": receipt.rows}
+        files = []
+        for subset, writer in zip(self.subsets, self._writers, strict=True):
+            file = shard_file(subset, self.shard, self.edition)
+            local = self._scratch_file(subset)
+            with writing(local):
+                writer.add_key_value_metadata(
+                    {
+                        FOOTER_KEY: json.dumps({**footer, "subset": subset}),
+                        # As `datasets` marks it, so that tools know how the pages were cut.
+                        "content_defined_chunking": json.dumps(CONTENT_DEFINED_CHUNKING),
+                    }
+                )
+                writer.close()
+                size, digest = local.stat().st_size, _digest(local)
+            self.folder.store.put(local, file)
+            files.append(FileEntry(path=file, rows=receipt.rows, bytes=size, sha256=digest))
+        receipt = receipt.model_copy(update={"files": tuple(files)}).sealed()
+        self.folder.store.commit(
+            self.folder.receipt(self.shard, self.edition), receipt.model_dump_json(indent=1).encode()
+        )
+
+
+def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:
+    """Per-column options as `datasets` chooses them: encoded images are not compressed again."""
+    leaves = [leaf for field in schema for leaf in _leaves(field.name, field.type)]
+    images = [leaf for leaf in leaves if leaf.split(".")[0] in pictures]
+    return {
+        "compression": {leaf: "none" if leaf in images else "snappy" for leaf in leaves},
+        "use_dictionary": [leaf for leaf in leaves if leaf not in images],
+        "column_encoding": dict.fromkeys(images, "PLAIN"),
+    }
+
+
+def _leaves(path: str, kind: pa.DataType) -> list[str]:
+    """The Parquet leaf columns of an Arrow column."""
+    if isinstance(kind, pa.ExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_struct(kind):
+        return [leaf for field in kind for leaf in _leaves(f"{path}.{field.name}", field.type)]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _leaves(f"{path}.list.element", kind.value_type)
+    return [path]
+
+
+def _digest(path: Path) -> str:
+    """A file's sha256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

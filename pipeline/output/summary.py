@@ -1,0 +1,110 @@
+"""`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.core.redaction import printable
+from pipeline.output.folder import OutputFolder, split_of, subset_name
+from pipeline.output.manifest import Manifest, Subset, current_manifest
+
+HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
+EVALUATOR_HEAD = ("split", "subset", "evaluator", "accuracy", "fooled", "transferred")
+
+
+def inspect(path: str | Path) -> str:
+    """The table of a dataset.
+
+    Raises:
+        ConfigError: there is none in the folder.
+    """
+    return summary_table(current_manifest(OutputFolder(path)))
+
+
+def summary_table(manifest: Manifest) -> str:
+    """Per split and epsilon: rows, accuracy, mean confidence, fooled rows and bytes.
+
+    Accuracy is over labelled rows; `fooled` counts rows predicted right when clean and wrong now, or, in a
+    targeted run, predicted as the target. Evaluators have a table of their own: `transferred` counts what fools the
+    victim and this evaluator, of what fools the victim and is right for the evaluator when clean.
+    """
+    lines = _aligned([HEAD, *map(_cells, manifest.subsets)])
+    others = [_evaluator_cells(subset, name) for subset in manifest.subsets for name in subset.evaluators]
+    if others:
+        lines += ["", *_aligned([EVALUATOR_HEAD, *others])]
+    return "\n".join([*lines, "", *_notes(manifest)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns, the first three to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index < 3 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return [line.rstrip() for line in lines]
+
+
+def _evaluator_cells(subset: Subset, name: str) -> tuple[str, ...]:
+    counts = subset.evaluators[name]
+    share = f" ({counts.transferred / counts.exposed:.1%})" if counts.exposed else ""
+    return (
+        subset.split,
+        subset_name(subset.level),
+        name,
+        f"{counts.correct / subset.labelled:.2%}" if subset.labelled else "-",
+        f"{counts.fooled:,}" if subset.level else "-",
+        f"{counts.transferred:,} of {counts.exposed:,}{share}" if subset.level else "-",
+    )
+
+
+def _cells(subset: Subset) -> tuple[str, ...]:
+    return (
+        subset.split,
+        subset_name(subset.level),
+        f"{subset.level}/255" if subset.level else "0",
+        f"{subset.rows:,}",
+        f"{subset.correct / subset.labelled:.2%}" if subset.labelled else "-",
+        f"{subset.confidence_sum / subset.rows:.3f}" if subset.rows else "-",
+        f"{subset.fooled:,}" if subset.level else "-",
+        "-" if subset.bytes is None else human_bytes(subset.bytes),
+    )
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    state = "complete" if manifest.complete else "INCOMPLETE: run generate again to finish it"
+    notes = [
+        f"run {manifest.run_id}, {state}; {manifest.rows:,} of {manifest.planned} source images, "
+        f"{manifest.skipped_rows:,} skipped",
+        f"gradient exactly zero on {manifest.zero_sign_share:.2%} of the pixel values",
+    ]
+    if warning := manifest.zero_gradient_warning:
+        notes.append(f"WARNING: {warning}")
+    if any(subset.bytes is None for subset in manifest.subsets):
+        notes.append(f"files: {_split_sizes(manifest)}")
+    notes += [printable(f"left out of the source: {left_out}") for left_out in manifest.left_out]
+    for row in manifest.skipped[:5]:
+        file = f" ({row.file})" if row.file else ""
+        notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}{file}: {row.reason}"))
+    notes += [printable(f"left out of tars: {part}") for part in manifest.members_left_out]
+    return notes
+
+
+def _split_sizes(manifest: Manifest) -> str:
+    """The size of each split's files, where those of the epsilons are the same."""
+    sizes = dict.fromkeys(manifest.split_rows, 0)
+    for file in manifest.files:
+        if (split := split_of(file.path)) in sizes:
+            sizes[split] += file.bytes
+    return ", ".join(f"{split} {human_bytes(size)}" for split, size in sizes.items())
+
+
+def human_bytes(count: float) -> str:
+    """A size for people: 1.5 GB, powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

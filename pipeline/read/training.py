@@ -1,0 +1,616 @@
+"""Train on a dataset: uint8 images and labels in an order of their own each epoch, clean or attacked by lot.
+
+Every epoch shows every source image once: clean with a given probability, else at an epsilon drawn for it. What is
+drawn for a row depends on seed, epoch and row alone, so neither workers nor ranks change what an epoch holds.
+
+Files are read front to back, a piece at a time: a piece is the rows between two places where a row group ends in
+every subset. The pieces of an epoch come in random order, and the rows of a few neighbours in it, a window, are
+mixed. A consumer (a worker of a rank) reads a stretch of that order, so that the stretches differ by one row at most
+and fit together whatever the number of row groups; a resumed one starts its stretch later.
+
+Nothing here can make a dataset: reading needs neither the attack nor a victim, nor the library `datasets`.
+"""
+
+import hashlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, SupportsIndex
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from pipeline.config.schema import is_address, reading_levels
+from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.images import ImageFormat, UndecodableError, decode_images
+from pipeline.core.lattice import picture_to_sign_array, sign_between, step_array
+from pipeline.output.folder import SIGNS, OutputFolder, local_folder, split_of, subset_name
+from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
+
+# A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
+# permutation already, so a few row groups mix the classes well.
+WINDOW_ROWS = 4096
+WINDOW_BYTES = 64 * 2**20
+# Values that are decoded and stepped at once: 85 images at 32 px, one at 224. More would leave the cache.
+BLOCK_VALUES = 2**18
+
+# What is drawn from a seed, each from a stream of its own.
+LEVELS, ORDER, WITHIN = range(3)
+
+# Who took a place to resume at, where that is not an iteration: nobody has to, or nobody has yet.
+NOTHING_ASKED, UNTAKEN = 0, -1
+
+# A stored picture, and for an image that is made on reading the one that says in which direction its values move.
+Cell = list[bytes]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `start + rows` of a file, at most `bytes` of pictures in each subset.
+
+    groups: in each subset, the first of its row groups that hold them and the one after the last.
+    """
+
+    file: str
+    shard: int
+    start: int
+    rows: int
+    bytes: int
+    groups: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, order=True)
+class Column:
+    """A column of pictures in one subset. In their order an image comes before what says where it moves to: `clean`
+    before `eps-8`, and `image` before `sign`."""
+
+    subset: str
+    name: str
+
+
+class Place(NamedTuple):
+    """Where the next iteration of an epoch is to begin: whole numbers only, which shared memory can hold.
+
+    batch_size: 0 where `done` counts the rows of a stretch that were given to a consumer, a worker of so many of a
+    rank of so many; else `done` counts a rank's batches of so many images, and the rest means nothing.
+    """
+
+    epoch: int
+    done: int
+    batch_size: int = 0
+    stretch: int = 0
+    rank: int = 0
+    world: int = 1
+    workers: int = 1
+
+
+class Shards:
+    """The files of one split, and where in them the images at each level are.
+
+    It holds paths and row counts, no image: that is what a worker process is given.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, sources: Mapping[int, Sequence[Column]]) -> None:
+        output = manifest.resolved.output
+        self.root, self.shape, self.signs = root, manifest.shape, output.layout == SIGNS
+        self.image_format: ImageFormat = "webp" if output.image_format == "webp" else "png"
+        self.columns = sorted({column for columns in sources.values() for column in columns})
+        self.subsets = tuple(dict.fromkeys(column.subset for column in self.columns))
+        # Whether a column is read for an image at a level.
+        self.used = np.array([[column in sources.get(level, ()) for level in range(256)] for column in self.columns])
+        self.pieces: tuple[Piece, ...] = ()
+
+    def open(self, entries: Mapping[str, int]) -> None:
+        """Read the footers.
+
+        Args:
+            entries: the files of every subset relative to the folder, and their sizes.
+
+        Raises:
+            PipelineError: a file is missing, is not the one that the manifest lists, or is listed in one subset only.
+        """
+        names = sorted({Path(path).name for path in entries if path.split("/")[0] in self.subsets})
+        self.pieces = tuple(
+            piece for shard, name in enumerate(names) for piece in self._pieces_of(shard, name, entries)
+        )
+
+    def _pieces_of(self, shard: int, name: str, entries: Mapping[str, int]) -> list[Piece]:
+        ends, sizes = {}, {}
+        for subset in self.subsets:
+            path = self.root / subset / name
+            size = entries.get(f"{subset}/{name}")
+            if size is None:
+                raise PipelineError(f"manifest.json lists {name} elsewhere and not {path}; see fgsm verify.")
+            try:
+                if path.stat().st_size != size:
+                    raise ValueError("its size is another")
+                footer = pq.read_metadata(path)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise PipelineError(
+                    f"{path} is not the file that manifest.json lists ({first_line(error)}); see fgsm verify."
+                ) from None
+            row_groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+            ends[subset] = [0, *accumulate(group.num_rows for group in row_groups)]
+            sizes[subset] = [0, *accumulate(group.total_byte_size for group in row_groups)]
+        common = sorted(set.intersection(*map(set, ends.values())))
+        pieces = []
+        for start, stop in pairwise(common):
+            groups = {subset: (there.index(start), there.index(stop)) for subset, there in ends.items()}
+            largest = max(sizes[subset][last] - sizes[subset][first] for subset, (first, last) in groups.items())
+            pieces.append(Piece(name, shard, start, stop - start, largest, groups))
+        return pieces
+
+    def read(self, piece: Piece, rows: NDArray[np.int64], levels: NDArray[np.int64]) -> tuple[list[Cell], list[int]]:
+        """The encoded pictures and the labels of some rows of a piece.
+
+        Args:
+            piece: one of `pieces`.
+            rows: (N,) which of its rows.
+            levels: (N,) the epsilon of each, in grey levels.
+        """
+        cells: list[Cell] = [[] for _ in rows]
+        # A column at a time, of which only what was drawn is kept.
+        for column, used in zip(self.columns, self.used, strict=True):
+            wanted = np.flatnonzero(used[levels])
+            if len(wanted):
+                pictures = self._column(piece, column.subset, column.name, "bytes").take(pa.array(rows[wanted]))
+                for index, picture in zip(wanted.tolist(), pictures.to_pylist(), strict=True):
+                    cells[index].append(picture)
+        labels = self._column(piece, self.subsets[0], "label").take(pa.array(rows)).to_pylist()
+        return cells, labels
+
+    def _column(self, piece: Piece, subset: str, name: str, field: str | None = None) -> pa.ChunkedArray:
+        path = self.root / subset / piece.file
+        try:
+            # Threads of Arrow's would be one more pool in every worker, for a column that has no use for them.
+            with pq.ParquetFile(path) as file:
+                column = file.read_row_groups(
+                    range(*piece.groups[subset]), [f"{name}.{field}" if field else name], use_threads=False
+                ).column(name)
+        except (OSError, pa.ArrowException) as error:
+            raise PipelineError(f"{path} cannot be read ({first_line(error)}); see fgsm verify.") from None
+        return pa.chunked_array([chunk.field(field) for chunk in column.chunks]) if field else column
+
+    def decode(self, cells: Sequence[Cell], levels: NDArray[np.int64]) -> Tensor:
+        """Images (N, C, H, W) uint8, channels last in memory, from N cells and the level of each.
+
+        Raises:
+            PipelineError: a picture is damaged.
+        """
+        try:
+            images = self._decoded([cell[0] for cell in cells])
+            made = [index for index, cell in enumerate(cells) if len(cell) > 1]
+            if made:
+                directions = self._decoded([cells[index][1] for index in made])
+                pictures, steps = images[made], levels[made].astype(np.int16)[:, None, None, None]
+                sign = picture_to_sign_array(directions) if self.signs else sign_between(pictures, directions)
+                images[made] = step_array(pictures, sign, steps)
+        except (UndecodableError, ValueError) as error:
+            raise PipelineError(
+                f"{self.root}: a stored picture is damaged ({error}); fgsm verify names its file."
+            ) from None
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def _decoded(self, pictures: Sequence[bytes]) -> NDArray[np.uint8]:
+        return decode_images(pictures, self.image_format, self.shape)
+
+
+class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
+    """What `training_dataset` returns.
+
+    `classes`: names of the labels. `shape`: (C, H, W) of every image. `rows`: images of an epoch, over all ranks.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        manifest: Manifest,
+        *,
+        levels: Sequence[int],
+        clean: float,
+        shuffle: bool,
+        seed: int,
+        place: tuple[int, int] | None,
+    ) -> None:
+        self.shards, self.levels, self.clean, self.shuffle, self.seed = shards, levels, clean, shuffle, seed
+        self.classes, self.shape = manifest.dataset_classes, manifest.shape
+        self.rows = sum(piece.rows for piece in shards.pieces)
+        # What decides the order and content of an epoch: a state belongs to it.
+        decides = (manifest.receipts, self.rows, [piece.file for piece in shards.pieces], levels, clean, shuffle, seed)
+        self.digest = hashlib.sha256(repr((*decides, WINDOW_ROWS, WINDOW_BYTES)).encode()).hexdigest()[:16]
+        # Shared, so that workers that outlive an epoch hear of the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._place = place
+        # Who took the place to resume at, and the place. Shared too, for the workers of one iteration must take it and
+        # those of the next must not, whether they are the same processes or new ones.
+        self._resume = torch.zeros(1 + len(Place._fields), dtype=torch.int64).share_memory_()
+        # The place that was loaded in this very worker, by StatefulDataLoader.
+        self._loaded: Place | None = None
+        self._iterations = 0
+        # Epoch, rows that were given, and whose stretch this is.
+        self._reading = 0, 0, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process need not know of torch.distributed.
+        return {**self.__dict__, "_place": self.place}
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and world size: as given, else torch.distributed's."""
+        if self._place is not None:
+            return self._place
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        return 0, 1
+
+    def __len__(self) -> int:
+        """The images of an epoch on this rank; those of two ranks differ by one at most."""
+        start, stop = _share(0, self.rows, *self.place)
+        return stop - start
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; without it every epoch repeats the first, as with DistributedSampler.
+
+        A place to resume at is kept for its own epoch and forgotten for any other.
+
+        Raises:
+            ConfigError: it is below 0.
+        """
+        if epoch < 0:
+            raise ConfigError(f"epoch: got {epoch}; epochs are counted from 0.")
+        self._epoch.fill_(epoch)
+        if self._asked().epoch != epoch:
+            self._resume[0] = NOTHING_ASKED
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this consumer stands. In a worker, StatefulDataLoader asks; in the main process it is right only
+        without workers."""
+        rank, world, _, workers = self._consumer()
+        epoch, rows, stretch = self._reading
+        return {
+            "epoch": epoch,
+            "rows": rows,
+            "stretch": stretch,
+            "of": self.digest,
+            "consumers": [rank, world, workers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the next iteration, and only that, begin where a consumer stood; what lies before is neither read nor
+        decoded.
+
+        The number of workers is known to the iteration only, which refuses a state of another number in the same way.
+
+        Raises:
+            ConfigError: the state is that of another dataset, mix, seed, number of ranks or of workers.
+        """
+        if state["of"] != self.digest:
+            raise ConfigError("The state is that of another dataset, or of another split, epsilons, clean or seed.")
+        rank, world, workers = state["consumers"]
+        place = Place(state["epoch"], state["rows"], 0, state["stretch"], rank, world, workers)
+        refusal = self._refusal(place)
+        if refusal is not None:
+            raise refusal
+        if get_worker_info() is None:
+            self._ask(place)
+        else:
+            self._loaded = place
+
+    def resume_at(self, epoch: int, batches: int, batch_size: int) -> None:
+        """Make the next iteration of a plain DataLoader, and only that, begin after so many of this rank's batches of
+        an epoch.
+
+        What comes is what would have come, with the same number of ranks and workers; what lies before is neither read
+        nor decoded.
+        """
+        self.set_epoch(epoch)
+        self._ask(Place(epoch, batches, batch_size))
+
+    def _ask(self, place: Place) -> None:
+        self._resume[1:] = torch.tensor(place)
+        self._resume[0] = UNTAKEN
+
+    def _asked(self) -> Place:
+        return Place(*self._resume[1:].tolist())
+
+    def _refusal(self, place: Place) -> ConfigError | None:
+        """Why this consumer cannot go on from a place, if it cannot."""
+        there, here = (place.rank, place.world, place.workers), (*self.place, self._consumer()[3])
+        if place.batch_size or there == here:
+            return None
+        told = ["rank {} of {} with {} readers".format(*consumers) for consumers in (there, here)]
+        return ConfigError(f"The state is of {told[0]}, and this is {told[1]}; resume with as many ranks and workers.")
+
+    def _taken(self) -> Place | None:
+        """The place at which this iteration begins, which no later one is given unless it is refused here."""
+        self._iterations += 1
+        loaded, self._loaded = self._loaded, None
+        worker = get_worker_info()
+        # The seed less the worker's number is one that a loader draws for each new set of workers.
+        taker = hash((worker.seed - worker.id if worker else 0, self._iterations))
+        if loaded is not None or int(self._resume[0]) not in (UNTAKEN, taker):
+            return loaded
+        place = self._asked()
+        if self._refusal(place) is None:
+            self._resume[0] = taker
+        return place
+
+    def _consumer(self) -> list[int]:
+        """Rank, world size, worker, workers."""
+        worker = get_worker_info()
+        return [*self.place, *((0, 1) if worker is None else (worker.id, worker.num_workers))]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        rank, world, worker, workers = self._consumer()
+        epoch, done, stretch = int(self._epoch), 0, worker
+        place, refusal = self._taken(), None
+        if place is not None:
+            epoch, refusal = place.epoch, self._refusal(place)
+            if place.batch_size:
+                # DataLoader asks its workers in turn, to the end: none has more than one batch more than the last one.
+                # It begins with worker 0, who therefore goes on with the stretch whose turn it was.
+                stretch = (worker + place.done) % workers
+                done = place.batch_size * len(range(stretch, place.done, workers))
+            elif refusal is None:
+                done, stretch = place.done, place.stretch
+        start, stop = _share(*_share(0, self.rows, rank, world), stretch, workers)
+        # Now, not with the first row: StatefulDataLoader asks for the state before.
+        self._reading = epoch, min(done, stop - start), stretch
+        return self._counted(start + done, stop, refusal)
+
+    def _counted(self, start: int, stop: int, refusal: ConfigError | None) -> Iterator[tuple[Tensor, int]]:
+        # With the first row, not before: a worker that stays would end without a word.
+        if refusal is not None:
+            raise refusal
+        epoch, done, stretch = self._reading
+        for row in self._rows(epoch, start, stop):
+            done += 1
+            self._reading = epoch, done, stretch
+            yield row
+
+    def _rows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
+        """The rows `start` to `stop` of an epoch's order."""
+        begin = 0
+        for number, window in enumerate(self._windows(epoch)):
+            rows = sum(piece.rows for piece in window)
+            here = range(max(start - begin, 0), min(stop - begin, rows))
+            begin += rows
+            if begin - rows >= stop:
+                return
+            if not here:
+                continue
+            order = np.arange(rows)
+            if self.shuffle:
+                order = self._random(epoch, WITHIN, number).permutation(rows)
+            yield from self._shown(epoch, window, order[here.start : here.stop])
+
+    def _shown(self, epoch: int, window: Sequence[Piece], chosen: NDArray[np.int64]) -> Iterator[tuple[Tensor, int]]:
+        """The chosen rows of a window, decoded a block at a time. What was gathered is let go of with the window."""
+        cells, levels, labels = self._gather(epoch, window, chosen)
+        block = max(1, BLOCK_VALUES // int(np.prod(self.shape)))
+        for first in range(0, len(cells), block):
+            part = slice(first, first + block)
+            yield from zip(self.shards.decode(cells[part], levels[part]), labels[part], strict=True)
+
+    def _windows(self, epoch: int) -> Iterator[list[Piece]]:
+        """The pieces in the order of an epoch, neighbours together."""
+        pieces = self.shards.pieces
+        order = self._random(epoch, ORDER).permutation(len(pieces)) if self.shuffle else range(len(pieces))
+        window: list[Piece] = []
+        for index in order:
+            window.append(pieces[index])
+            rows, size = sum(piece.rows for piece in window), sum(piece.bytes for piece in window)
+            if rows >= WINDOW_ROWS or size >= WINDOW_BYTES:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _gather(
+        self, epoch: int, window: Sequence[Piece], chosen: NDArray[np.int64]
+    ) -> tuple[list[Cell], NDArray[np.int64], list[int]]:
+        """Cells, levels and labels of the chosen rows of a window, in the order in which they are chosen."""
+        cells: list[Cell] = [[] for _ in chosen]
+        levels, labels = np.zeros(len(chosen), dtype=np.int64), np.zeros(len(chosen), dtype=np.int64)
+        first = 0
+        for piece in window:
+            there = np.flatnonzero((chosen >= first) & (chosen < first + piece.rows))
+            rows = chosen[there] - first
+            first += piece.rows
+            if len(there):
+                levels[there] = self._drawn(epoch, piece)[rows]
+                read, labels[there] = self.shards.read(piece, rows, levels[there])
+                for index, cell in zip(there.tolist(), read, strict=True):
+                    cells[index] = cell
+        return cells, levels, labels.tolist()
+
+    def _drawn(self, epoch: int, piece: Piece) -> NDArray[np.int64]:
+        """The level of each row of a piece, (rows,); a shard's rows are the same in every layout, and so are these."""
+        lots = self._random(epoch, LEVELS, piece.shard, skip=2 * piece.start).random_sample((piece.rows, 2))
+        attacked = np.array(self.levels, dtype=np.int64)[(lots[:, 1] * len(self.levels)).astype(np.int64)]
+        return np.where(lots[:, 0] < self.clean, 0, attacked)
+
+    def _random(self, epoch: int, *stream: int, skip: int = 0) -> np.random.RandomState:
+        # RandomState's streams are frozen for good, those of Generator are not.
+        return np.random.RandomState(np.random.PCG64([self.seed, epoch, *stream]).advance(skip))
+
+
+def _share(start: int, stop: int, index: int, count: int) -> tuple[int, int]:
+    """The index-th of `count` stretches of start..stop; earlier ones are longer by one where they differ."""
+    each, more = divmod(stop - start, count)
+    first = start + index * each + min(index, more)
+    return first, first + each + (index < more)
+
+
+def training_dataset(
+    path_or_repo: str | Path,
+    split: str = "train",
+    *,
+    epsilons: Sequence[str | float] | None = None,
+    clean: float = 0.5,
+    shuffle: bool = True,
+    seed: SupportsIndex = 0,
+    rank: int | None = None,
+    world_size: int | None = None,
+    allow_incomplete: bool = False,
+) -> TrainingDataset:
+    """Open a dataset for training, either layout: images (C, H, W) uint8 and labels int64, for a DataLoader.
+
+        data = pipeline.training_dataset("out/cifar10", "train", clean=0.5)
+        loader = DataLoader(data, batch_size=128, num_workers=4)
+        for epoch in range(90):
+            data.set_epoch(epoch)
+            for images_u8, labels in loader:
+                logits = model(images_u8.to(device).float() / 255)  # normalisation belongs to the model
+
+    Every epoch has every source image once. An order and a draw belong to a seed and an epoch; they do not depend on
+    workers, ranks or machine.
+
+    Distributed: every rank constructs the same dataset. Ranks differ by one image at most, so DDP, which needs as many
+    steps on each of them, takes the first `data.rows // (world_size * batch_size)` batches of its loader
+    (`itertools.islice`); every rank has at least that many, unless `drop_last` takes them away.
+
+    Every worker ends with a short batch of its own, so with several there may be more batches than `len(loader)` says;
+    with `drop_last` each of them drops its own.
+
+    Shuffling takes row groups in any order and mixes the rows of a few. That is as good as a permutation where the
+    dataset was made with `source.shuffle: true`, the default. One made with `source.shuffle: false` has the source's
+    neighbours in a row group, and shuffling is weak: if the source is sorted by class, batches hold few classes.
+
+    Resuming in the middle of an epoch is exact with torchdata's StatefulDataLoader, workers or not. With a plain
+    DataLoader call `resume_at(epoch, batches, batch_size)`; skipped images are not decoded.
+
+    Layout images reads one row group of each epsilon to show one image of it; layout signs reads what it shows. So
+    where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the process
+    itself without any) holds the encoded images of a window, 64 MB and one row group more.
+
+    Args:
+        path_or_repo: an output folder, or a Hub id, of which the files needed are downloaded first.
+        split: one of the dataset's.
+        epsilons: to draw from, each as likely: `k/255` or a decimal as in the config (rounded down). Those that are not
+            recorded are made exactly. None: all that are recorded.
+        clean: share of images that are shown clean, 0..1.
+        shuffle: in an order of each epoch's own; else as stored.
+        seed: of order and draws, 0 or more.
+        rank, world_size: which part of how many; None: torch.distributed's where it is initialised, else all.
+        allow_incomplete: do not warn where shards of an output folder are missing.
+
+    Raises:
+        ConfigError: there is no such dataset or split, an argument is out of range, or images have no label.
+        PipelineError: a file is missing or damaged.
+    """
+    number, place = _checked_seed(seed), _checked_place(rank, world_size)
+    if isinstance(clean, bool) or not 0 <= clean <= 1:
+        raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
+    asked = None if epsilons is None else reading_levels(epsilons)
+    if asked is not None and 0 in asked:
+        raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
+    if is_address(path_or_repo):
+        raise ConfigError(
+            f"training_dataset reads its files again in every epoch, so it wants them on a disk: copy {path_or_repo} "
+            "into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream it."
+        )
+    local, name = local_folder(path_or_repo), str(path_or_repo)
+    root = local or _manifest_folder(name)
+    manifest = require_manifest(OutputFolder(root))
+    if local and not allow_incomplete:
+        warn_if_incomplete(OutputFolder(root), manifest)
+    _check_split(manifest, split, name)
+    levels = manifest.levels[1:] if asked is None else tuple(asked)
+    shards = _shards(root, manifest, levels, clean)
+    entries = {entry.path: entry.bytes for entry in manifest.files if _belongs(entry.path, shards.subsets, split)}
+    if local is None:
+        _download(name, root, list(entries))
+    shards.open(entries)
+    return TrainingDataset(
+        shards, manifest, levels=levels, clean=float(clean), shuffle=shuffle, seed=number, place=place
+    )
+
+
+def _checked_seed(seed: SupportsIndex) -> int:
+    """A seed as an int, of which a state is made; NumPy's are taken too."""
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
+    return number
+
+
+def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    """Rank and world size, None where they are not given."""
+    if rank is None and world_size is None:
+        return None
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise ConfigError(f"rank, world_size: got {rank} of {world_size}; ranks run from 0 to world_size - 1.")
+    return rank, world_size
+
+
+def _check_split(manifest: Manifest, split: str, name: str) -> None:
+    if split not in manifest.split_rows:
+        raise ConfigError(f"split: {name} has no split {split!r}; it has {', '.join(manifest.split_rows)}.")
+    clean = next((subset for subset in manifest.subsets if (subset.split, subset.level) == (split, 0)), None)
+    if clean is None or not clean.rows:
+        raise ConfigError(f"split: {name} has no images in {split!r} yet; run fgsm generate to its end.")
+    if clean.labelled < clean.rows:
+        raise ConfigError(
+            f"{name}: {clean.rows - clean.labelled:,} of the {clean.rows:,} images in {split!r} have no label; "
+            "a classifier is trained on labelled ones."
+        )
+
+
+def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float) -> Shards:
+    """Where the images at 0 and at some levels are; what is never drawn is not looked for."""
+    wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
+    if manifest.resolved.output.layout == SIGNS:
+        image, sign = Column(SIGNS, "image"), Column(SIGNS, "sign")
+        sources = {level: [image, sign] if level else [image] for level in wanted}
+    else:
+        stored = {level: Column(subset_name(level), "image") for level in manifest.levels}
+        # The direction of every other level is that of any recorded one.
+        between = [stored[0], stored[manifest.levels[1]]]
+        sources = {level: [stored[level]] if level in stored else between for level in wanted}
+    return Shards(root, manifest, sources)
+
+
+def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:
+    """Whether a file, `subset/split-00000-of-00004-RUN.parquet`, is of one of some subsets and of a split."""
+    return path.split("/")[0] in subsets and split_of(path) == split
+
+
+def _manifest_folder(repo: str) -> Path:
+    """The local folder of a Hub dataset at its newest commit, in which manifest.json is."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, "manifest.json", repo_type="dataset")).parent
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"There is no folder {repo}, and the Hub shows no such dataset; a private one needs `hf auth login`."
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(f"There is no folder {repo}, and the Hub cannot be reached: {first_line(error)}") from error
+    except EntryNotFoundError:
+        raise ConfigError(f"{repo} is no dataset of fgsm-pipeline: it has no manifest.json.") from None
+    except Exception as error:  # a dozen exception types of three libraries; all mean the same here
+        raise ConfigError(f"{repo} cannot be read from the Hub: {first_line(error)}") from error
+
+
+def _download(repo: str, folder: Path, files: Sequence[str]) -> None:
+    """Fetch what is missing of some files, into the folder of their commit."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(repo, repo_type="dataset", revision=folder.name, allow_patterns=list(files))
+    except Exception as error:  # as in _manifest_folder
+        raise PipelineError(f"{repo} cannot be read from the Hub: {first_line(error)}") from error

@@ -1,0 +1,516 @@
+"""The config: what is accepted, what is refused and how the refusal reads, and what paths are relative to."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.config.schema import Config, epsilon_level, load_config, packaged_configs, parse_config, stored_just_below
+from pipeline.core.errors import ConfigError
+
+SHIPPED = ("cifar10", "digits", "imagefolder", "imagenet-resnet50", "mnist")
+
+
+def small(**sections: dict[str, Any]) -> dict[str, Any]:
+    """A small valid config; keyword arguments update its sections."""
+    config: dict[str, dict[str, Any]] = {
+        "source": {"kind": "digits"},
+        "model": {"kind": "digits"},
+        "attack": {"epsilons": ["8/255"]},
+        "output": {"path": "out"},
+    }
+    for name, section in sections.items():
+        config[name] = {**config.get(name, {}), **section}
+    return config
+
+
+def write(path: Path, config: Any) -> str:
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return str(path)
+
+
+def value_at(config: Config, key: str) -> Any:
+    value: Any = config.model_dump()
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"runtime": {"batchsize": 3}}, r"^runtime\.batchsize is an unknown key; did you mean batch_size\?$"),
+        ({"source": {"image_colum": "x"}}, r"^source\.image_colum is an unknown key; did you mean image_column\?$"),
+        ({"attack": {"epsilon": [0.1]}}, r"^attack\.epsilon is an unknown key; did you mean epsilons\?$"),
+        ({"preprocess": {"zzz": 1}}, r"^preprocess\.zzz is an unknown key; known keys: resize, crop, .*mode\.$"),
+        ({"modle": {"kind": "digits"}}, r"^modle is an unknown key; did you mean model\?$"),
+        ({"qqq": {}}, r"^qqq is an unknown key; known keys: source, .*runtime\.$"),
+        ({"source": {"kind": "webdataset"}}, r"^source\.kind: got 'webdataset'; allowed: .*'imagefolder'.*\.$"),
+        ({"source": {"kind": "imagefolder"}}, r"^source\.path is missing: kind imagefolder needs it\.$"),
+        ({"source": {"split": "train[:10%]"}}, r"^source\.split: 'train\[:10%\]' is not a split name; .*source\.limit"),
+        ({"source": {"split": ["test", "test"]}}, r"^source\.split needs at least one name, each once"),
+        ({"source": {"split": []}}, r"^source\.split needs at least one name, each once"),
+        ({"source": {"keep_columns": ["id"]}}, r"^source\.keep_columns has no effect with kind digits"),
+        ({"source": {"kwargs": {"root": "x"}}}, r"^source\.kwargs has no effect with kind digits"),
+        ({"source": {"limit": 0}}, r"^source\.limit: .*greater than 0"),
+        ({"model": {"kind": "factory"}}, r"^model\.name is missing: kind factory needs it"),
+        ({"model": {"kind": "factory", "name": "victim.py"}}, r"^model\.name 'victim\.py' is not of the form"),
+        ({"model": {"label_map": "same"}}, r"^model\.label_map must be a mapping of keys \(got 'same'\)"),
+        ({"model": {"label_map": {}}}, r"^model\.label_map is empty"),
+        ({"model": {"mean": [float("nan")]}}, r"^model\.mean is \[nan\]"),
+        ({"model": {"mean": [123.675, 116.28, 103.53]}}, r"^model\.mean is \[123\.675, .* divide by 255"),
+        ({"model": {"mean": [0.5, 1.5, 0.5]}}, r"^model\.mean "),
+        ({"model": {"mean": [0.5, -0.5, 0.5]}}, r"^model\.mean "),
+        ({"model": {"mean": []}}, r"^model\.mean "),
+        ({"model": {"mean": [0.5] * 4}}, r"^model\.mean: 4 values, and RGB images have 3 channels"),
+        ({"model": {"std": [0.5] * 2}}, r"^model\.std: 2 values"),
+        ({"model": {"std": [float("inf")]}}, r"^model\.std "),
+        ({"model": {"std": [0.5, 0]}}, r"^model\.std "),
+        ({"model": {"std": [0.5, -0.5, 0.5]}}, r"^model\.std "),
+        ({"model": {"mean": [0.5], "std": [58.395, 57.12, 57.375]}}, r"^model\.std is .* divide by 255"),
+        ({"model": {"name": "resnet18"}}, r"^model\.name has no effect with kind digits"),
+        ({"source": {"path": "somewhere"}}, r"^source\.path has no effect with kind digits"),
+        ({"source": {"limit": True}}, r"^source\.limit: .*integer"),
+        ({"runtime": {"batch_size": "64"}}, r"^runtime\.batch_size: .*integer"),
+        ({"runtime": {"seed": 2**32}}, r"^runtime\.seed: .*less than 4294967296"),
+        ({"attack": {"target": False}}, r"^attack\.target: "),
+        ({"attack": {"epsilons": "8/255"}}, r"^attack\.epsilons must be a list"),
+        ({"preprocess": {"crop": 9_999_999}}, r"^preprocess\.crop: 9999999x9999999 is more than runtime\.max_pixels"),
+        ({"preprocess": {"resize": [20_000, 6_000]}}, r"^preprocess\.resize: 6000x20000 is more than"),
+        ({"runtime": {"ray": {"workers": 0}}}, r"^runtime\.ray: .*greater than 0"),
+        ({"runtime": {"ray": {"cpus_per_worker": 1.5}}}, r"^runtime\.ray: .*integer"),
+        ({"runtime": {"ray": {"gpus_per_worker": 1.5}}}, r"^runtime\.ray: got 1\.5; allowed: auto, a share of a GPU"),
+        ({"runtime": {"ray": {"gpus_per_worker": -1}}}, r"^runtime\.ray: got -1; allowed: auto, a share of a GPU"),
+        ({"runtime": {"ray": {"gpus_per_worker": True}}}, r"^runtime\.ray: got True; allowed: auto, a share"),
+        (
+            {"runtime": {"device": "cuda", "ray": {"gpus_per_worker": 0}}},
+            r"^runtime\.ray: gpus_per_worker 0 does not go with runtime\.device cuda",
+        ),
+        (
+            {"runtime": {"device": "cpu", "ray": {"gpus_per_worker": 0.5}}},
+            r"^runtime\.ray: gpus_per_worker 0\.5 does not go with runtime\.device cpu",
+        ),
+        # YAML reads unquoted yes and no as booleans, which are also the numbers 1 and 0.
+        ({"model": {"label_map": {False: 1, True: 0}}}, r"^model\.label_map: .*(True|False)"),
+        ({"preprocess": {"resize": 0}}, r"^preprocess\.resize: got 0; allowed: a positive whole number"),
+        ({"preprocess": {"resize": 1.5}}, r"^preprocess\.resize: got 1\.5; allowed"),
+        ({"preprocess": {"resize": True}}, r"^preprocess\.resize: got True; allowed"),
+        ({"preprocess": {"resize": [256]}}, r"^preprocess\.resize: got \[256\]; allowed"),
+        ({"preprocess": {"crop": [8, 8, 8]}}, r"^preprocess\.crop: got \[8, 8, 8\]; allowed: .*\[height, width\]"),
+        ({"preprocess": {"crop": "big"}}, r"^preprocess\.crop: got 'big'; allowed"),
+        ({"output": {"path": "s3://id:hush/hush@bucket/out"}}, r"^output\.path: the address holds more than a bucket"),
+        ({"output": {"path": "s3://bucket/out?a=b"}}, r"^output\.path: the address holds more than a bucket"),
+        ({"output": {"path": "s3://hush@bucket/out"}}, r"^output\.path holds a credential"),
+        ({"output": {"path": "az://bucket/out?sig=hush"}}, r"^output\.path holds a credential"),
+        (
+            {"output": {"path": "s3:///out"}},
+            r"^output\.path: s3:///out names no bucket; write it as s3://bucket/prefix",
+        ),
+        ({"output": {"path": "s3://bucket/a b"}}, r"^output\.path: the address holds ' '"),
+        ({"output": {"path": "file:///out"}}, r"^output\.path: file:// is no object store; write a folder without"),
+        ({"output": {"path": "hf://datasets/me/x"}}, r"^output\.path: hf:// is no object store; fgsm publish uploads"),
+        ({"output": {"image_format": "jpeg"}}, r"^output\.image_format: JPEG is lossy: .*lossless"),
+        ({"output": {"image_format": "JPG"}}, r"^output\.image_format: JPEG is lossy: .*lossless"),
+        ({"output": {"image_format": "tiff"}}, r"^output\.image_format: got 'tiff'; allowed: 'auto', 'webp' or 'png'"),
+        (
+            {"output": {"image_format": "webp"}, "preprocess": {"mode": "L"}},
+            r"^output\.image_format: webp has no grayscale mode; use png or auto",
+        ),
+        ({"runtime": {"workers": -1}}, r"^runtime\.workers: "),
+        ({"runtime": {"max_skipped": 1.5}}, r"^runtime\.max_skipped: .*less than or equal to 1"),
+        ({"runtime": {"max_pixels": "many"}}, r"^runtime\.max_pixels: .*integer"),
+    ],
+)
+def test_refusal_names_the_key_and_the_mend(sections: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse_config(small(**sections))
+
+
+@pytest.mark.parametrize(
+    "key", ["source", "model", "attack", "output", "source.kind", "attack.epsilons", "output.path"]
+)
+def test_missing_key_is_named(key: str) -> None:
+    config = small()
+    section, _, last = key.rpartition(".")
+    del (config[section] if section else config)[last]
+    with pytest.raises(ConfigError, match=rf"^{key} is missing from the config\.$"):
+        parse_config(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "fixed"),
+    [({}, False), ({"resize": 9}, False), ({"resize": [9, 7]}, True), ({"crop": 5}, True), ({"crop": [5, 4]}, True)],
+)
+def test_what_fixes_the_size(size: dict[str, Any], fixed: bool) -> None:
+    assert parse_config(small(preprocess=size)).preprocess.fixes_size == fixed
+
+
+def levels(epsilons: Sequence[str | float], rounding: str = "down") -> tuple[int, ...]:
+    return parse_config(small(attack={"epsilons": list(epsilons), "rounding": rounding})).attack.levels
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "down", "nearest"),
+    [
+        ("8/255", 8, 8),
+        (" 8 / 255 ", 8, 8),
+        ("1/255", 1, 1),
+        ("255/255", 255, 255),
+        (8 / 255, 8, 8),
+        ("0.1", 25, 26),
+        (0.03, 7, 8),
+        (0.031, 7, 8),
+        (0.0059, 1, 2),
+        (0.0098, 2, 2),
+        (1, 255, 255),
+        (1.0, 255, 255),
+        # Written with ten decimals they are short of the level by less than the slack, with seven by more.
+        (0.0313725490, 8, 8),
+        (0.0313725, 7, 8),
+        (0.0078431372, 2, 2),
+        (0.0039215686, 1, 1),
+    ],
+)
+def test_epsilon_in_grey_levels(epsilon: str | float, down: int, nearest: int) -> None:
+    assert levels([epsilon]) == (down,)
+    assert levels([epsilon], "nearest") == (nearest,)
+
+
+def test_every_fraction_of_255_is_its_own_level() -> None:
+    for level in range(1, 256):
+        assert epsilon_level(f"{level}/255", "down") == level
+        assert epsilon_level(level / 255, "down") == level
+
+
+@given(st.floats(0.004, 1))
+def test_the_stored_epsilon_stays_inside_the_ball(epsilon: float) -> None:
+    # Decimals have 1e-6 of slack.
+    assert epsilon_level(epsilon, "down") / 255 <= epsilon + 1.001e-6
+    assert epsilon_level(epsilon, "down") > 255 * epsilon - 1
+    assert abs(epsilon_level(epsilon, "nearest") - 255 * epsilon) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "sentence"),
+    [
+        (0.003, r"0\.003 is below 1/255"),
+        (0, r"0\S* is below 1/255"),
+        ("0/255", r"0/255 is below 1/255"),
+        (-0.1, r"-0\.1 is below 1/255"),
+        ("-8/255", r"'-8/255' is neither"),
+        (1.001, r"1\.001 is above 1"),
+        (8, r"8\S* is above 1, .*; write 8/255\.$"),
+        ("8", r"8 is above 1, .*; write 8/255\.$"),
+        (256, r"256\S* is above 1"),
+        # A fraction that is too large has no better spelling.
+        ("300/255", r"300/255 is above 1, and pixels run from 0 to 1\.$"),
+        (math.inf, r"inf is above 1"),
+        (math.nan, r"nan .*number"),
+        ("nan", r"nan.* .*number"),
+        ("eight", r"'eight' is neither a number nor of the form k/255"),
+        ("8/256", r"'8/256' is neither a number nor of the form k/255"),
+        ("", r"'' is neither a number nor of the form k/255"),
+        (True, r"[Tt]rue"),
+        (None, r"None"),
+    ],
+)
+def test_refused_epsilon(epsilon: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^attack\.epsilons: .*{sentence}"):
+        levels(["2/255", epsilon])
+
+
+def test_epsilons_need_one_and_each_level_once() -> None:
+    with pytest.raises(ConfigError, match=r"^attack\.epsilons: "):
+        levels([])
+    with pytest.raises(ConfigError, match=r"attack\.epsilons: 8/255 and 0\.0315 are both stored as 8/255; keep one"):
+        levels(["8/255", 0.0315])
+    with pytest.raises(ConfigError, match=r"0\.031 and 8/255 are both stored as 8/255"):
+        levels([0.031, "8/255"], "nearest")
+    assert levels([0.031, "8/255"]) == (7, 8)
+
+
+def test_epsilons_come_in_rising_order_with_what_was_asked_for() -> None:
+    attack = parse_config(small(attack={"epsilons": ["16/255", 0.031, "2/255"]})).attack
+    assert list(attack.requested.items()) == [(2, "2/255"), (7, 0.031), (16, "16/255")]
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "below"),
+    [
+        (0.031, True),
+        ("0.031", True),
+        (7.9001 / 255, True),
+        (7.8999 / 255, False),
+        (7.99 / 255, True),
+        ("8/255", False),
+        (8 / 255, False),
+        (0.0313725490, False),
+        (0.0313725, True),
+        (8.01 / 255, False),
+        (0.5, False),
+        (1.0, False),
+    ],
+)
+def test_stored_just_below_the_level_that_was_probably_meant(epsilon: str | float, below: bool) -> None:
+    assert stored_just_below(epsilon) == below
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["runtime.batch_size=64"], "runtime.batch_size", 64),
+        (["runtime.batch_size=64", "runtime.batch_size=32"], "runtime.batch_size", 32),
+        (["attack.epsilons=[1/255, 0.5]"], "attack.epsilons", ("1/255", 0.5)),
+        (["source.split=test"], "source.split", ("test",)),
+        (["source.shuffle=false"], "source.shuffle", False),
+        (["model.weights=null"], "model.weights", None),
+        (["model.label_map={one: 1}"], "model.label_map", {"one": 1}),
+        (["model.kind=timm", "model.name=x", "model.kwargs.a.b=3"], "model.kwargs", {"a": {"b": 3}}),
+        (["runtime.batch_size=64", "runtime.batch_size=", "runtime.seed=3"], "runtime.seed", 3),
+        (["preprocess.mode=L"], "preprocess.mode", "L"),
+        (["preprocess={resize: 9, crop: [5, 4]}"], "preprocess.crop", (5, 4)),
+        (["output.path=a=b"], "output.path", "a=b"),
+    ],
+)
+def test_override(tmp_path: Path, overrides: list[str], key: str, value: Any) -> None:
+    path = write(tmp_path / "config.yaml", small())
+    assert value_at(load_config(path), key) != value
+    assert value_at(load_config(path, overrides), key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("runtime.batch_size", r"^--set runtime\.batch_size: write it as key=value"),
+        ("=3", r"^--set =3: write it as key=value"),
+        ("source.split=[", r"^--set source\.split=\[: '\[' is not a YAML value"),
+        ("attack.epsilons.first=1/255", r"^--set attack\.epsilons\.first: epsilons is not a section"),
+        ("runtime.batchsize=3", r"^runtime\.batchsize is an unknown key; did you mean batch_size\?"),
+        ("runtme.batch_size=3", r"^runtme is an unknown key; did you mean runtime\?"),
+        ("runtime=3", r"^runtime must be a mapping of keys \(got 3\)"),
+    ],
+)
+def test_malformed_override(tmp_path: Path, override: str, sentence: str) -> None:
+    path = write(tmp_path / "config.yaml", small())
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(path, [override])
+
+
+def test_output_and_limit_arguments_win(tmp_path: Path) -> None:
+    path = write(tmp_path / "config.yaml", small())
+    config = load_config(path, ["output.path=b", "source.limit=5"], output="c", limit=7)
+    assert (config.output.path, config.source.limit) == ("c", 7)
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "expected"),
+    [
+        ({"source": {"kind": "imagefolder", "path": "photos"}}, "source.path", "{folder}/photos"),
+        ({"source": {"kind": "imagefolder", "path": "not/there"}}, "source.path", "{folder}/not/there"),
+        ({"source": {"kind": "huggingface", "path": "photos"}}, "source.path", "{folder}/photos"),
+        ({"source": {"kind": "huggingface", "path": "./gone"}}, "source.path", "{folder}/gone"),
+        ({"source": {"kind": "huggingface", "path": "../gone"}}, "source.path", "{folder}/../gone"),
+        ({"source": {"kind": "huggingface", "path": "uoft-cs/cifar10"}}, "source.path", "uoft-cs/cifar10"),
+        ({"source": {"kind": "huggingface", "path": "/data/photos"}}, "source.path", "/data/photos"),
+        ({"source": {"kind": "imagefolder", "path": "/data/photos"}}, "source.path", "/data/photos"),
+        ({"source": {"kind": "huggingface", "path": "~/photos"}}, "source.path", "~/photos"),
+        ({"source": {"kind": "imagefolder", "path": "~/photos"}}, "source.path", "~/photos"),
+        ({"source": {"kind": "torchvision", "path": "photos"}}, "source.path", "photos"),
+        (
+            {"source": {"kind": "torchvision", "path": "MNIST", "kwargs": {"root": "data"}}},
+            "source.kwargs.root",
+            "{folder}/data",
+        ),
+        (
+            {"source": {"kind": "torchvision", "path": "MNIST", "kwargs": {"root": "~/data"}}},
+            "source.kwargs.root",
+            "~/data",
+        ),
+        ({"model": {"weights": "a/b.safetensors"}}, "model.weights", "{folder}/a/b.safetensors"),
+        ({"model": {"weights": "b.pt"}}, "model.weights", "{folder}/b.pt"),
+        ({"model": {"weights": "b.pth"}}, "model.weights", "{folder}/b.pth"),
+        ({"model": {"weights": "/w/b.pth"}}, "model.weights", "/w/b.pth"),
+        ({"model": {"weights": "~/b.pth"}}, "model.weights", "~/b.pth"),
+        ({"model": {"weights": "IMAGENET1K_V2"}}, "model.weights", "IMAGENET1K_V2"),
+        ({"model": {"kind": "factory", "name": "victim.py:make"}}, "model.name", "{folder}/victim.py:make"),
+        ({"model": {"kind": "factory", "name": "package.module:make"}}, "model.name", "package.module:make"),
+        ({"model": {"kind": "transformers", "name": "photos"}}, "model.name", "{folder}/photos"),
+        ({"model": {"kind": "transformers", "name": "google/vit"}}, "model.name", "google/vit"),
+        ({"output": {"path": "photos"}}, "output.path", "photos"),
+    ],
+)
+def test_relative_inputs_of_a_file_are_relative_to_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], key: str, expected: str
+) -> None:
+    folder, elsewhere = tmp_path / "configs", tmp_path / "elsewhere"
+    (folder / "photos").mkdir(parents=True)
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    write(folder / "config.yaml", small(**sections))
+    # Named by a relative path, so that the file's folder has to be made absolute.
+    value = value_at(load_config("../configs/config.yaml"), key)
+    assert Path(value).expanduser() == Path(expected.format(folder=folder)).expanduser()
+
+
+def test_relative_paths_of_overrides_stay(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    path = write(tmp_path / "config.yaml", small(source={"kind": "imagefolder", "path": "other"}))
+    config = load_config(path, ["source.path=photos", "model.weights=victim.pt"], output="photos")
+    here = Path.cwd()
+    assert config.source.path == str(here / "photos")
+    assert config.model.weights == str(here / "victim.pt")
+    assert config.output.path == "photos"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_loads_by_name(name: str) -> None:
+    config = load_config(name)
+    assert Path(config.output.path).parent == Path("out")
+    text = (packaged_configs() / f"{name}.yaml").read_text()
+    assert parse_config(yaml.safe_load(text)).attack == config.attack
+
+
+def test_every_shipped_config_is_tested() -> None:
+    assert sorted(path.stem for path in packaged_configs().glob("*")) == list(SHIPPED)
+
+
+def test_shipped_paths_are_relative_to_the_working_directory() -> None:
+    assert load_config("imagefolder").source.path == str(Path.cwd() / "data/photos")
+    assert load_config("mnist").source.kwargs["root"] == str(Path.cwd() / "data")
+
+
+def test_a_file_comes_before_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "digits", small(output={"path": "mine"}))
+    assert load_config("digits").output.path == "mine"
+
+
+def test_unknown_name_lists_the_shipped_configs() -> None:
+    with pytest.raises(ConfigError, match=r"There is no config file digit, .*shipped: .*digits.*") as error:
+        load_config("digit")
+    assert all(name in str(error.value) for name in SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"source: [", r"is not valid YAML: "),
+        (b"source: {kind: digits", r"is not valid YAML: "),
+        (b"source:\n\tkind: digits", r"is not valid YAML: "),
+        (b"source: \xff\xfe", r"is not valid YAML: "),
+        (b"- source\n- model", r"must hold a mapping of sections"),
+        (b"just words", r"must hold a mapping of sections"),
+        (b"", r"must hold a mapping of sections"),
+        (b"source: digits", r"^source must be a mapping of keys \(got 'digits'\)"),
+        (b"1: 2", r"^source is missing from the config"),
+    ],
+)
+def test_broken_config_file(tmp_path: Path, text: bytes, sentence: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=sentence) as error:
+        load_config(str(path))
+    assert "\n" not in str(error.value)
+
+
+CONFIGS = st.fixed_dictionaries(
+    {
+        "source": st.one_of(
+            st.fixed_dictionaries(
+                {"kind": st.just("digits"), "split": st.sampled_from([None, "test", ["train", "test"]])}
+            ),
+            st.fixed_dictionaries(
+                {
+                    "kind": st.just("huggingface"),
+                    "path": st.just("uoft-cs/cifar10"),
+                    "limit": st.none() | st.integers(1, 10**9),
+                    "classes": st.none() | st.lists(st.text(), min_size=1),
+                    "keep_columns": st.lists(st.text(), unique=True),
+                }
+            ),
+        ),
+        "preprocess": st.fixed_dictionaries(
+            {
+                "resize": st.none() | st.integers(1, 999) | st.lists(st.integers(1, 999), min_size=2, max_size=2),
+                "crop": st.none() | st.integers(1, 999) | st.lists(st.integers(1, 999), min_size=2, max_size=2),
+                "mode": st.sampled_from(["RGB", "L"]),
+            }
+        ),
+        "model": st.fixed_dictionaries(
+            {
+                "kind": st.just("digits"),
+                "mean": st.none() | st.lists(st.floats(0, 1), min_size=3, max_size=3),
+                "label_map": st.none()
+                | st.just("identity")
+                | st.dictionaries(st.text(), st.integers(0, 9) | st.text(), min_size=1),
+            }
+        ),
+        "attack": st.fixed_dictionaries(
+            {
+                "epsilons": st.lists(st.integers(1, 255), min_size=1, max_size=5, unique=True).map(
+                    lambda levels: [f"{level}/255" if level % 2 else level / 255 for level in levels]
+                ),
+                "label": st.sampled_from(["dataset", "prediction"]),
+                "target": st.none() | st.sampled_from(["random", "least_likely"]) | st.text() | st.integers(0, 9),
+                "rounding": st.sampled_from(["down", "nearest"]),
+            }
+        ),
+        "output": st.fixed_dictionaries({"path": st.just("out"), "image_format": st.sampled_from(["auto", "png"])}),
+        "runtime": st.fixed_dictionaries(
+            {
+                "device": st.sampled_from(["auto", "cuda", "mps", "cpu"]),
+                "workers": st.just("auto") | st.integers(0, 99),
+                "compile": st.sampled_from(["auto", False]),
+                "max_skipped": st.floats(0, 1),
+            }
+        ),
+    }
+)
+
+
+@given(CONFIGS)
+@settings(max_examples=60)
+def test_a_dump_parses_back_to_an_equal_config(raw: dict[str, Any]) -> None:
+    config = parse_config(raw)
+    assert parse_config(config.model_dump()) == config
+    # The manifest keeps the config as JSON.
+    assert parse_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+def test_config_is_frozen() -> None:
+    config = parse_config(small())
+    with pytest.raises(ValidationError, match="frozen"):
+        config.attack.label = "prediction"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.runtime = config.runtime  # type: ignore[misc]
+
+
+def test_digits_victim_is_trained_unless_weights_are_null() -> None:
+    assert parse_config(small()).model.weights == "digits"
+    assert parse_config(small(model={"weights": None})).model.weights is None
+
+
+def test_a_section_without_values_stands_for_its_defaults() -> None:
+    config = {**small(runtime={"batch_size": None, "ray": None}), "preprocess": None, "evaluators": None}
+    assert parse_config(config) == parse_config(small())
+
+
+def test_the_contract_s_defaults_are_accepted() -> None:
+    ray = {"workers": "auto", "gpus_per_worker": "auto", "cpus_per_worker": "auto"}
+    source = {"streaming": False, "kwargs": {}, "keep_columns": []}
+    runtime = {"ray": ray, "precision": "fp32", "compile": "auto"}
+    parse_config({**small(source=source, runtime=runtime), "evaluators": []})
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("source: {kind: digits}\nmodel: {kind: digits}\nsource: {kind: digits, limit: 3}\n")
+    with pytest.raises(ConfigError, match="the key source stands there twice"):
+        load_config(str(path))

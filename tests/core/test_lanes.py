@@ -1,0 +1,151 @@
+"""Lanes: chunks in order, one core each, and the same numbers as a plain call."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.attacks.fgsm import Goal, attack
+from pipeline.core.lanes import Lanes, available_cores, chunk_images, given_cores, lane_count, to_host
+from pipeline.engine.compute import Attacker, Part
+from pipeline.models.victims import Victim
+from tests.conftest import WriteConfig
+from tests.test_generate import digests, generate
+
+CPU = torch.device("cpu")
+LEVELS = (1, 8)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
+
+def conv_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 7))
+
+
+def noise(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def joined(parts: list[Part]) -> tuple[list[Tensor], Tensor, Tensor, int]:
+    pictures = [torch.cat([part.pictures[index] for part in parts]) for index in range(1 + len(LEVELS))]
+    logits = torch.cat([part.logits for part in parts], 1)
+    return pictures, logits, torch.cat([part.classes for part in parts]), sum(part.zero_signs for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "shape", "expected"),
+    [
+        ("cpu", 256, (3, 32, 32), 64),
+        ("cpu", 256, (3, 224, 224), 8),
+        ("cpu", 256, (3, 96, 96), 32),
+        ("cpu", 256, (3, 1024, 1024), 8),
+        ("cpu", 5, (3, 32, 32), 5),
+        ("cuda", 256, (3, 224, 224), 256),
+    ],
+)
+def test_chunks_stay_in_the_cache(device: str, batch_size: int, shape: tuple[int, int, int], expected: int) -> None:
+    assert chunk_images(torch.device(device), batch_size, shape) == expected
+
+
+def test_chunks_come_back_in_order_and_empty_ones_are_left_out() -> None:
+    rows, valid = torch.arange(10), torch.tensor([1, 1, 0, 0, 0, 0, 1, 0, 0, 0], dtype=torch.bool)
+    with Lanes(CPU, 2) as lanes:
+        futures = lanes.submit(lambda part, mask: (part.tolist(), mask.tolist()), rows, valid=valid)
+        assert [future.result() for future in futures] == [([0, 1], [True, True]), ([6, 7], [True, False])]
+
+
+def test_each_core_has_a_lane_of_one_thread_and_the_caller_keeps_its_own() -> None:
+    before = torch.get_num_threads()
+    together = threading.Barrier(available_cores(), timeout=30)
+
+    def look(rows: Tensor, valid: Tensor) -> tuple[int, int]:
+        del rows, valid
+        together.wait()  # breaks where there are fewer lanes than cores
+        return threading.get_ident(), torch.get_num_threads()
+
+    count = available_cores()
+    with Lanes(CPU, 1) as lanes:
+        seen = [f.result() for f in lanes.submit(look, torch.arange(count), valid=torch.ones(count, dtype=torch.bool))]
+    assert len({thread for thread, _ in seen}) == count
+    assert {threads for _, threads in seen} == {1}
+    assert torch.get_num_threads() == before
+    # A thread that is started now inherits nothing from the lanes.
+    inherited: list[int] = []
+    thread = threading.Thread(target=lambda: inherited.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert inherited == [before]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
+    """On CUDA batches overlap on two streams; nothing may be read before it is there."""
+    device = torch.device(name)
+    victim, goal = Victim(conv_net()).to(device), Goal(target="random")
+    batches = [noise(32).roll(shift, 0) for shift in range(12)]
+    if name == "cuda":
+        batches = [images.pin_memory() for images in batches]  # else copies would wait for each other
+    labels, draws = torch.arange(32) % 7, torch.arange(32) * 5
+    valid = torch.arange(32) % 5 != 1
+    chunk = 8 if name == "cpu" else 32
+    with Lanes(device, chunk) as lanes:
+        attacker = Attacker(victim, goal, LEVELS, lambda images, _: tuple(images))
+        waiting = [lanes.submit(attacker, images, labels, draws, valid=valid) for images in batches]
+        found = [joined([future.result() for future in futures]) for futures in waiting]
+    for images, (pictures, logits, classes, zero_signs) in zip(batches, found, strict=True):
+        plain = [
+            attack(
+                victim,
+                *(tensor[rows].to(device) for tensor in (images, labels, valid)),
+                levels=LEVELS,
+                goal=goal,
+                draws=draws[rows].to(device),
+            )
+            for rows in (slice(start, start + chunk) for start in range(0, 32, chunk))
+        ]
+        for index, picture in enumerate(pictures):
+            expected = torch.cat([part.images[index] for part in plain]).cpu()[valid]
+            assert (picture != expected).float().mean() < 1e-3, "but for signs of gradients next to nothing"
+        expected_logits = torch.cat([part.logits for part in plain], 1).cpu()[:, valid]
+        torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-3)
+        assert torch.equal(classes, torch.cat([part.classes for part in plain]).cpu()[valid])
+        assert zero_signs == sum(int(part.zero_signs) for part in plain)
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_the_bytes_do_not_depend_on_the_number_of_cores(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    # Three chunks a batch: every lane has something to do.
+    monkeypatch.setattr("pipeline.core.lanes.CHUNK_IMAGES", (2, 2))
+    config = write_config()
+    generate(config, "--output", str(tmp_path / "here"))
+    monkeypatch.setattr("pipeline.core.lanes.available_cores", lambda: cores)
+    generate(config, "--output", str(tmp_path / "there"))
+    assert digests(tmp_path / "here") == digests(tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_what_comes_to_the_host_is_complete(name: str) -> None:
+    tensors = [torch.full((2_000_000,), value, device=name) for value in (1.0, 2.0)]
+    assert [float(copy.sum()) for copy in to_host(tensors)] == [2_000_000.0, 4_000_000.0]
+    assert all(copy.device == CPU for copy in to_host(tensors))
+
+
+def test_a_process_that_was_given_fewer_cores_takes_no_more() -> None:
+    before = available_cores()
+    with given_cores(1):
+        assert available_cores() == lane_count(CPU) == 1
+        with given_cores(before + 7):
+            assert available_cores() == before, "nobody can give what is not there"
+        assert available_cores() == 1
+    assert available_cores() == before

@@ -1,0 +1,70 @@
+"""How busy the stages were."""
+
+import threading
+import time
+
+import pytest
+
+from pipeline.engine.progress import Board, Busy, Progress, ShardCounts
+
+
+def spin(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_a_stage_is_busy_while_its_threads_compute_and_not_while_they_wait() -> None:
+    busy = Busy()
+    threads = [
+        threading.Thread(target=busy.timed("attack", spin), args=(0.15,)),
+        threading.Thread(target=busy.timed("write", time.sleep), args=(0.3,)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shares = busy.shares({"attack": 1, "write": 1, "load": 2})
+    assert shares["attack"] > shares["write"]
+    assert shares["load"] == 0
+    # Half of two cores is all of one.
+    assert abs(busy.shares({"attack": 2})["attack"] - shares["attack"] / 2) <= 0.01
+
+
+def test_an_accelerator_is_timed_by_the_wall() -> None:
+    busy = Busy()
+    busy.timed("attack", time.sleep, time.perf_counter)(0.1)
+    assert busy.shares({"attack": 1})["attack"] > 0.1
+
+
+def test_a_call_that_fails_counts_and_still_fails() -> None:
+    busy = Busy()
+
+    def broken() -> None:
+        spin(0.05)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        busy.timed("encode", broken)()
+    assert busy.shares({"encode": 1})["encode"] > 0
+
+
+def test_the_rate_leaves_out_the_first_batch_which_waited_for_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipeline.engine.progress.time.monotonic", lambda: now[0])
+    with Progress(300, 0, (0,)) as progress:
+        now[0] = 10.0
+        progress.update(100, 0, {})
+        assert progress.rate == 10.0, "nothing to tell apart yet"
+        now[0] = 11.0
+        progress.update(100, 0, {})
+        assert progress.rate == 100.0
+
+
+def test_a_shard_that_is_tried_again_replaces_what_the_first_try_told() -> None:
+    board = Board()
+    board.tell("a", ShardCounts(16, 16, {0: 9}))
+    board.tell("b", ShardCounts(4, 4, {0: 2}))
+    board.tell("a", ShardCounts(8, 8, {0: 5}))
+    assert board.take() == {"a": ShardCounts(8, 8, {0: 5}), "b": ShardCounts(4, 4, {0: 2})}
+    assert board.take() == {}

@@ -1,0 +1,352 @@
+"""Layout signs: one row per source image says what layout images says in 1 + K, and nothing in it goes unchecked."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipeline.config.schema import load_config
+from pipeline.core.images import decode_image, encode_images
+from pipeline.engine.estimate import estimate_bytes
+from pipeline.engine.run import open_run
+from tests.check.test_verify import SHARD, alter_a_byte_of, assert_found, cut_short_of, forge
+from tests.conftest import (
+    KINDS,
+    WriteConfig,
+    png_bytes,
+    random_pixels,
+    shard_path,
+    write_parquet,
+    write_sealed,
+)
+from tests.conftest import fgsm_without_run as fgsm
+from tests.test_generate import digests, generate, manifest, pixels, rows
+
+FILE = f"signs/{SHARD}.parquet"
+SIGNS = {"layout": "signs"}
+CLEAN = ["prediction", "confidence", "label_confidence", "correct"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_says_what_the_rows_of_layout_images_say(write_config: WriteConfig, tmp_path: Path, kind: str) -> None:
+    sections = KINDS[kind](tmp_path)
+    generate(write_config(**sections))
+    config = write_config(**{**sections, "output": SIGNS})
+    generate(config, "--output", str(tmp_path / "signs"))
+    signs, clean = rows(tmp_path / "signs", "signs"), rows(tmp_path / "out", "clean")
+    maps = np.stack([decode_image(cell["bytes"]).numpy() for cell in signs["sign"]]).astype(np.int16)
+    assert {0, 254} <= set(np.unique(maps)) <= {0, 127, 254}
+    np.testing.assert_array_equal(pixels(signs), pixels(clean))
+    same = [
+        "label",
+        "clean_prediction",
+        "source_index",
+        *clean.columns[list(clean.columns).index("source_index") + 1 :],
+    ]
+    for name in same:
+        assert signs[name].to_json() == clean[name].to_json()
+    for name in CLEAN:
+        assert signs[f"clean_{name}"].to_json() == clean[name].to_json()
+    for index, level in enumerate((2, 8)):
+        attacked = rows(tmp_path / "out", f"eps-{level}")
+        np.testing.assert_array_equal(pixels(attacked), np.clip(pixels(clean) + level * (maps // 127 - 1), 0, 255))
+        for row, attacks in enumerate(signs["attacks"]):
+            assert len(attacks) == 2
+            for name in ("epsilon", *CLEAN, "fooled"):
+                expected = attacked[name].iloc[row]
+                assert attacks[index][name] == (None if expected is None or expected != expected else expected)
+        if kind == "targeted":
+            np.testing.assert_array_equal(signs["target"], attacked["target"])
+    assert fgsm("verify", tmp_path / "signs", "--recompute").exit_code == 0
+
+
+def test_the_columns_are_those_of_the_contract(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(**{**KINDS["targeted"](tmp_path), "output": SIGNS}))
+    loaded = datasets.load_dataset(str(tmp_path / "out"), split="test")
+    classes, value = loaded.features["label"], datasets.Value
+    answer = {
+        "prediction": classes,
+        "confidence": value("float32"),
+        "label_confidence": value("float32"),
+        "correct": value("bool"),
+    }
+    assert list(loaded.features.items()) == [
+        ("image", datasets.Image()),
+        ("sign", datasets.Image()),
+        ("label", classes),
+        *((f"clean_{name}", feature) for name, feature in answer.items()),
+        ("attacks", datasets.List({"epsilon": value("float64"), **answer, "fooled": value("bool")})),
+        ("target", classes),
+        ("source_index", value("int64")),
+        ("caption", value("string")),
+        ("boxes", datasets.List(value("int32"))),
+    ]
+    assert isinstance(classes, datasets.ClassLabel)
+
+
+def test_it_loads_with_nothing_of_ours(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(output=SIGNS))
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [".run", "README.md", "manifest.json", "signs"]
+    (front, body) = (out / "README.md").read_text().split("---\n", 2)[1:]
+    (only,) = yaml.safe_load(front)["configs"]
+    assert (only["config_name"], only["default"]) == ("signs", True)
+    assert "clip(x + 8 * (s // 127 - 1), 0, 255)" in body
+    default, named = datasets.load_dataset(str(out)), datasets.load_dataset(str(out), "signs", split="test")
+    assert len(default["test"]) == len(named) == 40
+    assert named[0]["sign"].format == "WEBP"
+    streamed = datasets.load_dataset(str(out), split="test", streaming=True)
+    assert [row["attacks"] for row in streamed] == named["attacks"][:]
+    query = f"select unnest(attacks, recursive := true) from '{out}/signs/*.parquet'"
+    counted = duckdb.sql(f"select epsilon, count(*), sum(fooled::int) from ({query}) group by 1 order by 1")
+    assert counted is not None
+    fooled = [subset["fooled"] for subset in manifest(out)["subsets"]]
+    assert counted.fetchall() == [(2 / 255, 40, fooled[1]), (8 / 255, 40, fooled[2])]
+    assert fooled[2] > 0
+
+
+def test_pictures_are_stored_plain_and_the_rest_compressed(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(output=SIGNS))
+    group = pq.ParquetFile(shard_path(tmp_path / "out", FILE)).metadata.row_group(0)
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    for name in ("image.bytes", "sign.bytes"):
+        assert columns[name].compression == "UNCOMPRESSED"
+        assert "PLAIN" in columns[name].encodings
+        assert not columns[name].has_dictionary_page
+    assert columns["attacks.list.element.prediction"].compression == "SNAPPY"
+
+
+def test_inspect_counts_epsilons_and_sizes_splits(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    images = fgsm("inspect", tmp_path / "out").stdout.splitlines()
+    generate(write_config(output=SIGNS), "--overwrite")
+    signs = fgsm("inspect", tmp_path / "out").stdout.splitlines()
+    assert [line.split()[:7] for line in signs[:4]] == [line.split()[:7] for line in images[:4]]
+    assert [line.split()[7] for line in signs[1:4]] == ["-", "-", "-"]
+    size = sum(path.stat().st_size for path in (tmp_path / "out/signs").iterdir())
+    assert f"files: test {size / 1000:.1f} KB" in signs
+    assert not any(line.startswith("files:") for line in images)
+
+
+def test_plan_says_what_is_written_and_it_is_less(write_config: WriteConfig, tmp_path: Path) -> None:
+    epsilons = {"epsilons": ["1/255", "2/255", "4/255", "8/255"]}
+    source = write_parquet(tmp_path / "large", [png_bytes(image) for image in random_pixels(24, side=64)], [0] * 24)
+    sections = {"source": {"path": str(source)}, "attack": epsilons}
+    written, estimated = {}, {}
+    for layout in ("images", "signs"):
+        config = write_config(**sections, output={"layout": layout, "path": str(tmp_path / layout)})
+        generate(config)
+        run = open_run(load_config(str(config)))
+        estimated[layout] = estimate_bytes(run, run.plan.shards)
+        written[layout] = sum(path.stat().st_size for path in (tmp_path / layout).rglob("*.parquet"))
+        assert 0.8 < estimated[layout] / written[layout] < 1.2
+    assert written["signs"] < 0.3 * written["images"]
+    lines = dict(line.split("  ", 1) for line in fgsm("plan", config).stdout.splitlines())
+    assert lines["rows"].strip() == "24"
+    assert "2 Parquet files in 2 shards" in lines["files"]
+
+
+def test_the_layouts_do_not_share_a_folder(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config())
+    result = fgsm("generate", write_config(output=SIGNS))
+    assert result.exit_code == 2
+    assert 'output.layout ("images" there, "signs" here)' in result.stderr
+    generate(write_config(output=SIGNS), "--overwrite")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".run", "README.md", "manifest.json", "signs"]
+    generate(write_config(), "--overwrite")
+    assert not (tmp_path / "out/signs").exists()
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["sign", "attacks", "clean_correct", "prediction", "epsilon", "fooled"])
+def test_a_kept_column_must_not_have_a_name_of_either_layout(
+    write_config: WriteConfig, tmp_path: Path, name: str
+) -> None:
+    column: dict[str, Any] = {name: (datasets.Value("string"), ["a"] * 4)}
+    source = write_parquet(tmp_path / "named", [png_bytes(image) for image in random_pixels(4)], [0] * 4, **column)
+    result = fgsm("generate", write_config(source={"path": str(source), "keep_columns": [name]}, output=SIGNS))
+    assert result.exit_code == 2
+    assert f"source.keep_columns: {name} is a column of the output itself" in result.stderr
+
+
+def test_a_kept_column_may_be_called_sign_in_layout_images(write_config: WriteConfig, tmp_path: Path) -> None:
+    signs = (datasets.Value("string"), ["stop", "yield"] * 2)
+    source = write_parquet(tmp_path / "roads", [png_bytes(image) for image in random_pixels(4)], [0] * 4, sign=signs)
+    generate(write_config(source={"path": str(source), "keep_columns": ["sign"]}))
+    assert set(rows(tmp_path / "out", "eps-8")["sign"]) == {"stop", "yield"}
+
+
+# --------------------------------------------------------------------------------------------------- verify
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (cut_short_of, f"{FILE} has "),
+        (alter_a_byte_of, f"{FILE} was altered"),
+        (delete, f"{FILE} is missing"),
+    ],
+)
+def test_damage_is_named_repaired_and_written_again(
+    write_config: WriteConfig, tmp_path: Path, damage: Callable[[Path], None], named: str
+) -> None:
+    config, out = write_config(output=SIGNS), tmp_path / "out"
+    generate(config)
+    before = digests(out)
+    damage(shard_path(out, FILE))
+    assert_found(named, out)
+    fgsm("verify", out, "--repair")
+    assert not shard_path(out, f".run/receipts/{SHARD}.json").exists()
+    assert not shard_path(out, FILE).exists()
+    assert "2 of 3 shards are already there" in generate(config)
+    assert digests(out) == before
+    result = fgsm("verify", out, "--recompute")
+    assert result.exit_code == 0
+    assert "3 shards and 40 rows checked" in result.stdout
+    assert "120 predictions re-derived from the stored pixels, 0 differ" in result.stdout
+
+
+def test_foreign_files_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(output=SIGNS))
+    shard_path(tmp_path, "out/signs/test-00009-of-00003.parquet").write_bytes(b"would be loaded along")
+    assert "signs/test-00009-of-00003.parquet belongs to no shard" in fgsm("verify", tmp_path / "out").stderr
+
+
+Columns = dict[str, list[Any]]
+
+
+def another_sign_value(columns: Columns) -> None:
+    picture = decode_image(columns["sign"][4]["bytes"])
+    picture[0, 3, 3] = 128
+    columns["sign"][4]["bytes"] = encode_images(picture[None], "webp")[0]
+
+
+def break_the_sign(columns: Columns) -> None:
+    columns["sign"][4]["bytes"] = b"no image"
+
+
+def a_sign_of_another_size(columns: Columns) -> None:
+    columns["sign"][4]["bytes"] = png_bytes(random_pixels(1, side=8)[0])
+
+
+def lose_an_attack(columns: Columns) -> None:
+    columns["attacks"][4].pop()
+
+
+def lose_all_attacks(columns: Columns) -> None:
+    columns["attacks"][4] = None
+
+
+def exchange_attacks(columns: Columns) -> None:
+    columns["attacks"][4].reverse()
+
+
+def lose_an_entry(columns: Columns) -> None:
+    columns["attacks"][4][1] = None
+
+
+def lose_the_clean_prediction(columns: Columns) -> None:
+    columns["clean_prediction"][4] = None
+
+
+def lose_a_flag(columns: Columns) -> None:
+    columns["attacks"][4][1]["fooled"] = None
+
+
+def another_flag(columns: Columns) -> None:
+    entry = columns["attacks"][4][1]
+    entry["fooled"] = not entry["fooled"]
+
+
+def another_clean_flag(columns: Columns) -> None:
+    columns["clean_correct"][4] = not columns["clean_correct"][4]
+
+
+def exchange_rows(columns: Columns) -> None:
+    columns["source_index"][:2] = columns["source_index"][1::-1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (another_sign_value, f"{FILE}: a sign map holds other values than 0, 127 and 254"),
+        (break_the_sign, f"{FILE} holds a broken image"),
+        (a_sign_of_another_size, f"{FILE} holds an image of another size"),
+        (lose_an_attack, f"{FILE}: the attacks of a row are not the run's 2"),
+        (lose_all_attacks, f"{FILE}: the attacks of a row are not the run's 2"),
+        (exchange_attacks, f"{FILE} at 2/255 has another epsilon than 2/255"),
+        (lose_an_entry, f"{FILE} at 8/255 has another epsilon than 8/255"),
+        (lose_the_clean_prediction, f"{FILE} at 0/255 has a prediction that is null in other rows than it should be"),
+        (lose_a_flag, f"{FILE} at 8/255 has a fooled that is null in other rows than it should be"),
+        (another_flag, f"has other counts than the rows of {FILE} at 8/255"),
+        (another_clean_flag, f"has other counts than the rows of {FILE} at 0/255"),
+        (exchange_rows, f"{FILE} holds other source rows than the plan says"),
+    ],
+)
+def test_forged_rows_are_found_without_the_victim(
+    write_config: WriteConfig, tmp_path: Path, edit: Callable[[Columns], None], named: str
+) -> None:
+    generate(write_config(output=SIGNS))
+    forge(tmp_path / "out", edit, FILE)
+    assert_found(named, tmp_path / "out")
+
+
+def another_prediction(columns: Columns) -> None:
+    entry = columns["attacks"][5][1]
+    entry["prediction"] = (entry["prediction"] + 1) % 3
+
+
+def another_clean_prediction(columns: Columns) -> None:
+    columns["clean_prediction"][5] = (columns["clean_prediction"][5] + 1) % 3
+
+
+def another_confidence(columns: Columns) -> None:
+    columns["attacks"][5][0]["confidence"] -= 0.01
+
+
+def another_clean_label_confidence(columns: Columns) -> None:
+    columns["clean_label_confidence"][5] += 0.01
+
+
+def turn_the_signs(columns: Columns) -> None:
+    for cell in columns["sign"]:
+        cell["bytes"] = encode_images(254 - decode_image(cell["bytes"])[None], "webp")[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (another_prediction, f"{FILE} at 8/255 records 1 predictions that its pixels do not give"),
+        (another_clean_prediction, f"{FILE} at 0/255 records 1 predictions that its pixels do not give"),
+        (another_confidence, f"{FILE} at 2/255 has a confidence that its pixels do not give"),
+        (another_clean_label_confidence, f"{FILE} at 0/255 has a label_confidence that its pixels do not give"),
+        (turn_the_signs, f"{FILE} at "),
+    ],
+)
+def test_recompute_finds_what_the_pixels_do_not_give(
+    write_config: WriteConfig, tmp_path: Path, edit: Callable[[Columns], None], named: str
+) -> None:
+    generate(write_config(output=SIGNS))
+    forge(tmp_path / "out", edit, FILE)
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
+    assert_found(named, tmp_path / "out", "--recompute")
+
+
+def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(output=SIGNS))
+    path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
+    receipt = json.loads(path.read_text())
+    receipt["files"][0]["path"] = f"clean/{SHARD}.parquet"
+    write_sealed(path, receipt)
+    assert f"{SHARD}.json lists other files" in fgsm("verify", tmp_path / "out").stderr

@@ -1,0 +1,315 @@
+"""The look at a model before a run: what is refused, what is said, and what passes without a word."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.attacks.fgsm import Goal
+from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.engine.compute import _check_accuracy, check_model
+from pipeline.models.victims import Victim
+from tests.conftest import FACTORY, WriteConfig, fgsm, shard_path
+from tests.test_generate import digests, generate, manifest
+
+COLOURS = torch.tensor([[220, 30, 30], [30, 220, 30], [30, 30, 220]]) / 255
+PLAIN = Goal()
+Forward = Callable[[Tensor], Tensor]
+
+
+class Colours(nn.Module):
+    """Names the colour of an image; `change` is made to its logits, and `before` to what it sees."""
+
+    def __init__(self, change: Forward | None = None, before: Forward | None = None) -> None:
+        super().__init__()
+        self.colours = nn.Parameter(COLOURS.clone())
+        self.change, self.before = change or _same, before or _same
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = self.before(images).mean((2, 3))
+        return self.change(-20 * (means[:, None] - self.colours).square().sum(-1))
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def images(count: int = 32) -> tuple[Tensor, Tensor]:
+    """(count, 3, 8, 8) uint8 in three colours by turns, and which, (count,) int64."""
+    labels = torch.arange(count) % 3
+    noise = torch.randint(-25, 25, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    return (255 * COLOURS[labels].view(-1, 3, 1, 1) + noise).clamp(0, 255).to(torch.uint8), labels
+
+
+def look(
+    module: nn.Module, *, count: int = 32, size: int = 16, goal: Goal | None = PLAIN, labels: list[int] | None = None
+) -> list[str]:
+    pictures, right = images(count)
+    return check_model(Victim(module), pictures, right if labels is None else torch.tensor(labels), goal, size)
+
+
+def counting() -> Forward:
+    """Another answer at each call, and none of it random."""
+    calls = itertools.count()
+    return lambda logits: logits + 0.1 * next(calls) * torch.arange(3)
+
+
+class NoisyGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient * torch.rand_like(gradient)
+
+
+def without_statistics(values: Tensor) -> Tensor:
+    return F.batch_norm(values, None, None, training=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "before", "named"),
+    [
+        (lambda logits: logits.softmax(1), None, "probabilities"),
+        (lambda logits: logits.bfloat16().softmax(1), None, "probabilities"),
+        (lambda logits: torch.stack([logits[:, 0].sigmoid(), 1 - logits[:, 0].sigmoid()], 1), None, "probabilities"),
+        (lambda logits: logits + torch.randn_like(logits), None, "not deterministic"),
+        (F.dropout, None, "not deterministic"),
+        (None, F.dropout, "not deterministic"),
+        (counting(), None, "not deterministic"),
+        (None, NoisyGradient.apply, "gradient the second time"),
+        (without_statistics, None, "other images of the batch"),
+        (lambda logits: logits - logits.mean(0), None, "other images of the batch"),
+        (lambda logits: logits * len(logits), None, "other images of the batch"),
+        (None, lambda pixels: pixels / pixels.amax(), "other images of the batch"),
+        (lambda logits: logits.mean(0, keepdim=True), None, r"for 16 images it returned a tensor of shape \(1, 3\)"),
+        (lambda logits: logits.reshape(1, -1), None, r"for 16 images it returned a tensor of shape \(1, 48\)"),
+        (lambda logits: logits.view(1, 3), None, "fails on 16 images of the source"),
+        (lambda logits: logits.round(), None, "gradient of the loss is 0"),
+        (lambda logits: 0 * logits, None, "gradient of the loss is 0"),
+        (None, lambda pixels: (255 * pixels).round() / 255, "gradient of the loss is 0"),
+    ],
+)
+def test_what_no_dataset_could_be_made_with(change: Forward | None, before: Forward | None, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"^model: .*{named}") as caught:
+        look(Colours(change, before))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "before"),
+    [
+        (None, None),
+        (lambda logits: logits.log_softmax(1), None),
+        (lambda logits: logits.relu() + logits, None),
+        (None, lambda pixels: pixels - pixels.mean((1, 2, 3), keepdim=True) + 0.3),
+        # Of images that give no number the run speaks, if there are any.
+        (lambda logits: logits.where(torch.arange(len(logits))[:, None] != 1, torch.nan), None),
+        (lambda logits: logits / 0, None),
+    ],
+)
+def test_what_is_right_passes_without_a_word(change: Forward | None, before: Forward | None) -> None:
+    assert look(Colours(change, before)) == []
+
+
+def test_logits_that_depend_on_whether_a_gradient_is_wanted_are_refused() -> None:
+    with pytest.raises(ConfigError, match="without a gradient"):
+        look(Colours(lambda logits: logits if torch.is_grad_enabled() else -logits))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_model_of_torchscript_is_looked_at_as_any() -> None:
+    torch.manual_seed(0)
+    module = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten()))
+    assert look(module, labels=[-1] * 32) == []
+
+
+def test_a_batch_of_one_has_no_neighbours() -> None:
+    assert look(Colours(lambda logits: logits * (1 + len(logits))), size=1) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17])
+def test_any_number_of_images_will_do(count: int) -> None:
+    assert look(Colours(), count=count) == []
+    with pytest.raises(ConfigError, match="other images of the batch"):
+        look(Colours(before=lambda pixels: pixels / pixels.mean()), count=count)
+
+
+def test_a_sigmoid_and_last_digits_are_said() -> None:
+    (sentence,) = look(Colours(lambda logits: (logits + 4).sigmoid()))
+    assert "lies in [0, 1]" in sentence
+    (sentence,) = look(Colours(lambda logits: logits * (1 + 1e-6 * torch.rand(()))))
+    assert "last digits" in sentence
+
+
+def test_a_gradient_that_is_mostly_zero_is_said_with_its_share() -> None:
+    (sentence,) = look(Colours(before=lambda pixels: pixels[:, :, :2]))
+    assert "75.0%" in sentence
+    assert look(Colours(before=lambda pixels: pixels[:, :, :4])) == []
+
+
+def test_who_only_looks_needs_no_gradient() -> None:
+    assert look(Colours(lambda logits: logits.round()), goal=None) == []
+    with pytest.raises(ConfigError, match="probabilities"):
+        look(Colours(lambda logits: logits.softmax(1)), goal=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "labels", "count", "said"),
+    [
+        (lambda logits: logits.roll(1, 1), None, 32, "accuracy 0% on 32 images of the source, where chance gives 33%"),
+        # Always the same class: what it gets right is that class's share.
+        (lambda logits: logits + 100 * torch.tensor([1.0, 0, 0]), None, 64, "accuracy 34% on 64"),
+        # So few images could be chance.
+        (lambda logits: logits.roll(1, 1), None, 5, None),
+        # One class tells nothing of the order.
+        (lambda logits: logits.roll(1, 1), [0] * 32, 32, None),
+        (lambda logits: logits.roll(1, 1), [-1] * 32, 32, None),
+        # Most images are of one class, and naming it always is not more than chance.
+        (lambda logits: logits + 1e4 * torch.tensor([1.0, 0, 0]), [0] * 56 + [1] * 8, 64, None),
+        # Half right is more than chance.
+        (None, [index % 3 if index % 2 else 0 for index in range(64)], 64, None),
+    ],
+)
+def test_accuracy_of_chance_is_said_where_the_images_can_tell(
+    change: Forward | None, labels: list[int] | None, count: int, said: str | None
+) -> None:
+    found = look(Colours(change), count=count, goal=None, labels=labels)
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+@pytest.mark.parametrize(("right", "said"), [(0, True), (1, True), (2, False), (60, False)])
+def test_two_right_of_a_thousand_classes_are_more_than_chance(right: int, said: bool) -> None:
+    labels = torch.arange(64)
+    predictions = torch.where(labels < right, labels, labels + 100)
+    assert bool(_check_accuracy(F.one_hot(predictions, 1000).float(), labels)) == said
+
+
+# ------------------------------------------------------------------------------------------------- in a run
+
+MODELS = (
+    FACTORY
+    + """
+
+import os
+
+
+class Softmax(Net):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+class Corner(Net):
+    '''Looks at a quarter of the image.'''
+
+    def forward(self, x):
+        return super().forward(x[:, :, :8, :8])
+
+
+class Large(Net):
+    def forward(self, x):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward(x)
+
+
+class Moody(Net):
+    '''Draws random numbers where the environment says so.'''
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits + torch.randn_like(logits) if os.environ.get("MOODY") else logits
+"""
+)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    path = tmp_path / "models.py"
+    path.write_text(MODELS)
+    return path
+
+
+def test_a_run_is_refused_before_anything_is_written(write_config: WriteConfig, models: Path, tmp_path: Path) -> None:
+    result = fgsm("generate", write_config(model={"name": f"{models}:Softmax"}))
+    assert result.exit_code == ConfigError.exit_code
+    assert "Error: model: it returns probabilities" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluator_is_looked_at_too(write_config: WriteConfig, models: Path) -> None:
+    config = write_config()
+    config.write_text(config.read_text() + f"evaluators: [{{id: soft, kind: factory, name: '{models}:Softmax'}}]\n")
+    result = fgsm("generate", config)
+    assert result.exit_code == ConfigError.exit_code
+    assert "Error: evaluators, soft: model: it returns probabilities" in result.stderr
+
+
+def test_a_run_that_moves_little_says_so_at_both_ends(
+    write_config: WriteConfig, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = generate(write_config(model={"name": f"{models}:Corner"}))
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sum("gradient of the loss is 0 on 75.0%" in sentence for sentence in said) == 1
+    assert sum("left 75.0% of the pixel values as they are" in sentence for sentence in said) == 1
+    assert "WARNING: the attack left 75.0%" in output
+    assert "WARNING: the attack left 75.0%" in fgsm("inspect", tmp_path / "out").stdout
+
+
+def test_a_run_that_moves_most_does_not(write_config: WriteConfig, tmp_path: Path) -> None:
+    assert "the attack left" not in generate(write_config())
+    assert "the attack left" not in fgsm("inspect", tmp_path / "out").stdout
+
+
+def test_a_run_that_is_resumed_has_been_looked_at(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(write_config())
+    before = digests(tmp_path / "out")
+    shard_path(tmp_path / "out", ".run/receipts/test-00001-of-00003.json").unlink()
+    monkeypatch.setattr("pipeline.engine.run.check_model", None)
+    generate(write_config())
+    assert digests(tmp_path / "out") == before
+
+
+def test_so_many_images_are_looked_at_as_fit(
+    write_config: WriteConfig, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def looking(*arguments: Any) -> list[str]:
+        sizes.append(arguments[-1])
+        return check_model(*arguments)
+
+    monkeypatch.setattr("pipeline.engine.run.check_model", looking)
+    result = fgsm("generate", write_config(model={"name": f"{models}:Large"}))
+    assert sizes == [6, 3, 1]
+    assert result.exit_code == PipelineError.exit_code, "on a CPU the run does not halve its batch"
+
+
+@pytest.mark.parametrize("judged", ["model", "evaluators"])
+def test_verify_does_not_take_a_model_s_moods_for_damage(
+    write_config: WriteConfig, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: str
+) -> None:
+    moody = {"kind": "factory", "name": f"{models}:Moody"}
+    config = write_config(**({"model": moody} if judged == "model" else {}))
+    if judged == "evaluators":
+        config.write_text(config.read_text() + f"evaluators: [{{id: moody, kind: factory, name: '{models}:Moody'}}]\n")
+    generate(config)
+    before = digests(tmp_path / "out")
+    monkeypatch.setenv("MOODY", "1")
+    result = fgsm("verify", tmp_path / "out", "--recompute", "--repair")
+    assert result.exit_code == PipelineError.exit_code
+    assert "not deterministic" in result.stderr
+    assert ("evaluators, moody" in result.stderr) == (judged == "evaluators")
+    assert digests(tmp_path / "out") == before
+    assert manifest(tmp_path / "out")["complete"]
+    monkeypatch.delenv("MOODY")
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0

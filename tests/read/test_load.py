@@ -1,0 +1,341 @@
+"""Reading back: whatever the layout and the epsilon, the same rows, to the pixel."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+from PIL import Image
+
+import pipeline
+from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.lattice import sign_to_picture, step
+from tests.conftest import KINDS, WriteConfig, png_bytes, random_pixels, write_parquet
+from tests.test_generate import generate
+
+LAYOUTS = ("images", "signs")
+ANSWERS = ("prediction", "confidence", "label_confidence", "correct", "fooled")
+
+
+def plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that compare: images as their mode and bytes."""
+    return [{**row, "image": (row["image"].mode, row["image"].tobytes())} for row in rows]
+
+
+def array(image: Image.Image) -> NDArray[np.int16]:
+    return np.asarray(image).astype(np.int16)
+
+
+def write_both(write_config: WriteConfig, folder: Path, **sections: dict[str, Any]) -> None:
+    """The same run in folders `images` and `signs`, at 2/255 and 8/255."""
+    for layout in LAYOUTS:
+        generate(write_config(**{**sections, "output": {"layout": layout, "path": str(folder / layout)}}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Path, kind: str) -> None:
+    write_both(write_config, tmp_path, **KINDS[kind](tmp_path))
+    stored = datasets.load_dataset(str(tmp_path / "images"), "all", split="test")
+    expected = plain(stored)
+    small = [row for row in expected if row["epsilon"] == 2 / 255]
+    # 3/255 and 255/255 were not recorded.
+    made: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for layout in LAYOUTS:
+        for streaming in (False, True):
+            read = pipeline.load(tmp_path / layout, split="test", streaming=streaming)
+            assert list(read.features) == read.column_names == stored.column_names
+            assert {name: read.features[name] for name in stored.column_names[1:]} == {
+                name: stored.features[name] for name in stored.column_names[1:]
+            }
+            assert plain(read) == expected
+            one = pipeline.load(tmp_path / layout, ["2/255"], split="test", streaming=streaming)
+            assert plain(one) == small
+            other = pipeline.load(tmp_path / layout, ["255/255", 0, "3/255", "2/255"], "test", streaming)
+            made[layout, streaming] = plain(other)
+    first = made["images", False]
+    assert all(rows == first for rows in made.values())
+    count = len(small)
+    assert [row["epsilon"] for row in first] == [k / 255 for k in (255, 0, 3, 2) for _ in range(count)]
+    assert first[count : 2 * count] == expected[:count]
+    assert first[3 * count :] == small
+    clean, attacked = (stored.select(range(start, start + count)) for start in (0, 2 * count))
+    for start, level in ((0, 255), (2 * count, 3)):
+        for row, there, zero, eight in zip(first[start : start + count], small, clean, attacked, strict=True):
+            sign = np.sign(array(eight["image"]) - array(zero["image"]))
+            expected_image = np.clip(array(zero["image"]) + level * sign, 0, 255).astype(np.uint8)
+            unknown = dict.fromkeys(ANSWERS)
+            assert row == {
+                **there,
+                **unknown,
+                "epsilon": level / 255,
+                "image": (zero["image"].mode, expected_image.tobytes()),
+            }
+
+
+@given(st.data())
+def test_any_step_follows_from_any_other(data: st.DataObject) -> None:
+    from pipeline.layouts.stepped import SteppedImage
+
+    shape = data.draw(st.sampled_from([(3, 4), (3, 4, 3)]))
+    ends = st.one_of(st.sampled_from([0, 1, 254, 255]), st.integers(0, 255))
+    clean = data.draw(arrays.arrays(np.uint8, shape, elements=ends))
+    sign = data.draw(arrays.arrays(np.int8, shape, elements=st.integers(-1, 1)))
+    recorded, wanted = data.draw(st.integers(1, 255)), data.draw(st.integers(1, 255))
+    moved = np.clip(clean + recorded * sign.astype(np.int16), 0, 255).astype(np.uint8)
+    picture = sign_to_picture(torch.from_numpy(sign)).numpy()
+    expected = np.clip(clean + wanted * sign.astype(np.int16), 0, 255)
+    for attacked, direction in ((False, picture), (True, moved)):
+        cell = {"picture": png_bytes(clean), "direction": png_bytes(direction), "level": wanted}
+        read = SteppedImage(attacked=attacked).decode_example(cell)
+        np.testing.assert_array_equal(np.asarray(read), expected)
+        assert read.mode == ("RGB" if len(shape) == 3 else "L")
+    np.testing.assert_array_equal(step(torch.from_numpy(clean), torch.from_numpy(sign), wanted).numpy(), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_splits_come_as_datasets_gives_them(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    images = [png_bytes(image) for image in random_pixels(12)]
+    write_parquet(tmp_path / "two", images, [0, 1, 2] * 4, split="train")
+    write_parquet(tmp_path / "two", images[:5], [0, 1, 2, 0, 1], split="test")
+    source = {"path": str(tmp_path / "two"), "split": ["train", "test"]}
+    generate(write_config(source=source, output={"layout": layout}))
+    whole = pipeline.load(str(tmp_path / "out"), [0, "4/255"])
+    assert isinstance(whole, datasets.DatasetDict)
+    assert {name: (len(rows), rows.split) for name, rows in whole.items()} == {
+        "train": (24, "train"),
+        "test": (10, "test"),
+    }
+    streamed = pipeline.load(str(tmp_path / "out"), [0, "4/255"], streaming=True)
+    assert isinstance(streamed, datasets.IterableDatasetDict)
+    assert {name: plain(rows) for name, rows in streamed.items()} == {name: plain(rows) for name, rows in whole.items()}
+
+
+@pytest.fixture(params=["signs, recorded", "signs", "images"])
+def view(request: pytest.FixtureRequest, write_config: WriteConfig, tmp_path: Path) -> Any:
+    """Clean rows, then rows whose images are made on reading."""
+    layout, _, recorded = request.param.partition(", ")
+    generate(write_config(output={"layout": layout}))
+    return pipeline.load(tmp_path / "out", [0, "8/255" if recorded else "5/255"], "test")
+
+
+def test_a_view_can_be_used_as_stored_images_can(view: Any) -> None:
+    level = round(255 * view[40]["epsilon"])
+    image = array(view[45]["image"])
+    assert abs(image - array(view[5]["image"])).max() == level
+    np.testing.assert_array_equal(array(view["image"][45]), image)
+    np.testing.assert_array_equal(array(view[40:50]["image"][5]), image)
+    np.testing.assert_array_equal(array(view.select_columns(["image"])[45]["image"]), image)
+    np.testing.assert_array_equal(view.with_format("numpy")[45]["image"], image)
+    np.testing.assert_array_equal(view.with_format("torch")[45]["image"].permute(1, 2, 0), image)
+    shuffled = view.shuffle(seed=0)
+    place = view.add_column("row", list(range(80))).shuffle(seed=0)["row"][:].index(45)
+    np.testing.assert_array_equal(array(shuffled[place]["image"]), image)
+    np.testing.assert_array_equal(array(view.filter(lambda row: row["epsilon"] > 0)[5]["image"]), image)
+    np.testing.assert_array_equal(array(datasets.concatenate_datasets([view, view])[125]["image"]), image)
+    mapped = view.map(lambda row: {"twice": 2 * row["label"]})
+    np.testing.assert_array_equal(array(mapped[45]["image"]), image)
+    turned = view.map(lambda row: {"image": row["image"].rotate(90)})
+    np.testing.assert_array_equal(array(turned[45]["image"]), np.rot90(image))
+
+
+def test_a_view_is_pickled_as_the_way_to_make_it(view: Any) -> None:
+    data = pickle.dumps(view)
+    assert len(data) < 10_000 < view.data.nbytes / 3
+    assert plain(pickle.loads(data)) == plain(view)
+    loader = torch.utils.data.DataLoader(
+        view.select_columns(["image"]).with_format("torch"),
+        batch_size=16,
+        num_workers=2,
+        multiprocessing_context="forkserver",
+    )
+    read = torch.cat([batch["image"] for batch in loader])
+    assert torch.equal(read, view.with_format("torch")[:]["image"])
+
+
+def test_a_view_is_never_written_as_what_it_is_not(view: Any, tmp_path: Path) -> None:
+    file = tmp_path / "view.parquet"
+    view.to_parquet(file)
+    assert plain(datasets.load_dataset("parquet", data_files=str(file), split="train")) == plain(view)
+    # Readers without our code must not see clean images.
+    code = f"import datasets; datasets.load_dataset('parquet', data_files={str(file)!r}, cache_dir={str(tmp_path)!r})"
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert elsewhere.returncode == 1
+    assert "SteppedImage" in elsewhere.stderr
+    with pytest.raises(PipelineError, match="made on reading"):  # what push_to_hub calls
+        datasets.table.embed_table_storage(view.data.table)
+    unread = view.cast_column("image", datasets.Image(decode=False))[45]["image"]
+    assert unread == {"bytes": None, "path": None}
+    # The mend that the error names.
+    features = datasets.Features({**view.features, "image": datasets.Image()})
+    made = view.map(lambda row: {"image": row["image"]}, features=features)
+    made.to_parquet(tmp_path / "x.parquet")
+    again = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train")
+    assert again.features["image"] == datasets.Image()
+    assert plain(again) == plain(view)
+
+
+def test_nothing_is_written_but_what_datasets_caches_anyway(view: Any) -> None:
+    files = set(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))
+    size = sum(file.stat().st_size for file in files)
+    plain(view)
+    assert sum(file.stat().st_size for file in Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")) == size
+    # The encoded images are the cache's own, not copies.
+    assert pa.total_allocated_bytes() < size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stream_reads_a_few_rows_at_a_time(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    from pipeline.read import load as dataset
+
+    generate(write_config(output={"layout": layout}))
+    sizes, cells = [], dataset._cells
+
+    def counting(pictures: pa.ChunkedArray, directions: pa.ChunkedArray | None, level: int) -> pa.ChunkedArray:
+        sizes.append(len(pictures))
+        return cells(pictures, directions, level)
+
+    monkeypatch.setattr(dataset, "_cells", counting)
+    monkeypatch.setattr(dataset, "STREAMED_ROWS", 5)
+    stream = pipeline.load(tmp_path / "out", ["3/255"], "test", streaming=True)
+    next(iter(stream))
+    assert sizes
+    assert sum(sizes) <= 10
+    assert len(list(stream)) == 40
+    assert max(sizes) == 5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_workers_share_a_stream(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    generate(write_config(output={"layout": layout}))
+    stream = pipeline.load(tmp_path / "out", ["2/255", "3/255"], "test", streaming=True)
+    assert stream.num_shards == 2 * 3
+    columns = stream.select_columns(["source_index", "epsilon", "image"]).with_format("torch")
+    loader = torch.utils.data.DataLoader(columns, batch_size=None, num_workers=2)
+    rows = sorted((int(row["source_index"]), round(255 * float(row["epsilon"]))) for row in loader)
+    assert rows == [(index, level) for index in range(40) for level in (2, 3)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_overwritten_folder_gives_its_own_rows(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    config = write_config(output={"layout": layout})
+    generate(config)
+    first = pipeline.load(tmp_path / "out", ["3/255"], "test")
+    generate(config, "--overwrite", "--set", "runtime.seed=1")
+    second = pipeline.load(tmp_path / "out", ["3/255"], "test")
+    assert first["source_index"][:] != second["source_index"][:]
+
+
+# -------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("epsilons", "sentence"),
+    [
+        (["8"], "epsilons: 8 is above 1, and pixels run from 0 to 1; write 8/255."),
+        ([0.001], "epsilons: 0.001 is below 1/255, the smallest step an 8-bit image can hold."),
+        (["large"], "epsilons: 'large' is neither a number nor of the form k/255."),
+        (["8/255", 0.032], "epsilons: 8/255 and 0.032 are both 8/255; keep one of them."),
+        ([0, "0/255"], "epsilons: 0 and 0/255 are both 0/255; keep one of them."),
+        ([], "epsilons: got []; name them in a list, such as ['8/255']."),
+        ("8/255", "epsilons: got '8/255'; name them in a list, such as ['8/255']."),
+    ],
+)
+def test_epsilons_that_cannot_be_are_one_sentence(tmp_path: Path, epsilons: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pipeline.load(tmp_path, epsilons)
+    assert str(caught.value) == sentence
+
+
+def test_decimals_mean_what_they_mean_in_the_config(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(output={"layout": "signs"}))
+    read = pipeline.load(tmp_path / "out", [0.0, 0.0157, 0.0313725490], "test")
+    assert sorted(set(read["epsilon"])) == [0, 4 / 255, 8 / 255]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_that_is_not_there_is_one_sentence(
+    write_config: WriteConfig, tmp_path: Path, layout: str, streaming: bool
+) -> None:
+    generate(write_config(output={"layout": layout}))
+    with pytest.raises(ConfigError) as caught:
+        pipeline.load(tmp_path / "out", split="train", streaming=streaming)
+    assert str(caught.value) == f"split: {tmp_path / 'out'} has no split 'train'; it has test."
+
+
+CARD = """---
+configs:
+- config_name: signs
+  data_files: [{split: test, path: '*.parquet'}]
+---
+"""
+
+
+def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused = {
+        tmp_path / "nowhere": f"There is no folder {tmp_path / 'nowhere'}.",
+        tmp_path / "empty": f"{tmp_path / 'empty'} cannot be read as a dataset: ",
+        image_parquet: f"{image_parquet} is no dataset of fgsm-pipeline: its card lists neither signs nor clean",
+    }
+    for path, sentence in refused.items():
+        with pytest.raises(ConfigError) as caught:
+            pipeline.load(path)
+        assert str(caught.value).startswith(sentence)
+        assert "\n" not in str(caught.value)
+    (image_parquet / "README.md").write_text(CARD)
+    with pytest.raises(ConfigError, match="its subset signs has other columns"):
+        pipeline.load(image_parquet)
+
+
+def test_damaged_files_are_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(output={"layout": "signs"}))
+    for file in (tmp_path / "out/signs").iterdir():
+        file.write_bytes(b"cut short")
+    with pytest.raises(ConfigError, match="its subset signs cannot be read"):
+        pipeline.load(tmp_path / "out")
+
+
+def test_a_sign_map_with_other_values_is_one_sentence() -> None:
+    from pipeline.layouts.stepped import SteppedImage
+
+    clean, direction = random_pixels(1)[0], np.full((16, 16, 3), 254, dtype=np.uint8)
+    for value in (1, 126, 128, 255):
+        direction[3, 4, 1] = value
+        cell = {"picture": png_bytes(clean), "direction": png_bytes(direction), "level": 4}
+        with pytest.raises(PipelineError, match="a sign map holds other values than 0, 127 and 254; fgsm verify names"):
+            SteppedImage().decode_example(cell)
+
+
+# ------------------------------------------------------------------------------------------------- importing
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules that a fresh interpreter has after a statement."""
+    code = f"{statement}; import sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_the_package_is_instant_and_load_is_there() -> None:
+    assert not {"torch", "datasets", "pyarrow", "pipeline.read.load"} & loaded_by("import pipeline")
+    assert "load" in pipeline.__all__
+    assert not hasattr(pipeline, "unload")
+
+
+def test_reading_loads_neither_attack_nor_victim() -> None:
+    loaded = {name for name in loaded_by("from pipeline import load") if name.startswith("pipeline.")}
+    assert {name.split(".")[1] for name in loaded} == {"core", "config", "sources", "layouts", "output", "read"}
+    assert {name for name in loaded if name.startswith("pipeline.sources.")} == {"pipeline.sources.origins"}
