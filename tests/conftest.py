@@ -1,9 +1,13 @@
 """What tests share: small real datasets, a small real model, and the command line in this process."""
 
+import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import re
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.forkserver import ensure_running
@@ -12,15 +16,22 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
+import typer
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import pipeline
+import pipeline.generate
 from pipeline.cli import app
+from pipeline.config.schema import load_config
+from pipeline.core.images import decode_image
 from pipeline.output.folder import json_digest
+from pipeline.output.summary import summary_table
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
 # has. There is one, which has imported what was named before it started.
@@ -262,3 +273,81 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("failure drill")
         for line in [["fault", "times", "rows lost", "bytes differing", "seconds"], ["---"] * 5, *lines]:
             terminalreporter.write_line(f"| {' | '.join(line)} |")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every Parquet file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.parquet"))
+    }
+
+
+def generate(config: Path, *arguments: str) -> str:
+    """What `fgsm generate` does but for the report, which costs more than all else in a small run: log and table."""
+    command = typer.main.get_command(app).commands["generate"]  # type: ignore[attr-defined]
+    options = command.make_context("generate", [str(config), *arguments]).params
+    log, logger = io.StringIO(), logging.getLogger("pipeline")
+    logger.handlers[:] = [logging.StreamHandler(log)]
+    logger.setLevel(logging.INFO)
+    loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
+    table = summary_table(
+        pipeline.generate.generate(
+            loaded, overwrite=options["overwrite"], executor=options["executor"], unlocked=options["unlocked"]
+        )
+    )
+    return f"{log.getvalue()}{table}"
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return content
+
+
+def rows(folder: Path, subset: str, split: str = "test") -> pandas.DataFrame:
+    return pandas.concat(
+        [pandas.read_parquet(path) for path in sorted((folder / subset).glob(f"{split}-*.parquet"))], ignore_index=True
+    )
+
+
+def pixels(frame: pandas.DataFrame) -> np.ndarray[Any, np.dtype[np.int16]]:
+    return np.stack([decode_image(cell["bytes"]).numpy() for cell in frame["image"]]).astype(np.int16)
+
+
+ROOM = """
+import torch
+from torch import nn
+
+
+class Sums(nn.Module):
+    '''Mean red against mean green against mean blue, in an order of its own.'''
+
+    def __init__(self, order=(0, 1, 2), scale=1.0):
+        super().__init__()
+        self.order, self.scale = list(order), scale
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.scale * self.weight * x.mean((2, 3))[:, self.order]
+
+
+def make(**kwargs):
+    return Sums(**kwargs)
+
+
+def detached():
+    class Detached(Sums):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    return Detached()
+"""
+
+
+LAYOUTS = ("images", "signs")
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules that a fresh interpreter has after a statement."""
+    code = f"{statement}; import sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())

@@ -15,8 +15,7 @@ import pytest
 
 from pipeline.core.errors import PipelineError, system_refusal
 from pipeline.core.memory import OPEN_FILES, OPEN_FILES_OF_WORKER, require_open_files
-from tests.conftest import WriteConfig, fgsm
-from tests.test_generate import generate
+from tests.conftest import WriteConfig, fgsm, generate
 
 COMMAND = [sys.executable, "-m", "pipeline"]
 

@@ -32,10 +32,19 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.conftest import FACTORY, fgsm, png_bytes, random_pixels, shard_path, write_parquet
-from tests.fakes.s3 import S3, running_s3
-from tests.test_generate import digests, generate, manifest
-from tests.test_processes import GATED, driver_of, group_is_gone, holds, receipts, run_fgsm, wait_for
+from tests.conftest import (
+    FACTORY,
+    digests,
+    fgsm,
+    generate,
+    manifest,
+    png_bytes,
+    random_pixels,
+    shard_path,
+    write_parquet,
+)
+from tests.support.processes import GATED, driver_of, group_is_gone, holds, receipts, run_fgsm, wait_for
+from tests.support.s3 import S3, running_s3
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 
@@ -896,7 +905,7 @@ def test_ray_node_removed(
 ) -> None:
     """Ray: a node removed in the middle of its shard."""
     pytest.importorskip("ray")
-    from tests.executors.test_ray import lose_a_node
+    from tests.support.processes import lose_a_node
 
     site, out = sites("white", 96, White), tmp_path / "out"
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")

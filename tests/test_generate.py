@@ -1,9 +1,7 @@
 """The main job in this process: what it writes, what it skips, how it resumes and what it refuses."""
 
 import errno
-import hashlib
 import importlib.metadata
-import io
 import json
 import logging
 import re
@@ -23,71 +21,33 @@ import polars
 import pyarrow as pa
 import pytest
 import torch
-import typer
 import yaml
 from PIL import Image
 from torch import Tensor
 
-import pipeline.generate
-from pipeline.cli import app
 from pipeline.config.schema import load_config
 from pipeline.core.errors import PipelineError
-from pipeline.core.images import ImageFormat, decode_image
+from pipeline.core.images import ImageFormat
 from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run
 from pipeline.layouts.records import encode_column
 from pipeline.output.manifest import FORMAT_VERSION
-from pipeline.output.summary import summary_table
 from tests.conftest import (
     CLASSES,
     FACTORY,
     WriteConfig,
+    digests,
     fgsm,
+    generate,
+    manifest,
+    pixels,
     png_bytes,
     random_pixels,
+    rows,
     shard_path,
     write_parquet,
     write_sealed,
 )
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every Parquet file."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*.parquet"))
-    }
-
-
-def generate(config: Path, *arguments: str) -> str:
-    """What `fgsm generate` does but for the report, which costs more than all else in a small run: log and table."""
-    command = typer.main.get_command(app).commands["generate"]  # type: ignore[attr-defined]
-    options = command.make_context("generate", [str(config), *arguments]).params
-    log, logger = io.StringIO(), logging.getLogger("pipeline")
-    logger.handlers[:] = [logging.StreamHandler(log)]
-    logger.setLevel(logging.INFO)
-    loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
-    table = summary_table(
-        pipeline.generate.generate(
-            loaded, overwrite=options["overwrite"], executor=options["executor"], unlocked=options["unlocked"]
-        )
-    )
-    return f"{log.getvalue()}{table}"
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    return content
-
-
-def rows(folder: Path, subset: str, split: str = "test") -> pandas.DataFrame:
-    return pandas.concat(
-        [pandas.read_parquet(path) for path in sorted((folder / subset).glob(f"{split}-*.parquet"))], ignore_index=True
-    )
-
-
-def pixels(frame: pandas.DataFrame) -> np.ndarray[Any, np.dtype[np.int16]]:
-    return np.stack([decode_image(cell["bytes"]).numpy() for cell in frame["image"]]).astype(np.int16)
 
 
 def load(folder: Path, subset: str | None = None) -> Any:
@@ -552,7 +512,6 @@ def test_too_little_free_space_is_noticed_before_starting(
 
 
 def test_the_estimate_of_bytes_is_close(write_config: WriteConfig, tmp_path: Path) -> None:
-    from pipeline.config.schema import load_config
     from pipeline.engine.estimate import estimate_bytes
 
     config = write_config()

@@ -75,3 +75,13 @@ def test_the_protocol_of_a_wing_imports_no_kind(base: Path) -> None:
 def test_the_readme_lists_the_wings() -> None:
     tree = re.findall(r"^    (?:  )?(\w+)/ +\S", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
     assert [name for name in tree if name in WINGS] == list(WINGS)
+
+
+def test_no_test_file_imports_another() -> None:
+    found = [
+        (path.name, node.module)
+        for path in (REPOSITORY / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and re.match(r"tests\..*\btest_", node.module or "")
+    ]
+    assert not found

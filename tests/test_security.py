@@ -47,7 +47,7 @@ from pipeline.sources.mapped import Source, open_source
 from pipeline.sources.origins import front_matter
 from pipeline.sources.streamed import StreamedSource, open_stream
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
-from tests.fakes.hub import Repository, git_blob, lfs_blob, running_hub
+from tests.support.hub import Repository, git_blob, lfs_blob, running_hub
 
 SECRET = "hf_" + "S3cretS3cret" * 3
 

@@ -21,8 +21,8 @@ from pipeline.check.verify import verify
 from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder, read_receipts
 from pipeline.output.manifest import require_manifest
-from tests.check.test_verify import agree
 from tests.conftest import CLASSES, FACTORY, fgsm, png_bytes, random_pixels, write_parquet, write_sealed
+from tests.support.forgery import agree
 
 Place = tuple[str | int, ...]
 

@@ -2,26 +2,22 @@
 
 import hashlib
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.images import decode_image, encode_images
-from pipeline.output.card import write_summaries
-from pipeline.output.folder import OutputFolder
-from pipeline.output.manifest import read_manifest
 from tests.conftest import (
     FACTORY,
     WriteConfig,
+    digests,
+    generate,
     png_bytes,
     random_pixels,
     shard_path,
@@ -30,14 +26,7 @@ from tests.conftest import (
     write_sealed,
 )
 from tests.conftest import fgsm_without_run as fgsm
-from tests.test_generate import digests, generate
-
-SHARD = "test-00001-of-00003"
-FILE = f"eps-8/{SHARD}.parquet"
-
-
-def cut_short_of(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+from tests.support.forgery import FILE, SHARD, agree, alter_a_byte_of, assert_found, cut_short_of, forge, rewrite
 
 
 def cut_short(out: Path) -> None:
@@ -46,12 +35,6 @@ def cut_short(out: Path) -> None:
 
 def alter_a_byte(out: Path) -> None:
     alter_a_byte_of(shard_path(out, FILE))
-
-
-def alter_a_byte_of(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[random.Random(0).randrange(len(data))] ^= 1
-    path.write_bytes(data)
 
 
 def delete_a_file(out: Path) -> None:
@@ -161,62 +144,6 @@ def test_a_downloaded_dataset_runs_no_code_of_its_own(write_config: WriteConfig,
     assert "victim.py:make" in path.read_text()
     assert_found("3 of 3 shards have no receipt", tmp_path / "out", "--recompute")
     assert not ran.exists()
-
-
-def assert_found(named: str, out: Path, *arguments: str) -> None:
-    """`fgsm verify` fails, and says so."""
-    result = fgsm("verify", out, *arguments)
-    assert result.exit_code == 1
-    assert named in result.stderr
-
-
-def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = FILE, **counts: int) -> None:
-    """Rewrite rows of a file and make receipt and manifest agree, as a bug or a liar would.
-
-    Keyword arguments are other counts of the largest epsilon.
-    """
-    path = shard_path(out, file)
-    receipt_path = out / f".run/receipts/{path.stem}.json"
-    table = pq.read_table(path)
-    columns = table.to_pydict()
-    edit(columns)
-    rewrite(path, pa.table(columns, schema=table.schema))
-    size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-    receipt = json.loads(receipt_path.read_text())
-    entry = next(entry for entry in receipt["files"] if without_run(entry["path"]) == file)
-    entry.update(bytes=size, sha256=digest)
-    receipt["counts"][-1].update(counts)
-    for count in receipt["counts"]:
-        count["confidence_sum"] = confidence_sum(columns, count["level"]) or count["confidence_sum"]
-    write_sealed(receipt_path, receipt)
-    agree(out)
-
-
-def confidence_sum(columns: dict[str, list[Any]], level: int) -> float:
-    """The sum of a file's confidences at one epsilon, 0 where it has none of it; layout signs has them all."""
-    if "attacks" not in columns:
-        values = np.array(columns["confidence"], dtype=np.float32)  # as they are stored
-        return float(np.nansum(values, dtype=np.float64)) if columns["epsilon"][-1] == level / 255 else 0.0
-    if not level:
-        return float(sum(columns["clean_confidence"]))
-    entries = [entry for attacks in columns["attacks"] for entry in attacks or () if entry]
-    return float(sum(entry["confidence"] for entry in entries if entry["epsilon"] == level / 255))
-
-
-def rewrite(path: Path, table: pa.Table) -> None:
-    """Write other rows into a Parquet file that says of itself what it did before."""
-    footer = pq.read_metadata(path).metadata[b"fgsm"]
-    with pq.ParquetWriter(path, table.schema) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({"fgsm": footer.decode()})
-
-
-def agree(out: Path) -> None:
-    """Write manifest and card as they follow from the receipts."""
-    folder = OutputFolder(out)
-    manifest = read_manifest(folder)
-    assert manifest is not None
-    write_summaries(folder, manifest)
 
 
 def leave_the_ball(columns: dict[str, list[Any]]) -> None:

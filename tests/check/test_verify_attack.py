@@ -25,11 +25,12 @@ from pipeline.core.errors import NonFiniteError, PipelineError
 from pipeline.core.images import decode_image, encode_images
 from pipeline.core.lattice import common_sign, step
 from pipeline.output.stores import LocalStore
-from tests.check.test_verify import FILE, SHARD, agree, forge
 from tests.conftest import (
     FACTORY,
     KINDS,
     WriteConfig,
+    digests,
+    generate,
     png_bytes,
     random_pixels,
     shard_path,
@@ -38,12 +39,12 @@ from tests.conftest import (
     write_sealed,
 )
 from tests.conftest import fgsm_without_run as fgsm
-from tests.fakes.s3 import S3
-from tests.fakes.s3 import bucket as bucket
-from tests.fakes.s3 import out as out
-from tests.fakes.s3 import s3 as s3
-from tests.fakes.s3 import server as server
-from tests.test_generate import digests, generate
+from tests.support.forgery import FILE, SHARD, agree, forge
+from tests.support.s3 import S3
+from tests.support.s3 import bucket as bucket
+from tests.support.s3 import out as out
+from tests.support.s3 import s3 as s3
+from tests.support.s3 import server as server
 
 CLEAN, SMALL = f"clean/{SHARD}.parquet", f"eps-2/{SHARD}.parquet"
 Columns = dict[str, list[Any]]

@@ -11,8 +11,7 @@ from pipeline.attacks.fgsm import Goal, attack
 from pipeline.core.lanes import Lanes, available_cores, chunk_images, given_cores, lane_count, to_host
 from pipeline.engine.compute import Attacker, Part
 from pipeline.models.victims import Victim
-from tests.conftest import WriteConfig
-from tests.test_generate import digests, generate
+from tests.conftest import WriteConfig, digests, generate
 
 CPU = torch.device("cpu")
 LEVELS = (1, 8)

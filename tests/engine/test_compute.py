@@ -17,8 +17,7 @@ from pipeline.engine.compute import COMPILE_FROM, Attacker, fit_batch_size, own_
 from pipeline.engine.run import choose_device, open_run
 from pipeline.layouts.records import LAYOUTS
 from pipeline.models.victims import Victim, load_victim
-from tests.conftest import FACTORY, WriteConfig, fgsm, shard_path
-from tests.test_generate import digests, generate, manifest
+from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
 
 CPU = torch.device("cpu")
 # A victim whose memory ends: torch raises the same error where a device's does.

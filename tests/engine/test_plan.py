@@ -26,8 +26,7 @@ from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder
 from pipeline.sources.mapped import open_source
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
-from tests.test_generate import generate, manifest
+from tests.conftest import FACTORY, WriteConfig, fgsm, generate, manifest, png_bytes, random_pixels, write_parquet
 
 
 def plan(split_rows: Mapping[str, int], **options: Any) -> Plan:

@@ -35,8 +35,7 @@ from pipeline.output.folder import (
 )
 from pipeline.output.manifest import MOST_SKIPPED, Skipped, summarise
 from pipeline.output.summary import summary_table
-from tests.conftest import REPOSITORY, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
-from tests.test_generate import generate
+from tests.conftest import REPOSITORY, WriteConfig, fgsm, generate, png_bytes, random_pixels, write_parquet
 
 SHARDS = 10_000
 FILE_BYTES = 12_345

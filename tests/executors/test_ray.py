@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,19 @@ from tests.conftest import (
     CLASSES,
     FACTORY,
     WriteConfig,
+    digests,
     fgsm,
+    generate,
+    manifest,
     png_bytes,
     random_pixels,
     shard_path,
     without_run,
     write_parquet,
 )
-from tests.fakes.s3 import S3, lock_of, running_s3
-from tests.sources.test_streams import images, stream, write_files, write_tar
-from tests.test_generate import digests, generate, manifest
-from tests.test_processes import GATED, driver_of, receipts, run_fgsm, wait_for
+from tests.support.files import images, stream, write_files, write_tar
+from tests.support.processes import GATED, driver_of, lose_a_node, receipts, run_fgsm, wait_for
+from tests.support.s3 import S3, lock_of, running_s3
 
 # A victim that does what files beside it say, and notes which processes load it, with how many cores. It fails no
 # earlier than when the run has begun, of which the opening looks at images too.
@@ -708,37 +710,6 @@ def test_without_ray_the_sentence_names_what_to_install(
 
 
 # --------------------------------------------------------------------------------------- a node is lost
-
-
-def lose_a_node(folder: Path, start: Callable[[str], tuple[Any, Path]]) -> None:
-    """Remove one of two nodes in the middle of its shard: the run ends well on the other.
-
-    Args:
-        folder: where the run's victim lies, which is `Gated`.
-        start: begins the run, as a driver of the cluster at an address; its process, and the log of what it says.
-    """
-    from ray.cluster_utils import Cluster
-
-    (folder / "gate").touch()
-    (folder / "passed").unlink(missing_ok=True)
-    noticed_soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
-    nodes = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": noticed_soon, "include_dashboard": False}
-    )
-    try:
-        workers = {name: nodes.add_node(num_cpus=1, env_vars={"NODE": name}) for name in ("a", "b")}
-        driver, log = start(nodes.address)
-        wait_for(lambda: not driver.is_alive() or any(folder.glob("held by *")), 150)
-        assert driver.is_alive(), log.read_text()
-        (held,) = folder.glob("held by *")
-        lost = held.name.removeprefix("held by ")
-        assert not (folder / "passed").exists()
-        nodes.remove_node(workers[lost], allow_graceful=False)
-        driver.join(150)
-        assert driver.exitcode == 0, log.read_text()
-    finally:
-        nodes.shutdown()  # type: ignore[no-untyped-call]
-    assert {lost, (folder / "passed").read_text()} == {"a", "b"}
 
 
 @pytest.mark.drill

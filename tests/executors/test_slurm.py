@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.test_processes import wait_for
+from tests.support.processes import wait_for
 
 SCRIPT = REPOSITORY / "scripts/slurm_ray.sbatch"
 SHIMS = {

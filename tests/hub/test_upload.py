@@ -19,10 +19,9 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 from pipeline.hub.upload import _client_that_gives_up, list_files, redact
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
-from tests.conftest import CLASSES, fgsm, shard_path, without_run
-from tests.fakes.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
-from tests.test_generate import pixels, rows
-from tests.test_processes import wait_for
+from tests.conftest import CLASSES, fgsm, pixels, rows, shard_path, without_run
+from tests.support.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
+from tests.support.processes import wait_for
 
 # The client's own way to send a file through LFS, which its HTTP library would have otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -538,7 +537,7 @@ def test_what_arrived_is_compared_and_not_believed(out: Path, hub: Hub, monkeypa
         url = f"{handler.server.endpoint}/datasets/{name}/commit/main"
         handler._json({"commitUrl": url, "commitOid": "0" * 40, "success": True})
 
-    monkeypatch.setattr("tests.fakes.hub._Handler._commit", forget)
+    monkeypatch.setattr("tests.support.hub._Handler._commit", forget)
     sentence = refused(out, ID, code=1)
     assert f"{ID} does not hold what was verified here: clean/test-00000-of-00002.parquet" in without_run(sentence)
     assert there(hub) == set()

@@ -16,18 +16,22 @@ from pipeline.config.schema import load_config
 from pipeline.core.images import decode_image, encode_images
 from pipeline.engine.estimate import estimate_bytes
 from pipeline.engine.run import open_run
-from tests.check.test_verify import SHARD, alter_a_byte_of, assert_found, cut_short_of, forge
 from tests.conftest import (
     KINDS,
     WriteConfig,
+    digests,
+    generate,
+    manifest,
+    pixels,
     png_bytes,
     random_pixels,
+    rows,
     shard_path,
     write_parquet,
     write_sealed,
 )
 from tests.conftest import fgsm_without_run as fgsm
-from tests.test_generate import digests, generate, manifest, pixels, rows
+from tests.support.forgery import SHARD, alter_a_byte_of, assert_found, cut_short_of, forge
 
 FILE = f"signs/{SHARD}.parquet"
 SIGNS = {"layout": "signs"}

@@ -17,40 +17,11 @@ from pipeline.core.errors import ConfigError, NonFiniteError
 from pipeline.core.images import decode_image
 from pipeline.models.victims import load_victim
 from pipeline.sources.digits import digits_split
-from tests.check.test_verify import FILE, SHARD, assert_found, forge
-from tests.conftest import LABELS, WriteConfig, wide_parquet
+from tests.conftest import LABELS, ROOM, WriteConfig, digests, generate, manifest, rows, wide_parquet
 from tests.conftest import fgsm_without_run as fgsm
-from tests.test_generate import digests, generate, manifest, rows
+from tests.support.forgery import FILE, SHARD, assert_found, forge
 
 LEVELS = (0, 2, 8)
-ROOM = """
-import torch
-from torch import nn
-
-
-class Sums(nn.Module):
-    '''Mean red against mean green against mean blue, in an order of its own.'''
-
-    def __init__(self, order=(0, 1, 2), scale=1.0):
-        super().__init__()
-        self.order, self.scale = list(order), scale
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, x):
-        return self.scale * self.weight * x.mean((2, 3))[:, self.order]
-
-
-def make(**kwargs):
-    return Sums(**kwargs)
-
-
-def detached():
-    class Detached(Sums):
-        def forward(self, x):
-            return super().forward(x.detach())
-
-    return Detached()
-"""
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from pipeline.attacks.fgsm import Goal
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.engine.compute import _check_accuracy, check_model
 from pipeline.models.victims import Victim
-from tests.conftest import FACTORY, WriteConfig, fgsm, shard_path
-from tests.test_generate import digests, generate, manifest
+from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
 
 COLOURS = torch.tensor([[220, 30, 30], [30, 220, 30], [30, 30, 220]]) / 255
 PLAIN = Goal()

@@ -18,15 +18,13 @@ from pipeline.generate import LocalExecutor
 from pipeline.output.folder import OutputFolder
 from pipeline.output.locks import StoreLock
 from pipeline.output.stores import ObjectStore
-from tests.conftest import WriteConfig, fgsm
-from tests.fakes.s3 import S3, alter, failed, lock_of, shards, there
-from tests.fakes.s3 import bucket as bucket
-from tests.fakes.s3 import out as out
-from tests.fakes.s3 import s3 as s3
-from tests.fakes.s3 import server as server
-from tests.output.test_stores import run_there
-from tests.test_generate import digests, generate
-from tests.test_processes import wait_for
+from tests.conftest import WriteConfig, digests, fgsm, generate
+from tests.support.processes import wait_for
+from tests.support.s3 import S3, alter, failed, lock_of, run_there, shards, there
+from tests.support.s3 import bucket as bucket
+from tests.support.s3 import out as out
+from tests.support.s3 import s3 as s3
+from tests.support.s3 import server as server
 
 FIRST = "AKIAFIRSTFIRST"
 

@@ -15,8 +15,7 @@ import pipeline.check.verify
 from pipeline.core.errors import PipelineError
 from pipeline.output.shards import ShardWriter
 from pipeline.output.stores import LocalStore
-from tests.conftest import WriteConfig, fgsm, shard_path, write_sealed
-from tests.test_generate import digests, generate, manifest
+from tests.conftest import WriteConfig, digests, fgsm, generate, manifest, shard_path, write_sealed
 
 
 def contents(folder: Path) -> dict[str, bytes]:

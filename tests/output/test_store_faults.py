@@ -19,14 +19,13 @@ from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.redaction import redact_answer
 from pipeline.output.folder import OutputFolder
 from pipeline.output.stores import ObjectStore, Store, open_store
-from tests.conftest import WriteConfig, fgsm, without_run
-from tests.fakes.s3 import S3, alter, failed, lock_of, shards, there
-from tests.fakes.s3 import bucket as bucket
-from tests.fakes.s3 import out as out
-from tests.fakes.s3 import s3 as s3
-from tests.fakes.s3 import server as server
-from tests.test_generate import digests, generate
-from tests.test_processes import wait_for
+from tests.conftest import WriteConfig, digests, fgsm, generate, without_run
+from tests.support.processes import wait_for
+from tests.support.s3 import S3, alter, failed, lock_of, shards, there
+from tests.support.s3 import bucket as bucket
+from tests.support.s3 import out as out
+from tests.support.s3 import s3 as s3
+from tests.support.s3 import server as server
 
 # ------------------------------------------------------------------------------------------------ the lock
 

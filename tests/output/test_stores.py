@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -29,15 +28,24 @@ from pipeline.output.card import moved_card
 from pipeline.output.folder import OutputFolder, committed
 from pipeline.output.manifest import require_manifest
 from pipeline.output.stores import MARK, LocalStore, ObjectStore, open_store
-from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, without_run, write_parquet
-from tests.fakes.hub import running_hub
-from tests.fakes.s3 import S3, alter, failed, lock_of, shard_name, shards, there
-from tests.fakes.s3 import bucket as bucket
-from tests.fakes.s3 import out as out
-from tests.fakes.s3 import s3 as s3
-from tests.fakes.s3 import server as server
-from tests.test_generate import digests, generate
-from tests.test_processes import SLOW, run_fgsm, wait_for
+from tests.conftest import (
+    FACTORY,
+    WriteConfig,
+    digests,
+    fgsm,
+    generate,
+    png_bytes,
+    random_pixels,
+    without_run,
+    write_parquet,
+)
+from tests.support.hub import running_hub
+from tests.support.processes import SLOW, wait_for
+from tests.support.s3 import S3, alter, failed, lock_of, run_there, shard_name, shards, there
+from tests.support.s3 import bucket as bucket
+from tests.support.s3 import out as out
+from tests.support.s3 import s3 as s3
+from tests.support.s3 import server as server
 
 # --------------------------------------------------------------------------------------------- a whole run
 
@@ -195,13 +203,6 @@ def test_a_dataset_is_verified_mended_and_reported(s3: S3, out: str, write_confi
 
 
 # ------------------------------------------------------------------------------------- killed and resumed
-
-
-def run_there(environment: dict[str, str], temporary: str, cache: str, log: str, arguments: list[str]) -> None:
-    """The body of a process that uses the store."""
-    os.environ.update(environment)
-    tempfile.tempdir = temporary
-    run_fgsm(cache, log, arguments)
 
 
 @pytest.mark.drill

@@ -21,10 +21,8 @@ from PIL import Image
 import pipeline
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.lattice import sign_to_picture, step
-from tests.conftest import KINDS, WriteConfig, png_bytes, random_pixels, write_parquet
-from tests.test_generate import generate
+from tests.conftest import KINDS, LAYOUTS, WriteConfig, generate, loaded_by, png_bytes, random_pixels, write_parquet
 
-LAYOUTS = ("images", "signs")
 ANSWERS = ("prediction", "confidence", "label_confidence", "correct", "fooled")
 
 
@@ -321,12 +319,6 @@ def test_a_sign_map_with_other_values_is_one_sentence() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- importing
-
-
-def loaded_by(statement: str) -> set[str]:
-    """The modules that a fresh interpreter has after a statement."""
-    code = f"{statement}; import sys; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_importing_the_package_is_instant_and_load_is_there() -> None:

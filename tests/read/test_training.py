@@ -32,17 +32,18 @@ from pipeline.read.training import TrainingDataset
 from tests.conftest import (
     FACTORY,
     KINDS,
+    LAYOUTS,
     WriteConfig,
+    generate,
     let_go,
+    loaded_by,
     png_bytes,
     random_pixels,
     shard_path,
     write_parquet,
     write_sealed,
 )
-from tests.fakes.hub import Hub, Repository, git_blob, running_hub
-from tests.read.test_load import LAYOUTS, loaded_by
-from tests.test_generate import generate
+from tests.support.hub import Hub, Repository, git_blob, running_hub
 
 # Workers are a matter of correctness here; that they outnumber this machine's cores is none.
 pytestmark = [

@@ -36,16 +36,17 @@ from tests.conftest import (
     FACTORY,
     KINDS,
     REPOSITORY,
+    ROOM,
     WriteConfig,
     fgsm,
+    generate,
     png_bytes,
     random_pixels,
+    rows,
     shard_path,
     without_run,
     write_parquet,
 )
-from tests.models.test_evaluators import ROOM
-from tests.test_generate import generate, rows
 
 # ------------------------------------------------------------------------------------------------- helpers
 

@@ -11,8 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from pipeline.core.errors import PipelineError
-from tests.conftest import REPOSITORY, WriteConfig
-from tests.test_generate import generate
+from tests.conftest import REPOSITORY, WriteConfig, generate
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.
 sys.path.append(str(REPOSITORY / "scripts"))

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY
-from tests.fakes.hub import running_hub
+from tests.support.hub import running_hub
 
 SCRIPT = REPOSITORY / "scripts/overnight.sh"
 # Bash, and the tools that the script calls, but the Python of these tests.

@@ -18,8 +18,7 @@ from pipeline.core.lattice import step
 from pipeline.models.digits import DigitsNet
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
-from tests.conftest import FACTORY, REPOSITORY
-from tests.test_generate import generate
+from tests.conftest import FACTORY, REPOSITORY, generate
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.
 sys.path.append(str(REPOSITORY / "scripts"))

@@ -16,8 +16,7 @@ from pipeline.config.schema import SourceConfig
 from pipeline.core.errors import ConfigError
 from pipeline.sources.mapped import Source, open_source
 from pipeline.sources.streamed import StreamedSource, Stretch, open_stream, read_stretches
-from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels
-from tests.test_generate import generate, rows
+from tests.conftest import CLASSES, WriteConfig, fgsm, generate, png_bytes, random_pixels, rows
 
 IMAGES = [png_bytes(pixels) for pixels in random_pixels(3)]
 CELLS = pa.array([{"bytes": image, "path": None} for image in IMAGES], datasets.Image().pa_type)

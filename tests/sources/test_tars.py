@@ -21,9 +21,8 @@ from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.sources.mapped import Source, open_source
 from pipeline.sources.streamed import Stretch, check_unstreamed, open_stream, read_stretches
-from tests.conftest import WriteConfig, fgsm
-from tests.sources.test_streams import serving, stream
-from tests.test_generate import generate, manifest
+from tests.conftest import WriteConfig, fgsm, generate, manifest
+from tests.support.files import serving, stream
 
 # A member: its name, what it holds, and fields of its header.
 Member = tuple[str, bytes, dict[str, Any]]

@@ -20,7 +20,11 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from moto.s3.models import s3_backends
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from tests.conftest import fgsm, without_run
+from tests.conftest import (
+    fgsm,
+    without_run,
+)
+from tests.support.processes import run_fgsm
 
 KEY, SECRET = "AKIAHUSHHUSH", "hush/hush+hush"
 Answer = Callable[..., Any]
@@ -256,3 +260,10 @@ def failed(*arguments: str | Path, code: int = 1) -> str:
     assert not any(secret in result.output for secret in (KEY, SECRET, "hush"))
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     return line.removeprefix("Error: ")
+
+
+def run_there(environment: dict[str, str], temporary: str, cache: str, log: str, arguments: list[str]) -> None:
+    """The body of a process that uses the store."""
+    os.environ.update(environment)
+    tempfile.tempdir = temporary
+    run_fgsm(cache, log, arguments)
