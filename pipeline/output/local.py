@@ -52,6 +52,11 @@ class LocalStore(Store):
 
     def entries(self) -> list[str]:
         for folder in (self.disk, *self.disk.parents):
+            if folder.is_symlink() and not folder.exists():
+                raise ConfigError(
+                    f"output.path: {folder} is a link to {folder.readlink()}, which does not exist; make that folder, "
+                    "or remove the link."
+                )
             if folder.exists() and not folder.is_dir():
                 raise ConfigError(f"output.path: {folder} is a file, not a folder.")
         return [entry.name for entry in self.disk.iterdir()] if self.disk.is_dir() else []
@@ -127,17 +132,20 @@ class LocalStore(Store):
 
     def delete(self, names: Iterable[str]) -> None:
         emptied = set()
-        with writing(self.disk):
-            for name in names:
-                path = PurePosixPath(name)
-                with contextlib.suppress(FileNotFoundError), self._folder_of(name, make=False) as folder:
-                    os.unlink(path.name, dir_fd=folder)
-                # Not that of the receipts, by which a folder is known as ours.
-                if len(path.parts) == 2:
-                    emptied.add(path.parts[0])
-            for name in emptied:
-                with contextlib.suppress(OSError), self._folder_of(name) as folder:
-                    os.rmdir(name, dir_fd=folder)
+        for name in names:
+            path = PurePosixPath(name)
+            with (
+                writing(self.disk / name),
+                contextlib.suppress(FileNotFoundError),
+                self._folder_of(name, make=False) as folder,
+            ):
+                os.unlink(path.name, dir_fd=folder)
+            # The folder of a subset; never that of the receipts, by which the output is known as ours.
+            if len(path.parts) == 2:
+                emptied.add(path.parts[0])
+        for name in emptied:
+            with contextlib.suppress(OSError), self._folder_of(name) as folder:
+                os.rmdir(name, dir_fd=folder)
 
     @contextlib.contextmanager
     def _folder_of(self, name: str, *, make: bool = True) -> Iterator[int]:

@@ -13,6 +13,7 @@ import pytest
 from pipeline.core.errors import PipelineError
 from pipeline.output.local import LocalStore
 from pipeline.output.store import open_store
+from tests.conftest import WriteConfig, generate, shard_path
 from tests.support.s3 import failed
 
 
@@ -73,6 +74,26 @@ def test_a_folder_that_cannot_be_listed_is_a_sentence(tmp_path: Path) -> None:
     link_to_itself(tmp_path / ".run/receipts")
     with pytest.raises(PipelineError, match=rf"^Cannot read {tmp_path}/\.run/receipts: Too many levels of symbolic"):
         open_store(tmp_path).sizes()
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_link_that_leads_nowhere_is_named(below: str, write_config: WriteConfig, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    sentence = failed("generate", write_config(), "--output", f"{link}{below}", code=2)
+    assert sentence == (
+        f"output.path: {link} is a link to {tmp_path}/gone, which does not exist; make that folder, or remove the link."
+    )
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_when_it_cannot_be_removed(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    generate(write_config())
+    file = shard_path(tmp_path / "out", "eps-8/test-00001-of-00003.parquet")
+    file.unlink()
+    file.mkdir()
+    assert failed("verify", tmp_path / "out", "--repair").startswith(f"Cannot write {file}: ")
 
 
 def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
