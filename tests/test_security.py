@@ -39,7 +39,7 @@ from pipeline.hub.upload import list_files
 from pipeline.models.victims import load_victim
 from pipeline.output.folder import FileEntry, OutputFolder, Receipt
 from pipeline.output.manifest import Manifest, contradictions, published, require_manifest, run_id_of
-from pipeline.output.stores import open_store
+from pipeline.output.store import open_store
 from pipeline.output.summary import inspect
 from pipeline.read.load import _addresses
 from pipeline.report.page import report

@@ -51,11 +51,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it came from: clients of servers wrap what befalls them."""
+    """An exception and those that it came from, as a traceback shows them: not one that `from None` has cut off."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
 
 
 def first_line(error: BaseException) -> str:

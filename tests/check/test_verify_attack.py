@@ -24,7 +24,7 @@ from pipeline.check.verify import Findings, verify
 from pipeline.core.errors import NonFiniteError, PipelineError
 from pipeline.core.images import decode_image, encode_images
 from pipeline.core.lattice import common_sign, step
-from pipeline.output.stores import LocalStore
+from pipeline.output.local import LocalStore
 from tests.conftest import (
     FACTORY,
     KINDS,
