@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.lattice import step
-from pipeline.models.victims import Victim
+from pipeline.models.base import Model
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Attacked:
 
 
 def attack(
-    victim: Victim,
+    victim: Model,
     images_u8: Tensor,
     labels: Tensor,
     valid: Tensor,
@@ -133,7 +133,7 @@ class Direction:
     classes: Tensor
 
 
-def gradient_sign(victim: Victim, images_u8: Tensor, labels: Tensor, *, goal: Goal, draws: Tensor) -> Direction:
+def gradient_sign(victim: Model, images_u8: Tensor, labels: Tensor, *, goal: Goal, draws: Tensor) -> Direction:
     """The direction of the attack, from one forward and one backward pass to the input only.
 
     What is raised is summed over the batch, in float32 or more: a mean over a large batch can push small

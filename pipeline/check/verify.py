@@ -34,22 +34,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.attacks.fgsm import Goal, gradient_sign
-from pipeline.config.schema import EvaluatorConfig, is_factory_file
+from pipeline.config.schema import EvaluatorConfig
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line, listing
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.core.lanes import Lanes, available_cores, chunk_images
 from pipeline.core.lattice import common_sign, picture_to_sign, step
+from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, Shard
 from pipeline.engine.compute import compile_victim, own_copy
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.run import (
     PACKAGES,
-    Evaluator,
     attack_target,
     choose_device,
-    load_model,
+    load_run_model,
     make_attacker,
     naming_evaluator,
     open_run_source,
@@ -57,8 +57,8 @@ from pipeline.engine.run import (
 )
 from pipeline.layouts.columns import FILE, SIGN, evaluator_columns, kept_columns
 from pipeline.layouts.records import LAYOUTS, Scores, make_features, opinions, score
+from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
-from pipeline.models.victims import Victim
 from pipeline.output.card import make_configs, read_configs, write_summaries
 from pipeline.output.folder import (
     FileEntry,
@@ -74,7 +74,6 @@ from pipeline.output.folder import (
 )
 from pipeline.output.manifest import (
     Manifest,
-    Space,
     altered_manifest,
     contradictions,
     read_manifest,
@@ -143,10 +142,9 @@ class Findings:
 class Judge:
     """The models that are asked again, what the attack wanted, and the environment in which they answer."""
 
-    victim: Victim
-    space: LabelSpace
+    victim: Model
     goal: Goal
-    evaluators: dict[str, Evaluator]
+    evaluators: dict[str, Model]
     lanes: Lanes
     versions: dict[str, str]
     compiled_alike: bool
@@ -226,7 +224,7 @@ def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
             continue
         file = Path(str(model.name).rpartition(":")[0])
         inside = any(Path.cwd().resolve().is_relative_to(root) for root in own)
-        if is_factory_file(str(model.name)):
+        if names_file(str(model.name)):
             # `generate` records whole paths; what is relative was published, or written by hand.
             inside = not file.is_absolute() or any(file.resolve().is_relative_to(root) for root in own)
         if inside:
@@ -246,11 +244,12 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
         device = choose_device(config.runtime.device, precision)
     except ConfigError:
         device = choose_device("auto")
-    victim = load_model(config.model, config, device)
+    victim = load_run_model(config.model, config, device)
     if victim.digest != manifest.identity.get("model.content"):
         raise ConfigError(
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
+    victim.space = manifest.spaces["model"]
     evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
     compiled_alike = not config.runtime.compile or _compiles(victim, evaluators, manifest, device)
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
@@ -258,9 +257,8 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
     if device.type == config.runtime.device and isinstance(recorded, int) and recorded > 0:
         chunk = recorded
     with Lanes(device, chunk) as lanes:
-        space = _space(manifest, manifest)
-        goal = Goal(config.attack.label, attack_target(config, space))
-        yield Judge(victim, space, goal, evaluators, lanes, versions(device), compiled_alike)
+        goal = Goal(config.attack.label, attack_target(config, victim.space))
+        yield Judge(victim, goal, evaluators, lanes, versions(device), compiled_alike)
 
 
 def _open_source(manifest: Manifest, findings: Findings) -> Reader | None:
@@ -277,16 +275,17 @@ def _open_source(manifest: Manifest, findings: Findings) -> Reader | None:
     return Reader(source, config.preprocess, config.runtime.max_pixels, manifest.shape, len(manifest.dataset_classes))
 
 
-def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Evaluator:
+def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Model:
     with naming_evaluator(config.id):
-        model = load_model(config, manifest.resolved, device)
+        model = load_run_model(config, manifest.resolved, device)
         unchanged = model.digest == manifest.identity.get(f"evaluators.{config.id}.content")
         if config.id not in manifest.evaluators or not unchanged:
             raise ConfigError("it has changed since the run, so it cannot be asked again.")
-    return Evaluator(model, _space(manifest, manifest.evaluators[config.id]))
+    model.space = manifest.spaces[f"evaluators.{config.id}"]
+    return model
 
 
-def _compiles(victim: Victim, evaluators: Mapping[str, Evaluator], manifest: Manifest, device: torch.device) -> bool:
+def _compiles(victim: Model, evaluators: Mapping[str, Model], manifest: Manifest, device: torch.device) -> bool:
     """Compile the models as the run's were; where that fails they run as they are, with other last digits."""
     config = manifest.resolved
     attacker = make_attacker(config, victim, Goal(), evaluators)
@@ -298,16 +297,6 @@ def _compiles(victim: Victim, evaluators: Mapping[str, Evaluator], manifest: Man
     return True
 
 
-def _space(manifest: Manifest, model: Manifest | Space) -> LabelSpace:
-    """How labels and predictions of a model translate; the victim's stand in the manifest itself."""
-    return LabelSpace(
-        manifest.dataset_classes,
-        np.array(model.to_model),
-        model.recorded_classes,
-        np.array(model.to_recorded),
-    )
-
-
 def _check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     """The parts of a manifest agree with each other. Where they do not, what follows from it would blame other files.
 
@@ -316,11 +305,11 @@ def _check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     """
     config = manifest.resolved
     wrong = contradictions(manifest)
-    spaces: dict[str, tuple[Any, Manifest | Space]] = {"model": (config.model.label_map, manifest)}
-    for other in config.evaluators:
-        if other.id in manifest.evaluators:  # if not, the features are others too
-            spaces[f"evaluators.{other.id}"] = (other.label_map, manifest.evaluators[other.id])
-    wrong += [name for name, (asked, space) in spaces.items() if not _fits(asked, _space(manifest, space))]
+    spaces = manifest.spaces
+    asked = {"model": config.model.label_map}
+    # An evaluator that the manifest does not have makes other features too.
+    asked |= {name: other.label_map for other in config.evaluators if (name := f"evaluators.{other.id}") in spaces}
+    wrong += [name for name, label_map in asked.items() if not _fits(label_map, spaces[name])]
     if wrong:
         raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
 
@@ -431,7 +420,7 @@ class _Answer:
     share: Tensor
 
 
-def _look_again(victim: Victim, evaluators: Sequence[Victim], goal: Goal, clipped: bool, *chunk: Tensor) -> _Answer:
+def _look_again(victim: Model, evaluators: Sequence[Model], goal: Goal, clipped: bool, *chunk: Tensor) -> _Answer:
     """Ask the models about a chunk again.
 
     Args:
@@ -473,10 +462,10 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
         features = datasets.Features.from_dict(manifest.features)
         expected = make_features(
             LAYOUTS[config.output.layout],
-            _space(manifest, manifest),
+            manifest.spaces["model"],
             targeted=config.attack.target is not None,
             kept={name: features[name] for name in config.source.keep_columns},
-            evaluators={name: _space(manifest, space) for name, space in manifest.evaluators.items()},
+            evaluators={name: manifest.spaces[f"evaluators.{name}"] for name in manifest.evaluators},
             streamed=bool(manifest.streamed),
         )
     except Exception as error:  # what is no feature can raise anything there
@@ -950,8 +939,7 @@ class _Checker:
         return batch
 
     def _ask(self, judge: Judge, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
-        models = [evaluator.model for evaluator in judge.evaluators.values()]
-        ask = partial(_look_again, judge.victim, models, judge.goal, not self.signs)
+        ask = partial(_look_again, judge.victim, [*judge.evaluators.values()], judge.goal, not self.signs)
         try:
             parts = [future.result() for future in judge.lanes.submit(ask, *rows, valid=valid)]
         except torch.OutOfMemoryError as error:
@@ -970,10 +958,10 @@ class _Checker:
 
         As they are recorded: a prediction that lies on a near tie may fall otherwise here.
         """
-        to_model = torch.from_numpy(np.argsort(judge.space.to_recorded))
+        to_model = torch.from_numpy(np.argsort(judge.victim.space.to_recorded))
         own = to_model[torch.from_numpy(_column(tables[0], "prediction", 0).astype(np.int64))]
         if judge.goal.label == "dataset":
-            known = judge.space.model_labels(labels)
+            known = judge.victim.space.model_labels(labels)
             own = torch.where(known == UNLABELLED, own, known)
         if not self.targeted:
             return own, None
@@ -1022,10 +1010,10 @@ class _Checker:
 
         There nothing is excused by other digits.
         """
-        again = score(answer.logits[0], labels, target, judge.space)
+        again = score(answer.logits[0], labels, target, judge.victim.space)
         recorded = [_column(table, "confidence", 0.0) for table in tables]
         strict = self.exact and all(map(np.array_equal, recorded, again.confidence))
-        close = self._near_ties(answer.logits[0], "prediction", tables, judge.space) & (not strict)
+        close = self._near_ties(answer.logits[0], "prediction", tables, judge.victim.space) & (not strict)
         for index, (name, table) in enumerate(zip(names, tables, strict=True)):
             self._compare(again, index, name, table, close[index])
         return strict
@@ -1058,10 +1046,10 @@ class _Checker:
         tables: Sequence[pa.Table],
         strict: bool,
     ) -> None:
-        for (evaluator, opened), logits in zip(judge.evaluators.items(), answer.logits[1:], strict=True):
-            (opinion,) = opinions(logits.argmax(-1)[None], labels, {evaluator: opened.space}).values()
+        for (evaluator, model), logits in zip(judge.evaluators.items(), answer.logits[1:], strict=True):
+            (opinion,) = opinions(logits.argmax(-1)[None], labels, {evaluator: model.space}).values()
             prediction, correct = evaluator_columns(evaluator)
-            close = self._near_ties(logits, prediction, tables, opened.space) & (not strict)
+            close = self._near_ties(logits, prediction, tables, model.space) & (not strict)
             for index, (name, table) in enumerate(zip(names, tables, strict=True)):
                 ties = self._compare_predictions(opinion.prediction[index], prediction, name, table, close[index])
                 known = np.asarray(table.column("label").is_valid()) & ~ties

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.attacks.fgsm import Goal, all_finite, attack, gradient_sign
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line
 from pipeline.core.lanes import Lanes, chunk_images, to_host
-from pipeline.models.victims import Victim
+from pipeline.models.base import Model
 
 # Source images from which `compile: auto` compiles. On 2 CPU cores compiling ResNet-20 took 35 s, and saved
 # 0.47 ms an image at 32 px: repaid after 75,000. At 224 px so many images take hours, of which the attempt is
@@ -67,11 +67,11 @@ class Attacker:
     evaluators: models that look at the same images, by their ids.
     """
 
-    victim: Victim
+    victim: Model
     goal: Goal
     levels: tuple[int, ...]
     stored: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
-    evaluators: Mapping[str, Victim] = field(default_factory=dict)
+    evaluators: Mapping[str, Model] = field(default_factory=dict)
 
     def __call__(self, images_u8: Tensor, labels: Tensor, draws: Tensor, valid: Tensor) -> Part:
         """Attack a chunk and wait for the outcome.
@@ -104,7 +104,7 @@ class Attacker:
         )
 
 
-def evaluate(evaluators: Mapping[str, Victim], images: Sequence[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(evaluators: Mapping[str, Model], images: Sequence[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
     """What evaluators predict, without waiting for the device.
 
     Args:
@@ -125,7 +125,7 @@ def evaluate(evaluators: Mapping[str, Victim], images: Sequence[Tensor], valid: 
     return predictions, finite
 
 
-def check_evaluators(evaluators: Mapping[str, Victim], finite: Tensor) -> None:
+def check_evaluators(evaluators: Mapping[str, Model], finite: Tensor) -> None:
     """Look at what `evaluate` says of its numbers.
 
     Raises:
@@ -140,7 +140,7 @@ def check_evaluators(evaluators: Mapping[str, Victim], finite: Tensor) -> None:
 _own = threading.local()
 
 
-def own_copy(victim: Victim) -> Victim:
+def own_copy(victim: Model) -> Model:
     """A victim that no other lane calls: a copy with the same weights.
 
     A module may keep something in an attribute during its forward, which another lane must not overwrite. What is
@@ -148,7 +148,7 @@ def own_copy(victim: Victim) -> Victim:
     """
     if victim.compiled:
         return victim
-    copies: dict[Victim, Victim] = _own.__dict__.setdefault("copies", {})
+    copies: dict[Model, Model] = _own.__dict__.setdefault("copies", {})
     if victim not in copies:
         shared = {id(tensor): tensor for tensor in (*victim.parameters(), *victim.buffers())}
         copies[victim] = copy.deepcopy(victim, shared)
@@ -254,7 +254,7 @@ def compile_victim(attacker: Attacker, device: torch.device, shape: tuple[int, i
 # --------------------------------------------------------------------------------------- a look at the model
 
 
-def check_model(model: Victim, images_u8: Tensor, labels: Tensor, goal: Goal | None, size: int) -> list[str]:
+def check_model(model: Model, images_u8: Tensor, labels: Tensor, goal: Goal | None, size: int) -> list[str]:
     """Look once at what a model makes of images of the source, before a run writes anything.
 
     Logits and gradients that are not numbers are left to the run, which finds them in every batch and names it.
@@ -296,7 +296,7 @@ def check_model(model: Victim, images_u8: Tensor, labels: Tensor, goal: Goal | N
     return found + _check_accuracy(logits, labels)
 
 
-def _logits(model: Victim, images_u8: Tensor) -> Tensor:
+def _logits(model: Model, images_u8: Tensor) -> Tensor:
     """(N, classes), of more images than the one that classes were counted with."""
     count = len(images_u8)
     try:
@@ -334,7 +334,7 @@ def _moved(before: Tensor, after: Tensor) -> float:
     return float((after - before).abs().amax() / largest)
 
 
-def _check_repeated(model: Victim, pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[str]:
+def _check_repeated(model: Model, pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[str]:
     """Compare what a model gave the first time and the second, by what it is."""
     low = model.bf16 or model.mean.dtype in (torch.float16, torch.bfloat16)
     for what, answers in pairs.items():
@@ -353,7 +353,7 @@ def _check_repeated(model: Victim, pairs: Mapping[str, Sequence[tuple[Tensor, Te
     return []
 
 
-def _check_neighbours(model: Victim, images_u8: Tensor, logits: Tensor) -> None:
+def _check_neighbours(model: Model, images_u8: Tensor, logits: Tensor) -> None:
     """What a model says of an image is to depend on that image alone.
 
     It is asked about half of them, and with black and white ones in place of the others.

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import pipeline
 from pipeline.attacks.fgsm import Goal, gradient_sign
 from pipeline.core.lattice import step
-from pipeline.models.digits import DigitsNet
+from pipeline.models.digits_net import DigitsNet
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
 from tests.conftest import FACTORY, REPOSITORY, generate
