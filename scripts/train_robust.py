@@ -34,10 +34,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from pipeline import training_dataset
-from pipeline.attacks.fgsm import Goal, attack
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.check.verify import announce_factories
 from pipeline.config.schema import ModelConfig, reading_levels
 from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.engine.compute import attack_images
 from pipeline.models.base import Model
 from pipeline.models.load import load_model
 from pipeline.output.folder import OutputFolder
@@ -152,7 +154,8 @@ def evaluate(model: Model, output: Path, split: str, levels: Sequence[int], work
     right: dict[str, int] = {}
     clean = training_dataset(output, split, clean=1, shuffle=False)
     for images, labels in _batches(clean, workers, model):
-        attacked = attack(
+        attacked = attack_images(
+            FGSM(),
             model,
             images,
             labels,

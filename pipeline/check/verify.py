@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.attacks.fgsm import Goal, gradient_sign
+from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
+from pipeline.attacks.fgsm import FGSM
 from pipeline.config.schema import EvaluatorConfig
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line, listing
@@ -140,8 +141,9 @@ class Findings:
 
 @dataclass(frozen=True)
 class Judge:
-    """The models that are asked again, what the attack wanted, and the environment in which they answer."""
+    """The attack and the models that are asked again, what the attack wanted, and the environment of the answers."""
 
+    attack: Attack
     victim: Model
     goal: Goal
     evaluators: dict[str, Model]
@@ -258,7 +260,7 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
         chunk = recorded
     with Lanes(device, chunk) as lanes:
         goal = Goal(config.attack.label, attack_target(config, victim.space))
-        yield Judge(victim, goal, evaluators, lanes, versions(device), compiled_alike)
+        yield Judge(FGSM(), victim, goal, evaluators, lanes, versions(device), compiled_alike)
 
 
 def _open_source(manifest: Manifest, findings: Findings) -> Reader | None:
@@ -411,8 +413,9 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
 class _Answer:
     """What the models say of M rows: the logits of each (1 + K, M, classes), the victim's first.
 
-    differing (M,) int64: values of a row whose stored sign is not the gradient's; share (M,): the part of the row's
-    squared gradient that lies there, 0 where all of the gradient is rounding.
+    differing (M,) int64: values of a row that the attack does not give again: whose stored sign is not its direction's
+    or, of an attack that is not on a ray, that are another at some epsilon. share (M,): the part of the row's squared
+    direction that lies there, 0 where all of the gradient is rounding; or the share of all values.
     """
 
     logits: list[Tensor]
@@ -420,35 +423,45 @@ class _Answer:
     share: Tensor
 
 
-def _look_again(victim: Model, evaluators: Sequence[Model], goal: Goal, clipped: bool, *chunk: Tensor) -> _Answer:
-    """Ask the models about a chunk again.
+def _look_again(judge: Judge, levels: Sequence[int], clipped: bool, *chunk: Tensor) -> _Answer:
+    """Ask the models about a chunk again, and attack it again.
 
     Args:
-        victim: the victim.
-        evaluators: those that looked at the same images.
-        goal: of the attack.
+        judge: the models and the attack.
+        levels: epsilons in grey levels, without 0.
         clipped: whether the stored sign is 0 where clip(x + s) is x.
         chunk: 1 + K times (N, C, H, W) uint8, the stored sign (N, C, H, W) int8, the model's index (N,) int64 of the
-            class whose loss was changed, then which rows are valid, (N,) bool.
+            class whose loss was changed, the random numbers of the rows (N,) int64, then which rows are valid, (N,)
+            bool.
     """
-    *images, sign, classes, valid = chunk
-    own = own_copy(victim)
+    *images, sign, classes, draws, valid = chunk
+    victim = own_copy(judge.victim)
     # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
     # that, with other last digits.
-    direction = gradient_sign(own, images[0], classes, goal=Goal(), draws=classes)
-    logits = [torch.stack([direction.logits, *map(own.predict, images[1:])])]
-    logits += [torch.stack([*map(model.predict, images)]) for model in map(own_copy, evaluators)]
-    again = direction.sign if goal.target is None else -direction.sign
-    if clipped:
-        again = again * (step(images[0], again, 1) != images[0])
-    differs = (again != sign).flatten(1)
-    gradient = direction.gradient.float().flatten(1)
-    # Of very small numbers the squares would be 0.
-    squares = (gradient / gradient.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).square()
-    share = (squares * differs).sum(1) / squares.sum(1).clamp(min=1.0)
-    chosen = direction.logits.log_softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
-    share = share.where(-chosen.expm1() > SATURATED, 0.0)
+    model = AttackedModel(victim, images[0], targeted=judge.goal.target is not None)
+    perturbed = judge.attack.perturb(model, images[0], classes, levels, draws)
+    logits = [torch.stack([model.logits, *map(victim.predict, images[1:])])]
+    logits += [torch.stack([*map(other.predict, images)]) for other in map(own_copy, judge.evaluators.values())]
+    if perturbed.direction is None:
+        differs = torch.stack([*map(torch.ne, perturbed.images, images[1:])]).any(0).flatten(1)
+        share = differs.float().mean(1)
+    else:
+        again = direction_sign(perturbed.direction)
+        if clipped:
+            again = again * (step(images[0], again, 1) != images[0])
+        differs = (again != sign).flatten(1)
+        share = _squares(perturbed.direction, differs)
+        chosen = model.logits.log_softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
+        share = share.where(-chosen.expm1() > SATURATED, 0.0)
     return _Answer([answers[:, valid].cpu() for answers in logits], differs.sum(1)[valid].cpu(), share[valid].cpu())
+
+
+def _squares(direction: Tensor, chosen: Tensor) -> Tensor:
+    """The part of each row's squares of a direction (N, C, H, W) that lies where (N, C * H * W) says, (N,)."""
+    values = direction.float().flatten(1)
+    # Of very small numbers the squares would be 0.
+    squares = (values / values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).square()
+    return (squares * chosen).sum(1) / squares.sum(1).clamp(min=1.0)
 
 
 def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
@@ -910,13 +923,14 @@ class _Checker:
         labels = torch.from_numpy(_column(tables[0], "label", UNLABELLED).astype(np.int64))
         own, target = self._wanted(judge, labels, tables)
         changed = own if target is None else target
-        rows = [self._padded(mask, values) for values in (*images, sign, changed)]
+        random = torch.from_numpy(draws)
+        rows = [self._padded(mask, values) for values in (*images, sign, changed, random)]
         valid = self._padded(mask, torch.ones(len(changed), dtype=torch.bool))
         answer = self._ask(judge, rows, valid)
         try:
             strict = self._compare_victim(judge, answer, names, labels, target, tables)
             if target is not None:
-                expected = judge.goal.classes(answer.logits[0][0], own, torch.from_numpy(draws))
+                expected = judge.goal.classes(answer.logits[0][0], own, random)
                 self._compare_target(judge, expected, target, answer.logits[0][0], names[-1], tables[-1], strict)
             self._compare_evaluators(judge, answer, names, labels, tables, strict)
             self._compare_signs(judge, answer, names, tables[0], strict)
@@ -939,7 +953,7 @@ class _Checker:
         return batch
 
     def _ask(self, judge: Judge, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
-        ask = partial(_look_again, judge.victim, [*judge.evaluators.values()], judge.goal, not self.signs)
+        ask = partial(_look_again, judge, self.levels[1:], not self.signs)
         try:
             parts = [future.result() for future in judge.lanes.submit(ask, *rows, valid=valid)]
         except torch.OutOfMemoryError as error:

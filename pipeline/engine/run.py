@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from pipeline import __version__
-from pipeline.attacks.fgsm import Goal
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.config.schema import Config, ModelConfig, PreprocessConfig, is_address
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
@@ -238,7 +239,7 @@ def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> 
 
 def make_attacker(config: Config, victim: Model, goal: Goal, evaluators: Mapping[str, Model]) -> Attacker:
     """The attack that a config describes, on chunks of rows."""
-    return Attacker(victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, evaluators)
+    return Attacker(FGSM(), victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, evaluators)
 
 
 def _open_evaluators(config: Config, source: Source, shape: Shape, device: torch.device) -> dict[str, Model]:

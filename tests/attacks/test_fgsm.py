@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks.fgsm import Attacked, Goal, attack, gradient_sign
+from pipeline.attacks.base import AttackedModel, Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.lattice import step
+from pipeline.engine.compute import Attacked, attack_images
 from pipeline.models.base import Model
 from tests.conftest import random_pixels
 
@@ -36,7 +38,8 @@ def run(
     """Attack with every row valid, labelled 0 and drawn 0, unless said otherwise."""
     count, device = len(images), images.device
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
-    attacked = attack(
+    attacked = attack_images(
+        FGSM(),
         victim,
         images,
         zeros if labels is None else labels,
@@ -290,6 +293,13 @@ def test_one_gradient_serves_every_epsilon() -> None:
     run(victim, noise(4), levels=(1, 2, 4, 8))
     assert module.forwards == [True, False, False, False, False]
     assert module.backwards == 1
+    # Of other images it costs both passes.
+    model = AttackedModel(victim, noise(4), targeted=False)
+    del module.forwards[:]
+    for images in (noise(4, seed=1), noise(4, seed=2)):
+        model.gradient(images, torch.zeros(4, dtype=torch.int64))
+    assert module.forwards == [True, True]
+    assert module.backwards == 3
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in victim.parameters())
 
 
@@ -337,13 +347,12 @@ def test_every_precision_keeps_the_gradient_of_a_sure_model(half: Callable[[nn.M
         sure = net(images / 255)
     assert (sure.softmax(1)[:, 3] > 1 - 1e-7).all(), "the test needs a model that is sure"
     labels, draws = torch.full((8,), 3), torch.zeros(8, dtype=torch.int64)
-    exact = Model(copy.deepcopy(net).double())
-    expected = gradient_sign(exact, images, labels, goal=goal, draws=draws).gradient
-    found = gradient_sign(Model(half(net)), images, labels, goal=goal, draws=draws)
-    assert torch.isfinite(found.gradient).all()
-    assert (found.sign == 0).float().mean() < 0.01
+    expected, _ = gradient(Model(copy.deepcopy(net).double()), images, labels, goal, draws)
+    found, _ = gradient(Model(half(net)), images, labels, goal, draws)
+    assert torch.isfinite(found).all()
+    assert (found == 0).float().mean() < 0.01
     clear = expected.abs() > 0.1 * expected.abs().amax((1, 2, 3), keepdim=True)
-    assert (found.gradient.sign() == expected.sign())[clear].float().mean() > 0.99
+    assert (found.sign() == expected.sign())[clear].float().mean() > 0.99
 
 
 @pytest.mark.parametrize("goal", [Goal(), Goal(target=2)])
@@ -351,13 +360,19 @@ def test_every_precision_keeps_the_gradient_of_a_sure_model(half: Callable[[nn.M
 def test_the_direction_is_the_gradient_of_the_cross_entropy(sharpness: float, goal: Goal) -> None:
     net, images, labels = conv_net(1).double(), noise(16), torch.arange(16) % 7
     victim = Model(nn.Sequential(net, Scaled(sharpness)))
-    found = gradient_sign(victim, images, labels, goal=goal, draws=labels)
+    found, classes = gradient(victim, images, labels, goal, labels)
     unit = victim.unit(images).requires_grad_()
-    (expected,) = torch.autograd.grad(F.cross_entropy(victim(unit), found.classes, reduction="sum"), unit)
+    (expected,) = torch.autograd.grad(F.cross_entropy(victim(unit), classes, reduction="sum"), unit)
     clear = expected.abs() > 1e-9 * expected.abs().amax((1, 2, 3), keepdim=True)
     assert clear.float().mean() > 0.999
-    assert torch.equal(found.gradient.sign()[clear], expected.sign()[clear])
-    assert torch.equal(found.sign, (found.gradient if goal.target is None else -found.gradient).sign().to(torch.int8))
+    assert torch.equal(found.sign()[clear], (expected if goal.target is None else -expected).sign()[clear])
+
+
+def gradient(victim: Model, images: Tensor, labels: Tensor, goal: Goal, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """What an attack is given for the clean images, and the classes whose loss is changed."""
+    model = AttackedModel(victim, images, targeted=goal.target is not None)
+    classes = goal.classes(model.logits, labels, draws)
+    return model.gradient(images, classes), classes
 
 
 class Scaled(nn.Module):
@@ -373,15 +388,12 @@ class Scaled(nn.Module):
 
 def test_the_sign_is_the_direction_of_the_attack() -> None:
     victim, images, labels = random_linear(48), noise(3, side=4), torch.tensor([0, 1, 2])
-    draws = torch.zeros(3, dtype=torch.int64)
-    direction = gradient_sign(victim, images, labels, goal=Goal(), draws=draws)
-    raised, logits, classes = direction.sign, direction.logits, direction.classes
-    lowered = gradient_sign(victim, images, labels, goal=Goal(target=1), draws=draws).sign
-    assert raised.dtype == torch.int8
-    assert raised.shape == images.shape
-    assert classes.tolist() == [0, 1, 2]
-    assert torch.equal(lowered[1], -raised[1]), "lowering a loss is the opposite of raising it"
-    assert not logits.requires_grad
+    raised, lowered = run(victim, images, labels), run(victim, images, labels, goal=Goal(target=1))
+    assert raised.sign.dtype == torch.int8
+    assert raised.sign.shape == images.shape
+    assert raised.classes.tolist() == [0, 1, 2]
+    assert torch.equal(lowered.sign[1], -raised.sign[1]), "lowering a loss is the opposite of raising it"
+    assert not raised.logits.requires_grad
 
 
 # -------------------------------------------------------------------------------------- labels and targets

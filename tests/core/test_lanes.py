@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.attacks.fgsm import Goal, attack
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.core.lanes import Lanes, available_cores, chunk_images, given_cores, lane_count, to_host
-from pipeline.engine.compute import Attacker, Part
+from pipeline.engine.compute import Attacker, Part, attack_images
 from pipeline.models.base import Model
 from tests.conftest import WriteConfig, digests, generate
 
@@ -97,12 +98,13 @@ def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
     valid = torch.arange(32) % 5 != 1
     chunk = 8 if name == "cpu" else 32
     with Lanes(device, chunk) as lanes:
-        attacker = Attacker(victim, goal, LEVELS, lambda images, _: tuple(images))
+        attacker = Attacker(FGSM(), victim, goal, LEVELS, lambda images, _: tuple(images))
         waiting = [lanes.submit(attacker, images, labels, draws, valid=valid) for images in batches]
         found = [joined([future.result() for future in futures]) for futures in waiting]
     for images, (pictures, logits, classes, zero_signs) in zip(batches, found, strict=True):
         plain = [
-            attack(
+            attack_images(
+                FGSM(),
                 victim,
                 *(tensor[rows].to(device) for tensor in (images, labels, valid)),
                 levels=LEVELS,

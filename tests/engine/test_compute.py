@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.attacks.fgsm import Goal
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.config.schema import ModelConfig, load_config
 from pipeline.core.errors import ConfigError
 from pipeline.core.lanes import Lanes
@@ -155,7 +156,7 @@ def test_a_rehearsal_asks_nothing_of_its_images(tmp_path: Path, constant: bool) 
     path.write_text(STANDARDISED.replace("std((1, 2, 3), keepdim=True)", "std() * 0") if constant else STANDARDISED)
     config = ModelConfig(kind="factory", name=f"{path}:Standardised")
     victim = load_model(config, seed=0, device=CPU)
-    rehearse(Attacker(victim, Goal(), (8,), LAYOUTS["images"].stored), CPU, (3, 16, 16), 8)
+    rehearse(Attacker(FGSM(), victim, Goal(), (8,), LAYOUTS["images"].stored), CPU, (3, 16, 16), 8)
 
 
 def test_each_lane_has_its_own_copy_of_a_victim_and_all_share_its_weights() -> None:
@@ -176,7 +177,7 @@ def test_each_lane_has_its_own_copy_of_a_victim_and_all_share_its_weights() -> N
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
     zeros = torch.zeros(64, dtype=torch.int64)
     with Lanes(CPU, 4, count=4) as lanes:
-        attacker = Attacker(victim, Goal(), (8,), LAYOUTS["images"].stored)
+        attacker = Attacker(FGSM(), victim, Goal(), (8,), LAYOUTS["images"].stored)
         parts = [future.result() for future in lanes.submit(attacker, images, zeros, zeros, valid=zeros == 0)]
     logits = torch.cat([part.logits for part in parts], 1)
     for index, level_logits in enumerate(logits):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks.fgsm import Goal
+from pipeline.attacks.base import Goal
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.engine.compute import _check_accuracy, check_model
 from pipeline.models.base import Model

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.attacks.fgsm import Goal, attack
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.config.schema import ModelConfig, PreprocessConfig
 from pipeline.core.errors import ConfigError
+from pipeline.engine.compute import attack_images
 from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
 from pipeline.models.digits_net import WEIGHTS, DigitsNet
@@ -140,7 +142,7 @@ def test_frozen_and_in_eval_mode() -> None:
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     labels, valid = torch.arange(5) % 3, torch.ones(5, dtype=torch.bool)
     first, second = (
-        attack(victim, images, labels, valid, levels=(8,), goal=Goal(), draws=torch.zeros_like(labels))
+        attack_images(FGSM(), victim, images, labels, valid, levels=(8,), goal=Goal(), draws=torch.zeros_like(labels))
         for _ in range(2)
     )
     assert torch.equal(first.logits, second.logits), "dropout would differ"
