@@ -34,7 +34,7 @@ from torchvision import models, transforms
 from pipeline.config.schema import Config, load_config
 from pipeline.core.lanes import available_cores
 from pipeline.models.checkpoints import load_checkpoint
-from pipeline.models.digits import WEIGHTS, DigitsNet
+from pipeline.models.digits_net import WEIGHTS, DigitsNet
 
 # Batches that the bound goes through over and over; more would only take longer to decode.
 BOUND_BATCHES = 8

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.models.digits import WEIGHTS, DigitsNet
+from pipeline.models.digits_net import WEIGHTS, DigitsNet
 from pipeline.sources.digits import digits_split
 
 EPOCHS = 40

@@ -34,11 +34,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from pipeline import training_dataset
-from pipeline.attacks.fgsm import Goal, attack
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.check.verify import announce_factories
 from pipeline.config.schema import ModelConfig, reading_levels
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.models.victims import Victim, load_victim
+from pipeline.engine.compute import attack_images
+from pipeline.models.base import Model
+from pipeline.models.load import load_model
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, require_manifest
 from pipeline.read.training import TrainingDataset
@@ -74,13 +77,13 @@ class Result:
     accuracy: Accuracies
 
 
-def new_model(config: ModelConfig, manifest: Manifest, seed: int, device: torch.device) -> Victim:
+def new_model(config: ModelConfig, manifest: Manifest, seed: int, device: torch.device) -> Model:
     """An untrained model for the dataset's images and classes, ready to be trained.
 
     Raises:
         ConfigError: there is no such model, or it does not fit the images or has too few classes.
     """
-    model, _ = load_victim(config.model_copy(update={"weights": None}), seed=seed, device=device)
+    model = load_model(config.model_copy(update={"weights": None}), seed=seed, device=device)
     classes, needed = model.count_classes(manifest.shape), len(manifest.dataset_classes)
     if classes < needed:
         raise ConfigError(f"--model: it tells {classes} classes apart, and the dataset has {needed}.")
@@ -95,7 +98,7 @@ def shifted(images: Tensor) -> Tensor:
     return F.pad(images, [most] * 4)[..., top : top + height, left : left + width]
 
 
-def train(model: Victim, data: TrainingDataset, recipe: Recipe, seed: int) -> tuple[int, int]:
+def train(model: Model, data: TrainingDataset, recipe: Recipe, seed: int) -> tuple[int, int]:
     """Train a model in place, by AdamW and one cycle of its learning rate; then freeze it.
 
     Args:
@@ -138,7 +141,7 @@ def whole_batches(rows: int, recipe: Recipe) -> int:
     return more * ((each + 1) // recipe.batch_size) + (workers - more) * (each // recipe.batch_size)
 
 
-def evaluate(model: Victim, output: Path, split: str, levels: Sequence[int], workers: int) -> Accuracies:
+def evaluate(model: Model, output: Path, split: str, levels: Sequence[int], workers: int) -> Accuracies:
     """What a trained model gets right: clean, stored at each level, and fresh at each level.
 
     Args:
@@ -151,7 +154,8 @@ def evaluate(model: Victim, output: Path, split: str, levels: Sequence[int], wor
     right: dict[str, int] = {}
     clean = training_dataset(output, split, clean=1, shuffle=False)
     for images, labels in _batches(clean, workers, model):
-        attacked = attack(
+        attacked = attack_images(
+            FGSM(),
             model,
             images,
             labels,
@@ -173,7 +177,7 @@ def evaluate(model: Victim, output: Path, split: str, levels: Sequence[int], wor
     return {name: right[name] / len(clean) for name in conditions(levels)}
 
 
-def _batches(data: TrainingDataset, workers: int, model: Victim) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(data: TrainingDataset, workers: int, model: Model) -> Iterator[tuple[Tensor, Tensor]]:
     device = model.mean.device
     for images, labels in DataLoader(data, TEST_BATCH, num_workers=workers):
         yield images.to(device), labels.to(device)

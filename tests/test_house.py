@@ -29,6 +29,8 @@ WINGS = {
     "report": _READERS,
     "hub": (*_READERS, "check", "report"),
 }
+# Of a wing, and no kind: how classes meet is the same for every model.
+NO_KINDS = {"models.label_space"}
 ON_TOP = {"__init__", "__main__", "cli", "generate"}
 
 
@@ -69,7 +71,7 @@ def test_no_wing_stands_on_itself() -> None:
 @pytest.mark.parametrize("base", sorted(PACKAGE.glob("*/base.py")), ids=lambda path: path.parent.name)
 def test_the_protocol_of_a_wing_imports_no_kind(base: Path) -> None:
     wing = base.parent.name
-    assert not [module for module in imports(base) if module.startswith(f"{wing}.")]
+    assert not [module for module in imports(base) if module.startswith(f"{wing}.") and module not in NO_KINDS]
 
 
 def test_the_readme_lists_the_wings() -> None:

@@ -36,10 +36,10 @@ from pipeline.core.redaction import find_secret, presentable, redact
 from pipeline.engine.decode import read_image
 from pipeline.engine.run import open_run
 from pipeline.hub.upload import list_files
-from pipeline.models.victims import load_victim
+from pipeline.models.load import load_model
 from pipeline.output.folder import FileEntry, OutputFolder, Receipt
 from pipeline.output.manifest import Manifest, contradictions, published, require_manifest, run_id_of
-from pipeline.output.stores import open_store
+from pipeline.output.store import open_store
 from pipeline.output.summary import inspect
 from pipeline.read.load import _addresses
 from pipeline.report.page import report
@@ -252,7 +252,7 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path, canary: Path, suffix: str) ->
     torch.save({"weight": Payload(canary)}, zipped)
     for path in (weights, zipped):
         with pytest.raises(ConfigError, match=r"model\.weights"):
-            load_victim(ModelConfig(kind="digits", weights=str(path)), seed=0, device=torch.device("cpu"))
+            load_model(ModelConfig(kind="digits", weights=str(path)), seed=0, device=torch.device("cpu"))
     assert not canary.exists()
 
 
@@ -268,7 +268,7 @@ def test_weights_that_a_library_finds_in_its_own_cache_run_nothing(
     torch.save(Payload(canary), file)
     config = ModelConfig(kind="torchvision", name="resnet18", weights="IMAGENET1K_V1")
     with pytest.raises(ConfigError, match="torchvision cannot make resnet18"):
-        load_victim(config, seed=0, device=torch.device("cpu"))
+        load_model(config, seed=0, device=torch.device("cpu"))
     assert not canary.exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
@@ -294,7 +294,7 @@ def test_weights_that_timm_is_pointed_to_run_nothing(tmp_path: Path, canary: Pat
     weights = None if way == "checkpoint_path" else "r160_in1k"
     config = ModelConfig(kind="timm", name="test_resnet", weights=weights, kwargs=kwargs)
     with pytest.raises(ConfigError, match="timm cannot make test_resnet"):
-        load_victim(config, seed=0, device=torch.device("cpu"))
+        load_model(config, seed=0, device=torch.device("cpu"))
     assert not canary.exists()
 
 
@@ -307,7 +307,7 @@ def test_a_transformers_folder_with_code_runs_nothing(tmp_path: Path, canary: Pa
     (folder / "config.json").write_text(json.dumps({"model_type": "made-up", "auto_map": auto}))
     for weights in (None, str(folder)):
         with pytest.raises(ConfigError, match="transformers cannot make"):
-            load_victim(
+            load_model(
                 ModelConfig(kind="transformers", name=str(folder), weights=weights),
                 seed=0,
                 device=torch.device("cpu"),

@@ -33,23 +33,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.attacks.fgsm import Goal, gradient_sign
-from pipeline.config.schema import EvaluatorConfig, is_factory_file
+from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
+from pipeline.attacks.fgsm import FGSM
+from pipeline.config.schema import EvaluatorConfig
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line, listing
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.core.lanes import Lanes, available_cores, chunk_images
 from pipeline.core.lattice import common_sign, picture_to_sign, step
+from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, Shard
 from pipeline.engine.compute import compile_victim, own_copy
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.run import (
     PACKAGES,
-    Evaluator,
     attack_target,
     choose_device,
-    load_model,
+    load_run_model,
     make_attacker,
     naming_evaluator,
     open_run_source,
@@ -57,8 +58,8 @@ from pipeline.engine.run import (
 )
 from pipeline.layouts.columns import FILE, SIGN, evaluator_columns, kept_columns
 from pipeline.layouts.records import LAYOUTS, Scores, make_features, opinions, score
+from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
-from pipeline.models.victims import Victim
 from pipeline.output.card import make_configs, read_configs, write_summaries
 from pipeline.output.folder import (
     FileEntry,
@@ -74,7 +75,6 @@ from pipeline.output.folder import (
 )
 from pipeline.output.manifest import (
     Manifest,
-    Space,
     altered_manifest,
     contradictions,
     read_manifest,
@@ -141,12 +141,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Judge:
-    """The models that are asked again, what the attack wanted, and the environment in which they answer."""
+    """The attack and the models that are asked again, what the attack wanted, and the environment of the answers."""
 
-    victim: Victim
-    space: LabelSpace
+    attack: Attack
+    victim: Model
     goal: Goal
-    evaluators: dict[str, Evaluator]
+    evaluators: dict[str, Model]
     lanes: Lanes
     versions: dict[str, str]
     compiled_alike: bool
@@ -226,7 +226,7 @@ def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
             continue
         file = Path(str(model.name).rpartition(":")[0])
         inside = any(Path.cwd().resolve().is_relative_to(root) for root in own)
-        if is_factory_file(str(model.name)):
+        if names_file(str(model.name)):
             # `generate` records whole paths; what is relative was published, or written by hand.
             inside = not file.is_absolute() or any(file.resolve().is_relative_to(root) for root in own)
         if inside:
@@ -246,11 +246,12 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
         device = choose_device(config.runtime.device, precision)
     except ConfigError:
         device = choose_device("auto")
-    victim = load_model(config.model, config, device)
+    victim = load_run_model(config.model, config, device)
     if victim.digest != manifest.identity.get("model.content"):
         raise ConfigError(
             "model: the victim that the config names has changed since the run, so it cannot be asked again."
         )
+    victim.space = manifest.spaces["model"]
     evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
     compiled_alike = not config.runtime.compile or _compiles(victim, evaluators, manifest, device)
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
@@ -258,9 +259,8 @@ def _judge(manifest: Manifest) -> Iterator[Judge]:
     if device.type == config.runtime.device and isinstance(recorded, int) and recorded > 0:
         chunk = recorded
     with Lanes(device, chunk) as lanes:
-        space = _space(manifest, manifest)
-        goal = Goal(config.attack.label, attack_target(config, space))
-        yield Judge(victim, space, goal, evaluators, lanes, versions(device), compiled_alike)
+        goal = Goal(config.attack.label, attack_target(config, victim.space))
+        yield Judge(FGSM(), victim, goal, evaluators, lanes, versions(device), compiled_alike)
 
 
 def _open_source(manifest: Manifest, findings: Findings) -> Reader | None:
@@ -277,16 +277,17 @@ def _open_source(manifest: Manifest, findings: Findings) -> Reader | None:
     return Reader(source, config.preprocess, config.runtime.max_pixels, manifest.shape, len(manifest.dataset_classes))
 
 
-def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Evaluator:
+def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Model:
     with naming_evaluator(config.id):
-        model = load_model(config, manifest.resolved, device)
+        model = load_run_model(config, manifest.resolved, device)
         unchanged = model.digest == manifest.identity.get(f"evaluators.{config.id}.content")
         if config.id not in manifest.evaluators or not unchanged:
             raise ConfigError("it has changed since the run, so it cannot be asked again.")
-    return Evaluator(model, _space(manifest, manifest.evaluators[config.id]))
+    model.space = manifest.spaces[f"evaluators.{config.id}"]
+    return model
 
 
-def _compiles(victim: Victim, evaluators: Mapping[str, Evaluator], manifest: Manifest, device: torch.device) -> bool:
+def _compiles(victim: Model, evaluators: Mapping[str, Model], manifest: Manifest, device: torch.device) -> bool:
     """Compile the models as the run's were; where that fails they run as they are, with other last digits."""
     config = manifest.resolved
     attacker = make_attacker(config, victim, Goal(), evaluators)
@@ -298,16 +299,6 @@ def _compiles(victim: Victim, evaluators: Mapping[str, Evaluator], manifest: Man
     return True
 
 
-def _space(manifest: Manifest, model: Manifest | Space) -> LabelSpace:
-    """How labels and predictions of a model translate; the victim's stand in the manifest itself."""
-    return LabelSpace(
-        manifest.dataset_classes,
-        np.array(model.to_model),
-        model.recorded_classes,
-        np.array(model.to_recorded),
-    )
-
-
 def _check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     """The parts of a manifest agree with each other. Where they do not, what follows from it would blame other files.
 
@@ -316,11 +307,11 @@ def _check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     """
     config = manifest.resolved
     wrong = contradictions(manifest)
-    spaces: dict[str, tuple[Any, Manifest | Space]] = {"model": (config.model.label_map, manifest)}
-    for other in config.evaluators:
-        if other.id in manifest.evaluators:  # if not, the features are others too
-            spaces[f"evaluators.{other.id}"] = (other.label_map, manifest.evaluators[other.id])
-    wrong += [name for name, (asked, space) in spaces.items() if not _fits(asked, _space(manifest, space))]
+    spaces = manifest.spaces
+    asked = {"model": config.model.label_map}
+    # An evaluator that the manifest does not have makes other features too.
+    asked |= {name: other.label_map for other in config.evaluators if (name := f"evaluators.{other.id}") in spaces}
+    wrong += [name for name, label_map in asked.items() if not _fits(label_map, spaces[name])]
     if wrong:
         raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
 
@@ -422,8 +413,9 @@ def _drop(folder: OutputFolder, manifest: Manifest, plan: Plan, damaged: set[str
 class _Answer:
     """What the models say of M rows: the logits of each (1 + K, M, classes), the victim's first.
 
-    differing (M,) int64: values of a row whose stored sign is not the gradient's; share (M,): the part of the row's
-    squared gradient that lies there, 0 where all of the gradient is rounding.
+    differing (M,) int64: values of a row that the attack does not give again: whose stored sign is not its direction's
+    or, of an attack that is not on a ray, that are another at some epsilon. share (M,): the part of the row's squared
+    direction that lies there, 0 where all of the gradient is rounding; or the share of all values.
     """
 
     logits: list[Tensor]
@@ -431,35 +423,45 @@ class _Answer:
     share: Tensor
 
 
-def _look_again(victim: Victim, evaluators: Sequence[Victim], goal: Goal, clipped: bool, *chunk: Tensor) -> _Answer:
-    """Ask the models about a chunk again.
+def _look_again(judge: Judge, levels: Sequence[int], clipped: bool, *chunk: Tensor) -> _Answer:
+    """Ask the models about a chunk again, and attack it again.
 
     Args:
-        victim: the victim.
-        evaluators: those that looked at the same images.
-        goal: of the attack.
+        judge: the models and the attack.
+        levels: epsilons in grey levels, without 0.
         clipped: whether the stored sign is 0 where clip(x + s) is x.
         chunk: 1 + K times (N, C, H, W) uint8, the stored sign (N, C, H, W) int8, the model's index (N,) int64 of the
-            class whose loss was changed, then which rows are valid, (N,) bool.
+            class whose loss was changed, the random numbers of the rows (N,) int64, then which rows are valid, (N,)
+            bool.
     """
-    *images, sign, classes, valid = chunk
-    own = own_copy(victim)
+    *images, sign, classes, draws, valid = chunk
+    victim = own_copy(judge.victim)
     # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
     # that, with other last digits.
-    direction = gradient_sign(own, images[0], classes, goal=Goal(), draws=classes)
-    logits = [torch.stack([direction.logits, *map(own.predict, images[1:])])]
-    logits += [torch.stack([*map(model.predict, images)]) for model in map(own_copy, evaluators)]
-    again = direction.sign if goal.target is None else -direction.sign
-    if clipped:
-        again = again * (step(images[0], again, 1) != images[0])
-    differs = (again != sign).flatten(1)
-    gradient = direction.gradient.float().flatten(1)
-    # Of very small numbers the squares would be 0.
-    squares = (gradient / gradient.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).square()
-    share = (squares * differs).sum(1) / squares.sum(1).clamp(min=1.0)
-    chosen = direction.logits.log_softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
-    share = share.where(-chosen.expm1() > SATURATED, 0.0)
+    model = AttackedModel(victim, images[0], targeted=judge.goal.target is not None)
+    perturbed = judge.attack.perturb(model, images[0], classes, levels, draws)
+    logits = [torch.stack([model.logits, *map(victim.predict, images[1:])])]
+    logits += [torch.stack([*map(other.predict, images)]) for other in map(own_copy, judge.evaluators.values())]
+    if perturbed.direction is None:
+        differs = torch.stack([*map(torch.ne, perturbed.images, images[1:])]).any(0).flatten(1)
+        share = differs.float().mean(1)
+    else:
+        again = direction_sign(perturbed.direction)
+        if clipped:
+            again = again * (step(images[0], again, 1) != images[0])
+        differs = (again != sign).flatten(1)
+        share = _squares(perturbed.direction, differs)
+        chosen = model.logits.log_softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
+        share = share.where(-chosen.expm1() > SATURATED, 0.0)
     return _Answer([answers[:, valid].cpu() for answers in logits], differs.sum(1)[valid].cpu(), share[valid].cpu())
+
+
+def _squares(direction: Tensor, chosen: Tensor) -> Tensor:
+    """The part of each row's squares of a direction (N, C, H, W) that lies where (N, C * H * W) says, (N,)."""
+    values = direction.float().flatten(1)
+    # Of very small numbers the squares would be 0.
+    squares = (values / values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).square()
+    return (squares * chosen).sum(1) / squares.sum(1).clamp(min=1.0)
 
 
 def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
@@ -473,10 +475,10 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
         features = datasets.Features.from_dict(manifest.features)
         expected = make_features(
             LAYOUTS[config.output.layout],
-            _space(manifest, manifest),
+            manifest.spaces["model"],
             targeted=config.attack.target is not None,
             kept={name: features[name] for name in config.source.keep_columns},
-            evaluators={name: _space(manifest, space) for name, space in manifest.evaluators.items()},
+            evaluators={name: manifest.spaces[f"evaluators.{name}"] for name in manifest.evaluators},
             streamed=bool(manifest.streamed),
         )
     except Exception as error:  # what is no feature can raise anything there
@@ -921,13 +923,14 @@ class _Checker:
         labels = torch.from_numpy(_column(tables[0], "label", UNLABELLED).astype(np.int64))
         own, target = self._wanted(judge, labels, tables)
         changed = own if target is None else target
-        rows = [self._padded(mask, values) for values in (*images, sign, changed)]
+        random = torch.from_numpy(draws)
+        rows = [self._padded(mask, values) for values in (*images, sign, changed, random)]
         valid = self._padded(mask, torch.ones(len(changed), dtype=torch.bool))
         answer = self._ask(judge, rows, valid)
         try:
             strict = self._compare_victim(judge, answer, names, labels, target, tables)
             if target is not None:
-                expected = judge.goal.classes(answer.logits[0][0], own, torch.from_numpy(draws))
+                expected = judge.goal.classes(answer.logits[0][0], own, random)
                 self._compare_target(judge, expected, target, answer.logits[0][0], names[-1], tables[-1], strict)
             self._compare_evaluators(judge, answer, names, labels, tables, strict)
             self._compare_signs(judge, answer, names, tables[0], strict)
@@ -950,8 +953,7 @@ class _Checker:
         return batch
 
     def _ask(self, judge: Judge, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
-        models = [evaluator.model for evaluator in judge.evaluators.values()]
-        ask = partial(_look_again, judge.victim, models, judge.goal, not self.signs)
+        ask = partial(_look_again, judge, self.levels[1:], not self.signs)
         try:
             parts = [future.result() for future in judge.lanes.submit(ask, *rows, valid=valid)]
         except torch.OutOfMemoryError as error:
@@ -970,10 +972,10 @@ class _Checker:
 
         As they are recorded: a prediction that lies on a near tie may fall otherwise here.
         """
-        to_model = torch.from_numpy(np.argsort(judge.space.to_recorded))
+        to_model = torch.from_numpy(np.argsort(judge.victim.space.to_recorded))
         own = to_model[torch.from_numpy(_column(tables[0], "prediction", 0).astype(np.int64))]
         if judge.goal.label == "dataset":
-            known = judge.space.model_labels(labels)
+            known = judge.victim.space.model_labels(labels)
             own = torch.where(known == UNLABELLED, own, known)
         if not self.targeted:
             return own, None
@@ -1022,10 +1024,10 @@ class _Checker:
 
         There nothing is excused by other digits.
         """
-        again = score(answer.logits[0], labels, target, judge.space)
+        again = score(answer.logits[0], labels, target, judge.victim.space)
         recorded = [_column(table, "confidence", 0.0) for table in tables]
         strict = self.exact and all(map(np.array_equal, recorded, again.confidence))
-        close = self._near_ties(answer.logits[0], "prediction", tables, judge.space) & (not strict)
+        close = self._near_ties(answer.logits[0], "prediction", tables, judge.victim.space) & (not strict)
         for index, (name, table) in enumerate(zip(names, tables, strict=True)):
             self._compare(again, index, name, table, close[index])
         return strict
@@ -1058,10 +1060,10 @@ class _Checker:
         tables: Sequence[pa.Table],
         strict: bool,
     ) -> None:
-        for (evaluator, opened), logits in zip(judge.evaluators.items(), answer.logits[1:], strict=True):
-            (opinion,) = opinions(logits.argmax(-1)[None], labels, {evaluator: opened.space}).values()
+        for (evaluator, model), logits in zip(judge.evaluators.items(), answer.logits[1:], strict=True):
+            (opinion,) = opinions(logits.argmax(-1)[None], labels, {evaluator: model.space}).values()
             prediction, correct = evaluator_columns(evaluator)
-            close = self._near_ties(logits, prediction, tables, opened.space) & (not strict)
+            close = self._near_ties(logits, prediction, tables, model.space) & (not strict)
             for index, (name, table) in enumerate(zip(names, tables, strict=True)):
                 ties = self._compare_predictions(opinion.prediction[index], prediction, name, table, close[index])
                 known = np.asarray(table.column("label").is_valid()) & ~ties

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from pipeline.core.errors import ConfigError, first_line
+from pipeline.core.own_code import names_file
 from pipeline.core.redaction import find_secret, printable
 
 # What a config may add up to, aliases written out, and how deep it may go: far more than any needs.
@@ -705,7 +706,7 @@ def _anchor_model(model: dict[str, Any], folder: Path) -> None:
     if isinstance(weights, str) and is_checkpoint(weights):
         model["weights"] = _anchored(weights, folder)
     if isinstance(name, str) and (
-        is_factory_file(name) or (model.get("kind") == "transformers" and _is_there(folder / name))
+        names_file(name) or (model.get("kind") == "transformers" and _is_there(folder / name))
     ):
         model["name"] = _anchored(name, folder)
 
@@ -713,11 +714,6 @@ def _anchor_model(model: dict[str, Any], folder: Path) -> None:
 def is_checkpoint(weights: str) -> bool:
     """Whether `model.weights` names a checkpoint file rather than published weights."""
     return weights.endswith((".safetensors", ".pt", ".pth"))
-
-
-def is_factory_file(name: str) -> bool:
-    """Whether a factory's `model.name` is `path/to/file.py:callable` rather than a module's."""
-    return name.rpartition(":")[0].endswith(".py")
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

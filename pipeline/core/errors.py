@@ -10,6 +10,7 @@
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,17 +65,44 @@ class Interrupted(KeyboardInterrupt):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it came from: clients of servers wrap what befalls them."""
+    """An exception and those that it came from, as a traceback shows them: not one that `from None` has cut off."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
 
 
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an exception's message, or its type's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(
+    what: str,
+    fix: str = "",
+    *,
+    errors: tuple[type[Exception], ...] = (Exception,),
+    kind: type[PipelineError] = PipelineError,
+) -> Iterator[None]:
+    """Turn an exception of a library into one sentence.
+
+    Args:
+        what: went wrong, naming the file or the key: "a.parquet cannot be read".
+        fix: what helps: "see fgsm verify".
+        errors: the exceptions to explain; others pass, as bugs of ours. So does a PipelineError, which is a sentence
+            already, unless a kind of it is named here.
+        kind: of the error that is raised: "a.parquet cannot be read (REASON); see fgsm verify.", and without a fix
+            "a.parquet cannot be read: REASON".
+    """
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, PipelineError) and not any(issubclass(named, PipelineError) for named in errors):
+            raise
+        reason = first_line(error)
+        raise kind(f"{what} ({reason}); {fix}." if fix else f"{what}: {reason}") from error
 
 
 def listing(names: Sequence[str], most: int = 5) -> str:

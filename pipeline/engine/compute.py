@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.attacks.fgsm import Goal, all_finite, attack, gradient_sign
+from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line
 from pipeline.core.lanes import Lanes, chunk_images, to_host
-from pipeline.models.victims import Victim
+from pipeline.models.base import Model
 
 # Source images from which `compile: auto` compiles. On 2 CPU cores compiling ResNet-20 took 35 s, and saved
 # 0.47 ms an image at 32 px: repaid after 75,000. At 224 px so many images take hours, of which the attempt is
@@ -41,6 +41,88 @@ MANY_ZERO = 0.5
 UNLIKELY = 0.01
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A batch at every epsilon, clean first.
+
+    images: 1 + K times (N, C, H, W) uint8; sign: (N, C, H, W) int8, the direction in which they lie, or for an attack
+    that is not on a ray, in which the last of them does; logits: (1 + K, N, classes) of exactly those images; classes:
+    (N,) int64, whose loss was changed; zero_signs: how many values of valid rows the attack does not move: that
+    direction is 0 there or, not on a ray, all images are the clean one; finite_logits and finite_gradient: whether
+    those of valid rows are numbers, each a scalar tensor. Nothing here has waited for the device.
+    """
+
+    images: tuple[Tensor, ...]
+    sign: Tensor
+    logits: Tensor
+    classes: Tensor
+    zero_signs: Tensor
+    finite_logits: Tensor
+    finite_gradient: Tensor
+
+    def check_finite(self) -> None:
+        """Wait for the numbers, and look at them.
+
+        Raises:
+            NonFiniteError: logits or the loss gradient of a valid row hold NaN or infinity.
+        """
+        for finite, what in ((self.finite_logits, "logits"), (self.finite_gradient, "loss gradient")):
+            if not bool(finite):
+                raise NonFiniteError(f"The victim's {what} hold NaN or infinity")
+
+
+def attack_images(
+    attack: Attack,
+    victim: Model,
+    images_u8: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    *,
+    levels: Sequence[int],
+    goal: Goal,
+    draws: Tensor,
+) -> Attacked:
+    """Attack one batch at several epsilons: what the attack takes, and a forward pass for each image.
+
+    Args:
+        attack: how.
+        victim: the model.
+        images_u8: (N, C, H, W) uint8.
+        labels: (N,) int64 model indices, -1 for unlabelled.
+        valid: (N,) bool: rows that count. Others are computed along and never looked at.
+        levels: epsilons in grey levels, 1..255.
+        goal: which class's loss is raised or lowered.
+        draws: (N,) int64 random numbers for random targets, and for attacks that need them.
+    """
+    model = AttackedModel(victim, images_u8, targeted=goal.target is not None)
+    classes = goal.classes(model.logits, labels, draws)
+    perturbed = attack.perturb(model, images_u8, classes, levels, draws)
+    stored = (images_u8, *perturbed.images)
+    logits = torch.stack([model.logits, *(victim.predict(images) for images in perturbed.images)])
+    rows = valid.view(-1, 1, 1, 1)
+    if perturbed.direction is not None:
+        sign = direction_sign(perturbed.direction)
+        still = sign == 0
+    else:
+        last = perturbed.images[-1]
+        sign = (last > images_u8).to(torch.int8) - (last < images_u8).to(torch.int8)
+        still = torch.stack([images == images_u8 for images in perturbed.images]).all(0)
+    return Attacked(
+        images=stored,
+        sign=sign,
+        logits=logits,
+        classes=classes,
+        zero_signs=(still & rows).sum(),
+        finite_logits=all_finite(logits, valid.view(1, -1, 1)),
+        finite_gradient=(model.finite | ~valid).all(),
+    )
+
+
+def all_finite(values: Tensor, valid: Tensor) -> Tensor:
+    """Whether all values of the valid rows are numbers, a scalar bool."""
+    return (torch.isfinite(values) | ~valid).all()
 
 
 @dataclass(frozen=True)
@@ -67,11 +149,12 @@ class Attacker:
     evaluators: models that look at the same images, by their ids.
     """
 
-    victim: Victim
+    attack: Attack
+    victim: Model
     goal: Goal
     levels: tuple[int, ...]
     stored: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
-    evaluators: Mapping[str, Victim] = field(default_factory=dict)
+    evaluators: Mapping[str, Model] = field(default_factory=dict)
 
     def __call__(self, images_u8: Tensor, labels: Tensor, draws: Tensor, valid: Tensor) -> Part:
         """Attack a chunk and wait for the outcome.
@@ -79,14 +162,15 @@ class Attacker:
         Args:
             images_u8: (N, C, H, W) uint8 on the device, as the other tensors.
             labels: (N,) int64 model indices, -1 for unlabelled.
-            draws: (N,) int64 random numbers for random targets.
+            draws: (N,) int64 random numbers, as `attack_images`.
             valid: (N,) bool, the M rows that count.
 
         Raises:
             NonFiniteError: logits or the loss gradient of a valid row hold NaN or infinity, or an evaluator's logits.
         """
-        attacked = attack(
-            own_copy(self.victim), images_u8, labels, valid, levels=self.levels, goal=self.goal, draws=draws
+        victim = own_copy(self.victim)
+        attacked = attack_images(
+            self.attack, victim, images_u8, labels, valid, levels=self.levels, goal=self.goal, draws=draws
         )
         evaluations, finite = evaluate(self.evaluators, attacked.images, valid)
         pictures = self.stored(attacked.images, attacked.sign)
@@ -104,7 +188,7 @@ class Attacker:
         )
 
 
-def evaluate(evaluators: Mapping[str, Victim], images: Sequence[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(evaluators: Mapping[str, Model], images: Sequence[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
     """What evaluators predict, without waiting for the device.
 
     Args:
@@ -125,7 +209,7 @@ def evaluate(evaluators: Mapping[str, Victim], images: Sequence[Tensor], valid: 
     return predictions, finite
 
 
-def check_evaluators(evaluators: Mapping[str, Victim], finite: Tensor) -> None:
+def check_evaluators(evaluators: Mapping[str, Model], finite: Tensor) -> None:
     """Look at what `evaluate` says of its numbers.
 
     Raises:
@@ -140,7 +224,7 @@ def check_evaluators(evaluators: Mapping[str, Victim], finite: Tensor) -> None:
 _own = threading.local()
 
 
-def own_copy(victim: Victim) -> Victim:
+def own_copy(victim: Model) -> Model:
     """A victim that no other lane calls: a copy with the same weights.
 
     A module may keep something in an attribute during its forward, which another lane must not overwrite. What is
@@ -148,7 +232,7 @@ def own_copy(victim: Victim) -> Victim:
     """
     if victim.compiled:
         return victim
-    copies: dict[Victim, Victim] = _own.__dict__.setdefault("copies", {})
+    copies: dict[Model, Model] = _own.__dict__.setdefault("copies", {})
     if victim not in copies:
         shared = {id(tensor): tensor for tensor in (*victim.parameters(), *victim.buffers())}
         copies[victim] = copy.deepcopy(victim, shared)
@@ -254,7 +338,7 @@ def compile_victim(attacker: Attacker, device: torch.device, shape: tuple[int, i
 # --------------------------------------------------------------------------------------- a look at the model
 
 
-def check_model(model: Victim, images_u8: Tensor, labels: Tensor, goal: Goal | None, size: int) -> list[str]:
+def check_model(model: Model, images_u8: Tensor, labels: Tensor, goal: Goal | None, size: int) -> list[str]:
     """Look once at what a model makes of images of the source, before a run writes anything.
 
     Logits and gradients that are not numbers are left to the run, which finds them in every batch and names it.
@@ -278,25 +362,30 @@ def check_model(model: Victim, images_u8: Tensor, labels: Tensor, goal: Goal | N
     chunk, first = images_u8[:size], logits[:size]
     pairs = {"logits": [(first, model.predict(chunk))]}
     if goal is not None:
-        draws = torch.zeros_like(labels[:size])
-        one, other = (gradient_sign(model, chunk, labels[:size], goal=goal, draws=draws) for _ in range(2))
-        pairs["logits"].append((one.logits, other.logits))
-        pairs["gradient"] = [(one.gradient, other.gradient)]
+        one, other = (_attacked_as(goal, model, chunk, labels[:size]) for _ in range(2))
+        pairs |= {"logits": [*pairs["logits"], (one[0], other[0])], "gradient": [(one[1], other[1])]}
     found += _check_repeated(model, pairs)
     if size > 1:
         _check_neighbours(model, chunk, first)
     if goal is not None:
-        moved = _moved(first, one.logits)
+        moved = _moved(first, one[0])
         if moved > OTHER_BATCH:
             raise ConfigError(
                 f"model: its logits without a gradient differ from those with one (by {moved:.2g} of the largest "
                 "value), so clean and attacked images could not be compared; mend the model."
             )
-        found += _check_gradient(one.gradient)
+        found += _check_gradient(one[1])
     return found + _check_accuracy(logits, labels)
 
 
-def _logits(model: Victim, images_u8: Tensor) -> Tensor:
+def _attacked_as(goal: Goal, model: Model, images_u8: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and gradient as an attack of that goal meets them."""
+    attacked = AttackedModel(model, images_u8, targeted=goal.target is not None)
+    classes = goal.classes(attacked.logits, labels, torch.zeros_like(labels))
+    return attacked.logits, attacked.gradient(images_u8, classes)
+
+
+def _logits(model: Model, images_u8: Tensor) -> Tensor:
     """(N, classes), of more images than the one that classes were counted with."""
     count = len(images_u8)
     try:
@@ -334,7 +423,7 @@ def _moved(before: Tensor, after: Tensor) -> float:
     return float((after - before).abs().amax() / largest)
 
 
-def _check_repeated(model: Victim, pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[str]:
+def _check_repeated(model: Model, pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[str]:
     """Compare what a model gave the first time and the second, by what it is."""
     low = model.bf16 or model.mean.dtype in (torch.float16, torch.bfloat16)
     for what, answers in pairs.items():
@@ -353,7 +442,7 @@ def _check_repeated(model: Victim, pairs: Mapping[str, Sequence[tuple[Tensor, Te
     return []
 
 
-def _check_neighbours(model: Victim, images_u8: Tensor, logits: Tensor) -> None:
+def _check_neighbours(model: Model, images_u8: Tensor, logits: Tensor) -> None:
     """What a model says of an image is to depend on that image alone.
 
     It is asked about half of them, and with black and white ones in place of the others.

@@ -171,7 +171,7 @@ def attack_ahead(run: Run, batches: Iterable[Batch], busy: Busy) -> Generator[tu
         clock = time.thread_time if run.device.type == "cpu" else time.perf_counter
         attacker = busy.timed("attack", run.attacker, clock)
         for batch in batches:
-            labels = run.space.model_labels(batch.labels)
+            labels = run.victim.space.model_labels(batch.labels)
             waiting.append((batch, lanes.submit(attacker, batch.images, labels, _draws(run, batch), valid=batch.valid)))
             if len(waiting) > ahead:
                 yield _arrive(*waiting.popleft())
@@ -237,7 +237,7 @@ def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
         logits, classes = torch.cat([part.logits for part in parts], 1), torch.cat([part.classes for part in parts])
         evaluations = torch.cat([part.evaluations for part in parts], 2)
     target = None if run.goal.target is None else classes
-    return score(logits, labels, target, run.space, opinions(evaluations, labels, run.spaces))
+    return score(logits, labels, target, run.victim.space, opinions(evaluations, labels, run.spaces))
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:

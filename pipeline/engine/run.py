@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline import __version__
-from pipeline.attacks.fgsm import Goal
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.config.schema import Config, ModelConfig, PreprocessConfig, is_address
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
@@ -32,8 +32,9 @@ from pipeline.core.plan import Plan
 from pipeline.engine.compute import Attacker, check_model, compile_victim, fit_batch_size, rehearse, repays
 from pipeline.engine.loader import Reader, Shape, find_shape
 from pipeline.layouts.records import LAYOUTS, Layout, make_features
-from pipeline.models.label_space import LabelSpace, join_labels
-from pipeline.models.victims import Victim, load_victim
+from pipeline.models.base import Model
+from pipeline.models.label_space import LabelSpace
+from pipeline.models.load import load_model
 from pipeline.output.folder import name_edition, stored_subsets
 from pipeline.output.manifest import Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
 from pipeline.sources.mapped import Source, open_source
@@ -64,14 +65,6 @@ VECTOR_UNITS = ("amx", "avx", "bf16", "dot", "fma", "i8mm", "neon", "sme", "sve"
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """One more model that looks at the victim's images, and how its classes meet the dataset's."""
-
-    model: Victim
-    space: LabelSpace
-
-
-@dataclass(frozen=True)
 class Run:
     """An opened run: its resolved config and everything made from it."""
 
@@ -79,15 +72,14 @@ class Run:
     source: Source
     plan: Plan
     reader: Reader
-    victim: Victim
-    space: LabelSpace
+    victim: Model
     goal: Goal
     features: datasets.Features
     device: torch.device
     image_format: ImageFormat
     identity: dict[str, Any]
     asked_batch_size: int
-    evaluators: Mapping[str, Evaluator]
+    evaluators: Mapping[str, Model]
     generation: int
 
     @property
@@ -146,11 +138,9 @@ class Run:
             origin=self.source.origin,
             left_out=self.source.left_out,
             features=self.features.to_dict(),
-            dataset_classes=self.space.dataset_classes,
-            recorded_classes=self.space.recorded_classes,
-            to_model=tuple(self.space.to_model.tolist()),
-            to_recorded=tuple(self.space.to_recorded.tolist()),
-            evaluators={name: _recorded_space(space) for name, space in self.spaces.items()},
+            dataset_classes=self.victim.space.dataset_classes,
+            **Space.of(self.victim.space).model_dump(),
+            evaluators={name: Space.of(space) for name, space in self.spaces.items()},
             shape=self.reader.shape,
             split_rows=_split_rows(self.source),
             streamed=_streamed(self.source, self.config),
@@ -177,26 +167,23 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     source = open_run_source(config)
     for left_out in source.left_out:
         logger.warning("Left out of the source: %s.", left_out)
-    victim, published = load_victim(
-        config.model, seed=config.runtime.seed, device=device, bf16=config.runtime.precision == "bf16"
-    )
-    preprocess = _preprocess(config.preprocess, published.preprocess)
+    victim = load_run_model(config.model, config, device)
+    preprocess = _preprocess(config.preprocess, victim.preprocess)
     plan = plan_of(config, _split_rows(source), _streamed(source, config))
     shape: Shape
     if recorded is not None and config.source.streaming:
         shape = recorded.shape  # no row is read of files that may be done
     else:
         shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
-    count = victim.count_classes(shape)
-    space = join_labels(source, victim.classes, count, config.model.label_map)
-    goal = Goal(config.attack.label, attack_target(config, space))
+    victim.join(source, shape, config.model.label_map)
+    goal = Goal(config.attack.label, attack_target(config, victim.space))
     evaluators = _open_evaluators(config, source, shape, device)
     attacker = make_attacker(config, victim, goal, evaluators)
-    reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(space.dataset_classes))
+    reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(victim.space.dataset_classes))
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
     if recorded is None:
-        _check_models(attacker, reader, plan, space, evaluators)
+        _check_models(attacker, reader, plan)
         compiled, batch_size = _settle(attacker, device, shape, plan, config)
     plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
@@ -205,7 +192,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         update={
             "preprocess": preprocess,
             "model": _normalised(config.model, victim),
-            "evaluators": tuple(_normalised(other, evaluators[other.id].model) for other in config.evaluators),
+            "evaluators": tuple(_normalised(other, evaluators[other.id]) for other in config.evaluators),
             "output": config.output.model_copy(update={"image_format": image_format}),
             "runtime": config.runtime.model_copy(update=decided),
         }
@@ -217,11 +204,10 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         plan=plan,
         reader=reader,
         victim=victim,
-        space=space,
         goal=goal,
         features=make_features(
             LAYOUTS[config.output.layout],
-            space,
+            victim.space,
             targeted=targeted,
             kept=source.kept,
             evaluators={name: evaluator.space for name, evaluator in evaluators.items()},
@@ -229,9 +215,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         ),
         device=device,
         image_format=image_format,
-        identity=_identity(
-            resolved, source, shape, Evaluator(victim, space), evaluators, chunk_images(device, plan.batch_size, shape)
-        ),
+        identity=_identity(resolved, source, shape, victim, evaluators, chunk_images(device, plan.batch_size, shape)),
         asked_batch_size=asked_batch_size,
         evaluators=evaluators,
         generation=generation if recorded is None else recorded.generation,
@@ -253,26 +237,22 @@ def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> 
     return published.model_copy(update={"mode": asked.mode})
 
 
-def make_attacker(config: Config, victim: Victim, goal: Goal, evaluators: Mapping[str, Evaluator]) -> Attacker:
+def make_attacker(config: Config, victim: Model, goal: Goal, evaluators: Mapping[str, Model]) -> Attacker:
     """The attack that a config describes, on chunks of rows."""
-    others = {name: evaluator.model for name, evaluator in evaluators.items()}
-    return Attacker(victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, others)
+    return Attacker(FGSM(), victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, evaluators)
 
 
-def _open_evaluators(config: Config, source: Source, shape: Shape, device: torch.device) -> dict[str, Evaluator]:
+def _open_evaluators(config: Config, source: Source, shape: Shape, device: torch.device) -> dict[str, Model]:
     """Load the evaluators. They see the victim's images, so what their weights say of preprocessing is left aside."""
     evaluators = {}
     for other in config.evaluators:
         with naming_evaluator(other.id):
-            model = load_model(other, config, device)
-            count = model.count_classes(shape, attacked=False)
-            evaluators[other.id] = Evaluator(model, join_labels(source, model.classes, count, other.label_map))
+            evaluators[other.id] = load_run_model(other, config, device)
+            evaluators[other.id].join(source, shape, other.label_map, attacked=False)
     return evaluators
 
 
-def _check_models(
-    attacker: Attacker, reader: Reader, plan: Plan, space: LabelSpace, evaluators: Mapping[str, Evaluator]
-) -> None:
+def _check_models(attacker: Attacker, reader: Reader, plan: Plan) -> None:
     """Look once at what the models make of images of the source, and say what should be known.
 
     Raises:
@@ -285,20 +265,20 @@ def _check_models(
         return  # the run says which cannot be decoded
     images = images.to(attacker.victim.mean.device)
 
-    def look(model: Victim, goal: Goal | None, labels: Tensor, name: str) -> None:
+    def look(model: Model, goal: Goal | None, name: str) -> None:
         found: list[str] = []
 
         def attempt(size: int) -> None:
-            found[:] = check_model(model, images, labels.to(images.device), goal, size)
+            found[:] = check_model(model, images, model.space.model_labels(labels).to(images.device), goal, size)
 
         fit_batch_size(attempt, size, quiet=True)
         for sentence in found:
             logger.warning("%s%s.", name, sentence)
 
-    look(attacker.victim, attacker.goal, space.model_labels(labels), "")
-    for name, other in evaluators.items():
+    look(attacker.victim, attacker.goal, "")
+    for name, other in attacker.evaluators.items():
         with naming_evaluator(name):
-            look(other.model, None, other.space.model_labels(labels), f"evaluators, {name}: ")
+            look(other, None, f"evaluators, {name}: ")
 
 
 @contextlib.contextmanager
@@ -314,28 +294,19 @@ def naming_evaluator(name: str) -> Iterator[None]:
         raise ConfigError(f"evaluators, {name}: {error}") from error
 
 
-def load_model(model: ModelConfig, config: Config, device: torch.device) -> Victim:
+def load_run_model(model: ModelConfig, config: Config, device: torch.device) -> Model:
     """A model of a run, in the run's precision.
 
     Raises:
-        ConfigError: as `load_victim`.
+        ConfigError: as `load_model`.
     """
-    bf16 = config.runtime.precision == "bf16"
-    return load_victim(model, seed=config.runtime.seed, device=device, bf16=bf16)[0]
+    return load_model(model, seed=config.runtime.seed, device=device, bf16=config.runtime.precision == "bf16")
 
 
-def _normalised(model: ModelSection, victim: Victim) -> ModelSection:
+def _normalised(model: ModelSection, victim: Model) -> ModelSection:
     """A model's section with the mean and std that it came to have."""
     mean, std = (tuple(values.flatten().tolist()) for values in (victim.mean, victim.std))
     return model.model_copy(update={"mean": mean, "std": std})
-
-
-def _recorded_space(space: LabelSpace) -> Space:
-    return Space(
-        recorded_classes=space.recorded_classes,
-        to_model=tuple(space.to_model.tolist()),
-        to_recorded=tuple(space.to_recorded.tolist()),
-    )
 
 
 def _split_rows(source: Source) -> dict[str, int | None]:
@@ -469,12 +440,12 @@ def _identity(
     config: Config,
     source: Source,
     shape: Shape,
-    victim: Evaluator,
-    evaluators: Mapping[str, Evaluator],
+    victim: Model,
+    evaluators: Mapping[str, Model],
     chunk: int,
 ) -> dict[str, Any]:
     """What decides the bytes: what the manifest says elsewhere too, and what only the source and the models tell."""
-    models = {"model": victim} | {f"evaluators.{name}": evaluator for name, evaluator in evaluators.items()}
+    models = {"model": victim} | {f"evaluators.{name}": other for name, other in evaluators.items()}
     return {
         **identity_of(
             config,
@@ -482,11 +453,11 @@ def _identity(
             streamed=_streamed(source, config),
             shape=shape,
             dataset_classes=victim.space.dataset_classes,
-            label_maps={name: opened.space.to_model.tolist() for name, opened in models.items()},
+            label_maps={name: model.space.to_model.tolist() for name, model in models.items()},
         ),
         "source.content": source.digest,
         "runtime.chunk": chunk,
-        **{f"{name}.content": opened.model.digest for name, opened in models.items()},
+        **{f"{name}.content": model.digest for name, model in models.items()},
     }
 
 

@@ -1,29 +1,17 @@
-"""A small CNN for the embedded digits; `scripts/train_digits.py` made its weights from the train split alone."""
+"""The small model that comes with the package, for the embedded digits."""
 
-from pathlib import Path
-
-import torch
-from torch import nn
-
-WEIGHTS = Path(__file__).with_name("digits.safetensors")
-CLASSES = tuple("0123456789")
+from pipeline.config.schema import ModelConfig
+from pipeline.core.errors import ConfigError
+from pipeline.models.loaded import Loaded, published_weights
 
 
-class DigitsNet(nn.Module):
-    """Three strided convolutions and a linear layer: (N, 1, 64, 64) in [0, 1] to logits (N, 10)."""
+def load(config: ModelConfig) -> Loaded:
+    from pipeline.models.checkpoints import load_checkpoint
+    from pipeline.models.digits_net import CLASSES, WEIGHTS, DigitsNet
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 12, 5, stride=4, padding=2),
-            nn.ReLU(),
-            nn.Conv2d(12, 24, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(24, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-        )
-        self.classify = nn.Linear(32 * 4 * 4, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.classify(self.features(images).flatten(1))
-        return logits
+    module = DigitsNet()
+    if config.weights == "digits":
+        load_checkpoint(module, WEIGHTS)
+    elif published_weights(config):
+        raise ConfigError(f"model.weights: kind digits has no weights {config.weights}; leave the key out for its own.")
+    return Loaded(module, classes=CLASSES)

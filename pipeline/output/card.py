@@ -21,8 +21,9 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
-from pipeline.config.schema import is_address, is_checkpoint, is_factory_file
+from pipeline.config.schema import is_address, is_checkpoint
 from pipeline.core.errors import PipelineError
+from pipeline.core.own_code import names_file
 from pipeline.output.folder import SIGNS, OutputFolder, Receipt, committed
 from pipeline.output.manifest import Manifest, summarise
 from pipeline.sources.origins import front_matter
@@ -246,7 +247,7 @@ def _floats(values: Sequence[float]) -> str:
 def _model(model: Mapping[str, Any]) -> Markup:
     """A model in words, without the folders of the machine that ran it."""
     name, weights = model["name"], model["weights"]
-    if name and is_factory_file(name):
+    if name and names_file(name):
         path, _, function = name.rpartition(":")
         name = f"{Path(path).name}:{function}"
     elif name and Path(name).is_absolute():

@@ -33,7 +33,7 @@ from pipeline.config.schema import is_address
 from pipeline.core.errors import ConfigError, listing
 from pipeline.core.left_out import LeftOut
 from pipeline.core.plan import Shard
-from pipeline.output.stores import open_store
+from pipeline.output.store import open_store
 
 # What names of splits and files are made of: receipts and manifests are data, which others may have written, and a name
 # out of them is never a way out of the folder.

@@ -188,8 +188,13 @@ class StoreLock:
                 self.confirm()
 
 
+def warn_unlocked(root: str) -> None:
+    """Say that nothing keeps a second run out."""
+    logger.warning("%s is not locked: see that no other run writes there before this one has ended.", root)
+
+
 def in_use(root: str, holder: str) -> PipelineError:
-    """The sentence for a place that another process holds."""
+    """The sentence for an output that another process holds."""
     return PipelineError(f"{root} is in use by another run ({holder}); wait for it.")
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,9 +21,10 @@ from pydantic import (
 )
 from pydantic_core import from_json, to_json
 
-from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig, is_factory_file, parse_config
+from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig, parse_config
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.left_out import LeftOut, sum_left_out
+from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, make_plan, stream_plan
 from pipeline.core.redaction import printable
 from pipeline.output.folder import (
@@ -51,6 +52,9 @@ from pipeline.output.folder import (
 )
 from pipeline.sources.origins import UNKNOWN, Origin
 
+if TYPE_CHECKING:
+    from pipeline.models.label_space import LabelSpace
+
 # Raised when the stored form changes: it is part of the identity of every run.
 FORMAT_VERSION = 5
 # The share of values with gradient 0 above which there is a warning.
@@ -67,11 +71,19 @@ Side = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class Space(Record):
-    """How an evaluator's classes translate: see labels.LabelSpace."""
+    """How a model's classes translate, as it is stored: a `LabelSpace` but for the dataset's own classes."""
 
     recorded_classes: tuple[str, ...] | None
     to_model: tuple[Index, ...]
     to_recorded: tuple[Index, ...]
+
+    @classmethod
+    def of(cls, space: "LabelSpace") -> "Space":
+        return cls(
+            recorded_classes=space.recorded_classes,
+            to_model=tuple(space.to_model.tolist()),
+            to_recorded=tuple(space.to_recorded.tolist()),
+        )
 
 
 class Subset(LevelCounts):
@@ -224,6 +236,22 @@ class Manifest(SealedRecord):
         return stored_subsets(self.resolved.output.layout, self.levels)
 
     @property
+    def spaces(self) -> dict[str, "LabelSpace"]:
+        """How the classes of each model translate: of `model`, and of each `evaluators.ID`."""
+        import numpy as np
+
+        from pipeline.models.label_space import LabelSpace  # not for those who only inspect: it brings PyTorch
+
+        models: dict[str, Manifest | Space] = {"model": self}
+        models |= {f"evaluators.{name}": space for name, space in self.evaluators.items()}
+        return {
+            name: LabelSpace(
+                self.dataset_classes, np.array(space.to_model), space.recorded_classes, np.array(space.to_recorded)
+            )
+            for name, space in models.items()
+        }
+
+    @property
     def plan(self) -> Plan:
         """The plan of the run, rebuilt from what the manifest records."""
         return plan_of(self.resolved, self.split_rows, self.streamed)
@@ -273,7 +301,7 @@ def _model_identity(model: ModelConfig) -> dict[str, Any]:
     return {
         "kind": model.kind,
         # A local folder of transformers is told by its content, as a factory's file is.
-        "name": name.rpartition(":")[2] if is_factory_file(name) else PurePath(name).name if name[:1] == "/" else name,
+        "name": name.rpartition(":")[2] if names_file(name) else PurePath(name).name if name[:1] == "/" else name,
         "kwargs": without_folders(model.kwargs),
         "mean": model.mean,
         "std": model.std,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.plan import Shard
 from pipeline.output.folder import FileEntry, OutputFolder, Receipt, shard_file
-from pipeline.output.stores import writing
+from pipeline.output.local import writing
 
 # A row group closes at whichever comes first. The Hub's viewer reads whole row groups and wants under 300 MB
 # of them; streaming readers buffer one per file; a reader that skips by statistics wants them small.

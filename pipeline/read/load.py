@@ -34,7 +34,7 @@ from pipeline.layouts.columns import (
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
 from pipeline.output.folder import SIGNS, OutputFolder, local_folder, shard_file, subset_name
 from pipeline.output.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
-from pipeline.output.stores import storage_options
+from pipeline.output.objects import storage_options
 
 # Rows that a streaming view holds at a time.
 STREAMED_ROWS = 64

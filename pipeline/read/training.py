@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.config.schema import is_address, reading_levels
-from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.errors import ConfigError, PipelineError, explained, first_line
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
 from pipeline.core.lattice import picture_to_sign_array, sign_between, step_array
 from pipeline.output.folder import SIGNS, OutputFolder, local_folder, split_of, subset_name
@@ -40,6 +40,9 @@ WINDOW_ROWS = 4096
 WINDOW_BYTES = 64 * 2**20
 # Values that are decoded and stepped at once: 85 images at 32 px, one at 224. More would leave the cache.
 BLOCK_VALUES = 2**18
+
+# How Arrow says that a file is damaged or gone.
+UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 # What is drawn from a seed, each from a stream of its own.
 LEVELS, ORDER, WITHIN = range(3)
@@ -128,14 +131,10 @@ class Shards:
             size = entries.get(f"{subset}/{name}")
             if size is None:
                 raise PipelineError(f"manifest.json lists {name} elsewhere and not {path}; see fgsm verify.")
-            try:
+            with explained(f"{path} is not the file that manifest.json lists", "see fgsm verify", errors=UNREADABLE):
                 if path.stat().st_size != size:
                     raise ValueError("its size is another")
                 footer = pq.read_metadata(path)
-            except (OSError, ValueError, pa.ArrowException) as error:
-                raise PipelineError(
-                    f"{path} is not the file that manifest.json lists ({first_line(error)}); see fgsm verify."
-                ) from None
             row_groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
             ends[subset] = [0, *accumulate(group.num_rows for group in row_groups)]
             sizes[subset] = [0, *accumulate(group.total_byte_size for group in row_groups)]
@@ -168,14 +167,14 @@ class Shards:
 
     def _column(self, piece: Piece, subset: str, name: str, field: str | None = None) -> pa.ChunkedArray:
         path = self.root / subset / piece.file
-        try:
+        with (
+            explained(f"{path} cannot be read", "see fgsm verify", errors=UNREADABLE),
+            pq.ParquetFile(path) as file,
+        ):
             # Threads of Arrow's would be one more pool in every worker, for a column that has no use for them.
-            with pq.ParquetFile(path) as file:
-                column = file.read_row_groups(
-                    range(*piece.groups[subset]), [f"{name}.{field}" if field else name], use_threads=False
-                ).column(name)
-        except (OSError, pa.ArrowException) as error:
-            raise PipelineError(f"{path} cannot be read ({first_line(error)}); see fgsm verify.") from None
+            column = file.read_row_groups(
+                range(*piece.groups[subset]), [f"{name}.{field}" if field else name], use_threads=False
+            ).column(name)
         return pa.chunked_array([chunk.field(field) for chunk in column.chunks]) if field else column
 
     def decode(self, cells: Sequence[Cell], levels: NDArray[np.int64]) -> Tensor:
@@ -184,7 +183,8 @@ class Shards:
         Raises:
             PipelineError: a picture is damaged.
         """
-        try:
+        what = f"{self.root}: a stored picture is damaged"
+        with explained(what, "fgsm verify names its file", errors=(UndecodableError, ValueError)):
             images = self._decoded([cell[0] for cell in cells])
             made = [index for index, cell in enumerate(cells) if len(cell) > 1]
             if made:
@@ -192,10 +192,6 @@ class Shards:
                 pictures, steps = images[made], levels[made].astype(np.int16)[:, None, None, None]
                 sign = picture_to_sign_array(directions) if self.signs else sign_between(pictures, directions)
                 images[made] = step_array(pictures, sign, steps)
-        except (UndecodableError, ValueError) as error:
-            raise PipelineError(
-                f"{self.root}: a stored picture is damaged ({error}); fgsm verify names its file."
-            ) from None
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def _decoded(self, pictures: Sequence[bytes]) -> NDArray[np.uint8]:
@@ -592,25 +588,24 @@ def _manifest_folder(repo: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    try:
-        return Path(hf_hub_download(repo, "manifest.json", repo_type="dataset")).parent
-    except RepositoryNotFoundError:
-        raise ConfigError(
-            f"There is no folder {repo}, and the Hub shows no such dataset; a private one needs `hf auth login`."
-        ) from None
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(f"There is no folder {repo}, and the Hub cannot be reached: {first_line(error)}") from error
-    except EntryNotFoundError:
-        raise ConfigError(f"{repo} is no dataset of fgsm-pipeline: it has no manifest.json.") from None
-    except Exception as error:  # a dozen exception types of three libraries; all mean the same here
-        raise ConfigError(f"{repo} cannot be read from the Hub: {first_line(error)}") from error
+    with explained(f"{repo} cannot be read from the Hub", kind=ConfigError):
+        try:
+            return Path(hf_hub_download(repo, "manifest.json", repo_type="dataset")).parent
+        except RepositoryNotFoundError:
+            raise ConfigError(
+                f"There is no folder {repo}, and the Hub shows no such dataset; a private one needs `hf auth login`."
+            ) from None
+        except LocalEntryNotFoundError as error:
+            raise ConfigError(
+                f"There is no folder {repo}, and the Hub cannot be reached: {first_line(error)}"
+            ) from error
+        except EntryNotFoundError:
+            raise ConfigError(f"{repo} is no dataset of fgsm-pipeline: it has no manifest.json.") from None
 
 
 def _download(repo: str, folder: Path, files: Sequence[str]) -> None:
     """Fetch what is missing of some files, into the folder of their commit."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with explained(f"{repo} cannot be read from the Hub"):
         snapshot_download(repo, repo_type="dataset", revision=folder.name, allow_patterns=list(files))
-    except Exception as error:  # as in _manifest_folder
-        raise PipelineError(f"{repo} cannot be read from the Hub: {first_line(error)}") from error

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.core.errors import PipelineError, first_line
+from pipeline.core.errors import explained
 from pipeline.layouts.columns import IMAGE, LAST, SIGN, one_level
 from pipeline.output.folder import SIGNS, OutputFolder, split_of
 from pipeline.output.manifest import Manifest
@@ -224,12 +224,10 @@ def _opened(folder: OutputFolder, name: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-@contextlib.contextmanager
-def _readable(folder: OutputFolder, name: str) -> Iterator[None]:
+def _readable(folder: OutputFolder, name: str) -> contextlib.AbstractContextManager[None]:
     """What goes wrong in a file, as one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
-        raise PipelineError(
-            f"{folder.store.at(name)} cannot be read ({first_line(error)}); fgsm verify says what is damaged."
-        ) from error
+    return explained(
+        f"{folder.store.at(name)} cannot be read",
+        "fgsm verify says what is damaged",
+        errors=(OSError, ValueError, KeyError, IndexError, pa.ArrowException),
+    )

@@ -14,17 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks.fgsm import Attacked, Goal, attack, gradient_sign
+from pipeline.attacks.base import AttackedModel, Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.lattice import step
-from pipeline.models.victims import Victim
+from pipeline.engine.compute import Attacked, attack_images
+from pipeline.models.base import Model
 from tests.conftest import random_pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def run(
-    victim: Victim,
+    victim: Model,
     images: Tensor,
     labels: Tensor | None = None,
     *,
@@ -36,7 +38,8 @@ def run(
     """Attack with every row valid, labelled 0 and drawn 0, unless said otherwise."""
     count, device = len(images), images.device
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
-    attacked = attack(
+    attacked = attack_images(
+        FGSM(),
         victim,
         images,
         zeros if labels is None else labels,
@@ -59,16 +62,16 @@ def noise(count: int, side: int = 16, seed: int = 0) -> Tensor:
     return torch.from_numpy(random_pixels(count, side, seed=seed)).permute(0, 3, 1, 2).contiguous()
 
 
-def linear(weights: list[list[float]], bias: list[float] | None = None, dtype: torch.dtype = torch.float64) -> Victim:
+def linear(weights: list[list[float]], bias: list[float] | None = None, dtype: torch.dtype = torch.float64) -> Model:
     """A victim whose logits are `weights @ pixels + bias`."""
     layer = nn.Linear(len(weights[0]), len(weights), dtype=dtype)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(weights, dtype=dtype))
         layer.bias.copy_(torch.tensor(bias or [0.0] * len(weights), dtype=dtype))
-    return Victim(nn.Sequential(nn.Flatten(), layer))
+    return Model(nn.Sequential(nn.Flatten(), layer))
 
 
-def random_linear(values: int, classes: int = 5) -> Victim:
+def random_linear(values: int, classes: int = 5) -> Model:
     return linear(torch.randn(classes, values, dtype=torch.float64).tolist())
 
 
@@ -124,7 +127,7 @@ def test_the_images_are_those_of_foolbox(seed: int) -> None:
     levels = (1, 3, 8, 64)
     net, images = conv_net(seed), noise(8, seed=seed)
     labels = torch.from_numpy(np.random.RandomState(seed).randint(0, 7, 8))
-    victim = Victim(net, mean=MEAN, std=STD)
+    victim = Model(net, mean=MEAN, std=STD)
     attacked = run(victim, images, labels, levels=levels)
     assert (attacked.logits[0].argmax(1) != labels).any(), "a label other than the prediction is part of the test"
 
@@ -136,7 +139,7 @@ def test_the_images_are_those_of_foolbox(seed: int) -> None:
     )
 
     # Where |gradient| is below a millionth of the image's largest, two float32 programs may differ in sign.
-    exact = Victim(copy.deepcopy(net).double(), mean=MEAN, std=STD)
+    exact = Model(copy.deepcopy(net).double(), mean=MEAN, std=STD)
     unit = exact.unit(images).requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(exact(unit), labels, reduction="sum"), unit)
     clear = gradient.abs() > 1e-6 * gradient.abs().amax((1, 2, 3), keepdim=True)
@@ -221,7 +224,7 @@ def test_batch_size_does_not_matter(size: int, goal: Goal) -> None:
 
 @pytest.mark.parametrize("garbage", ["black", "white", "noise"])
 def test_neighbours_and_masked_rows_do_not_change_a_row(garbage: str) -> None:
-    victim, images = Victim(NanOnWhite()), noise(6, side=4)
+    victim, images = Model(NanOnWhite()), noise(6, side=4)
     labels, valid = torch.arange(6) % 5, torch.tensor([True, False, True, True, False, True])
     alone = run(victim, images[valid], labels[valid])
     masked = int((~valid).sum())
@@ -248,7 +251,7 @@ def test_zero_signs_are_counted_in_valid_rows_only() -> None:
 
 @pytest.mark.parametrize("levels", [(4,), (1, 2, 8, 255)])
 def test_what_comes_back_belongs_to_the_stored_pixels(levels: tuple[int, ...]) -> None:
-    victim, images = Victim(conv_net(0), mean=MEAN, std=STD), noise(4)
+    victim, images = Model(conv_net(0), mean=MEAN, std=STD), noise(4)
     before = images.clone()
     attacked = run(victim, images, levels=levels)
     assert [images.shape for images in attacked.images] == [(4, 3, 16, 16)] * (1 + len(levels))
@@ -286,10 +289,17 @@ class Counting(nn.Module):
 
 def test_one_gradient_serves_every_epsilon() -> None:
     module = Counting()
-    victim = Victim(module, mean=MEAN, std=STD)
+    victim = Model(module, mean=MEAN, std=STD)
     run(victim, noise(4), levels=(1, 2, 4, 8))
     assert module.forwards == [True, False, False, False, False]
     assert module.backwards == 1
+    # Of other images it costs both passes.
+    model = AttackedModel(victim, noise(4), targeted=False)
+    del module.forwards[:]
+    for images in (noise(4, seed=1), noise(4, seed=2)):
+        model.gradient(images, torch.zeros(4, dtype=torch.int64))
+    assert module.forwards == [True, True]
+    assert module.backwards == 3
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in victim.parameters())
 
 
@@ -337,27 +347,32 @@ def test_every_precision_keeps_the_gradient_of_a_sure_model(half: Callable[[nn.M
         sure = net(images / 255)
     assert (sure.softmax(1)[:, 3] > 1 - 1e-7).all(), "the test needs a model that is sure"
     labels, draws = torch.full((8,), 3), torch.zeros(8, dtype=torch.int64)
-    exact = Victim(copy.deepcopy(net).double())
-    expected = gradient_sign(exact, images, labels, goal=goal, draws=draws).gradient
-    found = gradient_sign(Victim(half(net)), images, labels, goal=goal, draws=draws)
-    assert torch.isfinite(found.gradient).all()
-    assert (found.sign == 0).float().mean() < 0.01
+    expected, _ = gradient(Model(copy.deepcopy(net).double()), images, labels, goal, draws)
+    found, _ = gradient(Model(half(net)), images, labels, goal, draws)
+    assert torch.isfinite(found).all()
+    assert (found == 0).float().mean() < 0.01
     clear = expected.abs() > 0.1 * expected.abs().amax((1, 2, 3), keepdim=True)
-    assert (found.gradient.sign() == expected.sign())[clear].float().mean() > 0.99
+    assert (found.sign() == expected.sign())[clear].float().mean() > 0.99
 
 
 @pytest.mark.parametrize("goal", [Goal(), Goal(target=2)])
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
 def test_the_direction_is_the_gradient_of_the_cross_entropy(sharpness: float, goal: Goal) -> None:
     net, images, labels = conv_net(1).double(), noise(16), torch.arange(16) % 7
-    victim = Victim(nn.Sequential(net, Scaled(sharpness)))
-    found = gradient_sign(victim, images, labels, goal=goal, draws=labels)
+    victim = Model(nn.Sequential(net, Scaled(sharpness)))
+    found, classes = gradient(victim, images, labels, goal, labels)
     unit = victim.unit(images).requires_grad_()
-    (expected,) = torch.autograd.grad(F.cross_entropy(victim(unit), found.classes, reduction="sum"), unit)
+    (expected,) = torch.autograd.grad(F.cross_entropy(victim(unit), classes, reduction="sum"), unit)
     clear = expected.abs() > 1e-9 * expected.abs().amax((1, 2, 3), keepdim=True)
     assert clear.float().mean() > 0.999
-    assert torch.equal(found.gradient.sign()[clear], expected.sign()[clear])
-    assert torch.equal(found.sign, (found.gradient if goal.target is None else -found.gradient).sign().to(torch.int8))
+    assert torch.equal(found.sign()[clear], (expected if goal.target is None else -expected).sign()[clear])
+
+
+def gradient(victim: Model, images: Tensor, labels: Tensor, goal: Goal, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """What an attack is given for the clean images, and the classes whose loss is changed."""
+    model = AttackedModel(victim, images, targeted=goal.target is not None)
+    classes = goal.classes(model.logits, labels, draws)
+    return model.gradient(images, classes), classes
 
 
 class Scaled(nn.Module):
@@ -373,15 +388,12 @@ class Scaled(nn.Module):
 
 def test_the_sign_is_the_direction_of_the_attack() -> None:
     victim, images, labels = random_linear(48), noise(3, side=4), torch.tensor([0, 1, 2])
-    draws = torch.zeros(3, dtype=torch.int64)
-    direction = gradient_sign(victim, images, labels, goal=Goal(), draws=draws)
-    raised, logits, classes = direction.sign, direction.logits, direction.classes
-    lowered = gradient_sign(victim, images, labels, goal=Goal(target=1), draws=draws).sign
-    assert raised.dtype == torch.int8
-    assert raised.shape == images.shape
-    assert classes.tolist() == [0, 1, 2]
-    assert torch.equal(lowered[1], -raised[1]), "lowering a loss is the opposite of raising it"
-    assert not logits.requires_grad
+    raised, lowered = run(victim, images, labels), run(victim, images, labels, goal=Goal(target=1))
+    assert raised.sign.dtype == torch.int8
+    assert raised.sign.shape == images.shape
+    assert raised.classes.tolist() == [0, 1, 2]
+    assert torch.equal(lowered.sign[1], -raised.sign[1]), "lowering a loss is the opposite of raising it"
+    assert not raised.logits.requires_grad
 
 
 # -------------------------------------------------------------------------------------- labels and targets
@@ -404,7 +416,7 @@ def test_prediction_ignores_the_labels_and_unlabelled_rows_fall_back_to_it() -> 
 
 @pytest.mark.parametrize("goal", [Goal(target="least_likely"), Goal(target="random"), Goal(target=3)])
 def test_a_target_becomes_more_likely(goal: Goal) -> None:
-    victim, images = Victim(conv_net(1), mean=MEAN, std=STD), noise(16)
+    victim, images = Model(conv_net(1), mean=MEAN, std=STD), noise(16)
     draws = torch.arange(16) * 31
     attacked = run(victim, images, torch.arange(16) % 7, levels=(1, 2), goal=goal, draws=draws)
     losses = [F.cross_entropy(logits, attacked.classes, reduction="none") for logits in attacked.logits]
@@ -413,7 +425,7 @@ def test_a_target_becomes_more_likely(goal: Goal) -> None:
 
 
 def test_the_plain_attack_raises_the_loss_of_the_label() -> None:
-    victim, images, labels = Victim(conv_net(1), mean=MEAN, std=STD), noise(16), torch.arange(16) % 7
+    victim, images, labels = Model(conv_net(1), mean=MEAN, std=STD), noise(16), torch.arange(16) % 7
     attacked = run(victim, images, labels, levels=(1, 2))
     losses = [F.cross_entropy(logits, labels, reduction="none") for logits in attacked.logits]
     assert (losses[1] > losses[0]).all()
@@ -491,7 +503,7 @@ def infinite_on_white(pixels: Tensor) -> Tensor:
 def test_nan_and_infinity_stop_the_run_in_valid_rows_only(
     function: Callable[[Tensor], Tensor], bad: int, what: str
 ) -> None:
-    victim = Victim(Logits(function))
+    victim = Model(Logits(function))
     images = torch.full((3, 1, 2, 2), 100, dtype=torch.uint8)
     images[1] = bad
     labels = torch.ones(3, dtype=torch.int64)
@@ -502,7 +514,7 @@ def test_nan_and_infinity_stop_the_run_in_valid_rows_only(
 
 
 def test_infinite_logits_are_found_at_the_epsilon_that_makes_them() -> None:
-    victim = Victim(Logits(infinite_on_white))
+    victim = Model(Logits(infinite_on_white))
     images = torch.full((1, 1, 2, 2), 250, dtype=torch.uint8)
     assert torch.isfinite(run(victim, images, torch.ones(1, dtype=torch.int64), levels=(4,)).logits).all()
 
@@ -517,8 +529,8 @@ def test_cuda_attacks_as_the_cpu_does(dtype: str, noise_floor: float, tolerance:
     """Pixels whose |gradient| is above `noise_floor` of the image's largest, and logits of the same pixels."""
     cuda, net, levels = torch.device("cuda"), conv_net(0).to(getattr(torch, dtype)), (1, 8, 64)
     images, labels = noise(32), torch.arange(32) % 7
-    host = Victim(copy.deepcopy(net), mean=MEAN, std=STD)
-    device = Victim(net, mean=MEAN, std=STD).to(cuda)
+    host = Model(copy.deepcopy(net), mean=MEAN, std=STD)
+    device = Model(net, mean=MEAN, std=STD).to(cuda)
 
     here = run(host, images, labels, levels=levels)
     # As in a run: by default cuDNN convolves in tf32, with errors near a thousandth.

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.attacks.fgsm import Direction, gradient_sign
+from pipeline.attacks.base import Perturbed, direction_sign
+from pipeline.attacks.fgsm import FGSM
 from pipeline.check.verify import Findings, verify
 from pipeline.core.errors import NonFiniteError, PipelineError
 from pipeline.core.images import decode_image, encode_images
 from pipeline.core.lattice import common_sign, step
-from pipeline.output.stores import LocalStore
+from pipeline.output.local import LocalStore
 from tests.conftest import (
     FACTORY,
     KINDS,
@@ -182,12 +182,16 @@ def of_other_rows(sign: Tensor) -> Tensor:
 def generate_along(config: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
     """Attack along another sign. All that is recorded, predictions too, is of the images that this makes."""
 
-    def changed(*arguments: Any, **options: Any) -> Direction:
-        direction = gradient_sign(*arguments, **options)
-        return replace(direction, sign=change(direction.sign))
+    perturb = FGSM.perturb
+
+    def changed(*arguments: Any) -> Perturbed:
+        _, _, images, _, levels, _ = arguments
+        direction = perturb(*arguments).direction
+        assert direction is not None
+        return Perturbed.along(images, change(direction_sign(direction)).float(), levels)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.attacks.fgsm.gradient_sign", changed)
+        patch.setattr(FGSM, "perturb", changed)
         generate(config)
 
 

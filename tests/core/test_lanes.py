@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.attacks.fgsm import Goal, attack
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.core.lanes import Lanes, available_cores, chunk_images, given_cores, lane_count, to_host
-from pipeline.engine.compute import Attacker, Part
-from pipeline.models.victims import Victim
+from pipeline.engine.compute import Attacker, Part, attack_images
+from pipeline.models.base import Model
 from tests.conftest import WriteConfig, digests, generate
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def test_each_core_has_a_lane_of_one_thread_and_the_caller_keeps_its_own() -> No
 def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
     """On CUDA batches overlap on two streams; nothing may be read before it is there."""
     device = torch.device(name)
-    victim, goal = Victim(conv_net()).to(device), Goal(target="random")
+    victim, goal = Model(conv_net()).to(device), Goal(target="random")
     batches = [noise(32).roll(shift, 0) for shift in range(12)]
     if name == "cuda":
         batches = [images.pin_memory() for images in batches]  # else copies would wait for each other
@@ -97,12 +98,13 @@ def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
     valid = torch.arange(32) % 5 != 1
     chunk = 8 if name == "cpu" else 32
     with Lanes(device, chunk) as lanes:
-        attacker = Attacker(victim, goal, LEVELS, lambda images, _: tuple(images))
+        attacker = Attacker(FGSM(), victim, goal, LEVELS, lambda images, _: tuple(images))
         waiting = [lanes.submit(attacker, images, labels, draws, valid=valid) for images in batches]
         found = [joined([future.result() for future in futures]) for futures in waiting]
     for images, (pictures, logits, classes, zero_signs) in zip(batches, found, strict=True):
         plain = [
-            attack(
+            attack_images(
+                FGSM(),
                 victim,
                 *(tensor[rows].to(device) for tensor in (images, labels, valid)),
                 levels=LEVELS,

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.attacks.fgsm import Goal
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.config.schema import ModelConfig, load_config
 from pipeline.core.errors import ConfigError
 from pipeline.core.lanes import Lanes
 from pipeline.engine.compute import COMPILE_FROM, Attacker, fit_batch_size, own_copy, rehearse, repays
 from pipeline.engine.run import choose_device, open_run
 from pipeline.layouts.records import LAYOUTS
-from pipeline.models.victims import Victim, load_victim
+from pipeline.models.base import Model
+from pipeline.models.load import load_model
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
 
 CPU = torch.device("cpu")
@@ -153,8 +155,8 @@ def test_a_rehearsal_asks_nothing_of_its_images(tmp_path: Path, constant: bool) 
     path = tmp_path / "victim.py"
     path.write_text(STANDARDISED.replace("std((1, 2, 3), keepdim=True)", "std() * 0") if constant else STANDARDISED)
     config = ModelConfig(kind="factory", name=f"{path}:Standardised")
-    victim, _ = load_victim(config, seed=0, device=CPU)
-    rehearse(Attacker(victim, Goal(), (8,), LAYOUTS["images"].stored), CPU, (3, 16, 16), 8)
+    victim = load_model(config, seed=0, device=CPU)
+    rehearse(Attacker(FGSM(), victim, Goal(), (8,), LAYOUTS["images"].stored), CPU, (3, 16, 16), 8)
 
 
 def test_each_lane_has_its_own_copy_of_a_victim_and_all_share_its_weights() -> None:
@@ -171,11 +173,11 @@ def test_each_lane_has_its_own_copy_of_a_victim_and_all_share_its_weights() -> N
             logits: Tensor = self.linear(self.features)
             return logits
 
-    victim = Victim(Stateful())
+    victim = Model(Stateful())
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
     zeros = torch.zeros(64, dtype=torch.int64)
     with Lanes(CPU, 4, count=4) as lanes:
-        attacker = Attacker(victim, Goal(), (8,), LAYOUTS["images"].stored)
+        attacker = Attacker(FGSM(), victim, Goal(), (8,), LAYOUTS["images"].stored)
         parts = [future.result() for future in lanes.submit(attacker, images, zeros, zeros, valid=zeros == 0)]
     logits = torch.cat([part.logits for part in parts], 1)
     for index, level_logits in enumerate(logits):
@@ -242,8 +244,7 @@ def test_every_model_of_a_process_is_compiled(
     """The compiler counts how often it meets the same code, and runs it as it is from the ninth time on."""
     monkeypatch.setattr(logging.getLogger("torch._dynamo"), "propagate", True)
     models = [
-        load_victim(ModelConfig(kind="factory", name=f"{factory_file}:make"), seed=seed, device=CPU)[0]
-        for seed in range(3)
+        load_model(ModelConfig(kind="factory", name=f"{factory_file}:make"), seed=seed, device=CPU) for seed in range(3)
     ]
     images = torch.zeros((4, 3, 16, 16), dtype=torch.uint8)
     with torch._dynamo.config.patch(recompile_limit=1):

@@ -15,7 +15,7 @@ import pipeline
 from pipeline.config.schema import EvaluatorConfig, load_config, parse_config
 from pipeline.core.errors import ConfigError, NonFiniteError
 from pipeline.core.images import decode_image
-from pipeline.models.victims import load_victim
+from pipeline.models.load import load_model
 from pipeline.sources.digits import digits_split
 from tests.conftest import LABELS, ROOM, WriteConfig, digests, generate, manifest, rows, wide_parquet
 from tests.conftest import fgsm_without_run as fgsm
@@ -84,7 +84,7 @@ def test_a_file_s_evaluators_are_relative_to_it(
 
 def asked(config: dict[str, Any], images: list[dict[str, bytes]]) -> list[int]:
     """What a model says of stored images, one at a time, with nothing of ours between them."""
-    model, _ = load_victim(EvaluatorConfig(**config), seed=0, device=torch.device("cpu"))
+    model = load_model(EvaluatorConfig(**config), seed=0, device=torch.device("cpu"))
     with torch.no_grad():
         return [int(model(decode_image(image["bytes"])[None] / 255).argmax()) for image in images]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks.fgsm import Goal
+from pipeline.attacks.base import Goal
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.engine.compute import _check_accuracy, check_model
-from pipeline.models.victims import Victim
+from pipeline.models.base import Model
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
 
 COLOURS = torch.tensor([[220, 30, 30], [30, 220, 30], [30, 30, 220]]) / 255
@@ -49,7 +49,7 @@ def look(
     module: nn.Module, *, count: int = 32, size: int = 16, goal: Goal | None = PLAIN, labels: list[int] | None = None
 ) -> list[str]:
     pictures, right = images(count)
-    return check_model(Victim(module), pictures, right if labels is None else torch.tensor(labels), goal, size)
+    return check_model(Model(module), pictures, right if labels is None else torch.tensor(labels), goal, size)
 
 
 def counting() -> Forward:

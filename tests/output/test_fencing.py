@@ -17,7 +17,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.engine.job import Job
 from pipeline.output.folder import OutputFolder
 from pipeline.output.locks import StoreLock
-from pipeline.output.stores import ObjectStore
+from pipeline.output.objects import ObjectStore
 from tests.conftest import WriteConfig, digests, fgsm, generate
 from tests.support.processes import wait_for
 from tests.support.s3 import S3, alter, failed, lock_of, run_there, shards, there
@@ -63,14 +63,14 @@ class First:
 def impatient(stale: float) -> None:
     """What the first run's process needs: a lock that is confirmed often."""
     import pipeline.output.locks
-    import pipeline.output.stores
+    import pipeline.output.objects
 
     pipeline.output.locks.BEAT_SECONDS, pipeline.output.locks.CONFIRM_SECONDS, pipeline.output.locks.STALE_SECONDS = (
         0.2,
         0.5,
         stale,
     )
-    pipeline.output.stores.ATTEMPTS = 2
+    pipeline.output.objects.ATTEMPTS = 2
 
 
 def run_first(environment: dict[str, str], temporary: str, cache: str, log: str, arguments: list[str]) -> None:
@@ -236,7 +236,7 @@ def test_a_store_without_conditions_is_refused_unless_unlocked(
 def test_a_client_without_conditions_is_refused_unless_unlocked(
     s3: S3, out: str, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.output.stores.CONDITIONAL", ())
+    monkeypatch.setattr("pipeline.output.objects.CONDITIONAL", ())
     config = write_config(output={"path": out})
     assert "--unlocked" in failed("generate", config, code=2)
     assert there(s3, out) == {}

@@ -13,8 +13,8 @@ import pytest
 import pipeline
 import pipeline.check.verify
 from pipeline.core.errors import PipelineError
+from pipeline.output.local import LocalStore
 from pipeline.output.shards import ShardWriter
-from pipeline.output.stores import LocalStore
 from tests.conftest import WriteConfig, digests, fgsm, generate, manifest, shard_path, write_sealed
 
 

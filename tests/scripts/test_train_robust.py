@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner, Result
 
 import pipeline
-from pipeline.attacks.fgsm import Goal, gradient_sign
+from pipeline.attacks.base import AttackedModel, direction_sign
 from pipeline.core.lattice import step
-from pipeline.models.digits import DigitsNet
+from pipeline.models.digits_net import DigitsNet
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
 from tests.conftest import FACTORY, REPOSITORY, generate
@@ -133,11 +133,11 @@ def test_accuracies_are_those_of_the_images_they_name(digits: Path) -> None:
     rows = pipeline.load(digits, [0], "test").with_format("torch")
     images, labels = rows["image"][:], rows["label"][:]
     assert measured["clean"] == pytest.approx(accuracy(images))
-    direction = gradient_sign(model, images, labels, goal=Goal(), draws=torch.zeros_like(labels))
+    gradient = AttackedModel(model, images, targeted=False).gradient(images, labels)
     for level in levels:
         stored = pipeline.load(digits, [f"{level}/255"], "test").with_format("torch")["image"][:]
         assert measured[f"stored {level}/255"] == pytest.approx(accuracy(stored))
-        assert measured[f"fresh {level}/255"] == pytest.approx(accuracy(step(images, direction.sign, level)))
+        assert measured[f"fresh {level}/255"] == pytest.approx(accuracy(step(images, direction_sign(gradient), level)))
 
 
 def results(gains: list[float], stored: float = 2.0) -> list[train_robust.Result]:

@@ -18,12 +18,16 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.attacks.fgsm import Goal, attack
+from pipeline.attacks.base import Goal
+from pipeline.attacks.fgsm import FGSM
 from pipeline.config.schema import ModelConfig, PreprocessConfig
 from pipeline.core.errors import ConfigError
+from pipeline.engine.compute import attack_images
+from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
-from pipeline.models.digits import WEIGHTS, DigitsNet
-from pipeline.models.victims import Loaded, Victim, _processor_sizes, load_victim
+from pipeline.models.digits_net import WEIGHTS, DigitsNet
+from pipeline.models.load import load_model
+from pipeline.models.transformers import _processor_sizes
 from pipeline.sources.digits import digits_split
 from tests.conftest import FACTORY
 
@@ -31,8 +35,8 @@ CPU = torch.device("cpu")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load(seed: int = 0, **config: Any) -> tuple[Victim, Loaded]:
-    return load_victim(ModelConfig(**config), seed=seed, device=CPU)
+def load(seed: int = 0, **config: Any) -> Model:
+    return load_model(ModelConfig(**config), seed=seed, device=CPU)
 
 
 def refused(**config: Any) -> str:
@@ -61,7 +65,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 def test_every_grey_level_becomes_its_255th() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for dtype in (torch.float32, torch.float64):
-        unit = Victim(nn.Linear(1, 1, dtype=dtype)).unit(levels)
+        unit = Model(nn.Linear(1, 1, dtype=dtype)).unit(levels)
         assert unit.dtype == dtype
         expected = np.arange(256).astype(str(dtype).removeprefix("torch.")) / 255
         np.testing.assert_array_equal(unit.flatten().numpy(), expected.astype(unit.numpy().dtype))
@@ -69,26 +73,26 @@ def test_every_grey_level_becomes_its_255th() -> None:
 
 def test_normalisation_is_inside() -> None:
     module = nn.Flatten()
-    victim = Victim(module, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    victim = Model(module, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
     mean, std = (np.reshape(values, (3, 1, 1)) for values in (IMAGENET_MEAN, IMAGENET_STD))
     expected = (images.numpy() / 255 - mean) / std
     np.testing.assert_allclose(victim(victim.unit(images)).numpy(), expected.reshape(2, -1), rtol=0, atol=1e-6)
-    plain = Victim(module)
+    plain = Model(module)
     np.testing.assert_allclose(plain(plain.unit(images)).numpy(), images.flatten(1).numpy() / 255, atol=1e-7)
 
 
 def test_logits_are_float32_or_more_and_may_come_wrapped() -> None:
     images = torch.zeros((1, 1, 2, 2), dtype=torch.uint8)
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(4, 2, dtype=dtype)))
+        victim = Model(nn.Sequential(nn.Flatten(), nn.Linear(4, 2, dtype=dtype)))
         assert victim(victim.unit(images)).dtype == expected
     for wrap in (
         lambda logits: SimpleNamespace(logits=logits, loss=None),
         lambda logits: {"loss": None, "logits": logits},
         lambda logits: namedtuple("Outputs", ["logits", "aux_logits"])(logits, 3),  # type: ignore[call-arg]
     ):
-        wrapping = Victim(Returning(wrap))
+        wrapping = Model(Returning(wrap))
         assert wrapping(wrapping.unit(images)).tolist() == [[0.0] * 4]
 
 
@@ -111,7 +115,7 @@ def test_the_first_floating_type_decides(tensors: list[Tensor], expected: torch.
             module.register_buffer(f"b{index}", tensor)
         else:
             module.register_parameter(f"p{index}", nn.Parameter(tensor, requires_grad=False))
-    victim = Victim(module, mean=(0.5,), std=(0.25,))
+    victim = Model(module, mean=(0.5,), std=(0.25,))
     assert victim.unit(torch.zeros((1, 3, 2, 2), dtype=torch.uint8)).dtype == expected
     assert (victim.mean.item(), victim.std.item()) == (0.5, 0.25)
 
@@ -120,7 +124,7 @@ def test_channels_last_changes_the_layout_and_not_the_numbers() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     before = net(images / 255)
-    victim = Victim(net)
+    victim = Model(net)
     assert victim.unit(images).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(victim(victim.unit(images)), before)
 
@@ -130,7 +134,7 @@ def test_frozen_and_in_eval_mode() -> None:
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
     )
     assert module.training, "the module arrives as constructors leave it"
-    victim = Victim(module)
+    victim = Model(module)
     before = {key: value.clone() for key, value in victim.state_dict().items()}
     assert not any(part.training for part in victim.module.modules())
     assert not any(parameter.requires_grad for parameter in victim.parameters())
@@ -138,7 +142,7 @@ def test_frozen_and_in_eval_mode() -> None:
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     labels, valid = torch.arange(5) % 3, torch.ones(5, dtype=torch.bool)
     first, second = (
-        attack(victim, images, labels, valid, levels=(8,), goal=Goal(), draws=torch.zeros_like(labels))
+        attack_images(FGSM(), victim, images, labels, valid, levels=(8,), goal=Goal(), draws=torch.zeros_like(labels))
         for _ in range(2)
     )
     assert torch.equal(first.logits, second.logits), "dropout would differ"
@@ -191,13 +195,13 @@ def test_models_whose_classes_cannot_be_counted(
     module: nn.Module, options: dict[str, Any], shape: tuple[int, int, int], sentence: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        Victim(module, **options).count_classes(shape)
+        Model(module, **options).count_classes(shape)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_classes_are_counted() -> None:
-    victim = Victim(nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    victim = Model(nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     assert victim.count_classes((3, 2, 2)) == 7
 
 
@@ -219,24 +223,24 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_factory_in_a_file_and_in_a_module(factory_file: Path, package: str) -> None:
-    victims = [load(kind="factory", name=f"{where}:make")[0] for where in (factory_file, package)]
+    victims = [load(kind="factory", name=f"{where}:make") for where in (factory_file, package)]
     for victim in victims:
         assert victim.count_classes((3, 16, 16)) == 3
         assert victim.classes is None
     assert same_weights(*victims), "the same code and seed"
-    assert load(kind="factory", name=f"{factory_file}:make", kwargs={"classes": 5})[0].count_classes((3, 9, 9)) == 5
+    assert load(kind="factory", name=f"{factory_file}:make", kwargs={"classes": 5}).count_classes((3, 9, 9)) == 5
     # A class is a callable too.
-    assert load(kind="factory", name=f"{package}:Net", kwargs={"channels": 1})[0].count_classes((1, 9, 9)) == 3
+    assert load(kind="factory", name=f"{package}:Net", kwargs={"channels": 1}).count_classes((1, 9, 9)) == 3
 
 
 def test_an_untrained_model_comes_from_the_seed_alone(factory_file: Path) -> None:
     name = f"{factory_file}:make"
     state = torch.get_rng_state()
-    first, _ = load(3, kind="factory", name=name)
+    first = load(3, kind="factory", name=name)
     assert torch.equal(torch.get_rng_state(), state), "the process's own random numbers are left alone"
     torch.rand(5)
-    again, _ = load(3, kind="factory", name=name)
-    other, _ = load(4, kind="factory", name=name)
+    again = load(3, kind="factory", name=name)
+    other = load(4, kind="factory", name=name)
     assert same_weights(first, again)
     assert not same_weights(first, other)
     assert first.digest == again.digest != other.digest
@@ -275,7 +279,7 @@ def test_a_file_that_failed_to_import_is_read_again(tmp_path: Path) -> None:
     path.write_text("import no_such_module\n")
     assert "no_such_module" in refused(kind="factory", name=f"{path}:make")
     path.write_text(FACTORY)
-    assert load(kind="factory", name=f"{path}:make")[0].count_classes((3, 8, 8)) == 3
+    assert load(kind="factory", name=f"{path}:make").count_classes((3, 8, 8)) == 3
 
 
 def test_a_factory_takes_checkpoints_only(factory_file: Path) -> None:
@@ -304,7 +308,7 @@ maker = Maker()
 def test_any_callable_is_a_factory(tmp_path: Path, attribute: str) -> None:
     path = tmp_path / "callables.py"
     path.write_text(FACTORY + CALLABLES)
-    victim, _ = load(kind="factory", name=f"{path}:{attribute}")
+    victim = load(kind="factory", name=f"{path}:{attribute}")
     assert victim.count_classes((3, 8, 8)) == (4 if attribute == "partial" else 3)
 
 
@@ -316,11 +320,11 @@ def test_the_digest_follows_weights_and_code_and_not_paths(tmp_path: Path) -> No
         path = tmp_path / folder
         path.mkdir()
         (path / "victim.py").write_text(code)
-        module, _ = load(kind="factory", name=f"{path}/victim.py:make")
+        module = load(kind="factory", name=f"{path}/victim.py:make")
         weights = {key: (value * scale).contiguous() for key, value in module.module.state_dict().items()}
         save_file(weights, path / "weights.safetensors")
         name, file = f"{path}/victim.py:make", f"{path}/weights.safetensors"
-        return load(kind="factory", name=name, weights=file)[0].digest
+        return load(kind="factory", name=name, weights=file).digest
 
     first = digest("first", FACTORY, 1)
     assert digest("moved", FACTORY, 1) == first
@@ -334,7 +338,7 @@ def test_the_digest_follows_the_code_of_a_decorated_factory(tmp_path: Path) -> N
     for activation in ("tanh", "relu"):
         path = tmp_path / f"{activation}.py"
         path.write_text(FACTORY.replace("tanh", activation) + "\n\nmade = torch.no_grad()(make)\n")
-        digests.add(load(kind="factory", name=f"{path}:made")[0].digest)
+        digests.add(load(kind="factory", name=f"{path}:made").digest)
     assert len(digests) == 2
 
 
@@ -342,16 +346,16 @@ def test_the_digest_follows_the_code_of_a_decorated_factory(tmp_path: Path) -> N
 
 
 def test_untrained_torchvision_models() -> None:
-    def make(seed: int) -> tuple[Victim, Loaded]:
+    def make(seed: int) -> Model:
         return load(seed, kind="torchvision", name="squeezenet1_1", kwargs={"num_classes": 4})
 
     state = torch.get_rng_state()
-    victim, loaded = make(1)
+    victim = make(1)
     assert torch.equal(torch.get_rng_state(), state)
     assert victim.count_classes((3, 32, 32)) == 4
-    assert same_weights(victim, make(1)[0])
-    assert not same_weights(victim, make(2)[0])
-    assert (loaded.mean, loaded.std, loaded.classes, loaded.preprocess) == (None, None, None, None)
+    assert same_weights(victim, make(1))
+    assert not same_weights(victim, make(2))
+    assert (victim.classes, victim.preprocess) == (None, None)
     assert (rounded(victim.mean), rounded(victim.std)) == ((0.0,), (1.0,))
 
 
@@ -385,9 +389,9 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 @pytest.mark.parametrize("weights", ["IMAGENET1K_V1", "DEFAULT"])
 def test_published_torchvision_weights_bring_their_preprocessing(published: nn.Module, weights: str) -> None:
-    victim, loaded = load(kind="torchvision", name="squeezenet1_1", weights=weights)
+    victim = load(kind="torchvision", name="squeezenet1_1", weights=weights)
     assert same_weights(victim.module, published)
-    assert loaded.preprocess == PreprocessConfig(resize=256, crop=224, interpolation="bilinear")
+    assert victim.preprocess == PreprocessConfig(resize=256, crop=224, interpolation="bilinear")
     assert (rounded(victim.mean), rounded(victim.std)) == (IMAGENET_MEAN, IMAGENET_STD)
     assert victim.classes is not None
     assert len(victim.classes) == victim.count_classes((3, 64, 64)) == 1000
@@ -397,7 +401,7 @@ def test_published_torchvision_weights_bring_their_preprocessing(published: nn.M
 @pytest.mark.usefixtures("published")
 def test_mean_and_std_of_the_config_win() -> None:
     mean = (0.5, 0.25, 0.125)
-    victim, _ = load(kind="torchvision", name="squeezenet1_1", weights="IMAGENET1K_V1", mean=mean)
+    victim = load(kind="torchvision", name="squeezenet1_1", weights="IMAGENET1K_V1", mean=mean)
     assert (rounded(victim.mean), rounded(victim.std)) == (mean, IMAGENET_STD)
 
 
@@ -406,15 +410,15 @@ def test_mean_and_std_of_the_config_win() -> None:
 
 def test_timm_untrained_and_from_a_checkpoint(tmp_path: Path) -> None:
     config: dict[str, Any] = {"kind": "timm", "name": "test_vit", "kwargs": {"num_classes": 6, "img_size": 32}}
-    victim, loaded = load(1, **config)
+    victim = load(1, **config)
     assert victim.count_classes((3, 32, 32)) == 6
-    assert (loaded.mean, loaded.preprocess) == (None, None)
-    assert same_weights(victim, load(1, **config)[0])
-    other, _ = load(2, **config)
+    assert victim.preprocess is None
+    assert same_weights(victim, load(1, **config))
+    other = load(2, **config)
     assert not same_weights(victim, other)
     state = {name: value.contiguous() for name, value in victim.module.state_dict().items()}
     save_file(state, tmp_path / "vit.safetensors")
-    assert same_weights(victim, load(2, **config, weights=str(tmp_path / "vit.safetensors"))[0])
+    assert same_weights(victim, load(2, **config, weights=str(tmp_path / "vit.safetensors")))
 
 
 @pytest.mark.parametrize("weights", ["r160_in1k", "test_resnet.r160_in1k"])
@@ -426,10 +430,10 @@ def test_pretrained_timm_weights_bring_their_preprocessing(tmp_path: Path, weigh
     save_file(module.state_dict(), path)
     # timm reads a file instead of the Hub where its own config says so.
     kwargs = {"pretrained_cfg_overlay": {"file": str(path)}}
-    victim, loaded = load(kind="timm", name="test_resnet", weights=weights, kwargs=kwargs)
+    victim = load(kind="timm", name="test_resnet", weights=weights, kwargs=kwargs)
     assert same_weights(victim.module, module)
     assert (rounded(victim.mean), rounded(victim.std)) == ((0.5,) * 3, (0.5,) * 3)
-    assert loaded.preprocess == PreprocessConfig(resize=math.floor(160 / 0.95), crop=160, interpolation="bilinear")
+    assert victim.preprocess == PreprocessConfig(resize=math.floor(160 / 0.95), crop=160, interpolation="bilinear")
 
 
 @pytest.mark.parametrize(
@@ -511,12 +515,12 @@ def test_transformers_weights_bring_their_preprocessing(
     module, folder = vit
     statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     preprocessing(processor, {**options, **statistics}, folder)
-    victim, loaded = load(kind="transformers", name="vit", weights=str(folder))
+    victim = load(kind="transformers", name="vit", weights=str(folder))
     assert same_weights(victim.module, module)
     assert victim.classes == tuple(NAMES.values())
     assert victim.count_classes((3, 32, 32)) == 3
     assert (rounded(victim.mean), rounded(victim.std)) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    found = loaded.preprocess and loaded.preprocess.model_dump(exclude_unset=True, exclude_none=True)
+    found = victim.preprocess and victim.preprocess.model_dump(exclude_unset=True, exclude_none=True)
     # A square crop may be given as one side or as two.
     if found and found.get("crop") == (224, 224):
         found["crop"] = 224
@@ -525,12 +529,12 @@ def test_transformers_weights_bring_their_preprocessing(
 
 def test_transformers_weights_without_normalisation_or_processor(vit: tuple[Any, Path]) -> None:
     _, folder = vit
-    victim, loaded = load(kind="transformers", name="vit", weights=str(folder))
-    assert (loaded.preprocess, rounded(victim.mean), rounded(victim.std)) == (None, (0.0,), (1.0,))
+    victim = load(kind="transformers", name="vit", weights=str(folder))
+    assert (victim.preprocess, rounded(victim.mean), rounded(victim.std)) == (None, (0.0,), (1.0,))
     preprocessing("ViTImageProcessor", {"do_normalize": False, "size": {"height": 32, "width": 32}}, folder)
-    victim, loaded = load(kind="transformers", name="vit", weights=str(folder))
+    victim = load(kind="transformers", name="vit", weights=str(folder))
     assert (rounded(victim.mean), rounded(victim.std)) == ((0.0,), (1.0,))
-    assert loaded.preprocess is not None
+    assert victim.preprocess is not None
 
 
 @pytest.mark.parametrize(
@@ -555,7 +559,7 @@ def test_the_model_sees_what_its_image_processor_would_give_it(
     _, folder = vit
     made = getattr(transformers, processor)(**options, do_resize=False, do_center_crop=False)
     made.save_pretrained(folder)
-    victim, _ = load(kind="transformers", name="vit", weights=str(folder))
+    victim = load(kind="transformers", name="vit", weights=str(folder))
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     seen = (victim.unit(images) - victim.mean) / victim.std
     theirs = made([*images], return_tensors="pt")["pixel_values"]
@@ -571,11 +575,11 @@ def test_published_statistics_that_cannot_be_are_refused(vit: tuple[Any, Path]) 
 def test_untrained_transformers_models(tmp_path: Path) -> None:
     tiny_vit().save_pretrained(tmp_path)
     config: dict[str, Any] = {"kind": "transformers", "name": str(tmp_path)}
-    victim, loaded = load(1, **config)
+    victim = load(1, **config)
     assert victim.count_classes((3, 32, 32)) == 3
-    assert loaded.preprocess is None
-    assert same_weights(victim, load(1, **config)[0])
-    assert not same_weights(victim, load(2, **config)[0])
+    assert victim.preprocess is None
+    assert same_weights(victim, load(1, **config))
+    assert not same_weights(victim, load(2, **config))
 
 
 def test_a_transformers_model_runs_in_single_precision(tmp_path: Path) -> None:
@@ -584,7 +588,7 @@ def test_a_transformers_model_runs_in_single_precision(tmp_path: Path) -> None:
 
     module: Any = transformers.ViTForImageClassification(tiny_vit())
     module.half().save_pretrained(tmp_path)
-    victim, _ = load(kind="transformers", name="vit", weights=str(tmp_path))
+    victim = load(kind="transformers", name="vit", weights=str(tmp_path))
     assert {parameter.dtype for parameter in victim.parameters()} == {torch.float32}
 
 
@@ -600,21 +604,21 @@ def test_transformers_weights_without_a_head_are_refused(tmp_path: Path) -> None
 
 
 def test_the_digits_victim_reads_held_out_digits() -> None:
-    victim, loaded = load(kind="digits")
+    victim = load(kind="digits")
     images, labels = digits_split("test")
     logits = victim(victim.unit(torch.from_numpy(images).unsqueeze(1)))
     assert (logits.argmax(1).numpy() == labels).mean() >= 0.97
-    assert victim.classes == loaded.classes == tuple("0123456789")
+    assert victim.classes == victim.classes == tuple("0123456789")
     assert WEIGHTS.stat().st_size < 100_000
 
 
 def test_a_digits_victim_may_be_untrained_or_have_other_weights(tmp_path: Path) -> None:
-    trained, _ = load(kind="digits")
-    untrained, _ = load(5, kind="digits", weights=None)
+    trained = load(kind="digits")
+    untrained = load(5, kind="digits", weights=None)
     assert not same_weights(trained, untrained)
-    assert same_weights(untrained, load(5, kind="digits", weights=None)[0])
+    assert same_weights(untrained, load(5, kind="digits", weights=None))
     shutil.copy(WEIGHTS, tmp_path / "copy.safetensors")
-    assert same_weights(trained, load(kind="digits", weights=str(tmp_path / "copy.safetensors"))[0])
+    assert same_weights(trained, load(kind="digits", weights=str(tmp_path / "copy.safetensors")))
     assert "kind digits has no weights IMAGENET1K_V1" in refused(kind="digits", weights="IMAGENET1K_V1")
 
 

@@ -1,0 +1,83 @@
+"""Code of the user's own that a config names: `package.module:callable` or `path/to/file.py:callable`."""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import ConfigError, first_line
+
+
+def names_file(name: str) -> bool:
+    """Whether a name is `path/to/file.py:callable` rather than a module's."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def import_own(name: str, key: str) -> Callable[..., Any]:
+    """Import the callable that a name names. This runs the user's code.
+
+    Args:
+        name: `package.module:callable` or `path/to/file.py:callable`.
+        key: of the config, for messages, such as `model.name`.
+
+    Raises:
+        ConfigError: there is no such file or module, it fails on import, or it has no such callable.
+    """
+    where, _, attribute = name.rpartition(":")
+    try:
+        module = _import_file(Path(where).expanduser(), key) if names_file(name) else None
+        if module is None:
+            # As with `python -m`: a module in the working folder counts, which a console script's path lacks.
+            if str(Path.cwd()) not in sys.path:
+                sys.path.append(str(Path.cwd()))
+            module = importlib.import_module(where)
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's module runs on import
+        raise ConfigError(f"{key}: {where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    found: Callable[..., Any] | None = getattr(module, attribute, None)
+    if not callable(found):
+        raise ConfigError(f"{key}: {where} has no callable {attribute}.")
+    return found
+
+
+def _import_file(path: Path, key: str) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{key}: there is no file {path}.")
+    name = f"_fgsm_own_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def own_files(name: str, found: Callable[..., Any]) -> list[Path]:
+    """The files of the code that a name names: the one that it names, and where the callable itself is written.
+
+    Args:
+        name: as `import_own`.
+        found: what that returned.
+
+    Returns:
+        One or two whole paths, in the order of the files' names.
+    """
+    where = name.rpartition(":")[0]
+    named = where if names_file(name) else sys.modules[where].__file__
+    try:
+        written = inspect.getsourcefile(inspect.unwrap(found))
+    except TypeError:  # a partial or an instance is written nowhere
+        written = None
+    files = {Path(file).expanduser().resolve() for file in (named, written) if file}
+    return sorted(files, key=lambda file: file.name)

@@ -1,0 +1,92 @@
+"""Load: one way from the section of a config to a `Model`, whatever its kind, whether it is attacked or looks on."""
+
+import contextlib
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.config.schema import ModelConfig, check_normalisation, is_checkpoint
+from pipeline.core.errors import ConfigError
+from pipeline.models.base import Model
+from pipeline.models.checkpoints import load_checkpoint
+from pipeline.models.loaded import Loaded
+
+# What loads a model of each kind; imported when a config names it.
+KINDS = {
+    "torchvision": "pipeline.models.torchvision:load",
+    "timm": "pipeline.models.timm:load",
+    "transformers": "pipeline.models.transformers:load",
+    "factory": "pipeline.models.factory:load",
+    "digits": "pipeline.models.digits:load",
+}
+
+
+def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bool = False) -> Model:
+    """Load the model that a section of a config names.
+
+    Args:
+        config: the section.
+        seed: of the weights of an untrained model.
+        device: where it runs.
+        bf16: whether PyTorch's autocast takes it to bfloat16.
+
+    Raises:
+        ConfigError: the model, its weights, or the extra it needs is not there, or they do not fit.
+    """
+    with torch.random.fork_rng(devices=[]), _weights_only(config):
+        torch.manual_seed(seed)
+        loaded = _loader(config.kind)(config)
+    if not isinstance(loaded.module, nn.Module):
+        kind = type(loaded.module).__name__
+        raise ConfigError(f"model.name: {config.name} returned {kind}, not a torch.nn.Module.")
+    if config.weights is not None and is_checkpoint(config.weights):
+        load_checkpoint(loaded.module, Path(config.weights).expanduser())
+    mean, std = config.mean or loaded.mean or (0.0,), config.std or loaded.std or (1.0,)
+    try:
+        check_normalisation(mean, std)
+    except ValueError as error:
+        raise ConfigError(f"model.weights: as {config.weights} was published, {error}.") from None
+    return Model(
+        loaded.module,
+        mean=mean,
+        std=std,
+        classes=loaded.classes,
+        digest=_digest(loaded),
+        preprocess=loaded.preprocess,
+        bf16=bf16,
+    ).to(device)
+
+
+def _loader(kind: str) -> Callable[[ModelConfig], Loaded]:
+    module, _, name = KINDS[kind].partition(":")
+    loader: Callable[[ModelConfig], Loaded] = getattr(importlib.import_module(module), name)
+    return loader
+
+
+@contextlib.contextmanager
+def _weights_only(config: ModelConfig) -> Iterator[None]:
+    """Whatever a library loads by itself is weights and nothing else: some ask PyTorch for a whole pickle still."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    if config.kind == "factory" or name in os.environ:  # a factory is the user's own code
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _digest(loaded: Loaded) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(loaded.module.state_dict().items()):
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for file in loaded.code:
+        total.update(file.read_bytes())
+    return total.hexdigest()

@@ -1,0 +1,68 @@
+"""What a kind of model gives, and what kinds have in common.
+
+A kind is a module with a function `load(config) -> Loaded`. It imports large libraries inside that function, PyTorch
+too, so that a config is checked without them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.schema import ModelConfig, PreprocessConfig, is_checkpoint
+from pipeline.core.errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A module, and what is known of it without the config.
+
+    classes, mean, std and preprocess are what its published weights say of their classes and their input; code, the
+    files of the user's own code that made it.
+    """
+
+    module: nn.Module
+    classes: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    preprocess: PreprocessConfig | None = None
+    code: Sequence[Path] = ()
+
+
+def import_extra(name: str) -> Any:
+    """Import a library that an extra of this package brings.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(
+            f"model.kind: {name} is not installed; it comes with pip install 'fgsm-pipeline[{name}]'."
+        ) from None
+
+
+def build(make: Callable[[], nn.Module], config: ModelConfig) -> nn.Module:
+    """Call what makes a module.
+
+    Raises:
+        ConfigError: it fails: libraries have their own types of error for names, kwargs and downloads.
+    """
+    try:
+        return make()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"model: {config.kind} cannot make {config.name}: {first_line(error)}") from error
+
+
+def published_weights(config: ModelConfig) -> str | None:
+    """The id of published weights, None for a checkpoint file or an untrained model."""
+    return None if config.weights is None or is_checkpoint(config.weights) else config.weights

@@ -1,0 +1,27 @@
+"""Models of timm, by name; published weights bring their preprocessing."""
+
+import math
+
+from pipeline.config.schema import ModelConfig, PreprocessConfig
+from pipeline.models.loaded import Loaded, build, import_extra, published_weights
+
+
+def load(config: ModelConfig) -> Loaded:
+    timm = import_extra("timm")
+    name, wanted = str(config.name), published_weights(config)
+    if wanted is None:
+        return Loaded(build(lambda: timm.create_model(name, pretrained=False, **config.kwargs), config))
+    # `weights` is a pretrained tag (a1_in1k), or a whole id that carries one.
+    full = wanted if wanted.startswith(name) or ":" in wanted else f"{name}.{wanted}"
+    module = build(lambda: timm.create_model(full, pretrained=True, **config.kwargs), config)
+    data = timm.data.resolve_model_data_config(module)
+    _, height, width = data["input_size"]
+    crop = height if height == width else (height, width)
+    return Loaded(
+        module,
+        mean=data["mean"],
+        std=data["std"],
+        preprocess=PreprocessConfig(
+            resize=math.floor(min(height, width) / data["crop_pct"]), crop=crop, interpolation=data["interpolation"]
+        ),
+    )

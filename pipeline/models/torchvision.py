@@ -1,0 +1,41 @@
+"""Models of torchvision, by name; published weights bring their classes and their preprocessing."""
+
+from collections.abc import Sequence
+
+from pipeline.config.schema import ModelConfig, PreprocessConfig
+from pipeline.core.errors import ConfigError, first_line
+from pipeline.models.loaded import Loaded, build, published_weights
+
+
+def load(config: ModelConfig) -> Loaded:
+    from torchvision import models
+
+    name, wanted = str(config.name), published_weights(config)
+    if wanted is None:
+        return Loaded(build(lambda: models.get_model(name, weights=None, **config.kwargs), config))
+    try:
+        available = models.get_model_weights(name)
+    except ValueError as error:
+        raise ConfigError(f"model.name: torchvision has no model {name}: {first_line(error)}") from None
+    if wanted not in available.__members__:
+        raise ConfigError(
+            f"model.weights: {name} has no weights {wanted}; torchvision knows {', '.join(available.__members__)}, "
+            "and a checkpoint ends in .safetensors, .pt or .pth."
+        )
+    weights = available[wanted]
+    transform = weights.transforms()
+    return Loaded(
+        build(lambda: models.get_model(name, weights=weights, **config.kwargs), config),
+        classes=weights.meta.get("categories"),
+        mean=transform.mean,
+        std=transform.std,
+        preprocess=PreprocessConfig(
+            resize=_side(transform.resize_size),
+            crop=_side(transform.crop_size),
+            interpolation=transform.interpolation.value,
+        ),
+    )
+
+
+def _side(sizes: Sequence[int]) -> int | tuple[int, ...]:
+    return sizes[0] if len(sizes) == 1 else tuple(sizes)

@@ -1,0 +1,105 @@
+"""Image classifiers of transformers, from the Hub or a folder; published weights bring classes and preprocessing."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from pipeline.config.schema import Interpolation, ModelConfig, PreprocessConfig
+from pipeline.core.errors import ConfigError
+from pipeline.models.loaded import Loaded, build, import_extra, published_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Without it transformers asks on a terminal whether to run the code of a repository.
+NO_CODE = {"trust_remote_code": False}
+
+
+def load(config: ModelConfig) -> Loaded:
+    import torch
+
+    transformers = import_extra("transformers")
+    auto, name, wanted = transformers.AutoModelForImageClassification, str(config.name), published_weights(config)
+
+    def untrained() -> "nn.Module":
+        made: nn.Module = auto.from_config(
+            transformers.AutoConfig.from_pretrained(name, **config.kwargs, **NO_CODE), **NO_CODE
+        )
+        return made
+
+    if wanted is None:
+        return Loaded(build(untrained, config))
+    # Weights are often published in half precision, and transformers would keep it.
+    options = {"dtype": torch.float32, **config.kwargs, **NO_CODE, "use_safetensors": True, "output_loading_info": True}
+    report: dict[str, Any] = {}
+
+    def pretrained() -> "nn.Module":
+        module, info = auto.from_pretrained(wanted, **options)
+        report.update(info)
+        return module  # type: ignore[no-any-return]
+
+    transformers.utils.logging.disable_progress_bar()
+    module: Any = build(pretrained, config)
+    if report["missing_keys"]:
+        raise ConfigError(
+            f"model.weights: {wanted} has no weights for {', '.join(sorted(report['missing_keys']))}; "
+            "it was not published as a classifier."
+        )
+    names: Mapping[int, str] = module.config.id2label
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(wanted, **NO_CODE).to_dict()
+    except (OSError, ValueError):  # weights without a processor say nothing of their input
+        processor = {}
+    mean, std = _processor_statistics(processor)
+    return Loaded(
+        module,
+        classes=[names[index] for index in range(len(names))],
+        mean=mean,
+        std=std,
+        preprocess=_processor_sizes(processor),
+    )
+
+
+def _processor_statistics(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """What a transformers image processor subtracts from images in [0, 1], and what it divides them by then.
+
+    It does so to what its own rescaling gives, which may be grey levels.
+    """
+    white = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1)
+    mean = _channels(processor["image_mean"]) if processor.get("do_normalize") else [0.0]
+    # EfficientNet divides images for a classifier once more.
+    times = bool(processor.get("do_normalize")) + bool(processor.get("include_top"))
+    std = [value**times for value in _channels(processor["image_std"])] if times else [1.0]
+    return [value / white for value in mean], [value / white for value in std]
+
+
+def _channels(values: float | Sequence[float]) -> list[float]:
+    return [values] if isinstance(values, int | float) else [*values]
+
+
+def _processor_sizes(processor: Mapping[str, Any]) -> PreprocessConfig | None:
+    """A transformers image processor in torchvision's terms, None where it states no size.
+
+    Raises:
+        ConfigError: it does to images what `preprocess` cannot express.
+    """
+    from PIL import Image
+
+    filter_name = Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR)).name.lower()
+    # An offset is subtracted after rescaling; without rescaling there is none.
+    shifts = processor.get("do_rescale", True) and processor.get("rescale_offset")
+    if processor.get("do_flip_channel_order") or shifts or filter_name not in get_args(Interpolation):
+        raise ConfigError(
+            "model.weights: its image processor flips channels, shifts or resizes in a way that preprocess cannot "
+            "express; wrap the model with kind factory."
+        )
+    size = processor.get("size") if processor.get("do_resize") else None
+    if not size:
+        return None
+    edge = size.get("shortest_edge")
+    resize = edge or (size["height"], size["width"])
+    cropped = processor.get("crop_size") if processor.get("do_center_crop") else None
+    crop = (cropped["height"], cropped["width"]) if cropped else None
+    if edge and processor.get("crop_pct"):
+        # ConvNeXT: below 384 the image is resized to edge / crop_pct and cropped, from 384 on it is stretched.
+        resize, crop = (int(edge / processor["crop_pct"]), (edge, edge)) if edge < 384 else ((edge, edge), None)
+    return PreprocessConfig(resize=resize, crop=crop, interpolation=cast(Interpolation, filter_name))
