@@ -38,8 +38,9 @@ RETRIES = 3
 POLL_SECONDS = 0.5
 # An address that does not answer within this time does not answer; Ray itself tries for 80 s.
 CONNECT_SECONDS = 10.0
-# Workers that are ended by force are gone well before the end that Ctrl-C promises.
-CANCEL_SECONDS = 2.0
+# Workers that are ended by force are gone well before the end that Ctrl-C promises. First a task whose shard has just
+# been committed may end by itself: Ray (2.60) aborts this process where a task ends while it is being cancelled.
+CANCEL_SECONDS, ENDING_SECONDS = 2.0, 0.3
 
 logger = logging.getLogger(__name__)
 
@@ -295,10 +296,13 @@ def _reason(error: BaseException) -> str:
 
 def _cancel(references: Sequence[Any]) -> None:
     """End tasks by force, and wait until they are gone: they must not commit what nobody waits for."""
-    for reference in references:
+    if not references:
+        return
+    _, running = ray.wait([*references], num_returns=len(references), timeout=ENDING_SECONDS)
+    for reference in running:
         ray.cancel(reference, force=True)
-    if references:
-        ray.wait([*references], num_returns=len(references), timeout=CANCEL_SECONDS)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=CANCEL_SECONDS)
 
 
 def _nodes() -> list[dict[str, float]]:
