@@ -16,7 +16,7 @@ from pipeline.core.errors import PipelineError, first_line
 from pipeline.core.images import open_stored
 from pipeline.core.lattice import SIGN_UNIT
 from pipeline.layouts.stepped import SteppedImage
-from pipeline.output.folder import SIGNS, OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest
 from pipeline.report.plots import LIGHT, level_name, shortened
 from pipeline.report.sample import Aim, Sample, read_pictures
@@ -163,7 +163,7 @@ def _example(manifest: Manifest, sample: Sample, row: int, pictures: tuple[bytes
     try:
         for picture in pictures:  # before any of it is decoded
             open_stored(picture, manifest.shape).close()
-        images, sign_map = _decode(pictures, sample.levels, attacked=manifest.resolved.output.layout != SIGNS)
+        images, sign_map = _decode(pictures, sample.levels, attacked=not manifest.layout.stores_sign)
     except Exception as error:  # a broken file can raise anything from Pillow's parsers
         shard = sample.shards[sample.shard[row]]
         raise PipelineError(
