@@ -30,7 +30,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.images import ImageFormat
 from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run
-from pipeline.layouts.records import encode_column
+from pipeline.layouts.base import encode_column
 from pipeline.output.manifest import FORMAT_VERSION
 from tests.conftest import (
     CLASSES,

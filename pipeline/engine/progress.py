@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.output.folder import subset_name
+from pipeline.layouts.base import subset_name
 
 LOG_SECONDS = 30.0
 

@@ -31,11 +31,13 @@ from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
 from pipeline.engine.compute import Attacker, check_model, compile_victim, fit_batch_size, rehearse, repays
 from pipeline.engine.loader import Reader, Shape, find_shape
-from pipeline.layouts.records import LAYOUTS, Layout, make_features
+from pipeline.engine.scores import contents_of
+from pipeline.layouts.base import Layout, make_features, subsets_of
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace
 from pipeline.models.load import load_model
-from pipeline.output.folder import name_edition, stored_subsets
+from pipeline.output.folder import name_edition
 from pipeline.output.manifest import Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
 from pipeline.sources.mapped import Source, open_source
 from pipeline.sources.streamed import StreamedSource, check_unstreamed, open_stream
@@ -110,12 +112,12 @@ class Run:
     @property
     def stored(self) -> tuple[str, ...]:
         """The subsets that are stored, each a folder."""
-        return stored_subsets(self.config.output.layout, self.levels)
+        return subsets_of(self.layout, self.levels)
 
     @property
     def pictures(self) -> int:
         """How many pictures are stored of a source image."""
-        return len(self.stored) * len(self.layout.pictures)
+        return len(self.layout.pictures(self.levels))
 
     @property
     def run_id(self) -> str:
@@ -197,7 +199,6 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
             "runtime": config.runtime.model_copy(update=decided),
         }
     )
-    targeted = config.attack.target is not None
     return Run(
         config=resolved,
         source=source,
@@ -207,11 +208,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         goal=goal,
         features=make_features(
             LAYOUTS[config.output.layout],
-            victim.space,
-            targeted=targeted,
-            kept=source.kept,
-            evaluators={name: evaluator.space for name, evaluator in evaluators.items()},
-            streamed=config.source.streaming,
+            contents_of(resolved, victim.space, {name: other.space for name, other in evaluators.items()}, source.kept),
         ),
         device=device,
         image_format=image_format,

@@ -30,8 +30,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from pipeline.config.schema import is_address, reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, explained, first_line
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
-from pipeline.core.lattice import picture_to_sign_array, sign_between, step_array
-from pipeline.output.folder import SIGNS, OutputFolder, local_folder, split_of, subset_name
+from pipeline.core.lattice import step_array, stored_sign
+from pipeline.layouts.base import LABEL, Picture
+from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
@@ -69,15 +70,6 @@ class Piece:
     groups: Mapping[str, tuple[int, int]]
 
 
-@dataclass(frozen=True, order=True)
-class Column:
-    """A column of pictures in one subset. In their order an image comes before what says where it moves to: `clean`
-    before `eps-8`, and `image` before `sign`."""
-
-    subset: str
-    name: str
-
-
 class Place(NamedTuple):
     """Where the next iteration of an epoch is to begin: whole numbers only, which shared memory can hold.
 
@@ -100,11 +92,14 @@ class Shards:
     It holds paths and row counts, no image: that is what a worker process is given.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, sources: Mapping[int, Sequence[Column]]) -> None:
+    def __init__(self, root: Path, manifest: Manifest, sources: Mapping[int, Sequence[Picture]]) -> None:
         output = manifest.resolved.output
-        self.root, self.shape, self.signs = root, manifest.shape, output.layout == SIGNS
+        layout = manifest.layout
+        self.root, self.shape, self.stores_sign = root, manifest.shape, layout.stores_sign
         self.image_format: ImageFormat = "webp" if output.image_format == "webp" else "png"
-        self.columns = sorted({column for columns in sources.values() for column in columns})
+        needed = {picture for pictures in sources.values() for picture in pictures}
+        # A clean image comes before what says where it moves to.
+        self.columns = [picture for picture in layout.pictures(manifest.levels) if picture in needed]
         self.subsets = tuple(dict.fromkeys(column.subset for column in self.columns))
         # Whether a column is read for an image at a level.
         self.used = np.array([[column in sources.get(level, ()) for level in range(256)] for column in self.columns])
@@ -159,10 +154,10 @@ class Shards:
         for column, used in zip(self.columns, self.used, strict=True):
             wanted = np.flatnonzero(used[levels])
             if len(wanted):
-                pictures = self._column(piece, column.subset, column.name, "bytes").take(pa.array(rows[wanted]))
+                pictures = self._column(piece, *column, "bytes").take(pa.array(rows[wanted]))
                 for index, picture in zip(wanted.tolist(), pictures.to_pylist(), strict=True):
                     cells[index].append(picture)
-        labels = self._column(piece, self.subsets[0], "label").take(pa.array(rows)).to_pylist()
+        labels = self._column(piece, self.subsets[0], LABEL).take(pa.array(rows)).to_pylist()
         return cells, labels
 
     def _column(self, piece: Piece, subset: str, name: str, field: str | None = None) -> pa.ChunkedArray:
@@ -190,7 +185,7 @@ class Shards:
             if made:
                 directions = self._decoded([cells[index][1] for index in made])
                 pictures, steps = images[made], levels[made].astype(np.int16)[:, None, None, None]
-                sign = picture_to_sign_array(directions) if self.signs else sign_between(pictures, directions)
+                sign = stored_sign(pictures, directions, is_map=self.stores_sign)
                 images[made] = step_array(pictures, sign, steps)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
@@ -567,15 +562,8 @@ def _check_split(manifest: Manifest, split: str, name: str) -> None:
 def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float) -> Shards:
     """Where the images at 0 and at some levels are; what is never drawn is not looked for."""
     wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
-    if manifest.resolved.output.layout == SIGNS:
-        image, sign = Column(SIGNS, "image"), Column(SIGNS, "sign")
-        sources = {level: [image, sign] if level else [image] for level in wanted}
-    else:
-        stored = {level: Column(subset_name(level), "image") for level in manifest.levels}
-        # The direction of every other level is that of any recorded one.
-        between = [stored[0], stored[manifest.levels[1]]]
-        sources = {level: [stored[level]] if level in stored else between for level in wanted}
-    return Shards(root, manifest, sources)
+    layout, recorded = manifest.layout, manifest.levels
+    return Shards(root, manifest, {level: layout.source(level, recorded) for level in wanted})
 
 
 def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:

@@ -16,7 +16,7 @@ from pipeline.core.errors import PipelineError, explained
 from pipeline.core.images import open_stored
 from pipeline.core.lattice import SIGN_UNIT
 from pipeline.layouts.stepped import SteppedImage
-from pipeline.output.folder import SIGNS, OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest
 from pipeline.report.plots import LIGHT, level_name, shortened
 from pipeline.report.sample import Aim, Sample, read_pictures
@@ -166,7 +166,7 @@ def _example(manifest: Manifest, sample: Sample, row: int, pictures: tuple[bytes
     with explained(f"{picture} cannot be decoded", "fgsm verify says what is damaged", errors=broken):
         for stored in pictures:  # before any of it is decoded
             open_stored(stored, manifest.shape).close()
-        images, sign_map = _decode(pictures, sample.levels, attacked=manifest.resolved.output.layout != SIGNS)
+        images, sign_map = _decode(pictures, sample.levels, attacked=not manifest.layout.stores_sign)
     cells = []
     for index, (level, image) in enumerate(zip(sample.levels, images, strict=True)):
         answer = name(int(sample.prediction[index, row]))

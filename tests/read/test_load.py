@@ -287,7 +287,7 @@ def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp
     refused = {
         tmp_path / "nowhere": f"There is no folder {tmp_path / 'nowhere'}.",
         tmp_path / "empty": f"{tmp_path / 'empty'} cannot be read as a dataset: ",
-        image_parquet: f"{image_parquet} is no dataset of fgsm-pipeline: its card lists neither signs nor clean",
+        image_parquet: f"{image_parquet} is no dataset of fgsm-pipeline: its card lists default, and no layout has",
     }
     for path, sentence in refused.items():
         with pytest.raises(ConfigError) as caught:

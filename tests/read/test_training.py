@@ -187,7 +187,7 @@ def test_all_clean_and_none(outputs: Path, known: Known, name: str, clean: int) 
     assert sorted(indices(shown)) == list(range(ROWS))
     assert {level for _, level in shown} == ({0} if clean else {2, 8})
     # What is never drawn is not read.
-    read = {(column.subset, column.name) for column in data.shards.columns}
+    read = set(data.shards.columns)
     every = {
         "color-images": [("clean", "image")] if clean else [("eps-2", "image"), ("eps-8", "image")],
         "color-signs": [("signs", "image")] if clean else [("signs", "image"), ("signs", "sign")],
@@ -770,7 +770,7 @@ def test_hub_errors_are_one_sentence(outputs: Path, hub: Hub, monkeypatch: pytes
 def test_training_loads_neither_attack_nor_victim_nor_datasets() -> None:
     loaded = loaded_by("from pipeline import training_dataset")
     own = {name for name in loaded if name.startswith("pipeline.")}
-    assert {name.split(".")[1] for name in own} == {"core", "config", "sources", "output", "read"}
+    assert {name.split(".")[1] for name in own} == {"core", "config", "sources", "layouts", "output", "read"}
     assert {name for name in own if name.startswith("pipeline.sources.")} == {"pipeline.sources.origins"}
     assert not {"datasets", "torchvision", "huggingface_hub"} & loaded
     assert "training_dataset" in pipeline.__all__
