@@ -5,6 +5,7 @@ Credentials come from the environment, as the protocol's own client finds them.
 
 import contextlib
 import errno
+import itertools
 import math
 import os
 import tempfile
@@ -23,26 +24,20 @@ from pipeline.output.store import Store
 # The S3 client ends an attempt after so long without a byte, and makes so many: half a minute in all where the store
 # answers with errors at once.
 CONNECT_SECONDS, SILENT_SECONDS, ATTEMPTS = 10.0, 30.0, 8
-# An upload that is never answered outlasts the client's own time-outs (s3fs 2026.9). It is given up after this, and a
-# second more for each megabyte, and so many are tried.
+# The client's own time-outs do not end an upload that is never answered (s3fs 2026.9). It is given up after this, and a
+# second more for each megabyte, and tried so often.
 PATIENCE_SECONDS, TRIES = 200.0, 3
 # Requests for small files under way at once.
 CONNECTIONS = 32
 # Bytes of a dataset that lie on the local disk at once while it is published from an object store.
 STAGED_BYTES = 4 * 10**9
+S3 = ("s3", "s3a")
 # Protocols whose client can write on the condition that an object is still of some version.
-CONDITIONAL = ("s3", "s3a")
-# The package that brings a protocol to fsspec.
-PACKAGES = {
-    "s3": "'fgsm-pipeline[s3]'",
-    "s3a": "'fgsm-pipeline[s3]'",
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
-}
+CONDITIONAL = S3
 
 
 class ObjectStore(Store):
-    """A prefix in an object store, through fsspec. Credentials come from the environment, as its client finds them.
+    """A prefix in an object store.
 
     An instance may be used by several threads, and by a process that was forked from one that has used it.
     """
@@ -58,17 +53,19 @@ class ObjectStore(Store):
         self._protocol = address.partition("://")[0]
         self._kind = _file_system(self._protocol)
         self._base: str = self._kind._strip_protocol(self.root)
-        # By process: a client's connections and threads do not survive a fork.
+        # One client for each process: its connections and threads do not survive a fork.
         self._systems: dict[int, Any] = {}
-        # What the last listing says of the version of each file, and small files that were read with theirs.
+        # The version of each file in the last listing; small files that were read, with the version that they had.
         self._tags: dict[str, str] = {}
         self._known: dict[str, tuple[str, bytes]] = {}
         self._lock: StoreLock | None = None
         # The versions of the files that are written on conditions, None where there are no conditions.
-        self._versions: dict[str, str] | None = None
+        self._versions: dict[str, str | None] | None = None
 
     def at(self, name: str) -> str:
         return f"{self.root}/{name}"
+
+    # ---------------------------------------------------------------------------------------------- what is read
 
     def entries(self) -> list[str]:
         try:
@@ -122,11 +119,40 @@ class ObjectStore(Store):
         except Exception as error:  # as in _ask
             raise self._failure(error) from None
 
+    def look(self, name: str) -> tuple[bytes, str] | None:
+        """An object's content and version, None where there is none."""
+        try:
+            # The version first: with that of an older content no write succeeds, with that of a newer one it would.
+            version = str(self._ask("info", self._path(name))["ETag"])
+            return self.read(name), version
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def fetched(self, names: Iterable[str]) -> Iterator[Path]:
+        wanted = list(names)
+        with temporary_folder() as folder:
+            # However long it takes: the client gives up where nothing more arrives.
+            local = [str(folder / name) for name in wanted]
+            self._ask("get", [*map(self._path, wanted)], local, patience=math.inf)
+            yield folder
+
+    def staged(self, sizes: Mapping[str, int]) -> Iterator[Path]:
+        waiting = list(sizes)
+        while waiting:
+            totals = itertools.accumulate(sizes[name] for name in waiting)
+            fitting = max(1, sum(total <= STAGED_BYTES for total in totals))
+            with self.fetched(waiting[:fitting]) as folder:
+                yield folder
+            waiting = waiting[fitting:]
+
+    # ------------------------------------------------------------------------------------------- what is written
+
     def write(self, name: str, content: bytes) -> None:
-        """Each run has such a file under the same name: it is replaced if it is still of the version that was seen."""
+        """Every run has a file of this name: replace it if it is still of the version that this run has seen."""
         self.check_held()
         if self._versions is None:
-            self._ask("pipe_file", self._path(name), content, creates=True)
+            self._ask("pipe_file", self._path(name), content)
             return
         for _ in range(TRIES):
             try:
@@ -139,22 +165,11 @@ class ObjectStore(Store):
             except ConflictError:
                 if self._lock is None:
                     break
-                # It is still held: what a former holder has written late is replaced.
+                # The lock is still held: replace what a former holder has written late.
                 self._lock.confirm()
                 found = self.look(name)
-                self._versions.pop(name, None)
-                if found is not None:
-                    self._versions[name] = found[1]
+                self._versions[name] = found[1] if found else None
         raise PipelineError(f"{self.at(name)} was changed by another run meanwhile; run the same command again.")
-
-    def look(self, name: str) -> tuple[bytes, str] | None:
-        """An object's content and version, None where there is none."""
-        try:
-            # The version first: that of an older content is good for no write, that of a newer one would replace it.
-            version = str(self._ask("info", self._path(name))["ETag"])
-            return self.read(name), version
-        except FileNotFoundError:
-            return None
 
     def replace(self, name: str, content: bytes, version: str | None) -> str:
         """Write an object that is still of a version, or None: not there yet. Returns its new version.
@@ -165,12 +180,10 @@ class ObjectStore(Store):
         """
         if self._protocol not in CONDITIONAL:
             raise UnsupportedError(f"the client for {self._protocol}:// has no conditional writes")
-        condition = "create" if version is None else "replace"
-        options: dict[str, Any] = {"mode": "create"} if version is None else {"IfMatch": version}
+        condition: dict[str, Any] = {"mode": "create"} if version is None else {"IfMatch": version}
         try:
             # In one request however large: the client would send a large one in parts, without the condition.
-            answer = self._ask("pipe_file", self._path(name), content, condition=condition, chunksize=2**32, **options)
-            return str(answer["ETag"])
+            return str(self._ask("pipe_file", self._path(name), content, chunksize=2**32, **condition)["ETag"])
         except ConflictError:
             found = self.look(name)
             if found is None or found[0] != content:
@@ -178,12 +191,12 @@ class ObjectStore(Store):
             return found[1]  # an earlier try of ours, whose answer was lost
 
     def commit(self, name: str, content: bytes) -> None:
-        """An object that is there already was written by another process that did the same work."""
+        """An object that exists already was written by another process that did the same work."""
         self.check_held()
         try:
-            self._ask("pipe_file", self._path(name), content, condition="create", mode="create")
+            self._ask("pipe_file", self._path(name), content, mode="create")
         except UnsupportedError:  # the caller has said --unlocked
-            self._ask("pipe_file", self._path(name), content, creates=True)
+            self._ask("pipe_file", self._path(name), content)
         except ConflictError:
             if self.read(name) != content:
                 raise PipelineError(
@@ -192,18 +205,17 @@ class ObjectStore(Store):
                 ) from None
 
     def put(self, local: Path, name: str) -> None:
-        """An upload that arrives late replaces nothing: what is there by then may differ in last digits."""
+        """An upload that arrives late replaces nothing: a file that exists by then may differ in last digits."""
+        upload = "put_file", str(local), self._path(name)
         patience = local.stat().st_size / 1e6
-        if self._protocol in CONDITIONAL:
-            self.check_held()
-            with contextlib.suppress(ConflictError, UnsupportedError):
-                self._ask(
-                    "put_file", str(local), self._path(name), condition="create", patience=patience, mode="create"
-                )
-                return
-        # What is there has no receipt: it is left of a run that was cut off.
         self.check_held()
-        self._ask("put_file", str(local), self._path(name), creates=True, patience=patience)
+        if self._protocol in CONDITIONAL:
+            with contextlib.suppress(ConflictError, UnsupportedError):
+                self._ask(*upload, patience=patience, mode="create")
+                return
+            self.check_held()
+        # The file that exists has no receipt: a run that was cut off has left it.
+        self._ask(*upload, patience=patience)
 
     def delete(self, names: Iterable[str]) -> None:
         self.check_held()
@@ -212,7 +224,7 @@ class ObjectStore(Store):
             return
         try:
             self._ask("rm", paths)
-        except FileNotFoundError:  # a protocol that minds
+        except FileNotFoundError:  # some protocols refuse the whole list for one that is gone
             for path in paths:
                 with contextlib.suppress(FileNotFoundError):
                     self._ask("rm_file", path)
@@ -221,35 +233,14 @@ class ObjectStore(Store):
         del name
         return temporary_folder()
 
-    @contextlib.contextmanager
-    def fetched(self, names: Iterable[str]) -> Iterator[Path]:
-        wanted = list(names)
-        with temporary_folder() as folder:
-            # However long it takes: the client gives up where nothing more arrives.
-            local = [str(folder / name) for name in wanted]
-            self._ask("get", [*map(self._path, wanted)], local, patience=math.inf)
-            yield folder
-
-    def staged(self, sizes: Mapping[str, int]) -> Iterator[Path]:
-        part: dict[str, int] = {}
-        for name, size in sizes.items():
-            if part and sum(part.values()) + size > STAGED_BYTES:
-                with self.fetched(part) as folder:
-                    yield folder
-                part = {}
-            part[name] = size
-        if part:
-            with self.fetched(part) as folder:
-                yield folder
-
     # ------------------------------------------------------------------------------------------------ the lock
 
     def refuse_links(self, name: str = "") -> None:
-        del name  # there are none
+        """A store has no links."""
 
     @contextlib.contextmanager
     def held(self, *, unlocked: bool = False) -> Iterator[None]:
-        """By an object that its holder rewrites; where that ends without a word, the next run waits and takes over."""
+        """By an object that the holder rewrites every few seconds. When it stops, the next run waits and takes over."""
         if unlocked:
             warn_unlocked(self.root)
             yield
@@ -267,12 +258,12 @@ class ObjectStore(Store):
             lock.release()
 
     def tidy(self) -> None:
-        """Nothing is written aside."""
+        """A store has no scratch folder."""
 
     def watch(self) -> None:
         if self._protocol in CONDITIONAL:
             self.sizes()
-            self._versions = dict(self._tags)
+            self._versions = {**self._tags}
 
     def check_held(self) -> None:
         if self._lock is not None:
@@ -287,7 +278,7 @@ class ObjectStore(Store):
             options = storage_options(self.root).get(self._protocol, {})
             system = self._kind(skip_instance_cache=True, use_listings_cache=False, **options)
             if options:
-                # Of s3fs's own, for connections that break, around those of its client.
+                # s3fs's own retries for connections that break, around those of its client.
                 system.retries = 2
             self._systems[os.getpid()] = system
         return system
@@ -295,40 +286,31 @@ class ObjectStore(Store):
     def _path(self, name: str) -> str:
         return f"{self._base}/{name}"
 
-    def _ask(
-        self,
-        verb: str,
-        *arguments: Any,
-        creates: bool = False,
-        condition: str = "",
-        patience: float = 0.0,
-        **options: Any,
-    ) -> Any:
-        """Ask the client; what it cannot do is one sentence.
+    def _ask(self, verb: str, *arguments: Any, patience: float = 0.0, **options: Any) -> Any:
+        """Call the client; what it cannot do is one sentence.
 
         Args:
-            verb: a method of fsspec's, with its arguments and options.
-            creates: that there is no such object is no answer.
-            condition: of a write that has one: to `create` what is not there, or to `replace` a version.
+            verb: a method of fsspec's, with its arguments and options. A write has a condition with `mode="create"`
+                (the object does not exist), or with `IfMatch` (it is still of that version).
             patience: seconds beyond the usual ones; infinite where the client itself gives up if nothing more arrives.
 
         Raises:
-            FileNotFoundError: what is read is not there.
-            ConflictError, UnsupportedError: of a write on a condition, as `replace`.
+            FileNotFoundError: what is read does not exist.
+            ConflictError, UnsupportedError: of a write with a condition, as `replace`.
         """
         system = self._system
         if system.async_impl and patience < math.inf:
             options["timeout"] = PATIENCE_SECONDS + patience
         try:
             for _ in range(TRIES - 1):
-                # All that is asked may be asked again: who creates knows what it has created.
+                # Every request may be sent again: whoever creates an object knows what it has created.
                 with contextlib.suppress(TimeoutError):
                     return getattr(system, verb)(*arguments, **options)
             return getattr(system, verb)(*arguments, **options)
         except Exception as error:  # a dozen exception types of five libraries
-            if condition:
-                _raise_conflict(error, condition)
-            if isinstance(error, FileNotFoundError) and not creates and not condition:
+            if "IfMatch" in options or "mode" in options:
+                _raise_conflict(error, replaces="IfMatch" in options)
+            if isinstance(error, FileNotFoundError) and verb not in ("pipe_file", "put_file"):
                 raise
             raise self._failure(error) from None
 
@@ -338,12 +320,7 @@ class ObjectStore(Store):
         said = redact_answer((getattr(error, "strerror", None) or first_line(error)).rstrip("."))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return write_failure(self.disk, error)
-        if kinds & {
-            "NoCredentialsError",
-            "PartialCredentialsError",
-            "CredentialRetrievalError",
-            "DefaultCredentialsError",
-        }:
+        if any("Credential" in kind for kind in kinds):
             return ConfigError(
                 f"{self.root}: there are no credentials for it ({said}); set those of the store's own client, such as "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
@@ -354,9 +331,10 @@ class ObjectStore(Store):
                 f"{self.root} is refused to these credentials ({said}). {again}; use others, then run the same command "
                 "again."
             )
-        if kinds & {"TimeoutError", "HTTPClientError", "ReadTimeoutError", "ConnectTimeoutError"}:
-            silent = "TimeoutError" in kinds or any("Timeout" in kind for kind in kinds)
-            said = "it does not answer" if silent else f"it cannot be reached: {said}"
+        if any("Timeout" in kind for kind in kinds):
+            said = "it does not answer"
+        elif "HTTPClientError" in kinds:
+            said = f"it cannot be reached: {said}"
         return PipelineError(
             f"{self.root}: the store failed ({said}). {again}; when it answers, run the same command again."
         )
@@ -365,7 +343,7 @@ class ObjectStore(Store):
 def storage_options(address: str) -> dict[str, dict[str, Any]]:
     """What fsspec is told of the client for an address, by protocol: how long it waits, never who we are."""
     protocol = address.partition("://")[0]
-    if protocol not in ("s3", "s3a"):
+    if protocol not in S3:
         return {}
     client = {
         "connect_timeout": CONNECT_SECONDS,
@@ -379,20 +357,27 @@ def storage_options(address: str) -> dict[str, dict[str, Any]]:
 
 def _file_system(protocol: str) -> Any:
     """The class of fsspec for a protocol."""
-    import fsspec
+    from fsspec.registry import get_filesystem_class, known_implementations
 
     try:
-        return fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        package = PACKAGES.get(protocol)
-        mend = f"pip install {package}" if package else first_line(error).rstrip(".")
-        raise ConfigError(f"output.path: {protocol}:// needs a package that is not installed: {mend}.") from None
+        return get_filesystem_class(protocol)
+    except ImportError:
+        # Its class is named like gcsfs.GCSFileSystem.
+        package = (
+            "'fgsm-pipeline[s3]'" if protocol in S3 else known_implementations[protocol]["class"].partition(".")[0]
+        )
+        raise ConfigError(
+            f"output.path: {protocol}:// needs a package that is not installed: pip install {package}."
+        ) from None
     except ValueError:
         raise ConfigError(f"output.path: fsspec knows no protocol {protocol}://; s3:// and gs:// are two.") from None
 
 
-def _raise_conflict(error: BaseException, condition: str) -> None:
-    """Tell what a store says of a condition from what else can fail.
+def _raise_conflict(error: BaseException, *, replaces: bool) -> None:
+    """Tell a store's answer to a condition from all else that can fail.
+
+    Args:
+        replaces: the condition was that the object is still of some version, not that it does not exist.
 
     Raises:
         ConflictError: the condition does not hold.
@@ -400,9 +385,8 @@ def _raise_conflict(error: BaseException, condition: str) -> None:
     """
     answers = [getattr(cause, "response", None) for cause in causes(error)]
     status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
-    # What is to be replaced may be gone (404), or be written by another at this very moment (409).
-    conflicts = (404, 409, 412) if condition == "replace" else (409, 412)
-    if isinstance(error, FileExistsError) or status in conflicts:
+    # Another may write the object at this very moment (409); what is to be replaced may be gone (404).
+    if isinstance(error, FileExistsError) or status in (409, 412) or (status == 404 and replaces):
         raise ConflictError from None
     if status == 501:
         raise UnsupportedError("the store refuses conditional writes") from None
