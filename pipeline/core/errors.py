@@ -13,7 +13,7 @@ Anything else that escapes is a bug of ours and keeps its traceback.
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -30,9 +30,22 @@ class ConfigError(PipelineError):
 
 
 class ShardsFailedError(PipelineError):
-    """Some shards failed, each as often as it was tried; all others were committed."""
+    """Some shards failed, each as often as it was tried; all others were committed.
+
+    Args:
+        reasons: why, by the names of the shards.
+        total: so many were tried.
+        retries: how often each, after the first try.
+    """
 
     exit_code = 3
+
+    def __init__(self, reasons: Mapping[str, str], total: int, retries: int) -> None:
+        self.reasons, self.total, self.retries = reasons, total, retries
+        super().__init__(
+            f"{len(reasons)} of {total} shards failed after {retries} retries: {listing([*reasons])}; the first: "
+            f"{next(iter(reasons.values()))}. The others are committed, and the same command tries these again."
+        )
 
 
 class NonFiniteError(PipelineError):

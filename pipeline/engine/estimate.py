@@ -28,7 +28,7 @@ from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
 from pipeline.engine.loader import head_openers
 from pipeline.engine.progress import Busy
 from pipeline.engine.run import Run, open_run
-from pipeline.output.folder import OutputFolder, read_receipts
+from pipeline.output.folder import OutputFolder
 from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS
 from pipeline.output.summary import human_bytes
 from pipeline.sources.streamed import StreamedSource
@@ -192,9 +192,8 @@ def _pass(run: Run, rows: int) -> _Pass:
         folder = OutputFolder(Path(place))
         with folder.store.held():
             began = time.perf_counter()
-            write_shards(run, folder, parts, [], Busy(), lambda *_: None)
+            receipts = [*write_shards(run, folder, parts, [], Busy(), lambda *_: None)]
             seconds = time.perf_counter() - began
-        receipts = read_receipts(folder)[0].values()
         files = [entry for receipt in receipts for entry in receipt.files]
         data = sum(_data_bytes(Path(place) / entry.path) for entry in files)
     beside = (sum(entry.bytes for entry in files) - data) / len(files)

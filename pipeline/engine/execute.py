@@ -47,10 +47,9 @@ Tell = Callable[[int, int, Mapping[int, int]], None]
 logger = logging.getLogger(__name__)
 
 
-@naming_dead_workers()
 def write_shards(
     run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
-) -> None:
+) -> Generator[Receipt, None, None]:
     """Attack, encode and commit some shards, in order.
 
     Args:
@@ -62,6 +61,9 @@ def write_shards(
         busy: takes the seconds of each stage.
         tell: called with the counts of each batch.
 
+    Yields:
+        The receipt of each shard that was committed.
+
     Raises:
         RowError: a row stops the run.
         PipelineError: the numbers do, or the disk refuses.
@@ -71,11 +73,11 @@ def write_shards(
     sink = _Sink(run, folder, busy)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
-    in_flight: deque[Future[None]] = deque()
+    in_flight: deque[Future[Receipt | None]] = deque()
     try:
         batches = load_batches(run.reader, run.plan, shards, run.config.runtime.workers, pin=run.device.type == "cuda")
         attacked = attack_ahead(run, batches, busy)
-        with contextlib.closing(batches), contextlib.closing(attacked):
+        with naming_dead_workers(), contextlib.closing(batches), contextlib.closing(attacked):
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 read += batch.place.stop - batch.place.start
@@ -86,10 +88,11 @@ def write_shards(
                 zero_signs = sum(part.zero_signs for part in parts)
                 in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
                 tell(*_progress_counts(run, batch, scores))
-                if len(in_flight) > BATCHES_IN_FLIGHT:
-                    in_flight.popleft().result()
+                if len(in_flight) > BATCHES_IN_FLIGHT and (receipt := in_flight.popleft().result()):
+                    yield receipt
             while in_flight:
-                in_flight.popleft().result()
+                if receipt := in_flight.popleft().result():
+                    yield receipt
     finally:
         # After a failure nothing waits for encodings that nobody will write.
         writer.shutdown(wait=False, cancel_futures=True)
@@ -298,22 +301,25 @@ class _Sink:
 
     def add(
         self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
-    ) -> None:
+    ) -> Receipt | None:
         """Write a batch, and commit its shard if it was the last one.
 
         Batches that were already waiting when one failed are dropped: they must not complete its shard.
+
+        Returns:
+            The receipt of a shard that was committed.
         """
         if self._failed:
-            return
+            return None
         try:
-            self._add(batch, scores, zero_signs, encoded)
+            return self._add(batch, scores, zero_signs, encoded)
         except BaseException:
             self._failed = True
             raise
 
     def _add(
         self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
-    ) -> None:
+    ) -> Receipt | None:
         run = self.run
         if self._open is None:
             columns = picture_columns(run.layout, run.levels)
@@ -324,10 +330,12 @@ class _Sink:
         # By the wall, without the encoders: what holds a writer up is the disk.
         self.busy.timed("write", self._open.write, time.perf_counter)(tables)
         self._count(batch, dict(zip(run.stored, tables, strict=True)), zero_signs)
-        if batch.ends_shard:
-            self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
-            self.close()
-            self._start()
+        if not batch.ends_shard:
+            return None
+        receipt = self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
+        self.close()
+        self._start()
+        return receipt
 
     def _count(self, batch: Batch, tables: Mapping[str, pa.Table], zero_signs: int) -> None:
         run = self.run

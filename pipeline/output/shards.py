@@ -93,11 +93,14 @@ class ShardWriter:
                     writer.write_table(table, row_group_size=min(ROW_GROUP_ROWS, rows))
                 waiting.clear()
 
-    def commit(self, receipt: Receipt) -> None:
+    def commit(self, receipt: Receipt) -> Receipt:
         """Close every file and put it into its place, then write the receipt, which is the commit.
 
         Args:
             receipt: the shard's, still without files.
+
+        Returns:
+            The receipt as written.
 
         Raises:
             PipelineError: the disk or the store refused; then there is no receipt.
@@ -126,6 +129,7 @@ class ShardWriter:
         self.folder.store.commit(
             self.folder.receipt(self.shard, self.edition), receipt.model_dump_json(indent=1).encode()
         )
+        return receipt
 
 
 def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pipeline.engine.estimate import _Pass, calibrate, estimate, hub_warnings
 from pipeline.engine.execute import write_shards
 from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.run import Run, open_run
-from pipeline.output.folder import OutputFolder
+from pipeline.output.folder import OutputFolder, Receipt
 from pipeline.sources.mapped import open_source
 from tests.conftest import FACTORY, WriteConfig, fgsm, generate, manifest, png_bytes, random_pixels, write_parquet
 
@@ -275,9 +275,9 @@ def test_calibration_spreads_over_the_shards(
 ) -> None:
     passes: list[list[Shard]] = []
 
-    def write(run: Run, folder: OutputFolder, shards: Sequence[Shard], *others: Any) -> None:
+    def write(run: Run, folder: OutputFolder, shards: Sequence[Shard], *others: Any) -> Iterator[Receipt]:
         passes.append(list(shards))
-        write_shards(run, folder, shards, *others)
+        return write_shards(run, folder, shards, *others)
 
     monkeypatch.setattr(pipeline.engine.estimate, "CALIBRATION_SECONDS", 60.0)
     monkeypatch.setattr(pipeline.engine.estimate, "CALIBRATION_BATCHES", 8)

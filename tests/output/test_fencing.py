@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.generate import LocalExecutor
+from pipeline.engine.job import Job
 from pipeline.output.folder import OutputFolder
 from pipeline.output.locks import StoreLock
 from pipeline.output.objects import ObjectStore
@@ -314,15 +314,15 @@ def test_of_two_runs_that_overwrite_at_once_one_takes_no_names_of_the_other(
     out: str, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request of one of them to remove a file, if it is late, must not find a new file of the other."""
-    config, opening = write_config(), LocalExecutor.open
+    config, opening = write_config(), Job.open
     generate(config, "--output", out)
 
     def late(*arguments: Any) -> Any:
-        monkeypatch.setattr(LocalExecutor, "open", opening)
+        monkeypatch.setattr(Job, "open", opening)
         generate(config, "--output", out, "--overwrite")
         return opening(*arguments)
 
-    monkeypatch.setattr(LocalExecutor, "open", late)
+    monkeypatch.setattr(Job, "open", late)
     assert "changed by another run" in failed("generate", config, "--output", out, "--overwrite")
     assert fgsm("verify", out).exit_code == 0
 
