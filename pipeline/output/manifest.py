@@ -24,6 +24,7 @@ from pydantic_core import from_json, to_json
 from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig, is_factory_file, parse_config
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.left_out import LeftOut, sum_left_out
+from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.plan import Plan, make_plan, stream_plan
 from pipeline.core.redaction import printable
 from pipeline.output.folder import (
@@ -49,7 +50,6 @@ from pipeline.output.folder import (
     subset_name,
     uncollected,
 )
-from pipeline.sources.origins import UNKNOWN, Origin
 
 # Raised when the stored form changes: it is part of the identity of every run.
 FORMAT_VERSION = 5
