@@ -1,6 +1,6 @@
 """Execute: some shards of a run, from source rows to committed files, on this machine.
 
-Loading, attacking, encoding and writing overlap: the loader's workers decode ahead, lanes drive the device,
+Loading, attacking, encoding and writing overlap: the loader's threads decode ahead, lanes drive the device,
 a pool of threads encodes (the codecs release the GIL), and one thread writes and commits in order. A bounded
 number of batches is in flight, so memory does not grow with the dataset.
 """
@@ -26,7 +26,7 @@ from pipeline.core.lanes import Lanes, available_cores
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part, compile_victim
-from pipeline.engine.loader import load_batches, name_row, naming_dead_workers
+from pipeline.engine.loader import load_batches, name_row
 from pipeline.engine.progress import Busy, Progress
 from pipeline.engine.run import Run, versions
 from pipeline.engine.scores import count, score
@@ -77,7 +77,7 @@ def write_shards(
     try:
         batches = load_batches(run.reader, run.plan, shards, run.config.runtime.workers, pin=run.device.type == "cuda")
         attacked = attack_ahead(run, batches, busy)
-        with naming_dead_workers(), contextlib.closing(batches), contextlib.closing(attacked):
+        with contextlib.closing(batches), contextlib.closing(attacked):
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 read += batch.place.stop - batch.place.start

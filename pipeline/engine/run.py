@@ -39,8 +39,8 @@ from pipeline.models.label_space import LabelSpace
 from pipeline.models.load import load_model
 from pipeline.output.folder import name_edition
 from pipeline.output.manifest import Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
-from pipeline.sources.mapped import Source, open_source
-from pipeline.sources.streamed import StreamedSource, check_unstreamed, open_stream
+from pipeline.sources.base import Source
+from pipeline.sources.registry import open_source
 
 ModelSection = TypeVar("ModelSection", bound=ModelConfig)
 
@@ -144,7 +144,7 @@ class Run:
             **Space.of(self.victim.space).model_dump(),
             evaluators={name: Space.of(space) for name, space in self.spaces.items()},
             shape=self.reader.shape,
-            split_rows=_split_rows(self.source),
+            split_rows=dict(self.source.splits),
             streamed=_streamed(self.source, self.config),
             asked_batch_size=self.asked_batch_size,
         )
@@ -171,7 +171,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         logger.warning("Left out of the source: %s.", left_out)
     victim = load_run_model(config.model, config, device)
     preprocess = _preprocess(config.preprocess, victim.preprocess)
-    plan = plan_of(config, _split_rows(source), _streamed(source, config))
+    plan = plan_of(config, source.splits, _streamed(source, config))
     shape: Shape
     if recorded is not None and config.source.streaming:
         shape = recorded.shape  # no row is read of files that may be done
@@ -220,11 +220,9 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
 
 
 def open_run_source(config: Config) -> Source:
-    """The source of a run, streamed or not."""
+    """The source of a run."""
     need_labels = config.attack.label == "dataset"
-    if config.source.streaming:
-        return open_stream(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
-    return open_source(config.source, need_labels=need_labels, check_tars=check_unstreamed)
+    return open_source(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
 
 
 def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> PreprocessConfig:
@@ -306,20 +304,12 @@ def _normalised(model: ModelSection, victim: Model) -> ModelSection:
     return model.model_copy(update={"mean": mean, "std": std})
 
 
-def _split_rows(source: Source) -> dict[str, int | None]:
-    if isinstance(source, StreamedSource):
-        return source.split_rows()
-    return {split.name: len(split.labels) for split in source.splits}
-
-
 def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, ...]]:
-    """The files of a source that is streamed as a manifest records them; none of any other."""
-    if not isinstance(source, StreamedSource):
-        return {}
-    most = config.output.images_per_shard
+    """The files that are the shards of a source, as a manifest records them; none where shards are cut otherwise."""
+    files = source.files(config.output.images_per_shard)
     return {
-        split: tuple(StreamedFile(path=file.name, cuts=file.cuts(most)) for file in files)
-        for split, files in source.files.items()
+        split: tuple(StreamedFile(path=name, cuts=None if cuts is None else tuple(cuts)) for name, cuts in own)
+        for split, own in files.items()
     }
 
 
@@ -446,7 +436,7 @@ def _identity(
     return {
         **identity_of(
             config,
-            split_rows=_split_rows(source),
+            split_rows=source.splits,
             streamed=_streamed(source, config),
             shape=shape,
             dataset_classes=victim.space.dataset_classes,

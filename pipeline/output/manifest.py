@@ -24,6 +24,7 @@ from pydantic_core import from_json, to_json
 from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig, parse_config
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.left_out import LeftOut, sum_left_out
+from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, make_plan, stream_plan
 from pipeline.core.redaction import printable
@@ -50,7 +51,6 @@ from pipeline.output.folder import (
     shard_file,
     uncollected,
 )
-from pipeline.sources.origins import UNKNOWN, Origin
 
 if TYPE_CHECKING:
     from pipeline.models.label_space import LabelSpace

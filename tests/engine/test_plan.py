@@ -16,16 +16,14 @@ from hypothesis import strategies as st
 
 import pipeline.core.memory
 import pipeline.engine.estimate
-from pipeline.config.schema import PreprocessConfig, SourceConfig, load_config
+from pipeline.config.schema import load_config
 from pipeline.core.lanes import lane_count
 from pipeline.core.memory import PeakMemory
 from pipeline.core.plan import Plan, Shard, make_plan
 from pipeline.engine.estimate import _Pass, calibrate, estimate, hub_warnings
 from pipeline.engine.execute import write_shards
-from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder, Receipt
-from pipeline.sources.mapped import open_source
 from tests.conftest import FACTORY, WriteConfig, fgsm, generate, manifest, png_bytes, random_pixels, write_parquet
 
 
@@ -167,9 +165,6 @@ def test_a_trillion_rows_are_planned_at_once() -> None:
     cut = plan({"train": 10**12}, images_per_shard=10**9, batch_size=256, limit=10**12 - 1)
     assert len(cut.shards) == 1000
     assert len(cut) == 10**12 - 1
-    source = open_source(SourceConfig(kind="digits", split=("test",)), need_labels=True)
-    reader = Reader(source, PreprocessConfig(mode="L"), 10**8, (1, 64, 64))
-    load_batches(reader, cut, cut.shards, 0).close()
 
 
 # ------------------------------------------------------------------------------------------------ `fgsm plan`

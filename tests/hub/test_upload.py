@@ -102,7 +102,7 @@ import json, sys
 import datasets, numpy
 import pipeline
 from pipeline.config.schema import SourceConfig
-from pipeline.sources.mapped import open_source
+from pipeline.sources.registry import open_source
 
 datasets.config.USE_PARQUET_EXPORT = False  # it would ask a second host
 columns = json.loads(sys.argv[1])

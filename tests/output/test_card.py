@@ -17,10 +17,12 @@ from markdown_it import MarkdownIt
 
 from pipeline import generate as flow
 from pipeline.config.schema import load_config
+from pipeline.core.origin import Origin
 from pipeline.output.card import HERE, code, moved_card, plain, read_configs, render_card, size_category
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, read_manifest
-from pipeline.sources.origins import DIGITS, Origin, card_license
+from pipeline.sources.digits import DIGITS
+from pipeline.sources.origins import card_license
 from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
 NASTY = [

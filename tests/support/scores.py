@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.label_space import LabelSpace, join_labels
-from pipeline.sources.mapped import ArrayRows, Source, Split
+from pipeline.sources.digits import ArraySource
 from tests.conftest import CLASSES
 
 
@@ -17,9 +17,8 @@ def space_of(
     count: int = 3,
     label_map: Mapping[str | int, str | int] | None = None,
 ) -> LabelSpace:
-    labels = np.zeros(1, dtype=np.int64)
-    rows = ArrayRows(np.zeros((1, 1, 1), dtype=np.uint8))
-    source = Source((Split("test", labels, rows),), None if classes is None else tuple(classes), "")
+    labels = {"test": np.zeros(1, dtype=np.int64)}
+    source = ArraySource(labels=labels, rows={}, classes=None if classes is None else tuple(classes), digest="")
     return join_labels(source, model_classes, count, label_map)
 
 
