@@ -9,51 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.layouts.base import (
-    IMAGE,
-    Column,
-    Contents,
-    Picture,
-    Scores,
-    columns_of,
-    subset_name,
-)
+from pipeline.layouts.base import IMAGE, Column, Contents, Picture, Scores, columns_of, subset_name
+from pipeline.layouts.every_image import EveryImage
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.core.batches import Batch
 
 
-class Images:
+class Images(EveryImage):
     """Layout images; see `base.Layout`."""
 
     subsets = r"clean|eps-[0-9]{1,3}"
     per_image = False
-    stores_sign = False
 
     def subset(self, level: int) -> str:
         return subset_name(level)
 
-    def pictures(self, levels: Sequence[int]) -> tuple[Picture, ...]:
-        return tuple(Picture(subset_name(level), IMAGE) for level in levels)
-
-    def ray(self, levels: Sequence[int]) -> tuple[Picture, Picture]:
-        # Any attacked image says in which direction.
-        clean, attacked = self.pictures(levels[:2])
-        return clean, attacked
-
-    def source(self, level: int, levels: Sequence[int]) -> tuple[Picture, ...]:
-        return self.pictures([level]) if level in levels else self.ray(levels)
+    def picture(self, level: int) -> Picture:
+        return Picture(subset_name(level), IMAGE)
 
     def features(self, contents: Contents) -> dict[str, Any]:
         import datasets
 
         return {IMAGE: datasets.Image(), **{column.name: contents.feature(column) for column in contents.columns}}
-
-    def stored(self, images: "Sequence[Tensor]", sign: "Tensor") -> "tuple[Tensor, ...]":
-        del sign
-        return tuple(images)
 
     def tables(
         self, batch: "Batch", scores: Scores, pictures: Sequence[pa.ChunkedArray], schema: pa.Schema

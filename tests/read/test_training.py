@@ -62,7 +62,7 @@ Shown = tuple[int, int]
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders color-images, color-signs, gray-images and gray-signs: 50 different images at 2/255 and 8/255 in three
+    """A folder for each of OUTPUTS, such as color-images: 50 different images at 2/255 and 8/255 in three
     files, in row groups that do not lie side by side in all subsets."""
     folder = tmp_path_factory.mktemp("outputs")
     (folder / "victim.py").write_text(FACTORY)
@@ -171,15 +171,15 @@ def test_every_image_comes_once_and_is_exact(outputs: Path, name: str, epsilons:
     image, label = next(iter(data))
     assert image.shape == data.shape
     assert type(label) is int
-    # Both layouts draw alike.
-    other = outputs / name.replace("images", "signs")
+    # All layouts draw alike.
+    other = outputs / f"{name.partition('-')[0]}-signs"
     ordered = [there.of(opened(folder, epsilons=epsilons, shuffle=False)) for folder in (outputs / name, other)]
     assert ordered[0] == ordered[1]
     assert indices(ordered[0]) == list(range(ROWS))
     assert sorted(ordered[0]) == sorted(shown)
 
 
-@pytest.mark.parametrize("name", ["color-images", "color-signs"])
+@pytest.mark.parametrize("name", ["color-images", "color-signs", "color-wide"])
 @pytest.mark.parametrize("clean", [0, 1])
 def test_all_clean_and_none(outputs: Path, known: Known, name: str, clean: int) -> None:
     data = opened(outputs / name, clean=clean)
@@ -191,6 +191,7 @@ def test_all_clean_and_none(outputs: Path, known: Known, name: str, clean: int) 
     every = {
         "color-images": [("clean", "image")] if clean else [("eps-2", "image"), ("eps-8", "image")],
         "color-signs": [("signs", "image")] if clean else [("signs", "image"), ("signs", "sign")],
+        "color-wide": [("wide", "image")] if clean else [("wide", "eps_2"), ("wide", "eps_8")],
     }
     assert read == set(every[name])
 

@@ -37,6 +37,7 @@ from pipeline.report.sample import Sample, read_pictures, read_sample
 from tests.conftest import (
     FACTORY,
     KINDS,
+    LAYOUTS,
     REPOSITORY,
     ROOM,
     WriteConfig,
@@ -427,7 +428,7 @@ def test_more_skipped_rows_than_a_page_lists(write_config: WriteConfig, tmp_path
 # ------------------------------------------------------------------------------------------------- odd datasets
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_is_what_the_rows_say(kind: str, layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config(**{**KINDS[kind](tmp_path), "output": {"layout": layout, "images_per_shard": 16}}))
@@ -448,7 +449,7 @@ def test_a_sample_is_what_the_rows_say(kind: str, layout: str, write_config: Wri
         np.testing.assert_array_equal(sample.target, by_level[1]["target"])
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
     """Pixel for pixel, as the page carries them."""
     own = self_labelled(tmp_path, "abc")
@@ -663,7 +664,7 @@ def test_transfer_is_a_matrix(digits: Path, tmp_path: Path) -> None:
     assert shares[-1] == f"--share: {round(counts.transferred / counts.exposed, 3)}"
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_transfer_of_a_real_run_is_that_of_its_rows(layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
     sections = {**self_labelled(tmp_path, ("cat", "dog", "eel")), "output": {"layout": layout}}
     config = write_config(**sections, attack={"epsilons": ["4/255", "16/255"]})
@@ -718,7 +719,7 @@ def damage(path: Path, groups: range) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_more_is_read_than_the_sample_needs(
     layout: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ from pipeline.sources.registry import open_source
 from pipeline.sources.streams import SourceFile
 from tests.conftest import (
     CLASSES,
+    LAYOUTS,
     WriteConfig,
     digests,
     fgsm,
@@ -48,6 +49,7 @@ from tests.conftest import (
     random_pixels,
     rows,
     shard_path,
+    subset_of,
     without_run,
 )
 from tests.support.files import FILES, Server, images, serving, stream, write_files, write_tar
@@ -77,13 +79,13 @@ def tars(tmp_path: Path) -> Path:
 # -------------------------------------------------------------------------------------------- the same rows
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_streamed_folder_gives_the_rows_of_the_same_folder_read_at_once(
     write_config: WriteConfig, parquet: Path, tmp_path: Path, layout: str
 ) -> None:
     generate(write_config(source={"path": str(parquet), "shuffle": False}, output={"layout": layout}))
     generate(write_config(source=stream(parquet), output={"layout": layout, "path": str(tmp_path / "stream")}))
-    subset = {"images": "eps-8", "signs": "signs"}[layout]
+    subset = subset_of(layout, 8)
     streamed, at_once = rows(tmp_path / "stream", subset), rows(tmp_path / "out", subset)
     files = [f"data/test-{i:05d}-of-00003.parquet" for i in range(3)]
     assert streamed["source_file"].tolist() == [file for file, n in zip(files, FILES, strict=True) for _ in range(n)]
@@ -116,7 +118,7 @@ def test_a_tar_gives_the_same_rows(write_config: WriteConfig, parquet: Path, tar
     assert digests(tmp_path / "tar") == complete
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_reads_back_and_trains(write_config: WriteConfig, parquet: Path, tmp_path: Path, layout: str) -> None:
     generate(write_config(source=stream(parquet), output={"layout": layout}))
     assert datasets.load_dataset(str(tmp_path / "out"), split="test")["source_file"][-1] == (
