@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -48,9 +48,6 @@ UNREADABLE = (OSError, ValueError, pa.ArrowException)
 # What is drawn from a seed, each from a stream of its own.
 LEVELS, ORDER, WITHIN = range(3)
 
-# Who took a place to resume at, where that is not an iteration: nobody has to, or nobody has yet.
-NOTHING_ASKED, UNTAKEN = 0, -1
-
 # A stored picture, and for an image that is made on reading the one that says in which direction its values move.
 Cell = list[bytes]
 
@@ -68,22 +65,6 @@ class Piece:
     rows: int
     bytes: int
     groups: Mapping[str, tuple[int, int]]
-
-
-class Place(NamedTuple):
-    """Where the next iteration of an epoch is to begin: whole numbers only, which shared memory can hold.
-
-    batch_size: 0 where `done` counts the rows of a stretch that were given to a consumer, a worker of so many of a
-    rank of so many; else `done` counts a rank's batches of so many images, and the rest means nothing.
-    """
-
-    epoch: int
-    done: int
-    batch_size: int = 0
-    stretch: int = 0
-    rank: int = 0
-    world: int = 1
-    workers: int = 1
 
 
 class Shards:
@@ -216,17 +197,14 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         # What decides the order and content of an epoch: a state belongs to it.
         decides = (manifest.receipts, self.rows, [piece.file for piece in shards.pieces], levels, clean, shuffle, seed)
         self.digest = hashlib.sha256(repr((*decides, WINDOW_ROWS, WINDOW_BYTES)).encode()).hexdigest()[:16]
-        # Shared, so that workers that outlive an epoch hear of the next one.
+        # Shared, so that workers that outlive an epoch hear of the next one, and of a state that cannot reach them: one
+        # that was loaded in the main process, and that no iteration there has taken yet.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._pending = torch.zeros((), dtype=torch.bool).share_memory_()
         self._place = place
-        # Who took the place to resume at, and the place. Shared too, for the workers of one iteration must take it and
-        # those of the next must not, whether they are the same processes or new ones.
-        self._resume = torch.zeros(1 + len(Place._fields), dtype=torch.int64).share_memory_()
-        # The place that was loaded in this very worker, by StatefulDataLoader.
-        self._loaded: Place | None = None
-        self._iterations = 0
-        # Epoch, rows that were given, and whose stretch this is.
-        self._reading = 0, 0, 0
+        # Epoch, and rows that were given: of the next iteration, where a state was loaded, and of the one under way.
+        self._resume: tuple[int, int] | None = None
+        self._reading = 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process need not know of torch.distributed.
@@ -250,7 +228,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next; without it every epoch repeats the first, as with DistributedSampler.
 
-        A place to resume at is kept for its own epoch and forgotten for any other.
+        A loaded state is kept for its own epoch and forgotten for any other.
 
         Raises:
             ConfigError: it is below 0.
@@ -258,81 +236,39 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         if epoch < 0:
             raise ConfigError(f"epoch: got {epoch}; epochs are counted from 0.")
         self._epoch.fill_(epoch)
-        if self._asked().epoch != epoch:
-            self._resume[0] = NOTHING_ASKED
+        if self._resume is not None and self._resume[0] != epoch:
+            self._resume = None
+            self._pending.fill_(False)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this consumer stands. In a worker, StatefulDataLoader asks; in the main process it is right only
         without workers."""
         rank, world, _, workers = self._consumer()
-        epoch, rows, stretch = self._reading
-        return {
-            "epoch": epoch,
-            "rows": rows,
-            "stretch": stretch,
-            "of": self.digest,
-            "consumers": [rank, world, workers],
-        }
+        epoch, rows = self._reading
+        return {"epoch": epoch, "rows": rows, "of": self.digest, "consumers": [rank, world, workers]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next iteration, and only that, begin where a consumer stood; what lies before is neither read nor
         decoded.
 
-        The number of workers is known to the iteration only, which refuses a state of another number in the same way.
+        In a worker, StatefulDataLoader calls it. In the main process it is for a loader without workers: an iteration
+        with workers refuses to begin.
 
         Raises:
             ConfigError: the state is that of another dataset, mix, seed, number of ranks or of workers.
         """
         if state["of"] != self.digest:
             raise ConfigError("The state is that of another dataset, or of another split, epsilons, clean or seed.")
-        rank, world, workers = state["consumers"]
-        place = Place(state["epoch"], state["rows"], 0, state["stretch"], rank, world, workers)
-        refusal = self._refusal(place)
-        if refusal is not None:
-            raise refusal
+        rank, world, _, workers = self._consumer()
+        there, here = state["consumers"], [rank, world, workers]
+        if there != here:
+            told = ["rank {} of {} with {} readers".format(*consumers) for consumers in (there, here)]
+            raise ConfigError(
+                f"The state is of {told[0]}, and this is {told[1]}; resume with as many ranks and workers."
+            )
+        self._resume = state["epoch"], state["rows"]
         if get_worker_info() is None:
-            self._ask(place)
-        else:
-            self._loaded = place
-
-    def resume_at(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Make the next iteration of a plain DataLoader, and only that, begin after so many of this rank's batches of
-        an epoch.
-
-        What comes is what would have come, with the same number of ranks and workers; what lies before is neither read
-        nor decoded.
-        """
-        self.set_epoch(epoch)
-        self._ask(Place(epoch, batches, batch_size))
-
-    def _ask(self, place: Place) -> None:
-        self._resume[1:] = torch.tensor(place)
-        self._resume[0] = UNTAKEN
-
-    def _asked(self) -> Place:
-        return Place(*self._resume[1:].tolist())
-
-    def _refusal(self, place: Place) -> ConfigError | None:
-        """Why this consumer cannot go on from a place, if it cannot."""
-        there, here = (place.rank, place.world, place.workers), (*self.place, self._consumer()[3])
-        if place.batch_size or there == here:
-            return None
-        told = ["rank {} of {} with {} readers".format(*consumers) for consumers in (there, here)]
-        return ConfigError(f"The state is of {told[0]}, and this is {told[1]}; resume with as many ranks and workers.")
-
-    def _taken(self) -> Place | None:
-        """The place at which this iteration begins, which no later one is given unless it is refused here."""
-        self._iterations += 1
-        loaded, self._loaded = self._loaded, None
-        worker = get_worker_info()
-        # The seed less the worker's number is one that a loader draws for each new set of workers.
-        taker = hash((worker.seed - worker.id if worker else 0, self._iterations))
-        if loaded is not None or int(self._resume[0]) not in (UNTAKEN, taker):
-            return loaded
-        place = self._asked()
-        if self._refusal(place) is None:
-            self._resume[0] = taker
-        return place
+            self._pending.fill_(True)
 
     def _consumer(self) -> list[int]:
         """Rank, world size, worker, workers."""
@@ -341,30 +277,24 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         rank, world, worker, workers = self._consumer()
-        epoch, done, stretch = int(self._epoch), 0, worker
-        place, refusal = self._taken(), None
-        if place is not None:
-            epoch, refusal = place.epoch, self._refusal(place)
-            if place.batch_size:
-                # DataLoader asks its workers in turn, to the end: none has more than one batch more than the last one.
-                # It begins with worker 0, who therefore goes on with the stretch whose turn it was.
-                stretch = (worker + place.done) % workers
-                done = place.batch_size * len(range(stretch, place.done, workers))
-            elif refusal is None:
-                done, stretch = place.done, place.stretch
-        start, stop = _share(*_share(0, self.rows, rank, world), stretch, workers)
+        start, stop = _share(*_share(0, self.rows, rank, world), worker, workers)
         # Now, not with the first row: StatefulDataLoader asks for the state before.
-        self._reading = epoch, min(done, stop - start), stretch
-        return self._counted(start + done, stop, refusal)
+        self._reading, self._resume = self._resume or (int(self._epoch), 0), None
+        if get_worker_info() is None:
+            self._pending.fill_(False)
+        return self._counted(start, stop, unseen=bool(self._pending))
 
-    def _counted(self, start: int, stop: int, refusal: ConfigError | None) -> Iterator[tuple[Tensor, int]]:
-        # With the first row, not before: a worker that stays would end without a word.
-        if refusal is not None:
-            raise refusal
-        epoch, done, stretch = self._reading
-        for row in self._rows(epoch, start, stop):
+    def _counted(self, start: int, stop: int, *, unseen: bool) -> Iterator[tuple[Tensor, int]]:
+        if unseen:
+            # With the first row, not before: a worker that stays would end without a word.
+            raise ConfigError(
+                "The state was loaded into the dataset, where workers do not see it; load it into torchdata's "
+                "StatefulDataLoader."
+            )
+        epoch, done = self._reading
+        for row in self._rows(epoch, start + done, stop):
             done += 1
-            self._reading = epoch, done, stretch
+            self._reading = epoch, done
             yield row
 
     def _rows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
@@ -476,8 +406,8 @@ def training_dataset(
     dataset was made with `source.shuffle: true`, the default. One made with `source.shuffle: false` has the source's
     neighbours in a row group, and shuffling is weak: if the source is sorted by class, batches hold few classes.
 
-    Resuming in the middle of an epoch is exact with torchdata's StatefulDataLoader, workers or not. With a plain
-    DataLoader call `resume_at(epoch, batches, batch_size)`; skipped images are not decoded.
+    Resuming in the middle of an epoch is exact with the `state_dict` of torchdata's StatefulDataLoader, workers or not,
+    and without workers with the dataset's own. Images that were given are neither read nor decoded again.
 
     Layout images reads one row group of each epsilon to show one image of it; layout signs reads what it shows. So
     where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the process

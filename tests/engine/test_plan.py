@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipeline.core.memory
 import pipeline.engine.estimate
 from pipeline.config.schema import load_config
 from pipeline.core.lanes import lane_count
@@ -319,13 +318,6 @@ def test_peak_memory_is_that_of_the_workers_too() -> None:
         code = "import time; kept = bytearray(b'1') * 200_000_000; time.sleep(1.5)"
         subprocess.run([sys.executable, "-c", code], check=True)
     assert 190e6 < memory.peak - nothing.peak < 300e6
-
-
-def test_peak_memory_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.core.memory, "proportional_set_size", lambda _: 0)
-    with PeakMemory() as memory:
-        pass
-    assert memory.peak > 50e6
 
 
 def test_what_starting_takes_is_told_from_what_images_take(slow_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
