@@ -131,15 +131,18 @@ def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     """
     stored = manifest.stored
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
-    configs = [_config(subset, manifest, [subset], f"{_about(subset)}; {stamp}") for subset in stored]
+    configs = [
+        _config(subset, manifest, [subset], f"{_about(subset, manifest.resolved.attack.title)}; {stamp}")
+        for subset in stored
+    ]
     if len(stored) > 1:
         configs.insert(0, _config("all", manifest, stored, f"Clean and every epsilon; {stamp}"))
     return [{**configs[0], "default": True}, *configs[1:]]
 
 
-def _about(subset: str) -> str:
+def _about(subset: str, attack: str) -> str:
     if subset.startswith("eps-"):
-        return f"FGSM at epsilon {subset.removeprefix('eps-')}/255"
+        return f"{attack} at epsilon {subset.removeprefix('eps-')}/255"
     return {"clean": "Clean images", SIGNS: "Clean images, and the sign that leads to every epsilon"}[subset]
 
 
@@ -188,7 +191,7 @@ def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
 
 def _title(manifest: Manifest) -> str:
     name = " ".join((manifest.origin.name or "").split())
-    return f"{name} under FGSM" if name else "Images under FGSM"
+    return f"{name or 'Images'} under {manifest.resolved.attack.title}"
 
 
 def size_category(rows: int) -> str:
@@ -338,6 +341,7 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
         "victim": manifest.config["model"],
+        "on_ray": manifest.on_ray,
         "judges": judges,
         "classes": manifest.dataset_classes,
         "columns": list(_describe(features, ids, config.attack.target is not None)),

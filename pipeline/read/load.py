@@ -77,14 +77,17 @@ def load(
         place = str(path_or_repo)
         folder = OutputFolder(place)
         stored = require_manifest(folder)
+        stored.check_recorded(asked or ())
         if not allow_incomplete:
             warn_if_incomplete(folder, stored)
         recorded = None if SIGNS in stored.stored else list(stored.levels)
     else:
         local = local_folder(path_or_repo)
         place = str(local or path_or_repo)
-        if local and not allow_incomplete and (manifest := read_manifest(OutputFolder(local))):
-            warn_if_incomplete(OutputFolder(local), manifest)
+        if local and (manifest := read_manifest(OutputFolder(local))):
+            manifest.check_recorded(asked or ())
+            if not allow_incomplete:
+                warn_if_incomplete(OutputFolder(local), manifest)
         recorded = _recorded_subsets(place)
     if recorded is None:
         opened = _open(place, stored, SIGNS, streaming)
