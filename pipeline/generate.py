@@ -1,87 +1,39 @@
 """Generate: the whole flow, from a config to a complete dataset.
 
-What is there already is found out first, and what is missing is executed and summed up. An executor does the work: this
-process, or a cluster.
+What is there already is found out first, and what is missing is executed and summed up. An executor does the work, in
+this process or elsewhere; what its receipts say is judged here.
 """
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+import pkgutil
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, PipelineError, listing
-from pipeline.core.lanes import available_cores, lane_count
+from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError, listing
 from pipeline.core.plan import Shard
-from pipeline.engine.estimate import check_disk, estimate_bytes, in_flight
-from pipeline.engine.execute import compile_as_begun, tell_speed, write_shards
+from pipeline.engine import job as jobs
+from pipeline.engine.estimate import check_disk, in_flight
+from pipeline.engine.execute import check_share_skipped, tell_speed
+from pipeline.engine.job import Job, Written
+from pipeline.engine.loader import name_row
 from pipeline.engine.progress import Busy, Progress
-from pipeline.engine.run import differences, open_run, versions
+from pipeline.engine.run import differences
+from pipeline.executors import EXECUTORS
+from pipeline.executors.base import Executor
 from pipeline.output.card import card_agrees, write_summaries
 from pipeline.output.folder import OutputFolder, Receipt, committed
 from pipeline.output.manifest import Manifest, read_manifest, settled, summarise
 
+# A shared folder may show late what another machine wrote: a client of NFS remembers for a minute what there was.
+SHARED_SECONDS, POLL_SECONDS = 60.0, 0.5
+
 logger = logging.getLogger(__name__)
-
-
-class Executor(Protocol):
-    """Whoever does the work: opens one run, and writes shards of it."""
-
-    def open(self, config: Config, recorded: Manifest | None, generation: int) -> Manifest:
-        """Open the run where it will be computed.
-
-        Args:
-            config: as the user wrote it.
-            recorded: the manifest of the run that is resumed.
-            generation: of a run that begins; see `Manifest.generation`.
-
-        Returns:
-            The manifest as it is before anything is written, of the device and the packages that are there.
-
-        Raises:
-            ConfigError: as `open_run`.
-        """
-        ...
-
-    def estimate_bytes(self, folder: OutputFolder, shards: Sequence[Shard]) -> int:
-        """Bytes of this machine's disk, or of the shared one, that some shards of the opened run will take."""
-        ...
-
-    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
-        """Write some shards of the opened run.
-
-        Args:
-            folder: where they go; the caller holds it.
-            shards: those to write.
-            done: receipts of the shards that are there, for the progress and the count of skipped rows.
-
-        Raises:
-            PipelineError: a row or the numbers stop the run, or the disk refuses.
-        """
-        ...
-
-
-class LocalExecutor:
-    """This process does the work."""
-
-    def open(self, config: Config, recorded: Manifest | None, generation: int) -> Manifest:
-        self.run = open_run(config, recorded, generation)
-        return self.run.manifest()
-
-    def estimate_bytes(self, folder: OutputFolder, shards: Sequence[Shard]) -> int:
-        return estimate_bytes(self.run, in_flight(folder, shards))
-
-    def write(self, folder: OutputFolder, shards: Sequence[Shard], done: Sequence[Receipt]) -> None:
-        if not shards:
-            return
-        run = self.run
-        compile_as_begun(run)
-        busy, cores = Busy(), available_cores()
-        with Progress(run.plan.total, sum(receipt.planned for receipt in done), run.levels) as progress:
-            write_shards(run, folder, shards, done, busy, progress.update)
-        shares = busy.shares({"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1})
-        tell_speed(folder, progress, shares, versions(run.device)["device"])
-
 
 ExecutorName = Literal["local", "ray"]
 
@@ -110,33 +62,34 @@ def generate(
     folder = OutputFolder(config.output.path)
     folder.check_usable()
     recorded = None if overwrite else read_manifest(folder)
-    with _executor(executor) as execution:
-        manifest = _execute(execution, config, folder, recorded, overwrite, unlocked)
+    with _executor(executor, config, recorded) as execution:
+        try:
+            manifest = _execute(execution, config, folder, recorded, overwrite, unlocked)
+        finally:
+            jobs.close()
     if warning := manifest.zero_gradient_warning:
         logger.warning("%s.", warning)
     return manifest
 
 
-@contextlib.contextmanager
-def _executor(name: ExecutorName) -> Iterator[Executor]:
-    """Whoever does the work, for as long as that takes."""
-    if name == "local":
-        yield LocalExecutor()
-        return
+def _executor(name: str, config: Config, recorded: Manifest | None) -> Executor:
+    """Whoever does the work."""
+    runtime = config.runtime
+    if recorded is not None and runtime.device == "auto":
+        runtime = runtime.model_copy(update={"device": recorded.resolved.runtime.device})
     try:
-        from pipeline.executors.ray import RayExecutor
+        kind: type[Executor] = pkgutil.resolve_name(EXECUTORS[name])
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise ConfigError(
             "--executor ray: Ray is not installed; it comes with pip install 'fgsm-pipeline[ray]'."
         ) from None
-    with RayExecutor() as execution:
-        yield execution
+    return kind(runtime)
 
 
 def _execute(
-    execution: Executor,
+    executor: Executor,
     config: Config,
     folder: OutputFolder,
     recorded: Manifest | None,
@@ -145,7 +98,10 @@ def _execute(
 ) -> Manifest:
     """Find out what is missing, and have it written."""
     generation = folder.generation(over=overwrite) if recorded is None else recorded.generation
-    opened = execution.open(config, recorded, generation)
+    output = str(Path(folder.root).absolute()) if folder.store.local else folder.root
+    job = Job(config, output, recorded, generation)
+    opened = executor.call(job.open)
+    job = replace(job, recorded=opened)
     if not overwrite:
         _check_same(opened, recorded, folder)
     shards = opened.plan.shards
@@ -154,8 +110,9 @@ def _execute(
         logger.info("All %d shards are already there.", len(shards))
         folder.store.tidy()
         return recorded
-    needed = execution.estimate_bytes(folder, [shard for shard in shards if shard.name not in done])
-    check_disk(needed, folder, overwrite=overwrite)
+    if folder.store.local or not executor.remote:  # what waits for its upload lies on the workers' disks
+        needed = executor.call(job.estimate_bytes, in_flight(folder, [s for s in shards if s.name not in done]))
+        check_disk(needed, folder, overwrite=overwrite)
     with folder.store.held(unlocked=unlocked):
         same = folder.generation(over=True) == generation if overwrite else read_manifest(folder) == recorded
         if not same:
@@ -169,7 +126,8 @@ def _execute(
         missing = [shard for shard in shards if shard.name not in done]
         folder.forget(missing, begun.edition, sizes)
         try:
-            execution.write(folder, missing, list(done.values()))
+            if missing:
+                _write(executor, job, folder, opened, missing, list(done.values()))
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
             with contextlib.suppress(PipelineError):
@@ -178,6 +136,88 @@ def _execute(
         manifest = write_summaries(folder, settled(begun))
     _check_complete(folder, manifest)
     return manifest
+
+
+def _write(
+    executor: Executor, job: Job, folder: OutputFolder, opened: Manifest, shards: Sequence[Shard], done: list[Receipt]
+) -> None:
+    """Have some shards written, show how far they are, and judge their receipts.
+
+    Args:
+        executor: does the work.
+        job: the run that was begun.
+        folder: of the dataset; this process holds it.
+        opened: the manifest of the run.
+        shards: those to write.
+        done: receipts of all others that are there.
+
+    Raises:
+        ShardsFailedError: some failed each time they were tried; all others were committed.
+        PipelineError: too many rows were skipped, what was written is not in the folder, or what ends the run.
+    """
+    by_name, here, failed, busy = {shard.name: shard for shard in shards}, list[Receipt](), None, Busy()
+    skipped, read = sum(len(receipt.skipped) for receipt in done), sum(receipt.planned for receipt in done)
+    total, most = opened.plan.total, opened.resolved.runtime.max_skipped
+    with Progress(total, read, opened.levels) as progress:
+        write = functools.partial(job.write, folder=folder, done=done, tell=progress.update)
+        run = executor.run(shards, job.write if executor.remote else write)
+        try:
+            with contextlib.closing(_receipts(run, folder, busy)) as receipts:
+                for receipt in receipts:
+                    shard = by_name[receipt.shard]
+                    if executor.remote:
+                        if not here:
+                            _see(executor, folder, opened, [shard])
+                        right = {counts.level: counts.correct for counts in receipt.counts}
+                        progress.update(receipt.planned, receipt.counts[0].labelled, right)
+                    here.append(receipt)
+                    skipped, read = skipped + len(receipt.skipped), read + receipt.planned
+                    if receipt.skipped:
+                        row = receipt.skipped[-1]
+                        last = f"{name_row(shard, row.source_index, row.file)} cannot be decoded ({row.reason})"
+                        check_share_skipped(skipped, total, read, most, last)
+        except ShardsFailedError as error:
+            failed = error
+    _see(executor, folder, opened, [by_name[receipt.shard] for receipt in here])
+    if failed:
+        there = committed(folder, opened.edition, shards)  # one may have failed after its commit
+        reasons = {name: reason for name, reason in failed.reasons.items() if name not in there}
+        if reasons:
+            raise ShardsFailedError(reasons, failed.total, failed.retries) from failed
+    shares = busy.shares(dict.fromkeys(busy.seconds, executor.workers))
+    tell_speed(folder, progress, shares, opened.versions["device"])
+
+
+def _receipts(
+    run: Generator[Written | None, None, None], folder: OutputFolder, busy: Busy
+) -> Generator[Receipt, None, None]:
+    """The receipts of what an executor writes, as long as the output is held."""
+    with contextlib.closing(run):
+        for written in run:
+            if written is None:
+                folder.store.check_held()
+                continue
+            for stage, seconds in written.seconds.items():
+                busy.add(stage, seconds)
+            yield written.receipt
+
+
+def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Sequence[Shard]) -> None:
+    """See that what other machines have written is in the output, as it is seen from here.
+
+    Raises:
+        PipelineError: it is not, within the time after which a shared folder shows it.
+    """
+    if not executor.remote:
+        return  # what is removed meanwhile `_check_complete` names
+    end = time.monotonic() + SHARED_SECONDS
+    while missing := [shard for shard in shards if shard.name not in committed(folder, opened.edition, shards)]:
+        if time.monotonic() > end:
+            raise PipelineError(
+                f"output.path: a worker has written shard {missing[0].name}, and {folder.root} on this machine does "
+                "not hold it; it must be a folder that all nodes of the cluster share, or an object store."
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Receipt]) -> bool:

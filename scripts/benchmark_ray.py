@@ -37,10 +37,14 @@ def measure(workers: int, arguments: argparse.Namespace, output: str, sender: An
         output: the folder to write to.
         sender: takes the images that were timed, the seconds, and a digest of all that was written.
     """
-    import contextlib
+    import functools
+    from collections import deque
+    from dataclasses import replace
 
+    from pipeline.engine.job import Job
+    from pipeline.executors.base import Executor
+    from pipeline.executors.local import LocalExecutor
     from pipeline.executors.ray import RayExecutor
-    from pipeline.generate import Executor, LocalExecutor
     from pipeline.output.folder import OutputFolder, committed
 
     logging.basicConfig(format=f"{workers or 'local'}: %(message)s", level=logging.INFO)
@@ -49,17 +53,18 @@ def measure(workers: int, arguments: argparse.Namespace, output: str, sender: An
         overrides.append(f"runtime.ray.workers={workers}")
     config = load_config(arguments.config, overrides, output=output, limit=arguments.images)
     folder = OutputFolder(Path(config.output.path))
-    with contextlib.ExitStack() as stack:
-        executor: Executor = stack.enter_context(RayExecutor()) if workers else LocalExecutor()
-        opened = executor.open(config, None, 0)
-        shards = opened.plan.shards
+    kind: type[Executor] = RayExecutor if workers else LocalExecutor
+    with kind(config.runtime) as executor:
+        job = Job(config, str(Path(folder.root).absolute()), None, 0)
+        opened = executor.call(job.open)
+        job, shards = replace(job, recorded=opened), opened.plan.shards
+        write = job.write if executor.remote else functools.partial(job.write, folder=folder, done=[])
         if len(shards) < 2 * WARM_SHARDS:
             raise SystemExit(f"{len(shards)} shards are too few to time; give more --images, or fewer a shard.")
         with folder.store.held():
-            executor.write(folder, shards[:WARM_SHARDS], [])
-            done = list(committed(folder, opened.edition, shards).values())
+            deque(executor.run(shards[:WARM_SHARDS], write), maxlen=0)
             began = time.monotonic()
-            executor.write(folder, shards[WARM_SHARDS:], done)
+            deque(executor.run(shards[WARM_SHARDS:], write), maxlen=0)
             seconds = time.monotonic() - began
     written = committed(folder, opened.edition, shards)
     digest = hashlib.sha256("".join(file.sha256 for name in sorted(written) for file in written[name].files).encode())

@@ -45,7 +45,8 @@ from torchvision.datasets import ImageFolder
 
 from pipeline import training_dataset
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.output.folder import OutputFolder, subset_name
+from pipeline.layouts.base import subset_name
+from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
 
 # Images that the streaming mode shuffles among.

@@ -30,6 +30,7 @@ import pipeline.generate
 from pipeline.cli import app
 from pipeline.config.schema import load_config
 from pipeline.core.images import decode_image
+from pipeline.layouts import registry
 from pipeline.output.folder import json_digest
 from pipeline.output.summary import summary_table
 
@@ -195,7 +196,7 @@ def write_config(tmp_path: Path, factory_file: Path, image_parquet: Path) -> Wri
     return write
 
 
-def wide_parquet(folder: Path, labels: Sequence[int | None]) -> Path:
+def kept_parquet(folder: Path, labels: Sequence[int | None]) -> Path:
     """Random images with two columns to keep."""
     count = len(labels)
     return write_parquet(
@@ -208,7 +209,7 @@ def wide_parquet(folder: Path, labels: Sequence[int | None]) -> Path:
 
 
 def _kept(folder: Path, labels: Sequence[int | None]) -> dict[str, Any]:
-    return {"path": str(wide_parquet(folder / "wide", labels)), "keep_columns": ["caption", "boxes"]}
+    return {"path": str(kept_parquet(folder / "kept", labels)), "keep_columns": ["caption", "boxes"]}
 
 
 LABELS = [i % 3 for i in range(20)]
@@ -344,7 +345,12 @@ def detached():
 """
 
 
-LAYOUTS = ("images", "signs")
+LAYOUTS = tuple(registry.LAYOUTS)
+
+
+def subset_of(layout: str, level: int) -> str:
+    """The subset that holds the rows at an epsilon in grey levels."""
+    return registry.LAYOUTS[layout].subset(level)
 
 
 def loaded_by(statement: str) -> set[str]:

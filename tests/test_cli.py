@@ -137,6 +137,18 @@ def test_a_bug_is_no_refusal_of_the_system(error: Exception) -> None:
     assert system_refusal(error) is None
 
 
+def test_a_refusal_that_was_dealt_with_does_not_hide_a_bug() -> None:
+    """`raise ... from None` says that the bug came of something else; a traceback shows the refusal no more."""
+
+    def raised(suppress: bool) -> Exception:
+        bug = RuntimeError("a bug")
+        bug.__context__, bug.__suppress_context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), suppress
+        return bug
+
+    assert system_refusal(raised(suppress=True)) is None
+    assert isinstance(system_refusal(raised(suppress=False)), PipelineError)
+
+
 @pytest.mark.parametrize("name", ["HOME", "TMPDIR"])
 def test_a_folder_that_cannot_be_written_is_no_traceback(
     out: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

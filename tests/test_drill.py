@@ -815,12 +815,12 @@ class Bucket:
 def impatient(environment: dict[str, str]) -> None:
     """What a process needs to use the store, and less patience than in life."""
     import pipeline.output.locks
-    import pipeline.output.stores
+    import pipeline.output.objects
 
     os.environ.update(environment)
     pipeline.output.locks.BEAT_SECONDS, pipeline.output.locks.STALE_SECONDS = 0.2, 1.5
-    pipeline.output.stores.SILENT_SECONDS, pipeline.output.stores.ATTEMPTS = 1.0, 2
-    pipeline.output.stores.PATIENCE_SECONDS = 4.0
+    pipeline.output.objects.SILENT_SECONDS, pipeline.output.objects.ATTEMPTS = 1.0, 2
+    pipeline.output.objects.PATIENCE_SECONDS = 4.0
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,12 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.images import ImageFormat
 from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run
-from pipeline.layouts.records import encode_column
+from pipeline.layouts.base import encode_column
 from pipeline.output.manifest import FORMAT_VERSION
 from tests.conftest import (
     CLASSES,
     FACTORY,
+    LAYOUTS,
     WriteConfig,
     digests,
     fgsm,
@@ -45,6 +46,7 @@ from tests.conftest import (
     random_pixels,
     rows,
     shard_path,
+    subset_of,
     write_parquet,
     write_sealed,
 )
@@ -147,17 +149,15 @@ def test_the_same_command_again_does_nothing(write_config: WriteConfig, tmp_path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
 
 
-@pytest.mark.parametrize(("layout", "last"), [("images", "eps-8"), ("signs", "signs")])
-def test_missing_shards_are_written_again_byte_for_byte(
-    write_config: WriteConfig, tmp_path: Path, layout: str, last: str
-) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_missing_shards_are_written_again_byte_for_byte(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     config = write_config(output={"layout": layout})
     generate(config)
     out = tmp_path / "out"
     complete, summary = digests(out), manifest(out)
-    assert len(complete) == {"images": 9, "signs": 3}[layout]
+    assert len(complete) == (9 if layout == "images" else 3)
     shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
-    shard_path(out / last, "test-00002-of-00003.parquet").write_bytes(b"cut short")
+    shard_path(out / subset_of(layout, 8), "test-00002-of-00003.parquet").write_bytes(b"cut short")
     generate(config)
     assert digests(out) == complete
     assert manifest(out) == summary
@@ -333,7 +333,7 @@ def test_unlabelled_rows_are_attacked_by_prediction_and_stored_as_null(
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_shard_of_which_nothing_could_be_decoded_loads(
     write_config: WriteConfig, tmp_path: Path, layout: str
 ) -> None:
@@ -346,8 +346,7 @@ def test_a_shard_of_which_nothing_could_be_decoded_loads(
             output={"layout": layout, "images_per_shard": 6},
         )
     )
-    subset = "clean" if layout == "images" else "signs"
-    assert load(tmp_path / "out", subset)["source_index"][:] == list(range(6, 16))
+    assert load(tmp_path / "out", subset_of(layout, 0))["source_index"][:] == list(range(6, 16))
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
@@ -888,7 +887,7 @@ def test_a_file_system_without_locks_is_one_sentence(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("pipeline.output.stores.fcntl.lockf", no_locks)
+    monkeypatch.setattr("pipeline.output.local.fcntl.lockf", no_locks)
     result = fgsm("generate", write_config())
     assert result.exit_code == 2
     assert "No locks available" in result.stderr

@@ -39,15 +39,16 @@ from pipeline.hub.upload import list_files
 from pipeline.models.load import load_model
 from pipeline.output.folder import FileEntry, OutputFolder, Receipt
 from pipeline.output.manifest import Manifest, contradictions, published, require_manifest, run_id_of
-from pipeline.output.stores import open_store
+from pipeline.output.store import open_store
 from pipeline.output.summary import inspect
 from pipeline.read.load import _addresses
 from pipeline.report.page import report
-from pipeline.sources.mapped import Source, open_source
+from pipeline.sources.base import Source
 from pipeline.sources.origins import front_matter
-from pipeline.sources.streamed import StreamedSource, open_stream
+from pipeline.sources.registry import open_source
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
 from tests.support.hub import Repository, git_blob, lfs_blob, running_hub
+from tests.support.sources import openers_of
 
 SECRET = "hf_" + "S3cretS3cret" * 3
 
@@ -109,7 +110,7 @@ def test_a_source_folder_runs_nothing(tmp_path: Path, canary: Path, plant: Calla
     plant(folder, canary)
     try:
         source = open_source(SourceConfig(kind="huggingface", path=str(folder)), need_labels=True)
-        source.splits[0].rows.openers([0, 1])[0]()
+        openers_of(source, "test")[0]()
     except ConfigError as error:
         assert "Traceback" not in str(error)
     assert not canary.exists()
@@ -128,7 +129,7 @@ def test_a_saved_dataset_runs_nothing(tmp_path: Path, canary: Path) -> None:
     plant_script(folder, canary)
     plant_pickles(folder / "test", canary)
     source = open_source(SourceConfig(kind="huggingface", path=str(folder)), need_labels=True)
-    assert len(source.splits[0].labels) == 4
+    assert source.splits == {"test": 4}
     assert not canary.exists()
 
 
@@ -187,7 +188,7 @@ def test_a_card_does_not_name_files_of_others(
 
 
 def open_any(config: SourceConfig) -> Source:
-    return (open_stream if config.streaming else open_source)(config, need_labels=True)
+    return open_source(config, need_labels=True)
 
 
 # Opens datasets of the Hub, both ways, and prints how many rows each has, or why it has none.
@@ -195,14 +196,12 @@ OPENED = """
 import sys
 from pipeline.config.schema import SourceConfig
 from pipeline.core.errors import ConfigError
-from pipeline.sources.mapped import open_source
-from pipeline.sources.streamed import open_stream
+from pipeline.sources.registry import open_source
 for path in sys.argv[1:]:
     for streaming in (False, True):
         config = SourceConfig(kind="huggingface", path=path, streaming=streaming)
         try:
-            source = (open_stream if streaming else open_source)(config, need_labels=True)
-            print(source.split_rows() if streaming else {split.name: len(split.labels) for split in source.splits})
+            print(dict(open_source(config, need_labels=True).splits))
         except ConfigError as error:
             print(error)
 """
@@ -235,8 +234,7 @@ def test_links_in_a_folder_of_one_s_own_are_followed(tmp_path: Path, private: Pa
     folder = with_card(tmp_path / "source", data_files=f"{tmp_path}/source/data/*.parquet")
     (folder / "data/test.parquet").symlink_to(next(private.iterdir()))
     source = open_any(SourceConfig(kind="huggingface", path=str(folder), streaming=streaming))
-    counted = source.split_rows() if isinstance(source, StreamedSource) else {"train": len(source.splits[0].labels)}
-    assert counted == {"train": 4}
+    assert source.splits == {"train": 4}
 
 
 def test_torchvisions_lsun_is_refused_for_its_pickle() -> None:
@@ -462,7 +460,7 @@ def test_pillows_own_limit_stays_for_what_decodes_by_itself() -> None:
 
 def test_no_image_is_opened_to_open_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where cells are paths, the digest takes the files, whatever they claim to hold."""
-    monkeypatch.setattr("pipeline.sources.mapped.open_image", lambda _: pytest.fail("an image was opened"))
+    monkeypatch.setattr("pipeline.sources.cells.open_image", lambda _: pytest.fail("an image was opened"))
     digests = set()
     for data in (b"one", b"two", b"one"):
         (tmp_path / "photos/a").mkdir(parents=True, exist_ok=True)
@@ -486,7 +484,7 @@ def test_a_digest_of_a_torchvision_dataset_takes_no_image_past_pillows_own_limit
     )
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**9)
     whole = open_source(config, need_labels=True).digest
-    monkeypatch.setattr("pipeline.sources.mapped.PILLOW_PIXELS", 1000)
+    monkeypatch.setattr("pipeline.sources.torchvision.PILLOW_PIXELS", 1000)
     assert open_source(config, need_labels=True).digest != whole
 
 
@@ -552,7 +550,7 @@ def test_a_source_opens_no_other_format(tmp_path: Path, kind: Any) -> None:
         Image.new("RGB", (16, 16)).save(folder / "a/0.png")
         (folder / "a/1.png").write_bytes(buffer.getvalue())
     source = open_source(SourceConfig(kind=kind, path=str(folder)), need_labels=True)
-    opener = source.splits[0].rows.openers([1])[0]
+    opener = openers_of(source, next(iter(source.splits)))[1]
     with pytest.raises(UndecodableError, match="cannot identify"):
         read_image(opener, PreprocessConfig(), 10_000)
 

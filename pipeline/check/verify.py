@@ -3,7 +3,7 @@
 Always: every file's digest, schema, row count and columns, every source row accounted for, and every image the
 clean one moved by its epsilon along one sign. With `recompute`: the victim looks at the stored bytes again, in the
 batches of the run, and every recorded prediction and sign is derived anew. With `source`: labels and clean images are
-compared with the source's. From either layout a batch is first read back as its images at every epsilon, and a table
+compared with the source's. From any layout a batch is first read back as its images at every epsilon, and a table
 for each of what is recorded of them.
 
 Damage is only what was read and is wrong, or what the listing does not have. What cannot be read now is a problem, and
@@ -56,8 +56,8 @@ from pipeline.engine.run import (
     open_run_source,
     versions,
 )
-from pipeline.layouts.columns import FILE, SIGN, evaluator_columns, kept_columns
-from pipeline.layouts.records import LAYOUTS, Scores, make_features, opinions, score
+from pipeline.engine.scores import contents_of, count, score
+from pipeline.layouts.base import FILE, Scores, evaluator_columns, kept_columns, make_features
 from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.output.card import make_configs, read_configs, write_summaries
@@ -68,10 +68,8 @@ from pipeline.output.folder import (
     Receipt,
     add_up,
     committed,
-    count_evaluator,
     read_receipts,
     shard_file,
-    subset_name,
 )
 from pipeline.output.manifest import (
     Manifest,
@@ -487,14 +485,9 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     config = manifest.resolved
     try:
         features = datasets.Features.from_dict(manifest.features)
-        expected = make_features(
-            LAYOUTS[config.output.layout],
-            manifest.spaces["model"],
-            targeted=config.attack.target is not None,
-            kept={name: features[name] for name in config.source.keep_columns},
-            evaluators={name: manifest.spaces[f"evaluators.{name}"] for name in manifest.evaluators},
-            streamed=bool(manifest.streamed),
-        )
+        spaces = {name: manifest.spaces[f"evaluators.{name}"] for name in manifest.evaluators}
+        kept = {name: features[name] for name in config.source.keep_columns}
+        expected = make_features(manifest.layout, contents_of(config, manifest.spaces["model"], spaces, kept))
     except Exception as error:  # what is no feature can raise anything there
         place = folder.store.at(folder.manifest)
         raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
@@ -530,9 +523,7 @@ class _Checker:
         self.findings, self.judge, self.reader, self.decoders = findings, judge, reader, decoders
         self.shape = torch.Size(manifest.shape)
         self.levels, self.stored, self.edition = manifest.levels, manifest.stored, manifest.edition
-        self.layout = LAYOUTS[manifest.resolved.output.layout]
-        # Whether the sign itself is stored; else it is 0 where clipping hides it.
-        self.signs = SIGN in self.layout.pictures
+        self.layout = manifest.layout
         self.on_ray = manifest.on_ray
         self.targeted = manifest.resolved.attack.target is not None
         self.run_id = manifest.run_id
@@ -693,17 +684,15 @@ class _Checker:
         clean = images[0]
         still = sign == 0 if self.on_ray else torch.stack([pixels == clean for pixels in images[1:]]).all(0)
         # Where the sign itself is not stored, 0 is not told from a step beyond black or white, which is clipped.
-        sure = still if self.signs or not self.on_ray else still & (clean > 0) & (clean < 255)
+        sure = still if self.layout.stores_sign or not self.on_ray else still & (clean > 0) & (clean < 255)
         self._zero_signs = (self._zero_signs[0] + int(sure.sum()), self._zero_signs[1] + int(still.sum()))
 
     def _names(self, shard: Shard) -> list[str]:
         """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
-        return [
-            shard_file(subset_name(level), shard, self.edition)
-            if subset_name(level) in self.stored
-            else f"{shard_file(self.stored[0], shard, self.edition)} at {level}/255"
-            for level in self.levels
-        ]
+        files = [shard_file(self.layout.subset(level), shard, self.edition) for level in self.levels]
+        if not self.layout.per_image:
+            return files
+        return [f"{file} at {level}/255" for file, level in zip(files, self.levels, strict=True)]
 
     def _read(self, shard: Shard, subset: str, root: Path, counts: Sequence[int]) -> Iterator[pa.Table]:
         """One file's rows in tables of so many rows each, without holding the file in memory."""
@@ -777,12 +766,12 @@ class _Checker:
             raise _DamageError(f"{files[0]} holds other source rows than the plan says.")
         if shard.file is not None and set(subsets[0].column(FILE).to_pylist()) - {shard.file}:
             raise _DamageError(f"{files[0]} holds rows of another source file than the plan says.")
-        images, sign, tables = self._unpack(files, subsets)
+        images, sign, tables = self._unpack(dict(zip(self.stored, files, strict=True)), subsets)
         names = self._names(shard)
         totals = []
         for level, name, table in zip(self.levels, names, tables, strict=True):
             self._check_columns(name, level, table, tables[0])
-            totals.append(self._count(level, table, tables[0]))
+            totals.append(count(level, table, tables[0], self.evaluators))
         self._check_pixels(names, images, sign, tables[0])
         self._count_zero_signs(images, sign)
         if original is not None:
@@ -843,39 +832,25 @@ class _Checker:
             f"{name} has {what} that are not the source's as it is decoded here ({others}); nothing is dropped for it."
         )
 
-    def _count(self, level: int, table: pa.Table, clean: pa.Table) -> LevelCounts:
-        """What a batch's rows at one epsilon add up to."""
-        known = np.asarray(table.column("label").is_valid())
-        correct, fooled = (_column(table, flag, False).astype(np.bool_) for flag in ("correct", "fooled"))
-        confidence = _column(table, "confidence", 0.0)
-        evaluators = {}
-        for name in self.evaluators:
-            _, right = evaluator_columns(name)
-            before, now = (_column(rows, right, False).astype(np.bool_)[known] for rows in (clean, table))
-            evaluators[name] = count_evaluator(before, now, fooled[known])
-        # Not checked: forged rows may say anything.
-        return LevelCounts.model_construct(
-            level=level,
-            rows=len(known),
-            labelled=int(known.sum()),
-            correct=int(correct.sum()),
-            fooled=int(fooled.sum()),
-            confidence_sum=float(confidence.sum(dtype=np.float64)),
-            evaluators=evaluators,
-        )
-
-    def _unpack(self, files: Sequence[str], subsets: Sequence[pa.Table]) -> tuple[list[Tensor], Tensor, list[pa.Table]]:
+    def _unpack(
+        self, files: Mapping[str, str], subsets: Sequence[pa.Table]
+    ) -> tuple[list[Tensor], Tensor, list[pa.Table]]:
         """The images at every epsilon, 1 + K times (M, C, H, W) uint8, their sign, and what is recorded of them."""
-        pictures = [
-            self._pictures(table.column(column), file)
-            for file, table in zip(files, subsets, strict=True)
-            for column in self.layout.pictures
-        ]
+        layout, levels, stored = self.layout, self.levels, dict(zip(files, subsets, strict=True))
+        pictures = {
+            picture: self._pictures(stored[picture.subset].column(picture.column), files[picture.subset])
+            for picture in layout.pictures(levels)
+        }
         try:
-            images, tables = self.layout.images(pictures, self.levels), self.layout.by_level(subsets, self.levels)
+            tables = [layout.rows(stored, level, levels) for level in levels]
+            if layout.stores_sign:
+                clean, direction = (pictures[picture] for picture in layout.ray(levels))
+                sign = picture_to_sign(direction)
+                return [step(clean, sign, level) for level in levels], sign, tables
         except ValueError as error:
-            raise _DamageError(f"{files[0]}: {error}.") from None
-        return images, picture_to_sign(pictures[1]) if self.signs else common_sign(images, self.levels), tables
+            raise _DamageError(f"{files[self.stored[0]]}: {error}.") from None
+        images = [pictures[picture] for level in levels for picture in layout.source(level, levels)]
+        return images, common_sign(images, levels), tables
 
     def _check_columns(self, name: str, level: int, table: pa.Table, clean: pa.Table) -> None:
         if not np.array_equal(table.column("epsilon").to_numpy(), np.full(table.num_rows, level / 255)):
@@ -945,17 +920,21 @@ class _Checker:
         rows = [self._padded(mask, values) for values in (*images, sign, changed, random)]
         valid = self._padded(mask, torch.ones(len(changed), dtype=torch.bool))
         answer = self._ask(judge, rows, valid)
+        victim, *others = answer.logits
+        spaces = {name: evaluator.space for name, evaluator in judge.evaluators.items()}
+        evaluations = [logits.argmax(-1) for logits in others]
+        again = score(self.levels, victim, labels, target, judge.victim.space, evaluations, spaces)
         try:
-            strict = self._compare_victim(judge, answer, names, labels, target, tables)
+            strict = self._compare_victim(judge, answer, again, names, tables)
             if target is not None:
                 expected = judge.goal.classes(answer.logits[0][0], own, random)
                 self._compare_target(judge, expected, target, answer.logits[0][0], names[-1], tables[-1], strict)
-            self._compare_evaluators(judge, answer, names, labels, tables, strict)
+            self._compare_evaluators(judge, answer, again, names, tables, strict)
             self._compare_signs(judge, answer, names, tables[0], strict)
         except _DamageError:
-            again = self._ask(judge, rows, valid)
+            second = self._ask(judge, rows, valid)
             asked = ["model", *(f"evaluators, {name}" for name in judge.evaluators)]
-            for name, before, now in zip(asked, answer.logits, again.logits, strict=True):
+            for name, before, now in zip(asked, answer.logits, second.logits, strict=True):
                 if not bool(((before - now).abs() <= self.tolerance).all()):
                     raise PipelineError(
                         f"{name}: it is not deterministic: asked twice about the same images it gives different "
@@ -971,7 +950,7 @@ class _Checker:
         return batch
 
     def _ask(self, judge: Judge, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
-        ask = partial(_look_again, judge, self.levels[1:], not self.signs)
+        ask = partial(_look_again, judge, self.levels[1:], not self.layout.stores_sign)
         try:
             parts = [future.result() for future in judge.lanes.submit(ask, *rows, valid=valid)]
         except torch.OutOfMemoryError as error:
@@ -1030,19 +1009,12 @@ class _Checker:
         return ties
 
     def _compare_victim(
-        self,
-        judge: Judge,
-        answer: _Answer,
-        names: Sequence[str],
-        labels: Tensor,
-        target: Tensor | None,
-        tables: Sequence[pa.Table],
+        self, judge: Judge, answer: _Answer, again: Scores, names: Sequence[str], tables: Sequence[pa.Table]
     ) -> bool:
         """Compare what the victim says; whether it is so to the last digit, in an environment like the recorded one.
 
         There nothing is excused by other digits.
         """
-        again = score(answer.logits[0], labels, target, judge.victim.space)
         recorded = [_column(table, "confidence", 0.0) for table in tables]
         strict = self.exact and all(map(np.array_equal, recorded, again.confidence))
         close = self._near_ties(answer.logits[0], "prediction", tables, judge.victim.space) & (not strict)
@@ -1051,20 +1023,16 @@ class _Checker:
         return strict
 
     def _compare(self, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]) -> None:
-        ties = self._compare_predictions(again.prediction[index], "prediction", name, table, close)
+        ties = self._compare_predictions(again.prediction[0, index], "prediction", name, table, close)
         # What follows from a prediction that lay on a tie cannot be held against it, nor on the clean one's.
-        checked = ~ties & (_column(table, "clean_prediction", -1) == again.prediction[0])
-        labelled, known = again.labelled & checked, again.fooled_known(index) & checked
-        flags = (("correct", again.correct[index], labelled), ("fooled", again.fooled[index], known))
-        for column, expected, where in flags:
-            if (_column(table, column, False).astype(np.bool_) != expected)[where].any():
+        checked = ~ties & (_column(table, "clean_prediction", -1) == again.prediction[0, 0])
+        for column, flags in (("correct", again.correct[0, index]), ("fooled", again.fooled[index])):
+            known = checked & ~np.ma.getmaskarray(flags)
+            if (_column(table, column, False).astype(np.bool_) != flags.data)[known].any():
                 raise _DamageError(f"{name} has a wrong value in {column}.")
-        chances = (
-            ("confidence", again.confidence[index], np.ones_like(again.labelled)),
-            ("label_confidence", again.label_confidence[index], again.labelled),
-        )
-        for column, expected, where in chances:
-            off = np.abs(_column(table, column, 0.0) - expected)[where]
+        for column in ("confidence", "label_confidence"):
+            expected = getattr(again, column)[index]
+            off = np.abs(_column(table, column, 0.0) - np.ma.getdata(expected))[~np.ma.getmaskarray(expected)]
             if not (off <= self.tolerance).all():  # NaN is not
                 raise _DamageError(f"{name} has a {column} that its pixels do not give.")
             self.findings.last_digits += int((off > 0).sum())
@@ -1073,19 +1041,20 @@ class _Checker:
         self,
         judge: Judge,
         answer: _Answer,
+        again: Scores,
         names: Sequence[str],
-        labels: Tensor,
         tables: Sequence[pa.Table],
         strict: bool,
     ) -> None:
-        for (evaluator, model), logits in zip(judge.evaluators.items(), answer.logits[1:], strict=True):
-            (opinion,) = opinions(logits.argmax(-1)[None], labels, {evaluator: model.space}).values()
+        for row, (evaluator, model) in enumerate(judge.evaluators.items(), 1):
+            logits = answer.logits[row]
             prediction, correct = evaluator_columns(evaluator)
             close = self._near_ties(logits, prediction, tables, model.space) & (not strict)
             for index, (name, table) in enumerate(zip(names, tables, strict=True)):
-                ties = self._compare_predictions(opinion.prediction[index], prediction, name, table, close[index])
+                expected = again.prediction[row, index]
+                ties = self._compare_predictions(expected, prediction, name, table, close[index])
                 known = np.asarray(table.column("label").is_valid()) & ~ties
-                if (_column(table, correct, False).astype(np.bool_) != opinion.correct[index])[known].any():
+                if (_column(table, correct, False).astype(np.bool_) != again.correct.data[row, index])[known].any():
                     raise _DamageError(f"{name} has a wrong value in {correct}.")
 
     def _compare_target(

@@ -425,7 +425,7 @@ class OutputConfig(Section):
     """Where the dataset goes, and in what form."""
 
     path: str
-    layout: Literal["images", "signs"] = "images"
+    layout: Literal["images", "signs", "wide"] = "images"
     image_format: Annotated[Literal["auto", "webp", "png"], BeforeValidator(_refuse_jpeg)] = "auto"
     images_per_shard: Count = 4096
 

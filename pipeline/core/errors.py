@@ -10,9 +10,10 @@
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -29,9 +30,22 @@ class ConfigError(PipelineError):
 
 
 class ShardsFailedError(PipelineError):
-    """Some shards failed, each as often as it was tried; all others were committed."""
+    """Some shards failed, each as often as it was tried; all others were committed.
+
+    Args:
+        reasons: why, by the names of the shards.
+        total: so many were tried.
+        retries: how often each, after the first try.
+    """
 
     exit_code = 3
+
+    def __init__(self, reasons: Mapping[str, str], total: int, retries: int) -> None:
+        self.reasons, self.total, self.retries = reasons, total, retries
+        super().__init__(
+            f"{len(reasons)} of {total} shards failed after {retries} retries: {listing([*reasons])}; the first: "
+            f"{next(iter(reasons.values()))}. The others are committed, and the same command tries these again."
+        )
 
 
 class NonFiniteError(PipelineError):
@@ -51,17 +65,44 @@ class Interrupted(KeyboardInterrupt):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it came from: clients of servers wrap what befalls them."""
+    """An exception and those that it came from, as a traceback shows them: not one that `from None` has cut off."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
 
 
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an exception's message, or its type's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(
+    what: str,
+    fix: str = "",
+    *,
+    errors: tuple[type[Exception], ...] = (Exception,),
+    kind: type[PipelineError] = PipelineError,
+) -> Iterator[None]:
+    """Turn an exception of a library into one sentence.
+
+    Args:
+        what: went wrong, naming the file or the key: "a.parquet cannot be read".
+        fix: what helps: "see fgsm verify".
+        errors: the exceptions to explain; others pass, as bugs of ours. So does a PipelineError, which is a sentence
+            already, unless a kind of it is named here.
+        kind: of the error that is raised: "a.parquet cannot be read (REASON); see fgsm verify.", and without a fix
+            "a.parquet cannot be read: REASON".
+    """
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, PipelineError) and not any(issubclass(named, PipelineError) for named in errors):
+            raise
+        reason = first_line(error)
+        raise kind(f"{what} ({reason}); {fix}." if fix else f"{what}: {reason}") from error
 
 
 def listing(names: Sequence[str], most: int = 5) -> str:

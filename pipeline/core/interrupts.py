@@ -50,6 +50,9 @@ def interruptible(farewell: Callable[[], None], grace: float = GRACE_SECONDS) ->
     threading.Thread(target=_watch, args=(read, over, grace, say), daemon=True, name="interrupts").start()
     try:
         yield
+        if arrived:
+            # Python ignores what is raised in a callback of a fork or of the garbage collector.
+            raise Interrupted(arrived[0])
     except KeyboardInterrupt as interrupt:
         if not arrived:
             raise

@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import re
 import resource
-import sys
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 from pipeline.core.errors import PipelineError
 
@@ -41,35 +40,27 @@ def require_open_files(workers: int = 0) -> None:
     )
 
 
-def descend(process: int) -> list[int]:
-    """A process and all below it, as far as they still live; Linux only."""
-    found = [process]
-    for parent in found:  # grows as it goes
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                found += map(int, children.read_text().split())
+def resident_bytes(pid: int) -> int:
+    """Bytes that a process and all below it have resident, without counting what they share twice.
+
+    A forked worker shares most of its memory with its parent. Where the system does not say how many share it, as Linux
+    does, that is left out.
+    """
+    found = 0
+    with contextlib.suppress(psutil.Error):  # it ended meanwhile
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                memory = one.memory_full_info()
+                found += getattr(memory, "pss", memory.uss)
     return found
 
 
-def proportional_set_size(process: int) -> int:
-    """The resident bytes of a process, what it shares divided by those who share it; 0 where that is not known.
-
-    Summed over processes nothing counts twice: a forked worker shares most of its memory with its parent.
-    """
-    with contextlib.suppress(OSError):
-        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-        return 1024 * int(re.findall(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)[0])
-    return 0
-
-
 class PeakMemory:
-    """The most bytes that this process and all below it had resident at once, `peak`, while the context was open.
-
-    Where the system does not say, it is the peak of this process alone, since it began.
-    """
+    """The most bytes that this process and all below it had resident at once, `peak`, while the context was open."""
 
     def __init__(self) -> None:
-        self._seen = 0
+        self.peak = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
@@ -92,12 +83,5 @@ class PeakMemory:
     def _look(self) -> float:
         """Look once; the seconds of a core that it took."""
         began = time.thread_time()
-        self._seen = max(self._seen, sum(map(proportional_set_size, descend(os.getpid()))))
+        self.peak = max(self.peak, resident_bytes(os.getpid()))
         return time.thread_time() - began
-
-    @property
-    def peak(self) -> int:
-        if self._seen:
-            return self._seen
-        # In bytes on macOS, in kilobytes elsewhere.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -4,11 +4,13 @@
 into a folder that is thrown away, and what that took is scaled up.
 """
 
+import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,20 +20,18 @@ from tqdm import tqdm
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
-from pipeline.core.images import Opener, UndecodableError, encode_images
+from pipeline.core.images import UndecodableError, encode_images
 from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
 from pipeline.core.memory import PeakMemory
 from pipeline.core.plan import Plan, Shard
 from pipeline.engine.decode import read_image
 from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
-from pipeline.engine.loader import head_openers
 from pipeline.engine.progress import Busy
 from pipeline.engine.run import Run, open_run
-from pipeline.output.folder import OutputFolder, read_receipts
+from pipeline.output.folder import OutputFolder
 from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS
 from pipeline.output.summary import human_bytes
-from pipeline.sources.streamed import StreamedSource
 
 # Images encoded to estimate the size of all.
 SAMPLES = 16
@@ -67,21 +67,11 @@ def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
 
 def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
     """Some decoded images of the shards, (n, C, H, W) uint8, n up to SAMPLES."""
-    found = []
-    for opener in _openers(run, shards):
-        try:
-            found.append(read_image(opener, run.reader.preprocess, run.reader.max_pixels))
-        except UndecodableError:
-            continue
-    return torch.stack(found) if found else torch.zeros((0, *run.reader.shape), dtype=torch.uint8)
-
-
-def _openers(run: Run, shards: Sequence[Shard]) -> Iterator[Opener]:
-    if isinstance(run.source, StreamedSource):
-        yield from (opener for *_, opener in head_openers(run.source, shards, SAMPLES))
-    splits = {split.name: split.rows for split in run.source.splits}
-    for shard in shards[:SAMPLES] if splits else ():
-        yield from splits[shard.split].openers(run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist())
+    reader, found = run.reader, []
+    for row in run.source.sample(run.plan, shards, SAMPLES):
+        with contextlib.suppress(UndecodableError):
+            found.append(read_image(partial(run.source.open, row.cell), reader.preprocess, reader.max_pixels))
+    return torch.stack(found) if found else torch.zeros((0, *reader.shape), dtype=torch.uint8)
 
 
 def free_bytes(path: Path) -> int:
@@ -192,9 +182,8 @@ def _pass(run: Run, rows: int) -> _Pass:
         folder = OutputFolder(Path(place))
         with folder.store.held():
             began = time.perf_counter()
-            write_shards(run, folder, parts, [], Busy(), lambda *_: None)
+            receipts = [*write_shards(run, folder, parts, [], Busy(), lambda *_: None)]
             seconds = time.perf_counter() - began
-        receipts = read_receipts(folder)[0].values()
         files = [entry for receipt in receipts for entry in receipt.files]
         data = sum(_data_bytes(Path(place) / entry.path) for entry in files)
     beside = (sum(entry.bytes for entry in files) - data) / len(files)

@@ -1,6 +1,6 @@
 """Execute: some shards of a run, from source rows to committed files, on this machine.
 
-Loading, attacking, encoding and writing overlap: the loader's workers decode ahead, lanes drive the device,
+Loading, attacking, encoding and writing overlap: the loader's threads decode ahead, lanes drive the device,
 a pool of threads encodes (the codecs release the GIL), and one thread writes and commits in order. A bounded
 number of batches is in flight, so memory does not grow with the dataset.
 """
@@ -13,7 +13,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,19 +26,12 @@ from pipeline.core.lanes import Lanes, available_cores
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part, compile_victim
-from pipeline.engine.loader import load_batches, name_row, naming_dead_workers
+from pipeline.engine.loader import load_batches, name_row
 from pipeline.engine.progress import Busy, Progress
 from pipeline.engine.run import Run, versions
-from pipeline.layouts.columns import IMAGE
-from pipeline.layouts.records import Scores, encode_column, opinions, score
-from pipeline.output.folder import (
-    EvaluatorCounts,
-    LevelCounts,
-    OutputFolder,
-    Receipt,
-    SkippedRow,
-    count_evaluator,
-)
+from pipeline.engine.scores import count, score
+from pipeline.layouts.base import IMAGE, Scores, encode_column, picture_columns
+from pipeline.output.folder import LevelCounts, OutputFolder, Receipt, SkippedRow, add_up
 from pipeline.output.shards import ShardWriter
 
 # Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
@@ -55,10 +47,9 @@ Tell = Callable[[int, int, Mapping[int, int]], None]
 logger = logging.getLogger(__name__)
 
 
-@naming_dead_workers()
 def write_shards(
     run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
-) -> None:
+) -> Generator[Receipt, None, None]:
     """Attack, encode and commit some shards, in order.
 
     Args:
@@ -70,6 +61,9 @@ def write_shards(
         busy: takes the seconds of each stage.
         tell: called with the counts of each batch.
 
+    Yields:
+        The receipt of each shard that was committed.
+
     Raises:
         RowError: a row stops the run.
         PipelineError: the numbers do, or the disk refuses.
@@ -79,7 +73,7 @@ def write_shards(
     sink = _Sink(run, folder, busy)
     encoders = ThreadPoolExecutor(available_cores(), "encode")
     writer = ThreadPoolExecutor(1, "write")
-    in_flight: deque[Future[None]] = deque()
+    in_flight: deque[Future[Receipt | None]] = deque()
     try:
         batches = load_batches(run.reader, run.plan, shards, run.config.runtime.workers, pin=run.device.type == "cuda")
         attacked = attack_ahead(run, batches, busy)
@@ -94,10 +88,11 @@ def write_shards(
                 zero_signs = sum(part.zero_signs for part in parts)
                 in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
                 tell(*_progress_counts(run, batch, scores))
-                if len(in_flight) > BATCHES_IN_FLIGHT:
-                    in_flight.popleft().result()
+                if len(in_flight) > BATCHES_IN_FLIGHT and (receipt := in_flight.popleft().result()):
+                    yield receipt
             while in_flight:
-                in_flight.popleft().result()
+                if receipt := in_flight.popleft().result():
+                    yield receipt
     finally:
         # After a failure nothing waits for encodings that nobody will write.
         writer.shutdown(wait=False, cancel_futures=True)
@@ -234,7 +229,7 @@ def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
         logits, classes = torch.cat([part.logits for part in parts], 1), torch.cat([part.classes for part in parts])
         evaluations = torch.cat([part.evaluations for part in parts], 2)
     target = None if run.goal.target is None else classes
-    return score(logits, labels, target, run.victim.space, opinions(evaluations, labels, run.spaces))
+    return score(run.levels, logits, labels, target, run.victim.space, evaluations, run.spaces)
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:
@@ -278,8 +273,9 @@ def _encode(
 
 
 def _progress_counts(run: Run, batch: Batch, scores: Scores) -> tuple[int, int, dict[int, int]]:
-    right = (scores.correct & scores.labelled).sum(1).tolist()
-    return batch.place.stop - batch.place.start, int(scores.labelled.sum()), dict(zip(run.levels, right, strict=True))
+    right = scores.correct[0].filled(False).sum(1).tolist()
+    labelled = int(scores.label.count())
+    return batch.place.stop - batch.place.start, labelled, dict(zip(run.levels, right, strict=True))
 
 
 class _Sink:
@@ -297,64 +293,56 @@ class _Sink:
         self._start()
 
     def _start(self) -> None:
-        self._totals: dict[int, dict[str, Any]] = {
-            level: {"rows": 0, "labelled": 0, "correct": 0, "fooled": 0, "confidence_sum": 0.0}
-            for level in self.run.levels
-        }
-        self._evaluated = {level: dict.fromkeys(self.run.evaluators, EvaluatorCounts()) for level in self.run.levels}
+        # Of each batch, at every level.
+        self._counts: list[list[LevelCounts]] = []
         self._skipped: list[SkippedRow] = []
         self._left_out: list[LeftOut] = []
         self._zero_signs = 0
 
     def add(
         self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
-    ) -> None:
+    ) -> Receipt | None:
         """Write a batch, and commit its shard if it was the last one.
 
         Batches that were already waiting when one failed are dropped: they must not complete its shard.
+
+        Returns:
+            The receipt of a shard that was committed.
         """
         if self._failed:
-            return
+            return None
         try:
-            self._add(batch, scores, zero_signs, encoded)
+            return self._add(batch, scores, zero_signs, encoded)
         except BaseException:
             self._failed = True
             raise
 
     def _add(
         self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
-    ) -> None:
+    ) -> Receipt | None:
         run = self.run
         if self._open is None:
-            self._open = ShardWriter(
-                self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.edition
-            )
+            columns = picture_columns(run.layout, run.levels)
+            self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, columns, run.edition)
         kind = self.schema.field(IMAGE).type
         pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
+        tables = run.layout.tables(batch, scores, pictures, self.schema)
         # By the wall, without the encoders: what holds a writer up is the disk.
-        self.busy.timed("write", self._open.write, time.perf_counter)(
-            run.layout.tables(self.schema, pictures, scores, run.levels, batch)
-        )
-        self._count(batch, scores, zero_signs)
-        if batch.ends_shard:
-            self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
-            self.close()
-            self._start()
+        self.busy.timed("write", self._open.write, time.perf_counter)(tables)
+        self._count(batch, dict(zip(run.stored, tables, strict=True)), zero_signs)
+        if not batch.ends_shard:
+            return None
+        receipt = self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
+        self.close()
+        self._start()
+        return receipt
 
-    def _count(self, batch: Batch, scores: Scores, zero_signs: int) -> None:
-        for index, level in enumerate(self.run.levels):
-            totals = self._totals[level]
-            totals["rows"] += len(scores.label)
-            totals["labelled"] += int(scores.labelled.sum())
-            totals["correct"] += int((scores.correct[index] & scores.labelled).sum())
-            totals["fooled"] += int((scores.fooled[index] & scores.fooled_known(index)).sum())
-            totals["confidence_sum"] += float(scores.confidence[index].sum(dtype=np.float64))
-            known = scores.labelled
-            fooled = (scores.fooled[index] & scores.fooled_known(index))[known]
-            for name, opinion in scores.evaluators.items():
-                self._evaluated[level][name] += count_evaluator(
-                    opinion.correct[0][known], opinion.correct[index][known], fooled
-                )
+    def _count(self, batch: Batch, tables: Mapping[str, pa.Table], zero_signs: int) -> None:
+        run = self.run
+        rows = [run.layout.rows(tables, level, run.levels) for level in run.levels]
+        self._counts.append(
+            [count(level, now, rows[0], run.evaluators) for level, now in zip(run.levels, rows, strict=True)]
+        )
         self._zero_signs += zero_signs
         self._left_out += batch.left_out
         self._skipped += [
@@ -363,7 +351,11 @@ class _Sink:
         ]
 
     def _receipt(self, shard: Shard) -> Receipt:
-        rows = int(self._totals[0]["rows"])
+        counts = [
+            add_up(level, [batch[index] for batch in self._counts], self.run.evaluators)
+            for index, level in enumerate(self.run.levels)
+        ]
+        rows = counts[0].rows
         return Receipt(
             run_id=self.run.run_id,
             shard=shard.name,
@@ -372,10 +364,7 @@ class _Sink:
             rows=rows,
             skipped=tuple(self._skipped),
             zero_sign_share=self._zero_signs / max(1, rows * int(np.prod(self.run.reader.shape))),
-            counts=tuple(
-                LevelCounts(level=level, evaluators=self._evaluated[level], **totals)
-                for level, totals in self._totals.items()
-            ),
+            counts=tuple(counts),
             files=(),
             versions=self.versions,
             left_out=sum_left_out(self._left_out),

@@ -5,13 +5,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.output.folder import subset_name
+from pipeline.layouts.base import subset_name
 
 LOG_SECONDS = 30.0
 
@@ -69,31 +68,6 @@ class Busy:
         """
         wall = max(time.monotonic() - self._started, 1e-9)
         return {stage: self._seconds.get(stage, 0.0) / wall / count for stage, count in workers.items()}
-
-
-@dataclass(frozen=True)
-class ShardCounts:
-    """How far a shard is: source images finished, how many of them are labelled, and right ones per level."""
-
-    images: int
-    labelled: int
-    correct: Mapping[int, int]
-
-
-class Board:
-    """Where workers on a cluster write how far their shards are, and the driver reads it."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, ShardCounts] = {}
-
-    def tell(self, shard: str, counts: ShardCounts) -> None:
-        """Replace what is known of a shard."""
-        self._counts[shard] = counts
-
-    def take(self) -> dict[str, ShardCounts]:
-        """What has been told since the last time."""
-        counts, self._counts = self._counts, {}
-        return counts
 
 
 class Progress:

@@ -39,15 +39,16 @@ from pipeline.engine.compute import (
     repays,
 )
 from pipeline.engine.loader import Reader, Shape, find_shape
-from pipeline.layouts.columns import SIGN
-from pipeline.layouts.records import LAYOUTS, Layout, make_features
+from pipeline.engine.scores import contents_of
+from pipeline.layouts.base import Layout, make_features, subsets_of
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace
 from pipeline.models.load import load_model
-from pipeline.output.folder import name_edition, stored_subsets
+from pipeline.output.folder import name_edition
 from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
-from pipeline.sources.mapped import Source, open_source
-from pipeline.sources.streamed import StreamedSource, check_unstreamed, open_stream
+from pipeline.sources.base import Source
+from pipeline.sources.registry import open_source
 
 ModelSection = TypeVar("ModelSection", bound=ModelConfig)
 
@@ -120,12 +121,12 @@ class Run:
     @property
     def stored(self) -> tuple[str, ...]:
         """The subsets that are stored, each a folder."""
-        return stored_subsets(self.config.output.layout, self.levels)
+        return subsets_of(self.layout, self.levels)
 
     @property
     def pictures(self) -> int:
         """How many pictures are stored of a source image."""
-        return len(self.stored) * len(self.layout.pictures)
+        return len(self.layout.pictures(self.levels))
 
     @property
     def run_id(self) -> str:
@@ -152,7 +153,7 @@ class Run:
             **Space.of(self.victim.space).model_dump(),
             evaluators={name: Space.of(space) for name, space in self.spaces.items()},
             shape=self.reader.shape,
-            split_rows=_split_rows(self.source),
+            split_rows=dict(self.source.splits),
             streamed=_streamed(self.source, self.config),
             asked_batch_size=self.asked_batch_size,
         )
@@ -175,7 +176,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         config = _take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
     loaded = load_attack(config.attack)
-    if not loaded.attack.on_ray and SIGN in LAYOUTS[config.output.layout].pictures:
+    if not loaded.attack.on_ray and LAYOUTS[config.output.layout].stores_sign:
         raise ConfigError(
             f"output.layout: {config.output.layout} stores one direction for all epsilons, and the images of "
             f"{config.attack.kind} do not lie along one; use layout images."
@@ -185,7 +186,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         logger.warning("Left out of the source: %s.", left_out)
     victim = load_run_model(config.model, config, device)
     preprocess = _preprocess(config.preprocess, victim.preprocess)
-    plan = plan_of(config, _split_rows(source), _streamed(source, config))
+    plan = plan_of(config, source.splits, _streamed(source, config))
     shape: Shape
     if recorded is not None and config.source.streaming:
         shape = recorded.shape  # no row is read of files that may be done
@@ -213,7 +214,6 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
             "runtime": config.runtime.model_copy(update=decided),
         }
     )
-    targeted = config.attack.target is not None
     return Run(
         config=resolved,
         source=source,
@@ -224,11 +224,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         goal=goal,
         features=make_features(
             LAYOUTS[config.output.layout],
-            victim.space,
-            targeted=targeted,
-            kept=source.kept,
-            evaluators={name: evaluator.space for name, evaluator in evaluators.items()},
-            streamed=config.source.streaming,
+            contents_of(resolved, victim.space, {name: other.space for name, other in evaluators.items()}, source.kept),
         ),
         device=device,
         image_format=image_format,
@@ -242,11 +238,9 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
 
 
 def open_run_source(config: Config) -> Source:
-    """The source of a run, streamed or not."""
+    """The source of a run."""
     need_labels = config.attack.label == "dataset"
-    if config.source.streaming:
-        return open_stream(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
-    return open_source(config.source, need_labels=need_labels, check_tars=check_unstreamed)
+    return open_source(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
 
 
 def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> PreprocessConfig:
@@ -332,20 +326,12 @@ def _normalised(model: ModelSection, victim: Model) -> ModelSection:
     return model.model_copy(update={"mean": mean, "std": std})
 
 
-def _split_rows(source: Source) -> dict[str, int | None]:
-    if isinstance(source, StreamedSource):
-        return source.split_rows()
-    return {split.name: len(split.labels) for split in source.splits}
-
-
 def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, ...]]:
-    """The files of a source that is streamed as a manifest records them; none of any other."""
-    if not isinstance(source, StreamedSource):
-        return {}
-    most = config.output.images_per_shard
+    """The files that are the shards of a source, as a manifest records them; none where shards are cut otherwise."""
+    files = source.files(config.output.images_per_shard)
     return {
-        split: tuple(StreamedFile(path=file.name, cuts=file.cuts(most)) for file in files)
-        for split, files in source.files.items()
+        split: tuple(StreamedFile(path=name, cuts=None if cuts is None else tuple(cuts)) for name, cuts in own)
+        for split, own in files.items()
     }
 
 
@@ -473,7 +459,7 @@ def _identity(
     return {
         **identity_of(
             config,
-            split_rows=_split_rows(source),
+            split_rows=source.splits,
             streamed=_streamed(source, config),
             shape=shape,
             dataset_classes=victim.space.dataset_classes,

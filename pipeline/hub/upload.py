@@ -10,19 +10,18 @@ that is a first upload that was cut off.
 """
 
 import contextlib
+import functools
 import hashlib
-import io
 import json
 import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names them only by importing them
@@ -33,7 +32,6 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
     httpx,
     validate_repo_id,
 )
-from huggingface_hub.utils._http import default_client_factory  # it has no public name
 
 from pipeline import __version__
 from pipeline.check.verify import verify
@@ -44,25 +42,24 @@ from pipeline.output.folder import SUBSETS, OutputFolder, report_files, reported
 from pipeline.output.manifest import Manifest, published, require_manifest
 from pipeline.output.summary import human_bytes
 
-# Seconds between our attempts at what fails for a passing reason. The client makes its own within each, but for none
-# of creating, listing and committing through LFS.
+# Seconds between our attempts at an upload that fails for a passing reason. The client repeats most requests itself,
+# but not those that create a repository, check the card, or commit without Xet.
 PAUSES = (2.0, 20.0, 120.0)
 # Seconds without a byte after which a connection counts as lost; the client itself would wait for ever.
 STALL_SECONDS = 300.0
 # Made by Git's host for every repository.
 ATTRIBUTES = ".gitattributes"
-# Files of the report by their names.
+# Files of the report by their names, and those that it no longer has.
 REPORT = r"report\.html|assets/(accuracy|confidence|examples|confusion|transfer)\.png"
 
-Result = TypeVar("Result")
-Content = bytes  # OwnFile has a field of that name
+Content = bytes  # OwnFile has a field called bytes
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class OwnFile:
-    """A file of the dataset, with the digest that verification found; `content` is what goes in its place, if any."""
+    """A file of the dataset, with the digest that verification found. All but shards hold their content."""
 
     bytes: int
     sha256: str
@@ -86,24 +83,18 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
     """
     _check_id(repo_id)
     folder, manifest = _verified(path)
-    repository = _Repository(repo_id, _token())
-    with _client_log(repository.token), _client_that_gives_up():
-        there = repository.files()
-        if there is None:
-            repository.create(private is not False)
-            there = repository.files() or {}
-        elif private is not None:
-            repository.check_visibility(private)
-        _check_ours(repository, folder, manifest, there)
+    token = _token()
+    api = HfApi(token=token, library_name="fgsm-pipeline", library_version=__version__)
+    with _client_log(token), _client_that_gives_up():
+        _patiently(repo_id, token, lambda: _open_repository(api, repo_id, folder, manifest, private))
         _move_card(folder, manifest, repo_id)
         if reported_receipts(folder) != manifest.receipts:
             _report(folder, manifest)
         files = list_files(folder, manifest)
         if others := _left_out(folder, files):
             logger.info("Not published, as they are not of this dataset: %s.", listing(others))
-        _upload(repository, folder, manifest, files, there)
-        _check_arrived(repository, folder, manifest, files)
-    return repository.url
+        _patiently(repo_id, token, lambda: _upload(api, repo_id, folder, manifest, files))
+    return f"{api.endpoint}/datasets/{repo_id}"
 
 
 def dry_run(path: str | Path, repo_id: str) -> str:
@@ -168,14 +159,12 @@ def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, OwnFile]:
     files = {
         entry.path: OwnFile(entry.bytes, entry.sha256) for entry in sorted(manifest.files, key=lambda entry: entry.path)
     }
-    shown = published(manifest).model_dump_json(indent=1).encode()
-    files[folder.manifest] = OwnFile(len(shown), hashlib.sha256(shown).hexdigest(), content=shown)
     there = folder.store.sizes()
-    for name in (folder.card, *report_files(folder)):
-        if name in there:
-            content = folder.store.read(name)
-            files[name] = OwnFile(len(content), hashlib.sha256(content).hexdigest())
-    return files
+    small = {folder.manifest: published(manifest).model_dump_json(indent=1).encode()}
+    small |= {name: folder.store.read(name) for name in (folder.card, *report_files(folder)) if name in there}
+    return files | {
+        name: OwnFile(len(content), hashlib.sha256(content).hexdigest(), content) for name, content in small.items()
+    }
 
 
 def _left_out(folder: OutputFolder, files: Mapping[str, OwnFile]) -> list[str]:
@@ -194,16 +183,25 @@ def _token() -> str:
     return token
 
 
-def _check_ours(
-    repository: "_Repository", folder: OutputFolder, manifest: Manifest, there: Mapping[str, RepoFile]
-) -> None:
-    """Refuse a repository that holds anything else than this run."""
+def _open_repository(api: HfApi, repo_id: str, folder: OutputFolder, manifest: Manifest, private: bool | None) -> None:
+    """Create the repository where there is none; refuse one that holds anything else than this run."""
+    there = _listed(api, repo_id)
+    if there is None:
+        api.create_repo(repo_id, repo_type="dataset", private=private is not False, exist_ok=True)
+        logger.info("Created %s, %s.", repo_id, "public" if private is False else "private")
+        return
+    if private is not None and bool(api.repo_info(repo_id, repo_type="dataset").private) != private:
+        # Changing that is its owner's business.
+        now = "public" if private else "private"
+        logger.warning(
+            "%s is there already, and is %s; it stays so. Its settings on the Hub change that.", repo_id, now
+        )
     advice = "choose another repository; nothing was uploaded"
     if folder.manifest in there:
-        run_id = repository.run_id(folder.manifest)
+        run_id = _published_run(api, repo_id, folder.manifest)
         if run_id != manifest.run_id:
             what = f"another run ({run_id}, this one is {manifest.run_id})" if run_id else "a manifest that is not ours"
-            raise ConfigError(f"{repository.id} holds {what}; {advice}.")
+            raise ConfigError(f"{repo_id} holds {what}; {advice}.")
         return
     files = list_files(folder, manifest)
     strange = [
@@ -212,7 +210,29 @@ def _check_ours(
         if path != ATTRIBUTES and not (path in files and _is_same(folder, path, files[path], file))
     ]
     if strange:
-        raise ConfigError(f"{repository.id} holds other files already ({listing(strange, 3)}); {advice}.")
+        raise ConfigError(f"{repo_id} holds other files already ({listing(strange, 3)}); {advice}.")
+
+
+def _listed(api: HfApi, repo_id: str) -> dict[str, RepoFile] | None:
+    """What a repository holds, by path; None where there is none, or none that this token may see."""
+    try:
+        tree = api.list_repo_tree(repo_id, recursive=True, repo_type="dataset")
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    except RepositoryNotFoundError:
+        return None
+
+
+def _published_run(api: HfApi, repo_id: str, manifest: str) -> str | None:
+    """The run of the manifest that a repository holds; None where that is not one of ours."""
+    address = f"{api.endpoint}/datasets/{repo_id}/resolve/main/{manifest}"
+    answer = http_backoff("GET", address, headers=build_hf_headers(token=api.token))
+    hf_raise_for_status(answer)
+    try:
+        content = json.loads(answer.content)
+    except ValueError:
+        return None
+    run_id = content.get("run_id") if isinstance(content, dict) else None
+    return run_id if isinstance(run_id, str) else None
 
 
 def _move_card(folder: OutputFolder, manifest: Manifest, repo_id: str) -> None:
@@ -237,14 +257,9 @@ def _left_by_an_earlier_upload(manifest: Manifest, files: Mapping[str, OwnFile],
     return [path for path in there if path not in files and re.fullmatch(f"{shards}|{REPORT}", path)]
 
 
-def _upload(
-    repository: "_Repository",
-    folder: OutputFolder,
-    manifest: Manifest,
-    files: Mapping[str, OwnFile],
-    there: Mapping[str, RepoFile],
-) -> None:
-    """Send what is not there, the data first; remove what an earlier upload left."""
+def _upload(api: HfApi, repo_id: str, folder: OutputFolder, manifest: Manifest, files: Mapping[str, OwnFile]) -> None:
+    """Send what is not there, the data first; remove what an earlier upload left; then see that all of it arrived."""
+    there = _listed(api, repo_id) or {}
     missing = _differing(folder, files, there)
     stale = _left_by_an_earlier_upload(manifest, files, there)
     if others := [path for path in there if path not in files and path not in (*stale, ATTRIBUTES)]:
@@ -253,31 +268,38 @@ def _upload(
         logger.info("All %d files are already there.", len(files))
         return
     size = human_bytes(sum(files[path].bytes for path in missing))
-    logger.info("Uploading %d of %d files, %s, to %s.", len(missing), len(files), size, repository.id)
-    data = [path for path in missing if path.endswith(".parquet")]
-    if data:
-        # By folders: the client compares every name with every pattern. What is there already it finds out itself.
-        folders = sorted({path.rpartition("/")[0] for path in data})
-        for root in folder.store.staged({path: files[path].bytes for path in data}):
-            repository.upload(root, folders, manifest.edition)
-    rest = [path for path in missing if path not in set(data)]
-    if rest or stale:
-        if stale:
-            logger.info("Removing what an earlier upload left: %s.", listing(stale))
-        contents = {path: files[path].content or folder.store.read(path) for path in rest}
-        repository.commit(contents, stale)
-
-
-def _check_arrived(
-    repository: "_Repository", folder: OutputFolder, manifest: Manifest, files: Mapping[str, OwnFile]
-) -> None:
-    """Published is what the Hub lists with the names, sizes and digests that were verified here."""
-    there = repository.files() or {}
-    wrong = _differing(folder, files, there)
-    wrong += _left_by_an_earlier_upload(manifest, files, there)
+    logger.info("Uploading %d of %d files, %s, to %s.", len(missing), len(files), size, repo_id)
+    shards = {path: files[path].bytes for path in missing if files[path].content is None}
+    # By folders: the client compares every name with every pattern. What is there already it finds out itself.
+    folders = sorted({path.rpartition("/")[0] for path in shards})
+    for root in folder.store.staged(shards) if shards else ():
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=root,
+            allow_patterns=[f"{name}/*-{manifest.edition}.parquet" for name in folders],
+            ignore_patterns=[f"{name}/*/*" for name in folders],  # its * takes in what lies deeper
+            commit_message="Upload shards with fgsm-pipeline",
+        )
+    added = {path: content for path in missing if (content := files[path].content) is not None}
+    if stale:
+        logger.info("Removing what an earlier upload left: %s.", listing(stale))
+    if added or stale:
+        with disable_progress_bars():  # a bar for each small file
+            api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in added.items()),
+                    *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in stale),
+                ],
+                commit_message="Upload card, manifest and report with fgsm-pipeline",
+                repo_type="dataset",
+            )
+    there = _listed(api, repo_id) or {}
+    wrong = _differing(folder, files, there) + _left_by_an_earlier_upload(manifest, files, there)
     if wrong:
         raise PipelineError(
-            f"{repository.id} does not hold what was verified here: {listing(wrong)}; run the same command again."
+            f"{repo_id} does not hold what was verified here: {listing(wrong)}; run the same command again."
         )
 
 
@@ -292,135 +314,49 @@ def _is_same(folder: OutputFolder, path: str, local: OwnFile, remote: RepoFile) 
         return False
     if remote.lfs is not None:
         return bool(local.sha256 == remote.lfs.sha256)
-    blob = hashlib.sha1(b"blob %d\0" % local.bytes, usedforsecurity=False)
-    with folder.store.open(path) if local.content is None else io.BytesIO(local.content) as file:
-        while block := file.read(1 << 20):
-            blob.update(block)
+    content = folder.store.read(path) if local.content is None else local.content
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
     return bool(blob.hexdigest() == remote.blob_id)
 
 
-class _Repository:
-    """A dataset repository of the Hub. What fails for a passing reason is tried again; what fails is one sentence."""
-
-    def __init__(self, repo_id: str, token: str) -> None:
-        self.id, self.token = repo_id, token
-        self.api = HfApi(token=token, library_name="fgsm-pipeline", library_version=__version__)
-        self.url = f"{self.api.endpoint}/datasets/{repo_id}"
-
-    def files(self) -> dict[str, RepoFile] | None:
-        """What it holds, by path; None where there is no such repository, or none that this token may see."""
-
-        def ask() -> dict[str, RepoFile] | None:
-            try:
-                tree = self.api.list_repo_tree(self.id, recursive=True, repo_type="dataset")
-                return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-            except RepositoryNotFoundError:
-                return None
-
-        return self._ask(ask)
-
-    def create(self, private: bool) -> None:
-        """Create it; where it has been created meanwhile, that is as well."""
-        self._ask(lambda: self.api.create_repo(self.id, repo_type="dataset", private=private, exist_ok=True))
-        logger.info("Created %s, %s.", self.id, "private" if private else "public")
-
-    def check_visibility(self, private: bool) -> None:
-        """Say so where it is seen by others than asked for; changing that is its owner's business."""
-        is_private = self._ask(lambda: self.api.repo_info(self.id, repo_type="dataset")).private
-        if bool(is_private) != private:
-            logger.warning(
-                "%s is there already, and is %s; it stays so. Its settings on the Hub change that.",
-                self.id,
-                "private" if is_private else "public",
-            )
-
-    def run_id(self, manifest: str) -> str | None:
-        """The run of the manifest that it holds; None where that is not one of ours."""
-
-        def ask() -> bytes:
-            address = f"{self.url}/resolve/main/{manifest}"
-            answer = http_backoff("GET", address, headers=build_hf_headers(token=self.token))
-            hf_raise_for_status(answer)
-            return bytes(answer.content)
-
+def _patiently(repo_id: str, token: str, call: Callable[[], None]) -> None:
+    """Call what goes on where it stopped: again if it failed for a passing reason. What fails is one sentence."""
+    for pause in (*PAUSES, None):
         try:
-            content = json.loads(self._ask(ask))
-        except ValueError:
-            return None
-        run_id = content.get("run_id") if isinstance(content, dict) else None
-        return run_id if isinstance(run_id, str) else None
-
-    def upload(self, root: Path, folders: Sequence[str], edition: str) -> None:
-        """Upload the files of an edition in some folders of one, but for those that are there."""
-        self._ask(
-            lambda: self.api.upload_folder(
-                repo_id=self.id,
-                repo_type="dataset",
-                folder_path=root,
-                allow_patterns=[f"{folder}/*-{edition}.parquet" for folder in folders],
-                ignore_patterns=[f"{folder}/*/*" for folder in folders],  # its * takes in what lies deeper
-                commit_message="Upload shards with fgsm-pipeline",
-            )
-        )
-
-    def commit(self, files: Mapping[str, bytes], stale: Sequence[str]) -> None:
-        """Upload some files and delete others in one commit."""
-
-        def ask() -> None:
-            # The first attempt may have been heard, though its answer was lost: what is gone cannot be deleted.
-            left = [path for path in stale if path in (self.files() or {})] if stale else []
-            added = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()]
-            with disable_progress_bars():  # a bar for each small file
-                self.api.create_commit(
-                    self.id,
-                    [*added, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in left)],
-                    commit_message="Upload card, manifest and report with fgsm-pipeline",
-                    repo_type="dataset",
-                )
-
-        self._ask(ask)
-
-    def _ask(self, call: Callable[[], Result]) -> Result:
-        for pause in (*PAUSES, None):
-            try:
-                return call()
-            except PipelineError:
-                raise
-            except Exception as error:  # a dozen exception types of three libraries; all mean the same here
-                sentence = self._sentence(error)
-                if pause is None or not _is_passing(error):
-                    shown = "".join(_messages(error))
-                    # It may quote the token, or the signature of an address, and --debug would show them.
-                    raise PipelineError(sentence) from (error if redact(shown, self.token) == shown else None)
-                logger.warning("%s Trying again in %g s.", sentence, pause)
-                time.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _sentence(self, error: BaseException) -> str:
-        """What went wrong, for a person."""
-        again = "run the same command again: what has arrived is not sent twice"
-        refused = next((cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)
-        if refused is not None:
-            status, said = refused.response.status_code, first_line(Exception(refused.server_message or ""))
-            quoted = f" ({said})" if refused.server_message else ""
-            known = {
-                400: f"The Hub refuses what it was sent ({' '.join(str(error).split())[:300]})",
-                401: "The Hub does not accept the token; log in again with `hf auth login`, or mend HF_TOKEN",
-                403: f"The token may not write to {self.id}{quoted}; use one that has the right to, of that account",
-                429: f"The Hub answers too many requests at the moment; wait, and {again}",
-            }
-            unknown = f"The Hub answered {status}{quoted} about {self.id}; {again}"
-            return redact(known.get(status, unknown) + ".", self.token)
-        if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(error)):
-            return "HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it."
-        if _is_passing(error):
-            return f"The connection to the Hub was lost; {again}."
-        reasons = dict.fromkeys(first_line(cause).rstrip(".") for cause in causes(error))
-        return redact(f"{self.id}: the upload failed ({': '.join(reasons)}); {again}.", self.token)
+            return call()
+        except PipelineError:
+            raise
+        except Exception as error:  # a dozen exception types of three libraries; all mean the same here
+            sentence = redact(_sentence(error, repo_id), token)
+            if pause is None or not _is_passing(error):
+                shown = "".join(str(cause) for cause in causes(error))
+                # It may quote the token, or the signature of an address, and --debug would show them.
+                raise PipelineError(sentence) from (error if redact(shown, token) == shown else None)
+            logger.warning("%s Trying again in %g s.", sentence, pause)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _messages(error: BaseException) -> Iterator[str]:
-    return (str(cause) for cause in causes(error))
+def _sentence(error: Exception, repo_id: str) -> str:
+    """What went wrong, for a person."""
+    again = "run the same command again: what has arrived is not sent twice"
+    refused = next((cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)
+    if refused is not None:
+        status, said = refused.response.status_code, first_line(Exception(refused.server_message or ""))
+        quoted = f" ({said})" if refused.server_message else ""
+        known = {
+            400: f"The Hub refuses what it was sent ({' '.join(str(error).split())[:300]})",
+            401: "The Hub does not accept the token; log in again with `hf auth login`, or mend HF_TOKEN",
+            403: f"The token may not write to {repo_id}{quoted}; use one that has the right to, of that account",
+            429: f"The Hub answers too many requests at the moment; wait, and {again}",
+        }
+        return known.get(status, f"The Hub answered {status}{quoted} about {repo_id}; {again}") + "."
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(error)):
+        return "HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it."
+    if _is_passing(error):
+        return f"The connection to the Hub was lost; {again}."
+    reasons = dict.fromkeys(first_line(cause).rstrip(".") for cause in causes(error))
+    return f"{repo_id}: the upload failed ({': '.join(reasons)}); {again}."
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -446,17 +382,13 @@ def redact(text: str, token: str) -> str:
 @contextlib.contextmanager
 def _client_that_gives_up() -> Iterator[None]:
     """Let no connection of the client be silent for ever, nor those of a session that it makes after a failure."""
-
-    def impatient() -> httpx.Client:
-        client = default_client_factory()
-        client.timeout = STALL_SECONDS
-        return client
-
-    set_client_factory(impatient)
+    usual = get_session()
+    session = functools.partial(type(usual), event_hooks=usual.event_hooks, follow_redirects=True)
+    set_client_factory(functools.partial(session, timeout=STALL_SECONDS))
     try:
         yield
     finally:
-        set_client_factory(default_client_factory)
+        set_client_factory(functools.partial(session, timeout=usual.timeout))
 
 
 @contextlib.contextmanager

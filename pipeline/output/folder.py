@@ -2,9 +2,8 @@
 
 OUTPUT/manifest.json                                what the dataset is
 OUTPUT/README.md                                    the card, which makes the subsets
-OUTPUT/clean/test-00000-of-00004-RUN.parquet
+OUTPUT/clean/test-00000-of-00004-RUN.parquet        in layout images; others have other subsets
 OUTPUT/eps-8/test-00000-of-00004-RUN.parquet
-OUTPUT/signs/test-00000-of-00004-RUN.parquet        in layout signs, instead of the two above
 OUTPUT/report.html, OUTPUT/assets/*.png             what it looks like
 OUTPUT/.run/receipts/test-00000-of-00004-RUN.json   a shard without a receipt does not exist
 OUTPUT/.run/sessions.jsonl                          how fast each session that wrote something was
@@ -33,12 +32,13 @@ from pipeline.config.schema import is_address
 from pipeline.core.errors import ConfigError, listing
 from pipeline.core.left_out import LeftOut
 from pipeline.core.plan import Shard
-from pipeline.output.stores import open_store
+from pipeline.layouts.registry import LAYOUTS
+from pipeline.output.store import open_store
 
 # What names of splits and files are made of: receipts and manifests are data, which others may have written, and a name
 # out of them is never a way out of the folder.
 STEM = r"^\w[\w.-]*$"
-SUBSETS = r"(?:clean|signs|eps-[0-9]{1,3})"
+SUBSETS = f"(?:{'|'.join(layout.subsets for layout in LAYOUTS.values())})"
 SHARD_FILE = rf"^{SUBSETS}/\w[\w.-]*\.parquet$"
 RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
 # Numbers there are such that one can compute with them.
@@ -49,24 +49,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Flags = NDArray[np.bool_]
 
 logger = logging.getLogger(__name__)
-
-# The one subset of layout signs.
-SIGNS = "signs"
-
-
-def subset_name(level: int) -> str:
-    """The subset that holds one epsilon in grey levels, 0 for clean, in layout images."""
-    return f"eps-{level}" if level else "clean"
-
-
-def stored_subsets(layout: str, levels: Iterable[int]) -> tuple[str, ...]:
-    """The subsets that a layout stores: each is a folder, and a config of the Hub's.
-
-    Args:
-        layout: `images`, a subset for each epsilon, or `signs`, one for all of them.
-        levels: 0 and every epsilon in grey levels.
-    """
-    return (SIGNS,) if layout == SIGNS else tuple(map(subset_name, levels))
 
 
 def local_folder(path_or_repo: str | Path) -> Path | None:

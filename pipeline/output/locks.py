@@ -117,7 +117,7 @@ class StoreLock:
                     self._confirmed = time.clock_gettime(CLOCK)
                 except ConflictError:
                     found = self._objects.look(LOCK)
-                    by = f"taken over by another run ({_holder(_parse(found[0]))})" if found else "removed"
+                    by = f"taken over by another run ({_holder(found[0])})" if found else "removed"
                     self._lost = (
                         f"The lock of {self._objects.root} was {by}; nothing more is written. See that one run at a "
                         "time writes there, then run the same command again."
@@ -156,7 +156,7 @@ class StoreLock:
         Raises:
             PipelineError: its holder lives.
         """
-        logger.info("%s has a lock of %s; waiting to see whether that lives.", self._objects.root, _holder_of(found))
+        logger.info("%s has a lock of %s; waiting to see whether that lives.", self._objects.root, _holder(found[0]))
         end = time.clock_gettime(CLOCK) + STALE_SECONDS
         while (now := self._objects.look(LOCK)) == found:
             if time.clock_gettime(CLOCK) > end:
@@ -166,7 +166,7 @@ class StoreLock:
                 return True
             time.sleep(min(1.0, STALE_SECONDS / 10))
         if now is not None and not _parse(now[0]).get("released"):
-            raise in_use(self._objects.root, _holder_of(now))
+            raise in_use(self._objects.root, _holder(now[0]))
         return False
 
     def _probe(self) -> None:
@@ -188,8 +188,13 @@ class StoreLock:
                 self.confirm()
 
 
+def warn_unlocked(root: str) -> None:
+    """Say that nothing keeps a second run out."""
+    logger.warning("%s is not locked: see that no other run writes there before this one has ended.", root)
+
+
 def in_use(root: str, holder: str) -> PipelineError:
-    """The sentence for a place that another process holds."""
+    """The sentence for an output that another process holds."""
     return PipelineError(f"{root} is in use by another run ({holder}); wait for it.")
 
 
@@ -201,9 +206,6 @@ def _parse(content: bytes) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _holder(lock: dict[str, Any]) -> str:
+def _holder(content: bytes) -> str:
+    lock = _parse(content)
     return f"process {lock.get('process', '?')} on {lock.get('host', '?')}"
-
-
-def _holder_of(found: tuple[bytes, str]) -> str:
-    return _holder(_parse(found[0]))

@@ -24,9 +24,12 @@ from pydantic_core import from_json, to_json
 from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig, parse_config
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.left_out import LeftOut, sum_left_out
+from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, make_plan, stream_plan
 from pipeline.core.redaction import printable
+from pipeline.layouts.base import Layout, subsets_of
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.folder import (
     EDITION,
     RUN_ID,
@@ -46,11 +49,8 @@ from pipeline.output.folder import (
     name_edition,
     receipts_digest,
     shard_file,
-    stored_subsets,
-    subset_name,
     uncollected,
 )
-from pipeline.sources.origins import UNKNOWN, Origin
 
 if TYPE_CHECKING:
     from pipeline.models.label_space import LabelSpace
@@ -210,11 +210,11 @@ class Manifest(SealedRecord):
             return self
         if [(there.split, there.level) for there in self.subsets] != [*itertools.product(self.split_rows, self.levels)]:
             raise ValueError("subsets lists others than its splits and epsilons make")
-        stored = self.stored
+        shared = self.layout.per_image
         for there in self.subsets:
             if [*there.evaluators] != [*self.evaluators]:
                 raise ValueError("subsets counts other evaluators than there are")
-            if (there.bytes is None) == (subset_name(there.level) in stored):
+            if (there.bytes is None) != shared:
                 raise ValueError("subsets has bytes that are not those of its layout")
         return self
 
@@ -252,9 +252,14 @@ class Manifest(SealedRecord):
             )
 
     @property
+    def layout(self) -> Layout:
+        """How its rows are stored."""
+        return LAYOUTS[self.resolved.output.layout]
+
+    @property
     def stored(self) -> tuple[str, ...]:
         """The subsets that are stored, each a folder."""
-        return stored_subsets(self.resolved.output.layout, self.levels)
+        return subsets_of(self.layout, self.levels)
 
     @property
     def spaces(self) -> dict[str, "LabelSpace"]:
@@ -583,11 +588,10 @@ def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, .
             counts[receipt.split, count.level].append(count)
         for file in receipt.files:
             sizes[receipt.split, file.path.partition("/")[0]] += file.bytes
-    subsets = []
-    stored = manifest.stored
+    subsets, layout = [], manifest.layout
     for split, level in itertools.product(manifest.split_rows, manifest.levels):
         total = add_up(level, counts[split, level], manifest.evaluators)
-        size = sizes[split, subset_name(level)] if subset_name(level) in stored else None
+        size = None if layout.per_image else sizes[split, layout.subset(level)]
         # Not checked, as the sum is not.
         subsets.append(Subset.model_construct(split=split, bytes=size, **dict(total)))
     return tuple(subsets)

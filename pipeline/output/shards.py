@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.plan import Shard
 from pipeline.output.folder import FileEntry, OutputFolder, Receipt, shard_file
-from pipeline.output.stores import writing
+from pipeline.output.local import writing
 
 # A row group closes at whichever comes first. The Hub's viewer reads whole row groups and wants under 300 MB
 # of them; streaming readers buffer one per file; a reader that skips by statistics wants them small.
@@ -93,11 +93,14 @@ class ShardWriter:
                     writer.write_table(table, row_group_size=min(ROW_GROUP_ROWS, rows))
                 waiting.clear()
 
-    def commit(self, receipt: Receipt) -> None:
+    def commit(self, receipt: Receipt) -> Receipt:
         """Close every file and put it into its place, then write the receipt, which is the commit.
 
         Args:
             receipt: the shard's, still without files.
+
+        Returns:
+            The receipt as written.
 
         Raises:
             PipelineError: the disk or the store refused; then there is no receipt.
@@ -126,6 +129,7 @@ class ShardWriter:
         self.folder.store.commit(
             self.folder.receipt(self.shard, self.edition), receipt.model_dump_json(indent=1).encode()
         )
+        return receipt
 
 
 def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.core.errors import PipelineError, first_line
+from pipeline.core.errors import PipelineError, explained
 from pipeline.core.images import open_stored
 from pipeline.core.lattice import SIGN_UNIT
 from pipeline.layouts.stepped import SteppedImage
-from pipeline.output.folder import SIGNS, OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest
 from pipeline.report.plots import LIGHT, level_name, shortened
 from pipeline.report.sample import Aim, Sample, read_pictures
@@ -160,16 +160,13 @@ def _varied(order: Sequence[int], sample: Sample, taken: set[int]) -> list[int]:
 
 def _example(manifest: Manifest, sample: Sample, row: int, pictures: tuple[bytes, bytes], name: Names) -> Example:
     """A row with its images, made as `pipeline.load` makes them: exactly the stored ones."""
-    try:
-        for picture in pictures:  # before any of it is decoded
-            open_stored(picture, manifest.shape).close()
-        images, sign_map = _decode(pictures, sample.levels, attacked=manifest.resolved.output.layout != SIGNS)
-    except Exception as error:  # a broken file can raise anything from Pillow's parsers
-        shard = sample.shards[sample.shard[row]]
-        raise PipelineError(
-            f"A picture in row {sample.place[row]} of {shard} cannot be decoded ({first_line(error)}); fgsm verify "
-            "says what is damaged."
-        ) from error
+    picture = f"A picture in row {sample.place[row]} of {sample.shards[sample.shard[row]]}"
+    # A broken file can raise anything from Pillow's parsers.
+    broken = (Exception, PipelineError)
+    with explained(f"{picture} cannot be decoded", "fgsm verify says what is damaged", errors=broken):
+        for stored in pictures:  # before any of it is decoded
+            open_stored(stored, manifest.shape).close()
+        images, sign_map = _decode(pictures, sample.levels, attacked=not manifest.layout.stores_sign)
     cells = []
     for index, (level, image) in enumerate(zip(sample.levels, images, strict=True)):
         answer = name(int(sample.prediction[index, row]))

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.core.errors import PipelineError, first_line
-from pipeline.layouts.columns import IMAGE, LAST, SIGN, one_level
-from pipeline.output.folder import SIGNS, OutputFolder, split_of
+from pipeline.core.errors import explained
+from pipeline.layouts.base import LABEL, LAST, picture_columns
+from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest
 
 # Shards that a sample is taken from at most: each costs the footers of its files.
@@ -98,7 +98,7 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int)
     tables, shard, place = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for index, (name, rows) in enumerate(shares.items()):
         levels = _read_scores(folder, manifest, name, rows)
-        known = np.flatnonzero(levels[0].column("label").is_valid()) if labelled else np.arange(rows)
+        known = np.flatnonzero(levels[0].column(LABEL).is_valid()) if labelled else np.arange(rows)
         tables.append([level.take(known) for level in levels])
         shard.append(np.full(len(known), index))
         place.append(known)
@@ -136,20 +136,16 @@ def read_pictures(
 ) -> dict[int, tuple[bytes, bytes]]:
     """The encoded clean image of some rows of a sample, and the picture that says in which direction it was attacked.
 
-    The latter is the sign map in layout signs, and the image at the largest epsilon in layout images.
-
     Raises:
         PipelineError: as `read_sample`.
     """
-    first, last = manifest.stored[0], manifest.stored[-1]
-    direction = SIGN if first == SIGNS else IMAGE
+    ray = manifest.layout.ray(manifest.levels)
     pictures: dict[int, tuple[bytes, bytes]] = {}
     for shard in sorted({int(sample.shard[row]) for row in rows}):
         own = [row for row in rows if sample.shard[row] == shard]
         places = [int(sample.place[row]) for row in own]
-        files = [f"{subset}/{sample.shards[shard]}.parquet" for subset in (first, last)]
         cells = [
-            _read_cells(folder, file, column, places) for file, column in zip(files, (IMAGE, direction), strict=True)
+            _read_cells(folder, f"{subset}/{sample.shards[shard]}.parquet", column, places) for subset, column in ray
         ]
         beside = zip(*cells, strict=True)
         pictures.update(zip(own, beside, strict=True))
@@ -178,22 +174,22 @@ def _shares(rows: Mapping[str, int], most: int) -> dict[str, int]:
 
 def _read_scores(folder: OutputFolder, manifest: Manifest, shard: str, rows: int) -> list[pa.Table]:
     """For each epsilon, what the columns of layout images but the pictures say of a shard's first rows."""
-    stored, levels = manifest.stored, manifest.levels
-    files = [f"{subset}/{shard}.parquet" for subset in stored]
-    tables = [_first_rows(folder, file, rows) for file in files]
-    with _readable(folder, files[0]):
-        if stored == (SIGNS,):
-            tables = [pa.table(one_level(tables[0], level, levels[1:])) for level in levels]
+    layout, levels = manifest.layout, manifest.levels
+    pictures = picture_columns(layout, levels)
+    files = {subset: f"{subset}/{shard}.parquet" for subset in manifest.stored}
+    stored = {subset: _first_rows(folder, file, rows, pictures) for subset, file in files.items()}
+    with _readable(folder, next(iter(files.values()))):
+        tables = [layout.rows(stored, level, levels) for level in levels]
         if any(table.num_rows != rows or table.column(LAST) != tables[0].column(LAST) for table in tables):
             raise ValueError("its rows are not those of the other epsilons")
     return tables
 
 
-def _first_rows(folder: OutputFolder, name: str, rows: int) -> pa.Table:
+def _first_rows(folder: OutputFolder, name: str, rows: int, pictures: Sequence[str]) -> pa.Table:
     """The first rows of a file without its pictures and kept columns; of the row groups that hold them, no more."""
     with _opened(folder, name) as file:
         names = file.schema_arrow.names
-        ours = [name for name in names[: names.index(LAST) + 1] if name not in (IMAGE, SIGN)]
+        ours = [name for name in names[: names.index(LAST) + 1] if name not in pictures]
         starts = _group_starts(file)
         return file.read_row_groups(np.flatnonzero(starts[:-1] < rows).tolist(), ours).slice(0, rows)
 
@@ -224,12 +220,10 @@ def _opened(folder: OutputFolder, name: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-@contextlib.contextmanager
-def _readable(folder: OutputFolder, name: str) -> Iterator[None]:
+def _readable(folder: OutputFolder, name: str) -> contextlib.AbstractContextManager[None]:
     """What goes wrong in a file, as one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
-        raise PipelineError(
-            f"{folder.store.at(name)} cannot be read ({first_line(error)}); fgsm verify says what is damaged."
-        ) from error
+    return explained(
+        f"{folder.store.at(name)} cannot be read",
+        "fgsm verify says what is damaged",
+        errors=(OSError, ValueError, KeyError, IndexError, pa.ArrowException),
+    )

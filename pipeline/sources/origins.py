@@ -1,8 +1,4 @@
-"""Origins: what is known of the dataset behind a run, for the card: its name, its revision, its licence, and what of
-its files was left out.
-
-None of it decides a byte, so none of it is part of the run id. What is not known stays None, and the card says so.
-"""
+"""Origins: what the files of a dataset say of where it comes from: its revision on the Hub, the licence in its card."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,34 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from pipeline.config.schema import MOST_NODES, BoundedLoader
-
-
-class Origin(BaseModel):
-    """The dataset that the images come from.
-
-    `repository` is its id on the Hub and `revision` the commit that was read; `license` is stated as the source
-    states it; `credit` names whom to thank, in plain words.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str | None = None
-    repository: str | None = None
-    revision: str | None = None
-    license: str | None = None
-    credit: str | None = None
-
-
-UNKNOWN = Origin()
-DIGITS = Origin(
-    name="Optical Recognition of Handwritten Digits",
-    license="cc-by-4.0",
-    credit="E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49; "
-    "its test part as scikit-learn carries it, enlarged from 8x8 to 64x64 pixels",
-)
 
 
 def revision_of(cached: Iterable[Mapping[str, str]]) -> str | None:

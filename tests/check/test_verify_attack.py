@@ -24,10 +24,11 @@ from pipeline.check.verify import Findings, verify
 from pipeline.core.errors import NonFiniteError, PipelineError
 from pipeline.core.images import decode_image, encode_images
 from pipeline.core.lattice import common_sign, step
-from pipeline.output.stores import LocalStore
+from pipeline.output.local import LocalStore
 from tests.conftest import (
     FACTORY,
     KINDS,
+    LAYOUTS,
     WriteConfig,
     digests,
     generate,
@@ -195,7 +196,7 @@ def generate_along(config: Path, monkeypatch: pytest.MonkeyPatch, change: Callab
         generate(config)
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("change", [turn_one, at_random, not_at_all, of_other_rows, torch.neg])
 def test_recompute_finds_images_that_do_not_follow_the_gradient(
     write_config: WriteConfig,
@@ -266,7 +267,7 @@ def test_a_gradient_that_is_all_rounding_says_nothing_elsewhere(
     assert findings.near_tie_signs > 1000
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "sections",
     [

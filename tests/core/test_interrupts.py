@@ -41,6 +41,19 @@ ends_with({signum:d}, swallow)
     assert (ended.returncode, ended.stderr) == (128 + signum, b"farewell\n")
 
 
+def test_a_callback_whose_exceptions_are_ignored_does_not_hide_it() -> None:
+    """As Python ignores what is raised in callbacks of a fork and of the garbage collector."""
+    ended = run("""
+class Ignored:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+ends_with(signal.SIGTERM, lambda: Ignored() and None)
+""")
+    assert ended.returncode == 143
+    assert ended.stderr.endswith(b"farewell\n")
+
+
 @pytest.mark.parametrize("where", ["inside", "left behind"])
 def test_a_thread_that_goes_on_does_not_hold_the_end_up(where: str) -> None:
     """A thread that the main one waits for, or that Python waits for at exit: as a pool's that was just started."""

@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.lanes import Lanes
 from pipeline.engine.compute import COMPILE_FROM, Attacker, fit_batch_size, own_copy, rehearse, repays
 from pipeline.engine.run import choose_device, open_run
-from pipeline.layouts.records import LAYOUTS
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.models.base import Model
 from pipeline.models.load import load_model
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.engine.progress import Board, Busy, Progress, ShardCounts
+from pipeline.engine.progress import Busy, Progress
 
 
 def spin(seconds: float) -> None:
@@ -59,12 +59,3 @@ def test_the_rate_leaves_out_the_first_batch_which_waited_for_the_start(monkeypa
         now[0] = 11.0
         progress.update(100, 0, {})
         assert progress.rate == 100.0
-
-
-def test_a_shard_that_is_tried_again_replaces_what_the_first_try_told() -> None:
-    board = Board()
-    board.tell("a", ShardCounts(16, 16, {0: 9}))
-    board.tell("b", ShardCounts(4, 4, {0: 2}))
-    board.tell("a", ShardCounts(8, 8, {0: 5}))
-    assert board.take() == {"a": ShardCounts(8, 8, {0: 5}), "b": ShardCounts(4, 4, {0: 2})}
-    assert board.take() == {}

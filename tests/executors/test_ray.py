@@ -20,10 +20,11 @@ import pytest
 import ray
 
 import pipeline.executors.ray
-from pipeline.config.schema import RayConfig, load_config
+from pipeline.config.schema import RuntimeConfig, load_config
 from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError
+from pipeline.engine.job import Job
 from pipeline.engine.run import open_run
-from pipeline.executors.ray import Job, Workers, share_out, write_on_worker
+from pipeline.executors.ray import Place, Workers, at_work, listening, share_out, write_on_worker
 from pipeline.output.folder import OutputFolder, committed
 from pipeline.output.manifest import require_manifest
 from tests.conftest import (
@@ -293,31 +294,16 @@ def test_a_row_that_may_not_be_ends_the_run_as_it_does_here(
     assert "Shard" not in there.stderr
 
 
-def test_what_a_lost_worker_has_committed_is_not_written_again(
-    watched_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_lost_worker_has_committed_is_not_written_again(watched_config: Path, tmp_path: Path) -> None:
     """Ray tries its task again, perhaps on a machine whose last digits differ from those that the receipt records."""
     generate(watched_config)
-    monkeypatch.setattr("pipeline.executors.ray._held", None)
     there = require_manifest(OutputFolder(tmp_path / "out"))
-    job = Job(load_config(str(watched_config)), there, there.generation, str(Path.cwd()), cores=1, gpus=1)
+    job = Job(load_config(str(watched_config)), str(tmp_path / "out"), there, there.generation)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
-    assert write_on_worker(job, str(tmp_path / "out"), there.plan.shards[2], None) == {}
+    shard = there.plan.shards[2]
+    (again,) = write_on_worker(Place(str(Path.cwd()), "cpu", cores=1, gpus=1), job.write, shard)  # type: ignore[misc]
+    assert again.receipt == committed(OutputFolder(tmp_path / "out"), there.edition, [shard])[shard.name]
     assert written == {path: path.stat().st_mtime_ns for path in written}
-
-
-def test_skipped_rows_whose_receipts_are_seen_late_are_counted(
-    cluster: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in a folder whose client shows later what others wrote."""
-    del cluster
-    cells = [png_bytes(image) for image in random_pixels(40)]
-    cells[3] = cells[20] = cells[36] = b"no image"
-    source = {"path": str(write_parquet(tmp_path / "broken", cells, [0] * 40)), "shuffle": False}
-    config = write_config(source=source, runtime={"max_skipped": 0.04})
-    monkeypatch.setattr("pipeline.executors.ray._read_receipt", lambda *_: None)
-    with pytest.raises(PipelineError, match=r"3 of 40 rows could not be decoded, more than .* row 36 of split test"):
-        on_ray(config)
 
 
 def test_a_folder_that_shows_late_what_a_worker_wrote_is_waited_for(
@@ -328,9 +314,9 @@ def test_a_folder_that_shows_late_what_a_worker_wrote_is_waited_for(
 
     def late(*arguments: Any) -> Any:
         asked.append(1)
-        return {} if len(asked) < 3 else committed(*arguments)
+        return {} if len(asked) < 5 else committed(*arguments)
 
-    monkeypatch.setattr("pipeline.executors.ray.committed", late)
+    monkeypatch.setattr("pipeline.generate.committed", late)
     on_ray(watched_config, *ONE)
     generate(watched_config, "--output", str(tmp_path / "local"))
     assert digests(tmp_path / "out") == digests(tmp_path / "local")
@@ -368,8 +354,8 @@ def test_a_folder_that_the_nodes_do_not_share_is_told(
     cluster: str, watched_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del cluster
-    monkeypatch.setattr("pipeline.executors.ray.SHARED_SECONDS", 1.0)
-    monkeypatch.setattr("pipeline.executors.ray.committed", lambda *_: {})
+    monkeypatch.setattr("pipeline.generate.SHARED_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.generate.committed", lambda *_: {})
     with pytest.raises(PipelineError, match=r"^output\.path: a worker has written shard .* must be a folder that all"):
         on_ray(watched_config, *ONE)
 
@@ -394,7 +380,7 @@ def test_a_node_that_reads_another_source_is_told(
 
 def _let_go() -> None:
     time.sleep(0.2)  # so that each worker gets one
-    pipeline.executors.ray._held = None
+    pipeline.engine.job.close()
 
 
 def test_what_the_config_names_wrongly_is_the_same_sentence_as_here(cluster: str, write_config: WriteConfig) -> None:
@@ -480,7 +466,7 @@ CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 64.0, "GPU": 8.0}
 def test_what_a_worker_is_given(
     asked: dict[str, Any], device: str, nodes: Sequence[Mapping[str, float]], expected: Workers, room: int
 ) -> None:
-    workers = share_out(RayConfig(**asked), device, nodes)
+    workers = share_out(RuntimeConfig.model_validate({"device": device, "ray": asked}), nodes)
     assert workers == expected
     assert workers.room(nodes) == room
 
@@ -494,31 +480,28 @@ def test_a_worker_sees_what_it_was_given_of_the_gpus(
     device: str,
     seen: str,
     share: float | None,
-    write_config: WriteConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shares: list[float] = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", shares.append)
-    config = load_config(str(write_config(runtime={"device": device})))
-    with pipeline.executors.ray._at_work(Job(config, None, 0, str(Path.cwd()), 1, gpus)):
+    with at_work(Place(str(Path.cwd()), device, 1, gpus)):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     assert shares == ([] if share is None else [share])
 
 
-def test_a_worker_names_no_credential_of_its_node(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_names_no_credential_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver, which has others, could not take it out."""
     monkeypatch.setenv("NODE_SECRET", "hush-hush-hush")
-    job = Job(load_config(str(write_config())), None, 0, str(Path.cwd()), 1, 1)
-    with pytest.raises(PipelineError) as caught, pipeline.executors.ray._at_work(job):
+    with pytest.raises(PipelineError) as caught, at_work(Place(str(Path.cwd()), "auto", 1, 1)):
         try:
             raise OSError(5, "refused hush-hush-hush")
         except OSError as error:
             raise PipelineError("no answer to hush-hush-hush") from error
     assert str(caught.value) == "no answer to ***"
     assert "hush" not in repr(caught.value.__cause__)
-    with pipeline.executors.ray._listening() as said:
+    with listening() as said:
         logging.getLogger("pipeline.any").warning("signed with %s", "hush-hush-hush")
     assert said == [(logging.WARNING, "signed with ***")]
 
@@ -533,7 +516,7 @@ def test_a_worker_names_no_credential_of_its_node(write_config: WriteConfig, mon
 )
 def test_a_demand_that_no_node_can_satisfy_is_told(asked: dict[str, Any], device: str, needed: str) -> None:
     with pytest.raises(ConfigError, match=rf"^runtime\.ray: a worker needs {needed} no node .* \(they have 8 CPUs, 0"):
-        share_out(RayConfig(**asked), device, [CPU_NODE, CPU_NODE])
+        share_out(RuntimeConfig.model_validate({"device": device, "ray": asked}), [CPU_NODE, CPU_NODE])
 
 
 def test_an_impossible_demand_ends_instead_of_waiting(cluster: str, write_config: WriteConfig) -> None:

@@ -45,7 +45,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setattr("pipeline.hub.upload.PAUSES", (0.01, 0.01))
+        monkeypatch.setattr("pipeline.hub.upload.PAUSES", (0.01, 0.01, 0.01))
         # The client's own waits between its attempts.
         monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
         disable_progress_bars()
@@ -102,7 +102,7 @@ import json, sys
 import datasets, numpy
 import pipeline
 from pipeline.config.schema import SourceConfig
-from pipeline.sources.mapped import open_source
+from pipeline.sources.registry import open_source
 
 datasets.config.USE_PARQUET_EXPORT = False  # it would ask a second host
 columns = json.loads(sys.argv[1])
@@ -509,7 +509,7 @@ def test_a_hub_that_stays_broken(out: Path, hub: Hub) -> None:
     hub.fail("POST", "/repos/create", 500, times=9, body="<html>out of order</html>")
     sentence = refused(out, ID, code=1)
     assert sentence.startswith("The Hub answered 500")
-    assert len(hub.asked("POST", "/repos/create")) == 3
+    assert len(hub.asked("POST", "/repos/create")) == 4
     hub.faults.clear()
     hub.fail("POST", "/validate-yaml", 502, times=9, body="<html>out of order</html>")
     assert "run the same command again" in refused(out, ID, code=1)
@@ -548,10 +548,10 @@ def test_a_file_that_changes_on_the_way_is_found(out: Path, hub: Hub, monkeypatc
 
     upload = pipeline.hub.upload._upload
 
-    def change(repository: Any, folder: OutputFolder, *rest: Any) -> None:
+    def change(api: Any, repo_id: str, folder: OutputFolder, *rest: Any) -> None:
         shard = shard_path(Path(folder.root), "eps-8/test-00001-of-00002.parquet")
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-        upload(repository, folder, *rest)
+        upload(api, repo_id, folder, *rest)
 
     monkeypatch.setattr("pipeline.hub.upload._upload", change)
     sentence = refused(out, ID, code=1)

@@ -169,17 +169,6 @@ def test_the_layouts_do_not_share_a_folder(write_config: WriteConfig, tmp_path: 
     assert fgsm("verify", tmp_path / "out").exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["sign", "attacks", "clean_correct", "prediction", "epsilon", "fooled"])
-def test_a_kept_column_must_not_have_a_name_of_either_layout(
-    write_config: WriteConfig, tmp_path: Path, name: str
-) -> None:
-    column: dict[str, Any] = {name: (datasets.Value("string"), ["a"] * 4)}
-    source = write_parquet(tmp_path / "named", [png_bytes(image) for image in random_pixels(4)], [0] * 4, **column)
-    result = fgsm("generate", write_config(source={"path": str(source), "keep_columns": [name]}, output=SIGNS))
-    assert result.exit_code == 2
-    assert f"source.keep_columns: {name} is a column of the output itself" in result.stderr
-
-
 def test_a_kept_column_may_be_called_sign_in_layout_images(write_config: WriteConfig, tmp_path: Path) -> None:
     signs = (datasets.Value("string"), ["stop", "yield"] * 2)
     source = write_parquet(tmp_path / "roads", [png_bytes(image) for image in random_pixels(4)], [0] * 4, sign=signs)

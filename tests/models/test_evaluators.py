@@ -17,7 +17,7 @@ from pipeline.core.errors import ConfigError, NonFiniteError
 from pipeline.core.images import decode_image
 from pipeline.models.load import load_model
 from pipeline.sources.digits import digits_split
-from tests.conftest import LABELS, ROOM, WriteConfig, digests, generate, manifest, rows, wide_parquet
+from tests.conftest import LABELS, LAYOUTS, ROOM, WriteConfig, digests, generate, kept_parquet, manifest, rows
 from tests.conftest import fgsm_without_run as fgsm
 from tests.support.forgery import FILE, SHARD, assert_found, forge
 
@@ -141,39 +141,38 @@ def test_counts_say_what_transfers(write_config: WriteConfig, other: dict[str, A
 
 
 @pytest.mark.parametrize("levels", [["0", "2/255", "8/255"], ["8/255", "5/255"]])
-def test_both_layouts_hold_and_load_the_same(
+def test_all_layouts_hold_and_load_the_same(
     write_config: WriteConfig, other: dict[str, Any], tmp_path: Path, levels: list[str]
 ) -> None:
     source = {
-        "path": str(wide_parquet(tmp_path / "wide", [None, *LABELS[1:]])),
+        "path": str(kept_parquet(tmp_path / "kept", [None, *LABELS[1:]])),
         "keep_columns": ["caption"],
     }
     sections = {"source": source, "attack": {"label": "prediction"}}
-    generate(with_evaluators(write_config(**sections), other))
-    generate(
-        with_evaluators(write_config(**sections, output={"layout": "signs"}), other),
-        *("--output", str(tmp_path / "signs")),
-    )
-    images, signs = (pipeline.load(tmp_path / name, levels, split="test") for name in ("out", "signs"))
-    assert images.column_names == signs.column_names
-    assert images.column_names[-3:] == ["prediction_sums", "correct_sums", "caption"]
-    plain = [rows.remove_columns("image").to_list() for rows in (images, signs)]
-    assert plain[0] == plain[1]
+    for layout in LAYOUTS:
+        config = with_evaluators(write_config(**sections, output={"layout": layout}), other)
+        generate(config, "--output", str(tmp_path / layout))
+    loaded = [pipeline.load(tmp_path / layout, levels, split="test") for layout in LAYOUTS]
+    assert loaded[0].column_names[-3:] == ["prediction_sums", "correct_sums", "caption"]
+    plain = [rows.remove_columns("image").to_list() for rows in loaded]
+    for there, found in zip(loaded, plain, strict=True):
+        assert there.column_names == loaded[0].column_names
+        assert found == plain[0]
     null = [row["correct_sums"] is None for row in plain[0]]
     assert any(null)
     recorded = [row["epsilon"] in [level / 255 for level in LEVELS] for row in plain[0]]
     for row, unknown, was_recorded in zip(plain[0], null, recorded, strict=True):
         assert unknown == (row["label"] is None or not was_recorded)
         assert (row["prediction_sums"] is None) == (not was_recorded)
-    for name in ("out", "signs"):
+    for name in LAYOUTS:
         result = fgsm("verify", tmp_path / name, "--recompute")
         assert result.exit_code == 0, result.output
         assert "120 predictions re-derived" in result.stdout
 
 
 def test_a_kept_column_cannot_be_taken_for_an_evaluator_s(write_config: WriteConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "wide"
-    wide_parquet(folder, LABELS)
+    folder = tmp_path / "kept"
+    kept_parquet(folder, LABELS)
     table = datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train")
     table.rename_column("caption", "prediction_of_age").to_parquet(str(folder / "test-00000-of-00001.parquet"))
     config = write_config(source={"path": str(folder), "keep_columns": ["prediction_of_age"]})

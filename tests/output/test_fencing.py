@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.generate import LocalExecutor
+from pipeline.engine.job import Job
 from pipeline.output.folder import OutputFolder
 from pipeline.output.locks import StoreLock
-from pipeline.output.stores import ObjectStore
+from pipeline.output.objects import ObjectStore
 from tests.conftest import WriteConfig, digests, fgsm, generate
 from tests.support.processes import wait_for
 from tests.support.s3 import S3, alter, failed, lock_of, run_there, shards, there
@@ -63,14 +63,14 @@ class First:
 def impatient(stale: float) -> None:
     """What the first run's process needs: a lock that is confirmed often."""
     import pipeline.output.locks
-    import pipeline.output.stores
+    import pipeline.output.objects
 
     pipeline.output.locks.BEAT_SECONDS, pipeline.output.locks.CONFIRM_SECONDS, pipeline.output.locks.STALE_SECONDS = (
         0.2,
         0.5,
         stale,
     )
-    pipeline.output.stores.ATTEMPTS = 2
+    pipeline.output.objects.ATTEMPTS = 2
 
 
 def run_first(environment: dict[str, str], temporary: str, cache: str, log: str, arguments: list[str]) -> None:
@@ -236,7 +236,7 @@ def test_a_store_without_conditions_is_refused_unless_unlocked(
 def test_a_client_without_conditions_is_refused_unless_unlocked(
     s3: S3, out: str, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.output.stores.CONDITIONAL", ())
+    monkeypatch.setattr("pipeline.output.objects.CONDITIONAL", ())
     config = write_config(output={"path": out})
     assert "--unlocked" in failed("generate", config, code=2)
     assert there(s3, out) == {}
@@ -314,15 +314,15 @@ def test_of_two_runs_that_overwrite_at_once_one_takes_no_names_of_the_other(
     out: str, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request of one of them to remove a file, if it is late, must not find a new file of the other."""
-    config, opening = write_config(), LocalExecutor.open
+    config, opening = write_config(), Job.open
     generate(config, "--output", out)
 
     def late(*arguments: Any) -> Any:
-        monkeypatch.setattr(LocalExecutor, "open", opening)
+        monkeypatch.setattr(Job, "open", opening)
         generate(config, "--output", out, "--overwrite")
         return opening(*arguments)
 
-    monkeypatch.setattr(LocalExecutor, "open", late)
+    monkeypatch.setattr(Job, "open", late)
     assert "changed by another run" in failed("generate", config, "--output", out, "--overwrite")
     assert fgsm("verify", out).exit_code == 0
 

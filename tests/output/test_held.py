@@ -13,8 +13,8 @@ import pytest
 import pipeline
 import pipeline.check.verify
 from pipeline.core.errors import PipelineError
+from pipeline.output.local import LocalStore
 from pipeline.output.shards import ShardWriter
-from pipeline.output.stores import LocalStore
 from tests.conftest import WriteConfig, digests, fgsm, generate, manifest, shard_path, write_sealed
 
 
@@ -29,10 +29,11 @@ def midway(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], 
     commit = ShardWriter.commit
 
     def arrange(action: Callable[[], object]) -> None:
-        def committing(writer: ShardWriter, *arguments: object) -> None:
-            commit(writer, *arguments)  # type: ignore[arg-type]
+        def committing(writer: ShardWriter, *arguments: object) -> object:
+            receipt = commit(writer, *arguments)  # type: ignore[arg-type]
             monkeypatch.setattr(ShardWriter, "commit", commit)
             action()
+            return receipt
 
         monkeypatch.setattr(ShardWriter, "commit", committing)
 

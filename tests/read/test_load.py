@@ -35,15 +35,15 @@ def array(image: Image.Image) -> NDArray[np.int16]:
     return np.asarray(image).astype(np.int16)
 
 
-def write_both(write_config: WriteConfig, folder: Path, **sections: dict[str, Any]) -> None:
-    """The same run in folders `images` and `signs`, at 2/255 and 8/255."""
+def write_all(write_config: WriteConfig, folder: Path, **sections: dict[str, Any]) -> None:
+    """The same run in a folder for each layout, at 2/255 and 8/255."""
     for layout in LAYOUTS:
         generate(write_config(**{**sections, "output": {"layout": layout, "path": str(folder / layout)}}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Path, kind: str) -> None:
-    write_both(write_config, tmp_path, **KINDS[kind](tmp_path))
+def test_all_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Path, kind: str) -> None:
+    write_all(write_config, tmp_path, **KINDS[kind](tmp_path))
     stored = datasets.load_dataset(str(tmp_path / "images"), "all", split="test")
     expected = plain(stored)
     small = [row for row in expected if row["epsilon"] == 2 / 255]
@@ -119,7 +119,7 @@ def test_all_splits_come_as_datasets_gives_them(write_config: WriteConfig, tmp_p
     assert {name: plain(rows) for name, rows in streamed.items()} == {name: plain(rows) for name, rows in whole.items()}
 
 
-@pytest.fixture(params=["signs, recorded", "signs", "images"])
+@pytest.fixture(params=["signs, recorded", "signs", "images", "wide"])
 def view(request: pytest.FixtureRequest, write_config: WriteConfig, tmp_path: Path) -> Any:
     """Clean rows, then rows whose images are made on reading."""
     layout, _, recorded = request.param.partition(", ")
@@ -287,7 +287,7 @@ def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp
     refused = {
         tmp_path / "nowhere": f"There is no folder {tmp_path / 'nowhere'}.",
         tmp_path / "empty": f"{tmp_path / 'empty'} cannot be read as a dataset: ",
-        image_parquet: f"{image_parquet} is no dataset of fgsm-pipeline: its card lists neither signs nor clean",
+        image_parquet: f"{image_parquet} is no dataset of fgsm-pipeline: its card lists default, and no layout has",
     }
     for path, sentence in refused.items():
         with pytest.raises(ConfigError) as caught:
@@ -329,5 +329,5 @@ def test_importing_the_package_is_instant_and_load_is_there() -> None:
 
 def test_reading_loads_neither_attack_nor_victim() -> None:
     loaded = {name for name in loaded_by("from pipeline import load") if name.startswith("pipeline.")}
-    assert {name.split(".")[1] for name in loaded} == {"core", "config", "sources", "layouts", "output", "read"}
+    assert {name.split(".")[1] for name in loaded} == {"core", "config", "layouts", "output", "read"}
     assert {name for name in loaded if name.startswith("pipeline.sources.")} == {"pipeline.sources.origins"}

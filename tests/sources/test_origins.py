@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from pipeline.config.schema import SourceConfig, load_config
+from pipeline.core.origin import Origin
 from pipeline.generate import generate
-from pipeline.sources.mapped import open_source
-from pipeline.sources.origins import DIGITS, Origin, card_license, revision_of
+from pipeline.sources.digits import DIGITS
+from pipeline.sources.origins import card_license, revision_of
+from pipeline.sources.registry import open_source
 from tests.conftest import CLASSES, WriteConfig, png_bytes, random_pixels, write_parquet
 
 PNGS = [png_bytes(image) for image in random_pixels(6)]

@@ -59,6 +59,8 @@ class S3:
     faults: list[Fault] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    # Held while an object is written: moto sees whether a condition holds, and writes, in two steps.
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(
         self, method: str, path: str, kind: int | str, *, times: int = 10**6, after: int = 0, who: str = ""
@@ -104,10 +106,11 @@ class S3:
     def write(self, bucket: str, name: str, content: bytes | None) -> None:
         """Put an object there behind the client's back; None removes it."""
         backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
-        if content is None:
-            backend.delete_object(bucket, name)
-        else:
-            backend.put_object(bucket, name, content)
+        with self.writing:
+            if content is None:
+                backend.delete_object(bucket, name)
+            else:
+                backend.put_object(bucket, name, content)
 
     def _take(self, method: str, path: str, who: str) -> Fault | None:
         with self.lock:
@@ -148,7 +151,8 @@ class S3:
             self.requests.append((method, path, int(status.split()[0])))
             return start_response(status, headers, *rest)
 
-        answer: Iterable[bytes] = self.app(environ, started)
+        with contextlib.nullcontext() if method in ("GET", "HEAD") else self.writing:
+            answer: Iterable[bytes] = self.app(environ, started)
         return answer
 
     app: Any = field(default_factory=lambda: DomainDispatcherApplication(create_backend_app))
@@ -212,7 +216,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("pipeline.output.locks.BEAT_SECONDS", 0.2)
     monkeypatch.setattr("pipeline.output.locks.STALE_SECONDS", 3.0)
-    monkeypatch.setattr("pipeline.output.stores.ATTEMPTS", 2)
+    monkeypatch.setattr("pipeline.output.objects.ATTEMPTS", 2)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     yield server

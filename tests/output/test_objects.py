@@ -1,6 +1,5 @@
 """Object stores: the real client against moto's S3 on the loopback, which breaks, refuses and forgets to answer."""
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -10,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +23,12 @@ import pipeline
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.output.card import moved_card
 from pipeline.output.folder import OutputFolder, committed
+from pipeline.output.local import MARK
 from pipeline.output.manifest import require_manifest
-from pipeline.output.stores import MARK, LocalStore, ObjectStore, open_store
+from pipeline.output.objects import ObjectStore
 from tests.conftest import (
     FACTORY,
+    LAYOUTS,
     WriteConfig,
     digests,
     fgsm,
@@ -50,7 +49,7 @@ from tests.support.s3 import server as server
 # --------------------------------------------------------------------------------------------- a whole run
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_into_a_store_equals_a_local_one(
     layout: str, s3: S3, out: str, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -66,7 +65,7 @@ def test_a_run_into_a_store_equals_a_local_one(
     # One PUT for each file, the receipt after all files of its shard.
     puts = [path.partition("some/where/")[2] for path in s3.asked("PUT", r"parquet|receipts/")]
     assert len(puts) == len(set(puts))
-    subsets = 1 if layout == "signs" else 3
+    subsets = 3 if layout == "images" else 1
     assert [index for index, path in enumerate(puts) if "receipts" in path] == [
         subsets, 2 * subsets + 1, 3 * subsets + 2
     ]  # fmt: skip
@@ -280,7 +279,7 @@ def test_folders_of_others_in_the_temporary_space_stay(name: str, out: str, tmp_
 HOLD_SCRATCH = """
 import sys, time
 
-from pipeline.output.stores import ObjectStore
+from pipeline.output.objects import ObjectStore
 
 with ObjectStore(sys.argv[1]).scratch("shard") as folder:
     (folder / "half").write_bytes(b"half")
@@ -336,7 +335,7 @@ def test_a_file_is_read_in_parts(s3: S3, out: str) -> None:
 
 
 def test_files_are_fetched_in_bounded_parts(s3: S3, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.output.stores.STAGED_BYTES", 10)
+    monkeypatch.setattr("pipeline.output.objects.STAGED_BYTES", 10)
     sizes = {"clean/a": 4, "clean/b": 6, "clean/c": 1, "eps-8/d": 20}
     for name, size in sizes.items():
         alter(s3, out, name, b"x" * size)
@@ -375,7 +374,7 @@ def test_a_dataset_in_a_store_is_published(
     s3: S3, out: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate(write_config(output={"path": out}))
-    monkeypatch.setattr("pipeline.output.stores.STAGED_BYTES", 30_000)
+    monkeypatch.setattr("pipeline.output.objects.STAGED_BYTES", 30_000)
     with running_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -407,95 +406,6 @@ def test_a_dataset_in_a_store_is_published(
         # Several groups, each a commit of its own, before what makes them a dataset.
         assert sum(message.startswith("Upload shards") for message in repository.messages) > 1
         assert b'load_dataset("user/images"' in objects["README.md"]
-
-
-def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
-    """Locks of POSIX are a process's: it would get the same one twice, and lose it with either."""
-    folder, link = tmp_path / "out", tmp_path / "link"
-    link.symlink_to(folder)
-    said: list[str] = []
-
-    def second() -> None:
-        for place in (folder, link):
-            with pytest.raises(PipelineError) as refused, open_store(place).held():
-                pass
-            said.append(str(refused.value))
-
-    with open_store(folder).held(), open_store(tmp_path / "other").held():
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join()
-        assert said == [
-            f"{place} is in use by another run (process {os.getpid()}); wait for it." for place in (folder, link)
-        ]
-        # And it is still kept from others.
-        process = multiprocessing.get_context("fork").Process(target=_hold, args=(folder,))
-        process.start()
-        process.join()
-        assert process.exitcode == 1
-    with pytest.raises(KeyError), open_store(folder).held():
-        raise KeyError
-    with open_store(folder).held():
-        pass
-
-
-def _hold(folder: Path) -> None:
-    with (folder / ".run/lock").open("a+") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os._exit(1)
-    os._exit(0)
-
-
-def link_to_itself(path: Path) -> None:
-    path.symlink_to(path)
-
-
-@pytest.mark.parametrize("make", [Path.mkdir, link_to_itself])
-def test_a_manifest_that_cannot_be_read_is_a_sentence(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    make(tmp_path / "manifest.json")
-    for command in ("inspect", "verify"):
-        sentence = failed(command, tmp_path)
-        assert sentence.startswith(f"Cannot read {tmp_path}/manifest.json: ")
-        assert sentence.endswith("; mend the disk or its permissions.")
-
-
-def test_a_folder_that_cannot_be_listed_is_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / ".run").mkdir()
-    link_to_itself(tmp_path / ".run/receipts")
-    with pytest.raises(PipelineError, match=rf"^Cannot read {tmp_path}/\.run/receipts: Too many levels of symbolic"):
-        open_store(tmp_path).sizes()
-
-
-def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
-    for command in ("inspect", "verify"):
-        assert failed(command, tmp_path / ("x" * 300)).startswith(f"Cannot read {tmp_path}/xxx")
-
-
-def test_a_local_folder_is_a_store_of_its_own_kind(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    store = open_store(tmp_path / "out")
-    assert isinstance(store, LocalStore)
-    assert store.entries() == []
-    assert store.sizes() == {}
-    store.write("clean/a", b"1")
-    store.write(".run/receipts/a.json", b"12")
-    (tmp_path / "out/.git").mkdir()
-    (tmp_path / "out/.git/x").write_text("not ours")
-    (tmp_path / "out/clean/b/.c").mkdir(parents=True)
-    (tmp_path / "out/clean/b/.c/d").write_text("123")
-    (tmp_path / "out/clean/b/circle").symlink_to(tmp_path / "out")
-    (tmp_path / "out/.run/receipts/b").mkdir()
-    (tmp_path / "out/.run/receipts/b/a.json").write_text("no receipt")
-    assert store.sizes() == {"clean/a": 1, "clean/b/.c/d": 3, ".run/receipts/a.json": 2}
-    shutil.rmtree(tmp_path / "out/clean/b")
-    assert store.read_all(["clean/a", "clean/b"]) == {"clean/a": b"1"}
-    with pytest.raises(FileNotFoundError), store.fetched(["clean/b"]):
-        pass
-    store.delete(["clean/a", "clean/b", ".run/receipts/a.json"])
-    assert not (tmp_path / "out/clean").exists()
-    assert (tmp_path / "out/.run/receipts").is_dir()
 
 
 def test_a_deleted_manifest_is_written_anew_also_after_a_start_over(

@@ -18,7 +18,8 @@ import pipeline
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.redaction import redact_answer
 from pipeline.output.folder import OutputFolder
-from pipeline.output.stores import ObjectStore, Store, open_store
+from pipeline.output.objects import ObjectStore
+from pipeline.output.store import Store, open_store
 from tests.conftest import WriteConfig, digests, fgsm, generate, without_run
 from tests.support.processes import wait_for
 from tests.support.s3 import S3, alter, failed, lock_of, shards, there
@@ -132,7 +133,7 @@ def test_a_lock_is_rewritten_through_a_store_that_fails_for_a_while(s3: S3, out:
 def test_a_store_that_fails_for_a_while_is_asked_again(
     s3: S3, out: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.output.stores.ATTEMPTS", 4)
+    monkeypatch.setattr("pipeline.output.objects.ATTEMPTS", 4)
     s3.fail("PUT", "eps-8/test-00001", 500, times=2)
     s3.fail("PUT", "receipts/test-00000", 500, times=1)
     s3.fail("GET", "list-type=2", 500, times=1, after=1)
@@ -147,7 +148,7 @@ def test_a_store_that_fails_for_good_is_one_sentence_and_loses_nothing(
     kind: int | str, said: str, s3: S3, out: str, write_config: WriteConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pipeline.output.stores.PATIENCE_SECONDS", 1.0 if kind == "hang" else 30.0)
+    monkeypatch.setattr("pipeline.output.objects.PATIENCE_SECONDS", 1.0 if kind == "hang" else 30.0)
     config = write_config(output={"path": out})
     s3.fail("PUT", "eps-8/test-00001", kind)
     began = time.monotonic()
@@ -167,7 +168,7 @@ def test_a_store_that_fails_for_good_is_one_sentence_and_loses_nothing(
 
 
 def test_a_request_that_neither_ends_nor_fails_is_given_up(s3: S3, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.output.stores.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.output.objects.PATIENCE_SECONDS", 0.5)
     s3.fail("GET", "manifest.json", "hang")
     assert failed("inspect", out).startswith(f"{out}: the store failed (it does not answer). ")
 

@@ -1,0 +1,77 @@
+"""What an executor is: where and how often the shards of a run are tried. What came of it, the caller judges.
+
+The caller opens the run, finds out which shards are missing, and hands them to an executor with a function that writes
+some of them. It counts the receipts that come back, and says in the end what is there and what is not.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pipeline.config.schema import RuntimeConfig
+from pipeline.core.plan import Shard
+from pipeline.engine.job import Written
+
+Result = TypeVar("Result")
+# Writes some shards, and yields each once it is committed. It can be sent to another process.
+Write = Callable[[Sequence[Shard]], Generator[Written, None, None]]
+
+
+class Executor(ABC):
+    """Where the work is done. It is a context: what it needs, such as a cluster, is there within.
+
+    `remote` says whether other machines write, of which a shared folder shows the files late; `workers` is how many
+    processes write at once; `part` names the part of the run that is written here, "" for all of it.
+    """
+
+    remote = False
+    workers = 1
+    part = ""
+
+    def __init__(self, runtime: RuntimeConfig, part: tuple[int, int] | None = None) -> None:
+        """Args:
+        runtime: the config's section, with the device of the run that is resumed.
+        part: (i, n), which of n parts is to be written here; None for all of the run.
+        """
+        del part
+        self.runtime = runtime
+
+    def __enter__(self) -> Self:
+        return self
+
+    # Empty, and meant to be: most executors have nothing to end.
+    def __exit__(  # noqa: B027
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of what it needs."""
+
+    def share(self, shards: Sequence[Shard]) -> Sequence[Shard]:
+        """Those of a run's shards that are to be written here."""
+        return shards
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function returns where the shards are written, as only there may be the run's device.
+
+        Raises:
+            PipelineError: as the function, or nobody can be asked.
+        """
+        return function(*arguments)
+
+    @abstractmethod
+    def run(self, shards: Sequence[Shard], write: Write) -> Generator[Written | None, None, None]:
+        """Have some shards written.
+
+        Args:
+            shards: those to write.
+            write: writes some of them.
+
+        Yields:
+            Each shard once it is committed, in any order; None now and then while others work, for the caller to see
+            to its lock.
+
+        Raises:
+            ShardsFailedError: some failed each time they were tried, after all others were yielded.
+            PipelineError: what ends the run, however often a shard is tried. Then, and when it is closed, nothing that
+                it has started goes on.
+        """

@@ -1,0 +1,390 @@
+"""An output in a folder on a disk, and temporary folders.
+
+A run holds the folder by a handle. All that it writes or deletes it reaches from that handle down, and through no link:
+so it changes the folder that it holds, whatever has come to lie at its path meanwhile.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from pipeline.core.errors import ConfigError, PipelineError, first_line, write_failure
+from pipeline.output.locks import LOCK, in_use, warn_unlocked
+from pipeline.output.store import Store
+
+RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
+# Temporary folders have names that begin like this. The file in each says whose it is, and is locked while its process
+# lives. A folder without that file is somebody else's, whatever its name.
+TEMPORARY = "fgsm-pipeline-"
+MARKER = ".fgsm-pipeline"
+MARK = b"A temporary folder of fgsm-pipeline, to be removed when no process has locked this file.\n"
+
+# The folders that this process holds, by device and inode. A POSIX lock keeps out other processes only, and is given up
+# when any handle of its file is closed.
+_HELD: set[tuple[int, int]] = set()
+_HELD_LOCK = threading.Lock()
+
+
+class LocalStore(Store):
+    """A folder on a disk."""
+
+    local = True
+
+    def __init__(self, folder: Path) -> None:
+        self.disk = folder.expanduser()
+        self.root = str(self.disk)
+        # While it is held: handles of the folder and of its lock.
+        self._handle: int | None = None
+        self._lock: int | None = None
+
+    def at(self, name: str) -> str:
+        return str(self.disk / name)
+
+    def entries(self) -> list[str]:
+        for folder in (self.disk, *self.disk.parents):
+            if folder.is_symlink() and not folder.exists():
+                raise ConfigError(
+                    f"output.path: {folder} is a link to {folder.readlink()}, which does not exist; make that folder, "
+                    "or remove the link."
+                )
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(f"output.path: {folder} is a file, not a folder.")
+        return [entry.name for entry in self.disk.iterdir()] if self.disk.is_dir() else []
+
+    def sizes(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        folders = ["", RECEIPTS]
+        while folders:
+            folder = folders.pop()
+            with (
+                reading(self.disk / folder),
+                contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                os.scandir(self.disk / folder) as entries,
+            ):
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_file():
+                        # A file may go away after it was listed; the others are there still.
+                        with contextlib.suppress(FileNotFoundError):
+                            found[name] = entry.stat().st_size
+                    # What lies deeper is not ours, which is what `verify` must see. A link there may lead in a circle.
+                    elif not name.startswith(".") and entry.is_dir(follow_symlinks=not folder):
+                        folders.append(name)
+        return found
+
+    def read(self, name: str) -> bytes:
+        with reading(self.disk / name):
+            return (self.disk / name).read_bytes()
+
+    def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
+        found = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = self.read(name)
+        return found
+
+    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
+        return (self.disk / name).open("rb")
+
+    def write(self, name: str, content: bytes) -> None:
+        # First under a name of its own, as two processes may write the same file, and in the scratch folder if there is
+        # one: the next holder of the output empties that after a crash.
+        path = PurePosixPath(name)
+        file, temporary = path.name, f".{path.name}.{secrets.token_hex(6)}"
+        aside = SCRATCH if (self.disk / ".run").is_dir() else str(path.parent)
+        with (
+            writing(self.disk / name),
+            self._folder_of(name) as folder,
+            self._folder_of(f"{aside}/{temporary}") as scratch,
+        ):
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=scratch), "wb") as opened:
+                    opened.write(content)
+                    opened.flush()
+                    os.fsync(opened.fileno())
+                os.rename(temporary, file, src_dir_fd=scratch, dst_dir_fd=folder)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=scratch)
+            os.fsync(folder)  # the new name is stored in the folder
+
+    def commit(self, name: str, content: bytes) -> None:
+        self.write(name, content)
+
+    def put(self, local: Path, name: str) -> None:
+        with writing(self.disk / name):
+            with local.open("rb") as file:
+                os.fsync(file.fileno())
+            with self._folder_of(name) as folder:
+                os.rename(local, PurePosixPath(name).name, dst_dir_fd=folder)
+                os.fsync(folder)
+
+    def delete(self, names: Iterable[str]) -> None:
+        emptied = set()
+        for name in names:
+            path = PurePosixPath(name)
+            with (
+                writing(self.disk / name),
+                contextlib.suppress(FileNotFoundError),
+                self._folder_of(name, make=False) as folder,
+            ):
+                os.unlink(path.name, dir_fd=folder)
+            # The folder of a subset; never that of the receipts, by which the output is known as ours.
+            if len(path.parts) == 2:
+                emptied.add(path.parts[0])
+        for name in emptied:
+            with contextlib.suppress(OSError), self._folder_of(name) as folder:
+                os.rmdir(name, dir_fd=folder)
+
+    @contextlib.contextmanager
+    def _folder_of(self, name: str, *, make: bool = True) -> Iterator[int]:
+        """A handle of the folder in which a file lies, opened from the output's handle down and through no link."""
+        self.check_held()
+        handle = os.open(self.disk, os.O_DIRECTORY) if self._handle is None else os.dup(self._handle)
+        try:
+            for part in PurePosixPath(name).parent.parts:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=handle)
+                inner = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+                os.close(handle)
+                handle = inner
+            yield handle
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        # On the same disk, so that a rename moves a file. Under a name of its own: another try of the shard may still
+        # be under way, on a node that was given up.
+        own = f"{name}.{secrets.token_hex(6)}"
+        folder = self.disk / SCRATCH / own
+        with writing(folder), self._folder_of(f"{SCRATCH}/{own}") as scratch:
+            os.mkdir(own, dir_fd=scratch)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def fetched(self, names: Iterable[str]) -> Iterator[Path]:
+        for name in names:
+            (self.disk / name).stat()
+        yield self.disk
+
+    def staged(self, sizes: Mapping[str, int]) -> Iterator[Path]:
+        del sizes
+        yield self.disk
+
+    def refuse_links(self, name: str = "") -> None:
+        """A dataset that comes from elsewhere may hold any: `.run` to a home folder, assets/x.png to a private key."""
+        if name:
+            self._refuse_link(self.disk / name)
+            return
+        waiting = [self.disk]
+        while waiting:
+            folder = waiting.pop()
+            with (
+                reading(folder),
+                contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                os.scandir(folder) as entries,
+            ):
+                for entry in entries:
+                    if entry.is_symlink():
+                        self._refuse_link(Path(entry.path))
+                    elif entry.is_dir():
+                        waiting.append(Path(entry.path))
+
+    def _refuse_link(self, path: Path) -> None:
+        if path.is_symlink() and not path.resolve().is_relative_to(self.disk.resolve()):
+            raise ConfigError(
+                f"{path} is a link that leads out of the dataset's folder, through which nothing is written, deleted "
+                "or published; put what it leads to in its place, or remove it."
+            )
+
+    @contextlib.contextmanager
+    def held(self, *, unlocked: bool = False) -> Iterator[None]:
+        """By a lock of the operating system, which lets go when the process ends."""
+        self.refuse_links()
+        with contextlib.ExitStack() as stack:
+            with writing(self.disk):
+                self.disk.mkdir(parents=True, exist_ok=True)
+                handle = os.open(self.disk, os.O_DIRECTORY)
+                stack.callback(os.close, handle)
+                with self._folder_of(f"{RECEIPTS}/lock"):  # makes the folder of receipts, by which it is known as ours
+                    folder = os.fstat(handle)
+            stack.enter_context(self._held_in_process((folder.st_dev, folder.st_ino)))
+            if unlocked:
+                warn_unlocked(self.root)
+            else:
+                self._lock = stack.enter_context(self._locked_against_others(handle))
+            self._handle = handle
+            stack.callback(self._release)
+            self._clear_scratch()
+            # Again at the end, for what a lost node has left: once all shards are written, no command holds the folder.
+            stack.callback(self._clear_scratch)
+            yield
+
+    def tidy(self) -> None:
+        if any((self.disk / SCRATCH).glob("*")):
+            with contextlib.suppress(PipelineError), self.held():
+                pass  # the scratch folder is emptied at the end of the block
+
+    def _release(self) -> None:
+        self._handle = self._lock = None
+
+    def _clear_scratch(self) -> None:
+        """Remove files that are not complete, by the handle of the folder: another may lie at its path by now."""
+        assert self._handle is not None
+        with contextlib.suppress(OSError):
+            lock = None if self._lock is None else os.fstat(self._lock)
+            if lock and not os.path.samestat(lock, os.stat(LOCK, dir_fd=self._handle)):
+                return  # the lock was removed: these may be files of a run that has made it anew
+            inside = os.open(".run", os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._handle)
+            try:
+                shutil.rmtree(PurePosixPath(SCRATCH).name, ignore_errors=True, dir_fd=inside)
+            finally:
+                os.close(inside)
+
+    def check_held(self) -> None:
+        """No other process can get the lock, but the folder may be moved and the lock's file be removed."""
+        for name, handle in (("", self._handle), (LOCK, self._lock)):
+            if handle is not None and not _is_at(self.disk / name, handle):
+                raise PipelineError(
+                    f"{self.disk / name} was removed, moved or replaced while the run went on, and nothing more is "
+                    "written; put the folder back, then run the same command again."
+                )
+
+    def watch(self) -> None:
+        """Nothing to do: on a disk a file is replaced at once, by the name that it has now."""
+
+    @contextlib.contextmanager
+    def _held_in_process(self, folder: tuple[int, int]) -> Iterator[None]:
+        """Against other threads of this process."""
+        with _HELD_LOCK:
+            if folder in _HELD:
+                raise in_use(self.root, f"process {os.getpid()}")
+            _HELD.add(folder)
+        try:
+            yield
+        finally:
+            with _HELD_LOCK:
+                _HELD.discard(folder)
+
+    @contextlib.contextmanager
+    def _locked_against_others(self, folder: int) -> Iterator[int]:
+        """Against other processes."""
+        with writing(self.disk):
+            lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+        try:
+            try:
+                # lockf, not flock: a worker process inherits an flock, and may outlive a killed run by seconds.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    holder = os.pread(lock, 100, 0).decode(errors="replace").strip()
+                    raise in_use(self.root, f"process {holder}") from None
+                raise ConfigError(
+                    f"output.path: {self.root}: nothing there keeps a second run out, as the file system has no "
+                    f"locks ({error.strerror}); see to it yourself that no other run writes there, and say so with "
+                    "--unlocked."
+                ) from None
+            with writing(self.disk):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
+            yield lock
+        finally:
+            os.close(lock)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether an open file still lies at a path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder in the temporary space, removed at the end. Those that killed processes left are removed first."""
+    space = Path(tempfile.gettempdir())
+    with contextlib.ExitStack() as stack:
+        with writing(space):
+            for left in space.glob(f"{TEMPORARY}*"):
+                with contextlib.suppress(OSError), _abandoned(left):
+                    shutil.rmtree(left, ignore_errors=True)
+            made = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=space))
+            stack.callback(shutil.rmtree, made, ignore_errors=True)
+            # Locked before it has its final name: another process may be looking for abandoned folders.
+            marker = made / f"{MARKER}.tmp"
+            marker.write_bytes(MARK)
+            stack.enter_context(_locked(marker))
+            marker.rename(made / MARKER)
+            folder = made / "files"
+            folder.mkdir()
+        yield folder
+
+
+@contextlib.contextmanager
+def _abandoned(folder: Path) -> Iterator[None]:
+    """Lock a temporary folder that a process of this user has made and that no process uses any more.
+
+    Raises:
+        OSError: it is in use.
+        FileNotFoundError: it is not such a folder.
+    """
+    marker, named = folder / MARKER, re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name)
+    own = named and folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
+    if not own or marker.is_symlink() or marker.read_bytes() != MARK:
+        raise FileNotFoundError(folder)
+    with _locked(marker):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Lock a file for as long as its process lives.
+
+    Raises:
+        OSError: it is locked.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(path, error) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system cannot read into one sentence; a FileNotFoundError passes."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PipelineError(
+            f"Cannot read {path}: {error.strerror or first_line(error)}; mend the disk or its permissions."
+        ) from error

@@ -1,0 +1,132 @@
+"""Where an output lies: a folder on a disk, or a prefix in an object store such as `s3://bucket/prefix`.
+
+Files have names relative to the output's root, with `/` between their parts. A reader sees a whole file or none: on a
+disk a file is written under another name, synced and renamed; in a store an object appears when its upload ends.
+Every failure is a `PipelineError` of one sentence, but for a `FileNotFoundError`: that file does not exist.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from pipeline.config.schema import is_address
+
+
+class Store(Protocol):
+    """The files of one output, by name.
+
+    `root` is the output's folder or address, for messages; `disk` a folder on the disk that must have room for what is
+    written; `local` says whether that is the whole dataset, rather than the shards in flight; `session` names the
+    process that holds the output, where others could take it over.
+    """
+
+    root: str
+    disk: Path
+    local: bool
+    session: str = ""
+
+    def at(self, name: str) -> str:
+        """The whole path or address of a file, for messages and other libraries."""
+
+    def entries(self) -> list[str]:
+        """The names of files and folders at the root; none where nothing was written yet.
+
+        Raises:
+            ConfigError: nothing could be written there.
+        """
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file by its name, from one fresh listing; of names that begin with a dot, only receipts
+        are sure to be listed.
+        """
+
+    def read(self, name: str) -> bytes:
+        """A small file.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+        """
+
+    def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Many small files that were listed, without those that are gone since."""
+
+    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """A file to read parts of.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+        """
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a small file as a whole: a reader, or a crash, sees the old one or the new one."""
+
+    def commit(self, name: str, content: bytes) -> None:
+        """Write a small file after everything that was written before it. It may exist with the same content."""
+
+    def put(self, local: Path, name: str) -> None:
+        """Move or upload a file from the scratch folder."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files; those that do not exist are passed over."""
+
+    def scratch(self, name: str) -> AbstractContextManager[Path]:
+        """A new folder on a local disk for files that are not complete yet; removed at the end."""
+
+    def fetched(self, names: Iterable[str]) -> AbstractContextManager[Path]:
+        """A local folder in which some files lie under their names, until the end of the block.
+
+        Raises:
+            FileNotFoundError: one of them does not exist.
+        """
+
+    def staged(self, sizes: Mapping[str, int]) -> Iterator[Path]:
+        """Local folders in which some files, given with their bytes, lie under their names: a bounded part in each."""
+
+    def refuse_links(self, name: str = "") -> None:
+        """Refuse links that lead out of the output, before anything is written, deleted or published through one. An
+        object store has no links.
+
+        Args:
+            name: a file; by default the whole output is searched.
+
+        Raises:
+            ConfigError: there is one.
+        """
+
+    def held(self, *, unlocked: bool = False) -> AbstractContextManager[None]:
+        """Hold the output against a second run.
+
+        Args:
+            unlocked: do without a lock; the caller has seen to it that no second run writes there.
+
+        Raises:
+            ConfigError: a link in it leads elsewhere, or the store has no means to keep a second run out.
+            PipelineError: another process holds it, or it cannot be written.
+        """
+
+    def check_held(self) -> None:
+        """See that the output is still held. All that write call this; call it before others are told to write.
+
+        Raises:
+            PipelineError: it was taken over, moved or replaced.
+        """
+
+    def tidy(self) -> None:
+        """Remove what killed processes have left in the scratch folder, unless somebody holds the output."""
+
+    def watch(self) -> None:
+        """For who writes without holding the output: from now on, replace nothing that another has written since."""
+
+
+def open_store(root: str | Path) -> Store:
+    """The store of an output: a folder, or an address such as `s3://bucket/prefix`.
+
+    Raises:
+        ConfigError: the address cannot be one, or the package for its protocol is missing.
+    """
+    # Both kinds import this module.
+    from pipeline.output.local import LocalStore
+    from pipeline.output.objects import ObjectStore
+
+    return ObjectStore(str(root)) if is_address(root) else LocalStore(Path(root))
