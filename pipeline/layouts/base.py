@@ -330,8 +330,8 @@ class Layout(Protocol):
         """What the card says of a picture."""
         ...
 
-    def summary(self, subset: str) -> str:
-        """What the card says of a subset."""
+    def summary(self, subset: str, attack: str) -> str:
+        """What the card says of a subset; `attack` is the attack's name for people."""
         ...
 
     def example(self, levels: Sequence[int]) -> str:

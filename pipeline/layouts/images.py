@@ -71,9 +71,9 @@ class Images(EveryImage):
         del picture
         return "lossless"
 
-    def summary(self, subset: str) -> str:
+    def summary(self, subset: str, attack: str) -> str:
         level = subset.partition("-")[2]
-        return f"FGSM at epsilon {level}/255" if level else "Clean images"
+        return f"{attack} at epsilon {level}/255" if level else "Clean images"
 
     def example(self, levels: Sequence[int]) -> str:
         del levels

@@ -49,8 +49,8 @@ class Signs(PerImage):
     def describe(self, picture: Picture) -> str:
         return "0, 127 and 254 for the signs -1, 0 and +1, lossless" if picture.column == SIGN else "lossless"
 
-    def summary(self, subset: str) -> str:
-        del subset
+    def summary(self, subset: str, attack: str) -> str:
+        del subset, attack
         return "Clean images, and the sign that leads to every epsilon"
 
     def example(self, levels: Sequence[int]) -> str:

@@ -28,8 +28,8 @@ class Wide(EveryImage, PerImage):
             return "clean, lossless"
         return f"at epsilon {picture.column.rpartition('_')[2]}/255, lossless"
 
-    def summary(self, subset: str) -> str:
-        del subset
+    def summary(self, subset: str, attack: str) -> str:
+        del subset, attack
         return "Clean images, each beside its attacked ones"
 
     def example(self, levels: Sequence[int]) -> str:

@@ -119,7 +119,8 @@ def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     """
     layout, stored = manifest.layout, manifest.stored
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
-    configs = [_config(subset, manifest, [subset], f"{layout.summary(subset)}; {stamp}") for subset in stored]
+    attack = manifest.resolved.attack.title
+    configs = [_config(subset, manifest, [subset], f"{layout.summary(subset, attack)}; {stamp}") for subset in stored]
     if len(stored) > 1:
         configs.insert(0, _config("all", manifest, stored, f"Clean and every epsilon; {stamp}"))
     return [{**configs[0], "default": True}, *configs[1:]]
@@ -170,7 +171,7 @@ def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
 
 def _title(manifest: Manifest) -> str:
     name = " ".join((manifest.origin.name or "").split())
-    return f"{name} under FGSM" if name else "Images under FGSM"
+    return f"{name or 'Images'} under {manifest.resolved.attack.title}"
 
 
 def size_category(rows: int) -> str:
@@ -320,6 +321,7 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
         "victim": manifest.config["model"],
+        "on_ray": manifest.on_ray,
         "judges": judges,
         "classes": manifest.dataset_classes,
         "columns": list(_describe(manifest, features, ids)),

@@ -442,6 +442,7 @@ def training_dataset(
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or _manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
+    manifest.check_recorded(asked or ())
     if local and not allow_incomplete:
         warn_if_incomplete(OutputFolder(root), manifest)
     _check_split(manifest, split, name)
