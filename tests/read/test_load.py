@@ -330,4 +330,3 @@ def test_importing_the_package_is_instant_and_load_is_there() -> None:
 def test_reading_loads_neither_attack_nor_victim() -> None:
     loaded = {name for name in loaded_by("from pipeline import load") if name.startswith("pipeline.")}
     assert {name.split(".")[1] for name in loaded} == {"core", "config", "layouts", "output", "read"}
-    assert {name for name in loaded if name.startswith("pipeline.sources.")} == {"pipeline.sources.origins"}
