@@ -158,7 +158,7 @@ def _write(
     by_name, here, failed, busy = {shard.name: shard for shard in shards}, list[Receipt](), None, Busy()
     skipped, read = sum(len(receipt.skipped) for receipt in done), sum(receipt.planned for receipt in done)
     total, most = opened.plan.total, opened.resolved.runtime.max_skipped
-    with Progress(total, read, opened.levels) as progress:
+    with Progress(total, read, [variant.subset for variant in opened.variants]) as progress:
         write = functools.partial(job.write, folder=folder, done=done, tell=progress.update)
         run = executor.run(shards, job.write if executor.remote else write)
         try:
@@ -168,7 +168,7 @@ def _write(
                     if executor.remote:
                         if not here:
                             _see(executor, folder, opened, [shard])
-                        right = {counts.level: counts.correct for counts in receipt.counts}
+                        right = {counts.subset: counts.correct for counts in receipt.counts}
                         progress.update(receipt.planned, receipt.counts[0].labelled, right)
                     here.append(receipt)
                     skipped, read = skipped + len(receipt.skipped), read + receipt.planned

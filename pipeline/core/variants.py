@@ -5,8 +5,8 @@ A variant is the clean images, or those of one attack on one model at one epsilo
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 # What an attack or a model is called in names of subsets and columns: no hyphen, which parts them.
 ID = r"[A-Za-z][A-Za-z0-9_]{0,63}"
@@ -36,6 +36,10 @@ class Variant:
         """The name of its image column where all variants of an image share a row."""
         return self.subset.replace("-", "_")
 
+    def at(self, level: int) -> "Variant":
+        """The same attack on the same model at another level, 1..255, whether or not the run has it."""
+        return replace(self, level=level, subset=re.sub(r"(clean|eps-[0-9]+)$", f"eps-{level}", self.subset))
+
 
 CLEAN = Variant(level=0, attack=None, model=None, subset="clean")
 
@@ -61,11 +65,34 @@ def make_variants(attacks: Mapping[str, tuple[Sequence[str | None], Sequence[int
     return tuple(made)
 
 
+def group_variants(made: Iterable[tuple[int, str, str | None]]) -> tuple[Variant, ...]:
+    """The variants of a run, clean first, from the level, the attack and the model of each that is attacked."""
+    attacks: dict[str, tuple[list[str | None], list[int]]] = {}
+    for level, attack, model in made:
+        models, levels = attacks.setdefault(attack, ([], []))
+        models += [model] if model not in models else []
+        levels += [level] if level not in levels else []
+    return make_variants(attacks)
+
+
+def at_levels(recorded: Sequence[Variant], levels: Iterable[int]) -> tuple[Variant, ...]:
+    """What each attack makes of each model at some levels, in their order; those need not be recorded.
+
+    Args:
+        recorded: the variants of a run, clean first.
+        levels: in grey levels; 0 is clean.
+    """
+    attacked = {(variant.attack, variant.model): variant for variant in recorded[1:] or recorded}
+    return tuple(
+        variant for level in levels for variant in ([one.at(level) for one in attacked.values()] if level else [CLEAN])
+    )
+
+
 def plain_id(name: str) -> str:
     """An id out of a name that a model or an attack has elsewhere, such as `google/vit-base` or `path/to/file.py:make`.
 
     It is the last part of the name; what an id cannot hold becomes an underscore.
     """
-    last = re.split(r"[/:]", name)[-1]
+    last = re.split(r"[/:]", name.rstrip("/"))[-1]
     plain = re.sub(r"[^A-Za-z0-9_]+", "_", last).strip("_")[:64]
     return plain if re.fullmatch(ID, plain) else f"m_{plain}"[:64]

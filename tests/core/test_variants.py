@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline.core.variants import CLEAN, ID, SUBSET, make_variants, plain_id
+from pipeline.core.variants import CLEAN, ID, SUBSET, Variant, at_levels, group_variants, make_variants, plain_id
 
 
 def subsets(**attacks: tuple[list[str | None], list[int]]) -> list[str]:
@@ -42,12 +42,32 @@ def test_names_are_of_the_form_that_readers_know() -> None:
     assert not any(re.fullmatch(SUBSET, name) for name in ("eps-", "a-b-c-eps-8", "../eps-8", "eps-8/x", "1a-eps-8"))
 
 
+def test_what_an_attack_makes_at_other_levels_is_named_as_its_own() -> None:
+    recorded = make_variants({"fgsm": (["a", "b"], [8]), "noise": ([None], [8])})
+    assert at_levels(recorded, [0, 8]) == recorded
+    assert at_levels(recorded, [3]) == (
+        Variant(3, "fgsm", "a", "fgsm-a-eps-3"),
+        Variant(3, "fgsm", "b", "fgsm-b-eps-3"),
+        Variant(3, "noise", None, "noise-eps-3"),
+    )
+    assert at_levels(make_variants({"fgsm": (["vgg"], [8])}), [255])[0].subset == "eps-255"
+    # Of a dataset without rows nobody knows the attack.
+    assert at_levels([CLEAN], [8]) == (Variant(8, None, None, "eps-8"),)
+
+
+def test_variants_follow_from_what_rows_say() -> None:
+    variants = make_variants({"fgsm": (["a", "b"], [2, 8]), "noise": ([None], [4])})
+    said = [(variant.level, str(variant.attack), variant.model) for variant in variants[1:]]
+    assert group_variants(said) == variants
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("resnet50", "resnet50"),
         ("google/vit-base-patch16-224", "vit_base_patch16_224"),
         ("path/to/file.py:make", "make"),
+        ("/models/vit/", "vit"),
         ("50_layers", "m_50_layers"),
         ("***", "m_"),
         ("x" * 100, "x" * 64),
