@@ -30,6 +30,7 @@ import pipeline.generate
 from pipeline.cli import app
 from pipeline.config.schema import load_config
 from pipeline.core.images import decode_image
+from pipeline.executors.part import parse_part
 from pipeline.layouts import registry
 from pipeline.output.folder import json_digest
 from pipeline.output.summary import summary_table
@@ -295,7 +296,11 @@ def generate(config: Path, *arguments: str) -> str:
     loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
     table = summary_table(
         pipeline.generate.generate(
-            loaded, overwrite=options["overwrite"], executor=options["executor"], unlocked=options["unlocked"]
+            loaded,
+            overwrite=options["overwrite"],
+            executor=options["executor"],
+            part=options["part"] and parse_part(options["part"]),
+            unlocked=options["unlocked"],
         )
     )
     return f"{log.getvalue()}{table}"

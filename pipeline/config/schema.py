@@ -200,6 +200,11 @@ class ModelConfig(Section):
     std: tuple[float, ...] | None = None
     label_map: dict[str | int, str | int] | Literal["identity"] | None = None
 
+    @property
+    def own_code(self) -> str | None:
+        """The callable of the user's own that a run of this config calls, as `name` has it; None without one."""
+        return self.name if self.kind == "factory" else None
+
     @field_validator("label_map", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:
@@ -260,13 +265,32 @@ def _no_boolean(value: Any) -> Any:
 
 
 class AttackConfig(Section):
-    """FGSM at several epsilons from one gradient."""
+    """How the images at each epsilon are made: by an attack of this package, or by a class of the user's own."""
 
-    kind: Literal["fgsm"] = "fgsm"
+    kind: str = "fgsm"
     epsilons: tuple[str | Annotated[float, BeforeValidator(_no_boolean)], ...] = Field(min_length=1)
     label: Literal["dataset", "prediction"] = "dataset"
     target: str | Annotated[int, Field(strict=True)] | None = None
     rounding: Literal["down", "nearest"] = "down"
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "AttackConfig":
+        if self.kind != "fgsm" and not self.own_code:
+            raise ValueError(f"kind: got {self.kind!r}; allowed: 'fgsm', or path/to/file.py:Attack")
+        if not self.own_code:
+            self._refuse_unread(self.kind, ("kind", "label", "target", "rounding"))
+        return self
+
+    @property
+    def own_code(self) -> str | None:
+        """The class of the user's own that a run of this config calls, `path/to/file.py:Attack`; None without one."""
+        return self.kind if ":" in self.kind else None
+
+    @property
+    def title(self) -> str:
+        """The attack's name for people: FGSM, or that of the user's own class."""
+        return self.kind.rpartition(":")[2] if self.own_code else self.kind.upper()
 
     @model_validator(mode="after")
     def _check_levels(self) -> "AttackConfig":
@@ -691,6 +715,9 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         kwargs = source.get("kwargs")
         if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
             kwargs["root"] = _anchored(kwargs["root"], folder)
+    attack = raw.get("attack")
+    if isinstance(attack, dict) and isinstance(kind := attack.get("kind"), str) and names_file(kind):
+        attack["kind"] = _anchored(kind, folder)
     evaluators = raw.get("evaluators")
     for model in (raw.get("model"), *(evaluators if isinstance(evaluators, list) else ())):
         if isinstance(model, dict):

@@ -14,29 +14,26 @@ from pipeline.core.errors import PipelineError
 SAMPLE_SECONDS = 0.05
 # Reading the PSS walks the page tables, some 15 ms for a gigabyte: at most a tenth of one core goes into it.
 SAMPLE_SHARE = 0.1
-# Files that a run has open at most: without workers about 30, and 7 more for each worker.
-OPEN_FILES, OPEN_FILES_OF_WORKER = 64, 12
+# Files that a run has open at most are about 30.
+OPEN_FILES = 64
 
 
-def require_open_files(workers: int = 0) -> None:
+def require_open_files() -> None:
     """See that this process may open enough files, and raise its own limit where the system lets it.
-
-    Asked before anything starts: a worker of DataLoader that may open no more files does not fail, it hangs.
 
     Raises:
         PipelineError: the limit is too low.
     """
-    needed = OPEN_FILES + OPEN_FILES_OF_WORKER * workers
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY or limit >= needed:
+    if limit == resource.RLIM_INFINITY or limit >= OPEN_FILES:
         return
-    if most == resource.RLIM_INFINITY or most >= needed:
+    if most == resource.RLIM_INFINITY or most >= OPEN_FILES:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, most))
             return
-    fewer = ", or set a smaller runtime.workers" if workers else ""
     raise PipelineError(
-        f"Only {limit} files may be open at once, and {needed} are needed; allow more with `ulimit -n {needed}`{fewer}."
+        f"Only {limit} files may be open at once, and {OPEN_FILES} are needed; "
+        f"allow more with `ulimit -n {OPEN_FILES}`."
     )
 
 

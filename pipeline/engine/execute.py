@@ -236,7 +236,7 @@ def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
 def _draws(run: Run, batch: Batch) -> Tensor:
     """A random number for each row of a batch, (N,) int64."""
     draws = np.zeros(len(batch.labels), dtype=np.int64)
-    if run.goal.target == "random":
+    if run.goal.target == "random" or run.attack.needs_draws:
         rows = run.plan.rows(batch.shard, batch.place)
         draws[: len(rows)] = draw_numbers(run.config.runtime.seed, batch.shard, rows)
     return torch.from_numpy(draws)

@@ -22,15 +22,23 @@ import numpy as np
 import torch
 
 from pipeline import __version__
-from pipeline.attacks.base import Goal
-from pipeline.attacks.fgsm import FGSM
+from pipeline.attacks.base import Attack, Goal
+from pipeline.attacks.load import LoadedAttack, load_attack
 from pipeline.config.schema import Config, ModelConfig, PreprocessConfig, is_address
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
 from pipeline.core.variants import Variant
-from pipeline.engine.compute import Attacker, check_model, compile_victim, fit_batch_size, rehearse, repays
+from pipeline.engine.compute import (
+    Attacker,
+    check_attack,
+    check_model,
+    compile_victim,
+    fit_batch_size,
+    rehearse,
+    repays,
+)
 from pipeline.engine.loader import Reader, Shape, find_shape
 from pipeline.engine.scores import contents_of
 from pipeline.layouts.base import Layout, make_features, subsets_of
@@ -39,7 +47,7 @@ from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace
 from pipeline.models.load import load_model
 from pipeline.output.folder import name_edition
-from pipeline.output.manifest import Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
+from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
 from pipeline.sources.base import Source
 from pipeline.sources.registry import open_source
 
@@ -75,6 +83,7 @@ class Run:
     source: Source
     plan: Plan
     reader: Reader
+    attack: Attack
     victim: Model
     goal: Goal
     features: datasets.Features
@@ -88,7 +97,7 @@ class Run:
     @property
     def attacker(self) -> Attacker:
         """The attack on chunks of rows."""
-        return make_attacker(self.config, self.victim, self.goal, self.evaluators)
+        return make_attacker(self.config, self.attack, self.victim, self.goal, self.evaluators)
 
     @property
     def spaces(self) -> dict[str, LabelSpace]:
@@ -167,6 +176,12 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     if recorded is not None:
         config = _take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
+    loaded = load_attack(config.attack)
+    if not loaded.attack.on_ray and LAYOUTS[config.output.layout].stores_sign:
+        raise ConfigError(
+            f"output.layout: {config.output.layout} stores one direction for all epsilons, and the images of "
+            f"{config.attack.kind} do not lie along one; use layout images."
+        )
     source = open_run_source(config)
     for left_out in source.left_out:
         logger.warning("Left out of the source: %s.", left_out)
@@ -181,7 +196,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     victim.join(source, shape, config.model.label_map)
     goal = Goal(config.attack.label, attack_target(config, victim.space))
     evaluators = _open_evaluators(config, source, shape, device)
-    attacker = make_attacker(config, victim, goal, evaluators)
+    attacker = make_attacker(config, loaded.attack, victim, goal, evaluators)
     reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(victim.space.dataset_classes))
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
@@ -205,6 +220,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         source=source,
         plan=plan,
         reader=reader,
+        attack=loaded.attack,
         victim=victim,
         goal=goal,
         features=make_features(
@@ -213,7 +229,9 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         ),
         device=device,
         image_format=image_format,
-        identity=_identity(resolved, source, shape, victim, evaluators, chunk_images(device, plan.batch_size, shape)),
+        identity=_identity(
+            resolved, source, shape, loaded, victim, evaluators, chunk_images(device, plan.batch_size, shape)
+        ),
         asked_batch_size=asked_batch_size,
         evaluators=evaluators,
         generation=generation if recorded is None else recorded.generation,
@@ -233,9 +251,11 @@ def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> 
     return published.model_copy(update={"mode": asked.mode})
 
 
-def make_attacker(config: Config, victim: Model, goal: Goal, evaluators: Mapping[str, Model]) -> Attacker:
+def make_attacker(
+    config: Config, attack: Attack, victim: Model, goal: Goal, evaluators: Mapping[str, Model]
+) -> Attacker:
     """The attack that a config describes, on chunks of rows."""
-    return Attacker(FGSM(), victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, evaluators)
+    return Attacker(attack, victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, evaluators)
 
 
 def _open_evaluators(config: Config, source: Source, shape: Shape, device: torch.device) -> dict[str, Model]:
@@ -272,6 +292,8 @@ def _check_models(attacker: Attacker, reader: Reader, plan: Plan) -> None:
             logger.warning("%s%s.", name, sentence)
 
     look(attacker.victim, attacker.goal, "")
+    labels_of_victim = attacker.victim.space.model_labels(labels).to(images.device)
+    fit_batch_size(lambda size: check_attack(attacker, images[:size], labels_of_victim[:size]), size, quiet=True)
     for name, other in attacker.evaluators.items():
         with naming_evaluator(name):
             look(other, None, f"evaluators, {name}: ")
@@ -428,6 +450,7 @@ def _identity(
     config: Config,
     source: Source,
     shape: Shape,
+    attack: LoadedAttack,
     victim: Model,
     evaluators: Mapping[str, Model],
     chunk: int,
@@ -444,6 +467,8 @@ def _identity(
             label_maps={name: model.space.to_model.tolist() for name, model in models.items()},
         ),
         "source.content": source.digest,
+        **({"attack.content": attack.digest} if attack.digest else {}),
+        **({} if attack.attack.on_ray else {ON_RAY: False}),
         "runtime.chunk": chunk,
         **{f"{name}.content": model.digest for name, model in models.items()},
     }

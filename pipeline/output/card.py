@@ -170,7 +170,7 @@ def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
 
 def _title(manifest: Manifest) -> str:
     name = " ".join((manifest.origin.name or "").split())
-    return f"{name} under FGSM" if name else "Images under FGSM"
+    return f"{name or 'Images'} under {manifest.resolved.attack.title}"
 
 
 def size_category(rows: int) -> str:
@@ -320,6 +320,7 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
         "victim": manifest.config["model"],
+        "on_ray": manifest.on_ray,
         "judges": judges,
         "classes": manifest.dataset_classes,
         "columns": list(_describe(manifest, features, ids)),

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,6 +62,9 @@ FORMAT_VERSION = 6
 MANY_ZERO = 0.5
 # Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
+
+# The key of an identity that is there, and false, where the attack's images do not lie along one direction.
+ON_RAY = "attack.on_ray"
 
 # Characters of a part of a manifest that a message names.
 MOST_NAMED = 200
@@ -238,6 +241,24 @@ class Manifest(SealedRecord):
         return tuple(sorted({variant.level for variant in self.variants}))
 
     @property
+    def on_ray(self) -> bool:
+        """Whether images at all epsilons lie along one direction, so that those of others can be made from them."""
+        return bool(self.identity.get(ON_RAY, True))
+
+    def check_recorded(self, levels: Iterable[int]) -> None:
+        """Refuse epsilons whose images are not stored and cannot be made.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        missing = [] if self.on_ray else [level for level in levels if level not in self.levels]
+        if missing:
+            raise ConfigError(
+                f"epsilons: {missing[0]}/255 is not recorded, and the images of this dataset's attack do not lie along "
+                f"one direction from which others follow; recorded: {', '.join(f'{k}/255' for k in self.levels[1:])}."
+            )
+
+    @property
     def layout(self) -> Layout:
         """How its rows are stored."""
         return LAYOUTS[self.resolved.output.layout]
@@ -351,6 +372,12 @@ def identity_of(
             "epsilons": [f"{level}/255" for level in attack.levels],
             "label": attack.label,
             "target": attack.target,
+            # fgsm was the only attack once, and stands in the identity of no run.
+            **(
+                {"kind": attack.own_code.rpartition(":")[2], "kwargs": without_folders(attack.kwargs)}
+                if attack.own_code
+                else {}
+            ),
         },
         "output": config.output.model_dump(exclude={"path"}),
         "runtime": config.runtime.model_dump(

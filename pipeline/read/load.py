@@ -67,13 +67,16 @@ def load(
         place = str(path_or_repo)
         folder = OutputFolder(place)
         stored = require_manifest(folder)
+        stored.check_recorded(asked or ())
         if not allow_incomplete:
             warn_if_incomplete(folder, stored)
     else:
         local = local_folder(path_or_repo)
         place = str(local or path_or_repo)
-        if local and not allow_incomplete and (manifest := read_manifest(OutputFolder(local))):
-            warn_if_incomplete(OutputFolder(local), manifest)
+        if local and (manifest := read_manifest(OutputFolder(local))):
+            manifest.check_recorded(asked or ())
+            if not allow_incomplete:
+                warn_if_incomplete(OutputFolder(local), manifest)
     opened = cache(partial(_open, place, stored, streaming))
     layout, recorded = _recorded(place, opened) if stored is None else (stored.layout, stored.variants)
     wanted = recorded if asked is None else at_levels(recorded, asked)

@@ -384,7 +384,7 @@ def training_dataset(
     world_size: int | None = None,
     allow_incomplete: bool = False,
 ) -> TrainingDataset:
-    """Open a dataset for training, either layout: images (C, H, W) uint8 and labels int64, for a DataLoader.
+    """Open a dataset for training, any layout: images (C, H, W) uint8 and labels int64, for a DataLoader.
 
         data = pipeline.training_dataset("out/cifar10", "train", clean=0.5)
         loader = DataLoader(data, batch_size=128, num_workers=4)
@@ -410,9 +410,9 @@ def training_dataset(
     Resuming in the middle of an epoch is exact with the `state_dict` of torchdata's StatefulDataLoader, workers or not,
     and without workers with the dataset's own. Images that were given are neither read nor decoded again.
 
-    Layout images reads one row group of each epsilon to show one image of it; layout signs reads what it shows. So
-    where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the process
-    itself without any) holds the encoded images of a window, 64 MB and one row group more.
+    Layouts images and wide read a row group of each epsilon to show one image of it; layout signs reads what it shows.
+    So where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the
+    process itself without any) holds the encoded images of a window, 64 MB and one row group more.
 
     Args:
         path_or_repo: an output folder, or a Hub id, of which the files needed are downloaded first.
@@ -443,6 +443,7 @@ def training_dataset(
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or _manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
+    manifest.check_recorded(asked or ())
     if local and not allow_incomplete:
         warn_if_incomplete(OutputFolder(root), manifest)
     _check_split(manifest, split, name)

@@ -131,6 +131,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
         "planned": manifest.planned,
         "stored": manifest.stored,
         "victim": model_name(manifest.config["model"]),
+        "attack": manifest.resolved.attack.title,
         "source": source_name(manifest.config["source"]),
         "evaluators": evaluator_names(manifest),
         "labelled": is_labelled(manifest),

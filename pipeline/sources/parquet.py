@@ -23,7 +23,7 @@ from pipeline.sources import files
 from pipeline.sources.base import Read, class_names, joined
 from pipeline.sources.cells import CELL
 from pipeline.sources.columns import find_columns, plain_type
-from pipeline.sources.files import Listing, system_of
+from pipeline.sources.files import Listing
 from pipeline.sources.streams import (
     Fields,
     SourceFile,
@@ -42,13 +42,9 @@ BYTES_AHEAD = 256 * 2**20
 # Row groups that are on their way all together are waited for longer where they are large: a connection that does so
 # many bytes a second is slow.
 SLOW_BYTES = 100_000
-# What may lie between two columns that are fetched at once.
-GAP_BYTES = 2**20
 # Rows of a table at the head of a file, and the bytes that are fetched at once for it.
 TABLE_ROWS = 32
 HEAD_BUFFER = 2**18
-# The local file system, as fsspec names it.
-LOCAL = ("file", ("file", "local"))
 
 
 def open_parquet(config: SourceConfig, listing: Listing, *, need_labels: bool, max_pixels: int) -> "ParquetSource":
@@ -212,34 +208,10 @@ def _groups_of(file: SourceFile, shard: Shard) -> Iterator[tuple[int, int]]:
 
 
 def _row_group(file: SourceFile, metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a row group; where that is a request, in as few as they lie apart."""
-    parts = {}
-    local = system_of(file.url)[0].protocol in LOCAL
-    if not local:
-        with opened(file) as handle:
-            for start, stop in _spans(metadata.row_group(group), columns):
-                handle.seek(start)
-                parts[start, stop] = handle.read(stop - start)
-    with opened(file, **({} if local else {"cache_type": "parts", "cache_options": {"data": parts}})) as handle:
-        return pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns, use_threads=False)
-
-
-def _spans(group: Any, columns: Sequence[str]) -> list[tuple[int, int]]:
-    """Where in the file some columns of a row group are, those that lie close together as one."""
-    spans: list[tuple[int, int]] = []
-    for chunk in sorted(map(group.column, range(group.num_columns)), key=_chunk_start):
-        if not any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
-            continue
-        start = _chunk_start(chunk)
-        if spans and start - spans[-1][1] <= GAP_BYTES:
-            start = spans.pop()[0]
-        spans.append((start, _chunk_start(chunk) + chunk.total_compressed_size))
-    return spans
-
-
-def _chunk_start(chunk: Any) -> int:
-    offsets: list[int] = [offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset]
-    return min(offsets)
+    """Some columns of a row group; those that lie together are one request."""
+    with opened(file) as handle:
+        parquet = pq.ParquetFile(handle, metadata=metadata, pre_buffer=True)
+        return parquet.read_row_group(group, columns, use_threads=False)
 
 
 def _normalised(source: ParquetSource, file: SourceFile, rows: pa.Table) -> pa.Table:
