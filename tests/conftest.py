@@ -34,6 +34,7 @@ from pipeline.executors.part import parse_part
 from pipeline.layouts import registry
 from pipeline.output.folder import json_digest
 from pipeline.output.summary import summary_table
+from tests.support.variants import fgsm_at
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
 # has. There is one, which has imported what was named before it started.
@@ -355,7 +356,7 @@ LAYOUTS = tuple(registry.LAYOUTS)
 
 def subset_of(layout: str, level: int) -> str:
     """The subset that holds the rows at an epsilon in grey levels."""
-    return registry.LAYOUTS[layout].subset(level)
+    return registry.LAYOUTS[layout].subset(fgsm_at(level)[-1])
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -26,6 +26,7 @@ from pydantic import (
 from pipeline.core.errors import ConfigError, first_line
 from pipeline.core.own_code import names_file
 from pipeline.core.redaction import find_secret, printable
+from pipeline.core.variants import ID, Variant, make_variants, plain_id
 
 # What a config may add up to, aliases written out, and how deep it may go: far more than any needs.
 MOST_NODES, MOST_DEPTH = 100_000, 50
@@ -252,7 +253,7 @@ class EvaluatorConfig(ModelConfig):
     @field_validator("id")
     @classmethod
     def _fits_a_column(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+        if not re.fullmatch(ID, name):
             raise ValueError(f"got {name!r}; allowed: up to 64 letters, digits and underscores, a letter first")
         return name
 
@@ -515,6 +516,21 @@ class Config(Section):
             if height * width > self.runtime.max_pixels:
                 raise ValueError(f"preprocess.{key}: {width}x{height} is more than runtime.max_pixels allows")
         return self
+
+    @property
+    def attack_id(self) -> str:
+        """What rows call the attack."""
+        return plain_id(self.attack.kind)
+
+    @property
+    def model_id(self) -> str:
+        """What rows call the model that is attacked."""
+        return plain_id(self.model.name or self.model.kind)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What is stored of every image, clean first."""
+        return make_variants({self.attack_id: ([self.model_id], self.attack.levels)})
 
     def _check_channels(self) -> None:
         models = [("model", self.model), *((f"evaluators, {other.id}", other) for other in self.evaluators)]

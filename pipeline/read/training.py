@@ -31,6 +31,7 @@ from pipeline.config.schema import is_address, reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, explained, first_line
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
 from pipeline.core.lattice import step_array, stored_sign
+from pipeline.core.variants import at_levels
 from pipeline.layouts.base import LABEL, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
@@ -80,7 +81,7 @@ class Shards:
         self.image_format: ImageFormat = "webp" if output.image_format == "webp" else "png"
         needed = {picture for pictures in sources.values() for picture in pictures}
         # A clean image comes before what says where it moves to.
-        self.columns = [picture for picture in layout.pictures(manifest.levels) if picture in needed]
+        self.columns = [picture for picture in layout.pictures(manifest.variants) if picture in needed]
         self.subsets = tuple(dict.fromkeys(column.subset for column in self.columns))
         # Whether a column is read for an image at a level.
         self.used = np.array([[column in sources.get(level, ()) for level in range(256)] for column in self.columns])
@@ -493,8 +494,8 @@ def _check_split(manifest: Manifest, split: str, name: str) -> None:
 def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float) -> Shards:
     """Where the images at 0 and at some levels are; what is never drawn is not looked for."""
     wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
-    layout, recorded = manifest.layout, manifest.levels
-    return Shards(root, manifest, {level: layout.source(level, recorded) for level in wanted})
+    layout, recorded = manifest.layout, manifest.variants
+    return Shards(root, manifest, {one.level: layout.source(one, recorded) for one in at_levels(recorded, wanted)})
 
 
 def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:
