@@ -12,12 +12,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, first_line, system_refusal
 from pipeline.core.redaction import presentable
+from pipeline.executors import EXECUTORS
 
 if TYPE_CHECKING:
     from pipeline.config.schema import AttackConfig
@@ -37,8 +38,6 @@ Overrides = Annotated[
 ]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Where the dataset goes: output.path.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N of each split's order: source.limit.")]
-# As in pipeline.generate, which is not imported for --help.
-ExecutorName = Literal["local", "ray"]
 Unlocked = Annotated[
     bool, typer.Option("--unlocked", help="Write where there are no locks: you see to it that no other run does.")
 ]
@@ -53,7 +52,10 @@ def generate(
     limit: Limit = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
     executor: Annotated[
-        ExecutorName, typer.Option("--executor", help="Who does the work: this process, or a Ray cluster.")
+        str,
+        typer.Option(
+            "--executor", metavar="|".join(EXECUTORS), help="Who does the work: this process, or a Ray cluster."
+        ),
     ] = "local",
     part: Annotated[
         str | None,

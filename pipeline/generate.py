@@ -12,7 +12,6 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError, listing
@@ -24,7 +23,7 @@ from pipeline.engine.job import Job, Written
 from pipeline.engine.loader import name_row
 from pipeline.engine.progress import Busy, Progress
 from pipeline.engine.run import differences
-from pipeline.executors import EXECUTORS
+from pipeline.executors import EXECUTORS, PART
 from pipeline.executors.base import Executor
 from pipeline.output.card import card_agrees, write_summaries
 from pipeline.output.folder import OutputFolder, Receipt, committed
@@ -35,14 +34,12 @@ SHARED_SECONDS, POLL_SECONDS = 60.0, 0.5
 
 logger = logging.getLogger(__name__)
 
-ExecutorName = Literal["local", "ray"]
-
 
 def generate(
     config: Config,
     *,
     overwrite: bool = False,
-    executor: ExecutorName = "local",
+    executor: str = "local",
     part: tuple[int, int] | None = None,
     unlocked: bool = False,
 ) -> Manifest:
@@ -52,7 +49,7 @@ def generate(
         config: the run.
         overwrite: remove the run that is in the output folder first: the files that its receipts and its manifest
             list, and those that bear its id. All else stays.
-        executor: `local` works in this process, `ray` on a cluster; the bytes are the same.
+        executor: a name of `EXECUTORS`: `local` works in this process, `ray` on a cluster; the bytes are the same.
         part: (i, n), to write only part i of n, counted from 0, while other processes write the others; see
             executors/part.py.
         unlocked: do without a lock, where the file system or the object store has none: the caller sees to it that no
@@ -85,7 +82,7 @@ def generate(
     return manifest
 
 
-def _check_part(executor: ExecutorName, overwrite: bool, unlocked: bool) -> None:
+def _check_part(executor: str, overwrite: bool, unlocked: bool) -> None:
     """Refuse what does not go with a part.
 
     Raises:
@@ -103,17 +100,24 @@ def _check_part(executor: ExecutorName, overwrite: bool, unlocked: bool) -> None
 
 
 def _executor(name: str, config: Config, recorded: Manifest | None, part: tuple[int, int] | None) -> Executor:
-    """Whoever does the work."""
+    """Whoever does the work.
+
+    Raises:
+        ConfigError: nobody has that name, or what it needs is not installed.
+    """
+    if name not in EXECUTORS:
+        raise ConfigError(f"--executor: got {name!r}; allowed: {', '.join(EXECUTORS)}.")
     runtime = config.runtime
     if recorded is not None and runtime.device == "auto":
         runtime = runtime.model_copy(update={"device": recorded.resolved.runtime.device})
     try:
-        kind: type[Executor] = pkgutil.resolve_name(EXECUTORS["part" if part else name])
+        kind: type[Executor] = pkgutil.resolve_name(PART if part else EXECUTORS[name])
     except ModuleNotFoundError as error:
-        if error.name != "ray":
+        if error.name != name:
             raise
         raise ConfigError(
-            "--executor ray: Ray is not installed; it comes with pip install 'fgsm-pipeline[ray]'."
+            f"--executor {name}: {name.capitalize()} is not installed; it comes with pip install "
+            f"'fgsm-pipeline[{name}]'."
         ) from None
     return kind(runtime, part)
 

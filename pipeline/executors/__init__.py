@@ -2,6 +2,7 @@
 
 EXECUTORS = {
     "local": "pipeline.executors.local:LocalExecutor",
-    "part": "pipeline.executors.part:PartExecutor",
     "ray": "pipeline.executors.ray:RayExecutor",
 }
+# What `--part` asks for: it needs more than a name.
+PART = "pipeline.executors.part:PartExecutor"

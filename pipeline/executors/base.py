@@ -30,9 +30,11 @@ class Executor(ABC):
     part = ""
 
     def __init__(self, runtime: RuntimeConfig, part: tuple[int, int] | None = None) -> None:
-        """Args:
-        runtime: the config's section, with the device of the run that is resumed.
-        part: (i, n), which of n parts is to be written here; None for all of the run.
+        """Take what there is to know; nothing is begun yet.
+
+        Args:
+            runtime: the config's section, with the device of the run that is resumed.
+            part: (i, n), which of n parts is to be written here; None for all of the run.
         """
         del part
         self.runtime = runtime

@@ -358,5 +358,11 @@ def test_what_is_no_part_is_told(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_executor_that_is_not_there_is_told(write_config: WriteConfig) -> None:
+    result = fgsm("generate", write_config(), "--executor", "slurm")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "Error: --executor: got 'slurm'; allowed: local, ray."
+
+
 def test_help_says_from_where_parts_count() -> None:
     assert "0 to N-1" in " ".join(fgsm("generate", "--help").stdout.replace("│", " ").split())
