@@ -14,7 +14,7 @@ from pipeline.config.schema import load_config
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.own_code import import_own
 from pipeline.engine.run import open_run
-from tests.conftest import REPOSITORY, fgsm, generate, manifest
+from tests.conftest import REPOSITORY, fgsm, generate, manifest, rows
 
 # Several steps, each within the ball.
 STEPS = """
@@ -123,6 +123,8 @@ def test_the_example_of_the_page_runs_and_is_verified(example: Path) -> None:
     generate(example)
     result = fgsm("verify", example.parent / "out", "--recompute")
     assert result.exit_code == 0, result.output
+    attacked = rows(example.parent / "out", "eps-8")
+    assert {*zip(attacked["attack"], attacked["model"], strict=True)} == {("Blurred", "digits")}
     assert "36 predictions re-derived from the stored pixels, 0 differ" in result.stdout
     # Any epsilon can be made of it, as of FGSM.
     assert len(pipeline.load(example.parent / "out", ["16/255"], "test")) == 12

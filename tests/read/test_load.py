@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -23,6 +24,7 @@ from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.lattice import sign_to_picture, step
 from tests.conftest import KINDS, LAYOUTS, WriteConfig, generate, loaded_by, png_bytes, random_pixels, write_parquet
 
+MADE = ("attack", "model")
 ANSWERS = ("prediction", "confidence", "label_confidence", "correct", "fooled")
 
 
@@ -299,6 +301,29 @@ def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp
     (image_parquet / "README.md").write_text(CARD)
     with pytest.raises(ConfigError, match="its subset signs has other columns"):
         pipeline.load(image_parquet)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_a_former_format_are_one_sentence(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    """As on the Hub, where only the rows tell: until format 5 they did not say what made them."""
+    generate(write_config(output={"layout": layout}))
+    (tmp_path / "out/manifest.json").unlink()
+    card = tmp_path / "out/README.md"
+    configs = yaml.safe_load(card.read_text().split("---")[1])["configs"]
+    card.write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    for path in (tmp_path / "out").rglob("*.parquet"):
+        kept = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        if "attacks" in kept.column_names:
+            features = kept.features
+            entries = {name: value for name, value in features["attacks"].feature.items() if name not in MADE}
+            former = [[{key: entry[key] for key in entries} for entry in row] for row in kept["attacks"]]
+            kept = kept.remove_columns("attacks").add_column("attacks", former, feature=datasets.List(entries))
+            kept = kept.select_columns(list(features))
+        else:
+            kept = kept.remove_columns(list(MADE))
+        kept.to_parquet(path)
+    with pytest.raises(ConfigError, match=r"is no dataset of fgsm-pipeline: its subset .* has other columns"):
+        pipeline.load(tmp_path / "out", split="test")
 
 
 def test_damaged_files_are_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
