@@ -48,6 +48,7 @@ def test_all_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Pat
     expected = plain(stored)
     small = [row for row in expected if row["epsilon"] == 2 / 255]
     # 3/255 and 255/255 were not recorded.
+    assert {(row["attack"], row["model"]) for row in small} == {("fgsm", "make")}
     made: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for layout in LAYOUTS:
         for streaming in (False, True):
@@ -65,6 +66,7 @@ def test_all_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Pat
     assert all(rows == first for rows in made.values())
     count = len(small)
     assert [row["epsilon"] for row in first] == [k / 255 for k in (255, 0, 3, 2) for _ in range(count)]
+    assert [(row["attack"], row["model"]) for row in first[count : 2 * count]] == [(None, None)] * count
     assert first[count : 2 * count] == expected[:count]
     assert first[3 * count :] == small
     clean, attacked = (stored.select(range(start, start + count)) for start in (0, 2 * count))
@@ -330,4 +332,3 @@ def test_importing_the_package_is_instant_and_load_is_there() -> None:
 def test_reading_loads_neither_attack_nor_victim() -> None:
     loaded = {name for name in loaded_by("from pipeline import load") if name.startswith("pipeline.")}
     assert {name.split(".")[1] for name in loaded} == {"core", "config", "layouts", "output", "read"}
-    assert {name for name in loaded if name.startswith("pipeline.sources.")} == {"pipeline.sources.origins"}

@@ -712,7 +712,6 @@ def test_hub_errors_are_one_sentence(outputs: Path, hub: Hub, monkeypatch: pytes
 def test_training_loads_neither_attack_nor_victim_nor_datasets() -> None:
     loaded = loaded_by("from pipeline import training_dataset")
     own = {name for name in loaded if name.startswith("pipeline.")}
-    assert {name.split(".")[1] for name in own} == {"core", "config", "sources", "layouts", "output", "read"}
-    assert {name for name in own if name.startswith("pipeline.sources.")} == {"pipeline.sources.origins"}
+    assert {name.split(".")[1] for name in own} == {"core", "config", "layouts", "output", "read"}
     assert not {"datasets", "torchvision", "huggingface_hub"} & loaded
     assert "training_dataset" in pipeline.__all__
