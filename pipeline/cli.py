@@ -55,6 +55,15 @@ def generate(
     executor: Annotated[
         ExecutorName, typer.Option("--executor", help="Who does the work: this process, or a Ray cluster.")
     ] = "local",
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            metavar="I/N",
+            help="Write one of N parts, counted from 0 to N-1, beside the processes that write the others: the share "
+            "of a Slurm array task or a Kubernetes indexed job.",
+        ),
+    ] = None,
     unlocked: Unlocked = False,
     debug: Debug = False,
 ) -> None:
@@ -66,12 +75,16 @@ def generate(
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _leave_removed_folder(loaded.output.path)
+        from pipeline.executors.part import parse_part
         from pipeline.generate import generate as run
         from pipeline.output.summary import summary_table
 
         _say_epsilons(loaded.attack)
-        manifest = run(loaded, overwrite=overwrite, executor=executor, unlocked=unlocked)
+        share = None if part is None else parse_part(part)
+        manifest = run(loaded, overwrite=overwrite, executor=executor, part=share, unlocked=unlocked)
         _say(summary_table(manifest))
+        if not manifest.complete:  # whoever writes the last part makes the report
+            return
         _report_on(manifest, loaded.output.path, debug)
         path, subset = loaded.output.path, manifest.stored[-1]
         # JSON's double quotes: Python's single ones become unreadable inside the shell's.

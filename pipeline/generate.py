@@ -39,7 +39,12 @@ ExecutorName = Literal["local", "ray"]
 
 
 def generate(
-    config: Config, *, overwrite: bool = False, executor: ExecutorName = "local", unlocked: bool = False
+    config: Config,
+    *,
+    overwrite: bool = False,
+    executor: ExecutorName = "local",
+    part: tuple[int, int] | None = None,
+    unlocked: bool = False,
 ) -> Manifest:
     """Write the dataset that a config describes, or what is missing of it.
 
@@ -48,11 +53,13 @@ def generate(
         overwrite: remove the run that is in the output folder first: the files that its receipts and its manifest
             list, and those that bear its id. All else stays.
         executor: `local` works in this process, `ray` on a cluster; the bytes are the same.
+        part: (i, n), to write only part i of n, counted from 0, while other processes write the others; see
+            executors/part.py.
         unlocked: do without a lock, where the file system or the object store has none: the caller sees to it that no
             second run writes there.
 
     Returns:
-        The manifest of the complete dataset.
+        The manifest of the complete dataset; of a part, that of the dataset as far as it is there.
 
     Raises:
         ConfigError: the config, or what it names, cannot be used; nothing was written.
@@ -61,31 +68,58 @@ def generate(
     """
     folder = OutputFolder(config.output.path)
     folder.check_usable()
-    recorded = None if overwrite else read_manifest(folder)
-    with _executor(executor, config, recorded) as execution:
-        try:
-            manifest = _execute(execution, config, folder, recorded, overwrite, unlocked)
-        finally:
-            jobs.close()
+    if part is not None:
+        _check_part(executor, overwrite, unlocked)
+    manifest = None
+    while manifest is None:
+        recorded = None if overwrite else read_manifest(folder)
+        with _executor(executor, config, recorded, part) as execution:
+            try:
+                manifest = _execute(execution, config, folder, recorded, overwrite, unlocked)
+            except _BegunOtherwiseError:
+                continue
+            finally:
+                jobs.close()
     if warning := manifest.zero_gradient_warning:
         logger.warning("%s.", warning)
     return manifest
 
 
-def _executor(name: str, config: Config, recorded: Manifest | None) -> Executor:
+def _check_part(executor: ExecutorName, overwrite: bool, unlocked: bool) -> None:
+    """Refuse what does not go with a part.
+
+    Raises:
+        ConfigError: something does not.
+    """
+    if executor != "local":
+        raise ConfigError(f"--part: a part is written by this process; leave out --executor {executor}.")
+    if overwrite:
+        raise ConfigError(
+            "--part: with --overwrite each part would remove what the others have written; choose another folder, or "
+            "remove the dataset that is there before the parts start."
+        )
+    if unlocked:
+        raise ConfigError("--part: parts find each other by their locks, so --unlocked does not go with it.")
+
+
+def _executor(name: str, config: Config, recorded: Manifest | None, part: tuple[int, int] | None) -> Executor:
     """Whoever does the work."""
     runtime = config.runtime
     if recorded is not None and runtime.device == "auto":
         runtime = runtime.model_copy(update={"device": recorded.resolved.runtime.device})
     try:
-        kind: type[Executor] = pkgutil.resolve_name(EXECUTORS[name])
+        kind: type[Executor] = pkgutil.resolve_name(EXECUTORS["part" if part else name])
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise ConfigError(
             "--executor ray: Ray is not installed; it comes with pip install 'fgsm-pipeline[ray]'."
         ) from None
-    return kind(runtime)
+    return kind(runtime, part)
+
+
+class _BegunOtherwiseError(Exception):
+    """Another part has begun the run meanwhile, and has resolved an `auto` otherwise or in a new generation."""
 
 
 def _execute(
@@ -96,13 +130,17 @@ def _execute(
     overwrite: bool,
     unlocked: bool,
 ) -> Manifest:
-    """Find out what is missing, and have it written."""
+    """Find out what is missing, and have it written.
+
+    Raises:
+        _BegunOtherwiseError: the run is to be opened again, as the manifest that is there now has it.
+    """
     generation = folder.generation(over=overwrite) if recorded is None else recorded.generation
     output = str(Path(folder.root).absolute()) if folder.store.local else folder.root
     job = Job(config, output, recorded, generation)
     opened = executor.call(job.open)
     job = replace(job, recorded=opened)
-    if not overwrite:
+    if recorded is not None or not (overwrite or executor.part):
         _check_same(opened, recorded, folder)
     shards = opened.plan.shards
     done = {} if overwrite else committed(folder, opened.edition, shards)
@@ -113,34 +151,63 @@ def _execute(
     if folder.store.local or not executor.remote:  # what waits for its upload lies on the workers' disks
         needed = executor.call(job.estimate_bytes, in_flight(folder, [s for s in shards if s.name not in done]))
         check_disk(needed, folder, overwrite=overwrite)
-    with folder.store.held(unlocked=unlocked):
-        same = folder.generation(over=True) == generation if overwrite else read_manifest(folder) == recorded
-        if not same:
-            raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
-        begun = _begin(folder, recorded or opened, overwrite)
-        sizes = folder.store.sizes()
-        done = committed(folder, begun.edition, shards, sizes)
-        begun = write_summaries(folder, begun, done)
-        if done:
-            logger.info("%d of %d shards are already there.", len(done), len(shards))
-        missing = [shard for shard in shards if shard.name not in done]
-        folder.forget(missing, begun.edition, sizes)
+    own = executor.share(shards)
+    with folder.store.held(unlocked=unlocked, part=executor.part):
+        with folder.store.alone():
+            if executor.part:
+                recorded = _joined(folder, opened, recorded)
+            same = folder.generation(over=True) == generation if overwrite else read_manifest(folder) == recorded
+            if not same:
+                raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
+            begun = _begin(folder, recorded or opened, overwrite)
+            sizes = folder.store.sizes()
+            done = committed(folder, begun.edition, shards, sizes)
+            begun = write_summaries(folder, begun, done)
+            if done:
+                logger.info("%d of %d shards are already there.", len(done), len(shards))
+            missing = [shard for shard in own if shard.name not in done]
+            folder.forget(missing, begun.edition, sizes)
         try:
-            if missing:
-                _write(executor, job, folder, opened, missing, list(done.values()))
+            session = _write(executor, job, folder, opened, missing, list(done.values())) if missing else None
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
-            with contextlib.suppress(PipelineError):
+            with contextlib.suppress(PipelineError), folder.store.alone():
                 write_summaries(folder, settled(begun))
             raise
-        manifest = write_summaries(folder, settled(begun))
-    _check_complete(folder, manifest)
+        with folder.store.alone():
+            if session:
+                tell_speed(folder, *session, opened.versions["device"])
+            done = committed(folder, begun.edition, shards)
+            manifest = write_summaries(folder, settled(begun), done)
+    _check_complete(folder, own, done)
+    if executor.part:
+        left = len(shards) - len(done)
+        name = executor.part.replace("-of-", " of ")
+        logger.info("Part %s is done; %d of %d shards are still missing.", name, left, len(shards))
+        folder.store.tidy()
     return manifest
+
+
+def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -> Manifest | None:
+    """The manifest that a part goes on with: another may have begun the run, or summed it up, since it was read.
+
+    Raises:
+        ConfigError: what is there is of another run.
+        _BegunOtherwiseError: as `_execute`.
+    """
+    there = read_manifest(folder)
+    if there is None and recorded is None:
+        _check_same(opened, None, folder)
+    if there is None or (recorded is not None and recorded.run_id != there.run_id):
+        return recorded
+    if there.edition != opened.edition:
+        raise _BegunOtherwiseError
+    return there
 
 
 def _write(
     executor: Executor, job: Job, folder: OutputFolder, opened: Manifest, shards: Sequence[Shard], done: list[Receipt]
-) -> None:
+) -> tuple[Progress, dict[str, float]]:
     """Have some shards written, show how far they are, and judge their receipts.
 
     Args:
@@ -151,6 +218,9 @@ def _write(
         shards: those to write.
         done: receipts of all others that are there.
 
+    Returns:
+        How far it came and how fast, and how busy each stage was, 1 for always.
+
     Raises:
         ShardsFailedError: some failed each time they were tried; all others were committed.
         PipelineError: too many rows were skipped, what was written is not in the folder, or what ends the run.
@@ -158,7 +228,11 @@ def _write(
     by_name, here, failed, busy = {shard.name: shard for shard in shards}, list[Receipt](), None, Busy()
     skipped, read = sum(len(receipt.skipped) for receipt in done), sum(receipt.planned for receipt in done)
     total, most = opened.plan.total, opened.resolved.runtime.max_skipped
-    with Progress(total, read, opened.levels) as progress:
+    own = {shard.name: shard.rows for shard in executor.share(opened.plan.shards)}
+    rows = [rows for rows in own.values() if rows is not None]
+    finished = sum(receipt.planned for receipt in done if receipt.shard in own)
+    subsets = [variant.subset for variant in opened.variants]
+    with Progress(sum(rows) if len(rows) == len(own) else None, finished, subsets) as progress:
         write = functools.partial(job.write, folder=folder, done=done, tell=progress.update)
         run = executor.run(shards, job.write if executor.remote else write)
         try:
@@ -168,7 +242,7 @@ def _write(
                     if executor.remote:
                         if not here:
                             _see(executor, folder, opened, [shard])
-                        right = {counts.level: counts.correct for counts in receipt.counts}
+                        right = {counts.subset: counts.correct for counts in receipt.counts}
                         progress.update(receipt.planned, receipt.counts[0].labelled, right)
                     here.append(receipt)
                     skipped, read = skipped + len(receipt.skipped), read + receipt.planned
@@ -184,8 +258,7 @@ def _write(
         reasons = {name: reason for name, reason in failed.reasons.items() if name not in there}
         if reasons:
             raise ShardsFailedError(reasons, failed.total, failed.retries) from failed
-    shares = busy.shares(dict.fromkeys(busy.seconds, executor.workers))
-    tell_speed(folder, progress, shares, opened.versions["device"])
+    return progress, busy.shares(dict.fromkeys(busy.seconds, executor.workers))
 
 
 def _receipts(
@@ -209,7 +282,7 @@ def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Seq
         PipelineError: it is not, within the time after which a shared folder shows it.
     """
     if not executor.remote:
-        return  # what is removed meanwhile `_check_complete` names
+        return  # what is removed meanwhile the caller names
     end = time.monotonic() + SHARED_SECONDS
     while missing := [shard for shard in shards if shard.name not in committed(folder, opened.edition, shards)]:
         if time.monotonic() > end:
@@ -240,18 +313,17 @@ def _begin(folder: OutputFolder, manifest: Manifest, overwrite: bool) -> Manifes
     return begun.model_copy(update={"supersedes": ()})
 
 
-def _check_complete(folder: OutputFolder, manifest: Manifest) -> None:
+def _check_complete(folder: OutputFolder, shards: Sequence[Shard], done: Mapping[str, Receipt]) -> None:
     """The end of a run is success only where all is there.
 
     Raises:
         PipelineError: something removed shards while the run went on.
     """
-    if not manifest.complete:
-        there = committed(folder, manifest.edition, manifest.plan.shards)
-        gone = [shard.name for shard in manifest.plan.shards if shard.name not in there]
+    gone = [shard.name for shard in shards if shard.name not in done]
+    if gone:
         raise PipelineError(
-            f"{folder.root}: {len(gone)} of {len(manifest.plan.shards)} shards were removed or changed while the run "
-            f"went on ({listing(gone)}); run the same command again to write them."
+            f"{folder.root}: {len(gone)} of {len(shards)} shards were removed or changed while the run went on "
+            f"({listing(gone)}); run the same command again to write them."
         )
 
 

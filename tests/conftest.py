@@ -30,9 +30,11 @@ import pipeline.generate
 from pipeline.cli import app
 from pipeline.config.load import load_config
 from pipeline.core.images import decode_image
+from pipeline.executors.part import parse_part
 from pipeline.layouts import registry
 from pipeline.output.folder import json_digest
 from pipeline.output.summary import summary_table
+from tests.support.variants import fgsm_at
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
 # has. There is one, which has imported what was named before it started.
@@ -294,7 +296,11 @@ def generate(config: Path, *arguments: str) -> str:
     loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
     table = summary_table(
         pipeline.generate.generate(
-            loaded, overwrite=options["overwrite"], executor=options["executor"], unlocked=options["unlocked"]
+            loaded,
+            overwrite=options["overwrite"],
+            executor=options["executor"],
+            part=options["part"] and parse_part(options["part"]),
+            unlocked=options["unlocked"],
         )
     )
     return f"{log.getvalue()}{table}"
@@ -350,7 +356,7 @@ LAYOUTS = tuple(registry.LAYOUTS)
 
 def subset_of(layout: str, level: int) -> str:
     """The subset that holds the rows at an epsilon in grey levels."""
-    return registry.LAYOUTS[layout].subset(level)
+    return registry.LAYOUTS[layout].subset(fgsm_at(level)[-1])
 
 
 def loaded_by(statement: str) -> set[str]:

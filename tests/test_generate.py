@@ -736,8 +736,8 @@ def test_a_shipped_config_runs_in_the_working_directory(tmp_path: Path, monkeypa
 
 
 def test_without_a_terminal_progress_is_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 20, (0, 8), log_seconds=0) as progress:
-        progress.update(30, 30, {0: 30, 8: 3})
+    with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 20, ["clean", "eps-8"], log_seconds=0) as progress:
+        progress.update(30, 30, {"clean": 30, "eps-8": 3})
     assert "50 of 100 images (50%)" in caplog.text
     assert "clean 100% eps-8 10%" in caplog.text
     assert "images/s" in caplog.text
@@ -747,10 +747,10 @@ def test_without_a_terminal_progress_is_a_log_line(caplog: pytest.LogCaptureFixt
 def test_progress_lines_are_30_seconds_apart(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("pipeline.engine.progress.time.monotonic", lambda: clock[0])
-    with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 0, (0,)) as progress:
+    with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 0, ["clean"]) as progress:
         for second in range(0, 100, 5):
             clock[0] = float(second)
-            progress.update(1, 1, {0: 1})
+            progress.update(1, 1, {"clean": 1})
     assert len(caplog.messages) == 3
 
 

@@ -43,6 +43,7 @@ from pipeline.core.lanes import Lanes, available_cores, chunk_images
 from pipeline.core.lattice import common_sign, picture_to_sign, step
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, Shard
+from pipeline.core.variants import CLEAN, Variant
 from pipeline.engine.compute import compile_victim, own_copy
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
@@ -57,15 +58,15 @@ from pipeline.engine.run import (
     versions,
 )
 from pipeline.engine.scores import contents_of, count, score
-from pipeline.layouts.base import FILE, Scores, evaluator_columns, kept_columns, make_features
+from pipeline.layouts.base import COLUMNS, EPSILON, FILE, Scores, evaluator_columns, kept_columns, make_features
 from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.output.card import make_configs, read_configs, write_summaries
 from pipeline.output.folder import (
     FileEntry,
-    LevelCounts,
     OutputFolder,
     Receipt,
+    VariantCounts,
     add_up,
     committed,
     read_receipts,
@@ -522,7 +523,8 @@ class _Checker:
         self.folder, self.plan, self.sizes = folder, plan, sizes
         self.findings, self.judge, self.reader, self.decoders = findings, judge, reader, decoders
         self.shape = torch.Size(manifest.shape)
-        self.levels, self.stored, self.edition = manifest.levels, manifest.stored, manifest.edition
+        self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
+        self.levels = [variant.level for variant in self.variants]
         self.layout = manifest.layout
         self.on_ray = manifest.on_ray
         self.targeted = manifest.resolved.attack.target is not None
@@ -656,11 +658,11 @@ class _Checker:
         if [row.source_index for row in receipt.skipped] != self.plan.rows(shard)[positions].tolist():
             raise _DamageError(f"{self._receipt(shard)} lists skipped rows that the plan has elsewhere.")
 
-    def _check_counts(self, shard: Shard, receipt: Receipt, batches: Sequence[Sequence[LevelCounts]]) -> None:
+    def _check_counts(self, shard: Shard, receipt: Receipt, batches: Sequence[Sequence[VariantCounts]]) -> None:
         """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now."""
         found = [
-            add_up(level, [batch[index] for batch in batches], self.evaluators)
-            for index, level in enumerate(self.levels)
+            add_up(variant, [batch[index] for batch in batches], self.evaluators)
+            for index, variant in enumerate(self.variants)
         ]
         for there, here, name in zip(receipt.counts, found, self._names(shard), strict=False):
             # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
@@ -689,7 +691,7 @@ class _Checker:
 
     def _names(self, shard: Shard) -> list[str]:
         """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
-        files = [shard_file(self.layout.subset(level), shard, self.edition) for level in self.levels]
+        files = [shard_file(self.layout.subset(variant), shard, self.edition) for variant in self.variants]
         if not self.layout.per_image:
             return files
         return [f"{file} at {level}/255" for file, level in zip(files, self.levels, strict=True)]
@@ -759,7 +761,7 @@ class _Checker:
         subsets: Sequence[pa.Table],
         original: Batch | None,
         receipt: Receipt,
-    ) -> list[LevelCounts]:
+    ) -> list[VariantCounts]:
         """Check one batch of every subset; what its rows at each epsilon add up to."""
         files = [shard_file(subset, shard, self.edition) for subset in self.stored]
         if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
@@ -769,9 +771,9 @@ class _Checker:
         images, sign, tables = self._unpack(dict(zip(self.stored, files, strict=True)), subsets)
         names = self._names(shard)
         totals = []
-        for level, name, table in zip(self.levels, names, tables, strict=True):
-            self._check_columns(name, level, table, tables[0])
-            totals.append(count(level, table, tables[0], self.evaluators))
+        for variant, name, table in zip(self.variants, names, tables, strict=True):
+            self._check_columns(name, variant, table, tables[0])
+            totals.append(count(variant, table, tables[0], self.evaluators))
         self._check_pixels(names, images, sign, tables[0])
         self._count_zero_signs(images, sign)
         if original is not None:
@@ -836,30 +838,32 @@ class _Checker:
         self, files: Mapping[str, str], subsets: Sequence[pa.Table]
     ) -> tuple[list[Tensor], Tensor, list[pa.Table]]:
         """The images at every epsilon, 1 + K times (M, C, H, W) uint8, their sign, and what is recorded of them."""
-        layout, levels, stored = self.layout, self.levels, dict(zip(files, subsets, strict=True))
+        layout, variants, stored = self.layout, self.variants, dict(zip(files, subsets, strict=True))
         pictures = {
             picture: self._pictures(stored[picture.subset].column(picture.column), files[picture.subset])
-            for picture in layout.pictures(levels)
+            for picture in layout.pictures(variants)
         }
         try:
-            tables = [layout.rows(stored, level, levels) for level in levels]
+            tables = [layout.rows(stored, variant, variants) for variant in variants]
             if layout.stores_sign:
-                clean, direction = (pictures[picture] for picture in layout.ray(levels))
+                clean, direction = (pictures[picture] for picture in layout.ray(variants[-1], variants))
                 sign = picture_to_sign(direction)
-                return [step(clean, sign, level) for level in levels], sign, tables
+                return [step(clean, sign, level) for level in self.levels], sign, tables
         except ValueError as error:
             raise _DamageError(f"{files[self.stored[0]]}: {error}.") from None
-        images = [pictures[picture] for level in levels for picture in layout.source(level, levels)]
-        return images, common_sign(images, levels), tables
+        images = [pictures[picture] for variant in variants for picture in layout.source(variant, variants)]
+        return images, common_sign(images, self.levels), tables
 
-    def _check_columns(self, name: str, level: int, table: pa.Table, clean: pa.Table) -> None:
-        if not np.array_equal(table.column("epsilon").to_numpy(), np.full(table.num_rows, level / 255)):
-            raise _DamageError(f"{name} has another epsilon than {level}/255.")
+    def _check_columns(self, name: str, variant: Variant, table: pa.Table, clean: pa.Table) -> None:
+        for own in (column for column in COLUMNS if column.value is None):
+            if not table.column(own.name).equals(pa.chunked_array([own.blank(variant, table.num_rows)])):
+                value = f"{variant.level}/255" if own.name == EPSILON else own.of_variant(variant)
+                raise _DamageError(f"{name} has another {own.name} than {value or 'null'}.")
         pairs = [("clean_prediction", "prediction"), *((column, column) for column in self.shared)]
         for column, original in pairs:
             if not table.column(column).equals(clean.column(original)):
                 raise _DamageError(f"{name} has a {column} that differs from the clean subset's {original}.")
-        self._check_nulls(name, level, table)
+        self._check_nulls(name, variant, table)
         for column in {*self.classes} & {*table.column_names}:
             values = _column(table, column, 0)
             if ((values < 0) | (values >= self.classes[column])).any():
@@ -870,18 +874,18 @@ class _Checker:
             if not ((values >= 0) & (values < 1.001)).all():
                 raise _DamageError(f"{name} has a {column} that is no probability.")
 
-    def _check_nulls(self, name: str, level: int, table: pa.Table) -> None:
+    def _check_nulls(self, name: str, variant: Variant, table: pa.Table) -> None:
         """Null is what cannot be said, and nothing else."""
         everywhere, nowhere = pa.repeat(True, table.num_rows), pa.repeat(False, table.num_rows)
         unlabelled = table.column("label").is_null()
-        fooled = everywhere if not level else nowhere if self.targeted else unlabelled
+        fooled = everywhere if variant == CLEAN else nowhere if self.targeted else unlabelled
         expected = {
             "prediction": nowhere,
             "confidence": nowhere,
             "label_confidence": unlabelled,
             "correct": unlabelled,
             "fooled": fooled,
-            **({"target": nowhere if level else everywhere} if self.targeted else {}),
+            **({"target": everywhere if variant == CLEAN else nowhere} if self.targeted else {}),
         }
         for evaluator in self.evaluators:
             expected |= dict(zip(evaluator_columns(evaluator), (nowhere, unlabelled), strict=True))
@@ -923,7 +927,7 @@ class _Checker:
         victim, *others = answer.logits
         spaces = {name: evaluator.space for name, evaluator in judge.evaluators.items()}
         evaluations = [logits.argmax(-1) for logits in others]
-        again = score(self.levels, victim, labels, target, judge.victim.space, evaluations, spaces)
+        again = score(self.variants, victim, labels, target, judge.victim.space, evaluations, spaces)
         try:
             strict = self._compare_victim(judge, answer, again, names, tables)
             if target is not None:

@@ -17,6 +17,7 @@ from pipeline.config.sources import SourceConfig
 from pipeline.core.addresses import check_address, is_address
 from pipeline.core.epsilon import epsilon_level
 from pipeline.core.redaction import find_secret
+from pipeline.core.variants import ID, Variant, make_variants, plain_id
 
 # Pixels of an image: of a source unless runtime.max_pixels says otherwise, and of a dataset in any case, as a manifest
 # that others wrote is believed in what shape its images have.
@@ -132,7 +133,7 @@ class EvaluatorConfig(ModelConfig):
     @field_validator("id")
     @classmethod
     def _fits_a_column(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+        if not re.fullmatch(ID, name):
             raise ValueError(f"got {name!r}; allowed: up to 64 letters, digits and underscores, a letter first")
         return name
 
@@ -299,6 +300,21 @@ class Config(Section):
         from pipeline.config.load import parse_config
 
         return parse_config, (self.model_dump(),)
+
+    @property
+    def attack_id(self) -> str:
+        """What rows call the attack."""
+        return plain_id(self.attack.kind)
+
+    @property
+    def model_id(self) -> str:
+        """What rows call the model that is attacked."""
+        return plain_id(self.model.call[0] or self.model.kind)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What is stored of every image, clean first."""
+        return make_variants({self.attack_id: ([self.model_id], self.attack.levels)})
 
     def _check_channels(self) -> None:
         models = [("model", self.model), *((f"evaluators, {other.id}", other) for other in self.evaluators)]

@@ -60,9 +60,9 @@ def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     if not len(images):
         return 0
     signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    stored = run.layout.stored([step(images, signs, level) for level in run.levels], signs)
+    stored = run.layout.stored([step(images, signs, variant.level) for variant in run.variants], signs)
     sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
-    return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
+    return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.variants)))
 
 
 def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:

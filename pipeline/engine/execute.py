@@ -31,7 +31,7 @@ from pipeline.engine.progress import Busy, Progress
 from pipeline.engine.run import Run, versions
 from pipeline.engine.scores import count, score
 from pipeline.layouts.base import IMAGE, Scores, encode_column, picture_columns
-from pipeline.output.folder import LevelCounts, OutputFolder, Receipt, SkippedRow, add_up
+from pipeline.output.folder import OutputFolder, Receipt, SkippedRow, VariantCounts, add_up
 from pipeline.output.shards import ShardWriter
 
 # Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
@@ -41,8 +41,9 @@ IMAGES_PER_TASK = 32
 # Where the rows of a source are not known, the share that may be skipped is one of at least so many.
 SKIPPED_AMONG = 1000
 
-# Called with a batch's source images, how many of them are labelled, and how many of those are right at each level.
-Tell = Callable[[int, int, Mapping[int, int]], None]
+# Called with a batch's source images, how many of them are labelled, and how many of those are right in each variant,
+# by the name of its subset.
+Tell = Callable[[int, int, Mapping[str, int]], None]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def write_shards(
                 encoded = _encode(encoders, parts, run, busy)
                 zero_signs = sum(part.zero_signs for part in parts)
                 in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
-                tell(*_progress_counts(run, batch, scores))
+                tell(*_progress_counts(batch, scores))
                 if len(in_flight) > BATCHES_IN_FLIGHT and (receipt := in_flight.popleft().result()):
                     yield receipt
             while in_flight:
@@ -223,13 +224,13 @@ def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
     """The scores of a batch's valid rows."""
     labels = batch.labels[batch.valid]
     if not parts:  # every image was skipped
-        logits, classes = torch.zeros((len(run.levels), 0, 2)), labels
-        evaluations = torch.zeros((len(run.evaluators), len(run.levels), 0), dtype=torch.int64)
+        logits, classes = torch.zeros((len(run.variants), 0, 2)), labels
+        evaluations = torch.zeros((len(run.evaluators), len(run.variants), 0), dtype=torch.int64)
     else:
         logits, classes = torch.cat([part.logits for part in parts], 1), torch.cat([part.classes for part in parts])
         evaluations = torch.cat([part.evaluations for part in parts], 2)
     target = None if run.goal.target is None else classes
-    return score(run.levels, logits, labels, target, run.victim.space, evaluations, run.spaces)
+    return score(run.variants, logits, labels, target, run.victim.space, evaluations, run.spaces)
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:
@@ -272,10 +273,10 @@ def _encode(
     ]
 
 
-def _progress_counts(run: Run, batch: Batch, scores: Scores) -> tuple[int, int, dict[int, int]]:
+def _progress_counts(batch: Batch, scores: Scores) -> tuple[int, int, dict[str, int]]:
     right = scores.correct[0].filled(False).sum(1).tolist()
-    labelled = int(scores.label.count())
-    return batch.place.stop - batch.place.start, labelled, dict(zip(run.levels, right, strict=True))
+    labelled, subsets = int(scores.label.count()), [variant.subset for variant in scores.variants]
+    return batch.place.stop - batch.place.start, labelled, dict(zip(subsets, right, strict=True))
 
 
 class _Sink:
@@ -293,8 +294,8 @@ class _Sink:
         self._start()
 
     def _start(self) -> None:
-        # Of each batch, at every level.
-        self._counts: list[list[LevelCounts]] = []
+        # Of each batch, in every variant.
+        self._counts: list[list[VariantCounts]] = []
         self._skipped: list[SkippedRow] = []
         self._left_out: list[LeftOut] = []
         self._zero_signs = 0
@@ -322,7 +323,7 @@ class _Sink:
     ) -> Receipt | None:
         run = self.run
         if self._open is None:
-            columns = picture_columns(run.layout, run.levels)
+            columns = picture_columns(run.layout, run.variants)
             self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, columns, run.edition)
         kind = self.schema.field(IMAGE).type
         pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
@@ -338,10 +339,10 @@ class _Sink:
         return receipt
 
     def _count(self, batch: Batch, tables: Mapping[str, pa.Table], zero_signs: int) -> None:
-        run = self.run
-        rows = [run.layout.rows(tables, level, run.levels) for level in run.levels]
+        run, variants = self.run, self.run.variants
+        rows = [run.layout.rows(tables, variant, variants) for variant in variants]
         self._counts.append(
-            [count(level, now, rows[0], run.evaluators) for level, now in zip(run.levels, rows, strict=True)]
+            [count(variant, now, rows[0], run.evaluators) for variant, now in zip(variants, rows, strict=True)]
         )
         self._zero_signs += zero_signs
         self._left_out += batch.left_out
@@ -352,8 +353,8 @@ class _Sink:
 
     def _receipt(self, shard: Shard) -> Receipt:
         counts = [
-            add_up(level, [batch[index] for batch in self._counts], self.run.evaluators)
-            for index, level in enumerate(self.run.levels)
+            add_up(variant, [batch[index] for batch in self._counts], self.run.evaluators)
+            for index, variant in enumerate(self.run.variants)
         ]
         rows = counts[0].rows
         return Receipt(

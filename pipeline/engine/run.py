@@ -30,6 +30,7 @@ from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
+from pipeline.core.variants import Variant
 from pipeline.engine.compute import (
     Attacker,
     check_attack,
@@ -110,9 +111,9 @@ class Run:
         return chunk_images(self.device, self.plan.batch_size, self.reader.shape)
 
     @property
-    def levels(self) -> tuple[int, ...]:
-        """Clean, 0, and every epsilon in grey levels."""
-        return (0, *self.config.attack.levels)
+    def variants(self) -> tuple[Variant, ...]:
+        """What is stored of every image, clean first."""
+        return self.config.variants
 
     @property
     def layout(self) -> Layout:
@@ -122,12 +123,12 @@ class Run:
     @property
     def stored(self) -> tuple[str, ...]:
         """The subsets that are stored, each a folder."""
-        return subsets_of(self.layout, self.levels)
+        return subsets_of(self.layout, self.variants)
 
     @property
     def pictures(self) -> int:
         """How many pictures are stored of a source image."""
-        return len(self.layout.pictures(self.levels))
+        return len(self.layout.pictures(self.variants))
 
     @property
     def run_id(self) -> str:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.config.schema import Config
 from pipeline.core.batches import UNLABELLED
+from pipeline.core.variants import Variant
 from pipeline.layouts.base import LABEL, VICTIM, Contents, Scores, evaluator_columns
 from pipeline.models.label_space import LabelSpace
-from pipeline.output.folder import LevelCounts, count_evaluator
+from pipeline.output.folder import VariantCounts, count_evaluator
 
 
 def contents_of(
@@ -31,7 +32,7 @@ def contents_of(
     spaces = {VICTIM: space, **evaluators}
     names = {LABEL: space.dataset_classes, **{model: each.recorded_classes for model, each in spaces.items()}}
     return Contents(
-        levels=(0, *config.attack.levels),
+        variants=config.variants,
         classes={
             of: datasets.Value("int64") if known is None else datasets.ClassLabel(names=list(known))
             for of, known in names.items()
@@ -43,7 +44,7 @@ def contents_of(
 
 
 def score(
-    levels: tuple[int, ...],
+    variants: tuple[Variant, ...],
     logits: Tensor,
     labels: Tensor,
     target: Tensor | None,
@@ -54,7 +55,7 @@ def score(
     """Predictions and confidences of the valid rows of a batch, on the CPU.
 
     Args:
-        levels: V epsilons in grey levels, clean first.
+        variants: V of them, clean first.
         logits: the victim's, (V, M, classes).
         labels: (M,) int64 dataset classes, -1 for unlabelled.
         target: (M,) int64 model indices, None for the plain attack.
@@ -73,7 +74,7 @@ def score(
     unknown = np.tile(unlabelled & (target is None), (len(logits), 1))
     unknown[0] = True
     return Scores(
-        levels=levels,
+        variants=variants,
         models=tuple(spaces),
         prediction=np.stack(
             [each.to_recorded[now.numpy()] for each, now in zip(spaces.values(), predictions, strict=True)]
@@ -91,13 +92,13 @@ def _masked(values: Tensor, mask: NDArray[np.bool_]) -> Any:
     return np.ma.MaskedArray(values.numpy(), np.broadcast_to(mask, values.shape))
 
 
-def count(level: int, rows: pa.Table, clean: pa.Table, evaluators: Iterable[str]) -> LevelCounts:
-    """What rows at one epsilon add up to.
+def count(variant: Variant, rows: pa.Table, clean: pa.Table, evaluators: Iterable[str]) -> VariantCounts:
+    """What rows of one variant add up to.
 
     Args:
-        level: the epsilon in grey levels.
+        variant: which.
         rows: M of them, with the columns of layout images.
-        clean: those of the same images at epsilon 0.
+        clean: those of the same images when clean.
         evaluators: ids of those that have columns.
     """
     known = np.asarray(rows.column("label").is_valid())
@@ -107,8 +108,8 @@ def count(level: int, rows: pa.Table, clean: pa.Table, evaluators: Iterable[str]
         before, now = (_flags(table, evaluator_columns(name)[1])[known] for table in (clean, rows))
         answers[name] = count_evaluator(before, now, fooled[known])
     # Not checked: forged rows may say anything.
-    return LevelCounts.model_construct(
-        level=level,
+    return VariantCounts.model_construct(
+        **vars(variant),
         rows=len(known),
         labelled=int(known.sum()),
         correct=int(correct.sum()),

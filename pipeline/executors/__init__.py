@@ -2,5 +2,6 @@
 
 EXECUTORS = {
     "local": "pipeline.executors.local:LocalExecutor",
+    "part": "pipeline.executors.part:PartExecutor",
     "ray": "pipeline.executors.ray:RayExecutor",
 }

@@ -311,70 +311,44 @@ def _connect() -> None:
     """Join the cluster that RAY_ADDRESS or the machine names, or start one of this machine's cores.
 
     Raises:
-        PipelineError: RAY_ADDRESS names a cluster that does not answer, or the cluster does not take this process.
+        PipelineError: the cluster that is named does not answer or does not take this process, or none can be started.
     """
     named = os.environ.get("RAY_ADDRESS")
+    address = named or read_ray_address()
     # Ray itself would try for minutes to reach a cluster that is gone.
-    remembered = None if named else read_ray_address()
-    silence = _silence(named or remembered)
-    if named and silence:
-        raise _no_answer(named, silence)
+    silence = _silence(address)
+    if silence and named:
+        raise PipelineError(
+            f"RAY_ADDRESS: no Ray cluster answers at {named} ({silence.rstrip('.')}); start it, or unset the variable "
+            "to start a local one."
+        )
+    if silence:
+        logger.warning(
+            "The Ray cluster that this machine remembers, at %s, does not answer (%s); starting a local one.",
+            address, silence.rstrip("."),
+        )  # fmt: skip
+    # What was ended for want of memory Ray would try again for ever.
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        if silence:
-            _start(f"the one that it remembers, at {remembered}, does not answer: {silence}")
-        else:
-            _join(named)
+        ray.init("local" if silence else None, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Exception itself, where a process of Ray's does not start in time
+        reason = first_line(error).rstrip(".")
+        if address and not silence and address != "local":
+            # As of another version of Ray or Python, or without its token. A local one in its place would be a day's
+            # work on one machine.
+            raise PipelineError(
+                f"RAY_ADDRESS: the Ray cluster at {address} does not take this process ({reason}); mend that, or set "
+                "it to local to start one of this machine's cores."
+            ) from error
+        raise PipelineError(
+            f"Ray cannot be started on this machine ({reason}); run the same command again when the machine is less "
+            "busy, or name a folder with a short name for it with RAY_TMPDIR, such as /tmp."
+        ) from error
     finally:
         # Ray takes SIGTERM for itself, where it can.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
-
-
-def _join(named: str | None) -> None:
-    """Join a cluster; where none is named and none found, Ray starts one."""
-    try:
-        _init()
-    except ConnectionError as error:
-        if named:
-            raise _no_answer(named, first_line(error)) from error
-        _start(first_line(error))
-    except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
-        # As of another version of Ray or Python, or without its token. A local one in its place would be a day's work
-        # on one machine.
-        where = f"at {named}" if named else "of this machine"
-        raise PipelineError(
-            f"RAY_ADDRESS: the Ray cluster {where} does not take this process ({first_line(error).rstrip('.')}); mend "
-            "that, or set it to local to start one of this machine's cores."
-        ) from error
-
-
-def _start(reason: str) -> None:
-    logger.warning("No Ray cluster of this machine takes part (%s); starting a local one.", reason.rstrip("."))
-    _init(address="local")
-
-
-def _init(**options: Any) -> None:
-    """Join or start a cluster.
-
-    Raises:
-        PipelineError: none can be started, as in a temporary folder with a long name, or not in time.
-        ConnectionError, RayError, RuntimeError, ValueError: the cluster that is there cannot be joined.
-    """
-    # What was ended for want of memory Ray would try again for ever.
-    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
-    starting = "local" in (options.get("address"), os.environ.get("RAY_ADDRESS"))
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except Exception as error:  # Exception itself, where a process of Ray's does not start in time
-        joining = (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError)
-        if not starting and isinstance(error, joining):
-            raise
-        advice = "run the same command again when the machine is less busy"
-        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-            advice = "name a folder for it with RAY_TMPDIR, such as /tmp"
-        reason = first_line(error).rstrip(".")
-        raise PipelineError(f"Ray cannot be started on this machine ({reason}); {advice}.") from error
 
 
 def _silence(address: str | None) -> str | None:
@@ -387,10 +361,3 @@ def _silence(address: str | None) -> str | None:
     except OSError as error:
         return error.strerror or first_line(error)
     return None
-
-
-def _no_answer(address: str, reason: str) -> PipelineError:
-    return PipelineError(
-        f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason.rstrip('.')}); start it, or unset the variable to "
-        "start a local one."
-    )

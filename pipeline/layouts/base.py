@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.variants import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.core.batches import Batch
     from pipeline.core.images import ImageFormat
 
-IMAGE, LABEL, EPSILON, ATTACKS = "image", "label", "epsilon", "attacks"
+IMAGE, LABEL, EPSILON, ATTACK, MODEL, ATTACKS = "image", "label", "epsilon", "attack", "model", "attacks"
 # Where a source is streamed, the file that a row is of.
 FILE = "source_file"
 # The last of our own columns.
@@ -48,16 +49,16 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What E models, the victim first, say of the M valid rows of a batch at V levels, clean first.
+    """What E models, the victim first, say of the M valid rows of a batch in V variants, clean first.
 
-    levels: epsilons in grey levels. models: ids, VICTIM first.
+    models: ids, VICTIM first.
     prediction (E, V, M) int64, in recorded indices; correct (E, V, M) bool, masked where a row is unlabelled.
     Of the victim alone: confidence (V, M) float32 in [0, 1]; label_confidence (V, M) likewise, masked where a row is
     unlabelled; fooled (V, M) bool, masked on clean and, without a target, where a row is unlabelled.
     label (M,) int64, masked where there is none; target (M,) int64 in recorded indices, None for the plain attack.
     """
 
-    levels: tuple[int, ...]
+    variants: tuple[Variant, ...]
     models: tuple[str, ...]
     prediction: NDArray[np.int64]
     correct: np.ma.MaskedArray[Any, np.dtype[np.bool_]]
@@ -67,25 +68,20 @@ class Scores:
     label: np.ma.MaskedArray[Any, np.dtype[np.int64]]
     target: NDArray[np.int64] | None
 
-    @property
-    def epsilon(self) -> NDArray[np.float64]:
-        """(V, M)"""
-        epsilons: NDArray[np.float64] = np.array(self.levels)[:, None] / 255
-        return np.broadcast_to(epsilons, self.confidence.shape)
-
 
 @dataclass(frozen=True)
 class Column:
     """One column of a dataset.
 
     value: (V, M) from scores and the batch that they are of, or (M,) where it is not `per_variant`; masked is null.
+    None where it is the same in all rows of a variant, and `of_variant` says what.
     meaning: for the card. clean_meaning: that of `clean_...`, None where a clean image has no such value of its own.
     dtype: of the values; `classes`: whose classes they are, LABEL for the dataset's or a model's id, if they are some.
     optional: not every run has it. null_on_clean: of a column that is not per variant, and says nothing of clean rows.
     """
 
     name: str
-    value: "Callable[[Scores, Batch], Any]"
+    value: "Callable[[Scores, Batch], Any] | None"
     meaning: str
     clean_meaning: str | None = None
     dtype: str = "int64"
@@ -93,6 +89,7 @@ class Column:
     per_variant: bool = True
     optional: bool = False
     null_on_clean: bool = False
+    of_variant: Callable[[Variant], Any] = lambda _: None
 
     @property
     def clean_name(self) -> str | None:
@@ -104,14 +101,28 @@ class Column:
         """The Arrow type of its values."""
         return pa.type_for_alias(self.dtype)
 
-    def blank(self, level: int, rows: int) -> pa.Array:
-        """Its values at a level of which no model has said anything, or nothing more than that it is clean."""
-        return pa.repeat(pa.scalar(level / 255 if self.name == EPSILON else None, self.type), rows)
+    def blank(self, variant: Variant, rows: int) -> pa.Array:
+        """Its values in rows of which only the variant is known: null but where it follows from that."""
+        return pa.repeat(pa.scalar(self.of_variant(variant), self.type), rows)
 
 
 COLUMNS = (
     Column(LABEL, lambda scores, _: scores.label, "null where the source has none", classes=LABEL, per_variant=False),
-    Column(EPSILON, lambda scores, _: scores.epsilon, "k/255; 0 is clean", dtype="float64"),
+    Column(EPSILON, None, "k/255; 0 is clean", dtype="float64", of_variant=lambda variant: variant.epsilon),
+    Column(
+        ATTACK,
+        None,
+        "what made the image; null on clean images",
+        dtype="string",
+        of_variant=lambda variant: variant.attack,
+    ),
+    Column(
+        MODEL,
+        None,
+        "the model that was attacked; null on clean images",
+        dtype="string",
+        of_variant=lambda variant: variant.model,
+    ),
     Column(
         "prediction",
         lambda scores, _: scores.prediction[0],
@@ -231,12 +242,12 @@ def kept_columns(names: Sequence[str]) -> list[str]:
 class Contents:
     """What the columns of a dataset follow from, in any layout.
 
-    levels: clean, 0, and every recorded epsilon in grey levels. classes: the feature of the labels, by LABEL, and of
-    each model's predictions, by its id. kept: features of the columns that are carried through. targeted, streamed:
-    whether there is a `target`, and a `source_file`.
+    variants: those that are recorded, clean first. classes: the feature of the labels, by LABEL, and of each model's
+    predictions, by its id. kept: features of the columns that are carried through. targeted, streamed: whether there is
+    a `target`, and a `source_file`.
     """
 
-    levels: tuple[int, ...]
+    variants: tuple[Variant, ...]
     classes: Mapping[str, Any]
     kept: Mapping[str, Any]
     targeted: bool
@@ -261,7 +272,7 @@ class Layout(Protocol):
     """How a dataset is stored, and read back.
 
     subsets: a regular expression of the names of subsets that it may have. per_image: whether a row is of a source
-    image, with all epsilons, rather than of one epsilon. stores_sign: whether the picture that says in which direction
+    image, with all variants, rather than of one variant. stores_sign: whether the picture that says in which direction
     an image moves is a sign map, rather than an attacked image, in which clipping hides some signs.
     """
 
@@ -269,20 +280,21 @@ class Layout(Protocol):
     per_image: bool
     stores_sign: bool
 
-    def subset(self, level: int) -> str:
-        """The subset in which the rows of a recorded level are."""
+    def subset(self, variant: Variant) -> str:
+        """The subset in which the rows of a recorded variant are."""
         ...
 
-    def pictures(self, levels: Sequence[int]) -> tuple[Picture, ...]:
+    def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
         """All pictures of a source image, the clean image first."""
         ...
 
-    def ray(self, levels: Sequence[int]) -> tuple[Picture, Picture]:
-        """The clean image, and a picture that says in which direction it moves: from these any x_k follows."""
+    def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
+        """The clean image, and a picture that says in which direction a variant's attack moves it: from these any x_k
+        follows. `variants` are those that are recorded."""
         ...
 
-    def source(self, level: int, levels: Sequence[int]) -> tuple[Picture, ...]:
-        """From what the image at a level, recorded or not, is read: the picture itself, or the two of `ray`."""
+    def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        """From what the image of a variant, recorded or not, is read: the picture itself, or the two of its `ray`."""
         ...
 
     def features(self, contents: Contents) -> dict[str, Any]:
@@ -304,21 +316,23 @@ class Layout(Protocol):
         """A batch as it is written: a table of the schema for each subset; `pictures` are the encoded ones."""
         ...
 
-    def rows(self, tables: Mapping[str, pa.Table], level: int, levels: Sequence[int]) -> pa.Table:
-        """What is recorded of N source images at one level: the columns of layout images but the image.
+    def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
+        """What is recorded of N source images in one variant: the columns of layout images but the image.
 
         Args:
             tables: N rows each of the subsets that `source` names; pictures may be left out.
-            level: in grey levels; 0 is clean. Of one that is not recorded the models' answers are null.
-            levels: those that are recorded, 0 first.
+            variant: which. Of one that is not recorded the models' answers are null.
+            variants: those that are recorded, clean first.
 
         Raises:
-            ValueError: the rows are not those of a dataset with these levels.
+            ValueError: the rows are not those of a dataset with these variants.
         """
         ...
 
-    def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[int, ...] | None:
-        """The recorded levels, 0 first, of a dataset that has no manifest; None where it is not of this layout.
+    def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
+        """The recorded variants, clean first, of a dataset that has no manifest; None where it is not of this layout.
+
+        Where only names were looked at, attack and model of a variant are None, and its rows say them.
 
         Args:
             subsets: the names of its subsets.
@@ -330,33 +344,28 @@ class Layout(Protocol):
         """What the card says of a picture."""
         ...
 
-    def summary(self, subset: str, attack: str) -> str:
-        """What the card says of a subset; `attack` is the attack's name for people."""
+    def summary(self, subset: str, variants: Sequence[Variant]) -> str:
+        """What the card says of a subset."""
         ...
 
-    def example(self, levels: Sequence[int]) -> str:
+    def example(self, variants: Sequence[Variant]) -> str:
         """Markdown for the card: how attacked images are read from a row without this package; empty if plainly."""
         ...
 
 
-def subset_name(level: int) -> str:
-    """The name of a level: `clean`, or `eps-8` for 8 grey levels. In layout images it is that of a subset."""
-    return f"eps-{level}" if level else "clean"
-
-
-def subsets_of(layout: Layout, levels: Sequence[int]) -> tuple[str, ...]:
+def subsets_of(layout: Layout, variants: Sequence[Variant]) -> tuple[str, ...]:
     """The subsets that a layout stores: each is a folder, and a config of the Hub's.
 
     Args:
         layout: of the dataset.
-        levels: 0 and every epsilon in grey levels.
+        variants: those that are recorded, clean first.
     """
-    return tuple(dict.fromkeys(picture.subset for picture in layout.pictures(levels)))
+    return tuple(dict.fromkeys(picture.subset for picture in layout.pictures(variants)))
 
 
-def picture_columns(layout: Layout, levels: Sequence[int]) -> tuple[str, ...]:
+def picture_columns(layout: Layout, variants: Sequence[Variant]) -> tuple[str, ...]:
     """The names of the columns that hold pictures."""
-    return tuple(dict.fromkeys(picture.column for picture in layout.pictures(levels)))
+    return tuple(dict.fromkeys(picture.column for picture in layout.pictures(variants)))
 
 
 def make_features(layout: Layout, contents: Contents) -> Any:

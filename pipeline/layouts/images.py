@@ -1,4 +1,4 @@
-"""Layout images: a row for each image and epsilon, and a subset for each epsilon, all with the same columns.
+"""Layout images: a row for each image of each variant, and a subset for each variant, all with the same columns.
 
 The plainest layout, and the one that every other is read back as.
 """
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.layouts.base import IMAGE, Column, Contents, Picture, Scores, columns_of, subset_name
+from pipeline.core.variants import CLEAN, SUBSET, Variant
+from pipeline.layouts.base import ATTACK, IMAGE, MODEL, Column, Contents, Picture, Scores, columns_of
 from pipeline.layouts.every_image import EveryImage
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 class Images(EveryImage):
     """Layout images; see `base.Layout`."""
 
-    subsets = r"clean|eps-[0-9]{1,3}"
+    subsets = SUBSET
     per_image = False
 
-    def subset(self, level: int) -> str:
-        return subset_name(level)
+    def subset(self, variant: Variant) -> str:
+        return variant.subset
 
-    def picture(self, level: int) -> Picture:
-        return Picture(subset_name(level), IMAGE)
+    def picture(self, variant: Variant) -> Picture:
+        return Picture(variant.subset, IMAGE)
 
     def features(self, contents: Contents) -> dict[str, Any]:
         import datasets
@@ -37,44 +38,51 @@ class Images(EveryImage):
         self, batch: "Batch", scores: Scores, pictures: Sequence[pa.ChunkedArray], schema: pa.Schema
     ) -> list[pa.Table]:
         kept = {name: batch.kept.column(name) for name in batch.kept.column_names}
-        values = {column: column.value(scores, batch) for column in columns_of(schema.names)}
+        columns = columns_of(schema.names)
+        values = {column: column.value(scores, batch) for column in columns if column.value}
 
         def at(column: Column, index: int) -> Any:
-            if column.null_on_clean and index == 0:
-                return column.blank(0, len(scores.label))
+            if column not in values or (column.null_on_clean and index == 0):
+                return column.blank(scores.variants[index], len(scores.label))
             return values[column][index] if column.per_variant else values[column]
 
         tables = []
         for index, picture in enumerate(pictures):
-            columns = {IMAGE: picture, **{column.name: at(column, index) for column in values}, **kept}
-            tables.append(pa.table([columns[name] for name in schema.names], schema=schema))
+            cells = {IMAGE: picture, **{column.name: at(column, index) for column in columns}, **kept}
+            tables.append(pa.table([cells[name] for name in schema.names], schema=schema))
         return tables
 
-    def rows(self, tables: Mapping[str, pa.Table], level: int, levels: Sequence[int]) -> pa.Table:
-        rows = tables[self.source(level, levels)[-1].subset]
+    def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
+        rows = tables[self.source(variant, variants)[-1].subset]
         if IMAGE in rows.column_names:
             rows = rows.drop_columns([IMAGE])
-        for column in columns_of(rows.column_names) if level not in levels else ():
-            if column.per_variant:
+        # Rows at another level of the same attack say which it is.
+        for column in columns_of(rows.column_names) if variant not in variants else ():
+            if column.per_variant and column.name not in (ATTACK, MODEL):
                 index = rows.schema.get_field_index(column.name)
-                rows = rows.set_column(index, column.name, column.blank(level, len(rows)))
+                rows = rows.set_column(index, column.name, column.blank(variant, len(rows)))
         return rows
 
-    def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[int, ...] | None:
+    def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
+        # Not the first rows: a subset that nobody asks for would be downloaded for them.
         del first
         # The card lists them together, too, as `all`.
-        own = [name for name in subsets if re.fullmatch(self.subsets, name)]
-        levels = sorted(int(name.partition("-")[2] or 0) for name in own)
-        return tuple(levels) if levels[:1] == [0] and len(levels) > 1 else None
+        own = [name for name in subsets if name != CLEAN.subset and re.fullmatch(self.subsets, name)]
+        levels = {name: int(name.rpartition("-")[2]) for name in own}
+        attacked = [Variant(levels[name], None, None, name) for name in sorted(own, key=levels.__getitem__)]
+        return (CLEAN, *attacked) if CLEAN.subset in subsets and attacked else None
 
     def describe(self, picture: Picture) -> str:
         del picture
         return "lossless"
 
-    def summary(self, subset: str, attack: str) -> str:
-        level = subset.partition("-")[2]
-        return f"{attack} at epsilon {level}/255" if level else "Clean images"
+    def summary(self, subset: str, variants: Sequence[Variant]) -> str:
+        variant = next(variant for variant in variants if variant.subset == subset)
+        if variant == CLEAN:
+            return "Clean images"
+        on = f" on {variant.model}" if variant.model else ""
+        return f"{variant.attack}{on} at epsilon {variant.level}/255"
 
-    def example(self, levels: Sequence[int]) -> str:
-        del levels
+    def example(self, variants: Sequence[Variant]) -> str:
+        del variants
         return ""

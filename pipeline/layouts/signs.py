@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.core.variants import CLEAN, Variant
 from pipeline.layouts.base import IMAGE, Picture
 from pipeline.layouts.per_image import PerImage
 
@@ -31,15 +32,15 @@ class Signs(PerImage):
     subsets = "signs"
     stores_sign = True
 
-    def pictures(self, levels: Sequence[int]) -> tuple[Picture, ...]:
-        return self.ray(levels)
+    def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        return self.ray(variants[-1], variants)
 
-    def ray(self, levels: Sequence[int]) -> tuple[Picture, Picture]:
-        del levels
+    def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
+        del variant, variants
         return Picture(self.subsets, IMAGE), Picture(self.subsets, SIGN)
 
-    def source(self, level: int, levels: Sequence[int]) -> tuple[Picture, ...]:
-        return self.ray(levels)[: 2 if level else 1]
+    def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        return self.ray(variant, variants)[: 1 if variant == CLEAN else 2]
 
     def stored(self, images: "Sequence[Tensor]", sign: "Tensor") -> "tuple[Tensor, ...]":
         from pipeline.core.lattice import sign_to_picture
@@ -49,9 +50,9 @@ class Signs(PerImage):
     def describe(self, picture: Picture) -> str:
         return "0, 127 and 254 for the signs -1, 0 and +1, lossless" if picture.column == SIGN else "lossless"
 
-    def summary(self, subset: str, attack: str) -> str:
-        del subset, attack
+    def summary(self, subset: str, variants: Sequence[Variant]) -> str:
+        del subset, variants
         return "Clean images, and the sign that leads to every epsilon"
 
-    def example(self, levels: Sequence[int]) -> str:
-        return EXAMPLE.format(level=levels[-1])
+    def example(self, variants: Sequence[Variant]) -> str:
+        return EXAMPLE.format(level=variants[-1].level)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from pipeline.layouts.base import IMAGE, Picture, subset_name
+from pipeline.core.variants import CLEAN, Variant
+from pipeline.layouts.base import IMAGE, Picture
 from pipeline.layouts.every_image import EveryImage
 from pipeline.layouts.per_image import PerImage
 
@@ -20,17 +21,17 @@ class Wide(EveryImage, PerImage):
 
     subsets = "wide"
 
-    def picture(self, level: int) -> Picture:
-        return Picture(self.subsets, subset_name(level).replace("-", "_") if level else IMAGE)
+    def picture(self, variant: Variant) -> Picture:
+        return Picture(self.subsets, IMAGE if variant == CLEAN else variant.column)
 
     def describe(self, picture: Picture) -> str:
         if picture.column == IMAGE:
             return "clean, lossless"
         return f"at epsilon {picture.column.rpartition('_')[2]}/255, lossless"
 
-    def summary(self, subset: str, attack: str) -> str:
-        del subset, attack
+    def summary(self, subset: str, variants: Sequence[Variant]) -> str:
+        del subset, variants
         return "Clean images, each beside its attacked ones"
 
-    def example(self, levels: Sequence[int]) -> str:
-        return EXAMPLE.format(level=levels[-1], column=self.picture(levels[-1]).column)
+    def example(self, variants: Sequence[Variant]) -> str:
+        return EXAMPLE.format(level=variants[-1].level, column=self.picture(variants[-1]).column)

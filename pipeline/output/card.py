@@ -45,7 +45,7 @@ HUB_LICENSES = (
 MEANINGS = {
     **{column.name: column.meaning for column in COLUMNS},
     **{column.clean_name: column.clean_meaning for column in COLUMNS if column.clean_name and column.clean_meaning},
-    ATTACKS: "for each recorded epsilon, rising: what the victim says of the image at it",
+    ATTACKS: "for each recorded epsilon, rising: what made the image at it, and what the victim says of it",
 }
 
 
@@ -118,10 +118,9 @@ def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     Args:
         manifest: of the run, with the digest of the receipts there are.
     """
-    layout, stored = manifest.layout, manifest.stored
+    layout, stored, variants = manifest.layout, manifest.stored, manifest.variants
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
-    attack = manifest.resolved.attack.title
-    configs = [_config(subset, manifest, [subset], f"{layout.summary(subset, attack)}; {stamp}") for subset in stored]
+    configs = [_config(subset, manifest, [subset], f"{layout.summary(subset, variants)}; {stamp}") for subset in stored]
     if len(stored) > 1:
         configs.insert(0, _config("all", manifest, stored, f"Clean and every epsilon; {stamp}"))
     return [{**configs[0], "default": True}, *configs[1:]]
@@ -309,7 +308,7 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "planned": manifest.planned,
         "epsilons": [f"{level}/255" for level in levels[1:]],
         "requested": [_requested(level, epsilon) for level, epsilon in config.attack.requested.items()],
-        "levels": levels,
+        "variants": manifest.variants,
         "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
         "stored": manifest.stored,
         "edition": manifest.edition,
@@ -338,7 +337,7 @@ def _requested(level: int, epsilon: str | float) -> str:
 def _describe(manifest: Manifest, features: Mapping[str, Any], judges: Sequence[str]) -> Iterator[dict[str, str]]:
     """Name, type and meaning of columns, as a manifest records them."""
     layout = manifest.layout
-    pictures = {picture.column: layout.describe(picture) for picture in layout.pictures(manifest.levels)}
+    pictures = {picture.column: layout.describe(picture) for picture in layout.pictures(manifest.variants)}
     meanings = {**MEANINGS, **pictures}
     if manifest.resolved.attack.target is not None:
         meanings["fooled"] = "whether the prediction is the target; null on clean images"

@@ -32,6 +32,7 @@ from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, listing
 from pipeline.core.left_out import LeftOut
 from pipeline.core.plan import Shard
+from pipeline.core.variants import ID, SUBSET, Variant
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.store import open_store
 
@@ -41,6 +42,7 @@ STEM = r"^\w[\w.-]*$"
 SUBSETS = f"(?:{'|'.join(layout.subsets for layout in LAYOUTS.values())})"
 SHARD_FILE = rf"^{SUBSETS}/\w[\w.-]*\.parquet$"
 RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
+Id = Annotated[str, Field(pattern=f"^{ID}$")]
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Total = Annotated[float, Field(ge=0, lt=2**63)]
@@ -172,7 +174,7 @@ class FileEntry(Record):
 
 
 class EvaluatorCounts(Record):
-    """What an evaluator says of images at one epsilon: how far the victim's mistakes are its own.
+    """What an evaluator says of the images of a variant: how far the victim's mistakes are its own.
 
     Of labelled images, `correct` are predicted right, and `fooled` right when clean and wrong now. Of those that
     fool the victim, `exposed` are ones that the evaluator gets right when clean, and `transferred` ones that fool
@@ -192,7 +194,7 @@ class EvaluatorCounts(Record):
 
 
 def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
-    """Count what an evaluator says of M labelled images at one epsilon.
+    """Count what an evaluator says of M labelled images of a variant.
 
     Args:
         clean: (M,) bool, whether it is right about the clean image.
@@ -208,20 +210,28 @@ def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
     )
 
 
-class LevelCounts(Record):
-    """What a shard's images at one epsilon add up to; `level` 0 is clean.
+class VariantCounts(Record):
+    """What a shard's images of one variant add up to; the first four say which, as in `Variant`.
 
     `labelled` of them have a label, and `correct` of those are predicted right; `fooled` counts true values;
     `confidence_sum` over `rows` is the mean confidence; `evaluators` by their ids.
     """
 
-    level: Whole
+    attack: Id | None
+    model: Id | None
+    level: Annotated[int, Field(ge=0, le=255)]
+    subset: str = Field(pattern=f"^{SUBSET}$")
     rows: Whole
     labelled: Whole
     correct: Whole
     fooled: Whole
     confidence_sum: Total
     evaluators: dict[str, EvaluatorCounts] = {}
+
+    @property
+    def variant(self) -> Variant:
+        """Of which these are the counts."""
+        return Variant(self.level, self.attack, self.model, self.subset)
 
     @model_validator(mode="after")
     def _check_sound(self) -> Self:
@@ -235,11 +245,11 @@ class LevelCounts(Record):
         return self
 
 
-def add_up(level: int, counts: Sequence[LevelCounts], evaluators: Iterable[str]) -> LevelCounts:
-    """The sum of counts at one epsilon, of the evaluators that are named."""
+def add_up(variant: Variant, counts: Sequence[VariantCounts], evaluators: Iterable[str]) -> VariantCounts:
+    """The sum of counts of one variant, of the evaluators that are named."""
     # Not checked: of numbers that others wrote the sum may be more than any of them may.
-    return LevelCounts.model_construct(
-        level=level,
+    return VariantCounts.model_construct(
+        **vars(variant),
         rows=sum(count.rows for count in counts),
         labelled=sum(count.labelled for count in counts),
         correct=sum(count.correct for count in counts),
@@ -272,7 +282,7 @@ class Receipt(SealedRecord):
     rows: Whole
     skipped: tuple[SkippedRow, ...]
     zero_sign_share: Share
-    counts: tuple[LevelCounts, ...]
+    counts: tuple[VariantCounts, ...]
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
     left_out: tuple[LeftOut, ...] = ()

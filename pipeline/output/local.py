@@ -13,13 +13,14 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pipeline.core.errors import ConfigError, PipelineError, first_line, write_failure
-from pipeline.output.locks import LOCK, in_use, warn_unlocked
+from pipeline.output.locks import LOCK, PART, TURN_SECONDS, in_use, part_locks, warn_unlocked
 from pipeline.output.store import Store
 
 RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
@@ -43,9 +44,11 @@ class LocalStore(Store):
     def __init__(self, folder: Path) -> None:
         self.disk = folder.expanduser()
         self.root = str(self.disk)
-        # While it is held: handles of the folder and of its lock.
+        # While it is held: handles of the folder and, by their names, of its locks.
         self._handle: int | None = None
-        self._lock: int | None = None
+        self._locks: dict[str, int] = {}
+        # Of a run that is held in parts, the one that this process has.
+        self._part = ""
 
     def at(self, name: str) -> str:
         return str(self.disk / name)
@@ -214,7 +217,7 @@ class LocalStore(Store):
             )
 
     @contextlib.contextmanager
-    def held(self, *, unlocked: bool = False) -> Iterator[None]:
+    def held(self, *, unlocked: bool = False, part: str = "") -> Iterator[None]:
         """By a lock of the operating system, which lets go when the process ends."""
         self.refuse_links()
         with contextlib.ExitStack() as stack:
@@ -225,16 +228,38 @@ class LocalStore(Store):
                 with self._folder_of(f"{RECEIPTS}/lock"):  # makes the folder of receipts, by which it is known as ours
                     folder = os.fstat(handle)
             stack.enter_context(self._held_in_process((folder.st_dev, folder.st_ino)))
+            self._handle, self._part = handle, part
+            stack.callback(self._release)
             if unlocked:
                 warn_unlocked(self.root)
+            elif part:
+                # Who makes sure that no part works has the lock of one that was killed for a moment.
+                stack.enter_context(self._locked(f"{PART}{part}", patience=1.0))
             else:
-                self._lock = stack.enter_context(self._locked_against_others(handle))
-            self._handle = handle
-            stack.callback(self._release)
-            self._clear_scratch()
-            # Again at the end, for what a lost node has left: once all shards are written, no command holds the folder.
-            stack.callback(self._clear_scratch)
+                stack.enter_context(self._locked(LOCK))
+                self._refuse_parts()
+            if not part:
+                self._clear_scratch()
+                # Again at the end, for what a lost node has left: once all shards are written, nobody holds the folder.
+                stack.callback(self._clear_scratch)
             yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        if not self._part:
+            yield
+            return
+        with self._locked(LOCK, patience=TURN_SECONDS):
+            self._refuse_parts()
+            yield
+
+    def _refuse_parts(self) -> None:
+        """See that nobody writes beside whom this process may not."""
+        with writing(self.disk), self._folder_of(LOCK) as folder, os.scandir(folder) as entries:
+            names = [f".run/{entry.name}" for entry in entries]
+        for name in part_locks(names, self._part):
+            with self._locked(name):
+                pass
 
     def tidy(self) -> None:
         if any((self.disk / SCRATCH).glob("*")):
@@ -242,14 +267,14 @@ class LocalStore(Store):
                 pass  # the scratch folder is emptied at the end of the block
 
     def _release(self) -> None:
-        self._handle = self._lock = None
+        self._handle, self._part = None, ""
 
     def _clear_scratch(self) -> None:
         """Remove files that are not complete, by the handle of the folder: another may lie at its path by now."""
         assert self._handle is not None
         with contextlib.suppress(OSError):
-            lock = None if self._lock is None else os.fstat(self._lock)
-            if lock and not os.path.samestat(lock, os.stat(LOCK, dir_fd=self._handle)):
+            lock = self._locks.get(LOCK)
+            if lock is not None and not os.path.samestat(os.fstat(lock), os.stat(LOCK, dir_fd=self._handle)):
                 return  # the lock was removed: these may be files of a run that has made it anew
             inside = os.open(".run", os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._handle)
             try:
@@ -259,7 +284,7 @@ class LocalStore(Store):
 
     def check_held(self) -> None:
         """No other process can get the lock, but the folder may be moved and the lock's file be removed."""
-        for name, handle in (("", self._handle), (LOCK, self._lock)):
+        for name, handle in {"": self._handle, **self._locks}.items():
             if handle is not None and not _is_at(self.disk / name, handle):
                 raise PipelineError(
                     f"{self.disk / name} was removed, moved or replaced while the run went on, and nothing more is "
@@ -283,29 +308,42 @@ class LocalStore(Store):
                 _HELD.discard(folder)
 
     @contextlib.contextmanager
-    def _locked_against_others(self, folder: int) -> Iterator[int]:
-        """Against other processes."""
+    def _locked(self, name: str, patience: float = 0.0) -> Iterator[None]:
+        """Against other processes; each new holder is waited for so many seconds anew."""
         with writing(self.disk):
-            lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+            lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=self._handle)
         try:
-            try:
-                # lockf, not flock: a worker process inherits an flock, and may outlive a killed run by seconds.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    holder = os.pread(lock, 100, 0).decode(errors="replace").strip()
-                    raise in_use(self.root, f"process {holder}") from None
-                raise ConfigError(
-                    f"output.path: {self.root}: nothing there keeps a second run out, as the file system has no "
-                    f"locks ({error.strerror}); see to it yourself that no other run writes there, and say so with "
-                    "--unlocked."
-                ) from None
+            holder, since = None, 0.0
+            while not self._take(lock):
+                now = os.pread(lock, 100, 0).decode(errors="replace").strip()
+                if now != holder:
+                    holder, since = now, time.monotonic()
+                if time.monotonic() - since >= patience:
+                    raise in_use(self.root, f"process {holder}")
+                time.sleep(0.05)
             with writing(self.disk):
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, str(os.getpid()).encode(), 0)
-            yield lock
+            self._locks[name] = lock
+            yield
         finally:
+            self._locks.pop(name, None)
             os.close(lock)
+
+    def _take(self, lock: int) -> bool:
+        """Lock a file; False where another process has locked it."""
+        try:
+            # lockf, not flock: a worker process inherits an flock, and may outlive a killed run by seconds.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise ConfigError(
+                f"output.path: {self.root}: nothing there keeps a second run out, as the file system has no "
+                f"locks ({error.strerror}); see to it yourself that no other run writes there, and say so with "
+                "--unlocked."
+            ) from None
+        return True
 
 
 def _is_at(path: Path, handle: int) -> bool:

@@ -13,6 +13,10 @@ another run to change:
 3. The lock changes hands by such a write alone. Its holder rewrites it every few seconds. Where that has not succeeded
    for CONFIRM_SECONDS, by a clock that counts suspension too, the holder writes nothing before it has succeeded again.
 
+Parts of a run (see executors/part.py) write side by side. Each has a lock of its own while it works, and the one above
+only while it begins or sums up: so what all runs have under one name is written by one process at a time. Who has the
+lock above for longer, as every other run, first sees that no part has its own.
+
 Two processes of the same run may still write at once. In the same environment they write the same bytes; in another one
 last digits may differ, and what one of them sends late replaces nothing that the other has written.
 """
@@ -25,16 +29,22 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from pipeline.core.errors import ConfigError, PipelineError
 
 LOCK = ".run/lock"
+# How the locks of parts begin, which work side by side; their names end in I-of-N.
+PART = ".run/part-"
 
 # A holder rewrites its lock this often; one that has not changed for so long is nobody's any more.
 BEAT_SECONDS, STALE_SECONDS = 10.0, 30.0
 # A holder that has not rewritten its lock for so long does that before it writes anything else.
 CONFIRM_SECONDS = 20.0
+# A part waits for another that begins or sums up. Who keeps the lock longer than this is a run that is under way.
+TURN_SECONDS = 60.0
 # Linux has a clock that goes on while the machine is suspended; that of macOS always does.
 CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -71,13 +81,20 @@ class Objects(Protocol):
 class StoreLock:
     """The lock of a prefix, once it is taken; `token` names this holder.
 
+    Args:
+        objects: the store.
+        name: of the lock.
+        patience: seconds to wait for a holder that lives; each new holder is waited for anew.
+
     Raises:
         ConfigError: the store does not honour conditions.
         PipelineError: another run holds it, or the store fails.
     """
 
-    def __init__(self, objects: Objects) -> None:
-        self._objects, self.token = objects, secrets.token_hex(8)
+    def __init__(self, objects: Objects, name: str = LOCK, patience: float = 0.0) -> None:
+        self._objects, self._name, self.token = objects, name, secrets.token_hex(8)
+        self._patience, self._since = patience, 0.0
+        self._current: str | None = None
         self._beat = 0
         self._lost: str | None = None
         self._mutex, self._over = threading.Lock(), threading.Event()
@@ -113,10 +130,10 @@ class StoreLock:
             if self._lost is None:
                 self._beat += 1
                 try:
-                    self._version = self._objects.replace(LOCK, self._content(beat=self._beat), self._version)
+                    self._version = self._objects.replace(self._name, self._content(beat=self._beat), self._version)
                     self._confirmed = time.clock_gettime(CLOCK)
                 except ConflictError:
-                    found = self._objects.look(LOCK)
+                    found = self._objects.look(self._name)
                     by = f"taken over by another run ({_holder(found[0])})" if found else "removed"
                     self._lost = (
                         f"The lock of {self._objects.root} was {by}; nothing more is written. See that one run at a "
@@ -131,7 +148,7 @@ class StoreLock:
         self._thread.join(STALE_SECONDS)
         if self._lost is None:
             with contextlib.suppress(PipelineError, ConflictError):
-                self._objects.replace(LOCK, self._content(released=True), self._version)
+                self._objects.replace(self._name, self._content(released=True), self._version)
 
     def _raise_if_lost(self) -> None:
         if self._lost is not None:
@@ -144,11 +161,11 @@ class StoreLock:
     def _take(self) -> str:
         """Make the lock, or replace one that was released or whose holder has died; its version."""
         while True:
-            found = self._objects.look(LOCK)
+            found = self._objects.look(self._name)
             if found is not None and not _parse(found[0]).get("released") and not self._is_stale(found):
                 continue
             with contextlib.suppress(ConflictError):
-                return self._objects.replace(LOCK, self._content(beat=0), found[1] if found else None)
+                return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
 
     def _is_stale(self, found: tuple[bytes, str]) -> bool:
         """Wait until a lock changes, or has not changed for long; whether it has not.
@@ -158,16 +175,22 @@ class StoreLock:
         """
         logger.info("%s has a lock of %s; waiting to see whether that lives.", self._objects.root, _holder(found[0]))
         end = time.clock_gettime(CLOCK) + STALE_SECONDS
-        while (now := self._objects.look(LOCK)) == found:
+        while (now := self._objects.look(self._name)) == found:
             if time.clock_gettime(CLOCK) > end:
                 logger.warning(
                     "The lock of %s is taken over: it has not changed for %g s.", self._objects.root, STALE_SECONDS
                 )
                 return True
             time.sleep(min(1.0, STALE_SECONDS / 10))
-        if now is not None and not _parse(now[0]).get("released"):
+        if now is not None and not _parse(now[0]).get("released") and not self._waits_for(_parse(now[0])):
             raise in_use(self._objects.root, _holder(now[0]))
         return False
+
+    def _waits_for(self, lock: dict[str, Any]) -> bool:
+        """Whether a holder that lives has not had the lock for longer than this waits."""
+        if lock.get("token") != self._current:
+            self._current, self._since = lock.get("token"), time.clock_gettime(CLOCK)
+        return time.clock_gettime(CLOCK) - self._since < self._patience
 
     def _probe(self) -> None:
         """See that the store honours both conditions: neither of these writes may succeed.
@@ -177,7 +200,7 @@ class StoreLock:
         """
         for version, header in ((None, "If-None-Match"), ('"no such version"', "If-Match")):
             with contextlib.suppress(ConflictError):
-                self._objects.replace(LOCK, self._content(probe=header), version)
+                self._objects.replace(self._name, self._content(probe=header), version)
                 raise UnsupportedError(f"the store ignores {header}")
 
     def _keep(self) -> None:
@@ -186,6 +209,33 @@ class StoreLock:
             # A store that fails for a while is no reason to give up: who writes a shard will hear of it.
             with contextlib.suppress(PipelineError):
                 self.confirm()
+
+
+def refuse_parts(objects: Objects, names: Iterable[str]) -> None:
+    """See that parts work no more; what those that were killed have left is taken over.
+
+    Args:
+        objects: the store.
+        names: of their locks.
+
+    Raises:
+        PipelineError: one lives.
+    """
+    # At once: it takes a while to see that a lock does not change.
+    with ThreadPoolExecutor(32) as pool:
+        for _ in pool.map(lambda name: StoreLock(objects, name).release(), names):
+            pass
+
+
+def part_locks(names: Iterable[str], part: str = "") -> list[str]:
+    """The locks of parts beside which nobody else may write: all, or for a part those of another number of parts.
+
+    Args:
+        names: of files.
+        part: as `Store.held` has it.
+    """
+    beside = f"-of-{part.partition('-of-')[2]}" if part else None
+    return [name for name in names if name.startswith(PART) and not (beside and name.endswith(beside))]
 
 
 def warn_unlocked(root: str) -> None:

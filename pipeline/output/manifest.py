@@ -29,6 +29,7 @@ from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, make_plan, stream_plan
 from pipeline.core.redaction import printable
+from pipeline.core.variants import Variant
 from pipeline.layouts.base import Layout, subsets_of
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.folder import (
@@ -37,12 +38,12 @@ from pipeline.output.folder import (
     STEM,
     AlteredError,
     FileEntry,
-    LevelCounts,
     OutputFolder,
     Receipt,
     Record,
     SealedRecord,
     Share,
+    VariantCounts,
     Whole,
     add_up,
     committed,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from pipeline.models.label_space import LabelSpace
 
 # Raised when the stored form changes: it is part of the identity of every run.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # The share of values with gradient 0 above which there is a warning.
 MANY_ZERO = 0.5
 # Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
@@ -90,8 +91,8 @@ class Space(Record):
         )
 
 
-class Subset(LevelCounts):
-    """What the images of one split at one epsilon add up to; `bytes` is None where other epsilons share their files."""
+class Subset(VariantCounts):
+    """What the images of one variant in one split add up to; `bytes` is None where other variants share their files."""
 
     split: str
     bytes: Whole | None
@@ -209,8 +210,9 @@ class Manifest(SealedRecord):
         """As `summarise` makes them, or none: a dataset without receipts is shown by what they say."""
         if not self.subsets:
             return self
-        if [(there.split, there.level) for there in self.subsets] != [*itertools.product(self.split_rows, self.levels)]:
-            raise ValueError("subsets lists others than its splits and epsilons make")
+        expected = itertools.product(self.split_rows, self.variants)
+        if [(there.split, there.variant) for there in self.subsets] != [*expected]:
+            raise ValueError("subsets lists others than its splits and variants make")
         shared = self.layout.per_image
         for there in self.subsets:
             if [*there.evaluators] != [*self.evaluators]:
@@ -230,9 +232,14 @@ class Manifest(SealedRecord):
         return name_edition(self.run_id, self.generation)
 
     @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What is stored of every image, clean first."""
+        return self.resolved.variants
+
+    @property
     def levels(self) -> tuple[int, ...]:
-        """Clean, 0, and every epsilon in grey levels."""
-        return (0, *self.resolved.attack.levels)
+        """Clean, 0, and every epsilon of any attack in grey levels, rising."""
+        return tuple(sorted({variant.level for variant in self.variants}))
 
     @property
     def on_ray(self) -> bool:
@@ -260,7 +267,7 @@ class Manifest(SealedRecord):
     @property
     def stored(self) -> tuple[str, ...]:
         """The subsets that are stored, each a folder."""
-        return subsets_of(self.layout, self.levels)
+        return subsets_of(self.layout, self.variants)
 
     @property
     def spaces(self) -> dict[str, "LabelSpace"]:
@@ -579,18 +586,18 @@ def _versions(manifest: Manifest, receipts: Sequence[Receipt]) -> dict[str, str]
 
 
 def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, ...]:
-    # Once over all receipts, not once for each epsilon.
-    counts: defaultdict[tuple[str, int], list[LevelCounts]] = defaultdict(list)
+    # Once over all receipts, not once for each variant.
+    counts: defaultdict[tuple[str, str], list[VariantCounts]] = defaultdict(list)
     sizes: Counter[tuple[str, str]] = Counter()
     for receipt in receipts:
         for count in receipt.counts:
-            counts[receipt.split, count.level].append(count)
+            counts[receipt.split, count.subset].append(count)
         for file in receipt.files:
             sizes[receipt.split, file.path.partition("/")[0]] += file.bytes
     subsets, layout = [], manifest.layout
-    for split, level in itertools.product(manifest.split_rows, manifest.levels):
-        total = add_up(level, counts[split, level], manifest.evaluators)
-        size = None if layout.per_image else sizes[split, layout.subset(level)]
+    for split, variant in itertools.product(manifest.split_rows, manifest.variants):
+        total = add_up(variant, counts[split, variant.subset], manifest.evaluators)
+        size = None if layout.per_image else sizes[split, layout.subset(variant)]
         # Not checked, as the sum is not.
         subsets.append(Subset.model_construct(split=split, bytes=size, **dict(total)))
     return tuple(subsets)

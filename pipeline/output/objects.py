@@ -18,7 +18,17 @@ from pipeline.core.addresses import check_address
 from pipeline.core.errors import ConfigError, PipelineError, causes, first_line, write_failure
 from pipeline.core.redaction import redact_answer
 from pipeline.output.local import temporary_folder
-from pipeline.output.locks import ConflictError, StoreLock, UnsupportedError, warn_unlocked
+from pipeline.output.locks import (
+    LOCK,
+    PART,
+    TURN_SECONDS,
+    ConflictError,
+    StoreLock,
+    UnsupportedError,
+    part_locks,
+    refuse_parts,
+    warn_unlocked,
+)
 from pipeline.output.store import Store
 
 # The S3 client ends an attempt after so long without a byte, and makes so many: half a minute in all where the store
@@ -59,6 +69,8 @@ class ObjectStore(Store):
         self._tags: dict[str, str] = {}
         self._known: dict[str, tuple[str, bytes]] = {}
         self._lock: StoreLock | None = None
+        # Of a run that is held in parts, the one that this process has.
+        self._part = ""
         # The versions of the files that are written on conditions, None where there are no conditions.
         self._versions: dict[str, str | None] | None = None
 
@@ -239,22 +251,41 @@ class ObjectStore(Store):
         """A store has no links."""
 
     @contextlib.contextmanager
-    def held(self, *, unlocked: bool = False) -> Iterator[None]:
+    def held(self, *, unlocked: bool = False, part: str = "") -> Iterator[None]:
         """By an object that the holder rewrites every few seconds. When it stops, the next run waits and takes over."""
         if unlocked:
             warn_unlocked(self.root)
             yield
             return
-        lock = StoreLock(self)
+        if not part:
+            with self._held_alone():
+                yield
+            return
+        lock = StoreLock(self, f"{PART}{part}")
+        try:
+            self._lock, self._part = lock, part
+            yield
+            self.check_held()
+        finally:
+            self._lock, self._part = None, ""
+            lock.release()
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self._held_alone(TURN_SECONDS) if self._part else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _held_alone(self, patience: float = 0.0) -> Iterator[None]:
+        own, lock = self._lock, StoreLock(self, LOCK, patience)
         try:
             self.watch()
             # After the versions were seen: had another taken over before, they could be those that it has written.
             lock.confirm()
+            refuse_parts(self, part_locks(self._tags, self._part))
             self._lock, self.session = lock, lock.token
             yield
             self.check_held()
         finally:
-            self._lock, self._versions, self.session = None, None, ""
+            self._lock, self._versions, self.session = own, None, ""
             lock.release()
 
     def tidy(self) -> None:

@@ -94,15 +94,23 @@ class Store(Protocol):
             ConfigError: there is one.
         """
 
-    def held(self, *, unlocked: bool = False) -> AbstractContextManager[None]:
+    def held(self, *, unlocked: bool = False, part: str = "") -> AbstractContextManager[None]:
         """Hold the output against a second run.
 
         Args:
             unlocked: do without a lock; the caller has seen to it that no second run writes there.
+            part: I-of-N, to hold it beside the other parts of N, and against all else.
 
         Raises:
             ConfigError: a link in it leads elsewhere, or the store has no means to keep a second run out.
             PipelineError: another process holds it, or it cannot be written.
+        """
+
+    def alone(self) -> AbstractContextManager[None]:
+        """For who holds the output: no other part begins or sums up within. Who holds all of it is alone anyway.
+
+        Raises:
+            PipelineError: as `held`.
         """
 
     def check_held(self) -> None:

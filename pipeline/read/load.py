@@ -19,6 +19,7 @@ from pipeline.core.addresses import is_address
 from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.redaction import redact_answer
+from pipeline.core.variants import Variant, at_levels
 from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, columns_of, kept_columns
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
@@ -30,7 +31,7 @@ from pipeline.output.objects import storage_options
 STREAMED_ROWS = 64
 
 
-# One epsilon, or a piece of one: stored rows, side by side where there are several of them, and what makes those of
+# One variant, or a piece of one: stored rows, side by side where there are several of them, and what makes those of
 # the result from as many tables.
 Part = tuple[Sequence[Any], Callable[..., pa.Table]]
 
@@ -43,7 +44,7 @@ def load(
     *,
     allow_incomplete: bool = False,
 ) -> Any:
-    """Load a dataset of any layout: a row per image and epsilon, with the columns of layout images.
+    """Load a dataset of any layout: a row per image and variant, with the columns of layout images.
 
     Args:
         path_or_repo: an output folder, its address in an object store, or a Hub id.
@@ -78,16 +79,18 @@ def load(
             if not allow_incomplete:
                 warn_if_incomplete(OutputFolder(local), manifest)
     opened = cache(partial(_open, place, stored, streaming))
-    layout, recorded = _recorded(place, opened) if stored is None else (stored.layout, stored.levels)
-    wanted = recorded if asked is None else asked
+    layout, recorded = _recorded(place, opened) if stored is None else (stored.layout, stored.variants)
+    wanted = recorded if asked is None else at_levels(recorded, asked)
     subsets: dict[str, Mapping[str, Any]] = {}
-    for subset, column in dict.fromkeys(picture for level in wanted for picture in layout.source(level, recorded)):
+    for subset, column in dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded)):
         subsets[subset] = _chosen(opened(subset), split, place)
         for rows in subsets[subset].values():
             if not _fits(layout, column, rows.features or {}):
                 raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
     splits = {
-        name: _at_levels(layout, {subset: rows[name] for subset, rows in subsets.items()}, wanted, recorded, streaming)
+        name: _in_variants(
+            layout, {subset: rows[name] for subset, rows in subsets.items()}, wanted, recorded, streaming
+        )
         for name in next(iter(subsets.values()))
     }
     if split is not None:
@@ -95,8 +98,8 @@ def load(
     return (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)(splits)
 
 
-def _recorded(place: str, opened: Callable[[str], Mapping[str, Any]]) -> tuple[Layout, Sequence[int]]:
-    """The layout of a dataset, and the recorded levels, 0 first, as its subsets and its rows show them."""
+def _recorded(place: str, opened: Callable[[str], Mapping[str, Any]]) -> tuple[Layout, Sequence[Variant]]:
+    """The layout of a dataset, and the recorded variants, clean first, as its subsets and its rows show them."""
     try:
         names = datasets.get_dataset_config_names(place)
     except Exception as error:  # a dozen exception types of three libraries; all mean the same here
@@ -180,38 +183,42 @@ def _chosen(opened: Mapping[str, Any], split: str | None, place: str) -> Mapping
     return {split: opened[split]}
 
 
-def _at_levels(
-    layout: Layout, subsets: Mapping[str, Any], levels: Sequence[int], recorded: Sequence[int], streaming: bool
+def _in_variants(
+    layout: Layout,
+    subsets: Mapping[str, Any],
+    variants: Sequence[Variant],
+    recorded: Sequence[Variant],
+    streaming: bool,
 ) -> Any:
-    """One split at some levels, from its subsets by name."""
-    if not layout.per_image and all(level in recorded for level in levels):
-        return datasets.concatenate_datasets([subsets[layout.subset(level)] for level in levels])
-    made = any(len(layout.source(level, recorded)) > 1 for level in levels)
+    """One split in some variants, from its subsets by name."""
+    if not layout.per_image and all(variant in recorded for variant in variants):
+        return datasets.concatenate_datasets([subsets[layout.subset(variant)] for variant in variants])
+    made = any(len(layout.source(variant, recorded)) > 1 for variant in variants)
     any_rows = next(iter(subsets.values()))
     image = SteppedImage(attacked=not layout.stores_sign) if made else datasets.Image()
     columns = {IMAGE: image, **_columns(layout, any_rows.features)}
     parts: list[Part] = []
-    for level in levels:
-        names = list(dict.fromkeys(picture.subset for picture in layout.source(level, recorded)))
-        make = partial(_at_level, layout, names, level, recorded, made)
+    for variant in variants:
+        names = list(dict.fromkeys(picture.subset for picture in layout.source(variant, recorded)))
+        make = partial(_in_variant, layout, names, variant, recorded, made)
         parts.append(([subsets[name] for name in names], make))
     return _view(parts, datasets.Features(columns), any_rows.split, streaming)
 
 
-def _at_level(
-    layout: Layout, names: Sequence[str], level: int, recorded: Sequence[int], made: bool, *tables: pa.Table
+def _in_variant(
+    layout: Layout, names: Sequence[str], variant: Variant, recorded: Sequence[Variant], made: bool, *tables: pa.Table
 ) -> pa.Table:
-    """Rows at one level out of those of some subsets, which lie side by side, since a shard's files are committed
+    """Rows of one variant out of those of some subsets, which lie side by side, since a shard's files are committed
     together. `made`: whether some of the view's images are made on reading, and its cells are such as can be."""
     if any(not table.column(LAST).equals(tables[0].column(LAST)) for table in tables[1:]):
         raise ConfigError("Attacked and clean rows are not those of the same images; is the dataset complete?")
     stored = dict(zip(names, tables, strict=True))
     try:
-        rows = layout.rows(stored, level, recorded)
+        rows = layout.rows(stored, variant, recorded)
     except ValueError as error:
         raise PipelineError(f"A row cannot be read: {error}; fgsm verify names the damaged file.") from None
-    picture, *direction = (stored[subset].column(column) for subset, column in layout.source(level, recorded))
-    image = _cells(picture, direction[0] if direction else None, level) if made else picture
+    picture, *direction = (stored[subset].column(column) for subset, column in layout.source(variant, recorded))
+    image = _cells(picture, direction[0] if direction else None, variant.level) if made else picture
     return pa.table({IMAGE: image, **dict(zip(rows.column_names, rows.columns, strict=True))})
 
 

@@ -32,6 +32,7 @@ from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, explained, first_line
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
 from pipeline.core.lattice import step_array, stored_sign
+from pipeline.core.variants import at_levels
 from pipeline.layouts.base import LABEL, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
@@ -81,7 +82,7 @@ class Shards:
         self.image_format: ImageFormat = "webp" if output.image_format == "webp" else "png"
         needed = {picture for pictures in sources.values() for picture in pictures}
         # A clean image comes before what says where it moves to.
-        self.columns = [picture for picture in layout.pictures(manifest.levels) if picture in needed]
+        self.columns = [picture for picture in layout.pictures(manifest.variants) if picture in needed]
         self.subsets = tuple(dict.fromkeys(column.subset for column in self.columns))
         # Whether a column is read for an image at a level.
         self.used = np.array([[column in sources.get(level, ()) for level in range(256)] for column in self.columns])
@@ -384,7 +385,7 @@ def training_dataset(
     world_size: int | None = None,
     allow_incomplete: bool = False,
 ) -> TrainingDataset:
-    """Open a dataset for training, either layout: images (C, H, W) uint8 and labels int64, for a DataLoader.
+    """Open a dataset for training, any layout: images (C, H, W) uint8 and labels int64, for a DataLoader.
 
         data = pipeline.training_dataset("out/cifar10", "train", clean=0.5)
         loader = DataLoader(data, batch_size=128, num_workers=4)
@@ -410,9 +411,9 @@ def training_dataset(
     Resuming in the middle of an epoch is exact with the `state_dict` of torchdata's StatefulDataLoader, workers or not,
     and without workers with the dataset's own. Images that were given are neither read nor decoded again.
 
-    Layout images reads one row group of each epsilon to show one image of it; layout signs reads what it shows. So
-    where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the process
-    itself without any) holds the encoded images of a window, 64 MB and one row group more.
+    Layouts images and wide read a row group of each epsilon to show one image of it; layout signs reads what it shows.
+    So where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the
+    process itself without any) holds the encoded images of a window, 64 MB and one row group more.
 
     Args:
         path_or_repo: an output folder, or a Hub id, of which the files needed are downloaded first.
@@ -494,8 +495,8 @@ def _check_split(manifest: Manifest, split: str, name: str) -> None:
 def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float) -> Shards:
     """Where the images at 0 and at some levels are; what is never drawn is not looked for."""
     wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
-    layout, recorded = manifest.layout, manifest.levels
-    return Shards(root, manifest, {level: layout.source(level, recorded) for level in wanted})
+    layout, recorded = manifest.layout, manifest.variants
+    return Shards(root, manifest, {one.level: layout.source(one, recorded) for one in at_levels(recorded, wanted)})
 
 
 def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:

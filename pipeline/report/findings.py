@@ -1,7 +1,7 @@
 """Findings: what a report says of a dataset, as numbers and sentences.
 
 Counts are the manifest's, and exact. What only rows can say follows from a sample of one split: a page that looked
-at every split and epsilon as closely would show nothing.
+at every split and variant as closely would show nothing.
 """
 
 import re
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.variants import CLEAN, Variant
 from pipeline.output.folder import EvaluatorCounts
 from pipeline.output.manifest import Manifest, Subset
 from pipeline.report.sample import Aim, Sample
 
-# Epsilons that pictures show, spread over those there are; the first and the last to succeed come on top.
-SHOWN_LEVELS = 5
+# Variants that pictures show, spread over those there are; the first and the last to succeed come on top.
+SHOWN_VARIANTS = 5
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,24 @@ WORDS: dict[Aim, Words] = {
 
 @dataclass(frozen=True)
 class Focus:
-    """What the page looks at closely: the sample of one split, and one epsilon, `level`, the `index`-th of it.
+    """What the page looks at closely: the sample of one split, and one variant, the `index`-th of it.
 
-    `shown` are the levels with pictures, clean first; `subsets` the exact counts of the split by level; `victim` and
-    `evaluators` names of models; `name` gives that of a recorded class.
+    `shown` are the variants with pictures, clean first; `subsets` the exact counts of the split by variant; `victim`
+    and `evaluators` names of models; `name` gives that of a recorded class.
     """
 
     sample: Sample
     index: int
-    shown: tuple[int, ...]
-    subsets: Mapping[int, Subset]
+    shown: tuple[Variant, ...]
+    subsets: Mapping[Variant, Subset]
     victim: str
     evaluators: tuple[str, ...]
     words: Words
     name: Callable[[int], str]
 
     @property
-    def level(self) -> int:
-        return self.sample.levels[self.index]
+    def variant(self) -> Variant:
+        return self.sample.variants[self.index]
 
 
 def by_interest(splits: Sequence[str]) -> list[str]:
@@ -78,16 +79,15 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
     reached = sample.success.sum(1)
     half = np.flatnonzero(2 * reached >= _started(sample).sum())
     most = int(reached.argmax()) or len(reached) - 1
-    attacked = sample.levels[1:]
-    spread = {attacked[index] for index in np.linspace(0, len(attacked) - 1, SHOWN_LEVELS).round().astype(int)}
+    spread = {1 + int(index) for index in np.linspace(0, len(sample.variants) - 2, SHOWN_VARIANTS).round()}
     # Examples are of the images that give in first and of those that give in last: so they must be seen to.
     onset = sample.onset[sample.success.any(0)]
-    decisive = {sample.levels[index] for index in (onset.min(), onset.max())} if len(onset) else set()
+    decisive = {int(onset.min()), int(onset.max())} if len(onset) else set()
     return Focus(
         sample=sample,
         index=int(half[0]) if reached.any() and len(half) else most,
-        shown=(0, *sorted(spread | decisive)),
-        subsets={subset.level: subset for subset in manifest.subsets if subset.split == sample.split},
+        shown=(CLEAN, *(sample.variants[index] for index in sorted(spread | decisive))),
+        subsets={subset.variant: subset for subset in manifest.subsets if subset.split == sample.split},
         victim=model_name(manifest.config["model"]),
         evaluators=evaluator_names(manifest),
         words=WORDS[sample.aim],
@@ -102,8 +102,8 @@ def headline(focus: Focus) -> str:
     success, confidence = sample.success[focus.index], sample.confidence[focus.index]
     if not success.any():
         start = reads if sample.labelled else f"The model {focus.victim} stands firm"
-        return f"{start}; no step up to {sample.levels[-1]} of 255 grey levels {words.never}."
-    step = f"moving every pixel value by at most {focus.level} of 255 grey levels"
+        return f"{start}; no step up to {sample.variants[-1].level} of 255 grey levels {words.never}."
+    step = f"moving every pixel value by at most {focus.variant.level} of 255 grey levels"
     sure = (
         f"Where the attack succeeds, the model is {percent(mean(confidence[success]), 0)} sure of its answer on "
         f"average, and surer than when the image was clean in {percent(share_of_surer(focus), 0)} of the cases."
@@ -112,16 +112,16 @@ def headline(focus: Focus) -> str:
         return f"{reads}; {step} leaves {percent(right_share(focus, focus.index))}. {sure}"
     share, does = mean(success), "call something else"
     if sample.aim == "target":
-        counts = focus.subsets[focus.level]
+        counts = focus.subsets[focus.variant]
         share, does = ratio(counts.fooled, counts.rows), "call its target"
     return f"{step.capitalize()} makes the model {focus.victim} {does} {percent(share)} of the {split} images. {sure}"
 
 
 def tiles(focus: Focus) -> list[tuple[str, str, str, str]]:
     """The figures at the head of the page: of what, how much, a note, and the colour."""
-    words, level = focus.words, f"{focus.level}/255"
+    words, level = focus.words, f"{focus.variant.level}/255"
     _, wrong = sureness(focus.sample)
-    images = f"of {focus.subsets[0].rows:,} {focus.sample.split} images"
+    images = f"of {focus.subsets[CLEAN].rows:,} {focus.sample.split} images"
     first = [(f"{words.share}, clean", percent(right_share(focus, 0)), images, "right")]
     return [
         *(first if focus.sample.labelled else ()),
@@ -158,7 +158,7 @@ def right_share(focus: Focus, index: int) -> float | None:
     """Accuracy at an epsilon, exact; without labels the share of answers that stayed, in the sample."""
     if not focus.sample.labelled:
         return mean(focus.sample.right[index])
-    return accuracies(focus.subsets[focus.sample.levels[index]])[0]
+    return accuracies(focus.subsets[focus.sample.variants[index]])[0]
 
 
 def accuracies(subset: Subset) -> list[float | None]:
@@ -173,7 +173,7 @@ def transfer_rate(counts: EvaluatorCounts) -> float | None:
 
 
 def by_split(manifest: Manifest) -> dict[str, list[Subset]]:
-    """The counts of every epsilon, clean first, of each split that has rows."""
+    """The counts of every variant, clean first, of each split that has rows."""
     splits = {split: [there for there in manifest.subsets if there.split == split] for split in manifest.split_rows}
     return {split: subsets for split, subsets in splits.items() if any(subset.rows for subset in subsets)}
 

@@ -38,7 +38,7 @@ from pipeline.report.findings import (
     transfer_rate,
 )
 from pipeline.report.gallery import draw_sheet, make_groups, web_image
-from pipeline.report.plots import Curve, Plot, draw_curves, level_name, model_curve
+from pipeline.report.plots import Curve, Plot, draw_curves, model_curve, variant_name
 from pipeline.report.sample import SAMPLE_SHARDS, is_labelled, read_sample
 
 # Rows of each split that are looked at: a share of them is known to within one percent, and they are read in a second.
@@ -173,12 +173,12 @@ def _template() -> jinja2.Template:
         "thousands": lambda number: f"{number:,}",
         "data": lambda image, kind: f"data:image/{kind};base64,{base64.b64encode(image).decode()}",
         "headline": headline,
-        "level": level_name,
         "percent": percent,
         "ratio": ratio,
         "size": human_bytes,
         "tiles": tiles,
         "transfer_rate": transfer_rate,
+        "variant": variant_name,
         "web_image": web_image,
     }
     return environment.get_template("report.html.jinja")
@@ -187,7 +187,7 @@ def _template() -> jinja2.Template:
 def _accuracy_plot(focus: Focus) -> Plot:
     """A line for each model, from the manifest; without labels, the share of answers that stay, from the sample."""
     sample, words = focus.sample, focus.words
-    subsets = [focus.subsets[level] for level in sample.levels]
+    subsets = [focus.subsets[variant] for variant in sample.variants]
     if sample.labelled:
         shares = zip(*map(accuracies, subsets), strict=True)
         models = zip([focus.victim, *focus.evaluators], shares, strict=True)
@@ -204,7 +204,7 @@ def _confidence_plot(focus: Focus) -> Plot:
     """How sure the victim is: of all answers, from the manifest, of right and of wrong ones, from the sample."""
     sample, words = focus.sample, focus.words
     right, wrong = sureness(sample)
-    subsets = (focus.subsets[level] for level in sample.levels)
+    subsets = (focus.subsets[variant] for variant in sample.variants)
     every = tuple(ratio(subset.confidence_sum, subset.rows) for subset in subsets)
     curves = [
         Curve(words.right, right, "right", "o"),
@@ -217,7 +217,7 @@ def _confidence_plot(focus: Focus) -> Plot:
 def _draw(focus: Focus, curves: list[Curve], says: str) -> Plot:
     ends = [f"{curve.name}, {percent(curve.values[0])} clean, {percent(curve.values[-1])} last" for curve in curves]
     return draw_curves(
-        focus.sample.levels,
+        focus.sample.variants,
         curves,
         says,
         f"{says.capitalize()} against epsilon, {focus.sample.split}. {'; '.join(ends)}.",

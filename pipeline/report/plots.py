@@ -16,6 +16,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from pipeline.core.variants import CLEAN, Variant
+
 # Inches. On a phone's 360 px a point is then a pixel.
 WIDTH, HEIGHT = 4.8, 3.6
 DPI = 180
@@ -78,7 +80,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Curve:
-    """A share in [0, 1] at every epsilon, clean first; None where there is nothing to count.
+    """A share in [0, 1] in every variant, clean first; None where there is nothing to count.
 
     `colour` is a field of Scheme; `marker` one of matplotlib's, drawn hollow where the curve is `dashed`.
     """
@@ -95,9 +97,9 @@ def model_curve(name: str, values: tuple[float | None, ...], index: int) -> Curv
     return Curve(name, values, MODELS[index % len(MODELS)], MARKERS[index % len(MARKERS)])
 
 
-def level_name(level: int) -> str:
-    """An epsilon as people write it."""
-    return f"{level}/255" if level else "clean"
+def variant_name(variant: Variant) -> str:
+    """A variant as people write it."""
+    return "clean" if variant == CLEAN else f"{variant.level}/255"
 
 
 def shortened(text: str, length: int = LABEL_LENGTH) -> str:
@@ -109,15 +111,16 @@ def shortened(text: str, length: int = LABEL_LENGTH) -> str:
     return f"{plain[: length - 1 - head]}…{plain[-head:]}"
 
 
-def draw_curves(levels: Sequence[int], curves: Sequence[Curve], says: str, alt: str) -> Plot:
+def draw_curves(variants: Sequence[Variant], curves: Sequence[Curve], says: str, alt: str) -> Plot:
     """Shares against epsilon.
 
     Args:
-        levels: 0 and every epsilon in grey levels.
+        variants: clean, and one attack on one model at every epsilon.
         curves: of as many values each.
         says: what the shares are of, for the axis.
         alt: what the plot shows.
     """
+    levels = [variant.level for variant in variants]
     with _style():
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()

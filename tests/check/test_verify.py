@@ -172,6 +172,14 @@ def another_epsilon(columns: dict[str, list[Any]]) -> None:
     columns["epsilon"][0] = 4 / 255
 
 
+def another_attack(columns: dict[str, list[Any]]) -> None:
+    columns["attack"][0] = "pgd"
+
+
+def no_model(columns: dict[str, list[Any]]) -> None:
+    columns["model"][0] = None
+
+
 def another_clean_prediction(columns: dict[str, list[Any]]) -> None:
     columns["clean_prediction"][0] = (columns["clean_prediction"][0] + 1) % 3
 
@@ -185,6 +193,8 @@ def another_clean_prediction(columns: dict[str, list[Any]]) -> None:
         (exchange_rows, "has a source_index that differs from the clean subset's"),
         (another_label, "has a label that differs from the clean subset's"),
         (another_epsilon, "has another epsilon than 8/255"),
+        (another_attack, "has another attack than fgsm"),
+        (no_model, "has another model than make"),
         (another_clean_prediction, "has a clean_prediction that differs"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ import pytest
 
 import pipeline
 from pipeline.config.schema import OutputConfig
+from pipeline.core.variants import CLEAN, at_levels
 from pipeline.layouts import base
 from pipeline.layouts.base import Column, subsets_of
 from pipeline.layouts.registry import LAYOUTS as REGISTRY
@@ -29,8 +31,10 @@ from tests.conftest import (
     subset_of,
     write_parquet,
 )
+from tests.support.variants import fgsm_at
 
 LEVELS = (0, 2, 8)
+VARIANTS = fgsm_at(*LEVELS)
 # Where a quoted `images` is no layout: the source images of a session, and the heading of a table.
 NO_LAYOUT = {("engine/execute.py", "images"), ("report/report.html.jinja", "images")}
 
@@ -54,24 +58,30 @@ def test_the_config_names_those_that_there_are() -> None:
 
 @pytest.mark.parametrize("layout", REGISTRY.values(), ids=REGISTRY)
 def test_every_image_is_made_from_pictures_that_are_stored(layout: base.Layout) -> None:
-    pictures = layout.pictures(LEVELS)
+    pictures = layout.pictures(VARIANTS)
     assert len(set(pictures)) == len(pictures)
-    assert layout.ray(LEVELS)[0] == pictures[0] == layout.source(0, LEVELS)[0]
-    for level in range(256):
-        source = layout.source(level, LEVELS)
+    ray = layout.ray(VARIANTS[-1], VARIANTS)
+    assert ray[0] == pictures[0] == layout.source(CLEAN, VARIANTS)[0]
+    for variant in at_levels(VARIANTS, range(256)):
+        source = layout.source(variant, VARIANTS)
         assert set(source) <= set(pictures)
-        assert source == layout.ray(LEVELS) or (len(source) == 1 and level in LEVELS)
-    assert all(re.fullmatch(layout.subsets, subset) for subset in subsets_of(layout, LEVELS))
-    assert {layout.subset(level) for level in LEVELS} == set(subsets_of(layout, LEVELS))
-    assert layout.per_image == (len(subsets_of(layout, LEVELS)) == 1)
+        assert source == ray or (len(source) == 1 and variant in VARIANTS)
+    assert all(re.fullmatch(layout.subsets, subset) for subset in subsets_of(layout, VARIANTS))
+    assert {layout.subset(variant) for variant in VARIANTS} == set(subsets_of(layout, VARIANTS))
+    assert layout.per_image == (len(subsets_of(layout, VARIANTS)) == 1)
 
 
 def test_no_layout_takes_another_s_subsets_for_its_own() -> None:
     for name, layout in REGISTRY.items():
-        subsets = ["all", *subsets_of(layout, LEVELS)]
-        attacks: Callable[[str, str], Any] = lambda *_: [{"epsilon": level / 255} for level in LEVELS[1:]]  # noqa: E731
+        subsets = ["all", *subsets_of(layout, VARIANTS)]
+        entries = [{name: getattr(one, name) for name in ("epsilon", "attack", "model")} for one in VARIANTS[1:]]
+        attacks: Callable[[str, str], Any] = lambda *_: entries  # noqa: B023, E731
         recorded = {other: found.recorded(subsets, attacks) for other, found in REGISTRY.items()}
-        assert recorded == {other: LEVELS if other == name else None for other in REGISTRY}
+        # Layout images looks at names alone.
+        expected = (
+            VARIANTS if layout.per_image else (CLEAN, *(replace(one, attack=None, model=None) for one in VARIANTS[1:]))
+        )
+        assert recorded == {other: expected if other == name else None for other in REGISTRY}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -100,7 +110,7 @@ def test_what_is_said_of_a_source_image_is_what_layout_images_says(
         assert frame[f"clean_{name}"].to_json() == clean[name].to_json()
     for index, level in enumerate(LEVELS[1:]):
         attacked = rows(tmp_path / "out", f"eps-{level}")
-        for name in ("epsilon", "prediction", "confidence", "label_confidence", "correct", "fooled"):
+        for name in ("epsilon", "attack", "model", "prediction", "confidence", "label_confidence", "correct", "fooled"):
             assert [attacks[index][name] for attacks in frame["attacks"]] == attacked[name].tolist()
     counts = [
         [{**subset, "bytes": None} for subset in manifest(tmp_path / folder)["subsets"]] for folder in ("out", layout)
@@ -129,8 +139,12 @@ def test_a_shard_that_is_gone_is_found_and_written_again(
     [
         ("signs", "sign"),
         ("wide", "eps_8"),
-        *((name, taken) for name in ("signs", "wide") for taken in ("attacks", "clean_correct", "epsilon", "fooled")),
-        *((name, "prediction") for name in LAYOUTS),
+        *(
+            (name, taken)
+            for name in ("signs", "wide")
+            for taken in ("attacks", "clean_correct", "epsilon", "fooled", "attack")
+        ),
+        *((name, taken) for name in LAYOUTS for taken in ("prediction", "model")),
     ],
 )
 def test_a_kept_column_must_not_have_the_name_of_ours(

@@ -63,7 +63,7 @@ def test_a_row_says_what_the_rows_of_layout_images_say(write_config: WriteConfig
         np.testing.assert_array_equal(pixels(attacked), np.clip(pixels(clean) + level * (maps // 127 - 1), 0, 255))
         for row, attacks in enumerate(signs["attacks"]):
             assert len(attacks) == 2
-            for name in ("epsilon", *CLEAN, "fooled"):
+            for name in ("epsilon", "attack", "model", *CLEAN, "fooled"):
                 expected = attacked[name].iloc[row]
                 assert attacks[index][name] == (None if expected is None or expected != expected else expected)
         if kind == "targeted":
@@ -81,12 +81,13 @@ def test_the_columns_are_those_of_the_contract(write_config: WriteConfig, tmp_pa
         "label_confidence": value("float32"),
         "correct": value("bool"),
     }
+    made = {"attack": value("string"), "model": value("string")}
     assert list(loaded.features.items()) == [
         ("image", datasets.Image()),
         ("sign", datasets.Image()),
         ("label", classes),
         *((f"clean_{name}", feature) for name, feature in answer.items()),
-        ("attacks", datasets.List({"epsilon": value("float64"), **answer, "fooled": value("bool")})),
+        ("attacks", datasets.List({"epsilon": value("float64"), **made, **answer, "fooled": value("bool")})),
         ("target", classes),
         ("source_index", value("int64")),
         ("caption", value("string")),
@@ -249,6 +250,14 @@ def lose_an_entry(columns: Columns) -> None:
     columns["attacks"][4][1] = None
 
 
+def another_attack(columns: Columns) -> None:
+    columns["attacks"][4][1]["attack"] = "pgd"
+
+
+def another_model(columns: Columns) -> None:
+    columns["attacks"][4][0]["model"] = "other"
+
+
 def lose_the_clean_prediction(columns: Columns) -> None:
     columns["clean_prediction"][4] = None
 
@@ -280,6 +289,8 @@ def exchange_rows(columns: Columns) -> None:
         (lose_all_attacks, f"{FILE}: the attacks of a row are not the run's 2"),
         (exchange_attacks, f"{FILE} at 2/255 has another epsilon than 2/255"),
         (lose_an_entry, f"{FILE} at 8/255 has another epsilon than 8/255"),
+        (another_attack, f"{FILE} at 8/255 has another attack than fgsm"),
+        (another_model, f"{FILE} at 2/255 has another model than make"),
         (lose_the_clean_prediction, f"{FILE} at 0/255 has a prediction that is null in other rows than it should be"),
         (lose_a_flag, f"{FILE} at 8/255 has a fooled that is null in other rows than it should be"),
         (another_flag, f"has other counts than the rows of {FILE} at 8/255"),

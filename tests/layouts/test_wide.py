@@ -34,11 +34,12 @@ def test_the_columns_are_those_of_the_contract(write_config: WriteConfig, tmp_pa
         "label_confidence": value("float32"),
         "correct": value("bool"),
     }
+    made = {"attack": value("string"), "model": value("string")}
     assert list(loaded.features.items()) == [
         *((name, datasets.Image()) for name in ("image", "eps_2", "eps_8")),
         ("label", classes),
         *((f"clean_{name}", feature) for name, feature in answer.items()),
-        ("attacks", datasets.List({"epsilon": value("float64"), **answer, "fooled": value("bool")})),
+        ("attacks", datasets.List({"epsilon": value("float64"), **made, **answer, "fooled": value("bool")})),
         ("target", classes),
         ("source_index", value("int64")),
         ("caption", value("string")),

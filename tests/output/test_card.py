@@ -146,6 +146,8 @@ def test_the_attacks_of_layout_signs_are_described(write_config: WriteConfig, tm
     fields = next(table for table in tables(text) if "field" in table[0][0])[2:]
     assert [row[0].strip(" `") for row in fields] == [
         "epsilon",
+        "attack",
+        "model",
         "prediction",
         "confidence",
         "label_confidence",

@@ -50,6 +50,7 @@ from tests.conftest import (
     without_run,
     write_parquet,
 )
+from tests.support.variants import fgsm_at
 
 # ------------------------------------------------------------------------------------------------- helpers
 
@@ -463,14 +464,14 @@ def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config
     place = [f"test-{int(sample.shard[row]):05d}-of-00004" for row in picked]
     assert [without_run(sample.shards[sample.shard[row]]) for row in picked] == place
     assert list(read_pictures(folder, manifest, sample, picked)) == sorted(picked)
-    (name, _, chosen), *_ = choose_rows(sample, sample.levels)
-    group = make_groups(folder, manifest, sample, sample.levels, str)[0]
+    (name, _, chosen), *_ = choose_rows(sample, sample.variants)
+    group = make_groups(folder, manifest, sample, sample.variants, str)[0]
     assert group.title == name
     for row, example in zip(chosen, group.examples, strict=True):
         # The sample has the rows of the shards in order, as has a subset.
         source_index = stored["source_index"][row]
-        for level, cell in zip(sample.levels, [example.cells[0], *example.cells[2:]], strict=True):
-            expected = stored[order.index((source_index, level / 255))]["image"]
+        for variant, cell in zip(sample.variants, [example.cells[0], *example.cells[2:]], strict=True):
+            expected = stored[order.index((source_index, variant.epsilon))]["image"]
             shown, kind = web_image(cell.image)
             assert kind == "png"
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(shown))), np.asarray(expected))
@@ -522,7 +523,8 @@ def test_of_many_epsilons_some_have_pictures(write_config: WriteConfig, tmp_path
     assert "5 of 10 epsilons are shown." in page.words
     assert len(page.tables["Counts at each epsilon"]) == 12
     folder, manifest = opened(tmp_path / "out")
-    assert focus_on(manifest, read_sample(folder, manifest, "test", 10_000)).shown == (0, 1, 3, 8, 34, 89)
+    shown = focus_on(manifest, read_sample(folder, manifest, "test", 10_000)).shown
+    assert shown == fgsm_at(0, 1, 3, 8, 34, 89)
 
 
 STUBBORN = """
@@ -808,7 +810,7 @@ def sample_of(success: Sequence[Sequence[int]], confidence: Sequence[Sequence[fl
         "rows": count,
         "aim": "fooled",
         "labelled": True,
-        "levels": (0, 2, 8, 16)[: len(flipped)],
+        "variants": fgsm_at(0, 2, 8, 16)[: len(flipped)],
         "prediction": np.where(flipped, 1 - classes, classes),
         "confidence": np.array(confidence, dtype=np.float32),
         "right": ~flipped,
@@ -829,7 +831,7 @@ def test_the_most_instructive_rows_are_chosen() -> None:
     large = [0.9, 0.6, 0.6, 0.6, 0.6, 0.998, 0.7, 0.8]
     largest = [0.999, 0.6, 0.6, 0.6, 0.6, 0.999, 0.7, 0.8]
     sample = sample_of(success, [clean, small, large, largest])
-    (easy, text, first), (_, _, second), (_, held, third) = choose_rows(sample, sample.levels)
+    (easy, text, first), (_, _, second), (_, held, third) = choose_rows(sample, sample.variants)
     assert easy == "Fooled by the smallest step"
     assert text.startswith("2/255 is enough.")
     # One of each class first, the surest when clean: 4 is of class 0, 3 of class 1.
@@ -842,17 +844,17 @@ def test_the_most_instructive_rows_are_chosen() -> None:
 
 def test_where_none_resists_those_are_shown_that_hold_out_longest() -> None:
     success = [[0] * 8, [1] * 7 + [0], [1] * 8]
-    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), (0, 2, 8))
+    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), fgsm_at(0, 2, 8))
     title, text, chosen = groups[-1]
     assert (title, chosen) == ("Those that resist", [7])
     assert text == "None resists every epsilon; these give in at 8/255 only."
-    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), (0, 2))
+    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), fgsm_at(0, 2))
     assert [title for title, _, _ in together] == ["Fooled by the smallest step", "The most confident mistakes"]
 
 
 def test_who_is_called_the_target_when_clean_resists_nothing() -> None:
     sample = sample_of([[0] * 4, [0] * 4], [[0.9] * 4] * 2, aim="target", target=np.array([0, 0, 0, 0]))
-    assert [chosen for _, _, chosen in choose_rows(sample, sample.levels)] == [[1, 3]]
+    assert [chosen for _, _, chosen in choose_rows(sample, sample.variants)] == [[1, 3]]
 
 
 def test_what_is_said_of_a_row_holds_at_the_epsilons_that_are_not_shown(digits: Path) -> None:
@@ -862,8 +864,8 @@ def test_what_is_said_of_a_row_holds_at_the_epsilons_that_are_not_shown(digits: 
     fooled = {0: range(2, 11), 1: [6], 2: range(9, 11), 3: []}
     success = [[level in fooled[row] for row in fooled] for level in levels]
     sure = [[0.9, 0.99 if level == 6 else 0.9, 0.9, 0.9] for level in levels]
-    focus = focus_on(manifest, sample_of(success, sure, levels=levels))
-    assert focus.shown == (0, 1, 2, 3, 5, 8, 9, 10)  # 2 and 9: where the first and the last give in
+    focus = focus_on(manifest, sample_of(success, sure, variants=fgsm_at(*levels)))
+    assert focus.shown == fgsm_at(0, 1, 2, 3, 5, 8, 9, 10)  # 2 and 9: where the first and the last give in
     groups = {title: (text, chosen) for title, text, chosen in choose_rows(focus.sample, focus.shown)}
     text, chosen = groups["Fooled by the smallest step"]
     assert (text[:16], chosen) == ("2/255 is enough.", [0])
@@ -874,7 +876,7 @@ def test_what_is_said_of_a_row_holds_at_the_epsilons_that_are_not_shown(digits: 
 def test_no_row_is_shown_twice(digits: Path) -> None:
     folder, manifest = opened(digits)
     sample = read_sample(folder, manifest, "test", 10_000)
-    groups = choose_rows(sample, sample.levels)
+    groups = choose_rows(sample, sample.variants)
     chosen = [row for _, _, own in groups for row in own]
     assert len(groups) == 3
     assert len(chosen) == len(set(chosen)) == 9
@@ -888,7 +890,7 @@ def test_the_focus_is_the_smallest_epsilon_that_reaches_half(digits: Path) -> No
         ([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]], 8),
         ([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]], 16),
     ]:
-        assert focus_on(manifest, sample_of([[0] * 4, *flips], sure)).level == level
+        assert focus_on(manifest, sample_of([[0] * 4, *flips], sure)).variant.level == level
     assert by_interest(["train", "test"]) == ["test", "train"]
     assert by_interest(["train", "validation", "test"]) == ["test", "validation", "train"]
     assert by_interest(["a", "b"]) == ["b", "a"]
@@ -923,7 +925,7 @@ def opened_png(data: bytes) -> Image.Image:
 
 def test_plots_follow_the_reader_and_have_no_traces_of_when(digits: Path) -> None:
     curves = [Curve("a", (1.0, None, 0.0), "right", "o"), Curve("b", (0.5, 0.5, 0.5), "soft", "s", dashed=True)]
-    plot, again = (draw_curves((0, 2, 8), curves, "it", "alt") for _ in range(2))
+    plot, again = (draw_curves(fgsm_at(0, 2, 8), curves, "it", "alt") for _ in range(2))
     assert plot == again
     image = opened_png(plot.png)
     assert image.convert("RGB").getpixel((0, 0)) == (0xFF, 0xFF, 0xFF)
@@ -942,7 +944,7 @@ def test_models_of_the_same_colour_have_other_markers() -> None:
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_model_of_any_name_can_be_drawn(name: str) -> None:
-    plot = draw_curves((0, 1), [model_curve(name, (0.5, None), 7)], name, "alt")
+    plot = draw_curves(fgsm_at(0, 1), [model_curve(name, (0.5, None), 7)], name, "alt")
     assert opened_png(plot.png).width < 1500
     ElementTree.fromstring(plot.svg)
     assert b"<script" not in plot.svg

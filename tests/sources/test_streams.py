@@ -243,8 +243,8 @@ def test_a_plan_says_what_it_does_not_know(write_config: WriteConfig, parquet: P
 
 
 def test_progress_without_a_total_names_no_share() -> None:
-    with Progress(None, 5, (0,)) as progress:
-        progress.update(7, 7, {0: 7})
+    with Progress(None, 5, ["clean"]) as progress:
+        progress.update(7, 7, {"clean": 7})
         assert re.fullmatch(r"12 images, [\d.]+ images/s, clean 100%", progress.line())
 
 
