@@ -28,7 +28,7 @@ from typer.testing import CliRunner, Result
 import pipeline
 import pipeline.generate
 from pipeline.cli import app
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.images import decode_image
 from pipeline.executors.part import parse_part
 from pipeline.layouts import registry

@@ -24,7 +24,8 @@ from PIL import Image
 
 import pipeline
 from pipeline.check.verify import verify
-from pipeline.config.schema import Config, PreprocessConfig, load_config, parse_config
+from pipeline.config.load import load_config, parse_config
+from pipeline.config.schema import Config, PreprocessConfig
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image, open_image
 from pipeline.core.redaction import presentable, printable

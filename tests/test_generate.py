@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.errors import PipelineError
 from pipeline.core.images import ImageFormat
 from pipeline.engine.progress import Progress

@@ -1,17 +1,15 @@
 """Load: from the section of a config to an attack, of the package or of the user's own."""
 
 import hashlib
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.attacks.base import Attack
+from pipeline.attacks.sections import OwnAttackConfig
+from pipeline.config.kinds import ATTACKS, imported
 from pipeline.config.schema import AttackConfig
 from pipeline.core.errors import ConfigError, first_line
 from pipeline.core.own_code import import_own, own_files
-
-# The attacks of this package; imported when a config names them.
-KINDS = {"fgsm": "pipeline.attacks.fgsm:FGSM"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,8 @@ def load_attack(config: AttackConfig) -> LoadedAttack:
     Raises:
         ConfigError: there is no such code, it cannot be made with its arguments, or is no `Attack`.
     """
-    if config.kind in KINDS:
-        module, _, name = KINDS[config.kind].partition(":")
-        return LoadedAttack(getattr(importlib.import_module(module), name)())
+    if not isinstance(config, OwnAttackConfig):
+        return LoadedAttack(imported(ATTACKS[config.kind].make)())
     make = import_own(config.kind, "attack.kind")
     try:
         made = make(**config.kwargs)

@@ -487,7 +487,7 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     try:
         features = datasets.Features.from_dict(manifest.features)
         spaces = {name: manifest.spaces[f"evaluators.{name}"] for name in manifest.evaluators}
-        kept = {name: features[name] for name in config.source.keep_columns}
+        kept = {name: features[name] for name in config.source.kept}
         expected = make_features(manifest.layout, contents_of(config, manifest.spaces["model"], spaces, kept))
     except Exception as error:  # what is no feature can raise anything there
         place = folder.store.at(folder.manifest)

@@ -24,7 +24,8 @@ import torch
 from pipeline import __version__
 from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
-from pipeline.config.schema import Config, ModelConfig, PreprocessConfig, is_address
+from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
+from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
@@ -189,7 +190,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     preprocess = _preprocess(config.preprocess, victim.preprocess)
     plan = plan_of(config, source.splits, _streamed(source, config))
     shape: Shape
-    if recorded is not None and config.source.streaming:
+    if recorded is not None and config.source.streams:
         shape = recorded.shape  # no row is read of files that may be done
     else:
         shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
@@ -340,11 +341,10 @@ def _check_apart(config: Config) -> None:
     """The output must not become part of the source, which the next run would then read."""
     if is_address(config.output.path):
         return
-    source, output = (
-        Path(str(config.source.path)).expanduser().resolve(),
-        Path(config.output.path).expanduser().resolve(),
-    )
-    if config.source.kind in ("huggingface", "imagefolder") and source.is_dir() and output.is_relative_to(source):
+    if config.source.folder is None:
+        return
+    source, output = config.source.folder.expanduser().resolve(), Path(config.output.path).expanduser().resolve()
+    if source.is_dir() and output.is_relative_to(source):
         raise ConfigError(f"output.path: {output} lies in the source's own folder {source}; choose another place.")
 
 

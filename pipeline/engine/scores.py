@@ -39,7 +39,7 @@ def contents_of(
         },
         kept=kept,
         targeted=config.attack.target is not None,
-        streamed=config.source.streaming,
+        streamed=config.source.streams,
     )
 
 

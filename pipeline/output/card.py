@@ -21,7 +21,8 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
-from pipeline.config.schema import is_address, is_checkpoint
+from pipeline.config.schema import is_checkpoint
+from pipeline.core.addresses import is_address
 from pipeline.core.errors import PipelineError
 from pipeline.core.own_code import names_file
 from pipeline.layouts.base import ATTACKS, COLUMNS
@@ -228,7 +229,7 @@ def _floats(values: Sequence[float]) -> str:
 
 def _model(model: Mapping[str, Any]) -> Markup:
     """A model in words, without the folders of the machine that ran it."""
-    name, weights = model["name"], model["weights"]
+    name, weights = model.get("name"), model["weights"]
     if name and names_file(name):
         path, _, function = name.rpartition(":")
         name = f"{Path(path).name}:{function}"

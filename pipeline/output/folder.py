@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
-from pipeline.config.schema import is_address
+from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, listing
 from pipeline.core.left_out import LeftOut
 from pipeline.core.plan import Shard

@@ -21,7 +21,8 @@ from pydantic import (
 )
 from pydantic_core import from_json, to_json
 
-from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig, parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.core.origin import UNKNOWN, Origin
@@ -325,17 +326,19 @@ def published(manifest: Manifest) -> Manifest:
     config = without_folders(manifest.config)
     config["output"]["path"] = PurePath(config["output"]["path"]).name or "."
     # These are names, and the identity has them too: a class may well be called /m/01yrx.
-    config["source"] |= {key: manifest.config["source"][key] for key in ("classes", "keep_columns")}
+    source = manifest.config["source"]
+    config["source"] |= {key: source[key] for key in ("classes", "keep_columns") if key in source}
     return manifest.model_copy(update={"config": config}).sealed()
 
 
 def _model_identity(model: ModelConfig) -> dict[str, Any]:
-    name = str(model.name)
+    called, kwargs = model.call
+    name = str(called)
     return {
         "kind": model.kind,
         # A local folder of transformers is told by its content, as a factory's file is.
         "name": name.rpartition(":")[2] if names_file(name) else PurePath(name).name if name[:1] == "/" else name,
-        "kwargs": without_folders(model.kwargs),
+        "kwargs": without_folders(kwargs),
         "mean": model.mean,
         "std": model.std,
     }
@@ -361,7 +364,8 @@ def identity_of(
     attack, models = config.attack, {f"evaluators.{other.id}": other for other in config.evaluators}
     sections: dict[str, dict[str, Any]] = {
         "source": {
-            **config.source.model_dump(include={"shuffle", "limit", "keep_columns"}),
+            **config.source.model_dump(include={"shuffle", "limit"}),
+            "keep_columns": config.source.kept,
             "rows": split_rows,
             "classes": dataset_classes,
             # A source that is streamed has a shard for each stretch of its files.
@@ -372,12 +376,7 @@ def identity_of(
             "epsilons": [f"{level}/255" for level in attack.levels],
             "label": attack.label,
             "target": attack.target,
-            # fgsm was the only attack once, and stands in the identity of no run.
-            **(
-                {"kind": attack.own_code.rpartition(":")[2], "kwargs": without_folders(attack.kwargs)}
-                if attack.own_code
-                else {}
-            ),
+            **without_folders(attack.identity),
         },
         "output": config.output.model_dump(exclude={"path"}),
         "runtime": config.runtime.model_dump(
@@ -417,8 +416,8 @@ def contradictions(manifest: Manifest) -> list[str]:
     source = config.source
     stated = {
         "source.split": source.split in (None, tuple(manifest.split_rows)),
-        "source.streaming": source.streaming == bool(manifest.streamed),
-        "source.classes": source.classes in (None, manifest.dataset_classes),
+        "source.streaming": source.streams == bool(manifest.streamed),
+        "source.classes": source.class_names in (None, manifest.dataset_classes),
         "runtime.batch_size": config.runtime.batch_size <= manifest.asked_batch_size,
     }
     return wrong + [key for key, sound in stated.items() if not sound]

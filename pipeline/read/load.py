@@ -15,7 +15,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.schema import is_address, reading_levels
+from pipeline.core.addresses import is_address
+from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.redaction import redact_answer
 from pipeline.core.variants import Variant, at_levels

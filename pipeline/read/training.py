@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.config.schema import is_address, reading_levels
+from pipeline.core.addresses import is_address
+from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, explained, first_line
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
 from pipeline.core.lattice import step_array, stored_sign

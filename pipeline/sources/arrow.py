@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import image_suffixes, is_image_name
@@ -97,7 +97,7 @@ class ArrowSource(IndexedSource[ArrowRows]):
         return next((str(path.relative_to(folder)) for folder in self.allowed if path.is_relative_to(folder)), None)
 
 
-def open_arrow(config: SourceConfig, *, need_labels: bool) -> ArrowSource:
+def open_arrow(config: HuggingFaceConfig, *, need_labels: bool) -> ArrowSource:
     """Have `datasets` prepare the dataset, and read its labels.
 
     Raises:
@@ -127,7 +127,7 @@ def open_arrow(config: SourceConfig, *, need_labels: bool) -> ArrowSource:
     return checked(replace(source, digest=digest_of([*content, json.dumps(sorted(config.keep_columns))])))
 
 
-def _arrow_rows(dataset: Any, image_column: str, config: SourceConfig) -> ArrowRows:
+def _arrow_rows(dataset: Any, image_column: str, config: HuggingFaceConfig) -> ArrowRows:
     import datasets
 
     try:
@@ -150,7 +150,7 @@ def _check_alike(opened: dict[str, Any], columns: Sequence[str]) -> None:
                 )
 
 
-def _load_splits(config: SourceConfig, need_labels: bool, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
+def _load_splits(config: HuggingFaceConfig, need_labels: bool, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to.
 
     `tally` counts the files of a local folder that are in none of them.
@@ -196,7 +196,7 @@ def _load_splits(config: SourceConfig, need_labels: bool, tally: Tally) -> tuple
     return {name: loaded[name] for name in chosen_splits(config, list(loaded))}, allowed
 
 
-def _load_own(load: Callable[..., Any], config: SourceConfig, need_labels: bool) -> Any:
+def _load_own(load: Callable[..., Any], config: HuggingFaceConfig, need_labels: bool) -> Any:
     """A builder of `datasets` that has made the splits, out of files of its own only.
 
     Of Parquet it is told what to read where it would fail over other columns, or read other types out of the files of a
@@ -403,7 +403,7 @@ def _is_of_datasets(schema: pa.Schema) -> bool:
 
 
 def _read_labels(
-    opened: dict[str, Any], column: str | None, config: SourceConfig
+    opened: dict[str, Any], column: str | None, config: HuggingFaceConfig
 ) -> tuple[dict[str, Labels], tuple[str, ...] | None]:
     """Labels of each split as class indices, and the class names if there are any."""
     import datasets

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import SourceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError
 from pipeline.core.left_out import LeftOut
@@ -216,8 +216,8 @@ def class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, .
         ConfigError: both name them, and differ.
     """
     if own is None:
-        return config.classes
-    if config.classes is not None and tuple(config.classes) != tuple(own):
+        return config.class_names
+    if config.class_names is not None and tuple(config.class_names) != tuple(own):
         raise ConfigError("source.classes: the source names its classes itself; remove the key.")
     return tuple(own)
 

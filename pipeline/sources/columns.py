@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError, shortened
 
 
@@ -24,7 +24,7 @@ class Columns:
 
 
 def find_columns(
-    schemas: Mapping[str, pa.Schema], stated: Mapping[str, Any] | None, config: SourceConfig, need_labels: bool
+    schemas: Mapping[str, pa.Schema], stated: Mapping[str, Any] | None, config: HuggingFaceConfig, need_labels: bool
 ) -> Columns:
     """The columns of a dataset's files that are used; they must mean the same in each file.
 
@@ -62,7 +62,7 @@ def find_columns(
     return Columns(image, label, config.keep_columns, {name: features[name] for name in used})
 
 
-def check_kept(features: Mapping[str, Any], config: SourceConfig) -> None:
+def check_kept(features: Mapping[str, Any], config: HuggingFaceConfig) -> None:
     for name in config.keep_columns:
         if name not in features:
             raise ConfigError(f"source.keep_columns: there is no column {name}; {column_listing(features)}.")
@@ -141,7 +141,7 @@ def _only(features: Mapping[str, Any], key: str, kind: Callable[[Any], bool], wh
     return found[0] if found else None
 
 
-def find_image_column(features: Mapping[str, Any], config: SourceConfig) -> str:
+def find_image_column(features: Mapping[str, Any], config: HuggingFaceConfig) -> str:
     import datasets
 
     if config.image_column is not None:
@@ -156,7 +156,7 @@ def find_image_column(features: Mapping[str, Any], config: SourceConfig) -> str:
     return found
 
 
-def find_label_column(features: Mapping[str, Any], config: SourceConfig, need_labels: bool) -> str | None:
+def find_label_column(features: Mapping[str, Any], config: HuggingFaceConfig, need_labels: bool) -> str | None:
     import datasets
 
     if config.label_column is not None:

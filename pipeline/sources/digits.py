@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import DigitsConfig
 from pipeline.core.origin import Origin
 from pipeline.sources.base import IndexedSource, check_splits, checked, class_names, digest_of
 
@@ -33,7 +33,7 @@ class ArraySource(IndexedSource[NDArray[np.uint8]]):
         return Image.fromarray(self.rows[cell["split"]][cell["row"]])
 
 
-def open_digits(config: SourceConfig, *, need_labels: bool) -> ArraySource:
+def open_digits(config: DigitsConfig, *, need_labels: bool) -> ArraySource:
     """The digits, all of which are labelled."""
     names = config.split or ("train", "test")
     check_splits(names, ("train", "test"))

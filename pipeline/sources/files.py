@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError, PipelineError, first_line, shortened
 from pipeline.core.fetchers import Fetchers
 from pipeline.core.images import is_of_the_machine
@@ -150,7 +150,7 @@ def local_builder(folder: Path, name: str | None, **options: Any) -> Any:
         return datasets.load_dataset_builder(str(folder.resolve()), name, **options)
 
 
-def own_files(builder: Any, config: SourceConfig) -> dict[str, list[tuple[str, str]]]:
+def own_files(builder: Any, config: HuggingFaceConfig) -> dict[str, list[tuple[str, str]]]:
     """The (name, URL) of the files of each split that a builder of `datasets` has found; nothing of them was read.
 
     A dataset's card may name any file of this machine, or of another dataset: only its own are read into one that is
@@ -175,7 +175,7 @@ def own_files(builder: Any, config: SourceConfig) -> dict[str, list[tuple[str, s
     return files
 
 
-def find_files(config: SourceConfig) -> Listing:
+def find_files(config: HuggingFaceConfig) -> Listing:
     """The files of a source that is streamed; nothing of them is read.
 
     Raises:
@@ -252,7 +252,7 @@ def existing_folder(path: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _found_by_datasets(config: SourceConfig, path: str) -> Listing:
+def _found_by_datasets(config: HuggingFaceConfig, path: str) -> Listing:
     """The files of a dataset of the Hub or a local folder, as `datasets` finds them."""
     import datasets
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import ImageFolderConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name, open_image
 from pipeline.core.left_out import Tally
@@ -32,7 +32,7 @@ class FolderSource(IndexedSource[Sequence[str]]):
         return as_text(self.rows[cell["split"]][cell["row"]].removeprefix(f"{self.root}/"))
 
 
-def open_imagefolder(config: SourceConfig, *, need_labels: bool) -> FolderSource:
+def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderSource:
     """Find the images of each class, all of which are labelled.
 
     Raises:
@@ -222,14 +222,14 @@ class _ClassFolders:
         self._leave_out("links to what is read already", path)
 
 
-def _existing_folder(config: SourceConfig) -> Path:
+def _existing_folder(config: ImageFolderConfig) -> Path:
     root = Path(str(config.path)).expanduser()
     if not root.is_dir():
         raise ConfigError(f"source.path: there is no folder {root}.")
     return root
 
 
-def _split_folders(root: Path, config: SourceConfig) -> dict[str, Path]:
+def _split_folders(root: Path, config: ImageFolderConfig) -> dict[str, Path]:
     """Where each split's class folders are: `root/<split>` if that holds folders, else `root` itself."""
     names = config.split or ("train",)
     folders = {name: root / name for name in names}

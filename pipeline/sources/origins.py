@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.schema import MOST_NODES, BoundedLoader
+from pipeline.config.load import BoundedLoader
 
 
 def revision_of(cached: Iterable[Mapping[str, str]]) -> str | None:
@@ -30,16 +30,10 @@ def card_license(card: Path) -> str | None:
     return ", ".join(name for name in names if isinstance(name, str)) or None
 
 
-class _CardLoader(BoundedLoader):
-    """With room for the names of a hundred thousand classes in each of several columns."""
-
-    most_nodes = 10 * MOST_NODES
-
-
 def front_matter(card: bytes) -> dict[str, Any] | None:
     """The YAML at the head of a card; None where there is none that can be read."""
     try:
-        head: Any = next(iter(yaml.load_all(card.decode(), _CardLoader)))  # a SafeLoader
+        head: Any = next(iter(yaml.load_all(card.decode(), BoundedLoader)))  # a SafeLoader
     except (ValueError, RecursionError, yaml.YAMLError, StopIteration):  # a date that is none is a ValueError
         return None
     return head if isinstance(head, dict) else None

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.fetchers import Fetchers
@@ -47,7 +47,7 @@ TABLE_ROWS = 32
 HEAD_BUFFER = 2**18
 
 
-def open_parquet(config: SourceConfig, listing: Listing, *, need_labels: bool, max_pixels: int) -> "ParquetSource":
+def open_parquet(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool, max_pixels: int) -> "ParquetSource":
     """Read the footers of Parquet files, and find the columns that are used.
 
     Raises:
@@ -94,7 +94,7 @@ def _groups(footer: pq.FileMetaData) -> tuple[tuple[int, int], ...]:
 
 
 def _find_fields(
-    schemas: Mapping[str, pa.Schema], stated: Mapping[str, Any] | None, config: SourceConfig, need_labels: bool
+    schemas: Mapping[str, pa.Schema], stated: Mapping[str, Any] | None, config: HuggingFaceConfig, need_labels: bool
 ) -> tuple[Fields, dict[str, Any], Sequence[str] | None]:
     """What is read of Parquet files, the features of kept columns, and the class names if they have them."""
     import datasets

@@ -1,22 +1,15 @@
-"""The kinds of source, each imported where a config names it: a new one is a module and a line here."""
+"""Open: from the section of a config to a source. Its kind, or the format of its files, is imported when needed."""
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from pipeline.config.schema import MOST_PIXELS, SourceConfig
+from pipeline.config.kinds import SOURCES, imported
+from pipeline.config.schema import MOST_PIXELS
+from pipeline.config.sources import HuggingFaceConfig, SourceConfig
 from pipeline.core.errors import ConfigError
 from pipeline.sources.base import Source, file_names
 from pipeline.sources.files import find_files
 
-# What opens each kind: called with the config and `need_labels`.
-KINDS = {
-    "huggingface": "pipeline.sources.arrow:open_arrow",
-    "imagefolder": "pipeline.sources.imagefolder:open_imagefolder",
-    "torchvision": "pipeline.sources.torchvision:open_torchvision",
-    "digits": "pipeline.sources.digits:open_digits",
-}
 # What opens files that are streamed, by the endings of their names: called with the config, the files, `need_labels`
 # and `max_pixels`.
 FORMATS: Mapping[tuple[str, ...], str] = {
@@ -37,14 +30,14 @@ def open_source(config: SourceConfig, *, need_labels: bool, max_pixels: int = MO
         ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
         PipelineError: it cannot be read.
     """
-    if config.streaming:
+    if isinstance(config, HuggingFaceConfig) and config.streaming:
         listing = find_files(config)
         listing = replace(listing, files=file_names(listing.files))
         names = [name for own in listing.files.values() for name, _ in own]
-        opener = _imported(_format_of(names))
+        opener = imported(_format_of(names))
         source: Source = opener(config, listing, need_labels=need_labels, max_pixels=max_pixels)
     else:
-        source = _imported(KINDS[config.kind])(config, need_labels=need_labels)
+        source = imported(SOURCES[config.kind].make)(config, need_labels=need_labels)
     return source
 
 
@@ -59,9 +52,3 @@ def _format_of(names: list[str]) -> str:
         f"source.path: {names[0]} is neither Parquet nor a WebDataset .tar, the kinds that can be streamed; "
         "leave out source.streaming."
     )
-
-
-def _imported(opener: str) -> Callable[..., Any]:
-    module, name = opener.split(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return found

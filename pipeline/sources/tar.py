@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.images import is_image_name
@@ -78,7 +78,7 @@ TAR_LITTER = ("thumbs.db", "desktop.ini")
 SIDE_BY_SIDE = "(The files of a sample must lie side by side in a tar, as `tar --sort=name` puts them.)"
 
 
-def open_tars(config: SourceConfig, listing: Listing, *, need_labels: bool, max_pixels: int) -> "TarSource":
+def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool, max_pixels: int) -> "TarSource":
     """Find what the samples of tars hold. With a limit they are counted, one tar after another, so that none is read
     that is not taken.
 
@@ -107,7 +107,9 @@ def open_tars(config: SourceConfig, listing: Listing, *, need_labels: bool, max_
     )
 
 
-def _find_fields(files: Iterable[SourceFile], config: SourceConfig, need_labels: bool) -> tuple[Fields, dict[str, Any]]:
+def _find_fields(
+    files: Iterable[SourceFile], config: HuggingFaceConfig, need_labels: bool
+) -> tuple[Fields, dict[str, Any]]:
     """What is read of the samples of tars; there are no class names in them.
 
     The first tar that has samples tells, and of these as many as it takes to see all fields that are wanted.
@@ -142,7 +144,7 @@ def _find_fields(files: Iterable[SourceFile], config: SourceConfig, need_labels:
 
 
 def _head_of_tars(
-    files: Iterable[SourceFile], wanted: set[str], config: SourceConfig
+    files: Iterable[SourceFile], wanted: set[str], config: HuggingFaceConfig
 ) -> tuple[SourceFile, list[str], int]:
     """The first tar that has samples, the fields at its head, and how many images the first sample with one has."""
     for file in files:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import TorchvisionConfig
 from pipeline.core.errors import ConfigError, first_line
 from pipeline.core.images import PILLOW_PIXELS, Opener
 from pipeline.core.origin import Origin
@@ -40,7 +40,7 @@ class TorchvisionSource(IndexedSource[Any]):
         return image  # type: ignore[no-any-return]
 
 
-def open_torchvision(config: SourceConfig, *, need_labels: bool) -> TorchvisionSource:
+def open_torchvision(config: TorchvisionConfig, *, need_labels: bool) -> TorchvisionSource:
     """Make the dataset of each split, all of whose images are labelled.
 
     Raises:
@@ -71,7 +71,7 @@ def open_torchvision(config: SourceConfig, *, need_labels: bool) -> TorchvisionS
     return checked(replace(source, digest=_digest(source, config)))
 
 
-def _digest(source: TorchvisionSource, config: SourceConfig) -> str:
+def _digest(source: TorchvisionSource, config: TorchvisionConfig) -> str:
     """Of all labels, and the pixels of some images."""
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     content: list[bytes | str] = [str(config.path), json.dumps(options, sort_keys=True, default=str)]
@@ -81,7 +81,7 @@ def _digest(source: TorchvisionSource, config: SourceConfig) -> str:
     return digest_of(content)
 
 
-def _make_torchvision(kind: Any, split: str, config: SourceConfig) -> Any:
+def _make_torchvision(kind: Any, split: str, config: TorchvisionConfig) -> Any:
     accepted = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
     chooses = next((key for key in ("train", "split") if key in accepted), None)
     if chooses in config.kwargs:
@@ -100,7 +100,7 @@ def _make_torchvision(kind: Any, split: str, config: SourceConfig) -> Any:
         raise ConfigError(f"source: torchvision's {config.path} cannot be opened: {first_line(error)}") from None
 
 
-def _torchvision_labels(dataset: Any, config: SourceConfig) -> Labels:
+def _torchvision_labels(dataset: Any, config: TorchvisionConfig) -> Labels:
     values: Any = next((getattr(dataset, name) for name in LABEL_ATTRIBUTES if hasattr(dataset, name)), None)
     if values is None:
         samples = next((getattr(dataset, name) for name in SAMPLE_ATTRIBUTES if hasattr(dataset, name)), None)

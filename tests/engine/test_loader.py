@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.schema import PreprocessConfig, SourceConfig
+from pipeline.config.schema import PreprocessConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import Batch, Skipped
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.plan import Plan, Shard, make_plan
@@ -222,7 +223,7 @@ def test_kept_columns_follow_the_valid_rows(tmp_path: Path) -> None:
         caption=(datasets.Value("string"), names),
         score=(datasets.Value("float32"), [row / 4 for row in range(12)]),
     )
-    config = SourceConfig(kind="huggingface", path=str(folder), keep_columns=("score", "caption"))
+    config = HuggingFaceConfig(kind="huggingface", path=str(folder), keep_columns=("score", "caption"))
     source = open_source(config, need_labels=True)
     batches = read(source, plan_of(source))
     assert sum(len(batch.source_index) for batch in batches) == 10

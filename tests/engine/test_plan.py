@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline.engine.estimate
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.lanes import lane_count
 from pipeline.core.memory import PeakMemory
 from pipeline.core.plan import Plan, Shard, make_plan

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import pipeline.engine.execute
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.batches import Batch
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config.schema import parse_config
+from pipeline.config.load import parse_config
 from pipeline.core.batches import Batch
 from pipeline.core.errors import ConfigError
 from pipeline.core.plan import Shard

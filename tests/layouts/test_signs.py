@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.images import decode_image, encode_images
 from pipeline.engine.estimate import estimate_bytes
 from pipeline.engine.run import open_run

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 import pipeline
-from pipeline.config.schema import EvaluatorConfig, load_config, parse_config
+from pipeline.config.load import load_config, parse_config
+from pipeline.config.schema import EvaluatorConfig
 from pipeline.core.errors import ConfigError, NonFiniteError
 from pipeline.core.images import decode_image
 from pipeline.models.load import load_model
 from pipeline.sources.digits import digits_split
 from tests.conftest import LABELS, LAYOUTS, ROOM, WriteConfig, digests, generate, kept_parquet, manifest, rows
 from tests.conftest import fgsm_without_run as fgsm
+from tests.support.configs import section
 from tests.support.forgery import FILE, SHARD, assert_found, forge
 
 LEVELS = (0, 2, 8)
@@ -47,7 +49,7 @@ def parsed(*evaluators: Any) -> tuple[EvaluatorConfig, ...]:
 
 def test_an_evaluator_is_a_model_with_an_id() -> None:
     (evaluator,) = parsed({"id": "resnet_18", "kind": "torchvision", "name": "resnet18", "mean": [0.5]})
-    assert (evaluator.id, evaluator.name, evaluator.mean, evaluator.std) == ("resnet_18", "resnet18", (0.5,), None)
+    assert (evaluator.id, evaluator.call[0], evaluator.mean, evaluator.std) == ("resnet_18", "resnet18", (0.5,), None)
     assert parsed({"id": "d", "kind": "digits"})[0].weights == "digits"
 
 
@@ -62,7 +64,7 @@ def test_an_evaluator_is_a_model_with_an_id() -> None:
         ([{"id": "a", "kind": "digits"}] * 2, r"^evaluators: two of them have the id a"),
         ([{"id": "a", "kind": "digits"}, {"id": "b", "kind": "timm"}], r"^evaluators\.1\.name is missing"),
         ([{"id": "a", "kind": "digits", "wieghts": None}], r"^evaluators\.0\.wieghts is an unknown key; .*weights\?"),
-        ([{"id": "a", "kind": "digits", "name": "b"}], r"^evaluators\.0\.name has no effect with kind digits"),
+        ([{"id": "a", "kind": "digits", "name": "b"}], r"^evaluators\.0\.name is an unknown key with kind digits"),
         ([3], r"^evaluators\.0 must be a mapping"),
     ],
 )
@@ -84,7 +86,7 @@ def test_a_file_s_evaluators_are_relative_to_it(
 
 def asked(config: dict[str, Any], images: list[dict[str, bytes]]) -> list[int]:
     """What a model says of stored images, one at a time, with nothing of ours between them."""
-    model = load_model(EvaluatorConfig(**config), seed=0, device=torch.device("cpu"))
+    model = load_model(section("evaluators", **config), seed=0, device=torch.device("cpu"))
     with torch.no_grad():
         return [int(model(decode_image(image["bytes"])[None] / 255).argmax()) for image in images]
 

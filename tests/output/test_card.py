@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
 from pipeline import generate as flow
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.origin import Origin
 from pipeline.output.card import HERE, code, moved_card, plain, read_configs, render_card, size_category
 from pipeline.output.folder import OutputFolder

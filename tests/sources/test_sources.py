@@ -19,7 +19,8 @@ import pytest
 import torchvision
 from PIL import Image
 
-from pipeline.config.schema import PreprocessConfig, SourceConfig
+from pipeline.config import sources
+from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import UndecodableError
 from pipeline.core.plan import Plan, Shard
@@ -29,6 +30,7 @@ from pipeline.sources.digits import digits_split
 from pipeline.sources.registry import open_source
 from pipeline.sources.torchvision import TorchvisionSource
 from tests.conftest import CLASSES, png_bytes, random_pixels, write_parquet
+from tests.support.configs import section
 from tests.support.sources import first_values, openers_of, tables_of
 
 INT, TEXT = datasets.Value("int64"), datasets.Value("string")
@@ -44,7 +46,7 @@ LABELS = [0, 1, 2, 2, 1, 0]
 
 
 def open_kind(kind: Any, path: str | Path | None = None, *, need_labels: bool = True, **keys: Any) -> Source:
-    config = SourceConfig(kind=kind, path=None if path is None else str(path), **keys)
+    config = section("source", kind=kind, **({} if path is None else {"path": str(path)}), **keys)
     return open_source(config, need_labels=need_labels)
 
 
@@ -998,6 +1000,8 @@ def test_a_torchvision_dataset_whose_library_is_missing_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    config = SourceConfig(kind="torchvision", path="PCAM", kwargs={"root": str(tmp_path)}, split=("train",))
+    config = sources.TorchvisionConfig(
+        kind="torchvision", path="PCAM", kwargs={"root": str(tmp_path)}, split=("train",)
+    )
     with pytest.raises(ConfigError, match="torchvision's PCAM cannot be opened"):
         open_source(config, need_labels=True)

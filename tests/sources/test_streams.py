@@ -27,7 +27,8 @@ from huggingface_hub.utils.logging import set_verbosity
 import pipeline.sources.parquet
 import pipeline.sources.tar
 from pipeline.check.verify import verify
-from pipeline.config.schema import SourceConfig, load_config
+from pipeline.config.load import load_config
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import Batch
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.plan import stream_plan
@@ -191,7 +192,7 @@ def test_no_tar_is_counted_that_a_limit_does_not_need(tars: Path, monkeypatch: p
     )
     for limit, names in ((None, []), (20, ["test-0.tar"]), (21, ["test-0.tar", "test-1.tar"])):
         counted.clear()
-        config = SourceConfig(kind="huggingface", path=str(tars), streaming=True, limit=limit)
+        config = HuggingFaceConfig(kind="huggingface", path=str(tars), streaming=True, limit=limit)
         open_source(config, need_labels=True)
         assert counted == names
 
@@ -199,7 +200,7 @@ def test_no_tar_is_counted_that_a_limit_does_not_need(tars: Path, monkeypatch: p
 def test_a_glob_has_the_signs_of_fsspec(parquet: Path, tmp_path: Path) -> None:
     def names(pattern: str) -> list[str]:
         path = f"file://{pattern}"
-        source = open_source(SourceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
+        source = open_source(HuggingFaceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
         return [name for name, _ in source.files(16)["train"]]
 
     first, second = "test-00000-of-00003.parquet", "test-00001-of-00003.parquet"
@@ -429,7 +430,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_never_stored(
 
 def test_a_commit_is_no_user_name() -> None:
     path = f"hf://datasets/user/images@{'0' * 40}/data/*.parquet"
-    assert SourceConfig(kind="huggingface", path=path, streaming=True).path == path
+    assert HuggingFaceConfig(kind="huggingface", path=path, streaming=True).path == path
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
@@ -439,7 +440,7 @@ def test_an_object_store_is_streamed(
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     local = open_source(
-        SourceConfig(kind="huggingface", path=str(request.getfixturevalue(kind)), streaming=True), need_labels=True
+        HuggingFaceConfig(kind="huggingface", path=str(request.getfixturevalue(kind)), streaming=True), need_labels=True
     )
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -461,7 +462,9 @@ def test_an_object_store_is_streamed(
         for name in names:
             store.put_file(str(folder / name), f"streamed-{kind}/data/{Path(name).name}")
         url = f"s3://streamed-{kind}/data/*.{'tar' if kind == 'tars' else kind}"
-        source = open_source(SourceConfig(kind="huggingface", path=url, split="test", streaming=True), need_labels=True)
+        source = open_source(
+            HuggingFaceConfig(kind="huggingface", path=url, split="test", streaming=True), need_labels=True
+        )
         assert [name for name, _ in source.files(16)["test"]] == [Path(name).name for name in names]
         for there, here in zip(batches_of(source, 6, 2), batches_of(local, 6, 2), strict=True):
             assert torch.equal(there.images, here.images)
@@ -491,7 +494,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ],
 )
 def test_planning_ends_where_a_server_says_nothing(silent: str, name: str, said: str) -> None:
-    config = SourceConfig(kind="huggingface", path=f"{silent}/{name}", streaming=True)
+    config = HuggingFaceConfig(kind="huggingface", path=f"{silent}/{name}", streaming=True)
     with pytest.raises(ConfigError, match=said):
         open_source(config, need_labels=True)
 
@@ -504,7 +507,7 @@ def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pyte
     with pytest.raises(
         ConfigError, match=r"^source\.path: user/images cannot be opened .*: the server does not answer$"
     ):
-        open_source(SourceConfig(kind="huggingface", path="user/images", streaming=True), need_labels=True)
+        open_source(HuggingFaceConfig(kind="huggingface", path="user/images", streaming=True), need_labels=True)
 
 
 @pytest.mark.parametrize("part", ["_footer", "glob"])
@@ -519,7 +522,8 @@ def test_planning_does_not_wait_for_a_client_that_does(
     monkeypatch.setattr(place, lambda *_, **__: over.wait())
     with pytest.raises(ConfigError, match="the server does not answer"):
         open_source(
-            SourceConfig(kind="huggingface", path=f"file://{parquet}/data/*.parquet", streaming=True), need_labels=True
+            HuggingFaceConfig(kind="huggingface", path=f"file://{parquet}/data/*.parquet", streaming=True),
+            need_labels=True,
         )
     over.set()
 
@@ -532,7 +536,7 @@ def test_reading_ends_where_a_server_says_nothing(
     with serving(folder / "data" if kind == "parquet" else folder) as server:
         path = f"{server.url}/*.{'tar' if kind == 'tars' else kind}"
         with monkeypatch.context() as patient:
-            source = open_source(SourceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
+            source = open_source(HuggingFaceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
             patient.undo()
         server.broken, server.hangs = {name: 0 for name, _ in source.files(16)["train"]}, True
         monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.5)
@@ -541,7 +545,7 @@ def test_reading_ends_where_a_server_says_nothing(
 
 
 def test_reading_does_not_wait_for_a_client_that_does(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(SourceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
+    source = open_source(HuggingFaceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
     over = threading.Event()
     monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.2)
     monkeypatch.setattr("pipeline.sources.parquet.SLOW_BYTES", 10**12)
@@ -708,7 +712,7 @@ def test_a_tar_that_breaks_off_is_named(tars: Path, how: str) -> None:
     with tarfile.open(path) as archive:
         at = place(archive.getmember("images/000025.png"))
     path.write_bytes(damage(path.read_bytes(), at))
-    config = SourceConfig(kind="huggingface", path=str(tars), streaming=True)
+    config = HuggingFaceConfig(kind="huggingface", path=str(tars), streaming=True)
     source = open_source(config, need_labels=True)
     with pytest.raises(PipelineError, match=r"^source: test-1\.tar cannot be read \(.*\); what was committed is kept"):
         batches_of(source, 6, 2)
@@ -753,7 +757,7 @@ def test_tars_of_any_writer_are_read(tars: Path, tmp_path: Path, written: str) -
                 archive.add(tmp_path / "unpacked" / name, name)
     if written == "padded":
         source.write_bytes(source.read_bytes() + bytes(100_000))
-    config = SourceConfig(kind="huggingface", path=str(tars), streaming=True)
+    config = HuggingFaceConfig(kind="huggingface", path=str(tars), streaming=True)
     assert sum(len(batch.source_index) for batch in batches_of(open_source(config, need_labels=True), 6, 2)) == 40
     assert open_source(config.model_copy(update={"limit": 40}), need_labels=True).splits == {"test": 40}
 
@@ -872,7 +876,7 @@ def batches_of(source: Source, batch_size: int, workers: int, side: int = 16) ->
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 def test_batches_do_not_depend_on_threads_and_know_their_shard_s_end(request: pytest.FixtureRequest, kind: str) -> None:
     path = str(request.getfixturevalue(kind))
-    source = open_source(SourceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
+    source = open_source(HuggingFaceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
     for size in (1, 4, 5, 7, 64):
         one, many = batches_of(source, size, 0), batches_of(source, size, 3)
         assert [(batch.name, batch.ends_shard) for batch in one] == [(batch.name, batch.ends_shard) for batch in many]
@@ -883,7 +887,7 @@ def test_batches_do_not_depend_on_threads_and_know_their_shard_s_end(request: py
 
 
 def test_few_row_groups_are_on_their_way_at_a_time(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(SourceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
+    source = open_source(HuggingFaceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
     footer = pq.read_metadata(min((parquet / "data").iterdir()))
     size = footer.row_group(0).total_byte_size
     counted: list[int] = []
@@ -907,7 +911,7 @@ def test_few_row_groups_are_on_their_way_at_a_time(parquet: Path, monkeypatch: p
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(parquet: Path) -> None:
-    source = open_source(SourceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
+    source = open_source(HuggingFaceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
     write_files(parquet, images(34), [0] * 34, (14, 14, 6))
     with pytest.raises(PipelineError, match=r"test-00000-of-00003.parquet has changed since the run was planned"):
         batches_of(source, 4, 1)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError
 from pipeline.sources.base import Source
 from pipeline.sources.registry import open_source
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(path: Path, streaming: bool, *, need_labels: bool = True, **keys: Any) -> Source:
-    config = SourceConfig(kind="huggingface", path=str(path), streaming=streaming, **keys)
+    config = HuggingFaceConfig(kind="huggingface", path=str(path), streaming=streaming, **keys)
     return open_source(config, need_labels=need_labels)
 
 

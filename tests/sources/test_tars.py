@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.check.verify import verify
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.sources.base import Source
@@ -72,7 +72,7 @@ def read(path: Path | str, *, need_labels: bool = True, **keys: Any) -> tuple[li
     """The rows of a source as (gray, class), and what was left out; gray is a multiple of 40, as JPEG is not exact."""
     most = {"max_pixels": keys.pop("max_pixels")} if "max_pixels" in keys else {}
     source = open_source(
-        SourceConfig(kind="huggingface", path=str(path), streaming=True, **keys), need_labels=need_labels, **most
+        HuggingFaceConfig(kind="huggingface", path=str(path), streaming=True, **keys), need_labels=need_labels, **most
     )
     rows: list[Row] = []
     left_out: list[LeftOut] = []
@@ -213,7 +213,7 @@ UNSTREAMED = {
 
 def unstreamed(folder: Path) -> Source:
     """Open tars as a run does that does not stream them."""
-    config = SourceConfig(kind="huggingface", path=str(folder), label_column="cls")
+    config = HuggingFaceConfig(kind="huggingface", path=str(folder), label_column="cls")
     return open_source(config, need_labels=True)
 
 
