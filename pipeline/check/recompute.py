@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -235,11 +236,10 @@ class Recomputation:
         evaluations = [logits.argmax(-1) for logits in others]
         again = score(self.variants, victim, labels, target, self.models.victim.space, evaluations, spaces)
         try:
-            strict = self._compare_victim(answer, again, names, tables)
+            strict = self._compare_answers(answer, again, names, tables)
             if target is not None:
                 expected = self.models.goal.classes(answer.logits[0][0], own, random)
                 self._compare_target(expected, target, answer.logits[0][0], names[-1], tables[-1], strict)
-            self._compare_evaluators(answer, again, names, tables, strict)
             self._compare_signs(answer, names, tables[0], strict)
         except DamageError:
             second = self._ask(rows, valid)
@@ -318,51 +318,35 @@ class Recomputation:
             )
         return ties
 
-    def _compare_victim(self, answer: _Answer, again: Scores, names: Sequence[str], tables: Sequence[pa.Table]) -> bool:
-        """Compare what the victim says; whether it is so to the last digit, in an environment like the recorded one.
-
-        There nothing is excused by other digits.
+    def _compare_answers(
+        self, answer: _Answer, again: Scores, names: Sequence[str], tables: Sequence[pa.Table]
+    ) -> bool:
+        """Compare what the models say; whether the victim says it to the last digit, in an environment like the
+        recorded one. There nothing is excused by other digits.
         """
         recorded = [column_of(table, "confidence", 0.0) for table in tables]
         strict = self.exact and all(map(np.array_equal, recorded, again.confidence))
-        close = self._near_ties(answer.logits[0], "prediction", tables, self.models.victim.space) & (not strict)
-        for index, (name, table) in enumerate(zip(names, tables, strict=True)):
-            self._compare(again, index, name, table, close[index])
+        asked = [("prediction", "correct", self.models.victim)]
+        asked += [(*evaluator_columns(name), model) for name, model in self.models.evaluators.items()]
+        for row, (prediction, correct, model) in enumerate(asked):
+            close = self._near_ties(answer.logits[row], prediction, tables, model.space) & (not strict)
+            for index, (name, table) in enumerate(zip(names, tables, strict=True)):
+                ties = self._compare_predictions(again.prediction[row, index], prediction, name, table, close[index])
+                # What follows from a prediction that lay on a tie cannot be held against it.
+                _compare_flags(correct, again.correct[row, index], name, table, ~ties)
+                if row == 0:
+                    untied = ~ties & (column_of(table, "clean_prediction", -1) == again.prediction[0, 0])
+                    _compare_flags("fooled", again.fooled[index], name, table, untied)
+                    self._compare_confidences(again, index, name, table)
         return strict
 
-    def _compare(self, again: Scores, index: int, name: str, table: pa.Table, close: NDArray[np.bool_]) -> None:
-        ties = self._compare_predictions(again.prediction[0, index], "prediction", name, table, close)
-        # What follows from a prediction that lay on a tie cannot be held against it, nor on the clean one's.
-        checked = ~ties & (column_of(table, "clean_prediction", -1) == again.prediction[0, 0])
-        for column, flags in (("correct", again.correct[0, index]), ("fooled", again.fooled[index])):
-            known = checked & ~np.ma.getmaskarray(flags)
-            if (column_of(table, column, False).astype(np.bool_) != flags.data)[known].any():
-                raise DamageError(f"{name} has a wrong value in {column}.")
+    def _compare_confidences(self, again: Scores, index: int, name: str, table: pa.Table) -> None:
         for column in ("confidence", "label_confidence"):
             expected = getattr(again, column)[index]
             off = np.abs(column_of(table, column, 0.0) - np.ma.getdata(expected))[~np.ma.getmaskarray(expected)]
             if not (off <= self.tolerance).all():  # NaN is not
                 raise DamageError(f"{name} has a {column} that its pixels do not give.")
             self.findings.last_digits += int((off > 0).sum())
-
-    def _compare_evaluators(
-        self,
-        answer: _Answer,
-        again: Scores,
-        names: Sequence[str],
-        tables: Sequence[pa.Table],
-        strict: bool,
-    ) -> None:
-        for row, (evaluator, model) in enumerate(self.models.evaluators.items(), 1):
-            logits = answer.logits[row]
-            prediction, correct = evaluator_columns(evaluator)
-            close = self._near_ties(logits, prediction, tables, model.space) & (not strict)
-            for index, (name, table) in enumerate(zip(names, tables, strict=True)):
-                expected = again.prediction[row, index]
-                ties = self._compare_predictions(expected, prediction, name, table, close[index])
-                known = np.asarray(table.column("label").is_valid()) & ~ties
-                if (column_of(table, correct, False).astype(np.bool_) != again.correct.data[row, index])[known].any():
-                    raise DamageError(f"{name} has a wrong value in {correct}.")
 
     def _compare_target(
         self,
@@ -401,3 +385,10 @@ class Recomputation:
             raise DamageError(
                 f"{names[1]} has {int(wrong.sum())} images that {they}; the first is {name_row(clean, wrong)}."
             )
+
+
+def _compare_flags(column: str, expected: Any, name: str, table: pa.Table, chosen: NDArray[np.bool_]) -> None:
+    """Compare a column of booleans, of the rows that are chosen; where it is masked it says nothing."""
+    known = chosen & ~np.ma.getmaskarray(expected)
+    if (column_of(table, column, False).astype(np.bool_) != expected.data)[known].any():
+        raise DamageError(f"{name} has a wrong value in {column}.")
