@@ -138,7 +138,7 @@ def verify(
     predictions and signs too."""
     with _boundary(debug, "Interrupted."):
         _leave_removed_folder(output)
-        from pipeline.check.verify import damage_report, describe
+        from pipeline.check.findings import damage_report, describe
         from pipeline.check.verify import verify as check
 
         findings = check(output, recompute=recompute, source=source, repair=repair, unlocked=unlocked)

@@ -310,7 +310,7 @@ def test_elsewhere_only_near_ties_are_forgiven(
     assert result.exit_code == 1
     assert "another environment than the recorded one" in result.stdout
     # With every margin counted as a tie, the forged prediction is one.
-    monkeypatch.setattr("pipeline.check.verify.TOLERANCE", {"fp32": 1e9})
+    monkeypatch.setattr("pipeline.check.recompute.TOLERANCE", {"fp32": 1e9})
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0
     assert "1 near ties" in result.stdout
@@ -413,7 +413,7 @@ def test_attention_gives_the_same_digits_again(
         "    return model\n"
     )
     generate(write_config(model={"name": f"{path}:make"}))
-    monkeypatch.setattr("pipeline.check.verify.TOLERANCE", {"fp32": 0.0})
+    monkeypatch.setattr("pipeline.check.recompute.TOLERANCE", {"fp32": 0.0})
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0, result.output
 
