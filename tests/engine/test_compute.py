@@ -120,6 +120,8 @@ def test_memory_that_ends_later_is_one_sentence(write_config: WriteConfig, tmp_p
     assert "Traceback" not in result.stderr
 
 
+# Its backward pass adds in any order there, which PyTorch says once.
+@pytest.mark.filterwarnings("ignore:adaptive_avg_pool2d_backward_cuda:UserWarning")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_device_finds_the_batch_that_fits(write_config: WriteConfig, tmp_path: Path) -> None:
