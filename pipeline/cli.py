@@ -72,7 +72,8 @@ def generate(
     """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
     again = shlex.join(["fgsm", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
     with _boundary(debug, f"Interrupted; what was committed is kept. To go on: {again}"):
-        from pipeline.config.schema import is_address, load_config
+        from pipeline.config.load import load_config
+        from pipeline.core.addresses import is_address
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _leave_removed_folder(loaded.output.path)
@@ -109,7 +110,7 @@ def plan(
 ) -> None:
     """Say what generate would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept."""
     with _boundary(debug, "Interrupted."):
-        from pipeline.config.schema import load_config
+        from pipeline.config.load import load_config
 
         loaded = load_config(config, overrides or (), output=output, limit=limit)
         _leave_removed_folder(loaded.output.path)
@@ -137,7 +138,7 @@ def verify(
     predictions and signs too."""
     with _boundary(debug, "Interrupted."):
         _leave_removed_folder(output)
-        from pipeline.check.verify import damage_report, describe
+        from pipeline.check.findings import damage_report, describe
         from pipeline.check.verify import verify as check
 
         findings = check(output, recompute=recompute, source=source, repair=repair, unlocked=unlocked)
@@ -226,7 +227,8 @@ def _leave_removed_folder(output: str) -> None:
     Raises:
         ConfigError: the output is relative to the folder that was removed.
     """
-    from pipeline.config.schema import is_address, working_folder
+    from pipeline.config.load import working_folder
+    from pipeline.core.addresses import is_address
 
     if working_folder() is not None:
         return
@@ -249,7 +251,7 @@ class _Formatter(logging.Formatter):
 
 def _say_epsilons(attack: "AttackConfig") -> None:
     """Requested and stored epsilons side by side, and a warning where the next level was probably meant."""
-    from pipeline.config.schema import stored_just_below
+    from pipeline.core.epsilon import stored_just_below
 
     for level, epsilon in attack.requested.items():
         _say(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)

@@ -235,7 +235,8 @@ def _write(
     own = {shard.name: shard.rows for shard in executor.share(opened.plan.shards)}
     rows = [rows for rows in own.values() if rows is not None]
     finished = sum(receipt.planned for receipt in done if receipt.shard in own)
-    with Progress(sum(rows) if len(rows) == len(own) else None, finished, opened.levels) as progress:
+    subsets = [variant.subset for variant in opened.variants]
+    with Progress(sum(rows) if len(rows) == len(own) else None, finished, subsets) as progress:
         write = functools.partial(job.write, folder=folder, done=done, tell=progress.update)
         run = executor.run(shards, job.write if executor.remote else write)
         try:
@@ -245,7 +246,7 @@ def _write(
                     if executor.remote:
                         if not here:
                             _see(executor, folder, opened, [shard])
-                        right = {counts.level: counts.correct for counts in receipt.counts}
+                        right = {counts.subset: counts.correct for counts in receipt.counts}
                         progress.update(receipt.planned, receipt.counts[0].labelled, right)
                     here.append(receipt)
                     skipped, read = skipped + len(receipt.skipped), read + receipt.planned

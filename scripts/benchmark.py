@@ -44,7 +44,7 @@ import yaml
 from workloads import ROOT, WORKLOADS, Workload, encoded_images, write_source
 
 from pipeline.core.lanes import available_cores
-from pipeline.core.memory import descend, proportional_set_size
+from pipeline.core.memory import resident_bytes
 
 PEERS = ("torchattacks", "foolbox", "art")
 CONTENDERS = ("ours", "bound", "plain", *PEERS)
@@ -265,7 +265,7 @@ def watch(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
             wait = SAMPLE_SECONDS
             while _runs(process, wait):
                 began = time.perf_counter()
-                memory = max(memory, sum(map(proportional_set_size, descend(process.pid))))
+                memory = max(memory, resident_bytes(process.pid))
                 gpu = max(gpu, (gpu_memory() or 0) - (gpu_before or 0))
                 wait = max(SAMPLE_SECONDS, (time.perf_counter() - began) / SAMPLE_SHARE)
         finally:

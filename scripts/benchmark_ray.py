@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 
 LOCAL = 0
 # Of the whole: left out of the timing, so that two workers have each written one.

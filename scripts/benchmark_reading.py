@@ -45,7 +45,8 @@ from torchvision.datasets import ImageFolder
 
 from pipeline import training_dataset
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.output.folder import OutputFolder, subset_name
+from pipeline.core.variants import Variant
+from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
 
 # Images that the streaming mode shuffles among.
@@ -84,26 +85,26 @@ def row_to_tensors(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"image": to_tensor(row["image"]), "label": row["label"]}
 
 
-def readers(images: Path, signs: Path, split: str, level: int, files: Path, batch_size: int) -> dict[str, Open]:
+def readers(images: Path, signs: Path, split: str, variant: Variant, files: Path, batch_size: int) -> dict[str, Open]:
     """All readers, by name.
 
     Args:
         images: an output of layout images.
         signs: one of layout signs, of the same source images.
         split: what is read of them.
-        level: the epsilon that all read, in grey levels.
+        variant: what all read.
         files: a folder of class folders with the same images.
         batch_size: rows of a batch.
     """
-    subset = subset_name(level)
-    stored = datasets.load_dataset(str(images), subset, split=split).select_columns(["image", "label"])
+    epsilon = f"{variant.level}/255"
+    stored = datasets.load_dataset(str(images), variant.subset, split=split).select_columns(["image", "label"])
     mapped = stored.with_transform(rows_to_tensors)
-    streamed = datasets.load_dataset(str(images), subset, split=split, streaming=True)
+    streamed = datasets.load_dataset(str(images), variant.subset, split=split, streaming=True)
     streamed = streamed.select_columns(["image", "label"])
     folder = ImageFolder(str(files), transform=to_tensor)
     ours = {}
     for path in (images, signs):
-        ours[f"{OURS}, {path.name}, at {level}/255"] = training_dataset(path, split, epsilons=[f"{level}/255"], clean=0)
+        ours[f"{OURS}, {path.name}, at {epsilon}"] = training_dataset(path, split, epsilons=[epsilon], clean=0)
         ours[f"{OURS}, {path.name}, mixed"] = training_dataset(path, split)
 
     def open_ours(name: str, epoch: int, workers: int) -> Iterable[Any]:
@@ -126,10 +127,10 @@ def readers(images: Path, signs: Path, split: str, level: int, files: Path, batc
     }
 
 
-def write_files(images: Path, split: str, level: int, folder: Path) -> int:
+def write_files(images: Path, split: str, subset: str, folder: Path) -> int:
     """The encoded images of one subset as an image folder; how many there are."""
     count = 0
-    for file in sorted((images / subset_name(level)).glob(f"{split}-*.parquet")):
+    for file in sorted((images / subset).glob(f"{split}-*.parquet")):
         table = pq.ParquetFile(file).read(columns=["image.bytes", "label"])
         labels = table.column("label").to_pylist()
         for image, label in zip(table.column("image").to_pylist(), labels, strict=True):
@@ -241,11 +242,11 @@ def main(
         manifest = require_manifest(OutputFolder(images))
         if manifest.resolved.output.layout != "images":
             raise ConfigError(f"{images} is not of layout images; name that one first.")
-        level = manifest.levels[-1]
+        variant = manifest.variants[-1]
         with tempfile.TemporaryDirectory(prefix="fgsm-reading-") as scratch:
             datasets.config.HF_DATASETS_CACHE = Path(scratch, "datasets")
-            count = write_files(images, split, level, Path(scratch, "files"))
-            opened = readers(images, signs, split, level, Path(scratch, "files"), batch_size)
+            count = write_files(images, split, variant.subset, Path(scratch, "files"))
+            opened = readers(images, signs, split, variant, Path(scratch, "files"), batch_size)
             cases = [(name, number) for number in (workers or [0, 2]) for name in opened]
             known: dict[tuple[str, int], list[Epoch]] = {case: [] for case in cases}
             for turn in range(rounds):

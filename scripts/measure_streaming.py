@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 import pipeline.generate
-from pipeline.config.schema import parse_config
+from pipeline.config.load import parse_config
 from pipeline.engine.progress import Progress
 from pipeline.generate import generate
 from pipeline.output.folder import OutputFolder, read_receipts

@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import models, transforms
 
-from pipeline.config.schema import Config, load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
 from pipeline.core.lanes import available_cores
 from pipeline.models.checkpoints import load_checkpoint
 from pipeline.models.digits_net import WEIGHTS, DigitsNet
@@ -93,7 +94,7 @@ def victim(config: Config, device: torch.device) -> nn.Module:
         if config.model.weights is not None:
             load_checkpoint(model, Path(config.model.weights))
     else:
-        model = models.get_model(str(config.model.name), weights=None)
+        model = models.get_model(str(config.model.call[0]), weights=None)
     if config.model.mean is not None and config.model.std is not None:
         model = nn.Sequential(transforms.Normalize(config.model.mean, config.model.std), model)
     return model.eval().to(device)
@@ -112,7 +113,7 @@ def load_images(config: Config, images: int) -> DataLoader[Any]:
             "label": rows["label"],
         }
 
-    source = datasets.load_dataset(str(config.source.path), split="test")
+    source = datasets.load_dataset(config.model_dump()["source"]["path"], split="test")
     return DataLoader(
         source.select(range(images)).with_transform(decode),
         batch_size=config.runtime.batch_size,

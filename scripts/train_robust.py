@@ -37,10 +37,12 @@ from pipeline import training_dataset
 from pipeline.attacks.base import Goal
 from pipeline.attacks.fgsm import FGSM
 from pipeline.check.verify import announce_factories
-from pipeline.config.schema import ModelConfig, reading_levels
+from pipeline.config.schema import ModelConfig
+from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.engine.compute import attack_images
 from pipeline.models.base import Model
+from pipeline.models.factory import FactoryConfig
 from pipeline.models.load import load_model
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, require_manifest
@@ -357,7 +359,7 @@ def main(
         recorded = manifest.levels[1:]
         config = manifest.resolved.model
         if model is not None:
-            config = ModelConfig(kind="factory", name=model, mean=config.mean, std=config.std)
+            config = FactoryConfig(kind="factory", name=model, mean=config.mean, std=config.std)
         else:
             announce_factories(OutputFolder(output), manifest)
         recipe = Recipe(epochs, batch_size, learning_rate, workers)

@@ -28,11 +28,13 @@ from typer.testing import CliRunner, Result
 import pipeline
 import pipeline.generate
 from pipeline.cli import app
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.images import decode_image
 from pipeline.executors.part import parse_part
+from pipeline.layouts import registry
 from pipeline.output.folder import json_digest
 from pipeline.output.summary import summary_table
+from tests.support.variants import fgsm_at
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
 # has. There is one, which has imported what was named before it started.
@@ -196,7 +198,7 @@ def write_config(tmp_path: Path, factory_file: Path, image_parquet: Path) -> Wri
     return write
 
 
-def wide_parquet(folder: Path, labels: Sequence[int | None]) -> Path:
+def kept_parquet(folder: Path, labels: Sequence[int | None]) -> Path:
     """Random images with two columns to keep."""
     count = len(labels)
     return write_parquet(
@@ -209,7 +211,7 @@ def wide_parquet(folder: Path, labels: Sequence[int | None]) -> Path:
 
 
 def _kept(folder: Path, labels: Sequence[int | None]) -> dict[str, Any]:
-    return {"path": str(wide_parquet(folder / "wide", labels)), "keep_columns": ["caption", "boxes"]}
+    return {"path": str(kept_parquet(folder / "kept", labels)), "keep_columns": ["caption", "boxes"]}
 
 
 LABELS = [i % 3 for i in range(20)]
@@ -349,7 +351,12 @@ def detached():
 """
 
 
-LAYOUTS = ("images", "signs")
+LAYOUTS = tuple(registry.LAYOUTS)
+
+
+def subset_of(layout: str, level: int) -> str:
+    """The subset that holds the rows at an epsilon in grey levels."""
+    return registry.LAYOUTS[layout].subset(fgsm_at(level)[-1])
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError, system_refusal
-from pipeline.core.memory import OPEN_FILES, OPEN_FILES_OF_WORKER, require_open_files
-from tests.conftest import WriteConfig, fgsm, generate
+from pipeline.core.memory import OPEN_FILES, require_open_files
+from tests.conftest import fgsm, generate
 
 COMMAND = [sys.executable, "-m", "pipeline"]
 
@@ -52,23 +52,15 @@ def test_too_few_open_files_are_told_at_once(out: Path, command: str, most: int)
     assert "ulimit -n" in said
 
 
-def test_open_files_are_needed_for_every_worker(write_config: WriteConfig) -> None:
-    config = write_config(runtime={"workers": 1})
-    few = OPEN_FILES + OPEN_FILES_OF_WORKER - 1
-    code, said = ended("generate", config, prepare=limited(resource.RLIMIT_NOFILE, few))
-    assert code == 1
-    assert said.endswith("or set a smaller runtime.workers.\n")
-    assert "Traceback" not in said
-
-
 def test_the_limit_of_open_files_is_raised_where_the_system_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [20, 4096]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(0, new[0]))
-    require_open_files(4)
-    assert limits == [OPEN_FILES + 4 * OPEN_FILES_OF_WORKER, 4096]
+    require_open_files()
+    assert limits == [OPEN_FILES, 4096]
+    limits[:] = [20, OPEN_FILES - 1]
     with pytest.raises(PipelineError):
-        require_open_files(1000)
+        require_open_files()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from PIL import Image
 
 import pipeline
 from pipeline.check.verify import verify
-from pipeline.config.schema import Config, PreprocessConfig, load_config, parse_config
+from pipeline.config.load import load_config, parse_config
+from pipeline.config.schema import Config, PreprocessConfig
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image, open_image
 from pipeline.core.redaction import presentable, printable
@@ -385,6 +386,9 @@ SKIPPED = {"split": "test", "source_index": 11, "reason": "cannot identify image
         (("skipped",), [{**SKIPPED, "source_index": "1,000"}], "skipped.0.source_index: "),
         (("skipped", 0, "reason"), "\ud800", "hex escape"),
         (("subsets", 0, "level"), 3, "subsets lists others"),
+        (("subsets", 1, "attack"), "pgd", "subsets lists others"),
+        (("subsets", 1, "model"), "../x", "subsets.1.model: "),
+        (("subsets", 1, "subset"), "../x", "subsets.1.subset: "),
         (("subsets", 0, "split"), "train", "subsets lists others"),
         (("subsets", 0, "evaluators"), {"x": {}}, "subsets counts other evaluators"),
         (("subsets", 1, "bytes"), None, "subsets has bytes"),

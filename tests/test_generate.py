@@ -25,16 +25,17 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.errors import PipelineError
 from pipeline.core.images import ImageFormat
 from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run
-from pipeline.layouts.records import encode_column
+from pipeline.layouts.base import encode_column
 from pipeline.output.manifest import FORMAT_VERSION
 from tests.conftest import (
     CLASSES,
     FACTORY,
+    LAYOUTS,
     WriteConfig,
     digests,
     fgsm,
@@ -45,6 +46,7 @@ from tests.conftest import (
     random_pixels,
     rows,
     shard_path,
+    subset_of,
     write_parquet,
     write_sealed,
 )
@@ -147,17 +149,15 @@ def test_the_same_command_again_does_nothing(write_config: WriteConfig, tmp_path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
 
 
-@pytest.mark.parametrize(("layout", "last"), [("images", "eps-8"), ("signs", "signs")])
-def test_missing_shards_are_written_again_byte_for_byte(
-    write_config: WriteConfig, tmp_path: Path, layout: str, last: str
-) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_missing_shards_are_written_again_byte_for_byte(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     config = write_config(output={"layout": layout})
     generate(config)
     out = tmp_path / "out"
     complete, summary = digests(out), manifest(out)
-    assert len(complete) == {"images": 9, "signs": 3}[layout]
+    assert len(complete) == (9 if layout == "images" else 3)
     shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
-    shard_path(out / last, "test-00002-of-00003.parquet").write_bytes(b"cut short")
+    shard_path(out / subset_of(layout, 8), "test-00002-of-00003.parquet").write_bytes(b"cut short")
     generate(config)
     assert digests(out) == complete
     assert manifest(out) == summary
@@ -333,7 +333,7 @@ def test_unlabelled_rows_are_attacked_by_prediction_and_stored_as_null(
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_shard_of_which_nothing_could_be_decoded_loads(
     write_config: WriteConfig, tmp_path: Path, layout: str
 ) -> None:
@@ -346,8 +346,7 @@ def test_a_shard_of_which_nothing_could_be_decoded_loads(
             output={"layout": layout, "images_per_shard": 6},
         )
     )
-    subset = "clean" if layout == "images" else "signs"
-    assert load(tmp_path / "out", subset)["source_index"][:] == list(range(6, 16))
+    assert load(tmp_path / "out", subset_of(layout, 0))["source_index"][:] == list(range(6, 16))
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
@@ -737,8 +736,8 @@ def test_a_shipped_config_runs_in_the_working_directory(tmp_path: Path, monkeypa
 
 
 def test_without_a_terminal_progress_is_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 20, (0, 8), log_seconds=0) as progress:
-        progress.update(30, 30, {0: 30, 8: 3})
+    with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 20, ["clean", "eps-8"], log_seconds=0) as progress:
+        progress.update(30, 30, {"clean": 30, "eps-8": 3})
     assert "50 of 100 images (50%)" in caplog.text
     assert "clean 100% eps-8 10%" in caplog.text
     assert "images/s" in caplog.text
@@ -748,10 +747,10 @@ def test_without_a_terminal_progress_is_a_log_line(caplog: pytest.LogCaptureFixt
 def test_progress_lines_are_30_seconds_apart(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("pipeline.engine.progress.time.monotonic", lambda: clock[0])
-    with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 0, (0,)) as progress:
+    with caplog.at_level(logging.INFO, "pipeline"), Progress(100, 0, ["clean"]) as progress:
         for second in range(0, 100, 5):
             clock[0] = float(second)
-            progress.update(1, 1, {0: 1})
+            progress.update(1, 1, {"clean": 1})
     assert len(caplog.messages) == 3
 
 

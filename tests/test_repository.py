@@ -11,7 +11,7 @@ import pytest
 
 import tests.conftest
 import tests.test_drill
-from pipeline.config.schema import load_config, packaged_configs
+from pipeline.config.load import load_config, packaged_configs
 
 pytest_plugins = ["pytester"]
 
@@ -35,7 +35,7 @@ def test_the_readme_s_config_is_valid(tmp_path: Path) -> None:
     config = load_config(str(path))
     assert [evaluator.id for evaluator in config.evaluators] == ["vit", "robust"]
     assert config.attack.levels == (1, 2, 4, 8)
-    assert config.model.name == f"{tmp_path}/resnet20.py:make"
+    assert config.model.call[0] == f"{tmp_path}/resnet20.py:make"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -53,17 +53,8 @@ class Batch:
         """For messages: the shard and the rows within it."""
         return f"shard {self.shard.name}, rows {self.place.start} to {self.place.stop - 1}"
 
-    def share_memory(self) -> "Batch":
-        """Move the tensors into shared memory, as sending them to another process does.
-
-        Left to the queue's own thread, a failure there would drop the batch, and the run would wait for it for ever.
-        """
-        for tensor in (self.images, self.labels, self.valid):
-            tensor.share_memory_()
-        return self
-
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader: the tensors in page-locked memory, so that copies can be asynchronous."""
+        """The same with its tensors in page-locked memory, so that copies to CUDA can be asynchronous."""
         return replace(
             self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), valid=self.valid.pin_memory()
         )

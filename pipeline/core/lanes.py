@@ -11,6 +11,7 @@ the other computes.
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,11 @@ DEVICE_LANES = 2
 # A chunk on a CPU: 8 images at 224 px and 64 at 32 px were fastest, 20% ahead of a whole batch of 256.
 CHUNK_VALUES = 8 * 3 * 224 * 224
 CHUNK_IMAGES = (8, 64)
+
+# A lane of an accelerator needs the interpreter for every operator that it starts, while threads decode and encode
+# beside it: Python lets one of them go on for so many seconds before another gets its turn, 5 ms unless it is told.
+# With ResNet-50 on an H200, from JPEGs, 386 images/s became 428.
+SWITCH_SECONDS = 0.0002
 
 Result = TypeVar("Result")
 
@@ -80,6 +86,7 @@ class Lanes:
         self._local = threading.local()
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.count, "lane", self._open)
+        self._switch_seconds = sys.getswitchinterval()
 
     def _open(self) -> None:
         if self.device.type == "cpu":
@@ -88,6 +95,8 @@ class Lanes:
             self._local.stream = torch.cuda.Stream(self.device)
 
     def __enter__(self) -> "Lanes":
+        if self.device.type != "cpu":
+            sys.setswitchinterval(SWITCH_SECONDS)
         return self
 
     def __exit__(
@@ -96,6 +105,7 @@ class Lanes:
         self._pool.shutdown(cancel_futures=True)
         # Threads started later would take over the lanes' single one.
         torch.set_num_threads(self._threads)
+        sys.setswitchinterval(self._switch_seconds)
 
     def submit(self, function: Callable[..., Result], *rows: Tensor, valid: Tensor) -> list[Future[Result]]:
         """Run a function over the chunks of a batch, in the order of their rows.

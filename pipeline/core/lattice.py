@@ -89,6 +89,20 @@ def sign_between(images_u8: NDArray[np.uint8], attacked_u8: NDArray[np.uint8]) -
     return (attacked_u8 > images_u8).astype(np.int8) - (attacked_u8 < images_u8)
 
 
+def stored_sign(images_u8: NDArray[np.uint8], direction_u8: NDArray[np.uint8], *, is_map: bool) -> NDArray[np.int8]:
+    """The sign map along which images move, from the pictures that are stored beside them.
+
+    Args:
+        images_u8: x, uint8, any shape.
+        direction_u8: the same shape: the sign map as a picture, or x_k of any k but 0.
+        is_map: which of them.
+
+    Raises:
+        ValueError: the picture is no sign map.
+    """
+    return picture_to_sign_array(direction_u8) if is_map else sign_between(images_u8, direction_u8)
+
+
 def common_sign(images: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
     """The sign map along which images lie; 0 where clipping hides it.
 

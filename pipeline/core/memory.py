@@ -2,74 +2,62 @@
 
 import contextlib
 import os
-import re
 import resource
-import sys
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 from pipeline.core.errors import PipelineError
 
 SAMPLE_SECONDS = 0.05
 # Reading the PSS walks the page tables, some 15 ms for a gigabyte: at most a tenth of one core goes into it.
 SAMPLE_SHARE = 0.1
-# Files that a run has open at most: without workers about 30, and 7 more for each worker.
-OPEN_FILES, OPEN_FILES_OF_WORKER = 64, 12
+# Files that a run has open at most are about 30.
+OPEN_FILES = 64
 
 
-def require_open_files(workers: int = 0) -> None:
+def require_open_files() -> None:
     """See that this process may open enough files, and raise its own limit where the system lets it.
-
-    Asked before anything starts: a worker of DataLoader that may open no more files does not fail, it hangs.
 
     Raises:
         PipelineError: the limit is too low.
     """
-    needed = OPEN_FILES + OPEN_FILES_OF_WORKER * workers
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY or limit >= needed:
+    if limit == resource.RLIM_INFINITY or limit >= OPEN_FILES:
         return
-    if most == resource.RLIM_INFINITY or most >= needed:
+    if most == resource.RLIM_INFINITY or most >= OPEN_FILES:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, most))
             return
-    fewer = ", or set a smaller runtime.workers" if workers else ""
     raise PipelineError(
-        f"Only {limit} files may be open at once, and {needed} are needed; allow more with `ulimit -n {needed}`{fewer}."
+        f"Only {limit} files may be open at once, and {OPEN_FILES} are needed; "
+        f"allow more with `ulimit -n {OPEN_FILES}`."
     )
 
 
-def descend(process: int) -> list[int]:
-    """A process and all below it, as far as they still live; Linux only."""
-    found = [process]
-    for parent in found:  # grows as it goes
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                found += map(int, children.read_text().split())
+def resident_bytes(pid: int) -> int:
+    """Bytes that a process and all below it have resident, without counting what they share twice.
+
+    A forked worker shares most of its memory with its parent. Where the system does not say how many share it, as Linux
+    does, that is left out.
+    """
+    found = 0
+    with contextlib.suppress(psutil.Error):  # it ended meanwhile
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                memory = one.memory_full_info()
+                found += getattr(memory, "pss", memory.uss)
     return found
 
 
-def proportional_set_size(process: int) -> int:
-    """The resident bytes of a process, what it shares divided by those who share it; 0 where that is not known.
-
-    Summed over processes nothing counts twice: a forked worker shares most of its memory with its parent.
-    """
-    with contextlib.suppress(OSError):
-        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-        return 1024 * int(re.findall(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)[0])
-    return 0
-
-
 class PeakMemory:
-    """The most bytes that this process and all below it had resident at once, `peak`, while the context was open.
-
-    Where the system does not say, it is the peak of this process alone, since it began.
-    """
+    """The most bytes that this process and all below it had resident at once, `peak`, while the context was open."""
 
     def __init__(self) -> None:
-        self._seen = 0
+        self.peak = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
@@ -92,12 +80,5 @@ class PeakMemory:
     def _look(self) -> float:
         """Look once; the seconds of a core that it took."""
         began = time.thread_time()
-        self._seen = max(self._seen, sum(map(proportional_set_size, descend(os.getpid()))))
+        self.peak = max(self.peak, resident_bytes(os.getpid()))
         return time.thread_time() - began
-
-    @property
-    def peak(self) -> int:
-        if self._seen:
-            return self._seen
-        # In bytes on macOS, in kilobytes elsewhere.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

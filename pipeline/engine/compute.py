@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
+from pipeline.attacks.base import Attack, AttackedModel, Goal, Perturbed, direction_sign
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line
 from pipeline.core.lanes import Lanes, chunk_images, to_host
+from pipeline.core.lattice import step
 from pipeline.models.base import Model
 
 # Source images from which `compile: auto` compiles. On 2 CPU cores compiling ResNet-20 took 35 s, and saved
@@ -35,6 +36,8 @@ REHEARSED_BATCHES = 3
 LAST_DIGITS, LOW_LAST_DIGITS, OTHER_BATCH = 1e-3, 3e-2, 3e-2
 # How far the probabilities of an image may add up to something else than 1: those of bfloat16 are off by this.
 SUM_SLACK = 1e-2
+# The share of an attack's values that may be others the second time: those whose gradient is next to nothing.
+OTHER_VALUES = 1e-2
 # The share of values with gradient 0 that is worth a warning.
 MANY_ZERO = 0.5
 # A finding of chance must be so unlikely of a model that is a quarter of the way from chance to perfect.
@@ -376,6 +379,69 @@ def check_model(model: Model, images_u8: Tensor, labels: Tensor, goal: Goal | No
             )
         found += _check_gradient(one[1])
     return found + _check_accuracy(logits, labels)
+
+
+def check_attack(attacker: Attacker, images_u8: Tensor, labels: Tensor) -> None:
+    """Look once at what an attack makes of images of the source: whether it keeps what it promises.
+
+    Args:
+        attacker: the attack, the victim, the goal and the epsilons.
+        images_u8: (N, C, H, W) uint8 on the victim's device.
+        labels: (N,) int64 model indices on the same device, -1 for unlabelled.
+
+    Raises:
+        ConfigError: its images are none, leave the ball of their epsilon, do not lie along its direction, or are others
+            the second time.
+        torch.OutOfMemoryError: so many images do not fit.
+    """
+    draws, before = torch.arange(len(images_u8), device=images_u8.device), images_u8.clone()
+
+    def perturb() -> Perturbed:
+        model = AttackedModel(attacker.victim, images_u8, targeted=attacker.goal.target is not None)
+        classes = attacker.goal.classes(model.logits, labels, draws)
+        try:
+            return attacker.attack.perturb(model, images_u8, classes, attacker.levels, draws)
+        except (torch.OutOfMemoryError, PipelineError):
+            raise
+        except Exception as error:  # the attack may be the user's code
+            raise ConfigError(f"attack.kind: it fails: {type(error).__name__}: {first_line(error)}") from error
+
+    one, other = perturb(), perturb()
+    if not torch.equal(before, images_u8):
+        raise ConfigError("attack.kind: it changes the images that it is given; make new ones in their place.")
+    for perturbed in (one, other):
+        _check_perturbed(perturbed, attacker, images_u8)
+    moved = max(float((a != b).double().mean()) for a, b in zip(one.images, other.images, strict=True))
+    if moved > OTHER_VALUES:
+        raise ConfigError(
+            f"attack.kind: it is not deterministic: {moved:.1%} of the values of its images are others the second "
+            "time; draw random numbers from `draws`, with needs_draws = True."
+        )
+
+
+def _check_perturbed(perturbed: Perturbed, attacker: Attacker, images_u8: Tensor) -> None:
+    """Whether the images of an attack are such, and lie where it says."""
+    shapes = [(tuple(images.shape), images.dtype) for images in perturbed.images]
+    if shapes != [(tuple(images_u8.shape), torch.uint8)] * len(attacker.levels):
+        raise ConfigError(
+            f"attack.kind: it must return {len(attacker.levels)} times images of shape {tuple(images_u8.shape)} and "
+            "type uint8, one for each epsilon."
+        )
+    if attacker.attack.on_ray != (perturbed.direction is not None):
+        raise ConfigError("attack.kind: with on_ray = True it must return a direction, and without it none.")
+    for level, images in zip(attacker.levels, perturbed.images, strict=True):
+        farthest = int((images.to(torch.int16) - images_u8.to(torch.int16)).abs().amax())
+        if farthest > level:
+            raise ConfigError(
+                f"attack.kind: its images at {level}/255 are up to {farthest} grey levels from the clean ones."
+            )
+        if perturbed.direction is not None and not torch.equal(
+            step(images_u8, direction_sign(perturbed.direction), level), images
+        ):
+            raise ConfigError(
+                f"attack.kind: its images at {level}/255 do not lie along the sign of its direction; make them with "
+                "Perturbed.along, or set on_ray = False."
+            )
 
 
 def _attacked_as(goal: Goal, model: Model, images_u8: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,13 @@
 into a folder that is thrown away, and what that took is scaled up.
 """
 
+import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,20 +20,18 @@ from tqdm import tqdm
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
-from pipeline.core.images import Opener, UndecodableError, encode_images
+from pipeline.core.images import UndecodableError, encode_images
 from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
 from pipeline.core.memory import PeakMemory
 from pipeline.core.plan import Plan, Shard
 from pipeline.engine.decode import read_image
 from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
-from pipeline.engine.loader import head_openers
 from pipeline.engine.progress import Busy
 from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder
 from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS
 from pipeline.output.summary import human_bytes
-from pipeline.sources.streamed import StreamedSource
 
 # Images encoded to estimate the size of all.
 SAMPLES = 16
@@ -60,28 +60,18 @@ def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     if not len(images):
         return 0
     signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    stored = run.layout.stored([step(images, signs, level) for level in run.levels], signs)
+    stored = run.layout.stored([step(images, signs, variant.level) for variant in run.variants], signs)
     sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
-    return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.levels)))
+    return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.variants)))
 
 
 def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
     """Some decoded images of the shards, (n, C, H, W) uint8, n up to SAMPLES."""
-    found = []
-    for opener in _openers(run, shards):
-        try:
-            found.append(read_image(opener, run.reader.preprocess, run.reader.max_pixels))
-        except UndecodableError:
-            continue
-    return torch.stack(found) if found else torch.zeros((0, *run.reader.shape), dtype=torch.uint8)
-
-
-def _openers(run: Run, shards: Sequence[Shard]) -> Iterator[Opener]:
-    if isinstance(run.source, StreamedSource):
-        yield from (opener for *_, opener in head_openers(run.source, shards, SAMPLES))
-    splits = {split.name: split.rows for split in run.source.splits}
-    for shard in shards[:SAMPLES] if splits else ():
-        yield from splits[shard.split].openers(run.plan.rows(shard)[: -(-SAMPLES // len(shards[:SAMPLES]))].tolist())
+    reader, found = run.reader, []
+    for row in run.source.sample(run.plan, shards, SAMPLES):
+        with contextlib.suppress(UndecodableError):
+            found.append(read_image(partial(run.source.open, row.cell), reader.preprocess, reader.max_pixels))
+    return torch.stack(found) if found else torch.zeros((0, *reader.shape), dtype=torch.uint8)
 
 
 def free_bytes(path: Path) -> int:

@@ -1,6 +1,6 @@
 """Execute: some shards of a run, from source rows to committed files, on this machine.
 
-Loading, attacking, encoding and writing overlap: the loader's workers decode ahead, lanes drive the device,
+Loading, attacking, encoding and writing overlap: the loader's threads decode ahead, lanes drive the device,
 a pool of threads encodes (the codecs release the GIL), and one thread writes and commits in order. A bounded
 number of batches is in flight, so memory does not grow with the dataset.
 """
@@ -13,7 +13,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,19 +26,12 @@ from pipeline.core.lanes import Lanes, available_cores
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part, compile_victim
-from pipeline.engine.loader import load_batches, name_row, naming_dead_workers
+from pipeline.engine.loader import load_batches, name_row
 from pipeline.engine.progress import Busy, Progress
 from pipeline.engine.run import Run, versions
-from pipeline.layouts.columns import IMAGE
-from pipeline.layouts.records import Scores, encode_column, opinions, score
-from pipeline.output.folder import (
-    EvaluatorCounts,
-    LevelCounts,
-    OutputFolder,
-    Receipt,
-    SkippedRow,
-    count_evaluator,
-)
+from pipeline.engine.scores import count, score
+from pipeline.layouts.base import IMAGE, Scores, encode_column, picture_columns
+from pipeline.output.folder import OutputFolder, Receipt, SkippedRow, VariantCounts, add_up
 from pipeline.output.shards import ShardWriter
 
 # Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
@@ -49,8 +41,9 @@ IMAGES_PER_TASK = 32
 # Where the rows of a source are not known, the share that may be skipped is one of at least so many.
 SKIPPED_AMONG = 1000
 
-# Called with a batch's source images, how many of them are labelled, and how many of those are right at each level.
-Tell = Callable[[int, int, Mapping[int, int]], None]
+# Called with a batch's source images, how many of them are labelled, and how many of those are right in each variant,
+# by the name of its subset.
+Tell = Callable[[int, int, Mapping[str, int]], None]
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +78,7 @@ def write_shards(
     try:
         batches = load_batches(run.reader, run.plan, shards, run.config.runtime.workers, pin=run.device.type == "cuda")
         attacked = attack_ahead(run, batches, busy)
-        with naming_dead_workers(), contextlib.closing(batches), contextlib.closing(attacked):
+        with contextlib.closing(batches), contextlib.closing(attacked):
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 read += batch.place.stop - batch.place.start
@@ -95,7 +88,7 @@ def write_shards(
                 encoded = _encode(encoders, parts, run, busy)
                 zero_signs = sum(part.zero_signs for part in parts)
                 in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
-                tell(*_progress_counts(run, batch, scores))
+                tell(*_progress_counts(batch, scores))
                 if len(in_flight) > BATCHES_IN_FLIGHT and (receipt := in_flight.popleft().result()):
                     yield receipt
             while in_flight:
@@ -231,19 +224,19 @@ def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
     """The scores of a batch's valid rows."""
     labels = batch.labels[batch.valid]
     if not parts:  # every image was skipped
-        logits, classes = torch.zeros((len(run.levels), 0, 2)), labels
-        evaluations = torch.zeros((len(run.evaluators), len(run.levels), 0), dtype=torch.int64)
+        logits, classes = torch.zeros((len(run.variants), 0, 2)), labels
+        evaluations = torch.zeros((len(run.evaluators), len(run.variants), 0), dtype=torch.int64)
     else:
         logits, classes = torch.cat([part.logits for part in parts], 1), torch.cat([part.classes for part in parts])
         evaluations = torch.cat([part.evaluations for part in parts], 2)
     target = None if run.goal.target is None else classes
-    return score(logits, labels, target, run.victim.space, opinions(evaluations, labels, run.spaces))
+    return score(run.variants, logits, labels, target, run.victim.space, evaluations, run.spaces)
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:
     """A random number for each row of a batch, (N,) int64."""
     draws = np.zeros(len(batch.labels), dtype=np.int64)
-    if run.goal.target == "random":
+    if run.goal.target == "random" or run.attack.needs_draws:
         rows = run.plan.rows(batch.shard, batch.place)
         draws[: len(rows)] = draw_numbers(run.config.runtime.seed, batch.shard, rows)
     return torch.from_numpy(draws)
@@ -280,9 +273,10 @@ def _encode(
     ]
 
 
-def _progress_counts(run: Run, batch: Batch, scores: Scores) -> tuple[int, int, dict[int, int]]:
-    right = (scores.correct & scores.labelled).sum(1).tolist()
-    return batch.place.stop - batch.place.start, int(scores.labelled.sum()), dict(zip(run.levels, right, strict=True))
+def _progress_counts(batch: Batch, scores: Scores) -> tuple[int, int, dict[str, int]]:
+    right = scores.correct[0].filled(False).sum(1).tolist()
+    labelled, subsets = int(scores.label.count()), [variant.subset for variant in scores.variants]
+    return batch.place.stop - batch.place.start, labelled, dict(zip(subsets, right, strict=True))
 
 
 class _Sink:
@@ -300,11 +294,8 @@ class _Sink:
         self._start()
 
     def _start(self) -> None:
-        self._totals: dict[int, dict[str, Any]] = {
-            level: {"rows": 0, "labelled": 0, "correct": 0, "fooled": 0, "confidence_sum": 0.0}
-            for level in self.run.levels
-        }
-        self._evaluated = {level: dict.fromkeys(self.run.evaluators, EvaluatorCounts()) for level in self.run.levels}
+        # Of each batch, in every variant.
+        self._counts: list[list[VariantCounts]] = []
         self._skipped: list[SkippedRow] = []
         self._left_out: list[LeftOut] = []
         self._zero_signs = 0
@@ -332,16 +323,14 @@ class _Sink:
     ) -> Receipt | None:
         run = self.run
         if self._open is None:
-            self._open = ShardWriter(
-                self.folder, batch.shard, run.stored, self.schema, run.layout.pictures, run.edition
-            )
+            columns = picture_columns(run.layout, run.variants)
+            self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, columns, run.edition)
         kind = self.schema.field(IMAGE).type
         pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
+        tables = run.layout.tables(batch, scores, pictures, self.schema)
         # By the wall, without the encoders: what holds a writer up is the disk.
-        self.busy.timed("write", self._open.write, time.perf_counter)(
-            run.layout.tables(self.schema, pictures, scores, run.levels, batch)
-        )
-        self._count(batch, scores, zero_signs)
+        self.busy.timed("write", self._open.write, time.perf_counter)(tables)
+        self._count(batch, dict(zip(run.stored, tables, strict=True)), zero_signs)
         if not batch.ends_shard:
             return None
         receipt = self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
@@ -349,20 +338,12 @@ class _Sink:
         self._start()
         return receipt
 
-    def _count(self, batch: Batch, scores: Scores, zero_signs: int) -> None:
-        for index, level in enumerate(self.run.levels):
-            totals = self._totals[level]
-            totals["rows"] += len(scores.label)
-            totals["labelled"] += int(scores.labelled.sum())
-            totals["correct"] += int((scores.correct[index] & scores.labelled).sum())
-            totals["fooled"] += int((scores.fooled[index] & scores.fooled_known(index)).sum())
-            totals["confidence_sum"] += float(scores.confidence[index].sum(dtype=np.float64))
-            known = scores.labelled
-            fooled = (scores.fooled[index] & scores.fooled_known(index))[known]
-            for name, opinion in scores.evaluators.items():
-                self._evaluated[level][name] += count_evaluator(
-                    opinion.correct[0][known], opinion.correct[index][known], fooled
-                )
+    def _count(self, batch: Batch, tables: Mapping[str, pa.Table], zero_signs: int) -> None:
+        run, variants = self.run, self.run.variants
+        rows = [run.layout.rows(tables, variant, variants) for variant in variants]
+        self._counts.append(
+            [count(variant, now, rows[0], run.evaluators) for variant, now in zip(variants, rows, strict=True)]
+        )
         self._zero_signs += zero_signs
         self._left_out += batch.left_out
         self._skipped += [
@@ -371,7 +352,11 @@ class _Sink:
         ]
 
     def _receipt(self, shard: Shard) -> Receipt:
-        rows = int(self._totals[0]["rows"])
+        counts = [
+            add_up(variant, [batch[index] for batch in self._counts], self.run.evaluators)
+            for index, variant in enumerate(self.run.variants)
+        ]
+        rows = counts[0].rows
         return Receipt(
             run_id=self.run.run_id,
             shard=shard.name,
@@ -380,10 +365,7 @@ class _Sink:
             rows=rows,
             skipped=tuple(self._skipped),
             zero_sign_share=self._zero_signs / max(1, rows * int(np.prod(self.run.reader.shape))),
-            counts=tuple(
-                LevelCounts(level=level, evaluators=self._evaluated[level], **totals)
-                for level, totals in self._totals.items()
-            ),
+            counts=tuple(counts),
             files=(),
             versions=self.versions,
             left_out=sum_left_out(self._left_out),

@@ -1,55 +1,46 @@
 """The loader: shards of the plan become batches of uint8 images, ahead of use.
 
-Worker processes open, decode and resize whole batches; where a source is streamed, threads do. A batch never
-crosses a shard and always has the same shape: what is missing at the end of a shard, and every image that could
-not be decoded, is a masked row of zeros. Images cross the bus as uint8, a quarter of the bytes of float32.
+One thread fetches tables of rows from the source, others decode and resize whole batches. A batch never crosses a
+shard and always has the same shape: what is missing at the end of a shard, and every image that could not be decoded,
+is a masked row of zeros. Images cross the bus as uint8, a quarter of the bytes of float32.
 """
 
 import contextlib
 import itertools
-import re
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.config.schema import MOST_PIXELS, PreprocessConfig
 from pipeline.core.batches import UNLABELLED, Batch, Skipped
-from pipeline.core.errors import ConfigError, PipelineError, RowError, first_line
-from pipeline.core.images import Opener, UndecodableError
+from pipeline.core.errors import ConfigError, PipelineError, RowError
+from pipeline.core.fetchers import ahead
+from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import available_cores
 from pipeline.core.left_out import LeftOut
-from pipeline.core.memory import require_open_files
 from pipeline.core.plan import Plan, Shard
 from pipeline.engine.decode import read_image
-from pipeline.sources.mapped import Source, Split, open_cell, spread
-from pipeline.sources.streamed import Read, StreamedSource, Stretch, read_head, read_stretches
+from pipeline.sources.base import Read, SampleRow, Source
 
 MAX_WORKERS = 16
-# A batch that takes longer never comes: a process that was forked may wait for a lock that nobody holds any more.
-SILENT_SECONDS = 600.0
-# Images of each split looked at before a run that takes all sizes as they are.
+# Images of each split looked at before a run that takes all sizes as they are; a source that is streamed gives fewer.
 SIZE_SAMPLES = 1000
-# Of a source that is streamed, the rows at the head of each split that are looked at.
-HEAD_SAMPLES = 64
 
 Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How rows become pixels: shared by every worker. Labels of a source that is streamed are below `classes`."""
+    """How rows become pixels. Labels are below `classes`, where that is known."""
 
     source: Source
     preprocess: PreprocessConfig
@@ -57,46 +48,63 @@ class Reader:
     shape: Shape
     classes: int | None = None
 
-    def read(self, plan: Plan, shard: Shard, place: slice) -> Batch:
-        """Open and decode one batch.
-
-        Raises:
-            ConfigError: an image has another size than the first one, and nothing resizes it.
-        """
-        started = time.thread_time()
-        split = self._split(shard.split)
-        rows = plan.rows(shard, place)
-        batch = self._decode(plan, shard, place, split.rows.openers(rows.tolist()), split.labels[rows], split.rows.file)
-        kept = split.rows.kept(batch.source_index.tolist())
-        return replace(batch, kept=kept, seconds=time.thread_time() - started)
-
-    def read_table(
+    def read(
         self, plan: Plan, shard: Shard, place: slice, table: pa.Table, left_out: tuple[LeftOut, ...] = ()
     ) -> Batch:
-        """Decode one batch of a source that is streamed.
+        """Decode one batch.
 
         Args:
             plan: the run's plan.
             shard: with its length, if this is the last batch.
             place: of the rows within it.
-            table: the rows, as `streams` gives them.
+            table: the rows, as the source gives them.
             left_out: of the source where they are.
 
         Raises:
-            ConfigError: as `read`.
-            PipelineError: a label is missing, or is no class.
+            ConfigError: an image has another size than the first one, and nothing resizes it.
+            PipelineError: a label is missing, or is no class; or an image cannot be read.
         """
         started = time.thread_time()
-        labels = table.column(1).to_numpy().copy()  # Arrow's own memory is read-only
-        self._check_labels(shard, place, labels)
-        allowed = self.source.allowed if isinstance(self.source, StreamedSource) else ()
-        openers = [partial(open_cell, cell, allowed) for cell in table.column(0).to_pylist()]
-        batch = self._decode(plan, shard, place, openers, labels)
-        kept = table.select(range(2, table.num_columns)).filter(pa.array(batch.valid[: len(labels)].numpy()))
-        return replace(batch, kept=kept, seconds=time.thread_time() - started, left_out=left_out)
+        count = table.num_rows
+        known = table.column(1).to_numpy()
+        self._check_labels(shard, place, known)
+        rows = plan.rows(shard, place)
+        channels, height, width = self.shape
+        # Written through NumPy: PyTorch would start threads of its own for each copy.
+        pixels = np.zeros((plan.batch_size, height, width, channels), np.uint8)
+        labels = torch.full((plan.batch_size,), UNLABELLED, dtype=torch.int64)
+        valid = np.zeros(plan.batch_size, np.bool_)
+        skipped = []
+        for slot, cell in enumerate(table.column(0).to_pylist()):
+            try:
+                pixels[slot] = self._pixels(SampleRow(shard, int(rows[slot]), cell, int(known[slot])))
+                valid[slot] = True
+            except UndecodableError as error:
+                name = self.source.name_of(cell)
+                skipped.append(Skipped(place.start + slot, int(rows[slot]), str(error), name))
+        labels[:count] = torch.tensor(known)
+        return Batch(
+            shard=shard,
+            place=place,
+            images=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+            labels=labels,
+            valid=torch.from_numpy(valid),
+            source_index=rows[valid[:count]],
+            kept=table.select(range(2, table.num_columns)).filter(pa.array(valid[:count])),
+            skipped=tuple(skipped),
+            seconds=time.thread_time() - started,
+            left_out=left_out,
+        )
+
+    def _pixels(self, row: SampleRow) -> NDArray[np.uint8]:
+        """The pixels of a row, (H, W, C)."""
+        found = read_image(partial(self.source.open, row.cell), self.preprocess, self.max_pixels)
+        if tuple(found.shape) != self.shape:
+            raise _mixed_sizes(self.shape, found.shape, _name(self.source, row))
+        return found.permute(1, 2, 0).numpy()
 
     def _check_labels(self, shard: Shard, place: slice, labels: NDArray[np.int64]) -> None:
-        if getattr(self.source, "need_labels", False) and (labels == UNLABELLED).any():
+        if self.source.need_labels and (labels == UNLABELLED).any():
             row = shard.start + place.start + int((labels == UNLABELLED).argmax())
             raise RowError(
                 f"source: row {row} of {shard.file} is unlabelled, and attack.label: dataset needs every label; drop "
@@ -108,62 +116,27 @@ class Reader:
                 f"{self.classes - 1}); a model with more classes is needed, or model.label_map."
             )
 
-    def _decode(
-        self,
-        plan: Plan,
-        shard: Shard,
-        place: slice,
-        openers: Sequence[Opener],
-        known: NDArray[np.int64],
-        file_of: Callable[[int], str | None] = lambda _: None,
-    ) -> Batch:
-        """A batch without its kept columns; `file_of` names the file of a source row."""
-        rows = plan.rows(shard, place)
-        channels, height, width = self.shape
-        images = torch.zeros((plan.batch_size, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.full((plan.batch_size,), UNLABELLED, dtype=torch.int64)
-        valid = torch.zeros(plan.batch_size, dtype=torch.bool)
-        skipped = []
-        for slot, opener in enumerate(openers):
-            try:
-                pixels = read_image(opener, self.preprocess, self.max_pixels)
-            except UndecodableError as error:
-                row = int(rows[slot])
-                skipped.append(Skipped(place.start + slot, row, str(error), file_of(row)))
-                continue
-            if tuple(pixels.shape) != self.shape:
-                row = int(rows[slot])
-                raise _mixed_sizes(self.shape, tuple(pixels.shape), name_row(shard, row, file_of(row)))
-            images[slot], valid[slot] = pixels, True
-        labels[: len(rows)] = torch.from_numpy(known)
-        source_index = rows[valid[: len(rows)].numpy()]
-        return Batch(shard, place, images, labels, valid, source_index, pa.table({}), tuple(skipped), 0.0)
-
     def sample(self, plan: Plan, count: int) -> tuple[Tensor, Tensor]:
-        """Some images of the run: spread over each split, or the head of the first shard of a source that is streamed.
+        """Some images of the run.
 
         Returns:
             Up to `count` images, (n, C, H, W) uint8, and their labels, (n,) int64, -1 for unlabelled. What cannot be
             decoded, or is of another size, is left to the run.
         """
         images, labels = [], []
-        if isinstance(self.source, StreamedSource):
-            rows = head_openers(self.source, plan.shards[:1], count)
-        else:
-            rows = _samples(self.source, plan, count)
-        for _, label, opener in rows:
+        # A request for each further file would be many.
+        shards = plan.shards if plan.shards[0].file is None else plan.shards[:1]
+        for row in _samples(self.source, plan, shards, count):
             with contextlib.suppress(UndecodableError):
-                pixels = read_image(opener, self.preprocess, self.max_pixels)
+                pixels = read_image(partial(self.source.open, row.cell), self.preprocess, self.max_pixels)
                 if tuple(pixels.shape) == self.shape:
                     images.append(pixels)
-                    labels.append(UNLABELLED if self.classes is not None and label >= self.classes else label)
+                    outside = self.classes is not None and row.label >= self.classes
+                    labels.append(UNLABELLED if outside else row.label)
             if len(images) == count:
                 break
         found = torch.stack(images) if images else torch.zeros((0, *self.shape), dtype=torch.uint8)
         return found, torch.tensor(labels, dtype=torch.int64)
-
-    def _split(self, name: str) -> Split:
-        return next(split for split in self.source.splits if split.name == name)
 
 
 def name_row(shard: Shard, row: int, file: str | None = None) -> str:
@@ -191,9 +164,10 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
     """
     shape: Shape | None = None
     reason = ""
-    for where, _, opener in _samples(source, plan):
+    for row in _samples(source, plan, plan.shards, SIZE_SAMPLES):
+        where = _name(source, row)
         try:
-            pixels = read_image(opener, preprocess, max_pixels)
+            pixels = read_image(partial(source.open, row.cell), preprocess, max_pixels)
         except UndecodableError as error:
             reason = f"{where} ({error})"
             continue
@@ -213,86 +187,14 @@ def find_shape(source: Source, plan: Plan, preprocess: PreprocessConfig, max_pix
     return shape
 
 
-# What messages call a row, its label and what opens its image.
-Sample = tuple[str, int, Opener]
-
-
-def _samples(source: Source, plan: Plan, count: int = SIZE_SAMPLES) -> Iterator[Sample]:
-    """Rows to look at before a run: `count` of each split, or the head of each split of a source that is streamed."""
-    if isinstance(source, StreamedSource):
-        for name in source.files:
-            shards = [shard for shard in plan.shards if shard.split == name]
-            yield from head_openers(source, shards, HEAD_SAMPLES)
+def _samples(source: Source, plan: Plan, shards: Sequence[Shard], count: int) -> Iterator[SampleRow]:
+    """Up to `count` rows of the shards of each split."""
     for split in source.splits:
-        order = plan.orders[split.name]
-        for row in order[spread(len(order), count)].tolist():
-            file = split.rows.file(row)
-            named = f" ({file})" if file else ""
-            yield f"row {row} of split {split.name}{named}", int(split.labels[row]), split.rows.openers([row])[0]
+        yield from source.sample(plan, [shard for shard in shards if shard.split == split], count)
 
 
-def head_openers(source: StreamedSource, shards: Sequence[Shard], count: int) -> Iterator[Sample]:
-    """The first `count` rows of some shards, fetched as they are asked for."""
-    for shard in shards:
-        row = shard.start
-        for table in read_head(source, _stretch(source, shard)):
-            for cell, label in zip(table.column(0).to_pylist(), table.column(1).to_pylist(), strict=True):
-                if not count:
-                    return
-                yield name_row(shard, row), label, partial(open_cell, cell, source.allowed)
-                row, count = row + 1, count - 1
-
-
-def _stretch(source: StreamedSource, shard: Shard) -> Stretch:
-    return Stretch(source.by_name[shard.split, str(shard.file)], shard.start, shard.stop)
-
-
-class _Batches(Dataset[Batch | PipelineError]):
-    """The batches of some shards as a map-style dataset: one item is one whole batch."""
-
-    def __init__(self, reader: Reader, plan: Plan, shards: Sequence[Shard]) -> None:
-        self.reader, self.plan, self.shards = reader, plan, shards
-        # How many batches there are up to the end of each shard: a list of all would be 1 GB for a billion images.
-        self._ends = np.cumsum([-(-len(shard) // plan.batch_size) for shard in shards])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def place(self, index: int) -> tuple[Shard, slice]:
-        """The shard of a batch, and its rows within it."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        shard = self.shards[number]
-        before = int(self._ends[number - 1]) if number else 0
-        start = (index - before) * self.plan.batch_size
-        return shard, slice(start, min(start + self.plan.batch_size, len(shard)))
-
-    def __getitem__(self, index: int) -> Batch | PipelineError:
-        try:
-            batch = self.reader.read(self.plan, *self.place(index))
-            return batch if get_worker_info() is None else batch.share_memory()
-        except PipelineError as error:
-            # Raised in a worker it would arrive wrapped in a traceback; returned it stays one sentence.
-            return error
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not re.search("allocate|mmap", str(error)):
-                raise
-            return PipelineError(
-                f"A batch could not be read for want of memory ({first_line(error)}); the same command goes on from "
-                "what is committed, with a smaller runtime.workers (0 needs no shared memory) if it happens again."
-            )
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process alone decides what it means.
-
-    SIGTERM stays as it is: DataLoader itself ends workers with it.
-    """
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _name(source: Source, row: SampleRow) -> str:
+    return name_row(row.shard, row.number, source.name_of(row.cell))
 
 
 def load_batches(
@@ -304,119 +206,56 @@ def load_batches(
         reader: opens and decodes rows.
         plan: the run's plan.
         shards: those to read.
-        workers: decoding processes, or threads for a source that is streamed; 0 decodes in this one, `auto` takes the
-            cores at hand.
+        workers: decoding threads, beside one that fetches; 0 does both in this one, as batches are asked for, and
+            `auto` takes the cores at hand.
         pin: put images, labels and masks into page-locked memory, from which copies to CUDA are asynchronous.
 
     Raises:
-        PipelineError: what `Reader.read` raises, a worker process died, or too few files may be open for so many.
+        PipelineError: what `Reader.read` and the source raise.
     """
-    count = min(available_cores(), MAX_WORKERS) if workers == "auto" else int(workers)
-    if isinstance(reader.source, StreamedSource):
-        return _stream_batches(reader, reader.source, plan, shards, max(1, count), pin=pin)
-    batches = _Batches(reader, plan, shards)
-    count = min(count, len(batches))
-    if count:
-        require_open_files(count)
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        collate_fn=_same,
-        num_workers=count,
-        pin_memory=pin,
-        worker_init_fn=_ignore_interrupt,
-        timeout=SILENT_SECONDS if count else 0,
-    )
-    return _unwrap(loader)
+    threads = min(available_cores(), MAX_WORKERS) if workers == "auto" else int(workers)
+    tables = reader.source.tables(plan, shards)
+    with contextlib.closing(ahead(tables) if threads else tables) as fetched:
+        for batch in _in_order(_jobs(reader, plan, fetched), threads):
+            yield batch.pin_memory() if pin else batch
 
 
-def _unwrap(loader: DataLoader[Batch | PipelineError]) -> Generator[Batch, None, None]:
-    with naming_dead_workers():
-        try:
-            items = iter(loader)
-        except OSError as error:
-            raise PipelineError(
-                f"Decoding workers cannot be started ({error.strerror}); set a smaller runtime.workers, 0 for none."
-            ) from error
-        try:
-            for item in items:
-                if isinstance(item, PipelineError):
-                    raise item
-                yield item
-        finally:
-            # A traceback keeps this frame, and workers that the garbage collector finds are waited for 5 s each.
-            del items
+def _jobs(reader: Reader, plan: Plan, fetched: Iterable[Read]) -> Iterator[Callable[[], Batch]]:
+    """What decodes each batch."""
+    for shard, own in itertools.groupby(fetched, lambda read: read[0]):
+        left_out: list[LeftOut] = []
+        for ended, place, table in _cut(shard, _noting(own, left_out), plan.batch_size):
+            yield partial(reader.read, plan, ended, place, table, tuple(left_out))
+            left_out.clear()
 
 
-@contextlib.contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Say in one sentence that a worker died, wherever the main thread is: DataLoader raises from a signal handler.
-
-    Raises:
-        PipelineError: a worker process died, or none gives anything any more.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        # `worker (pid 7) is killed by signal`; an exception of our own says `worker process 7`.
-        if "DataLoader timed out" in str(error):
-            raise PipelineError(
-                f"The decoding workers gave nothing for {SILENT_SECONDS:g} s; they hang, or the source's disk does. "
-                "The same command goes on from what is committed, with runtime.workers=0 if it happens again."
-            ) from error
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise PipelineError(
-            f"A decoding worker died ({first_line(error)}), perhaps for want of memory; "
-            "the same command goes on from what is committed, with a smaller runtime.workers if it happens again."
-        ) from error
-
-
-def _stream_batches(
-    reader: Reader, source: StreamedSource, plan: Plan, shards: Sequence[Shard], threads: int, *, pin: bool
-) -> Generator[Batch, None, None]:
-    """The batches of shards that are streamed: some threads fetch, others decode, each with a bounded lead."""
-    stretches = [_stretch(source, shard) for shard in shards]
-    tables = read_stretches(source, stretches)
+def _in_order(jobs: Iterator[Callable[[], Batch]], threads: int) -> Iterator[Batch]:
+    """What some jobs return, in their order; a bounded number of them is done ahead."""
+    if not threads:
+        yield from (job() for job in jobs)
+        return
     decoders = ThreadPoolExecutor(threads, "decode")
     waiting: deque[Future[Batch]] = deque()
     try:
-        for number, own in itertools.groupby(tables, lambda item: item[0]):
-            left_out: list[LeftOut] = []
-            rows, exact = _noting(own, left_out), stretches[number].file.rows is not None
-            for shard, place, table in _cut(shards[number], rows, plan.batch_size, exact=exact):
-                waiting.append(decoders.submit(reader.read_table, plan, shard, place, table, tuple(left_out)))
-                left_out.clear()
-                if len(waiting) > threads:
-                    yield _arrived(waiting.popleft(), pin=pin)
+        for job in jobs:
+            waiting.append(decoders.submit(job))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
         while waiting:
-            yield _arrived(waiting.popleft(), pin=pin)
+            yield waiting.popleft().result()
     finally:
-        tables.close()
         decoders.shutdown(cancel_futures=True)
 
 
-def _noting(read: Iterable[Read], left_out: list[LeftOut]) -> Iterator[pa.Table]:
+def _noting(fetched: Iterable[Read], left_out: list[LeftOut]) -> Iterator[pa.Table]:
     """The tables alone; what was left out where they are goes into the list."""
-    for _, table, left in read:
+    for _, table, left in fetched:
         left_out += left
         yield table
 
 
-def _arrived(future: Future[Batch], *, pin: bool) -> Batch:
-    return future.result().pin_memory() if pin else future.result()
-
-
-def _cut(
-    shard: Shard, tables: Iterable[pa.Table], size: int, *, exact: bool
-) -> Iterator[tuple[Shard, slice, pa.Table]]:
-    """The rows of a shard in batches; with the last one the shard has a length, if it is of no rows at all.
-
-    `exact` says that its rows were counted before.
-
-    Raises:
-        PipelineError: its file does not hold the rows that were planned.
-    """
+def _cut(shard: Shard, tables: Iterable[pa.Table], size: int) -> Iterator[tuple[Shard, slice, pa.Table]]:
+    """The rows of a shard in batches; with the last one the shard has a length, if it is of no rows at all."""
     waiting: pa.Table | None = None
     start = 0
     for table in tables:
@@ -428,8 +267,4 @@ def _cut(
     if waiting is None:
         raise RuntimeError(f"{shard.name}: nothing was read, not even an empty table")
     stop = start + waiting.num_rows
-    if shard.rows not in (None, stop) and exact:
-        raise PipelineError(
-            f"source: {shard.file} has changed since the run was planned: it has {stop} rows where {shard.rows} were."
-        )
     yield shard.with_rows(stop), slice(start, stop), waiting

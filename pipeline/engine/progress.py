@@ -10,8 +10,6 @@ from typing import ParamSpec, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.output.folder import subset_name
-
 LOG_SECONDS = 30.0
 
 Arguments = ParamSpec("Arguments")
@@ -71,15 +69,15 @@ class Busy:
 
 
 class Progress:
-    """Counts source images, `fresh` ones of this session, and how often each epsilon is predicted right.
+    """Counts source images, `fresh` ones of this session, and how often each variant is predicted right.
 
     Without a total, as of a source whose length is not known, it says neither share nor time left.
     """
 
-    def __init__(self, total: int | None, done: int, levels: Sequence[int], log_seconds: float = LOG_SECONDS) -> None:
+    def __init__(self, total: int | None, done: int, subsets: Sequence[str], log_seconds: float = LOG_SECONDS) -> None:
         self.total, self.done, self.log_seconds = total, done, log_seconds
         self._labelled = 0
-        self._correct = dict.fromkeys(levels, 0)
+        self._correct = dict.fromkeys(subsets, 0)
         self._started = self._logged = time.monotonic()
         self.fresh = 0
         self._updated = self._started
@@ -95,15 +93,16 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def update(self, images: int, labelled: int, correct: Mapping[int, int]) -> None:
-        """Add a batch: source images finished, how many of them are labelled, and right ones per level."""
+    def update(self, images: int, labelled: int, correct: Mapping[str, int]) -> None:
+        """Add a batch: source images finished, how many of them are labelled, and right ones by the name
+        of their subset."""
         self.done += images
         self.fresh += images
         self._updated = time.monotonic()
         self._first = self._first or (self._updated, self.fresh)
         self._labelled += labelled
-        for level, count in correct.items():
-            self._correct[level] += count
+        for subset, count in correct.items():
+            self._correct[subset] += count
         if not self._bar.disable:
             self._bar.set_postfix_str(self.accuracy(), refresh=False)
             self._bar.update(images)
@@ -120,10 +119,10 @@ class Progress:
         return (self.fresh - images) / (self._updated - began)
 
     def accuracy(self) -> str:
-        """Accuracy so far for each epsilon, `clean 99% eps-8 91%`; empty where nothing is labelled."""
+        """Accuracy so far in each variant, `clean 99% eps-8 91%`; empty where nothing is labelled."""
         if not self._labelled:
             return ""
-        return " ".join(f"{subset_name(level)} {count / self._labelled:.0%}" for level, count in self._correct.items())
+        return " ".join(f"{subset} {count / self._labelled:.0%}" for subset, count in self._correct.items())
 
     def line(self) -> str:
         """One line for a log: share, rate, time left, accuracy."""

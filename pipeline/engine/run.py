@@ -22,23 +22,35 @@ import numpy as np
 import torch
 
 from pipeline import __version__
-from pipeline.attacks.base import Goal
-from pipeline.attacks.fgsm import FGSM
-from pipeline.config.schema import Config, ModelConfig, PreprocessConfig, is_address
+from pipeline.attacks.base import Attack, Goal
+from pipeline.attacks.load import LoadedAttack, load_attack
+from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
+from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
-from pipeline.engine.compute import Attacker, check_model, compile_victim, fit_batch_size, rehearse, repays
+from pipeline.core.variants import Variant
+from pipeline.engine.compute import (
+    Attacker,
+    check_attack,
+    check_model,
+    compile_victim,
+    fit_batch_size,
+    rehearse,
+    repays,
+)
 from pipeline.engine.loader import Reader, Shape, find_shape
-from pipeline.layouts.records import LAYOUTS, Layout, make_features
+from pipeline.engine.scores import contents_of
+from pipeline.layouts.base import Layout, make_features, subsets_of
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace
 from pipeline.models.load import load_model
-from pipeline.output.folder import name_edition, stored_subsets
-from pipeline.output.manifest import Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
-from pipeline.sources.mapped import Source, open_source
-from pipeline.sources.streamed import StreamedSource, check_unstreamed, open_stream
+from pipeline.output.folder import name_edition
+from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
+from pipeline.sources.base import Source
+from pipeline.sources.registry import open_source
 
 ModelSection = TypeVar("ModelSection", bound=ModelConfig)
 
@@ -72,6 +84,7 @@ class Run:
     source: Source
     plan: Plan
     reader: Reader
+    attack: Attack
     victim: Model
     goal: Goal
     features: datasets.Features
@@ -85,7 +98,7 @@ class Run:
     @property
     def attacker(self) -> Attacker:
         """The attack on chunks of rows."""
-        return make_attacker(self.config, self.victim, self.goal, self.evaluators)
+        return make_attacker(self.config, self.attack, self.victim, self.goal, self.evaluators)
 
     @property
     def spaces(self) -> dict[str, LabelSpace]:
@@ -98,9 +111,9 @@ class Run:
         return chunk_images(self.device, self.plan.batch_size, self.reader.shape)
 
     @property
-    def levels(self) -> tuple[int, ...]:
-        """Clean, 0, and every epsilon in grey levels."""
-        return (0, *self.config.attack.levels)
+    def variants(self) -> tuple[Variant, ...]:
+        """What is stored of every image, clean first."""
+        return self.config.variants
 
     @property
     def layout(self) -> Layout:
@@ -110,12 +123,12 @@ class Run:
     @property
     def stored(self) -> tuple[str, ...]:
         """The subsets that are stored, each a folder."""
-        return stored_subsets(self.config.output.layout, self.levels)
+        return subsets_of(self.layout, self.variants)
 
     @property
     def pictures(self) -> int:
         """How many pictures are stored of a source image."""
-        return len(self.stored) * len(self.layout.pictures)
+        return len(self.layout.pictures(self.variants))
 
     @property
     def run_id(self) -> str:
@@ -142,7 +155,7 @@ class Run:
             **Space.of(self.victim.space).model_dump(),
             evaluators={name: Space.of(space) for name, space in self.spaces.items()},
             shape=self.reader.shape,
-            split_rows=_split_rows(self.source),
+            split_rows=dict(self.source.splits),
             streamed=_streamed(self.source, self.config),
             asked_batch_size=self.asked_batch_size,
         )
@@ -164,21 +177,27 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     if recorded is not None:
         config = _take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
+    loaded = load_attack(config.attack)
+    if not loaded.attack.on_ray and LAYOUTS[config.output.layout].stores_sign:
+        raise ConfigError(
+            f"output.layout: {config.output.layout} stores one direction for all epsilons, and the images of "
+            f"{config.attack.kind} do not lie along one; use layout images."
+        )
     source = open_run_source(config)
     for left_out in source.left_out:
         logger.warning("Left out of the source: %s.", left_out)
     victim = load_run_model(config.model, config, device)
     preprocess = _preprocess(config.preprocess, victim.preprocess)
-    plan = plan_of(config, _split_rows(source), _streamed(source, config))
+    plan = plan_of(config, source.splits, _streamed(source, config))
     shape: Shape
-    if recorded is not None and config.source.streaming:
+    if recorded is not None and config.source.streams:
         shape = recorded.shape  # no row is read of files that may be done
     else:
         shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
     victim.join(source, shape, config.model.label_map)
     goal = Goal(config.attack.label, attack_target(config, victim.space))
     evaluators = _open_evaluators(config, source, shape, device)
-    attacker = make_attacker(config, victim, goal, evaluators)
+    attacker = make_attacker(config, loaded.attack, victim, goal, evaluators)
     reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(victim.space.dataset_classes))
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
@@ -197,25 +216,23 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
             "runtime": config.runtime.model_copy(update=decided),
         }
     )
-    targeted = config.attack.target is not None
     return Run(
         config=resolved,
         source=source,
         plan=plan,
         reader=reader,
+        attack=loaded.attack,
         victim=victim,
         goal=goal,
         features=make_features(
             LAYOUTS[config.output.layout],
-            victim.space,
-            targeted=targeted,
-            kept=source.kept,
-            evaluators={name: evaluator.space for name, evaluator in evaluators.items()},
-            streamed=config.source.streaming,
+            contents_of(resolved, victim.space, {name: other.space for name, other in evaluators.items()}, source.kept),
         ),
         device=device,
         image_format=image_format,
-        identity=_identity(resolved, source, shape, victim, evaluators, chunk_images(device, plan.batch_size, shape)),
+        identity=_identity(
+            resolved, source, shape, loaded, victim, evaluators, chunk_images(device, plan.batch_size, shape)
+        ),
         asked_batch_size=asked_batch_size,
         evaluators=evaluators,
         generation=generation if recorded is None else recorded.generation,
@@ -223,11 +240,9 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
 
 
 def open_run_source(config: Config) -> Source:
-    """The source of a run, streamed or not."""
+    """The source of a run."""
     need_labels = config.attack.label == "dataset"
-    if config.source.streaming:
-        return open_stream(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
-    return open_source(config.source, need_labels=need_labels, check_tars=check_unstreamed)
+    return open_source(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
 
 
 def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> PreprocessConfig:
@@ -237,9 +252,11 @@ def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> 
     return published.model_copy(update={"mode": asked.mode})
 
 
-def make_attacker(config: Config, victim: Model, goal: Goal, evaluators: Mapping[str, Model]) -> Attacker:
+def make_attacker(
+    config: Config, attack: Attack, victim: Model, goal: Goal, evaluators: Mapping[str, Model]
+) -> Attacker:
     """The attack that a config describes, on chunks of rows."""
-    return Attacker(FGSM(), victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, evaluators)
+    return Attacker(attack, victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, evaluators)
 
 
 def _open_evaluators(config: Config, source: Source, shape: Shape, device: torch.device) -> dict[str, Model]:
@@ -276,6 +293,8 @@ def _check_models(attacker: Attacker, reader: Reader, plan: Plan) -> None:
             logger.warning("%s%s.", name, sentence)
 
     look(attacker.victim, attacker.goal, "")
+    labels_of_victim = attacker.victim.space.model_labels(labels).to(images.device)
+    fit_batch_size(lambda size: check_attack(attacker, images[:size], labels_of_victim[:size]), size, quiet=True)
     for name, other in attacker.evaluators.items():
         with naming_evaluator(name):
             look(other, None, f"evaluators, {name}: ")
@@ -309,20 +328,12 @@ def _normalised(model: ModelSection, victim: Model) -> ModelSection:
     return model.model_copy(update={"mean": mean, "std": std})
 
 
-def _split_rows(source: Source) -> dict[str, int | None]:
-    if isinstance(source, StreamedSource):
-        return source.split_rows()
-    return {split.name: len(split.labels) for split in source.splits}
-
-
 def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, ...]]:
-    """The files of a source that is streamed as a manifest records them; none of any other."""
-    if not isinstance(source, StreamedSource):
-        return {}
-    most = config.output.images_per_shard
+    """The files that are the shards of a source, as a manifest records them; none where shards are cut otherwise."""
+    files = source.files(config.output.images_per_shard)
     return {
-        split: tuple(StreamedFile(path=file.name, cuts=file.cuts(most)) for file in files)
-        for split, files in source.files.items()
+        split: tuple(StreamedFile(path=name, cuts=None if cuts is None else tuple(cuts)) for name, cuts in own)
+        for split, own in files.items()
     }
 
 
@@ -330,11 +341,10 @@ def _check_apart(config: Config) -> None:
     """The output must not become part of the source, which the next run would then read."""
     if is_address(config.output.path):
         return
-    source, output = (
-        Path(str(config.source.path)).expanduser().resolve(),
-        Path(config.output.path).expanduser().resolve(),
-    )
-    if config.source.kind in ("huggingface", "imagefolder") and source.is_dir() and output.is_relative_to(source):
+    if config.source.folder is None:
+        return
+    source, output = config.source.folder.expanduser().resolve(), Path(config.output.path).expanduser().resolve()
+    if source.is_dir() and output.is_relative_to(source):
         raise ConfigError(f"output.path: {output} lies in the source's own folder {source}; choose another place.")
 
 
@@ -440,6 +450,7 @@ def _identity(
     config: Config,
     source: Source,
     shape: Shape,
+    attack: LoadedAttack,
     victim: Model,
     evaluators: Mapping[str, Model],
     chunk: int,
@@ -449,13 +460,15 @@ def _identity(
     return {
         **identity_of(
             config,
-            split_rows=_split_rows(source),
+            split_rows=source.splits,
             streamed=_streamed(source, config),
             shape=shape,
             dataset_classes=victim.space.dataset_classes,
             label_maps={name: model.space.to_model.tolist() for name, model in models.items()},
         ),
         "source.content": source.digest,
+        **({"attack.content": attack.digest} if attack.digest else {}),
+        **({} if attack.attack.on_ray else {ON_RAY: False}),
         "runtime.chunk": chunk,
         **{f"{name}.content": model.digest for name, model in models.items()},
     }

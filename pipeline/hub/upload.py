@@ -49,7 +49,7 @@ PAUSES = (2.0, 20.0, 120.0)
 STALL_SECONDS = 300.0
 # Made by Git's host for every repository.
 ATTRIBUTES = ".gitattributes"
-# Files of the report by their names.
+# Files of the report by their names, and those that it no longer has.
 REPORT = r"report\.html|assets/(accuracy|confidence|examples|confusion|transfer)\.png"
 
 Content = bytes  # OwnFile has a field called bytes

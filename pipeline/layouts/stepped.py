@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.images import open_stored
-from pipeline.core.lattice import picture_to_sign_array, sign_between, step_array
+from pipeline.core.lattice import step_array, stored_sign
 
 # A view's image, in Arrow: without a direction the picture is the image. No field is called `bytes`, or a cast to
 # datasets.Image would silently take the picture for the image.
@@ -48,7 +48,7 @@ class SteppedImage:
             return datasets.Image().decode_example({"bytes": value["picture"], "path": None}).copy()
         try:
             picture, direction = _decode(value["picture"]), _decode(value["direction"])
-            sign = sign_between(picture, direction) if self.attacked else picture_to_sign_array(direction)
+            sign = stored_sign(picture, direction, is_map=not self.attacked)
         except ValueError as error:
             raise PipelineError(f"A row cannot be read: {error}; fgsm verify names the damaged file.") from None
         return Image.fromarray(step_array(picture, sign, value["level"]))

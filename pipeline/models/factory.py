@@ -1,15 +1,45 @@
 """Models that a callable of the user's own makes."""
 
-from pipeline.config.schema import ModelConfig
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from pipeline.config.schema import NamedModelConfig
+from pipeline.config.section import anchored
 from pipeline.core.errors import ConfigError
-from pipeline.core.own_code import import_own, own_files
+from pipeline.core.own_code import import_own, names_file, own_files
 from pipeline.models.loaded import Loaded, build, published_weights
 
 
-def load(config: ModelConfig) -> Loaded:
+class FactoryConfig(NamedModelConfig):
+    """A callable of the user's own; `name` is `package.module:callable` or `path/to/file.py:callable`."""
+
+    kind: Literal["factory"]
+
+    @classmethod
+    def anchor(cls, values: dict[str, Any], folder: Path) -> None:
+        super().anchor(values, folder)
+        if isinstance(name := values.get("name"), str) and names_file(name):
+            values["name"] = anchored(name, folder)
+
+    @property
+    def own_code(self) -> str | None:
+        return self.name
+
+    @model_validator(mode="after")
+    def _check_name(self) -> "FactoryConfig":
+        if ":" not in self.name:
+            raise ValueError(
+                f"name {self.name!r} is not of the form package.module:callable or path/to/file.py:callable"
+            )
+        return self
+
+
+def load(config: FactoryConfig) -> Loaded:
     if published_weights(config):
         raise ConfigError(
             f"model.weights: {config.weights} is no checkpoint; kind factory takes a .safetensors, .pt or .pth file."
         )
-    factory = import_own(str(config.name), "model.name")
-    return Loaded(build(lambda: factory(**config.kwargs), config), code=own_files(str(config.name), factory))
+    factory = import_own(config.name, "model.name")
+    return Loaded(build(lambda: factory(**config.kwargs), config), code=own_files(config.name, factory))

@@ -14,24 +14,15 @@ from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, listing
 
 
-class LabelledSplit(Protocol):
-    """A split's name, and the label of each row: (N,) int64, -1 for unlabelled."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def labels(self) -> NDArray[np.int64]: ...
-
-
 class Labelled(Protocol):
-    """What of a source decides how classes meet: their names, and the labels of splits whose rows are known."""
+    """What of a source decides how classes meet: their names, and of splits whose rows are known the label of each,
+    (N,) int64, -1 for unlabelled."""
 
     @property
     def classes(self) -> tuple[str, ...] | None: ...
 
     @property
-    def splits(self) -> Sequence[LabelledSplit]: ...
+    def labels(self) -> Mapping[str, NDArray[np.int64]]: ...
 
 
 @dataclass(frozen=True)
@@ -122,12 +113,12 @@ def recorded_indices(to_model: NDArray[np.int64], count: int) -> NDArray[np.int6
 
 def _numbered(source: Labelled) -> tuple[str, ...]:
     """Names for classes that have none, as many as the labels need."""
-    if not source.splits:
+    if not source.labels:
         raise ConfigError(
             "source.classes: name the classes that model.label_map maps, as a streamed source is not read ahead to "
             "find them."
         )
-    return tuple(map(str, range(1 + max(int(split.labels.max()) for split in source.splits))))
+    return tuple(map(str, range(1 + max(int(labels.max()) for labels in source.labels.values()))))
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
@@ -196,11 +187,11 @@ def _plain(name: str) -> str:
 
 
 def _check_range(source: Labelled, count: int) -> None:
-    for split in source.splits:
-        highest = int(split.labels.max())
+    for split, labels in source.labels.items():
+        highest = int(labels.max())
         if highest >= count and highest != UNLABELLED:
             raise ConfigError(
-                f"source: split {split.name} has label {highest}, outside the {count} classes (0 to {count - 1}); "
+                f"source: split {split} has label {highest}, outside the {count} classes (0 to {count - 1}); "
                 "a model with more classes is needed, or model.label_map."
             )
 

@@ -2,28 +2,19 @@
 
 import contextlib
 import hashlib
-import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pipeline.config.kinds import MODELS, imported
 from pipeline.config.schema import ModelConfig, check_normalisation, is_checkpoint
 from pipeline.core.errors import ConfigError
 from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
 from pipeline.models.loaded import Loaded
-
-# What loads a model of each kind; imported when a config names it.
-KINDS = {
-    "torchvision": "pipeline.models.torchvision:load",
-    "timm": "pipeline.models.timm:load",
-    "transformers": "pipeline.models.transformers:load",
-    "factory": "pipeline.models.factory:load",
-    "digits": "pipeline.models.digits:load",
-}
 
 
 def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bool = False) -> Model:
@@ -40,10 +31,10 @@ def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bo
     """
     with torch.random.fork_rng(devices=[]), _weights_only(config):
         torch.manual_seed(seed)
-        loaded = _loader(config.kind)(config)
+        loaded: Loaded = imported(MODELS[config.kind].make)(config)
     if not isinstance(loaded.module, nn.Module):
         kind = type(loaded.module).__name__
-        raise ConfigError(f"model.name: {config.name} returned {kind}, not a torch.nn.Module.")
+        raise ConfigError(f"model.name: {config.call[0]} returned {kind}, not a torch.nn.Module.")
     if config.weights is not None and is_checkpoint(config.weights):
         load_checkpoint(loaded.module, Path(config.weights).expanduser())
     mean, std = config.mean or loaded.mean or (0.0,), config.std or loaded.std or (1.0,)
@@ -62,17 +53,11 @@ def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bo
     ).to(device)
 
 
-def _loader(kind: str) -> Callable[[ModelConfig], Loaded]:
-    module, _, name = KINDS[kind].partition(":")
-    loader: Callable[[ModelConfig], Loaded] = getattr(importlib.import_module(module), name)
-    return loader
-
-
 @contextlib.contextmanager
 def _weights_only(config: ModelConfig) -> Iterator[None]:
     """Whatever a library loads by itself is weights and nothing else: some ask PyTorch for a whole pickle still."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    if config.kind == "factory" or name in os.environ:  # a factory is the user's own code
+    if config.own_code or name in os.environ:
         yield
         return
     os.environ[name] = "1"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import ModelConfig, PreprocessConfig, is_checkpoint
+from pipeline.config.schema import ModelConfig, NamedModelConfig, PreprocessConfig, is_checkpoint
 from pipeline.core.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def import_extra(name: str) -> Any:
         ) from None
 
 
-def build(make: Callable[[], nn.Module], config: ModelConfig) -> nn.Module:
+def build(make: Callable[[], nn.Module], config: NamedModelConfig) -> nn.Module:
     """Call what makes a module.
 
     Raises:

@@ -1,14 +1,21 @@
 """Models of timm, by name; published weights bring their preprocessing."""
 
 import math
+from typing import Literal
 
-from pipeline.config.schema import ModelConfig, PreprocessConfig
+from pipeline.config.schema import NamedModelConfig, PreprocessConfig
 from pipeline.models.loaded import Loaded, build, import_extra, published_weights
 
 
-def load(config: ModelConfig) -> Loaded:
+class TimmConfig(NamedModelConfig):
+    """A model of timm; `weights` is a pretrained tag, or a checkpoint."""
+
+    kind: Literal["timm"]
+
+
+def load(config: TimmConfig) -> Loaded:
     timm = import_extra("timm")
-    name, wanted = str(config.name), published_weights(config)
+    name, wanted = config.name, published_weights(config)
     if wanted is None:
         return Loaded(build(lambda: timm.create_model(name, pretrained=False, **config.kwargs), config))
     # `weights` is a pretrained tag (a1_in1k), or a whole id that carries one.

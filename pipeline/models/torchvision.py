@@ -1,16 +1,23 @@
 """Models of torchvision, by name; published weights bring their classes and their preprocessing."""
 
 from collections.abc import Sequence
+from typing import Literal
 
-from pipeline.config.schema import ModelConfig, PreprocessConfig
+from pipeline.config.schema import NamedModelConfig, PreprocessConfig
 from pipeline.core.errors import ConfigError, first_line
 from pipeline.models.loaded import Loaded, build, published_weights
 
 
-def load(config: ModelConfig) -> Loaded:
+class TorchvisionConfig(NamedModelConfig):
+    """A model of torchvision; `weights` is the name of published ones, such as IMAGENET1K_V2, or a checkpoint."""
+
+    kind: Literal["torchvision"]
+
+
+def load(config: TorchvisionConfig) -> Loaded:
     from torchvision import models
 
-    name, wanted = str(config.name), published_weights(config)
+    name, wanted = config.name, published_weights(config)
     if wanted is None:
         return Loaded(build(lambda: models.get_model(name, weights=None, **config.kwargs), config))
     try:

@@ -1,9 +1,13 @@
 """Image classifiers of transformers, from the Hub or a folder; published weights bring classes and preprocessing."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from pipeline.config.schema import Interpolation, ModelConfig, PreprocessConfig
+from pydantic import model_validator
+
+from pipeline.config.schema import Interpolation, NamedModelConfig, PreprocessConfig
+from pipeline.config.section import anchored, is_there
 from pipeline.core.errors import ConfigError
 from pipeline.models.loaded import Loaded, build, import_extra, published_weights
 
@@ -12,13 +16,38 @@ if TYPE_CHECKING:
 
 # Without it transformers asks on a terminal whether to run the code of a repository.
 NO_CODE = {"trust_remote_code": False}
+# What makes it run code that the config does not name. (Weights are weights, whatever it says.)
+REFUSED_KWARGS = ("trust_remote_code", "code_revision", "use_kernels", "kernel_config", "weights_only")
 
 
-def load(config: ModelConfig) -> Loaded:
+class TransformersConfig(NamedModelConfig):
+    """An image classifier of transformers; `name` is an id of the Hub or a folder, and so is `weights`."""
+
+    kind: Literal["transformers"]
+
+    @classmethod
+    def anchor(cls, values: dict[str, Any], folder: Path) -> None:
+        super().anchor(values, folder)
+        if isinstance(name := values.get("name"), str) and is_there(folder / name):
+            values["name"] = anchored(name, folder)
+
+    @model_validator(mode="after")
+    def _check_kwargs(self) -> "TransformersConfig":
+        for key in REFUSED_KWARGS:
+            if key in self.kwargs:
+                raise ValueError(
+                    f"kwargs.{key} could run code that the config does not name; code of your own has kind factory"
+                )
+        if "/" in str(self.kwargs.get("attn_implementation")):
+            raise ValueError("kwargs.attn_implementation names code on the Hub; choose eager or sdpa")
+        return self
+
+
+def load(config: TransformersConfig) -> Loaded:
     import torch
 
     transformers = import_extra("transformers")
-    auto, name, wanted = transformers.AutoModelForImageClassification, str(config.name), published_weights(config)
+    auto, name, wanted = transformers.AutoModelForImageClassification, config.name, published_weights(config)
 
     def untrained() -> "nn.Module":
         made: nn.Module = auto.from_config(

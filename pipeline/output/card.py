@@ -21,10 +21,12 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
-from pipeline.config.schema import is_address, is_checkpoint
+from pipeline.config.schema import is_checkpoint
+from pipeline.core.addresses import is_address
 from pipeline.core.errors import PipelineError
 from pipeline.core.own_code import names_file
-from pipeline.output.folder import SIGNS, OutputFolder, Receipt, committed
+from pipeline.layouts.base import ATTACKS, COLUMNS
+from pipeline.output.folder import OutputFolder, Receipt, committed
 from pipeline.output.manifest import Manifest, summarise
 from pipeline.sources.origins import front_matter
 
@@ -41,22 +43,9 @@ HUB_LICENSES = (
     *("mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "unlicense", "unknown", "other"),
 )
 MEANINGS = {
-    "image": "lossless",
-    "sign": "0, 127 and 254 for the signs -1, 0 and +1, lossless",
-    "label": "null where the source has none",
-    "epsilon": "k/255; 0 is clean",
-    "prediction": "the victim's, of these pixels",
-    "confidence": "probability of the prediction",
-    "label_confidence": "probability of the label",
-    "correct": "whether the prediction is the label",
-    "clean_prediction": "the victim's, of the clean image",
-    "clean_confidence": "probability of that prediction",
-    "clean_label_confidence": "probability of the label, of the clean image",
-    "clean_correct": "whether the clean prediction is the label",
-    "attacks": "for each recorded epsilon, rising: what the victim says of the image at it",
-    "target": "the class that the attack aimed at; null on clean images",
-    "source_file": "the file of the source that the row is in",
-    "source_index": "row in the source's split",
+    **{column.name: column.meaning for column in COLUMNS},
+    **{column.clean_name: column.clean_meaning for column in COLUMNS if column.clean_name and column.clean_meaning},
+    ATTACKS: "for each recorded epsilon, rising: what made the image at it, and what the victim says of it",
 }
 
 
@@ -129,18 +118,12 @@ def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     Args:
         manifest: of the run, with the digest of the receipts there are.
     """
-    stored = manifest.stored
+    layout, stored, variants = manifest.layout, manifest.stored, manifest.variants
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
-    configs = [_config(subset, manifest, [subset], f"{_about(subset)}; {stamp}") for subset in stored]
+    configs = [_config(subset, manifest, [subset], f"{layout.summary(subset, variants)}; {stamp}") for subset in stored]
     if len(stored) > 1:
         configs.insert(0, _config("all", manifest, stored, f"Clean and every epsilon; {stamp}"))
     return [{**configs[0], "default": True}, *configs[1:]]
-
-
-def _about(subset: str) -> str:
-    if subset.startswith("eps-"):
-        return f"FGSM at epsilon {subset.removeprefix('eps-')}/255"
-    return {"clean": "Clean images", SIGNS: "Clean images, and the sign that leads to every epsilon"}[subset]
 
 
 def _config(name: str, manifest: Manifest, folders: Sequence[str], description: str) -> dict[str, Any]:
@@ -169,7 +152,7 @@ def _front(manifest: Manifest) -> dict[str, Any]:
         front["license"] = stated if stated in HUB_LICENSES else "other"
     if origin.repository:
         front["source_datasets"] = [origin.repository]
-    # Rows of the default config: an image's clean and attacked ones, or in layout signs one.
+    # Rows of the default config, which holds all subsets.
     size = size_category(manifest.rows * len(manifest.stored))
     hub = {"task_categories": ["image-classification"], "size_categories": [size], "tags": list(TAGS)}
     configs = make_configs(manifest)
@@ -188,7 +171,7 @@ def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
 
 def _title(manifest: Manifest) -> str:
     name = " ".join((manifest.origin.name or "").split())
-    return f"{name} under FGSM" if name else "Images under FGSM"
+    return f"{name or 'Images'} under {manifest.resolved.attack.title}"
 
 
 def size_category(rows: int) -> str:
@@ -246,7 +229,7 @@ def _floats(values: Sequence[float]) -> str:
 
 def _model(model: Mapping[str, Any]) -> Markup:
     """A model in words, without the folders of the machine that ran it."""
-    name, weights = model["name"], model["weights"]
+    name, weights = model.get("name"), model["weights"]
     if name and names_file(name):
         path, _, function = name.rpartition(":")
         name = f"{Path(path).name}:{function}"
@@ -313,7 +296,7 @@ def moved_card(text: str, manifest: Manifest, place: str) -> str:
 
 def _values(manifest: Manifest, place: str) -> dict[str, Any]:
     config, levels, subsets = manifest.resolved, manifest.levels, manifest.subsets
-    features, attacks = manifest.features, manifest.features.get("attacks")
+    features, attacks = manifest.features, manifest.features.get(ATTACKS)
     judges = [
         judge for judge in manifest.config.get("evaluators") or () if subsets and judge["id"] in subsets[0].evaluators
     ]
@@ -325,11 +308,11 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "planned": manifest.planned,
         "epsilons": [f"{level}/255" for level in levels[1:]],
         "requested": [_requested(level, epsilon) for level, epsilon in config.attack.requested.items()],
-        "levels": levels,
+        "variants": manifest.variants,
         "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
         "stored": manifest.stored,
         "edition": manifest.edition,
-        "signs": SIGNS in manifest.stored,
+        "layout": manifest.layout,
         "place": place,
         "here": place == HERE,
         "address": is_address(place),
@@ -338,10 +321,11 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
         "victim": manifest.config["model"],
+        "on_ray": manifest.on_ray,
         "judges": judges,
         "classes": manifest.dataset_classes,
-        "columns": list(_describe(features, ids, config.attack.target is not None)),
-        "fields": list(_describe(attacks["feature"], ids, config.attack.target is not None)) if attacks else [],
+        "columns": list(_describe(manifest, features, ids)),
+        "fields": list(_describe(manifest, attacks["feature"], ids)) if attacks else [],
     }
 
 
@@ -350,11 +334,14 @@ def _requested(level: int, epsilon: str | float) -> str:
     return f"{level} ({level}/255 = {level / 255:.4f}{'' if exact else f', asked for as {epsilon}'})"
 
 
-def _describe(features: Mapping[str, Any], judges: Sequence[str], targeted: bool) -> Iterator[dict[str, str]]:
+def _describe(manifest: Manifest, features: Mapping[str, Any], judges: Sequence[str]) -> Iterator[dict[str, str]]:
     """Name, type and meaning of columns, as a manifest records them."""
-    fooled = "whether the prediction is the target" if targeted else "whether it was right when clean and is wrong now"
-    meanings = {**MEANINGS, "fooled": f"{fooled}; null on clean images"}
-    if "source_file" in features:
+    layout = manifest.layout
+    pictures = {picture.column: layout.describe(picture) for picture in layout.pictures(manifest.variants)}
+    meanings = {**MEANINGS, **pictures}
+    if manifest.resolved.attack.target is not None:
+        meanings["fooled"] = "whether the prediction is the target; null on clean images"
+    if manifest.streamed:
         meanings["source_index"] = "row in that file"
     for judge in judges:
         for column in ("prediction", "correct", "clean_prediction", "clean_correct"):

@@ -2,9 +2,8 @@
 
 OUTPUT/manifest.json                                what the dataset is
 OUTPUT/README.md                                    the card, which makes the subsets
-OUTPUT/clean/test-00000-of-00004-RUN.parquet
+OUTPUT/clean/test-00000-of-00004-RUN.parquet        in layout images; others have other subsets
 OUTPUT/eps-8/test-00000-of-00004-RUN.parquet
-OUTPUT/signs/test-00000-of-00004-RUN.parquet        in layout signs, instead of the two above
 OUTPUT/report.html, OUTPUT/assets/*.png             what it looks like
 OUTPUT/.run/receipts/test-00000-of-00004-RUN.json   a shard without a receipt does not exist
 OUTPUT/.run/sessions.jsonl                          how fast each session that wrote something was
@@ -29,18 +28,21 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
-from pipeline.config.schema import is_address
+from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, listing
 from pipeline.core.left_out import LeftOut
 from pipeline.core.plan import Shard
+from pipeline.core.variants import ID, SUBSET, Variant
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.store import open_store
 
 # What names of splits and files are made of: receipts and manifests are data, which others may have written, and a name
 # out of them is never a way out of the folder.
 STEM = r"^\w[\w.-]*$"
-SUBSETS = r"(?:clean|signs|eps-[0-9]{1,3})"
+SUBSETS = f"(?:{'|'.join(layout.subsets for layout in LAYOUTS.values())})"
 SHARD_FILE = rf"^{SUBSETS}/\w[\w.-]*\.parquet$"
 RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
+Id = Annotated[str, Field(pattern=f"^{ID}$")]
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Total = Annotated[float, Field(ge=0, lt=2**63)]
@@ -49,24 +51,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Flags = NDArray[np.bool_]
 
 logger = logging.getLogger(__name__)
-
-# The one subset of layout signs.
-SIGNS = "signs"
-
-
-def subset_name(level: int) -> str:
-    """The subset that holds one epsilon in grey levels, 0 for clean, in layout images."""
-    return f"eps-{level}" if level else "clean"
-
-
-def stored_subsets(layout: str, levels: Iterable[int]) -> tuple[str, ...]:
-    """The subsets that a layout stores: each is a folder, and a config of the Hub's.
-
-    Args:
-        layout: `images`, a subset for each epsilon, or `signs`, one for all of them.
-        levels: 0 and every epsilon in grey levels.
-    """
-    return (SIGNS,) if layout == SIGNS else tuple(map(subset_name, levels))
 
 
 def local_folder(path_or_repo: str | Path) -> Path | None:
@@ -190,7 +174,7 @@ class FileEntry(Record):
 
 
 class EvaluatorCounts(Record):
-    """What an evaluator says of images at one epsilon: how far the victim's mistakes are its own.
+    """What an evaluator says of the images of a variant: how far the victim's mistakes are its own.
 
     Of labelled images, `correct` are predicted right, and `fooled` right when clean and wrong now. Of those that
     fool the victim, `exposed` are ones that the evaluator gets right when clean, and `transferred` ones that fool
@@ -210,7 +194,7 @@ class EvaluatorCounts(Record):
 
 
 def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
-    """Count what an evaluator says of M labelled images at one epsilon.
+    """Count what an evaluator says of M labelled images of a variant.
 
     Args:
         clean: (M,) bool, whether it is right about the clean image.
@@ -226,20 +210,28 @@ def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
     )
 
 
-class LevelCounts(Record):
-    """What a shard's images at one epsilon add up to; `level` 0 is clean.
+class VariantCounts(Record):
+    """What a shard's images of one variant add up to; the first four say which, as in `Variant`.
 
     `labelled` of them have a label, and `correct` of those are predicted right; `fooled` counts true values;
     `confidence_sum` over `rows` is the mean confidence; `evaluators` by their ids.
     """
 
-    level: Whole
+    attack: Id | None
+    model: Id | None
+    level: Annotated[int, Field(ge=0, le=255)]
+    subset: str = Field(pattern=f"^{SUBSET}$")
     rows: Whole
     labelled: Whole
     correct: Whole
     fooled: Whole
     confidence_sum: Total
     evaluators: dict[str, EvaluatorCounts] = {}
+
+    @property
+    def variant(self) -> Variant:
+        """Of which these are the counts."""
+        return Variant(self.level, self.attack, self.model, self.subset)
 
     @model_validator(mode="after")
     def _check_sound(self) -> Self:
@@ -253,11 +245,11 @@ class LevelCounts(Record):
         return self
 
 
-def add_up(level: int, counts: Sequence[LevelCounts], evaluators: Iterable[str]) -> LevelCounts:
-    """The sum of counts at one epsilon, of the evaluators that are named."""
+def add_up(variant: Variant, counts: Sequence[VariantCounts], evaluators: Iterable[str]) -> VariantCounts:
+    """The sum of counts of one variant, of the evaluators that are named."""
     # Not checked: of numbers that others wrote the sum may be more than any of them may.
-    return LevelCounts.model_construct(
-        level=level,
+    return VariantCounts.model_construct(
+        **vars(variant),
         rows=sum(count.rows for count in counts),
         labelled=sum(count.labelled for count in counts),
         correct=sum(count.correct for count in counts),
@@ -290,7 +282,7 @@ class Receipt(SealedRecord):
     rows: Whole
     skipped: tuple[SkippedRow, ...]
     zero_sign_share: Share
-    counts: tuple[LevelCounts, ...]
+    counts: tuple[VariantCounts, ...]
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
     left_out: tuple[LeftOut, ...] = ()

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,24 +21,29 @@ from pydantic import (
 )
 from pydantic_core import from_json, to_json
 
-from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig, parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.left_out import LeftOut, sum_left_out
+from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, make_plan, stream_plan
 from pipeline.core.redaction import printable
+from pipeline.core.variants import Variant
+from pipeline.layouts.base import Layout, subsets_of
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.folder import (
     EDITION,
     RUN_ID,
     STEM,
     AlteredError,
     FileEntry,
-    LevelCounts,
     OutputFolder,
     Receipt,
     Record,
     SealedRecord,
     Share,
+    VariantCounts,
     Whole,
     add_up,
     committed,
@@ -46,21 +51,21 @@ from pipeline.output.folder import (
     name_edition,
     receipts_digest,
     shard_file,
-    stored_subsets,
-    subset_name,
     uncollected,
 )
-from pipeline.sources.origins import UNKNOWN, Origin
 
 if TYPE_CHECKING:
     from pipeline.models.label_space import LabelSpace
 
 # Raised when the stored form changes: it is part of the identity of every run.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # The share of values with gradient 0 above which there is a warning.
 MANY_ZERO = 0.5
 # Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
+
+# The key of an identity that is there, and false, where the attack's images do not lie along one direction.
+ON_RAY = "attack.on_ray"
 
 # Characters of a part of a manifest that a message names.
 MOST_NAMED = 200
@@ -86,8 +91,8 @@ class Space(Record):
         )
 
 
-class Subset(LevelCounts):
-    """What the images of one split at one epsilon add up to; `bytes` is None where other epsilons share their files."""
+class Subset(VariantCounts):
+    """What the images of one variant in one split add up to; `bytes` is None where other variants share their files."""
 
     split: str
     bytes: Whole | None
@@ -205,13 +210,14 @@ class Manifest(SealedRecord):
         """As `summarise` makes them, or none: a dataset without receipts is shown by what they say."""
         if not self.subsets:
             return self
-        if [(there.split, there.level) for there in self.subsets] != [*itertools.product(self.split_rows, self.levels)]:
-            raise ValueError("subsets lists others than its splits and epsilons make")
-        stored = self.stored
+        expected = itertools.product(self.split_rows, self.variants)
+        if [(there.split, there.variant) for there in self.subsets] != [*expected]:
+            raise ValueError("subsets lists others than its splits and variants make")
+        shared = self.layout.per_image
         for there in self.subsets:
             if [*there.evaluators] != [*self.evaluators]:
                 raise ValueError("subsets counts other evaluators than there are")
-            if (there.bytes is None) == (subset_name(there.level) in stored):
+            if (there.bytes is None) != shared:
                 raise ValueError("subsets has bytes that are not those of its layout")
         return self
 
@@ -226,14 +232,42 @@ class Manifest(SealedRecord):
         return name_edition(self.run_id, self.generation)
 
     @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What is stored of every image, clean first."""
+        return self.resolved.variants
+
+    @property
     def levels(self) -> tuple[int, ...]:
-        """Clean, 0, and every epsilon in grey levels."""
-        return (0, *self.resolved.attack.levels)
+        """Clean, 0, and every epsilon of any attack in grey levels, rising."""
+        return tuple(sorted({variant.level for variant in self.variants}))
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether images at all epsilons lie along one direction, so that those of others can be made from them."""
+        return bool(self.identity.get(ON_RAY, True))
+
+    def check_recorded(self, levels: Iterable[int]) -> None:
+        """Refuse epsilons whose images are not stored and cannot be made.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        missing = [] if self.on_ray else [level for level in levels if level not in self.levels]
+        if missing:
+            raise ConfigError(
+                f"epsilons: {missing[0]}/255 is not recorded, and the images of this dataset's attack do not lie along "
+                f"one direction from which others follow; recorded: {', '.join(f'{k}/255' for k in self.levels[1:])}."
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """How its rows are stored."""
+        return LAYOUTS[self.resolved.output.layout]
 
     @property
     def stored(self) -> tuple[str, ...]:
         """The subsets that are stored, each a folder."""
-        return stored_subsets(self.resolved.output.layout, self.levels)
+        return subsets_of(self.layout, self.variants)
 
     @property
     def spaces(self) -> dict[str, "LabelSpace"]:
@@ -292,17 +326,19 @@ def published(manifest: Manifest) -> Manifest:
     config = without_folders(manifest.config)
     config["output"]["path"] = PurePath(config["output"]["path"]).name or "."
     # These are names, and the identity has them too: a class may well be called /m/01yrx.
-    config["source"] |= {key: manifest.config["source"][key] for key in ("classes", "keep_columns")}
+    source = manifest.config["source"]
+    config["source"] |= {key: source[key] for key in ("classes", "keep_columns") if key in source}
     return manifest.model_copy(update={"config": config}).sealed()
 
 
 def _model_identity(model: ModelConfig) -> dict[str, Any]:
-    name = str(model.name)
+    called, kwargs = model.call
+    name = str(called)
     return {
         "kind": model.kind,
         # A local folder of transformers is told by its content, as a factory's file is.
         "name": name.rpartition(":")[2] if names_file(name) else PurePath(name).name if name[:1] == "/" else name,
-        "kwargs": without_folders(model.kwargs),
+        "kwargs": without_folders(kwargs),
         "mean": model.mean,
         "std": model.std,
     }
@@ -328,7 +364,8 @@ def identity_of(
     attack, models = config.attack, {f"evaluators.{other.id}": other for other in config.evaluators}
     sections: dict[str, dict[str, Any]] = {
         "source": {
-            **config.source.model_dump(include={"shuffle", "limit", "keep_columns"}),
+            **config.source.model_dump(include={"shuffle", "limit"}),
+            "keep_columns": config.source.kept,
             "rows": split_rows,
             "classes": dataset_classes,
             # A source that is streamed has a shard for each stretch of its files.
@@ -339,6 +376,7 @@ def identity_of(
             "epsilons": [f"{level}/255" for level in attack.levels],
             "label": attack.label,
             "target": attack.target,
+            **without_folders(attack.identity),
         },
         "output": config.output.model_dump(exclude={"path"}),
         "runtime": config.runtime.model_dump(
@@ -378,8 +416,8 @@ def contradictions(manifest: Manifest) -> list[str]:
     source = config.source
     stated = {
         "source.split": source.split in (None, tuple(manifest.split_rows)),
-        "source.streaming": source.streaming == bool(manifest.streamed),
-        "source.classes": source.classes in (None, manifest.dataset_classes),
+        "source.streaming": source.streams == bool(manifest.streamed),
+        "source.classes": source.class_names in (None, manifest.dataset_classes),
         "runtime.batch_size": config.runtime.batch_size <= manifest.asked_batch_size,
     }
     return wrong + [key for key, sound in stated.items() if not sound]
@@ -548,19 +586,18 @@ def _versions(manifest: Manifest, receipts: Sequence[Receipt]) -> dict[str, str]
 
 
 def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, ...]:
-    # Once over all receipts, not once for each epsilon.
-    counts: defaultdict[tuple[str, int], list[LevelCounts]] = defaultdict(list)
+    # Once over all receipts, not once for each variant.
+    counts: defaultdict[tuple[str, str], list[VariantCounts]] = defaultdict(list)
     sizes: Counter[tuple[str, str]] = Counter()
     for receipt in receipts:
         for count in receipt.counts:
-            counts[receipt.split, count.level].append(count)
+            counts[receipt.split, count.subset].append(count)
         for file in receipt.files:
             sizes[receipt.split, file.path.partition("/")[0]] += file.bytes
-    subsets = []
-    stored = manifest.stored
-    for split, level in itertools.product(manifest.split_rows, manifest.levels):
-        total = add_up(level, counts[split, level], manifest.evaluators)
-        size = sizes[split, subset_name(level)] if subset_name(level) in stored else None
+    subsets, layout = [], manifest.layout
+    for split, variant in itertools.product(manifest.split_rows, manifest.variants):
+        total = add_up(variant, counts[split, variant.subset], manifest.evaluators)
+        size = None if layout.per_image else sizes[split, layout.subset(variant)]
         # Not checked, as the sum is not.
         subsets.append(Subset.model_construct(split=split, bytes=size, **dict(total)))
     return tuple(subsets)

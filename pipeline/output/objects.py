@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.config.schema import check_address
+from pipeline.core.addresses import check_address
 from pipeline.core.errors import ConfigError, PipelineError, causes, first_line, write_failure
 from pipeline.core.redaction import redact_answer
 from pipeline.output.local import temporary_folder

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from pipeline.config.schema import is_address
+from pipeline.core.addresses import is_address
 
 
 class Store(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core.redaction import printable
-from pipeline.output.folder import OutputFolder, split_of, subset_name
+from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest, Subset, current_manifest
 
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
@@ -21,7 +21,7 @@ def inspect(path: str | Path) -> str:
 
 
 def summary_table(manifest: Manifest) -> str:
-    """Per split and epsilon: rows, accuracy, mean confidence, fooled rows and bytes.
+    """Per split and variant: rows, accuracy, mean confidence, fooled rows and bytes.
 
     Accuracy is over labelled rows; `fooled` counts rows predicted right when clean and wrong now, or, in a
     targeted run, predicted as the target. Evaluators have a table of their own: `transferred` counts what fools the
@@ -52,7 +52,7 @@ def _evaluator_cells(subset: Subset, name: str) -> tuple[str, ...]:
     share = f" ({counts.transferred / counts.exposed:.1%})" if counts.exposed else ""
     return (
         subset.split,
-        subset_name(subset.level),
+        subset.subset,
         name,
         f"{counts.correct / subset.labelled:.2%}" if subset.labelled else "-",
         f"{counts.fooled:,}" if subset.level else "-",
@@ -63,7 +63,7 @@ def _evaluator_cells(subset: Subset, name: str) -> tuple[str, ...]:
 def _cells(subset: Subset) -> tuple[str, ...]:
     return (
         subset.split,
-        subset_name(subset.level),
+        subset.subset,
         f"{subset.level}/255" if subset.level else "0",
         f"{subset.rows:,}",
         f"{subset.correct / subset.labelled:.2%}" if subset.labelled else "-",

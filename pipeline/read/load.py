@@ -1,13 +1,13 @@
-"""Read a dataset back: the same rows from either layout, at any epsilon, with nothing of the attack in memory.
+"""Read a dataset back: the same rows from any layout, at any epsilon, with nothing of the attack in memory.
 
-Rows of layout images are read as they are. Those of layout signs, and those at an epsilon that was not
-recorded, are views: their `image` cell holds a stored picture, the picture that says in which direction its
-values move, and how far. Reading the cell makes the image, so that columns can be selected, rows shuffled
-and formats set as with stored images, and nothing is copied.
+Rows that are stored as they are asked for are read as they are. Others are views. Where an image is made on reading,
+the `image` cell of a view holds a stored picture, the picture that says in which direction its values move, and how
+far. Reading the cell makes the image, so that columns can be selected, rows shuffled and formats set as with stored
+images, and nothing is copied.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,15 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.schema import is_address, reading_levels
-from pipeline.core.errors import ConfigError, first_line
+from pipeline.core.addresses import is_address
+from pipeline.core.epsilon import reading_levels
+from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.redaction import redact_answer
-from pipeline.layouts.columns import (
-    ANSWER,
-    ATTACKS,
-    FILE,
-    IMAGE,
-    LAST,
-    SIGN,
-    evaluator_columns,
-    evaluator_ids,
-    image_columns,
-    kept_columns,
-    one_level,
-)
+from pipeline.core.variants import Variant, at_levels
+from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, columns_of, kept_columns
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
-from pipeline.output.folder import SIGNS, OutputFolder, local_folder, shard_file, subset_name
+from pipeline.output.folder import OutputFolder, local_folder, shard_file
 from pipeline.output.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
 from pipeline.output.objects import storage_options
 
@@ -40,7 +31,7 @@ from pipeline.output.objects import storage_options
 STREAMED_ROWS = 64
 
 
-# One epsilon, or a piece of one: stored rows, side by side where there are several of them, and what makes those of
+# One variant, or a piece of one: stored rows, side by side where there are several of them, and what makes those of
 # the result from as many tables.
 Part = tuple[Sequence[Any], Callable[..., pa.Table]]
 
@@ -53,7 +44,7 @@ def load(
     *,
     allow_incomplete: bool = False,
 ) -> Any:
-    """Load a dataset of either layout: a row per image and epsilon, with the columns of layout images.
+    """Load a dataset of any layout: a row per image and variant, with the columns of layout images.
 
     Args:
         path_or_repo: an output folder, its address in an object store, or a Hub id.
@@ -77,58 +68,60 @@ def load(
         place = str(path_or_repo)
         folder = OutputFolder(place)
         stored = require_manifest(folder)
+        stored.check_recorded(asked or ())
         if not allow_incomplete:
             warn_if_incomplete(folder, stored)
-        recorded = None if SIGNS in stored.stored else list(stored.levels)
     else:
         local = local_folder(path_or_repo)
         place = str(local or path_or_repo)
-        if local and not allow_incomplete and (manifest := read_manifest(OutputFolder(local))):
-            warn_if_incomplete(OutputFolder(local), manifest)
-        recorded = _recorded_subsets(place)
-    if recorded is None:
-        opened = _open(place, stored, SIGNS, streaming)
-        splits = {name: _from_signs(rows, asked, streaming) for name, rows in _chosen(opened, split, place).items()}
-    else:
-        wanted = recorded if asked is None else asked
-        subsets = {
-            level: _chosen(_open(place, stored, subset_name(level), streaming), split, place)
-            for level in _needed(wanted, recorded)
-        }
-        names = list(next(iter(subsets.values())))
-        splits = {
-            name: _from_images({level: rows[name] for level, rows in subsets.items()}, wanted, streaming)
-            for name in names
-        }
+        if local and (manifest := read_manifest(OutputFolder(local))):
+            manifest.check_recorded(asked or ())
+            if not allow_incomplete:
+                warn_if_incomplete(OutputFolder(local), manifest)
+    opened = cache(partial(_open, place, stored, streaming))
+    layout, recorded = _recorded(place, opened) if stored is None else (stored.layout, stored.variants)
+    wanted = recorded if asked is None else at_levels(recorded, asked)
+    subsets: dict[str, Mapping[str, Any]] = {}
+    for subset, column in dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded)):
+        subsets[subset] = _chosen(opened(subset), split, place)
+        for rows in subsets[subset].values():
+            if not _fits(layout, column, rows.features or {}):
+                raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
+    splits = {
+        name: _in_variants(
+            layout, {subset: rows[name] for subset, rows in subsets.items()}, wanted, recorded, streaming
+        )
+        for name in next(iter(subsets.values()))
+    }
     if split is not None:
         return splits[split]
     return (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)(splits)
 
 
-def _recorded_subsets(place: str) -> list[int] | None:
-    """The recorded levels of layout images, 0 first, as its subsets name them; None for layout signs."""
+def _recorded(place: str, opened: Callable[[str], Mapping[str, Any]]) -> tuple[Layout, Sequence[Variant]]:
+    """The layout of a dataset, and the recorded variants, clean first, as its subsets and its rows show them."""
     try:
         names = datasets.get_dataset_config_names(place)
     except Exception as error:  # a dozen exception types of three libraries; all mean the same here
         raise ConfigError(f"{place} cannot be read as a dataset: {first_line(error)}") from error
-    if SIGNS in names:
+
+    def first(subset: str, column: str) -> Any:
+        for rows in opened(subset).values():
+            if column in (rows.column_names or ()):
+                for row in rows.select_columns([column]):
+                    return row[column]
         return None
-    numbers = [name.removeprefix("eps-") for name in names if name.startswith("eps-")]
-    if "clean" not in names or not numbers or not all(number.isdecimal() for number in numbers):
-        raise ConfigError(
-            f"{place} is no dataset of fgsm-pipeline: its card lists neither signs nor clean and eps-... "
-            f"but {', '.join(names)}."
-        )
-    return [0, *sorted(map(int, numbers))]
+
+    for layout in LAYOUTS.values():
+        recorded = layout.recorded(names, first)
+        if recorded is not None:
+            return layout, recorded
+    raise ConfigError(
+        f"{place} is no dataset of fgsm-pipeline: its card lists {', '.join(names)}, and no layout has these subsets."
+    )
 
 
-def _needed(wanted: Sequence[int], recorded: Sequence[int]) -> list[int]:
-    """The subsets to open: those wanted, and clean and an attacked one if others are to be made from them."""
-    there = [level for level in wanted if level in recorded]
-    return there if len(there) == len(wanted) else sorted({*there, *recorded[:2]})
-
-
-def _open(place: str, stored: Manifest | None, subset: str, streaming: bool) -> Mapping[str, Any]:
+def _open(place: str, stored: Manifest | None, streaming: bool, subset: str) -> Mapping[str, Any]:
     """The splits of a subset; from an object store as its manifest lists them."""
     arguments: dict[str, Any] = {"path": place, "name": subset}
     if stored is not None:
@@ -136,15 +129,31 @@ def _open(place: str, stored: Manifest | None, subset: str, streaming: bool) -> 
         arguments = {"path": "parquet", "data_files": files, "storage_options": storage_options(place)}
     try:
         opened: Mapping[str, Any] = datasets.load_dataset(streaming=streaming, **arguments)
-    except Exception as error:  # as in _recorded_subsets
+    except Exception as error:  # as in _recorded
         said = redact_answer(first_line(error))
         cause = error if stored is None else None  # that of a store may quote secrets
         raise ConfigError(f"{place}: its subset {subset} cannot be read: {said}") from cause
-    expected = {ATTACKS, SIGN} if subset == SIGNS else {"epsilon", *ANSWER}
-    for rows in opened.values():
-        if not expected <= set(rows.column_names or ()):
-            raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
     return opened
+
+
+def _fits(layout: Layout, picture: str, stored: Mapping[str, Any]) -> bool:
+    """Whether a subset has the columns that a layout has, and one of pictures."""
+    try:
+        return picture in stored and bool(_columns(layout, stored))
+    except (AttributeError, KeyError, ValueError):
+        return False
+
+
+def _columns(layout: Layout, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The features of layout images but the image, from those of any subset.
+
+    Raises:
+        AttributeError, KeyError, ValueError: there are others.
+    """
+    answers = stored[ATTACKS].feature if layout.per_image else stored
+    names = list(stored)
+    ours = {column.name: (answers if column.per_variant else stored)[column.name] for column in columns_of(names)}
+    return {**ours, **{name: stored[name] for name in kept_columns(names)}}
 
 
 def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[str]]:
@@ -174,63 +183,43 @@ def _chosen(opened: Mapping[str, Any], split: str | None, place: str) -> Mapping
     return {split: opened[split]}
 
 
-def _from_signs(rows: Any, asked: Sequence[int] | None, streaming: bool) -> Any:
-    """One split of layout signs at some levels, None for all that are recorded."""
-    first: dict[str, Any] = next(iter(rows.select_columns([ATTACKS])), {ATTACKS: []})
-    recorded = [round(255 * attack["epsilon"]) for attack in first[ATTACKS]]
-    stored = rows.features
-    evaluators = {name: stored[f"clean_{evaluator_columns(name)[0]}"] for name in evaluator_ids(list(stored))}
-    columns = image_columns(
-        stored["label"], stored["clean_prediction"], "target" in stored, evaluators, streamed=FILE in stored
-    )
-    kept = {name: stored[name] for name in kept_columns(list(stored))}
-    features = datasets.Features({**columns, **kept, IMAGE: SteppedImage()})
-    levels = [0, *recorded] if asked is None else asked
-    parts: list[Part] = [([rows], partial(_step_along_sign, level=level, recorded=recorded)) for level in levels]
-    return _view(parts, features, rows.split, streaming)
+def _in_variants(
+    layout: Layout,
+    subsets: Mapping[str, Any],
+    variants: Sequence[Variant],
+    recorded: Sequence[Variant],
+    streaming: bool,
+) -> Any:
+    """One split in some variants, from its subsets by name."""
+    if not layout.per_image and all(variant in recorded for variant in variants):
+        return datasets.concatenate_datasets([subsets[layout.subset(variant)] for variant in variants])
+    made = any(len(layout.source(variant, recorded)) > 1 for variant in variants)
+    any_rows = next(iter(subsets.values()))
+    image = SteppedImage(attacked=not layout.stores_sign) if made else datasets.Image()
+    columns = {IMAGE: image, **_columns(layout, any_rows.features)}
+    parts: list[Part] = []
+    for variant in variants:
+        names = list(dict.fromkeys(picture.subset for picture in layout.source(variant, recorded)))
+        make = partial(_in_variant, layout, names, variant, recorded, made)
+        parts.append(([subsets[name] for name in names], make))
+    return _view(parts, datasets.Features(columns), any_rows.split, streaming)
 
 
-def _from_images(subsets: Mapping[int, Any], levels: Sequence[int], streaming: bool) -> Any:
-    """One split of layout images at some levels, from its subsets by level."""
-    if all(level in subsets for level in levels):
-        return datasets.concatenate_datasets([subsets[level] for level in levels])
-    # Rows of the subsets lie side by side, since a shard's files are committed together. Any attacked one will do.
-    aligned = [subsets[max(subsets)], subsets[0]]
-    parts: list[Part] = [
-        ([subsets[level]], _as_stored) if level in subsets else (aligned, partial(_step_as_attacked, level=level))
-        for level in levels
-    ]
-    features = datasets.Features({**subsets[0].features, IMAGE: SteppedImage(attacked=True)})
-    return _view(parts, features, subsets[0].split, streaming)
-
-
-def _step_along_sign(rows: pa.Table, level: int, recorded: Sequence[int]) -> pa.Table:
-    """One level out of rows of layout signs."""
-    image = _cells(rows.column(IMAGE), rows.column(SIGN) if level else None, level)
-    return pa.table({IMAGE: image, **one_level(rows, level, recorded)})
-
-
-def _as_stored(rows: pa.Table) -> pa.Table:
-    """Rows of layout images, their images as those of a view."""
-    return _with_image(rows, _cells(rows.column(IMAGE), None, 0))
-
-
-def _step_as_attacked(rows: pa.Table, clean: pa.Table, level: int) -> pa.Table:
-    """Another level out of attacked rows of layout images and the clean ones of the same images."""
-    if not rows.column(LAST).equals(clean.column(LAST)):
+def _in_variant(
+    layout: Layout, names: Sequence[str], variant: Variant, recorded: Sequence[Variant], made: bool, *tables: pa.Table
+) -> pa.Table:
+    """Rows of one variant out of those of some subsets, which lie side by side, since a shard's files are committed
+    together. `made`: whether some of the view's images are made on reading, and its cells are such as can be."""
+    if any(not table.column(LAST).equals(tables[0].column(LAST)) for table in tables[1:]):
         raise ConfigError("Attacked and clean rows are not those of the same images; is the dataset complete?")
-    rows = _with_image(rows, _cells(clean.column(IMAGE), rows.column(IMAGE), level))
-    evaluated = [column for name in evaluator_ids(rows.column_names) for column in evaluator_columns(name)]
-    unknown = dict.fromkeys((*ANSWER, "fooled", *evaluated))
-    answers: dict[str, Any] = {"epsilon": np.full(len(rows), level / 255), **unknown}
-    for name, values in answers.items():
-        index, kind = rows.schema.get_field_index(name), rows.schema.field(name).type
-        rows = rows.set_column(index, name, pa.nulls(len(rows), kind) if values is None else pa.array(values))
-    return rows
-
-
-def _with_image(rows: pa.Table, image: pa.ChunkedArray) -> pa.Table:
-    return rows.set_column(rows.schema.get_field_index(IMAGE), IMAGE, image)
+    stored = dict(zip(names, tables, strict=True))
+    try:
+        rows = layout.rows(stored, variant, recorded)
+    except ValueError as error:
+        raise PipelineError(f"A row cannot be read: {error}; fgsm verify names the damaged file.") from None
+    picture, *direction = (stored[subset].column(column) for subset, column in layout.source(variant, recorded))
+    image = _cells(picture, direction[0] if direction else None, variant.level) if made else picture
+    return pa.table({IMAGE: image, **dict(zip(rows.column_names, rows.columns, strict=True))})
 
 
 def _cells(pictures: pa.ChunkedArray, directions: pa.ChunkedArray | None, level: int) -> pa.ChunkedArray:

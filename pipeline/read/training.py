@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -27,11 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.config.schema import is_address, reading_levels
+from pipeline.core.addresses import is_address
+from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, explained, first_line
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
-from pipeline.core.lattice import picture_to_sign_array, sign_between, step_array
-from pipeline.output.folder import SIGNS, OutputFolder, local_folder, split_of, subset_name
+from pipeline.core.lattice import step_array, stored_sign
+from pipeline.core.variants import at_levels
+from pipeline.layouts.base import LABEL, Picture
+from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
@@ -46,9 +49,6 @@ UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 # What is drawn from a seed, each from a stream of its own.
 LEVELS, ORDER, WITHIN = range(3)
-
-# Who took a place to resume at, where that is not an iteration: nobody has to, or nobody has yet.
-NOTHING_ASKED, UNTAKEN = 0, -1
 
 # A stored picture, and for an image that is made on reading the one that says in which direction its values move.
 Cell = list[bytes]
@@ -69,42 +69,20 @@ class Piece:
     groups: Mapping[str, tuple[int, int]]
 
 
-@dataclass(frozen=True, order=True)
-class Column:
-    """A column of pictures in one subset. In their order an image comes before what says where it moves to: `clean`
-    before `eps-8`, and `image` before `sign`."""
-
-    subset: str
-    name: str
-
-
-class Place(NamedTuple):
-    """Where the next iteration of an epoch is to begin: whole numbers only, which shared memory can hold.
-
-    batch_size: 0 where `done` counts the rows of a stretch that were given to a consumer, a worker of so many of a
-    rank of so many; else `done` counts a rank's batches of so many images, and the rest means nothing.
-    """
-
-    epoch: int
-    done: int
-    batch_size: int = 0
-    stretch: int = 0
-    rank: int = 0
-    world: int = 1
-    workers: int = 1
-
-
 class Shards:
     """The files of one split, and where in them the images at each level are.
 
     It holds paths and row counts, no image: that is what a worker process is given.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, sources: Mapping[int, Sequence[Column]]) -> None:
+    def __init__(self, root: Path, manifest: Manifest, sources: Mapping[int, Sequence[Picture]]) -> None:
         output = manifest.resolved.output
-        self.root, self.shape, self.signs = root, manifest.shape, output.layout == SIGNS
+        layout = manifest.layout
+        self.root, self.shape, self.stores_sign = root, manifest.shape, layout.stores_sign
         self.image_format: ImageFormat = "webp" if output.image_format == "webp" else "png"
-        self.columns = sorted({column for columns in sources.values() for column in columns})
+        needed = {picture for pictures in sources.values() for picture in pictures}
+        # A clean image comes before what says where it moves to.
+        self.columns = [picture for picture in layout.pictures(manifest.variants) if picture in needed]
         self.subsets = tuple(dict.fromkeys(column.subset for column in self.columns))
         # Whether a column is read for an image at a level.
         self.used = np.array([[column in sources.get(level, ()) for level in range(256)] for column in self.columns])
@@ -159,10 +137,10 @@ class Shards:
         for column, used in zip(self.columns, self.used, strict=True):
             wanted = np.flatnonzero(used[levels])
             if len(wanted):
-                pictures = self._column(piece, column.subset, column.name, "bytes").take(pa.array(rows[wanted]))
+                pictures = self._column(piece, *column, "bytes").take(pa.array(rows[wanted]))
                 for index, picture in zip(wanted.tolist(), pictures.to_pylist(), strict=True):
                     cells[index].append(picture)
-        labels = self._column(piece, self.subsets[0], "label").take(pa.array(rows)).to_pylist()
+        labels = self._column(piece, self.subsets[0], LABEL).take(pa.array(rows)).to_pylist()
         return cells, labels
 
     def _column(self, piece: Piece, subset: str, name: str, field: str | None = None) -> pa.ChunkedArray:
@@ -190,7 +168,7 @@ class Shards:
             if made:
                 directions = self._decoded([cells[index][1] for index in made])
                 pictures, steps = images[made], levels[made].astype(np.int16)[:, None, None, None]
-                sign = picture_to_sign_array(directions) if self.signs else sign_between(pictures, directions)
+                sign = stored_sign(pictures, directions, is_map=self.stores_sign)
                 images[made] = step_array(pictures, sign, steps)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
@@ -221,17 +199,14 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         # What decides the order and content of an epoch: a state belongs to it.
         decides = (manifest.receipts, self.rows, [piece.file for piece in shards.pieces], levels, clean, shuffle, seed)
         self.digest = hashlib.sha256(repr((*decides, WINDOW_ROWS, WINDOW_BYTES)).encode()).hexdigest()[:16]
-        # Shared, so that workers that outlive an epoch hear of the next one.
+        # Shared, so that workers that outlive an epoch hear of the next one, and of a state that cannot reach them: one
+        # that was loaded in the main process, and that no iteration there has taken yet.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._pending = torch.zeros((), dtype=torch.bool).share_memory_()
         self._place = place
-        # Who took the place to resume at, and the place. Shared too, for the workers of one iteration must take it and
-        # those of the next must not, whether they are the same processes or new ones.
-        self._resume = torch.zeros(1 + len(Place._fields), dtype=torch.int64).share_memory_()
-        # The place that was loaded in this very worker, by StatefulDataLoader.
-        self._loaded: Place | None = None
-        self._iterations = 0
-        # Epoch, rows that were given, and whose stretch this is.
-        self._reading = 0, 0, 0
+        # Epoch, and rows that were given: of the next iteration, where a state was loaded, and of the one under way.
+        self._resume: tuple[int, int] | None = None
+        self._reading = 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process need not know of torch.distributed.
@@ -255,7 +230,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next; without it every epoch repeats the first, as with DistributedSampler.
 
-        A place to resume at is kept for its own epoch and forgotten for any other.
+        A loaded state is kept for its own epoch and forgotten for any other.
 
         Raises:
             ConfigError: it is below 0.
@@ -263,81 +238,39 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         if epoch < 0:
             raise ConfigError(f"epoch: got {epoch}; epochs are counted from 0.")
         self._epoch.fill_(epoch)
-        if self._asked().epoch != epoch:
-            self._resume[0] = NOTHING_ASKED
+        if self._resume is not None and self._resume[0] != epoch:
+            self._resume = None
+            self._pending.fill_(False)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this consumer stands. In a worker, StatefulDataLoader asks; in the main process it is right only
         without workers."""
         rank, world, _, workers = self._consumer()
-        epoch, rows, stretch = self._reading
-        return {
-            "epoch": epoch,
-            "rows": rows,
-            "stretch": stretch,
-            "of": self.digest,
-            "consumers": [rank, world, workers],
-        }
+        epoch, rows = self._reading
+        return {"epoch": epoch, "rows": rows, "of": self.digest, "consumers": [rank, world, workers]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next iteration, and only that, begin where a consumer stood; what lies before is neither read nor
         decoded.
 
-        The number of workers is known to the iteration only, which refuses a state of another number in the same way.
+        In a worker, StatefulDataLoader calls it. In the main process it is for a loader without workers: an iteration
+        with workers refuses to begin.
 
         Raises:
             ConfigError: the state is that of another dataset, mix, seed, number of ranks or of workers.
         """
         if state["of"] != self.digest:
             raise ConfigError("The state is that of another dataset, or of another split, epsilons, clean or seed.")
-        rank, world, workers = state["consumers"]
-        place = Place(state["epoch"], state["rows"], 0, state["stretch"], rank, world, workers)
-        refusal = self._refusal(place)
-        if refusal is not None:
-            raise refusal
+        rank, world, _, workers = self._consumer()
+        there, here = state["consumers"], [rank, world, workers]
+        if there != here:
+            told = ["rank {} of {} with {} readers".format(*consumers) for consumers in (there, here)]
+            raise ConfigError(
+                f"The state is of {told[0]}, and this is {told[1]}; resume with as many ranks and workers."
+            )
+        self._resume = state["epoch"], state["rows"]
         if get_worker_info() is None:
-            self._ask(place)
-        else:
-            self._loaded = place
-
-    def resume_at(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Make the next iteration of a plain DataLoader, and only that, begin after so many of this rank's batches of
-        an epoch.
-
-        What comes is what would have come, with the same number of ranks and workers; what lies before is neither read
-        nor decoded.
-        """
-        self.set_epoch(epoch)
-        self._ask(Place(epoch, batches, batch_size))
-
-    def _ask(self, place: Place) -> None:
-        self._resume[1:] = torch.tensor(place)
-        self._resume[0] = UNTAKEN
-
-    def _asked(self) -> Place:
-        return Place(*self._resume[1:].tolist())
-
-    def _refusal(self, place: Place) -> ConfigError | None:
-        """Why this consumer cannot go on from a place, if it cannot."""
-        there, here = (place.rank, place.world, place.workers), (*self.place, self._consumer()[3])
-        if place.batch_size or there == here:
-            return None
-        told = ["rank {} of {} with {} readers".format(*consumers) for consumers in (there, here)]
-        return ConfigError(f"The state is of {told[0]}, and this is {told[1]}; resume with as many ranks and workers.")
-
-    def _taken(self) -> Place | None:
-        """The place at which this iteration begins, which no later one is given unless it is refused here."""
-        self._iterations += 1
-        loaded, self._loaded = self._loaded, None
-        worker = get_worker_info()
-        # The seed less the worker's number is one that a loader draws for each new set of workers.
-        taker = hash((worker.seed - worker.id if worker else 0, self._iterations))
-        if loaded is not None or int(self._resume[0]) not in (UNTAKEN, taker):
-            return loaded
-        place = self._asked()
-        if self._refusal(place) is None:
-            self._resume[0] = taker
-        return place
+            self._pending.fill_(True)
 
     def _consumer(self) -> list[int]:
         """Rank, world size, worker, workers."""
@@ -346,30 +279,24 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         rank, world, worker, workers = self._consumer()
-        epoch, done, stretch = int(self._epoch), 0, worker
-        place, refusal = self._taken(), None
-        if place is not None:
-            epoch, refusal = place.epoch, self._refusal(place)
-            if place.batch_size:
-                # DataLoader asks its workers in turn, to the end: none has more than one batch more than the last one.
-                # It begins with worker 0, who therefore goes on with the stretch whose turn it was.
-                stretch = (worker + place.done) % workers
-                done = place.batch_size * len(range(stretch, place.done, workers))
-            elif refusal is None:
-                done, stretch = place.done, place.stretch
-        start, stop = _share(*_share(0, self.rows, rank, world), stretch, workers)
+        start, stop = _share(*_share(0, self.rows, rank, world), worker, workers)
         # Now, not with the first row: StatefulDataLoader asks for the state before.
-        self._reading = epoch, min(done, stop - start), stretch
-        return self._counted(start + done, stop, refusal)
+        self._reading, self._resume = self._resume or (int(self._epoch), 0), None
+        if get_worker_info() is None:
+            self._pending.fill_(False)
+        return self._counted(start, stop, unseen=bool(self._pending))
 
-    def _counted(self, start: int, stop: int, refusal: ConfigError | None) -> Iterator[tuple[Tensor, int]]:
-        # With the first row, not before: a worker that stays would end without a word.
-        if refusal is not None:
-            raise refusal
-        epoch, done, stretch = self._reading
-        for row in self._rows(epoch, start, stop):
+    def _counted(self, start: int, stop: int, *, unseen: bool) -> Iterator[tuple[Tensor, int]]:
+        if unseen:
+            # With the first row, not before: a worker that stays would end without a word.
+            raise ConfigError(
+                "The state was loaded into the dataset, where workers do not see it; load it into torchdata's "
+                "StatefulDataLoader."
+            )
+        epoch, done = self._reading
+        for row in self._rows(epoch, start + done, stop):
             done += 1
-            self._reading = epoch, done, stretch
+            self._reading = epoch, done
             yield row
 
     def _rows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
@@ -458,7 +385,7 @@ def training_dataset(
     world_size: int | None = None,
     allow_incomplete: bool = False,
 ) -> TrainingDataset:
-    """Open a dataset for training, either layout: images (C, H, W) uint8 and labels int64, for a DataLoader.
+    """Open a dataset for training, any layout: images (C, H, W) uint8 and labels int64, for a DataLoader.
 
         data = pipeline.training_dataset("out/cifar10", "train", clean=0.5)
         loader = DataLoader(data, batch_size=128, num_workers=4)
@@ -481,12 +408,12 @@ def training_dataset(
     dataset was made with `source.shuffle: true`, the default. One made with `source.shuffle: false` has the source's
     neighbours in a row group, and shuffling is weak: if the source is sorted by class, batches hold few classes.
 
-    Resuming in the middle of an epoch is exact with torchdata's StatefulDataLoader, workers or not. With a plain
-    DataLoader call `resume_at(epoch, batches, batch_size)`; skipped images are not decoded.
+    Resuming in the middle of an epoch is exact with the `state_dict` of torchdata's StatefulDataLoader, workers or not,
+    and without workers with the dataset's own. Images that were given are neither read nor decoded again.
 
-    Layout images reads one row group of each epsilon to show one image of it; layout signs reads what it shows. So
-    where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the process
-    itself without any) holds the encoded images of a window, 64 MB and one row group more.
+    Layouts images and wide read a row group of each epsilon to show one image of it; layout signs reads what it shows.
+    So where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the
+    process itself without any) holds the encoded images of a window, 64 MB and one row group more.
 
     Args:
         path_or_repo: an output folder, or a Hub id, of which the files needed are downloaded first.
@@ -517,6 +444,7 @@ def training_dataset(
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or _manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
+    manifest.check_recorded(asked or ())
     if local and not allow_incomplete:
         warn_if_incomplete(OutputFolder(root), manifest)
     _check_split(manifest, split, name)
@@ -567,15 +495,8 @@ def _check_split(manifest: Manifest, split: str, name: str) -> None:
 def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float) -> Shards:
     """Where the images at 0 and at some levels are; what is never drawn is not looked for."""
     wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
-    if manifest.resolved.output.layout == SIGNS:
-        image, sign = Column(SIGNS, "image"), Column(SIGNS, "sign")
-        sources = {level: [image, sign] if level else [image] for level in wanted}
-    else:
-        stored = {level: Column(subset_name(level), "image") for level in manifest.levels}
-        # The direction of every other level is that of any recorded one.
-        between = [stored[0], stored[manifest.levels[1]]]
-        sources = {level: [stored[level]] if level in stored else between for level in wanted}
-    return Shards(root, manifest, sources)
+    layout, recorded = manifest.layout, manifest.variants
+    return Shards(root, manifest, {one.level: layout.source(one, recorded) for one in at_levels(recorded, wanted)})
 
 
 def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:

@@ -1,4 +1,4 @@
-"""The contact sheet: which rows are worth looking at, and their images at every epsilon."""
+"""The contact sheet: which rows are worth looking at, and their images in every variant."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.core.errors import PipelineError, explained
 from pipeline.core.images import open_stored
 from pipeline.core.lattice import SIGN_UNIT
+from pipeline.core.variants import Variant
 from pipeline.layouts.stepped import SteppedImage
-from pipeline.output.folder import SIGNS, OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest
-from pipeline.report.plots import LIGHT, level_name, shortened
+from pipeline.report.plots import LIGHT, shortened, variant_name
 from pipeline.report.sample import Aim, Sample, read_pictures
 
 EXAMPLES_PER_GROUP = 3
@@ -78,15 +79,15 @@ Names = Callable[[int], str]
 
 
 def make_groups(
-    folder: OutputFolder, manifest: Manifest, sample: Sample, shown: Sequence[int], name: Names
+    folder: OutputFolder, manifest: Manifest, sample: Sample, shown: Sequence[Variant], name: Names
 ) -> list[Group]:
     """The most instructive rows of a sample, with their images.
 
     Args:
         folder: of the dataset.
         manifest: of it.
-        sample: at every epsilon: what is said of a row holds for all of them.
-        shown: the levels to show, as a focus has them.
+        sample: in every variant: what is said of a row holds for all of them.
+        shown: the variants to show, as a focus has them.
         name: of a recorded class.
 
     Returns:
@@ -104,15 +105,15 @@ def make_groups(
     ]
 
 
-def choose_rows(sample: Sample, shown: Sequence[int]) -> list[tuple[str, str, list[int]]]:
+def choose_rows(sample: Sample, shown: Sequence[Variant]) -> list[tuple[str, str, list[int]]]:
     """The rows of each group, with its title and what they have in common; groups without rows are left out.
 
     Args:
-        sample: at every epsilon.
-        shown: the levels with pictures: the most confident are chosen by these, as they must be seen to be.
+        sample: in every variant.
+        shown: the variants with pictures: the most confident are chosen by these, as they must be seen to be.
     """
-    levels, first, seen = sample.levels, sample.onset, sample.at(shown)
-    never = len(levels)
+    variants, first, seen = sample.variants, sample.onset, sample.at(shown)
+    never = len(variants)
     doubt = 1 - sample.confidence[0]
     # Who is called the target when clean resists nothing.
     resists = sample.right[0] if sample.target is None else sample.right[0] & (sample.prediction[0] != sample.target)
@@ -121,7 +122,7 @@ def choose_rows(sample: Sample, shown: Sequence[int]) -> list[tuple[str, str, li
     groups = []
     if len(beaten):
         soonest, latest = int(first[beaten].min()), int(first[beaten].max())
-        text = f"{level_name(levels[soonest])} is enough. The network was surest of these when they were clean."
+        text = f"{variant_name(variants[soonest])} is enough. The network was surest of these when they were clean."
         groups.append((easiest, text, _ranked(beaten[first[beaten] == soonest], doubt)))
         # In whole percents, so that among equals the smaller epsilon comes first.
         percent = np.where(seen.success, np.round(100 * seen.confidence), -1)
@@ -129,10 +130,10 @@ def choose_rows(sample: Sample, shown: Sequence[int]) -> list[tuple[str, str, li
         caught = np.flatnonzero(seen.success.any(0))
         groups.append((surest, text, _ranked(caught, -percent.max(0), percent.argmax(0), doubt)))
     if len(held):
-        text = f"Up to {level_name(levels[-1])}, the largest epsilon. The network is then surest of these."
+        text = f"Up to {variant_name(variants[-1])}, the largest epsilon. The network is then surest of these."
         groups.append((resisting, text, _ranked(held, -sample.confidence[-1])))
     elif len(beaten) and latest > soonest:
-        text = f"None resists every epsilon; these give in at {level_name(levels[latest])} only."
+        text = f"None resists every epsilon; these give in at {variant_name(variants[latest])} only."
         groups.append((resisting, text, _ranked(beaten[first[beaten] == latest], doubt)))
     if not groups:
         text = "The attack succeeds on none of the images, and of none can it be said that it resists."
@@ -166,13 +167,13 @@ def _example(manifest: Manifest, sample: Sample, row: int, pictures: tuple[bytes
     with explained(f"{picture} cannot be decoded", "fgsm verify says what is damaged", errors=broken):
         for stored in pictures:  # before any of it is decoded
             open_stored(stored, manifest.shape).close()
-        images, sign_map = _decode(pictures, sample.levels, attacked=manifest.resolved.output.layout != SIGNS)
+        images, sign_map = _decode(pictures, sample.variants, attacked=not manifest.layout.stores_sign)
     cells = []
-    for index, (level, image) in enumerate(zip(sample.levels, images, strict=True)):
+    for index, (variant, image) in enumerate(zip(sample.variants, images, strict=True)):
         answer = name(int(sample.prediction[index, row]))
         sign, verdict = _verdict(sample, index, row)
         confidence, wrong = float(sample.confidence[index, row]), not sample.right[index, row]
-        cells.append(Cell(level_name(level), image, answer, confidence, sign, verdict, bool(wrong)))
+        cells.append(Cell(variant_name(variant), image, answer, confidence, sign, verdict, bool(wrong)))
     cells.insert(1, Cell("sign map", sign_map))
     target = None if sample.target is None else name(int(sample.target[row]))
     return Example(cells[0].answer, target, tuple(cells))
@@ -188,17 +189,17 @@ def _verdict(sample: Sample, index: int, row: int) -> tuple[str, str]:
 
 
 def _decode(
-    pictures: tuple[bytes, bytes], levels: Sequence[int], *, attacked: bool
+    pictures: tuple[bytes, bytes], variants: Sequence[Variant], *, attacked: bool
 ) -> tuple[list[Image.Image], Image.Image]:
-    """The image at each level, clean first, and the sign map: -1, 0 and 1 as 0, 127 and 254.
+    """The image of each variant, clean first, and the sign map: -1, 0 and 1 as 0, 127 and 254.
 
     Where the direction is an attacked image, the sign is 0 also where clipping held it.
     """
     clean, direction = pictures
     stepped = SteppedImage(attacked=attacked)
     images = [
-        stepped.decode_example({"picture": clean, "direction": direction if level else None, "level": level})
-        for level in levels
+        stepped.decode_example({"picture": clean, "direction": direction if one.level else None, "level": one.level})
+        for one in variants
     ]
     with open_stored(direction) as opened:
         picture = np.asarray(opened).astype(np.int16)

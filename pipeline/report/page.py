@@ -1,7 +1,7 @@
 """The report: report.html and assets/*.png, for people who want to see what an attack did.
 
-Counts and accuracies come from the manifest and are exact. What only rows can say (confidence of mistakes, flips,
-examples) comes from a bounded sample of them, and the page says of how many. The page is one file that asks
+Counts and accuracies come from the manifest and are exact. What only rows can say (confidence of mistakes, examples)
+comes from a bounded sample of them, and the page says of how many. The page is one file that asks
 nothing of the network. The same dataset gives the same bytes, but for the speed of the sessions that wrote it.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import jinja2
-import numpy as np
 import yaml
 from pydantic import BaseModel, ValidationError
 
@@ -25,12 +24,10 @@ from pipeline.output.summary import human_bytes
 from pipeline.report.findings import (
     Focus,
     accuracies,
+    by_interest,
     by_split,
-    confusion,
     evaluator_names,
-    flips,
     focus_on,
-    focus_split,
     headline,
     model_name,
     percent,
@@ -41,13 +38,13 @@ from pipeline.report.findings import (
     transfer_rate,
 )
 from pipeline.report.gallery import draw_sheet, make_groups, web_image
-from pipeline.report.plots import Curve, Plot, Ridge, curves_plot, level_name, matrix_plot, ridges_plot
+from pipeline.report.plots import Curve, Plot, draw_curves, model_curve, variant_name
 from pipeline.report.sample import SAMPLE_SHARDS, is_labelled, read_sample
 
 # Rows of each split that are looked at: a share of them is known to within one percent, and they are read in a second.
 SAMPLE_ROWS = 10_000
-# Classes of the heat map, rows of the tables, and lines of a plot that can be told apart.
-MOST_CLASSES, MOST_SKIPPED, MOST_SESSIONS, MOST_CURVES = 10, 20, 10, 8
+# Rows of the tables.
+MOST_SKIPPED, MOST_SESSIONS = 20, 10
 
 
 class Session(BaseModel):
@@ -127,17 +124,19 @@ def _write_page(folder: OutputFolder, view: Mapping[str, Any], receipts: str, li
 def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the page shows, and the pictures by the names of their files."""
     counts = by_split(manifest)
-    samples = [sample for split in counts if len(sample := read_sample(folder, manifest, split, SAMPLE_ROWS))]
+    samples = (read_sample(folder, manifest, split, SAMPLE_ROWS) for split in by_interest(list(counts)))
+    sample = next((sample for sample in samples if len(sample)), None)
     view: dict[str, Any] = {
         "manifest": manifest,
         "planned": manifest.planned,
         "stored": manifest.stored,
         "victim": model_name(manifest.config["model"]),
+        "attack": manifest.resolved.attack.title,
         "source": source_name(manifest.config["source"]),
         "evaluators": evaluator_names(manifest),
         "labelled": is_labelled(manifest),
         "counts": counts,
-        "samples": samples,
+        "transfers": any(there.exposed for subset in manifest.subsets for there in subset.evaluators.values()),
         "most_shards": SAMPLE_SHARDS,
         "shuffled": manifest.resolved.source.shuffle,
         "skipped": manifest.skipped[:MOST_SKIPPED],
@@ -148,14 +147,13 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
         "groups": [],
         "plots": {},
     }
-    if not samples:
+    if sample is None:
         return view, {}
-    chosen = focus_split([sample.split for sample in samples])
-    focus = focus_on(manifest, next(sample for sample in samples if sample.split == chosen))
+    focus = focus_on(manifest, sample)
     groups = make_groups(folder, manifest, focus.sample, focus.shown, focus.name)
-    plots = _plots(focus, manifest)
+    plots = {"accuracy": _accuracy_plot(focus), "confidence": _confidence_plot(focus)}
     view |= {"focus": focus, "groups": groups, "plots": plots}
-    pictures = {f"{name}.png": plot.light for name, plot in plots.items()}
+    pictures = {f"{name}.png": plot.png for name, plot in plots.items()}
     pictures["examples.png"] = draw_sheet(groups)
     return view, pictures
 
@@ -174,103 +172,56 @@ def _template() -> jinja2.Template:
         "accuracies": accuracies,
         "thousands": lambda number: f"{number:,}",
         "data": lambda image, kind: f"data:image/{kind};base64,{base64.b64encode(image).decode()}",
-        "flips": flips,
         "headline": headline,
-        "level": level_name,
         "percent": percent,
         "ratio": ratio,
         "size": human_bytes,
-        "sureness": sureness,
         "tiles": tiles,
         "transfer_rate": transfer_rate,
+        "variant": variant_name,
         "web_image": web_image,
     }
     return environment.get_template("report.html.jinja")
 
 
-def _plots(focus: Focus, manifest: Manifest) -> dict[str, Plot]:
-    """The plots by the names of their files."""
+def _accuracy_plot(focus: Focus) -> Plot:
+    """A line for each model, from the manifest; without labels, the share of answers that stay, from the sample."""
     sample, words = focus.sample, focus.words
-    curves = _curves(focus, manifest)
-    lines = [f"{curve.name}, {percent(curve.values[0])} clean, {percent(curve.values[-1])} last" for curve in curves]
-    plots = {
-        "accuracy": curves_plot(
-            sample.levels, curves, words.share, f"{words.share.capitalize()} against epsilon. {'; '.join(lines)}."
-        ),
-        "confidence": _ridges_plot(focus),
-    }
-    if sample.success[focus.index].any():
-        plots["confusion"] = _confusion_plot(focus)
-    if any(counts.exposed for subset in focus.subsets.values() for counts in subset.evaluators.values()):
-        plots["transfer"] = _transfer_plot(focus)
-    return plots
-
-
-def _curves(focus: Focus, manifest: Manifest) -> list[Curve]:
-    """A line for each model and split, from the manifest, and how sure the victim is on the split in focus."""
-    sample, counts = focus.sample, by_split(manifest)
-    models = [focus.victim, *focus.evaluators]
-    curves = []
+    subsets = [focus.subsets[variant] for variant in sample.variants]
     if sample.labelled:
-        splits = list(counts) if len(counts) * len(models) <= MOST_CURVES else [sample.split]
-        for dashes, split in enumerate(splits):
-            shares = zip(*map(accuracies, counts[split]), strict=True)
-            for colour, (model, values) in enumerate(zip(models, shares, strict=True)):
-                curves.append(Curve(f"{model}, {split}" if len(counts) > 1 else model, values, colour, dashes))
+        shares = zip(*map(accuracies, subsets), strict=True)
+        models = zip([focus.victim, *focus.evaluators], shares, strict=True)
+        curves = [model_curve(name, values, index) for index, (name, values) in enumerate(models)]
     else:
-        curves.append(Curve(f"{focus.victim}, answers as when clean", tuple(sample.right.mean(1).tolist()), 0))
-    own = counts[sample.split]
+        curves = [model_curve(focus.victim, tuple(sample.right.mean(1).tolist()), 0)]
     if sample.aim == "target":
-        reached = (ratio(subset.fooled, subset.rows) if subset.level else None for subset in own)
-        curves.append(Curve("called the target", tuple(reached), "wrong", 1))
-    sure = tuple(ratio(subset.confidence_sum, subset.rows) for subset in own)
-    name = "mean confidence of the victim"
-    return [*curves, Curve(f"{name}, {sample.split}" if len(counts) > 1 else name, sure, "soft", 2)]
+        reached = (ratio(subset.fooled, subset.rows) if subset.level else None for subset in subsets)
+        curves.append(Curve("called the target", tuple(reached), "wrong", "X", dashed=True))
+    return _draw(focus, curves, words.share)
 
 
-def _ridges_plot(focus: Focus) -> Plot:
-    sample, words = focus.sample.at(focus.shown), focus.words
-    ridges = [
-        Ridge(level_name(level), sample.confidence[i][sample.right[i]], sample.confidence[i][~sample.right[i]])
-        for i, level in enumerate(sample.levels)
+def _confidence_plot(focus: Focus) -> Plot:
+    """How sure the victim is: of all answers, from the manifest, of right and of wrong ones, from the sample."""
+    sample, words = focus.sample, focus.words
+    right, wrong = sureness(sample)
+    subsets = (focus.subsets[variant] for variant in sample.variants)
+    every = tuple(ratio(subset.confidence_sum, subset.rows) for subset in subsets)
+    curves = [
+        Curve(words.right, right, "right", "o"),
+        Curve(words.wrong, wrong, "wrong", "X"),
+        Curve("all", every, "soft", "s", dashed=True),
     ]
-    clean, here = (sureness(focus.sample, index) for index in (0, focus.index))
-    alt = (
-        f"How confidence is spread at each epsilon. Its mean where answers are {words.wrong}: "
-        f"{percent(clean.wrong, 0)} clean, {percent(here.wrong, 0)} at {level_name(focus.level)}; "
-        f"where they are {words.right}: {percent(clean.right, 0)} and {percent(here.right, 0)}."
-    )
-    return ridges_plot(ridges, (words.right, words.wrong), alt)
+    return _draw(focus, curves, "mean confidence")
 
 
-def _confusion_plot(focus: Focus) -> Plot:
-    classes, shares = confusion(focus, MOST_CLASSES)
-    names = [focus.name(index) for index in classes]
-    columns = [*names, "all others"]
-    if not np.nansum(shares[:, -1]):
-        columns, shares = names, shares[:, :-1]
-    first, level = flips(focus)[0], level_name(focus.level)
-    alt = (
-        f"Heat map of what {len(classes)} classes are taken for at {level}. The most frequent flip: {first.before} "
-        f"becomes {first.after}, {percent(first.share, 0)} of the images called {first.before} when clean."
+def _draw(focus: Focus, curves: list[Curve], says: str) -> Plot:
+    ends = [f"{curve.name}, {percent(curve.values[0])} clean, {percent(curve.values[-1])} last" for curve in curves]
+    return draw_curves(
+        focus.sample.variants,
+        curves,
+        says,
+        f"{says.capitalize()} against epsilon, {focus.sample.split}. {'; '.join(ends)}.",
     )
-    kept = np.eye(*shares.shape) > 0
-    return matrix_plot(shares, (names, columns), ("when clean", f"at {level}, % of the row"), alt, kept)
-
-
-def _transfer_plot(focus: Focus) -> Plot:
-    levels = focus.sample.levels[1:]
-    rates = np.array(
-        [[transfer_rate(counts) for counts in focus.subsets[level].evaluators.values()] for level in levels],
-        dtype=np.float64,
-    )
-    row, column = np.unravel_index(np.nan_to_num(rates).argmax(), rates.shape)
-    alt = (
-        f"Transfer matrix: of the images that fool {focus.victim}, the share that fools another model too. The highest "
-        f"is {percent(float(rates[row, column]))}, of {focus.evaluators[column]} at {level_name(levels[row])}."
-    )
-    names = ([level_name(level) for level in levels], focus.evaluators)
-    return matrix_plot(rates, names, ("epsilon", "transferred, %"), alt)
 
 
 def _sessions(folder: OutputFolder) -> list[Session]:

@@ -1,4 +1,4 @@
-"""A bounded sample of a dataset: what the victim says of some rows at every epsilon, and the pictures of a few.
+"""A bounded sample of a dataset: what the victim says of some rows in every variant, and the pictures of a few.
 
 Nothing here grows with the dataset: scores are read by column from the first rows of a few shards, pictures from
 the row groups that hold them. Shards are cut from a permutation, so the first rows of each are a fair sample of
@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.errors import explained
-from pipeline.layouts.columns import IMAGE, LAST, SIGN, one_level
-from pipeline.output.folder import SIGNS, OutputFolder, split_of
+from pipeline.core.variants import CLEAN, Variant
+from pipeline.layouts.base import LABEL, LAST, picture_columns
+from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest
 
 # Shards that a sample is taken from at most: each costs the footers of its files.
@@ -31,7 +32,7 @@ Aim = Literal["fooled", "target", "changed"]
 
 @dataclass(frozen=True)
 class Sample:
-    """What the victim says of M rows of a split at every epsilon, clean first.
+    """What the victim says of M rows of a split in every variant, clean first.
 
     `rows` is how many of the split could be in it: those with a label, if the dataset is `labelled`, as it is if any
     of its rows has one.
@@ -45,7 +46,7 @@ class Sample:
     rows: int
     aim: Aim
     labelled: bool
-    levels: tuple[int, ...]
+    variants: tuple[Variant, ...]
     prediction: NDArray[np.int64]
     confidence: NDArray[np.float32]
     right: NDArray[np.bool_]
@@ -60,15 +61,15 @@ class Sample:
 
     @property
     def onset(self) -> NDArray[np.int64]:
-        """(M,) the index of the first level at which the attack succeeds, the number of levels where it never does."""
-        return np.where(self.success.any(0), self.success.argmax(0), len(self.levels))
+        """(M,) the index of the first variant that succeeds, the number of variants where none does."""
+        return np.where(self.success.any(0), self.success.argmax(0), len(self.variants))
 
-    def at(self, levels: Sequence[int]) -> "Sample":
-        """The same rows at some of the levels."""
-        kept = [self.levels.index(level) for level in levels]
+    def at(self, variants: Sequence[Variant]) -> "Sample":
+        """The same rows in some of the variants."""
+        kept = [self.variants.index(variant) for variant in variants]
         return replace(
             self,
-            levels=tuple(levels),
+            variants=tuple(variants),
             prediction=self.prediction[kept],
             confidence=self.confidence[kept],
             right=self.right[kept],
@@ -94,32 +95,32 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int)
         PipelineError: a file cannot be read, or holds other rows than the manifest says.
     """
     labelled, targeted = is_labelled(manifest), manifest.resolved.attack.target is not None
-    recorded, shares = manifest.levels, _shares(_shard_rows(manifest, split), most)
+    recorded, shares = manifest.variants, _shares(_shard_rows(manifest, split), most)
     tables, shard, place = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for index, (name, rows) in enumerate(shares.items()):
-        levels = _read_scores(folder, manifest, name, rows)
-        known = np.flatnonzero(levels[0].column("label").is_valid()) if labelled else np.arange(rows)
-        tables.append([level.take(known) for level in levels])
+        scores = _read_scores(folder, manifest, name, rows)
+        known = np.flatnonzero(scores[0].column(LABEL).is_valid()) if labelled else np.arange(rows)
+        tables.append([table.take(known) for table in scores])
         shard.append(np.full(len(known), index))
         place.append(known)
 
     def stacked(name: str, kind: Any) -> NDArray[Any]:
         """One column, (1 + K, M); null, as `fooled` and `target` are on clean rows, becomes 0."""
         columns = [
-            [np.empty(0), *(table[level].column(name).cast(kind).fill_null(0).to_numpy() for table in tables)]
-            for level in range(len(recorded))
+            [np.empty(0), *(table[index].column(name).cast(kind).fill_null(0).to_numpy() for table in tables)]
+            for index in range(len(recorded))
         ]
         return np.stack([np.concatenate(column) for column in columns]).astype(kind.to_pandas_dtype())
 
     prediction = stacked("prediction", pa.int64())
     same = prediction == prediction[:1]
-    clean = next(subset for subset in manifest.subsets if subset.split == split and subset.level == 0)
+    clean = next(subset for subset in manifest.subsets if subset.split == split and subset.variant == CLEAN)
     return Sample(
         split=split,
         rows=clean.labelled if labelled else clean.rows,
         aim="target" if targeted else "fooled" if labelled else "changed",
         labelled=labelled,
-        levels=recorded,
+        variants=recorded,
         prediction=prediction,
         confidence=stacked("confidence", pa.float32()),
         right=stacked("correct", pa.int8()).astype(bool) if labelled else same,
@@ -136,20 +137,17 @@ def read_pictures(
 ) -> dict[int, tuple[bytes, bytes]]:
     """The encoded clean image of some rows of a sample, and the picture that says in which direction it was attacked.
 
-    The latter is the sign map in layout signs, and the image at the largest epsilon in layout images.
-
     Raises:
         PipelineError: as `read_sample`.
     """
-    first, last = manifest.stored[0], manifest.stored[-1]
-    direction = SIGN if first == SIGNS else IMAGE
+    variants = manifest.variants
+    ray = manifest.layout.ray(variants[-1], variants)
     pictures: dict[int, tuple[bytes, bytes]] = {}
     for shard in sorted({int(sample.shard[row]) for row in rows}):
         own = [row for row in rows if sample.shard[row] == shard]
         places = [int(sample.place[row]) for row in own]
-        files = [f"{subset}/{sample.shards[shard]}.parquet" for subset in (first, last)]
         cells = [
-            _read_cells(folder, file, column, places) for file, column in zip(files, (IMAGE, direction), strict=True)
+            _read_cells(folder, f"{subset}/{sample.shards[shard]}.parquet", column, places) for subset, column in ray
         ]
         beside = zip(*cells, strict=True)
         pictures.update(zip(own, beside, strict=True))
@@ -177,23 +175,23 @@ def _shares(rows: Mapping[str, int], most: int) -> dict[str, int]:
 
 
 def _read_scores(folder: OutputFolder, manifest: Manifest, shard: str, rows: int) -> list[pa.Table]:
-    """For each epsilon, what the columns of layout images but the pictures say of a shard's first rows."""
-    stored, levels = manifest.stored, manifest.levels
-    files = [f"{subset}/{shard}.parquet" for subset in stored]
-    tables = [_first_rows(folder, file, rows) for file in files]
-    with _readable(folder, files[0]):
-        if stored == (SIGNS,):
-            tables = [pa.table(one_level(tables[0], level, levels[1:])) for level in levels]
+    """For each variant, what the columns of layout images but the pictures say of a shard's first rows."""
+    layout, variants = manifest.layout, manifest.variants
+    pictures = picture_columns(layout, variants)
+    files = {subset: f"{subset}/{shard}.parquet" for subset in manifest.stored}
+    stored = {subset: _first_rows(folder, file, rows, pictures) for subset, file in files.items()}
+    with _readable(folder, next(iter(files.values()))):
+        tables = [layout.rows(stored, variant, variants) for variant in variants]
         if any(table.num_rows != rows or table.column(LAST) != tables[0].column(LAST) for table in tables):
             raise ValueError("its rows are not those of the other epsilons")
     return tables
 
 
-def _first_rows(folder: OutputFolder, name: str, rows: int) -> pa.Table:
+def _first_rows(folder: OutputFolder, name: str, rows: int, pictures: Sequence[str]) -> pa.Table:
     """The first rows of a file without its pictures and kept columns; of the row groups that hold them, no more."""
     with _opened(folder, name) as file:
         names = file.schema_arrow.names
-        ours = [name for name in names[: names.index(LAST) + 1] if name not in (IMAGE, SIGN)]
+        ours = [name for name in names[: names.index(LAST) + 1] if name not in pictures]
         starts = _group_starts(file)
         return file.read_row_groups(np.flatnonzero(starts[:-1] < rows).tolist(), ours).slice(0, rows)
 

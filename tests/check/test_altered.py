@@ -232,6 +232,14 @@ def an_epsilon_less(receipt: Any) -> None:
     receipt["counts"].pop()
 
 
+def another_attack_counted(receipt: Any) -> None:
+    receipt["counts"][-1]["attack"] = "pgd"
+
+
+def another_model_counted(receipt: Any) -> None:
+    receipt["counts"][-1]["model"] = "other"
+
+
 def an_evaluator_more(receipt: Any) -> None:
     receipt["counts"][0]["evaluators"]["x"] = {"correct": 0, "fooled": 0, "exposed": 0, "transferred": 0}
 
@@ -239,6 +247,7 @@ def an_evaluator_more(receipt: Any) -> None:
 EDITS = [
     *(less_confidence, another_split, more_zeros, a_share_of_no_count, other_versions, fewer_versions),
     *(no_skipped_row, another_row_skipped, one_row_more, skipped_twice, an_epsilon_less, an_evaluator_more),
+    *(another_attack_counted, another_model_counted),
 ]
 
 

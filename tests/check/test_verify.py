@@ -172,6 +172,14 @@ def another_epsilon(columns: dict[str, list[Any]]) -> None:
     columns["epsilon"][0] = 4 / 255
 
 
+def another_attack(columns: dict[str, list[Any]]) -> None:
+    columns["attack"][0] = "pgd"
+
+
+def no_model(columns: dict[str, list[Any]]) -> None:
+    columns["model"][0] = None
+
+
 def another_clean_prediction(columns: dict[str, list[Any]]) -> None:
     columns["clean_prediction"][0] = (columns["clean_prediction"][0] + 1) % 3
 
@@ -185,6 +193,8 @@ def another_clean_prediction(columns: dict[str, list[Any]]) -> None:
         (exchange_rows, "has a source_index that differs from the clean subset's"),
         (another_label, "has a label that differs from the clean subset's"),
         (another_epsilon, "has another epsilon than 8/255"),
+        (another_attack, "has another attack than fgsm"),
+        (no_model, "has another model than make"),
         (another_clean_prediction, "has a clean_prediction that differs"),
     ],
 )
@@ -300,7 +310,7 @@ def test_elsewhere_only_near_ties_are_forgiven(
     assert result.exit_code == 1
     assert "another environment than the recorded one" in result.stdout
     # With every margin counted as a tie, the forged prediction is one.
-    monkeypatch.setattr("pipeline.check.verify.TOLERANCE", {"fp32": 1e9})
+    monkeypatch.setattr("pipeline.check.recompute.TOLERANCE", {"fp32": 1e9})
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0
     assert "1 near ties" in result.stdout
@@ -403,7 +413,7 @@ def test_attention_gives_the_same_digits_again(
         "    return model\n"
     )
     generate(write_config(model={"name": f"{path}:make"}))
-    monkeypatch.setattr("pipeline.check.verify.TOLERANCE", {"fp32": 0.0})
+    monkeypatch.setattr("pipeline.check.recompute.TOLERANCE", {"fp32": 0.0})
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0, result.output
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pipeline.attacks.base import Perturbed, direction_sign
 from pipeline.attacks.fgsm import FGSM
-from pipeline.check.verify import Findings, verify
+from pipeline.check.findings import Findings
+from pipeline.check.verify import verify
 from pipeline.core.errors import NonFiniteError, PipelineError
 from pipeline.core.images import decode_image, encode_images
 from pipeline.core.lattice import common_sign, step
@@ -28,6 +29,7 @@ from pipeline.output.local import LocalStore
 from tests.conftest import (
     FACTORY,
     KINDS,
+    LAYOUTS,
     WriteConfig,
     digests,
     generate,
@@ -195,7 +197,7 @@ def generate_along(config: Path, monkeypatch: pytest.MonkeyPatch, change: Callab
         generate(config)
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("change", [turn_one, at_random, not_at_all, of_other_rows, torch.neg])
 def test_recompute_finds_images_that_do_not_follow_the_gradient(
     write_config: WriteConfig,
@@ -240,7 +242,7 @@ def test_elsewhere_a_sign_that_rounding_may_turn_is_counted(
     assert findings.problems == []
     # One in each batch of 6, unless clipping hides it.
     assert 5 <= findings.near_tie_signs <= 7
-    monkeypatch.setattr("pipeline.check.verify.SIGN_TOLERANCE", {"fp32": 1e-7})
+    monkeypatch.setattr("pipeline.check.recompute.SIGN_TOLERANCE", {"fp32": 1e-7})
     assert verify(tmp_path / "out", recompute=True).damaged
 
 
@@ -266,7 +268,7 @@ def test_a_gradient_that_is_all_rounding_says_nothing_elsewhere(
     assert findings.near_tie_signs > 1000
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "sections",
     [
@@ -549,7 +551,7 @@ def test_a_file_that_the_disk_does_not_give_is_no_damage(write_config: WriteConf
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
 @pytest.mark.parametrize(
-    "reader", ["pipeline.check.verify.pq.ParquetFile", "pipeline.check.verify.hashlib.file_digest"]
+    "reader", ["pipeline.check.integrity.pq.ParquetFile", "pipeline.check.integrity.hashlib.file_digest"]
 )
 def test_an_error_of_the_machine_is_no_damage(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, number: int
@@ -578,8 +580,8 @@ def test_a_file_that_goes_away_after_the_listing_is_no_damage(
     ("place", "error"),
     [
         ("pipeline.core.images.open_stored", MemoryError()),
-        ("pipeline.check.verify.decode_image", MemoryError()),
-        ("pipeline.check.verify.pq.ParquetFile", pa.ArrowMemoryError("malloc of size 64 failed")),
+        ("pipeline.check.integrity.decode_image", MemoryError()),
+        ("pipeline.check.integrity.pq.ParquetFile", pa.ArrowMemoryError("malloc of size 64 failed")),
     ],
 )
 def test_want_of_memory_is_no_damage(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config.schema import Config, epsilon_level, load_config, packaged_configs, parse_config, stored_just_below
+from pipeline.config.load import load_config, packaged_configs, parse_config
+from pipeline.config.schema import Config
+from pipeline.core.epsilon import epsilon_level, stored_just_below
 from pipeline.core.errors import ConfigError
+from tests.conftest import loaded_by
 
+HUB = {"kind": "huggingface", "path": "me/photos"}
 SHIPPED = ("cifar10", "digits", "imagefolder", "imagenet-resnet50", "mnist")
 
 
@@ -39,7 +44,7 @@ def write(path: Path, config: Any) -> str:
 def value_at(config: Config, key: str) -> Any:
     value: Any = config.model_dump()
     for part in key.split("."):
-        value = value[part]
+        value = value.get(part)  # a kind may not have it
     return value
 
 
@@ -47,7 +52,10 @@ def value_at(config: Config, key: str) -> Any:
     ("sections", "sentence"),
     [
         ({"runtime": {"batchsize": 3}}, r"^runtime\.batchsize is an unknown key; did you mean batch_size\?$"),
-        ({"source": {"image_colum": "x"}}, r"^source\.image_colum is an unknown key; did you mean image_column\?$"),
+        (
+            {"source": {**HUB, "image_colum": "x"}},
+            r"^source\.image_colum is an unknown key; did you mean image_column\?$",
+        ),
         ({"attack": {"epsilon": [0.1]}}, r"^attack\.epsilon is an unknown key; did you mean epsilons\?$"),
         ({"preprocess": {"zzz": 1}}, r"^preprocess\.zzz is an unknown key; known keys: resize, crop, .*mode\.$"),
         ({"modle": {"kind": "digits"}}, r"^modle is an unknown key; did you mean model\?$"),
@@ -57,8 +65,22 @@ def value_at(config: Config, key: str) -> Any:
         ({"source": {"split": "train[:10%]"}}, r"^source\.split: 'train\[:10%\]' is not a split name; .*source\.limit"),
         ({"source": {"split": ["test", "test"]}}, r"^source\.split needs at least one name, each once"),
         ({"source": {"split": []}}, r"^source\.split needs at least one name, each once"),
-        ({"source": {"keep_columns": ["id"]}}, r"^source\.keep_columns has no effect with kind digits"),
-        ({"source": {"kwargs": {"root": "x"}}}, r"^source\.kwargs has no effect with kind digits"),
+        (
+            {"source": {"keep_columns": ["id"]}},
+            r"^source\.keep_columns is an unknown key with kind digits; known keys: kind, split",
+        ),
+        ({"source": {"kwargs": {"root": "x"}}}, r"^source\.kwargs is an unknown key with kind digits"),
+        (
+            {"source": {**HUB, "kwargs": {"root": "x"}}},
+            r"^source\.kwargs is an unknown key with kind huggingface; known keys: kind",
+        ),
+        ({"model": {"kind": "resnet"}}, r"^model\.kind: got 'resnet'; allowed: 'torchvision', .* or 'digits'\.$"),
+        ({"model": {"kind": ["digits"]}}, r"^model\.kind: got \['digits'\]; allowed"),
+        ({"attack": {"kind": "fgm"}}, r"^attack\.kind: got 'fgm'; allowed: 'fgsm' or 'path/to/file\.py:Attack'\.$"),
+        (
+            {"attack": {"kwargs": {"steps": 3}}},
+            r"^attack\.kwargs is an unknown key with kind fgsm; known keys: kind, epsilons",
+        ),
         ({"source": {"limit": 0}}, r"^source\.limit: .*greater than 0"),
         ({"model": {"kind": "factory"}}, r"^model\.name is missing: kind factory needs it"),
         ({"model": {"kind": "factory", "name": "victim.py"}}, r"^model\.name 'victim\.py' is not of the form"),
@@ -75,8 +97,11 @@ def value_at(config: Config, key: str) -> Any:
         ({"model": {"std": [0.5, 0]}}, r"^model\.std "),
         ({"model": {"std": [0.5, -0.5, 0.5]}}, r"^model\.std "),
         ({"model": {"mean": [0.5], "std": [58.395, 57.12, 57.375]}}, r"^model\.std is .* divide by 255"),
-        ({"model": {"name": "resnet18"}}, r"^model\.name has no effect with kind digits"),
-        ({"source": {"path": "somewhere"}}, r"^source\.path has no effect with kind digits"),
+        (
+            {"model": {"name": "resnet18"}},
+            r"^model\.name is an unknown key with kind digits; known keys: kind, weights",
+        ),
+        ({"source": {"path": "somewhere"}}, r"^source\.path is an unknown key with kind digits"),
         ({"source": {"limit": True}}, r"^source\.limit: .*integer"),
         ({"runtime": {"batch_size": "64"}}, r"^runtime\.batch_size: .*integer"),
         ({"runtime": {"seed": 2**32}}, r"^runtime\.seed: .*less than 4294967296"),
@@ -364,7 +389,7 @@ def test_relative_paths_of_overrides_stay(tmp_path: Path) -> None:
     path = write(tmp_path / "config.yaml", small(source={"kind": "imagefolder", "path": "other"}))
     config = load_config(path, ["source.path=photos", "model.weights=victim.pt"], output="photos")
     here = Path.cwd()
-    assert config.source.path == str(here / "photos")
+    assert config.source.folder == here / "photos"
     assert config.model.weights == str(here / "victim.pt")
     assert config.output.path == "photos"
 
@@ -382,8 +407,8 @@ def test_every_shipped_config_is_tested() -> None:
 
 
 def test_shipped_paths_are_relative_to_the_working_directory() -> None:
-    assert load_config("imagefolder").source.path == str(Path.cwd() / "data/photos")
-    assert load_config("mnist").source.kwargs["root"] == str(Path.cwd() / "data")
+    assert load_config("imagefolder").source.folder == Path.cwd() / "data/photos"
+    assert value_at(load_config("mnist"), "source.kwargs.root") == str(Path.cwd() / "data")
 
 
 def test_a_file_comes_before_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,6 +509,20 @@ def test_a_dump_parses_back_to_an_equal_config(raw: dict[str, Any]) -> None:
     assert parse_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
 
 
+def test_a_config_is_sent_to_another_process() -> None:
+    config = parse_config({**small(), "evaluators": [{"id": "a", "kind": "torchvision", "name": "resnet18"}]})
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_config_is_checked_without_large_libraries() -> None:
+    kinds = [{"kind": kind, "name": "a:b"} for kind in ("torchvision", "timm", "transformers", "factory")]
+    for model in [*kinds, {"kind": "digits"}]:
+        raw = small(source=HUB)
+        raw["model"] = model
+        loaded = loaded_by(f"from pipeline.config.load import parse_config; parse_config({raw!r})")
+        assert not {"torch", "datasets", "torchvision", "timm", "transformers", "numpy"} & loaded
+
+
 def test_config_is_frozen() -> None:
     config = parse_config(small())
     with pytest.raises(ValidationError, match="frozen"):
@@ -504,7 +543,8 @@ def test_a_section_without_values_stands_for_its_defaults() -> None:
 
 def test_the_contract_s_defaults_are_accepted() -> None:
     ray = {"workers": "auto", "gpus_per_worker": "auto", "cpus_per_worker": "auto"}
-    source = {"streaming": False, "kwargs": {}, "keep_columns": []}
+    # Those of other kinds too, as long as they say nothing.
+    source = {"streaming": False, "kwargs": {}, "keep_columns": [], "path": None}
     runtime = {"ray": ray, "precision": "fp32", "compile": "auto"}
     parse_config({**small(source=source, runtime=runtime), "evaluators": []})
 

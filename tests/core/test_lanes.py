@@ -1,5 +1,6 @@
 """Lanes: chunks in order, one core each, and the same numbers as a plain call."""
 
+import sys
 import threading
 from pathlib import Path
 
@@ -150,3 +151,11 @@ def test_a_process_that_was_given_fewer_cores_takes_no_more() -> None:
             assert available_cores() == before, "nobody can give what is not there"
         assert available_cores() == 1
     assert available_cores() == before
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("cpu", 0.005), ("meta", 0.0002)])
+def test_lanes_of_an_accelerator_get_the_interpreter_promptly(kind: str, expected: float) -> None:
+    sys.setswitchinterval(0.005)
+    with Lanes(torch.device(kind), 1, count=1):
+        assert sys.getswitchinterval() == pytest.approx(expected)
+    assert sys.getswitchinterval() == pytest.approx(0.005)

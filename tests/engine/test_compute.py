@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from pipeline.attacks.base import Goal
 from pipeline.attacks.fgsm import FGSM
-from pipeline.config.schema import ModelConfig, load_config
+from pipeline.config.load import load_config
 from pipeline.core.errors import ConfigError
 from pipeline.core.lanes import Lanes
 from pipeline.engine.compute import COMPILE_FROM, Attacker, fit_batch_size, own_copy, rehearse, repays
 from pipeline.engine.run import choose_device, open_run
-from pipeline.layouts.records import LAYOUTS
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.models.base import Model
+from pipeline.models.factory import FactoryConfig
 from pipeline.models.load import load_model
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
 
@@ -119,6 +120,8 @@ def test_memory_that_ends_later_is_one_sentence(write_config: WriteConfig, tmp_p
     assert "Traceback" not in result.stderr
 
 
+# Its backward pass adds in any order there, which PyTorch says once.
+@pytest.mark.filterwarnings("ignore:adaptive_avg_pool2d_backward_cuda:UserWarning")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_device_finds_the_batch_that_fits(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_a_rehearsal_asks_nothing_of_its_images(tmp_path: Path, constant: bool) 
     """A victim that cannot take a constant image, or any image at all, fails in the run and there by name."""
     path = tmp_path / "victim.py"
     path.write_text(STANDARDISED.replace("std((1, 2, 3), keepdim=True)", "std() * 0") if constant else STANDARDISED)
-    config = ModelConfig(kind="factory", name=f"{path}:Standardised")
+    config = FactoryConfig(kind="factory", name=f"{path}:Standardised")
     victim = load_model(config, seed=0, device=CPU)
     rehearse(Attacker(FGSM(), victim, Goal(), (8,), LAYOUTS["images"].stored), CPU, (3, 16, 16), 8)
 
@@ -244,7 +247,8 @@ def test_every_model_of_a_process_is_compiled(
     """The compiler counts how often it meets the same code, and runs it as it is from the ninth time on."""
     monkeypatch.setattr(logging.getLogger("torch._dynamo"), "propagate", True)
     models = [
-        load_model(ModelConfig(kind="factory", name=f"{factory_file}:make"), seed=seed, device=CPU) for seed in range(3)
+        load_model(FactoryConfig(kind="factory", name=f"{factory_file}:make"), seed=seed, device=CPU)
+        for seed in range(3)
     ]
     images = torch.zeros((4, 3, 16, 16), dtype=torch.uint8)
     with torch._dynamo.config.patch(recompile_limit=1):

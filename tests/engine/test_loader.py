@@ -1,32 +1,34 @@
 """The loader: batches that are complete, in order and of one shape, whatever the files and the workers do."""
 
 import errno
-import multiprocessing
 import os
-import pickle
-import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.schema import PreprocessConfig, SourceConfig
+from pipeline.config.schema import PreprocessConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import Batch, Skipped
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.core.images import Opener
-from pipeline.core.plan import Plan, make_plan
+from pipeline.core.plan import Plan, Shard, make_plan
 from pipeline.engine.loader import Reader, find_shape, load_batches
-from pipeline.sources.mapped import ArrayRows, FileRows, Rows, Source, Split, open_source
-from tests.conftest import CLASSES, WriteConfig, fgsm, let_go, png_bytes, random_pixels, write_parquet
+from pipeline.sources.base import IndexedSource, Source
+from pipeline.sources.digits import ArraySource
+from pipeline.sources.imagefolder import FolderSource
+from pipeline.sources.registry import open_source
+from tests.conftest import CLASSES, png_bytes, random_pixels, write_parquet
 
 AS_IT_IS = PreprocessConfig()
 MAX_PIXELS = 10_000
@@ -34,7 +36,7 @@ MAX_PIXELS = 10_000
 
 def plan_of(source: Source, *, shuffle: bool = True, images_per_shard: int = 7, batch_size: int = 3) -> Plan:
     return make_plan(
-        {split.name: len(split.labels) for split in source.splits},
+        {split: rows or 0 for split, rows in source.splits.items()},
         shuffle=shuffle,
         seed=0,
         limit=None,
@@ -55,16 +57,22 @@ def read(
     return list(load_batches(reader, plan, plan.shards, workers))
 
 
-def one_split(rows: Rows, labels: Sequence[int], name: str = "test") -> Source:
-    return Source((Split(name, np.array(labels, dtype=np.int64), rows),), CLASSES, "")
+def labelled(labels: Sequence[int], name: str = "test") -> dict[str, Any]:
+    """What a source has to have beside its rows."""
+    return {"labels": {name: np.array(labels, dtype=np.int64)}, "classes": CLASSES, "digest": ""}
 
 
-def files(folder: Path, contents: Sequence[bytes]) -> FileRows:
+def arrays(pixels: NDArray[np.uint8], labels: Sequence[int] | None = None) -> ArraySource:
+    return ArraySource(rows={"test": pixels}, **labelled(labels or [0] * len(pixels)))
+
+
+def files(folder: Path, contents: Sequence[bytes], labels: Sequence[int] | None = None) -> FolderSource:
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{index:03}.png" for index in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    return FileRows([str(path) for path in paths], str(folder))
+    own = labelled(labels or [0] * len(paths))
+    return FolderSource(rows={"test": [str(path) for path in paths]}, root=str(folder), **own)
 
 
 def as_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
@@ -92,7 +100,7 @@ def damaged(tmp_path: Path) -> Source:
     contents[EMPTY] = b""
     labels = [row % 3 for row in range(12)]
     labels[3] = -1
-    return one_split(files(tmp_path / "images", contents), labels)
+    return files(tmp_path / "images", contents, labels)
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -101,7 +109,7 @@ def damaged(tmp_path: Path) -> Source:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_batches_come_in_order_with_one_shape_and_never_cross_shards(shuffle: bool) -> None:
     pixels = random_pixels(12)
-    source = one_split(ArrayRows(pixels), [row % 3 for row in range(12)])
+    source = arrays(pixels, [row % 3 for row in range(12)])
     plan = plan_of(source, shuffle=shuffle)
     batches = read(source, plan)
 
@@ -130,7 +138,7 @@ def test_batches_come_in_order_with_one_shape_and_never_cross_shards(shuffle: bo
 
 
 def test_only_the_shards_asked_for_are_read() -> None:
-    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
+    source = arrays(random_pixels(12))
     plan, reader = plan_of(source), Reader(source, AS_IT_IS, MAX_PIXELS, (3, 16, 16))
     batches = list(load_batches(reader, plan, plan.shards[1:], 0))
     assert {batch.shard for batch in batches} == {plan.shards[1]}
@@ -140,14 +148,8 @@ def test_only_the_shards_asked_for_are_read() -> None:
 
 def test_each_split_is_read_from_its_own_rows() -> None:
     train, test = random_pixels(4, seed=1), random_pixels(3, seed=2)
-    source = Source(
-        (
-            Split("train", np.zeros(4, dtype=np.int64), ArrayRows(train)),
-            Split("test", np.ones(3, dtype=np.int64), ArrayRows(test)),
-        ),
-        CLASSES,
-        "",
-    )
+    labels = {"train": np.zeros(4, dtype=np.int64), "test": np.ones(3, dtype=np.int64)}
+    source = ArraySource(rows={"train": train, "test": test}, labels=labels, classes=CLASSES, digest="")
     for batch in read(source, plan_of(source)):
         pixels, label = (train, 0) if batch.shard.split == "train" else (test, 1)
         assert torch.equal(batch.images[batch.valid], as_tensor(pixels)[batch.source_index])
@@ -156,7 +158,7 @@ def test_each_split_is_read_from_its_own_rows() -> None:
 
 def test_consecutive_batches_share_no_memory() -> None:
     """A consumer may hold several batches at once."""
-    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
+    source = arrays(random_pixels(12))
     batches = read(source, plan_of(source))
     for one, other in pairwise(batches):
         assert one.images.data_ptr() != other.images.data_ptr()
@@ -189,7 +191,7 @@ def test_an_image_that_cannot_be_decoded_leaves_a_masked_hole(damaged: Source) -
 
 
 def test_a_batch_may_hold_no_image_at_all(tmp_path: Path) -> None:
-    source = one_split(files(tmp_path / "images", [b""] * 2), [0, 1])
+    source = files(tmp_path / "images", [b""] * 2)
     (batch,) = read(source, plan_of(source))
     assert not batch.valid.any()
     assert len(batch.source_index) == batch.kept.num_rows == 0
@@ -198,7 +200,7 @@ def test_a_batch_may_hold_no_image_at_all(tmp_path: Path) -> None:
 
 
 def test_an_image_above_max_pixels_is_skipped_with_the_reason() -> None:
-    source = one_split(ArrayRows(random_pixels(1)), [0])
+    source = arrays(random_pixels(1))
     plan = plan_of(source)
     (batch,) = load_batches(Reader(source, AS_IT_IS, 255, (3, 16, 16)), plan, plan.shards, 0)
     assert batch.skipped == (Skipped(0, 0, "16x16 pixels are more than runtime.max_pixels = 255"),)
@@ -208,15 +210,6 @@ def test_workers_read_the_same_batches(damaged: Source) -> None:
     plan = plan_of(damaged)
     for here, there in zip(read(damaged, plan), read(damaged, plan, workers=2), strict=True):
         assert_same(here, there)
-
-
-def test_a_reader_reaches_workers_that_are_spawned(damaged: Source) -> None:
-    """macOS and newer Pythons pickle it."""
-    plan = plan_of(damaged)
-    reader = Reader(damaged, AS_IT_IS, MAX_PIXELS, (3, 16, 16))
-    again, same_plan = pickle.loads(pickle.dumps((reader, plan)))
-    place = next(plan.batches(plan.shards[0]))
-    assert_same(reader.read(plan, plan.shards[0], place), again.read(same_plan, same_plan.shards[0], place))
 
 
 def test_kept_columns_follow_the_valid_rows(tmp_path: Path) -> None:
@@ -230,7 +223,7 @@ def test_kept_columns_follow_the_valid_rows(tmp_path: Path) -> None:
         caption=(datasets.Value("string"), names),
         score=(datasets.Value("float32"), [row / 4 for row in range(12)]),
     )
-    config = SourceConfig(kind="huggingface", path=str(folder), keep_columns=("score", "caption"))
+    config = HuggingFaceConfig(kind="huggingface", path=str(folder), keep_columns=("score", "caption"))
     source = open_source(config, need_labels=True)
     batches = read(source, plan_of(source))
     assert sum(len(batch.source_index) for batch in batches) == 10
@@ -247,7 +240,7 @@ def mixed_sizes(tmp_path: Path) -> Source:
     """One image in ten is 16 wide and 12 high; the others are 16x16."""
     pixels = list(random_pixels(10))
     pixels[7] = pixels[7][:12]
-    return one_split(files(tmp_path / "images", [png_bytes(image) for image in pixels]), [0] * 10)
+    return files(tmp_path / "images", [png_bytes(image) for image in pixels])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -276,14 +269,11 @@ def test_mixed_sizes_are_found_before_anything_is_written(
     assert "set preprocess.resize and preprocess.crop" in sentence
 
 
-@dataclass(frozen=True)
-class TwoSizes(Rows):
-    """Black images of one pixel, and of two pixels from some row on."""
+class TwoSizes(IndexedSource[int]):
+    """Black images of one pixel, and of two pixels from some row of a split on."""
 
-    wide_from: int
-
-    def openers(self, rows: Sequence[int]) -> list[Opener]:
-        return [partial(Image.new, "L", (2 if row >= self.wide_from else 1, 1)) for row in rows]
+    def open(self, cell: Any) -> Image.Image:
+        return Image.new("L", (2 if cell["row"] >= self.rows[cell["split"]] else 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -292,31 +282,21 @@ class TwoSizes(Rows):
 )
 def test_mixed_sizes_are_found_in_any_split_and_any_part_of_it(train: int, test: int, wide_from: int) -> None:
     """A large first split or first part does not use up the images that are looked at."""
-    source = Source(
-        (
-            Split("train", np.zeros(train, dtype=np.int64), TwoSizes(train)),
-            Split("test", np.zeros(test, dtype=np.int64), TwoSizes(wide_from)),
-        ),
-        CLASSES,
-        "",
-    )
+    labels = {"train": np.zeros(train, dtype=np.int64), "test": np.zeros(test, dtype=np.int64)}
+    source = TwoSizes(rows={"train": train, "test": wide_from}, labels=labels, classes=CLASSES, digest="")
     with pytest.raises(ConfigError, match=r"1x1 and row \d+ of split test is 2x1"):
         find_shape(source, plan_of(source, shuffle=False), AS_IT_IS, MAX_PIXELS)
 
 
-@dataclass(frozen=True)
-class Counted(Rows):
-    """Rows that note which of them were opened."""
+@dataclass(frozen=True, kw_only=True)
+class Counted(ArraySource):
+    """Notes which rows were opened."""
 
-    rows: Rows
     opened: list[int] = field(default_factory=list)
 
-    def openers(self, rows: Sequence[int]) -> list[Opener]:
-        return [partial(self._open, row, opener) for row, opener in zip(rows, self.rows.openers(rows), strict=True)]
-
-    def _open(self, row: int, opener: Opener) -> Image.Image:
-        self.opened.append(row)
-        return opener()
+    def open(self, cell: Any) -> Image.Image:
+        self.opened.append(cell["row"])
+        return super().open(cell)
 
 
 @pytest.mark.parametrize(
@@ -333,23 +313,22 @@ class Counted(Rows):
 def test_one_image_is_read_where_the_crop_fixes_the_size(
     preprocess: PreprocessConfig, shape: tuple[int, int, int], opened: int
 ) -> None:
-    rows = Counted(ArrayRows(random_pixels(20)))
-    source = one_split(rows, [0] * 20)
+    source = Counted(rows={"test": random_pixels(20)}, **labelled([0] * 20))
     assert find_shape(source, plan_of(source), preprocess, MAX_PIXELS) == shape
-    assert len(rows.opened) == opened
+    assert len(source.opened) == opened
     assert read(source, plan_of(source), preprocess=preprocess, shape=shape)[0].images.shape == (3, *shape)
 
 
 def test_find_shape_passes_over_broken_images(damaged: Source) -> None:
     plan = plan_of(damaged, shuffle=False)
     for order in ([BROKEN, EMPTY, 0], [0, BROKEN, EMPTY]):
-        turned = Plan({"test": np.array(order)}, plan.shards, plan.batch_size)
+        turned = Plan({"test": np.array(order)}, (Shard("test", 0, 1, 0, 3),), plan.batch_size)
         assert find_shape(damaged, turned, PreprocessConfig(resize=16, crop=8), MAX_PIXELS) == (3, 8, 8)
         assert find_shape(damaged, turned, AS_IT_IS, MAX_PIXELS) == (3, 16, 16)
 
 
 def test_a_source_of_broken_images_is_refused(tmp_path: Path) -> None:
-    source = one_split(files(tmp_path / "images", [b"no image"] * 3), [0] * 3)
+    source = files(tmp_path / "images", [b"no image"] * 3)
     with pytest.raises(
         PipelineError,
         match=r"^source: none of its images .* row \d of split test \(00\d\.png\) \(cannot identify image file\)\.$",
@@ -371,117 +350,85 @@ def test_a_sample_is_spread_over_the_split_and_leaves_out_what_it_cannot_take(da
     assert [tensor.shape for tensor in other] == [(0, 3, 8, 8), (0,)]
 
 
-# ----------------------------------------------------------------------------------------- worker processes
+# ------------------------------------------------------------------------------------------------ threads
 
 
-@dataclass(frozen=True)
-class Signalling(Rows):
-    """Small images; opening row 4 sends a signal to the worker process that opens it."""
+@dataclass(frozen=True, kw_only=True)
+class Failing(ArraySource):
+    """Reading row 4 fails as the given error does."""
 
-    signum: int
-    main: int = field(default_factory=os.getpid)
+    error: BaseException
 
-    def openers(self, rows: Sequence[int]) -> list[Opener]:
-        return [partial(self._open, row) for row in rows]
-
-    def _open(self, row: int) -> Image.Image:
-        if row == 4 and os.getpid() != self.main:
-            os.kill(os.getpid(), self.signum)
-        return Image.new("RGB", (16, 16), (row, row, row))
+    def open(self, cell: Any) -> Image.Image:
+        if cell["row"] == 4:
+            raise self.error
+        return super().open(cell)
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_one_sentence() -> None:
-    source = one_split(Signalling(signal.SIGKILL), [0] * 12)
-    with pytest.raises(PipelineError) as caught:
-        read(source, plan_of(source, shuffle=False), workers=1)
-    assert type(caught.value) is PipelineError
-    sentence = str(caught.value)
-    assert sentence.startswith("A decoding worker died (DataLoader worker (pid")
-    assert "runtime.workers" in sentence
-    assert "\n" not in sentence
-
-
-def test_a_worker_that_dies_while_the_attack_runs_is_one_sentence_too(
-    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killing(*_: object) -> None:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        time.sleep(30)  # until DataLoader's handler of signals raises here
-
-    monkeypatch.setattr("pipeline.engine.execute._score", killing)
-    config = write_config(runtime={"workers": 1}, output={"images_per_shard": 6})
-    result = fgsm("generate", config)
-    assert result.exit_code == 1
-    assert "Error: A decoding worker died (DataLoader worker (pid" in result.stderr
-    monkeypatch.undo()
-    assert fgsm("generate", config).exit_code == 0
-
-
-def test_workers_that_give_nothing_end_the_run(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write_config(runtime={"workers": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.engine.loader.SILENT_SECONDS", 1.0)
-        patch.setattr(Reader, "read", lambda *_: time.sleep(60))
-        result = fgsm("generate", config)
-    assert result.exit_code == 1
-    assert "Error: The decoding workers gave nothing for 1 s; they hang, or the source's disk does." in result.stderr
-    assert fgsm("generate", config).exit_code == 0
-
-
+@pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize(
-    "error",
+    ("error", "said"),
     [
-        MemoryError(),
-        RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"),
-        pytest.param(
-            RuntimeError("unable to mmap 6144 bytes from file </torch_7>: Cannot allocate memory (12)"),
-            marks=pytest.mark.drill,
+        (MemoryError(), r"cannot be read \(out of memory\), which is the machine's failure"),
+        (
+            OSError(errno.EIO, os.strerror(errno.EIO)),
+            r"cannot be read \(OSError: Input/output error\), which is the mach",
         ),
     ],
 )
-def test_a_batch_that_cannot_be_shared_ends_the_run(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    # Torch would do it in a thread of the queue, which drops what fails: the run would wait for ever.
-    def refusing(_: Batch) -> Batch:
-        raise error
-
-    monkeypatch.setattr(Batch, "share_memory", refusing)
-    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
-    before = {*multiprocessing.active_children()}
-    with pytest.raises(PipelineError, match=r"for want of memory .* smaller runtime\.workers") as caught:
-        read(source, plan_of(source), workers=1)
-    assert caught.tb
-    assert {*multiprocessing.active_children()} <= before, "no worker lives as long as the traceback"
-    assert read(source, plan_of(source), workers=0)
+def test_what_the_machine_does_to_a_thread_ends_the_run(workers: int, error: Exception, said: str) -> None:
+    source = Failing(rows={"test": random_pixels(12)}, error=error, **labelled([0] * 12))
+    before = threading.active_count()
+    with pytest.raises(PipelineError, match=said):
+        read(source, plan_of(source, shuffle=False), workers=workers)
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before, "no thread outlives the loader"
 
 
-def test_a_batch_is_shared_by_the_worker_that_read_it() -> None:
-    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
-    (batch, *_) = read(source, plan_of(source), workers=0)
-    assert not batch.images.is_shared()
-    shared = batch.share_memory()
-    assert all(tensor.is_shared() for tensor in (shared.images, shared.labels, shared.valid))
+@dataclass(frozen=True, kw_only=True)
+class Noting(ArraySource):
+    """Notes how many tables were asked for, and in which threads images were opened."""
+
+    fetched: list[int] = field(default_factory=list)
+    threads: set[str] = field(default_factory=set)
+
+    def table(self, split: str, rows: Sequence[int]) -> pa.Table:
+        self.fetched.append(len(rows))
+        return super().table(split, rows)
+
+    def open(self, cell: Any) -> Image.Image:
+        self.threads.add(threading.current_thread().name)
+        return super().open(cell)
 
 
-def test_workers_that_cannot_be_started_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusing() -> int:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+def test_a_bounded_number_of_batches_is_read_ahead() -> None:
+    source = Noting(rows={"test": random_pixels(60)}, **labelled([0] * 60))
+    plan = plan_of(source, batch_size=3, images_per_shard=60)
+    batches = load_batches(Reader(source, AS_IT_IS, MAX_PIXELS, (3, 16, 16)), plan, plan.shards, 2)
+    next(batches)
+    time.sleep(0.3)
+    # Two that are decoded and one that waits, as many as the first; what tells that it is not the last; one ahead.
+    assert len(source.fetched) <= 6
+    batches.close()
+    assert all(name.startswith("decode") for name in source.threads)
 
-    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
-    monkeypatch.setattr(os, "fork", refusing)
-    with pytest.raises(PipelineError, match=r"cannot be started \(Resource temporarily unavailable\); set a smaller"):
-        read(source, plan_of(source), workers=1)
 
-
-def test_a_worker_leaves_ctrl_c_to_the_main_process() -> None:
-    source = one_split(Signalling(signal.SIGINT), [0] * 12)
-    batches = read(source, plan_of(source, shuffle=False), workers=1)
-    assert [int(batch.images[0, 0, 0, 0]) for batch in batches] == [0, 3, 6, 7, 10]
+def test_without_workers_all_is_done_in_the_thread_that_asks() -> None:
+    source = Noting(rows={"test": random_pixels(12)}, **labelled([0] * 12))
+    plan = plan_of(source)
+    batches = load_batches(Reader(source, AS_IT_IS, MAX_PIXELS, (3, 16, 16)), plan, plan.shards, 0)
+    next(batches)
+    assert source.threads == {threading.current_thread().name}
+    assert len(source.fetched) <= 2
+    batches.close()
 
 
 def test_reading_may_stop_early() -> None:
-    """What happens after a failure or Ctrl-C: the workers are told to go, and nothing hangs or warns."""
-    source = one_split(ArrayRows(random_pixels(12)), [0] * 12)
+    """What happens after a failure or Ctrl-C: the threads are told to go, and nothing hangs or warns."""
+    source = arrays(random_pixels(12))
     plan = plan_of(source)
     batches = load_batches(Reader(source, AS_IT_IS, MAX_PIXELS, (3, 16, 16)), plan, plan.shards, 1)
     assert next(batches).place == slice(0, 3)
@@ -494,7 +441,7 @@ def test_reading_may_stop_early() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_batch_is_pinned_before_it_is_copied() -> None:
-    source = one_split(ArrayRows(random_pixels(3)), [0] * 3)
+    source = arrays(random_pixels(3))
     (batch,) = read(source, plan_of(source))
     pinned = batch.pin_memory()
     assert pinned.images.is_pinned()
@@ -503,12 +450,12 @@ def test_a_batch_is_pinned_before_it_is_copied() -> None:
     assert_same(pinned, batch)
 
 
-def test_a_bug_in_a_worker_is_not_called_a_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_in_a_thread_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug of ours")
 
     source = mixed_sizes(tmp_path)
     monkeypatch.setattr(Reader, "read", broken)
-    with pytest.raises(RuntimeError, match="a bug of ours") as caught:
-        read(source, plan_of(source), workers=1)
-    let_go(caught)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        read(source, plan_of(source), workers=workers)

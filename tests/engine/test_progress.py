@@ -52,7 +52,7 @@ def test_a_call_that_fails_counts_and_still_fails() -> None:
 def test_the_rate_leaves_out_the_first_batch_which_waited_for_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("pipeline.engine.progress.time.monotonic", lambda: now[0])
-    with Progress(300, 0, (0,)) as progress:
+    with Progress(300, 0, ["clean"]) as progress:
         now[0] = 10.0
         progress.update(100, 0, {})
         assert progress.rate == 10.0, "nothing to tell apart yet"

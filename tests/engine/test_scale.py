@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import pipeline.engine.execute
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.batches import Batch
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part
@@ -26,10 +26,10 @@ from pipeline.engine.run import Run, open_run, versions
 from pipeline.output.card import render_card
 from pipeline.output.folder import (
     FileEntry,
-    LevelCounts,
     OutputFolder,
     Receipt,
     SkippedRow,
+    VariantCounts,
     committed,
     shard_file,
 )
@@ -54,8 +54,8 @@ def receipt_of(run: Run, shard: Shard, skipped: Sequence[SkippedRow] = ()) -> Re
         skipped=tuple(skipped),
         zero_sign_share=0.25,
         counts=tuple(
-            LevelCounts(level=level, rows=rows, labelled=rows, correct=rows, fooled=0, confidence_sum=0.5 * rows)
-            for level in run.levels
+            VariantCounts(**vars(variant), rows=rows, labelled=rows, correct=rows, fooled=0, confidence_sum=0.5 * rows)
+            for variant in run.variants
         ),
         files=tuple(
             FileEntry(path=shard_file(subset, shard, run.edition), rows=rows, bytes=FILE_BYTES, sha256="0" * 64)

@@ -20,7 +20,8 @@ import pytest
 import ray
 
 import pipeline.executors.ray
-from pipeline.config.schema import RuntimeConfig, load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import RuntimeConfig
 from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError
 from pipeline.engine.job import Job
 from pipeline.engine.run import open_run

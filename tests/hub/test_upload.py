@@ -101,8 +101,8 @@ READ_BACK = """
 import json, sys
 import datasets, numpy
 import pipeline
-from pipeline.config.schema import SourceConfig
-from pipeline.sources.mapped import open_source
+from pipeline.config.sources import HuggingFaceConfig, SourceConfig
+from pipeline.sources.registry import open_source
 
 datasets.config.USE_PARQUET_EXPORT = False  # it would ask a second host
 columns = json.loads(sys.argv[1])
@@ -111,7 +111,7 @@ def read(rows):
     return [[*(row[name] for name in columns), numpy.asarray(row["image"]).tolist()] for row in rows]
 
 origin = open_source(
-    SourceConfig(kind="huggingface", path="user/images", name="clean", split="test", label_column="label"),
+    HuggingFaceConfig(kind="huggingface", path="user/images", name="clean", split="test", label_column="label"),
     need_labels=True,
 ).origin
 found = {

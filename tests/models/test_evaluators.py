@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 import pipeline
-from pipeline.config.schema import EvaluatorConfig, load_config, parse_config
+from pipeline.config.load import load_config, parse_config
+from pipeline.config.schema import EvaluatorConfig
 from pipeline.core.errors import ConfigError, NonFiniteError
 from pipeline.core.images import decode_image
 from pipeline.models.load import load_model
 from pipeline.sources.digits import digits_split
-from tests.conftest import LABELS, ROOM, WriteConfig, digests, generate, manifest, rows, wide_parquet
+from tests.conftest import LABELS, LAYOUTS, ROOM, WriteConfig, digests, generate, kept_parquet, manifest, rows
 from tests.conftest import fgsm_without_run as fgsm
+from tests.support.configs import section
 from tests.support.forgery import FILE, SHARD, assert_found, forge
 
 LEVELS = (0, 2, 8)
@@ -47,7 +49,7 @@ def parsed(*evaluators: Any) -> tuple[EvaluatorConfig, ...]:
 
 def test_an_evaluator_is_a_model_with_an_id() -> None:
     (evaluator,) = parsed({"id": "resnet_18", "kind": "torchvision", "name": "resnet18", "mean": [0.5]})
-    assert (evaluator.id, evaluator.name, evaluator.mean, evaluator.std) == ("resnet_18", "resnet18", (0.5,), None)
+    assert (evaluator.id, evaluator.call[0], evaluator.mean, evaluator.std) == ("resnet_18", "resnet18", (0.5,), None)
     assert parsed({"id": "d", "kind": "digits"})[0].weights == "digits"
 
 
@@ -62,7 +64,7 @@ def test_an_evaluator_is_a_model_with_an_id() -> None:
         ([{"id": "a", "kind": "digits"}] * 2, r"^evaluators: two of them have the id a"),
         ([{"id": "a", "kind": "digits"}, {"id": "b", "kind": "timm"}], r"^evaluators\.1\.name is missing"),
         ([{"id": "a", "kind": "digits", "wieghts": None}], r"^evaluators\.0\.wieghts is an unknown key; .*weights\?"),
-        ([{"id": "a", "kind": "digits", "name": "b"}], r"^evaluators\.0\.name has no effect with kind digits"),
+        ([{"id": "a", "kind": "digits", "name": "b"}], r"^evaluators\.0\.name is an unknown key with kind digits"),
         ([3], r"^evaluators\.0 must be a mapping"),
     ],
 )
@@ -84,7 +86,7 @@ def test_a_file_s_evaluators_are_relative_to_it(
 
 def asked(config: dict[str, Any], images: list[dict[str, bytes]]) -> list[int]:
     """What a model says of stored images, one at a time, with nothing of ours between them."""
-    model = load_model(EvaluatorConfig(**config), seed=0, device=torch.device("cpu"))
+    model = load_model(section("evaluators", **config), seed=0, device=torch.device("cpu"))
     with torch.no_grad():
         return [int(model(decode_image(image["bytes"])[None] / 255).argmax()) for image in images]
 
@@ -141,39 +143,38 @@ def test_counts_say_what_transfers(write_config: WriteConfig, other: dict[str, A
 
 
 @pytest.mark.parametrize("levels", [["0", "2/255", "8/255"], ["8/255", "5/255"]])
-def test_both_layouts_hold_and_load_the_same(
+def test_all_layouts_hold_and_load_the_same(
     write_config: WriteConfig, other: dict[str, Any], tmp_path: Path, levels: list[str]
 ) -> None:
     source = {
-        "path": str(wide_parquet(tmp_path / "wide", [None, *LABELS[1:]])),
+        "path": str(kept_parquet(tmp_path / "kept", [None, *LABELS[1:]])),
         "keep_columns": ["caption"],
     }
     sections = {"source": source, "attack": {"label": "prediction"}}
-    generate(with_evaluators(write_config(**sections), other))
-    generate(
-        with_evaluators(write_config(**sections, output={"layout": "signs"}), other),
-        *("--output", str(tmp_path / "signs")),
-    )
-    images, signs = (pipeline.load(tmp_path / name, levels, split="test") for name in ("out", "signs"))
-    assert images.column_names == signs.column_names
-    assert images.column_names[-3:] == ["prediction_sums", "correct_sums", "caption"]
-    plain = [rows.remove_columns("image").to_list() for rows in (images, signs)]
-    assert plain[0] == plain[1]
+    for layout in LAYOUTS:
+        config = with_evaluators(write_config(**sections, output={"layout": layout}), other)
+        generate(config, "--output", str(tmp_path / layout))
+    loaded = [pipeline.load(tmp_path / layout, levels, split="test") for layout in LAYOUTS]
+    assert loaded[0].column_names[-3:] == ["prediction_sums", "correct_sums", "caption"]
+    plain = [rows.remove_columns("image").to_list() for rows in loaded]
+    for there, found in zip(loaded, plain, strict=True):
+        assert there.column_names == loaded[0].column_names
+        assert found == plain[0]
     null = [row["correct_sums"] is None for row in plain[0]]
     assert any(null)
     recorded = [row["epsilon"] in [level / 255 for level in LEVELS] for row in plain[0]]
     for row, unknown, was_recorded in zip(plain[0], null, recorded, strict=True):
         assert unknown == (row["label"] is None or not was_recorded)
         assert (row["prediction_sums"] is None) == (not was_recorded)
-    for name in ("out", "signs"):
+    for name in LAYOUTS:
         result = fgsm("verify", tmp_path / name, "--recompute")
         assert result.exit_code == 0, result.output
         assert "120 predictions re-derived" in result.stdout
 
 
 def test_a_kept_column_cannot_be_taken_for_an_evaluator_s(write_config: WriteConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "wide"
-    wide_parquet(folder, LABELS)
+    folder = tmp_path / "kept"
+    kept_parquet(folder, LABELS)
     table = datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train")
     table.rename_column("caption", "prediction_of_age").to_parquet(str(folder / "test-00000-of-00001.parquet"))
     config = write_config(source={"path": str(folder), "keep_columns": ["prediction_of_age"]})

@@ -11,19 +11,16 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import ConfigError
 from pipeline.models.label_space import LabelSpace, join_labels
-from pipeline.sources.mapped import ArrayRows, Source, Split
+from pipeline.sources.digits import ArraySource
 
 PETS = ("cat", "dog", "eel")
 LabelMap = Mapping[str | int, str | int] | str | None
 
 
-def source_of(classes: Sequence[str] | None, *labels: Sequence[int]) -> Source:
+def source_of(classes: Sequence[str] | None, *labels: Sequence[int]) -> ArraySource:
     """A dataset with these labels, a sequence for each split."""
-    splits = tuple(
-        Split(f"split{index}", np.array(values, dtype=np.int64), ArrayRows(np.zeros((len(values), 1, 1), np.uint8)))
-        for index, values in enumerate(labels or ([0, 1, 2, 0],))
-    )
-    return Source(splits, None if classes is None else tuple(classes), digest="")
+    splits = {f"split{i}": np.array(values, dtype=np.int64) for i, values in enumerate(labels or ([0, 1, 2, 0],))}
+    return ArraySource(labels=splits, rows={}, classes=None if classes is None else tuple(classes), digest="")
 
 
 def join(
@@ -153,7 +150,7 @@ def test_two_swapped_classes_of_many_are_another_order(swapped: tuple[int, int])
     others = [*names]
     others[first], others[second] = names[second], names[first]
     with pytest.raises(ConfigError, match="name their classes in another order"):
-        join_labels(Source((), tuple(names), ""), others, 200, None)
+        join_labels(ArraySource(labels={}, rows={}, classes=tuple(names), digest=""), others, 200, None)
 
 
 @pytest.mark.parametrize(

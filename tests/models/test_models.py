@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.attacks.base import Goal
 from pipeline.attacks.fgsm import FGSM
-from pipeline.config.schema import ModelConfig, PreprocessConfig
+from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError
 from pipeline.engine.compute import attack_images
 from pipeline.models.base import Model
@@ -30,13 +30,14 @@ from pipeline.models.load import load_model
 from pipeline.models.transformers import _processor_sizes
 from pipeline.sources.digits import digits_split
 from tests.conftest import FACTORY
+from tests.support.configs import section
 
 CPU = torch.device("cpu")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load(seed: int = 0, **config: Any) -> Model:
-    return load_model(ModelConfig(**config), seed=seed, device=CPU)
+    return load_model(section("model", **config), seed=seed, device=CPU)
 
 
 def refused(**config: Any) -> str:

@@ -16,12 +16,14 @@ from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
 from pipeline import generate as flow
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
+from pipeline.core.origin import Origin
 from pipeline.output.card import HERE, code, moved_card, plain, read_configs, render_card, size_category
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, read_manifest
-from pipeline.sources.origins import DIGITS, Origin, card_license
-from tests.conftest import KINDS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from pipeline.sources.digits import DIGITS
+from pipeline.sources.origins import card_license
+from tests.conftest import KINDS, LAYOUTS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
 
 NASTY = [
     "a|b",
@@ -86,14 +88,14 @@ def tables(text: str) -> list[list[list[str]]]:
 # --------------------------------------------------------------------------------------------- what it shows
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["plain", "gray", "unlabelled"])
 def test_every_example_of_the_card_runs(write_config: WriteConfig, tmp_path: Path, layout: str, kind: str) -> None:
     generate(write_config(**{**KINDS[kind](tmp_path), "output": {"layout": layout}}))
     text = card_of(tmp_path / "out")
     assert text.count(HERE) == 3
     shown = examples(text.replace(HERE, str(tmp_path / "out")))
-    assert len(shown) == {"signs": 5, "images": 4}[layout]
+    assert len(shown) == (4 if layout == "images" else 5)
     names: dict[str, Any] = {}
     for index, example in enumerate(shown):
         exec(example, names)
@@ -106,7 +108,7 @@ def test_every_example_of_the_card_runs(write_config: WriteConfig, tmp_path: Pat
     assert [row[0] for row in table] == ([0.0] if layout == "images" else []) + [2 / 255, 8 / 255]
     assert sorted(set(names["rows"]["epsilon"])) == [0.0, 3 / 255]
     assert len(loaded) * 2 == len(names["rows"])
-    if layout == "signs":
+    if layout != "images":
         row = loaded[0]
         ours = np.asarray(names["pipeline"].load(tmp_path / "out", ["8/255"], split="test")[0]["image"])
         np.testing.assert_array_equal(np.asarray(names["attacked"]), ours)
@@ -144,6 +146,8 @@ def test_the_attacks_of_layout_signs_are_described(write_config: WriteConfig, tm
     fields = next(table for table in tables(text) if "field" in table[0][0])[2:]
     assert [row[0].strip(" `") for row in fields] == [
         "epsilon",
+        "attack",
+        "model",
         "prediction",
         "confidence",
         "label_confidence",
@@ -250,7 +254,7 @@ def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     assert "as it states it, is Ask Ian &#124; first." in text
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluators_have_their_columns(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     config = write_config(output={"layout": layout})
     judge = {"id": "an_other", "kind": "factory", "name": f"{tmp_path}/victim.py:make"}
@@ -268,7 +272,7 @@ def test_evaluators_have_their_columns(write_config: WriteConfig, tmp_path: Path
     assert "| `prediction_an_other` | ClassLabel | as prediction, of evaluator an_other |" in text
     assert "| `correct_an_other` | bool | as correct, of evaluator an_other |" in text
     clean = "| `clean_correct_an_other` | bool | as clean_correct, of evaluator an_other |"
-    assert (clean in text) == (layout == "signs")
+    assert (clean in text) == (layout != "images")
 
 
 # ------------------------------------------------------------------------------------------- names from elsewhere
@@ -368,7 +372,7 @@ def test_nasty_names_stay_inside(write_config: WriteConfig, tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------- moved to the Hub
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_published_card_loads_from_the_hub_and_keeps_what_was_added(
     write_config: WriteConfig, tmp_path: Path, layout: str
 ) -> None:

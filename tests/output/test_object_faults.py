@@ -53,7 +53,7 @@ def test_the_lock_of_a_run_that_died_is_taken_over(s3: S3, out: str, caplog: pyt
     alter(s3, out, ".run/lock", b"no JSON")
     with OutputFolder(out).store.held():
         pass
-    assert there(s3, out) == {}
+    assert (list(there(s3, out)), lock_of(there(s3, out))) == ([".run/lock"], None), "released, not removed"
 
 
 def test_of_two_runs_that_take_a_dead_lock_over_at_once_one_goes_on(

@@ -28,6 +28,7 @@ from pipeline.output.manifest import require_manifest
 from pipeline.output.objects import ObjectStore
 from tests.conftest import (
     FACTORY,
+    LAYOUTS,
     WriteConfig,
     digests,
     fgsm,
@@ -48,7 +49,7 @@ from tests.support.s3 import server as server
 # --------------------------------------------------------------------------------------------- a whole run
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_into_a_store_equals_a_local_one(
     layout: str, s3: S3, out: str, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -64,7 +65,7 @@ def test_a_run_into_a_store_equals_a_local_one(
     # One PUT for each file, the receipt after all files of its shard.
     puts = [path.partition("some/where/")[2] for path in s3.asked("PUT", r"parquet|receipts/")]
     assert len(puts) == len(set(puts))
-    subsets = 1 if layout == "signs" else 3
+    subsets = 3 if layout == "images" else 1
     assert [index for index, path in enumerate(puts) if "receipts" in path] == [
         subsets, 2 * subsets + 1, 3 * subsets + 2
     ]  # fmt: skip

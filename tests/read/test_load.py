@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -23,6 +24,7 @@ from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.lattice import sign_to_picture, step
 from tests.conftest import KINDS, LAYOUTS, WriteConfig, generate, loaded_by, png_bytes, random_pixels, write_parquet
 
+MADE = ("attack", "model")
 ANSWERS = ("prediction", "confidence", "label_confidence", "correct", "fooled")
 
 
@@ -35,19 +37,20 @@ def array(image: Image.Image) -> NDArray[np.int16]:
     return np.asarray(image).astype(np.int16)
 
 
-def write_both(write_config: WriteConfig, folder: Path, **sections: dict[str, Any]) -> None:
-    """The same run in folders `images` and `signs`, at 2/255 and 8/255."""
+def write_all(write_config: WriteConfig, folder: Path, **sections: dict[str, Any]) -> None:
+    """The same run in a folder for each layout, at 2/255 and 8/255."""
     for layout in LAYOUTS:
         generate(write_config(**{**sections, "output": {"layout": layout, "path": str(folder / layout)}}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Path, kind: str) -> None:
-    write_both(write_config, tmp_path, **KINDS[kind](tmp_path))
+def test_all_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Path, kind: str) -> None:
+    write_all(write_config, tmp_path, **KINDS[kind](tmp_path))
     stored = datasets.load_dataset(str(tmp_path / "images"), "all", split="test")
     expected = plain(stored)
     small = [row for row in expected if row["epsilon"] == 2 / 255]
     # 3/255 and 255/255 were not recorded.
+    assert {(row["attack"], row["model"]) for row in small} == {("fgsm", "make")}
     made: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for layout in LAYOUTS:
         for streaming in (False, True):
@@ -65,6 +68,7 @@ def test_both_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Pa
     assert all(rows == first for rows in made.values())
     count = len(small)
     assert [row["epsilon"] for row in first] == [k / 255 for k in (255, 0, 3, 2) for _ in range(count)]
+    assert [(row["attack"], row["model"]) for row in first[count : 2 * count]] == [(None, None)] * count
     assert first[count : 2 * count] == expected[:count]
     assert first[3 * count :] == small
     clean, attacked = (stored.select(range(start, start + count)) for start in (0, 2 * count))
@@ -119,7 +123,7 @@ def test_all_splits_come_as_datasets_gives_them(write_config: WriteConfig, tmp_p
     assert {name: plain(rows) for name, rows in streamed.items()} == {name: plain(rows) for name, rows in whole.items()}
 
 
-@pytest.fixture(params=["signs, recorded", "signs", "images"])
+@pytest.fixture(params=["signs, recorded", "signs", "images", "wide"])
 def view(request: pytest.FixtureRequest, write_config: WriteConfig, tmp_path: Path) -> Any:
     """Clean rows, then rows whose images are made on reading."""
     layout, _, recorded = request.param.partition(", ")
@@ -287,7 +291,7 @@ def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp
     refused = {
         tmp_path / "nowhere": f"There is no folder {tmp_path / 'nowhere'}.",
         tmp_path / "empty": f"{tmp_path / 'empty'} cannot be read as a dataset: ",
-        image_parquet: f"{image_parquet} is no dataset of fgsm-pipeline: its card lists neither signs nor clean",
+        image_parquet: f"{image_parquet} is no dataset of fgsm-pipeline: its card lists default, and no layout has",
     }
     for path, sentence in refused.items():
         with pytest.raises(ConfigError) as caught:
@@ -297,6 +301,29 @@ def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp
     (image_parquet / "README.md").write_text(CARD)
     with pytest.raises(ConfigError, match="its subset signs has other columns"):
         pipeline.load(image_parquet)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_a_former_format_are_one_sentence(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    """As on the Hub, where only the rows tell: until format 5 they did not say what made them."""
+    generate(write_config(output={"layout": layout}))
+    (tmp_path / "out/manifest.json").unlink()
+    card = tmp_path / "out/README.md"
+    configs = yaml.safe_load(card.read_text().split("---")[1])["configs"]
+    card.write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    for path in (tmp_path / "out").rglob("*.parquet"):
+        kept = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        if "attacks" in kept.column_names:
+            features = kept.features
+            entries = {name: value for name, value in features["attacks"].feature.items() if name not in MADE}
+            former = [[{key: entry[key] for key in entries} for entry in row] for row in kept["attacks"]]
+            kept = kept.remove_columns("attacks").add_column("attacks", former, feature=datasets.List(entries))
+            kept = kept.select_columns(list(features))
+        else:
+            kept = kept.remove_columns(list(MADE))
+        kept.to_parquet(path)
+    with pytest.raises(ConfigError, match=r"is no dataset of fgsm-pipeline: its subset .* has other columns"):
+        pipeline.load(tmp_path / "out", split="test")
 
 
 def test_damaged_files_are_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -329,5 +356,4 @@ def test_importing_the_package_is_instant_and_load_is_there() -> None:
 
 def test_reading_loads_neither_attack_nor_victim() -> None:
     loaded = {name for name in loaded_by("from pipeline import load") if name.startswith("pipeline.")}
-    assert {name.split(".")[1] for name in loaded} == {"core", "config", "sources", "layouts", "output", "read"}
-    assert {name for name in loaded if name.startswith("pipeline.sources.")} == {"pipeline.sources.origins"}
+    assert {name.split(".")[1] for name in loaded} == {"core", "config", "layouts", "output", "read"}

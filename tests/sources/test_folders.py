@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.config.schema import load_config
+from pipeline.config.load import load_config
 from pipeline.core.errors import ConfigError
 from pipeline.output.card import render_card
 from pipeline.output.folder import OutputFolder, read_receipts

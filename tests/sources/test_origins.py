@@ -8,17 +8,20 @@ import datasets
 import pytest
 import yaml
 
-from pipeline.config.schema import SourceConfig, load_config
+from pipeline.config.load import load_config
+from pipeline.core.origin import Origin
 from pipeline.generate import generate
-from pipeline.sources.mapped import open_source
-from pipeline.sources.origins import DIGITS, Origin, card_license, revision_of
+from pipeline.sources.digits import DIGITS
+from pipeline.sources.origins import card_license, revision_of
+from pipeline.sources.registry import open_source
 from tests.conftest import CLASSES, WriteConfig, png_bytes, random_pixels, write_parquet
+from tests.support.configs import section
 
 PNGS = [png_bytes(image) for image in random_pixels(6)]
 
 
 def origin_of(**config: Any) -> Origin:
-    return open_source(SourceConfig(**config), need_labels=True).origin
+    return open_source(section("source", **config), need_labels=True).origin
 
 
 def test_the_digits_are_credited_and_licensed() -> None:

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pickle
 import shutil
 import struct
 import sys
@@ -20,13 +19,19 @@ import pytest
 import torchvision
 from PIL import Image
 
-from pipeline.config.schema import PreprocessConfig, SourceConfig
+from pipeline.config import sources
+from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import UndecodableError
+from pipeline.core.plan import Plan, Shard
 from pipeline.engine.decode import read_image
+from pipeline.sources.base import Source
 from pipeline.sources.digits import digits_split
-from pipeline.sources.mapped import ItemRows, Source, Split, open_source
+from pipeline.sources.registry import open_source
+from pipeline.sources.torchvision import TorchvisionSource
 from tests.conftest import CLASSES, png_bytes, random_pixels, write_parquet
+from tests.support.configs import section
+from tests.support.sources import first_values, openers_of, tables_of
 
 INT, TEXT = datasets.Value("int64"), datasets.Value("string")
 
@@ -41,7 +46,7 @@ LABELS = [0, 1, 2, 2, 1, 0]
 
 
 def open_kind(kind: Any, path: str | Path | None = None, *, need_labels: bool = True, **keys: Any) -> Source:
-    config = SourceConfig(kind=kind, path=None if path is None else str(path), **keys)
+    config = section("source", kind=kind, **({} if path is None else {"path": str(path)}), **keys)
     return open_source(config, need_labels=need_labels)
 
 
@@ -57,14 +62,8 @@ def refuse(opening: Callable[[], Source], sentence: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def first_values(split: Split) -> list[int]:
-    """The first pixel's first value of every row."""
-    openers = split.rows.openers(range(len(split.labels)))
-    return [int(read_image(opener, PreprocessConfig(), 10**6)[0, 0, 0]) for opener in openers]
-
-
 def labels(source: Source) -> dict[str, list[int]]:
-    return {split.name: split.labels.tolist() for split in source.splits}
+    return {split: own.tolist() for split, own in source.labels.items()}
 
 
 # ---------------------------------------------------------------------------------------------- digits
@@ -73,17 +72,15 @@ def labels(source: Source) -> dict[str, list[int]]:
 def test_digits_are_a_fixed_stratified_split() -> None:
     source = open_kind("digits")
     assert source.classes == tuple("0123456789")
-    train, test = source.splits
-    assert (train.name, test.name) == ("train", "test")
-    assert (len(train.labels), len(test.labels)) == (1352, 445)
+    assert source.splits == {"train": 1352, "test": 445}
+    train, test = source.labels.values()
     # A quarter of every class is held out.
-    held_out = np.bincount(test.labels) / np.bincount(np.concatenate([train.labels, test.labels]))
+    held_out = np.bincount(test) / np.bincount(np.concatenate([train, test]))
     assert np.abs(held_out - 0.25).max() < 0.005
     again = open_kind("digits")
     assert again.digest == source.digest
-    for split, other in zip(source.splits, again.splits, strict=True):
-        assert split.labels.dtype == np.int64
-        assert split.labels.tolist() == other.labels.tolist()
+    assert labels(source) == labels(again)
+    assert train.dtype == test.dtype == np.int64
 
 
 def test_digits_of_the_two_splits_are_disjoint_and_repeat() -> None:
@@ -94,12 +91,12 @@ def test_digits_of_the_two_splits_are_disjoint_and_repeat() -> None:
     assert len({image.tobytes() for image in (*train, *test)}) == 1797
     assert digits_split("test")[0].tobytes() == test.tobytes()
     assert (test.min(), test.max()) == (0, 255)
-    opener = open_kind("digits", split="test").splits[0].rows.openers([7])[0]
+    opener = openers_of(open_kind("digits", split="test"), "test")[7]
     assert np.asarray(opener()).tobytes() == test[7].tobytes()
 
 
 def test_digits_splits_come_as_asked() -> None:
-    assert [split.name for split in open_kind("digits", split=["test", "train"]).splits] == ["test", "train"]
+    assert list(open_kind("digits", split=["test", "train"]).splits) == ["test", "train"]
     assert open_kind("digits", split="test").digest != open_kind("digits", split="train").digest
     refuse(lambda: open_kind("digits", split="validation"), r"^source\.split: there is no split validation; .*train, t")
 
@@ -121,8 +118,8 @@ def test_imagefolder(tmp_path: Path) -> None:
     source = folders(root)
     assert source.classes == CLASSES
     assert labels(source) == {"train": [0, 1, 1, 2]}
-    assert source.splits[0].labels.dtype == np.int64
-    assert first_values(source.splits[0]) == [30, 10, 20, 40]
+    assert next(iter(source.labels.values())).dtype == np.int64
+    assert first_values(source, next(iter(source.splits))) == [30, 10, 20, 40]
     assert labels(folders(root, split="test")) == {"test": [0, 1, 1, 2]}
 
 
@@ -133,9 +130,9 @@ def test_imagefolder_with_a_folder_for_each_split(tmp_path: Path) -> None:
     source = folders(root, split=["test", "train"])
     assert source.classes == ("cat", "dog")
     assert labels(source) == {"test": [0, 1], "train": [0, 1, 1]}
-    assert [first_values(split) for split in source.splits] == [[40, 50], [10, 20, 30]]
+    assert [first_values(source, split) for split in source.splits] == [[40, 50], [10, 20, 30]]
     assert labels(folders(root)) == {"train": [0, 1, 1]}
-    assert first_values(folders(root, split="test").splits[0]) == [40, 50]
+    assert first_values(folders(root, split="test"), next(iter(folders(root, split="test").splits))) == [40, 50]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +191,10 @@ def test_imagefolder_digest(tmp_path: Path) -> None:
 
 def names(source: Source) -> dict[str, list[str | None]]:
     """The file of every row."""
-    return {split.name: [split.rows.file(row) for row in range(len(split.labels))] for split in source.splits}
+    return {
+        split: [source.name_of(cell) for cell in table["image"].to_pylist()]
+        for split, table in tables_of(source).items()
+    }
 
 
 def left_out(source: Source) -> list[tuple[int, tuple[str, ...]]]:
@@ -233,7 +233,7 @@ def test_what_pillow_opens_is_an_image_whatever_its_ending(tmp_path: Path, openi
     source = opening(tmp_path)
     assert labels(source) == {"train": [0] * len(ENDINGS) + [1] * len(ENDINGS)}
     assert names(source)["train"][: len(ENDINGS)] == [f"cat/{file}" for file in ENDINGS]
-    for opener in source.splits[0].rows.openers(range(2 * len(ENDINGS))):
+    for opener in openers_of(source, "train"):
         assert read_image(opener, PreprocessConfig(), 100).shape == (3, 4, 4)
     assert left_out(source) == [(2, ("dog/m.tga", "dog/no ending"))]
 
@@ -440,12 +440,10 @@ def test_parquet_folder(tmp_path: Path) -> None:
     source = hub(write_parquet(tmp_path / "pets", SHADES, LABELS))
     assert source.classes == CLASSES
     assert labels(source) == {"test": LABELS}
-    assert source.splits[0].labels.dtype == np.int64
-    assert first_values(source.splits[0]) == [0, 10, 20, 30, 40, 50]
+    assert next(iter(source.labels.values())).dtype == np.int64
+    assert first_values(source, next(iter(source.splits))) == [0, 10, 20, 30, 40, 50]
     assert source.kept == {}
-    assert source.splits[0].rows.kept([0, 1]).num_columns == 0
-    openers = source.splits[0].rows.openers([4, 1])
-    assert [np.asarray(opener())[0, 0, 0] for opener in openers] == [40, 10]
+    assert tables_of(source)["test"].column_names == ["image", "label"]
 
 
 def test_several_parquet_files_make_one_split(tmp_path: Path) -> None:
@@ -460,7 +458,7 @@ def test_saved_dataset(tmp_path: Path) -> None:
     source = hub(tmp_path / "pets")
     assert source.classes == CLASSES
     assert labels(source) == {"train": [0, 2, 0]}
-    assert first_values(source.splits[0]) == [50, 30, 0]
+    assert first_values(source, next(iter(source.splits))) == [50, 30, 0]
 
 
 def test_saved_slice_of_a_split_keeps_the_splits_name(tmp_path: Path) -> None:
@@ -544,7 +542,7 @@ def write_columns(folder: Path, *names: str) -> Path:
 )
 def test_image_column(tmp_path: Path, columns: Sequence[str], named: str | None, values: list[int]) -> None:
     folder = write_columns(tmp_path / "pets", *columns)
-    assert first_values(hub(folder, image_column=named).splits[0]) == values
+    assert first_values(hub(folder, image_column=named), next(iter(hub(folder, image_column=named).splits))) == values
 
 
 @pytest.mark.parametrize(
@@ -670,7 +668,7 @@ def test_kept_columns_are_unchanged_and_typed(tmp_path: Path) -> None:
     source = hub(folder, image_column="image", label_column="label", keep_columns=names)
     assert source.kept == {name: datasets.Features(kept)[name] for name in names}
     assert list(source.kept) == names
-    table = source.splits[0].rows.kept([2, 0])
+    table = tables_of(source)["train"].select(names).take([2, 0])
     assert table.column_names == names
     assert table.schema.equals(datasets.Features(source.kept).arrow_schema)
     written = pq.read_table(folder).select(names).take([2, 0])
@@ -687,7 +685,7 @@ def test_images_stay_undecoded_when_opened(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "pets", [SHADES[1], b"broken", cut_short, b"", None], [0, 1, 2, 0, 1])
     source = hub(folder)
     assert labels(source) == {"test": [0, 1, 2, 0, 1]}
-    openers = source.splits[0].rows.openers(range(5))
+    openers = openers_of(source, "test")
     assert read_image(openers[0], PreprocessConfig(), 10**6).shape == (3, 4, 4)
     for opener in openers[1:]:
         with pytest.raises(UndecodableError):
@@ -712,7 +710,7 @@ def test_paths_open_below_the_sources_own_folder(tmp_path: Path) -> None:
         (folder / name).write_bytes(SHADES[3])
     paths = ["files/a.png", "./files/../files/a.png", str(folder / "files" / "a.png"), "files/..b.png"]
     write_paths(folder, paths)
-    assert first_values(hub(folder).splits[0]) == [30] * 4
+    assert first_values(hub(folder), next(iter(hub(folder).splits))) == [30] * 4
 
 
 @pytest.mark.parametrize(
@@ -727,7 +725,7 @@ def test_paths_that_lead_out_of_the_folder_do_not_open(tmp_path: Path, path: str
     (folder / "link.png").symlink_to(outside)
     (folder / "links").symlink_to(tmp_path)
     write_paths(folder, [path and path.format(outside=outside)])
-    opener = hub(folder).splits[0].rows.openers([0])[0]
+    (opener,) = openers_of(hub(folder), "train")
     with pytest.raises(UndecodableError, match="out of the source's own folder" if path else "the row has no image"):
         opener()
 
@@ -737,7 +735,7 @@ def test_local_folder_of_images(tmp_path: Path) -> None:
     source = hub(root)
     assert source.classes == ("cat", "dog")
     assert labels(source) == {"train": [0, 1, 1]}
-    assert first_values(source.splits[0]) == [10, 20, 30]
+    assert first_values(source, next(iter(source.splits))) == [10, 20, 30]
 
 
 def test_images_that_metadata_does_not_name_are_counted(tmp_path: Path) -> None:
@@ -785,10 +783,10 @@ def test_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
 
 def test_a_digest_is_not_taken_of_a_disk_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     # It would stand in the run id, and every later run would be refused as one of another source.
-    def failing() -> Image.Image:
+    def failing(*_: object) -> Image.Image:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(ItemRows, "openers", lambda _, rows: [failing for _ in rows])
+    monkeypatch.setattr(TorchvisionSource, "open", failing)
     with pytest.raises(PipelineError, match="Input/output error"):
         vision("FakeData", kwargs={"size": 3, "image_size": (3, 4, 4), "num_classes": 3})
 
@@ -828,11 +826,11 @@ def test_folder_rewritten_in_place_gives_its_new_rows(tmp_path: Path, card: str 
     folder = write_parquet(tmp_path / "pets", SHADES[:3], [0, 1, 2])
     if card is not None:
         (folder / "README.md").write_text(card)
-    assert first_values(hub(folder).splits[0]) == [0, 10, 20]
+    assert first_values(hub(folder), next(iter(hub(folder).splits))) == [0, 10, 20]
     write_parquet(folder, SHADES[3:], [2, 1, 0])
     source = hub(folder)
     assert labels(source) == {"test": [2, 1, 0]}
-    assert first_values(source.splits[0]) == [30, 40, 50]
+    assert first_values(source, next(iter(source.splits))) == [30, 40, 50]
 
 
 def test_subsets_of_a_card_are_chosen_by_name(tmp_path: Path) -> None:
@@ -841,7 +839,7 @@ def test_subsets_of_a_card_are_chosen_by_name(tmp_path: Path) -> None:
     write_parquet(folder / "large", SHADES[2:], [2, 1, 0, 2])
     card = {name: f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("small", "large")}
     (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(card.values())}---\n")
-    assert [split.labels.tolist() for split in hub(folder, name="large").splits] == [[2, 1, 0, 2]]
+    assert [*labels(hub(folder, name="large")).values()] == [[2, 1, 0, 2]]
     refuse(lambda: hub(folder), r"^source\.path: .* cannot be opened: .*[Cc]onfig")
 
 
@@ -908,8 +906,8 @@ def test_torchvision_dataset(tmp_path: Path) -> None:
     source = vision("MNIST", split=["train", "test"], kwargs={"root": str(root)})
     assert source.classes == tuple(torchvision.datasets.MNIST.classes)
     assert labels(source) == {"train": [3, 1, 2], "test": [9, 0]}
-    assert source.splits[0].labels.dtype == np.int64
-    assert [first_values(split) for split in source.splits] == [[30, 10, 20], [90, 0]]
+    assert next(iter(source.labels.values())).dtype == np.int64
+    assert [first_values(source, split) for split in source.splits] == [[30, 10, 20], [90, 0]]
     assert labels(vision("MNIST", kwargs={"root": str(root)})) == {"train": [3, 1, 2]}
 
 
@@ -931,7 +929,7 @@ def test_torchvision_dataset_without_a_list_of_labels() -> None:
     source = vision("FakeData", kwargs=kwargs)
     assert source.classes is None
     assert labels(source) == {"train": [made[row][1] for row in range(8)]}
-    image = read_image(source.splits[0].rows.openers([3])[0], PreprocessConfig(), 10**6)
+    image = read_image(openers_of(source, "train")[3], PreprocessConfig(), 10**6)
     assert image.permute(1, 2, 0).numpy().tobytes() == np.asarray(made[3][0]).tobytes()
     assert vision("FakeData", kwargs=kwargs, classes=list("abcd")).classes == tuple("abcd")
 
@@ -979,25 +977,31 @@ def test_torchvision_dataset_that_cannot_be_used(
 
 
 @pytest.mark.parametrize("kind", ["digits", "imagefolder", "huggingface", "torchvision"])
-def test_rows_reach_worker_processes(tmp_path: Path, kind: str) -> None:
+def test_any_rows_are_read_by_their_numbers(tmp_path: Path, kind: str) -> None:
     source = {
         "digits": lambda: open_kind("digits", split="test"),
-        "imagefolder": lambda: folders(write_folders(tmp_path / "pets", {"cat": [10], "dog": [20]})),
+        "imagefolder": lambda: folders(write_folders(tmp_path / "pets", {"cat": [10, 30], "dog": [20]})),
         "huggingface": lambda: hub(write_columns(tmp_path / "hub", "image", "label", "name"), keep_columns=["name"]),
         "torchvision": lambda: vision("MNIST", kwargs={"root": str(write_mnist(tmp_path / "data"))}),
     }[kind]()
-    split = source.splits[0]
-    sent = pickle.loads(pickle.dumps(split.rows))
-    assert first_values(Split("sent", split.labels[:2], sent)) == first_values(
-        Split("own", split.labels[:2], split.rows)
-    )
-    assert sent.kept([1, 0]).equals(split.rows.kept([1, 0]))
+    (split,) = source.splits
+    plan = Plan({split: np.array([2, 0, 1])}, (Shard(split, 0, 2, 0, 1), Shard(split, 1, 2, 1, 3)), 2)
+    found = [table for _, table, _ in source.tables(plan, plan.shards)]
+    assert [table.num_rows for table in found] == [1, 2]
+    whole = tables_of(source)[split].take([2, 0, 1])
+    assert pa.concat_tables(found).rename_columns(whole.column_names).equals(whole)
+    sampled = list(source.sample(plan, plan.shards, 2))
+    assert [(row.shard.index, row.number) for row in sampled] == [(0, 2), (1, 1)]
+    assert [row.cell for row in sampled] == whole["image"].take([0, 2]).to_pylist()
+    assert [row.label for row in sampled] == whole["label"].take([0, 2]).to_pylist()
 
 
 def test_a_torchvision_dataset_whose_library_is_missing_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    config = SourceConfig(kind="torchvision", path="PCAM", kwargs={"root": str(tmp_path)}, split=("train",))
+    config = sources.TorchvisionConfig(
+        kind="torchvision", path="PCAM", kwargs={"root": str(tmp_path)}, split=("train",)
+    )
     with pytest.raises(ConfigError, match="torchvision's PCAM cannot be opened"):
         open_source(config, need_labels=True)

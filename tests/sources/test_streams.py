@@ -24,18 +24,23 @@ import pytest
 import torch
 from huggingface_hub.utils.logging import set_verbosity
 
-import pipeline.sources.streamed
+import pipeline.sources.parquet
+import pipeline.sources.tar
 from pipeline.check.verify import verify
-from pipeline.config.schema import SourceConfig, load_config
+from pipeline.config.load import load_config
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import Batch
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.plan import stream_plan
 from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run
-from pipeline.sources.streamed import StreamedFile, StreamedSource, open_stream
+from pipeline.sources.base import Source
+from pipeline.sources.registry import open_source
+from pipeline.sources.streams import SourceFile
 from tests.conftest import (
     CLASSES,
+    LAYOUTS,
     WriteConfig,
     digests,
     fgsm,
@@ -45,6 +50,7 @@ from tests.conftest import (
     random_pixels,
     rows,
     shard_path,
+    subset_of,
     without_run,
 )
 from tests.support.files import FILES, Server, images, serving, stream, write_files, write_tar
@@ -53,6 +59,7 @@ from tests.support.forgery import forge
 from tests.support.hub import Repository, git_blob, lfs_blob, running_hub
 from tests.support.processes import Start
 from tests.support.processes import start as start
+from tests.support.sources import plan_for
 
 
 @pytest.fixture
@@ -73,13 +80,13 @@ def tars(tmp_path: Path) -> Path:
 # -------------------------------------------------------------------------------------------- the same rows
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_streamed_folder_gives_the_rows_of_the_same_folder_read_at_once(
     write_config: WriteConfig, parquet: Path, tmp_path: Path, layout: str
 ) -> None:
     generate(write_config(source={"path": str(parquet), "shuffle": False}, output={"layout": layout}))
     generate(write_config(source=stream(parquet), output={"layout": layout, "path": str(tmp_path / "stream")}))
-    subset = {"images": "eps-8", "signs": "signs"}[layout]
+    subset = subset_of(layout, 8)
     streamed, at_once = rows(tmp_path / "stream", subset), rows(tmp_path / "out", subset)
     files = [f"data/test-{i:05d}-of-00003.parquet" for i in range(3)]
     assert streamed["source_file"].tolist() == [file for file, n in zip(files, FILES, strict=True) for _ in range(n)]
@@ -112,7 +119,7 @@ def test_a_tar_gives_the_same_rows(write_config: WriteConfig, parquet: Path, tar
     assert digests(tmp_path / "tar") == complete
 
 
-@pytest.mark.parametrize("layout", ["images", "signs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_reads_back_and_trains(write_config: WriteConfig, parquet: Path, tmp_path: Path, layout: str) -> None:
     generate(write_config(source=stream(parquet), output={"layout": layout}))
     assert datasets.load_dataset(str(tmp_path / "out"), split="test")["source_file"][-1] == (
@@ -133,14 +140,14 @@ def test_it_reads_back_and_trains(write_config: WriteConfig, parquet: Path, tmp_
 
 def test_a_file_is_cut_where_row_groups_end() -> None:
     def cuts(groups: Sequence[int], most: int) -> tuple[int, ...] | None:
-        return StreamedFile("", "", 0, "", tuple((rows, 0) for rows in groups), sum(groups)).cuts(most)
+        return SourceFile("", "", 0, "", tuple((rows, 0) for rows in groups), sum(groups)).cuts(most)
 
     assert cuts([5, 5, 5, 5], 16) == (15, 20)
     assert cuts([5, 5, 5], 15) == (15,)
     assert cuts([30, 5, 30], 16) == (30, 35, 65), "a row group is never cut"
     assert cuts([0, 5, 0], 4) == (5,)
     assert cuts([], 4) == (0,)
-    assert StreamedFile("", "", 0, "").cuts(4) is None
+    assert SourceFile("", "", 0, "").cuts(4) is None
 
 
 def test_shards_of_a_stream() -> None:
@@ -168,33 +175,33 @@ def test_a_limit_takes_whole_files(
     for source, count in ((parquet, shards), (tars, files)):
         run = open_run(load_config(str(write_config(source=stream(source, classes=None)))).model_copy(), None)
         limited = run.config.source.model_copy(update={"limit": limit})
-        opened = open_stream(limited, need_labels=True)
-        assert len(opened.files["test"]) == files
+        opened = open_source(limited, need_labels=True)
+        assert len(opened.files(16)["test"]) == files
         # The samples of a tar are counted too, so that its length is known.
-        assert opened.split_rows() == {"test": sum(FILES[:files])}
+        assert opened.splits == {"test": sum(FILES[:files])}
         plan = open_run(run.config.model_copy(update={"source": limited})).plan
         assert (len(plan.shards), plan.total) == (count, sum(FILES[:files]))
 
 
 def test_no_tar_is_counted_that_a_limit_does_not_need(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[str] = []
-    count = pipeline.sources.streamed._count_samples
+    count = pipeline.sources.tar._count_samples
     monkeypatch.setattr(
-        "pipeline.sources.streamed._count_samples",
+        "pipeline.sources.tar._count_samples",
         lambda file: counted.append(file.name) or count(file),  # type: ignore[func-returns-value]
     )
     for limit, names in ((None, []), (20, ["test-0.tar"]), (21, ["test-0.tar", "test-1.tar"])):
         counted.clear()
-        config = SourceConfig(kind="huggingface", path=str(tars), streaming=True, limit=limit)
-        open_stream(config, need_labels=True)
+        config = HuggingFaceConfig(kind="huggingface", path=str(tars), streaming=True, limit=limit)
+        open_source(config, need_labels=True)
         assert counted == names
 
 
 def test_a_glob_has_the_signs_of_fsspec(parquet: Path, tmp_path: Path) -> None:
     def names(pattern: str) -> list[str]:
         path = f"file://{pattern}"
-        source = open_stream(SourceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
-        return [file.name for file in source.files["train"]]
+        source = open_source(HuggingFaceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
+        return [name for name, _ in source.files(16)["train"]]
 
     first, second = "test-00000-of-00003.parquet", "test-00001-of-00003.parquet"
     assert names(f"{parquet}/data/test-0000[01]*") == [first, second]
@@ -236,8 +243,8 @@ def test_a_plan_says_what_it_does_not_know(write_config: WriteConfig, parquet: P
 
 
 def test_progress_without_a_total_names_no_share() -> None:
-    with Progress(None, 5, (0,)) as progress:
-        progress.update(7, 7, {0: 7})
+    with Progress(None, 5, ["clean"]) as progress:
+        progress.update(7, 7, {"clean": 7})
         assert re.fullmatch(r"12 images, [\d.]+ images/s, clean 100%", progress.line())
 
 
@@ -265,7 +272,7 @@ def test_over_http_each_row_group_is_fetched_once(server: Server, write_config: 
     generate(config_of(server, write_config))
     files = [path.name for path in sorted(server.folder.iterdir())]
     assert rows(tmp_path / "out", "clean")["source_file"].unique().tolist() == files
-    source = open_stream(load_config(str(config_of(server, write_config))).source, need_labels=True)
+    source = open_source(load_config(str(config_of(server, write_config))).source, need_labels=True)
     server.requests.clear()
     batches_of(source, 6, 2, side=64)
     for name in files:
@@ -423,7 +430,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_never_stored(
 
 def test_a_commit_is_no_user_name() -> None:
     path = f"hf://datasets/user/images@{'0' * 40}/data/*.parquet"
-    assert SourceConfig(kind="huggingface", path=path, streaming=True).path == path
+    assert HuggingFaceConfig(kind="huggingface", path=path, streaming=True).path == path
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
@@ -432,8 +439,8 @@ def test_an_object_store_is_streamed(
 ) -> None:
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
-    local = open_stream(
-        SourceConfig(kind="huggingface", path=str(request.getfixturevalue(kind)), streaming=True), need_labels=True
+    local = open_source(
+        HuggingFaceConfig(kind="huggingface", path=str(request.getfixturevalue(kind)), streaming=True), need_labels=True
     )
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -450,11 +457,15 @@ def test_an_object_store_is_streamed(
         s3fs.S3FileSystem.clear_instance_cache()
         store = fsspec.filesystem("s3")
         store.mkdir(f"streamed-{kind}")
-        for file in local.files["test"]:
-            store.put_file(file.place, f"streamed-{kind}/data/{Path(file.name).name}")
+        folder = Path(request.getfixturevalue(kind))
+        names = [name for name, _ in local.files(16)["test"]]
+        for name in names:
+            store.put_file(str(folder / name), f"streamed-{kind}/data/{Path(name).name}")
         url = f"s3://streamed-{kind}/data/*.{'tar' if kind == 'tars' else kind}"
-        source = open_stream(SourceConfig(kind="huggingface", path=url, split="test", streaming=True), need_labels=True)
-        assert [file.name for file in source.files["test"]] == [Path(file.name).name for file in local.files["test"]]
+        source = open_source(
+            HuggingFaceConfig(kind="huggingface", path=url, split="test", streaming=True), need_labels=True
+        )
+        assert [name for name, _ in source.files(16)["test"]] == [Path(name).name for name in names]
         for there, here in zip(batches_of(source, 6, 2), batches_of(local, 6, 2), strict=True):
             assert torch.equal(there.images, here.images)
             assert torch.equal(there.labels, here.labels)
@@ -469,7 +480,7 @@ def test_an_object_store_is_streamed(
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server that accepts and says nothing, with clients that wait for it half a second."""
-    monkeypatch.setattr("pipeline.sources.streamed.SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
@@ -483,9 +494,9 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ],
 )
 def test_planning_ends_where_a_server_says_nothing(silent: str, name: str, said: str) -> None:
-    config = SourceConfig(kind="huggingface", path=f"{silent}/{name}", streaming=True)
+    config = HuggingFaceConfig(kind="huggingface", path=f"{silent}/{name}", streaming=True)
     with pytest.raises(ConfigError, match=said):
-        open_stream(config, need_labels=True)
+        open_source(config, need_labels=True)
 
 
 def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +507,7 @@ def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pyte
     with pytest.raises(
         ConfigError, match=r"^source\.path: user/images cannot be opened .*: the server does not answer$"
     ):
-        open_stream(SourceConfig(kind="huggingface", path="user/images", streaming=True), need_labels=True)
+        open_source(HuggingFaceConfig(kind="huggingface", path="user/images", streaming=True), need_labels=True)
 
 
 @pytest.mark.parametrize("part", ["_footer", "glob"])
@@ -504,16 +515,15 @@ def test_planning_does_not_wait_for_a_client_that_does(
     parquet: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     over = threading.Event()
-    monkeypatch.setattr("pipeline.sources.streamed.SILENT_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.2)
     place = (
-        "pipeline.sources.streamed._footer"
-        if part == "_footer"
-        else "fsspec.implementations.local.LocalFileSystem.glob"
+        "pipeline.sources.parquet._footer" if part == "_footer" else "fsspec.implementations.local.LocalFileSystem.glob"
     )
     monkeypatch.setattr(place, lambda *_, **__: over.wait())
     with pytest.raises(ConfigError, match="the server does not answer"):
-        pipeline.sources.streamed.open_stream(
-            SourceConfig(kind="huggingface", path=f"file://{parquet}/data/*.parquet", streaming=True), need_labels=True
+        open_source(
+            HuggingFaceConfig(kind="huggingface", path=f"file://{parquet}/data/*.parquet", streaming=True),
+            need_labels=True,
         )
     over.set()
 
@@ -526,20 +536,20 @@ def test_reading_ends_where_a_server_says_nothing(
     with serving(folder / "data" if kind == "parquet" else folder) as server:
         path = f"{server.url}/*.{'tar' if kind == 'tars' else kind}"
         with monkeypatch.context() as patient:
-            source = open_stream(SourceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
+            source = open_source(HuggingFaceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
             patient.undo()
-        server.broken, server.hangs = {file.name: 0 for file in source.files["train"]}, True
-        monkeypatch.setattr("pipeline.sources.streamed.SILENT_SECONDS", 0.5)
+        server.broken, server.hangs = {name: 0 for name, _ in source.files(16)["train"]}, True
+        monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.5)
         with pytest.raises(PipelineError, match=r"cannot be read \(the server does not answer\); what was committed"):
             batches_of(source, 6, 2)
 
 
 def test_reading_does_not_wait_for_a_client_that_does(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_stream(SourceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
+    source = open_source(HuggingFaceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
     over = threading.Event()
-    monkeypatch.setattr("pipeline.sources.streamed.SILENT_SECONDS", 0.2)
-    monkeypatch.setattr("pipeline.sources.streamed.SLOW_BYTES", 10**12)
-    monkeypatch.setattr("pipeline.sources.streamed._row_group", lambda *_: over.wait())
+    monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.sources.parquet.SLOW_BYTES", 10**12)
+    monkeypatch.setattr("pipeline.sources.parquet._row_group", lambda *_: over.wait())
     with pytest.raises(
         PipelineError, match=r"test-00000-of-00003\.parquet cannot be read \(the server does not answer"
     ):
@@ -702,13 +712,13 @@ def test_a_tar_that_breaks_off_is_named(tars: Path, how: str) -> None:
     with tarfile.open(path) as archive:
         at = place(archive.getmember("images/000025.png"))
     path.write_bytes(damage(path.read_bytes(), at))
-    config = SourceConfig(kind="huggingface", path=str(tars), streaming=True)
-    source = open_stream(config, need_labels=True)
+    config = HuggingFaceConfig(kind="huggingface", path=str(tars), streaming=True)
+    source = open_source(config, need_labels=True)
     with pytest.raises(PipelineError, match=r"^source: test-1\.tar cannot be read \(.*\); what was committed is kept"):
         batches_of(source, 6, 2)
     # To count its samples it is read too.
     with pytest.raises(ConfigError, match=r"^source: test-1\.tar cannot be read: "):
-        open_stream(config.model_copy(update={"limit": 40}), need_labels=True)
+        open_source(config.model_copy(update={"limit": 40}), need_labels=True)
 
 
 def test_a_run_ends_where_a_tar_breaks_off(write_config: WriteConfig, tars: Path, tmp_path: Path) -> None:
@@ -747,9 +757,9 @@ def test_tars_of_any_writer_are_read(tars: Path, tmp_path: Path, written: str) -
                 archive.add(tmp_path / "unpacked" / name, name)
     if written == "padded":
         source.write_bytes(source.read_bytes() + bytes(100_000))
-    config = SourceConfig(kind="huggingface", path=str(tars), streaming=True)
-    assert sum(len(batch.source_index) for batch in batches_of(open_stream(config, need_labels=True), 6, 2)) == 40
-    assert open_stream(config.model_copy(update={"limit": 40}), need_labels=True).split_rows() == {"test": 40}
+    config = HuggingFaceConfig(kind="huggingface", path=str(tars), streaming=True)
+    assert sum(len(batch.source_index) for batch in batches_of(open_source(config, need_labels=True), 6, 2)) == 40
+    assert open_source(config.model_copy(update={"limit": 40}), need_labels=True).splits == {"test": 40}
 
 
 def test_other_kinds_of_source_are_refused(write_config: WriteConfig, parquet: Path, tars: Path) -> None:
@@ -857,9 +867,8 @@ def test_random_targets_differ_between_files(write_config: WriteConfig, tmp_path
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def batches_of(source: StreamedSource, batch_size: int, workers: int, side: int = 16) -> list[Batch]:
-    files = {split: [(file.name, file.cuts(16)) for file in listed] for split, listed in source.files.items()}
-    plan = stream_plan(files, batch_size=batch_size)
+def batches_of(source: Source, batch_size: int, workers: int, side: int = 16) -> list[Batch]:
+    plan = stream_plan(source.files(16), batch_size=batch_size)
     config = load_config("digits").preprocess.model_copy(update={"mode": "RGB"})
     return list(load_batches(Reader(source, config, 10_000, (3, side, side), 3), plan, plan.shards, workers))
 
@@ -867,7 +876,7 @@ def batches_of(source: StreamedSource, batch_size: int, workers: int, side: int 
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 def test_batches_do_not_depend_on_threads_and_know_their_shard_s_end(request: pytest.FixtureRequest, kind: str) -> None:
     path = str(request.getfixturevalue(kind))
-    source = open_stream(SourceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
+    source = open_source(HuggingFaceConfig(kind="huggingface", path=path, streaming=True), need_labels=True)
     for size in (1, 4, 5, 7, 64):
         one, many = batches_of(source, size, 0), batches_of(source, size, 3)
         assert [(batch.name, batch.ends_shard) for batch in one] == [(batch.name, batch.ends_shard) for batch in many]
@@ -878,21 +887,22 @@ def test_batches_do_not_depend_on_threads_and_know_their_shard_s_end(request: py
 
 
 def test_few_row_groups_are_on_their_way_at_a_time(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_stream(SourceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
-    size = source.files["test"][0].groups[0][1]
+    source = open_source(HuggingFaceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
+    footer = pq.read_metadata(min((parquet / "data").iterdir()))
+    size = footer.row_group(0).total_byte_size
     counted: list[int] = []
-    real = pipeline.sources.streamed._row_group
+    real = pipeline.sources.parquet._row_group
 
     def counting(*arguments: Any) -> pa.Table:
         counted.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr("pipeline.sources.streamed._row_group", counting)
+    monkeypatch.setattr("pipeline.sources.parquet._row_group", counting)
     for bound, most in ((2.5 * size, 2), (0, 1), (100 * size, 8)):
-        monkeypatch.setattr("pipeline.sources.streamed.BYTES_AHEAD", bound)
+        monkeypatch.setattr("pipeline.sources.parquet.BYTES_AHEAD", bound)
         counted.clear()
-        stretches = [pipeline.sources.streamed.Stretch(file, 0, file.rows) for file in source.files["test"]]
-        tables = pipeline.sources.streamed.read_stretches(source, stretches)
+        plan = plan_for(source)
+        tables = source.tables(plan, plan.shards)
         next(tables)
         time.sleep(0.3)
         assert len(counted) <= most
@@ -901,7 +911,7 @@ def test_few_row_groups_are_on_their_way_at_a_time(parquet: Path, monkeypatch: p
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(parquet: Path) -> None:
-    source = open_stream(SourceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
+    source = open_source(HuggingFaceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
     write_files(parquet, images(34), [0] * 34, (14, 14, 6))
     with pytest.raises(PipelineError, match=r"test-00000-of-00003.parquet has changed since the run was planned"):
         batches_of(source, 4, 1)

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError
-from pipeline.sources.mapped import Source, open_source
-from pipeline.sources.streamed import StreamedSource, Stretch, open_stream, read_stretches
+from pipeline.sources.base import Source
+from pipeline.sources.registry import open_source
 from tests.conftest import CLASSES, WriteConfig, fgsm, generate, png_bytes, random_pixels, rows
+from tests.support.sources import tables_of
 
 IMAGES = [png_bytes(pixels) for pixels in random_pixels(3)]
 CELLS = pa.array([{"bytes": image, "path": None} for image in IMAGES], datasets.Image().pa_type)
@@ -38,25 +39,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(path: Path, streaming: bool, *, need_labels: bool = True, **keys: Any) -> Source:
-    config = SourceConfig(kind="huggingface", path=str(path), streaming=streaming, **keys)
-    return (open_stream if streaming else open_source)(config, need_labels=need_labels)
+    config = HuggingFaceConfig(kind="huggingface", path=str(path), streaming=streaming, **keys)
+    return open_source(config, need_labels=need_labels)
 
 
 def table_of(source: Source) -> pa.Table:
     """All rows: the bytes of each image, its label, kept columns."""
-    if isinstance(source, StreamedSource):
-        stretches = [Stretch(file, 0, file.rows) for files in source.files.values() for file in files]
-        table = pa.concat_tables(part for _, part, _ in read_stretches(source, stretches))
-        return table.rename_columns(["image", "label", *source.kept])
-    parts = []
-    for split in source.splits:
-        kept = split.rows.kept(range(len(split.labels)))
-        cells = split.rows.cells(range(len(split.labels)))  # type: ignore[attr-defined]
-        images = pa.array(cells, CELLS.type)
-        parts.append(
-            pa.Table.from_arrays([images, split.labels, *kept.columns], ["image", "label", *kept.column_names])
-        )
-    return pa.concat_tables(parts)
+    return pa.concat_tables(tables_of(source).values())
 
 
 def assert_reads(path: Path, streaming: bool, labels: list[int], **keys: Any) -> pa.Table:

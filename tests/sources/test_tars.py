@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 
 from pipeline.check.verify import verify
-from pipeline.config.schema import SourceConfig
+from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.left_out import LeftOut, sum_left_out
-from pipeline.sources.mapped import Source, open_source
-from pipeline.sources.streamed import Stretch, check_unstreamed, open_stream, read_stretches
+from pipeline.sources.base import Source
+from pipeline.sources.registry import open_source
 from tests.conftest import WriteConfig, fgsm, generate, manifest
 from tests.support.files import serving, stream
+from tests.support.sources import plan_for
 
 # A member: its name, what it holds, and fields of its header.
 Member = tuple[str, bytes, dict[str, Any]]
@@ -70,21 +71,21 @@ Row = tuple[int | None, int]
 def read(path: Path | str, *, need_labels: bool = True, **keys: Any) -> tuple[list[Row], tuple[LeftOut, ...]]:
     """The rows of a source as (gray, class), and what was left out; gray is a multiple of 40, as JPEG is not exact."""
     most = {"max_pixels": keys.pop("max_pixels")} if "max_pixels" in keys else {}
-    source = open_stream(
-        SourceConfig(kind="huggingface", path=str(path), streaming=True, **keys), need_labels=need_labels, **most
+    source = open_source(
+        HuggingFaceConfig(kind="huggingface", path=str(path), streaming=True, **keys), need_labels=need_labels, **most
     )
     rows: list[Row] = []
     left_out: list[LeftOut] = []
-    for files in source.files.values():
-        for _, table, left in read_stretches(source, [Stretch(file, 0, file.rows) for file in files]):
-            left_out += left
-            for cell, label in zip(table.column(0).to_pylist(), table.column(1).to_pylist(), strict=True):
-                gray = (
-                    None
-                    if cell["bytes"] is None
-                    else int(np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("L")).flat[0])
-                )
-                rows.append((None if gray is None else 40 * round(gray / 40), label))
+    plan = plan_for(source)
+    for _, table, left in source.tables(plan, plan.shards):
+        left_out += left
+        for cell, label in zip(table.column(0).to_pylist(), table.column(1).to_pylist(), strict=True):
+            gray = (
+                None
+                if cell["bytes"] is None
+                else int(np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("L")).flat[0])
+            )
+            rows.append((None if gray is None else 40 * round(gray / 40), label))
     return rows, sum_left_out(left_out)
 
 
@@ -212,8 +213,8 @@ UNSTREAMED = {
 
 def unstreamed(folder: Path) -> Source:
     """Open tars as a run does that does not stream them."""
-    config = SourceConfig(kind="huggingface", path=str(folder), label_column="cls")
-    return open_source(config, need_labels=True, check_tars=check_unstreamed)
+    config = HuggingFaceConfig(kind="huggingface", path=str(folder), label_column="cls")
+    return open_source(config, need_labels=True)
 
 
 @pytest.mark.parametrize("why", UNSTREAMED)
@@ -243,7 +244,7 @@ def test_plain_tars_are_read_unstreamed(folder: Path) -> None:
     for row in range(3):
         (folder / f"{row}.tar").write_bytes(pack([*sample(row), (f"{row}.d/._x.png", b"", {})]))
     source = unstreamed(folder)
-    assert source.splits[0].labels.tolist() == [0, 1, 2]
+    assert source.labels["train"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, b"M"])

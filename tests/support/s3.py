@@ -74,7 +74,7 @@ class S3:
         self.released = threading.Event()
 
     def asked(self, method: str, path: str = "") -> list[str]:
-        return [there for verb, there, _ in self.requests if re.fullmatch(method, verb) and re.search(path, there)]
+        return [asked for verb, asked, _ in self.requests if re.fullmatch(method, verb) and re.search(path, asked)]
 
     @property
     def listings(self) -> list[str]:
@@ -188,8 +188,8 @@ def running_s3() -> Iterator[S3]:
 
 def lock_of(objects: dict[str, bytes]) -> dict[str, Any] | None:
     """What the lock of a run says, None where there is none."""
-    there = objects.get(".run/lock")
-    content: dict[str, Any] = json.loads(there) if there else {"released": True}
+    found = objects.get(".run/lock")
+    content: dict[str, Any] = json.loads(found) if found else {"released": True}
     return None if content.get("released") else content
 
 

@@ -1,0 +1,558 @@
+"""Integrity: does the dataset hold what its receipts and its manifest say, down to the pixel?
+
+Every file's digest, schema, row count and columns, every source row accounted for, and every image the clean one moved
+by its epsilon, along one sign where the attack has one. A batch of any layout is first read back as its images and as a
+table of what is recorded of each variant.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, name_row
+from pipeline.check.recompute import Recomputation
+from pipeline.core.batches import UNLABELLED, Batch
+from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
+from pipeline.core.lattice import common_sign, picture_to_sign, step
+from pipeline.core.plan import Plan, Shard
+from pipeline.core.variants import CLEAN, Variant
+from pipeline.engine.execute import draw_numbers
+from pipeline.engine.loader import Reader, load_batches
+from pipeline.engine.run import (
+    PACKAGES,
+)
+from pipeline.engine.scores import contents_of, count
+from pipeline.layouts.base import COLUMNS, EPSILON, FILE, evaluator_columns, kept_columns, make_features
+from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
+from pipeline.output.card import make_configs, read_configs
+from pipeline.output.folder import (
+    FileEntry,
+    OutputFolder,
+    Receipt,
+    VariantCounts,
+    add_up,
+    committed,
+    shard_file,
+)
+from pipeline.output.manifest import (
+    Manifest,
+    altered_manifest,
+    contradictions,
+    summarise,
+)
+from pipeline.output.shards import FOOTER_KEY
+
+
+def check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
+    """The parts of a manifest agree with each other. Where they do not, what follows from it would blame other files.
+
+    Raises:
+        PipelineError: they do not.
+    """
+    config = manifest.resolved
+    wrong = contradictions(manifest)
+    spaces = manifest.spaces
+    asked = {"model": config.model.label_map}
+    # An evaluator that the manifest does not have makes other features too.
+    asked |= {name: other.label_map for other in config.evaluators if (name := f"evaluators.{other.id}") in spaces}
+    wrong += [name for name, label_map in asked.items() if not _fits(label_map, spaces[name])]
+    if wrong:
+        raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
+
+
+def _fits(asked: Any, space: LabelSpace) -> bool:
+    """Whether a model's classes are recorded as its label map asks for, as far as its names are not needed."""
+    count = len(space.to_recorded)
+    if not np.array_equal(space.to_recorded, recorded_indices(space.to_model, count)):
+        return False
+    if is_one_to_one(space.to_model, count) and space.recorded_classes != space.dataset_classes:
+        return False
+    if not isinstance(asked, Mapping) or any(isinstance(value, str) for value in asked.values()):
+        return True
+    try:
+        return np.array_equal(space.to_model, map_classes(asked, space.dataset_classes, None, count))
+    except ConfigError:
+        return False
+
+
+def check_listing(
+    manifest: Manifest,
+    plan: Plan,
+    receipts: Mapping[str, Receipt],
+    sizes: Mapping[str, int],
+    findings: Findings,
+) -> None:
+    """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
+    stored = manifest.stored  # once: it is derived from the config, which is parsed each time
+    absent = [shard for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
+    findings.missing = len(absent)
+    there = [s.name for s in absent if all(shard_file(subset, s, manifest.edition) in sizes for subset in stored)]
+    unchecked = set(there)
+    missing = [shard.name for shard in absent if shard.name not in unchecked]
+    if missing:
+        findings.problems.append(
+            f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
+        )
+    if there:
+        findings.problems.append(
+            f"{len(there)} of {len(plan.shards)} shards have no receipt in {OutputFolder.receipts}, {there[0]} first, "
+            "so they were not checked, though their files are there; copy that folder too, if the dataset was copied "
+            "without it, or let generate write them again."
+        )
+    planned = {shard.name for shard in plan.shards}
+    for name, receipt in receipts.items():
+        if name not in planned:
+            file = f".run/receipts/{name}-{manifest.edition}.json"
+            findings.problems.append(f"{file} belongs to no shard of this run; delete it.")
+        elif receipt.run_id != manifest.run_id:
+            findings.damage(name, f".run/receipts/{name}-{manifest.edition}.json is of another run ({receipt.run_id}).")
+    expected = {shard_file(subset, shard, manifest.edition) for shard in plan.shards for subset in stored}
+    others = sorted(name for name in sizes if name.split("/")[0] in stored and name not in expected)
+    # By their names the card takes these for shards of the run.
+    strange = [name for name in others if name.endswith(f"-{manifest.edition}.parquet")]
+    findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in strange]
+    findings.others = [name for name in others if name not in strange]
+
+
+def check_summaries(folder: OutputFolder, manifest: Manifest, plan: Plan, findings: Findings) -> None:
+    """The manifest's totals and the card's subsets follow from the receipts, if those are sound themselves."""
+    if findings.damaged:
+        return
+    expected = summarise(manifest, committed(folder, manifest.edition, plan.shards))
+    differing = [key for key in type(manifest).model_fields if getattr(manifest, key) != getattr(expected, key)]
+    card = read_configs(folder)
+    if manifest.files == expected.files and card == make_configs(manifest) != make_configs(expected):
+        # Two to one: manifest and card were made from other receipts of the same files.
+        findings.problems.append(
+            f"{folder.receipts} holds an altered receipt: manifest.json and README.md were made from another. Restore "
+            "it, as generate would take it for what it says now."
+        )
+        return
+    if differing:
+        findings.problems.append(
+            f"manifest.json does not agree with the receipts in {', '.join(differing)}; generate writes it again."
+        )
+    if card != make_configs(expected):
+        findings.problems.append("README.md does not list the subsets as they are; generate writes it again.")
+
+
+def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
+    """The columns that a manifest says its files have.
+
+    Raises:
+        PipelineError: they cannot be read, or are not those that a run of its config writes.
+    """
+    config = manifest.resolved
+    try:
+        features = datasets.Features.from_dict(manifest.features)
+        spaces = {name: manifest.spaces[f"evaluators.{name}"] for name in manifest.evaluators}
+        kept = {name: features[name] for name in config.source.kept}
+        expected = make_features(manifest.layout, contents_of(config, manifest.spaces["model"], spaces, kept))
+    except Exception as error:  # what is no feature can raise anything there
+        place = folder.store.at(folder.manifest)
+        raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
+    # As JSON too: what `datasets` does not know of a feature it leaves out.
+    if features != expected or json.loads(json.dumps(expected.to_dict())) != manifest.features:
+        raise altered_manifest(folder, "its features are not those that a run of its config writes")
+    return features
+
+
+class ShardCheck:
+    """Checks one shard after another: its files side by side, batch by batch."""
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        manifest: Manifest,
+        plan: Plan,
+        sizes: Mapping[str, int],
+        findings: Findings,
+        recomputation: Recomputation | None,
+        reader: Reader | None,
+        decoders: Executor,
+    ) -> None:
+        self.folder, self.plan, self.sizes = folder, plan, sizes
+        self.findings, self.recomputation, self.reader, self.decoders = findings, recomputation, reader, decoders
+        self.shape = torch.Size(manifest.shape)
+        self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
+        self.levels = [variant.level for variant in self.variants]
+        self.layout = manifest.layout
+        self.on_ray = manifest.on_ray
+        self.targeted = manifest.resolved.attack.target is not None
+        self.run_id = manifest.run_id
+        self.features = _features(manifest, folder)
+        self.schema = self.features.arrow_schema
+        self.listed = {entry.path: entry for entry in manifest.files}
+        self.classes = {
+            "label": len(manifest.dataset_classes),
+            "prediction": len(manifest.to_recorded),
+            "target": len(manifest.to_recorded),
+        }
+        self.seed = manifest.resolved.runtime.seed
+        # What does not depend on epsilon.
+        files = [FILE] if FILE in self.schema.names else []
+        self.shared = ("label", "source_index", *files, *kept_columns(self.schema.names))
+        self.evaluators = tuple(manifest.evaluators)
+
+    def check(self, shard: Shard, receipt: Receipt) -> None:
+        """Check a shard; what is wrong goes to the findings."""
+        try:
+            self._check_receipt(shard, receipt)
+            if self.recomputation is not None:
+                self.recomputation.compare_environment(receipt)
+            for entry in receipt.files:
+                self._check_size(shard, entry)
+            with contextlib.ExitStack() as stack:
+                root = self._fetch(stack, receipt)
+                for entry in receipt.files:
+                    self._check_digest(shard, entry, root)
+                self._check_rows(shard, receipt, root)
+        except DamageError as damage:
+            self.findings.damage(shard.name, str(damage))
+        except (UnreadError, OSError) as error:
+            self.findings.cannot_read(shard.name, first_line(error))
+            return
+        self.findings.shards += 1
+
+    def _check_receipt(self, shard: Shard, receipt: Receipt) -> None:
+        """What a receipt says of its shard without looking at any row is what the plan says."""
+        planned = receipt.planned if shard.rows is None else shard.rows
+        if (receipt.shard, receipt.split, receipt.planned) != (shard.name, shard.split, planned):
+            raise DamageError(f"{self._receipt(shard)} is of another shard, or of another number of rows.")
+        if [entry.path for entry in receipt.files] != [
+            shard_file(subset, shard, self.edition) for subset in self.stored
+        ]:
+            raise DamageError(f"{self._receipt(shard)} lists other files than the run has.")
+        # Before anything is made for each row: the numbers may be any.
+        if len(receipt.skipped) + receipt.rows != planned or {e.rows for e in receipt.files} != {receipt.rows}:
+            raise DamageError(f"{self._receipt(shard)} does not account for all source rows of its shard.")
+        if not {"python", "device", *PACKAGES} <= set(receipt.versions):
+            raise DamageError(f"{self._receipt(shard)} does not say all versions.")
+
+    def _receipt(self, shard: Shard) -> str:
+        return self.folder.receipt(shard, self.edition)
+
+    def _fetch(self, stack: contextlib.ExitStack, receipt: Receipt) -> Path:
+        """A local folder with a shard's files, until the stack is left."""
+        try:
+            return stack.enter_context(self.folder.store.fetched([entry.path for entry in receipt.files]))
+        except PipelineError as error:  # a store's sentence
+            raise UnreadError(str(error)) from None
+
+    def _check_size(self, shard: Shard, entry: FileEntry) -> None:
+        size = self.sizes.get(entry.path)
+        if size is None:
+            raise DamageError(f"{entry.path} is missing.")
+        if size != entry.bytes:
+            if self._is_listed(entry, bytes=size):
+                raise DamageError(f"{self._receipt(shard)} says that {entry.path} has {entry.bytes} bytes, not {size}.")
+            raise DamageError(f"{entry.path} has {size} bytes; its receipt says {entry.bytes}.")
+
+    def _check_digest(self, shard: Shard, entry: FileEntry, root: Path) -> None:
+        with (root / entry.path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry.sha256:
+            if self._is_listed(entry, sha256=digest):
+                raise DamageError(f"{self._receipt(shard)} has another sha256 of {entry.path} than that has.")
+            raise DamageError(f"{entry.path} was altered: its sha256 is not its receipt's.")
+
+    def _is_listed(self, entry: FileEntry, **found: Any) -> bool:
+        """Whether the manifest lists a file as it was found: then its receipt is what was altered."""
+        return self.listed.get(entry.path) == entry.model_copy(update=found)
+
+    def _check_rows(self, shard: Shard, receipt: Receipt, root: Path) -> None:
+        if shard.stop is None:
+            shard = shard.with_rows(receipt.planned)
+        self._check_skipped(shard, receipt)
+        skipped = {row.position for row in receipt.skipped}
+        places = list(self.plan.batches(shard))
+        masks = [
+            np.array([place.start + i not in skipped for i in range(place.stop - place.start)]) for place in places
+        ]
+        counts = [int(mask.sum()) for mask in masks]
+        tables = zip(*(self._read(shard, subset, root, counts) for subset in self.stored), strict=True)
+        self._zero_signs = (0, 0)
+        with contextlib.closing(self._originals(shard)) as originals:
+            batches = [
+                self._check_batch(shard, self.plan.rows(shard, place)[mask], mask, subsets, next(originals), receipt)
+                for place, mask, subsets in zip(places, masks, tables, strict=True)
+            ]
+        self._check_counts(shard, receipt, batches)
+        self._check_zero_signs(shard, receipt)
+        self.findings.rows += receipt.rows * len(self.stored)
+        self.findings.skipped += len(skipped)
+
+    def _check_skipped(self, shard: Shard, receipt: Receipt) -> None:
+        """Skipped rows are in order, each at a place of the shard, and the source row that the plan has there."""
+        positions = [row.position for row in receipt.skipped]
+        if not positions:
+            return
+        if positions != sorted(set(positions)) or positions[-1] >= len(shard):
+            raise DamageError(f"{self._receipt(shard)} lists skipped rows at places that its shard does not have.")
+        if [row.source_index for row in receipt.skipped] != self.plan.rows(shard)[positions].tolist():
+            raise DamageError(f"{self._receipt(shard)} lists skipped rows that the plan has elsewhere.")
+
+    def _check_counts(self, shard: Shard, receipt: Receipt, batches: Sequence[Sequence[VariantCounts]]) -> None:
+        """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now."""
+        found = [
+            add_up(variant, [batch[index] for batch in batches], self.evaluators)
+            for index, variant in enumerate(self.variants)
+        ]
+        for there, here, name in zip(receipt.counts, found, self._names(shard), strict=False):
+            # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
+            if not math.isclose(there.confidence_sum, here.confidence_sum, rel_tol=1e-9) or there != here.model_copy(
+                update={"confidence_sum": there.confidence_sum}
+            ):
+                raise DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
+        if len(receipt.counts) != len(found):
+            raise DamageError(f"{self._receipt(shard)} counts other epsilons than the run has.")
+
+    def _check_zero_signs(self, shard: Shard, receipt: Receipt) -> None:
+        """The share of zero signs is a whole number of values, as many as the images leave possible."""
+        values = max(1, receipt.rows * self.shape.numel())
+        count = round(receipt.zero_sign_share * values)
+        least, most = self._zero_signs
+        if count / values != receipt.zero_sign_share or not least <= count <= most:
+            raise DamageError(f"{self._receipt(shard)} has a zero_sign_share that the images do not give.")
+
+    def _count_zero_signs(self, images: Sequence[Tensor], sign: Tensor) -> None:
+        """Count the values of a batch that the attack did not move: the least and the most that there can be."""
+        clean = images[0]
+        still = sign == 0 if self.on_ray else torch.stack([pixels == clean for pixels in images[1:]]).all(0)
+        # Where the sign itself is not stored, 0 is not told from a step beyond black or white, which is clipped.
+        sure = still if self.layout.stores_sign or not self.on_ray else still & (clean > 0) & (clean < 255)
+        self._zero_signs = (self._zero_signs[0] + int(sure.sum()), self._zero_signs[1] + int(still.sum()))
+
+    def _names(self, shard: Shard) -> list[str]:
+        """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
+        files = [shard_file(self.layout.subset(variant), shard, self.edition) for variant in self.variants]
+        if not self.layout.per_image:
+            return files
+        return [f"{file} at {level}/255" for file, level in zip(files, self.levels, strict=True)]
+
+    def _read(self, shard: Shard, subset: str, root: Path, counts: Sequence[int]) -> Iterator[pa.Table]:
+        """One file's rows in tables of so many rows each, without holding the file in memory."""
+        name = shard_file(subset, shard, self.edition)
+        try:
+            file = pq.ParquetFile(root / name)
+            self._check_schema(name, file.schema_arrow)
+            self._check_footer(name, file.metadata.metadata, shard, subset, sum(counts))
+            if file.metadata.num_rows != sum(counts):
+                raise DamageError(f"{name} has {file.metadata.num_rows} rows; its receipt says {sum(counts)}.")
+            waiting = self.schema.empty_table()
+            batches = file.iter_batches(batch_size=max([1, *counts]))
+            for count in counts:
+                while waiting.num_rows < count:
+                    batch = next(batches, None)
+                    if batch is None:
+                        raise DamageError(f"{name} holds fewer rows than its own footer says.")
+                    waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch]).cast(self.schema)])
+                yield waiting.slice(0, count)
+                waiting = waiting.slice(count)
+        except MemoryError:  # Arrow has one of its own, which is of both kinds
+            raise
+        except (pa.ArrowException, OSError) as error:
+            # Only what the operating system refuses has a number.
+            kind = UnreadError if isinstance(error, OSError) and error.errno is not None else DamageError
+            raise kind(f"{name} cannot be read: {first_line(error)}") from None
+
+    def _originals(self, shard: Shard) -> Generator[Batch | None, None, None]:
+        """A shard's batches as the source has them, and without end None where it cannot be asked."""
+        try:
+            if self.reader is not None:
+                yield from load_batches(self.reader, self.plan, [shard], 0)
+        except PipelineError as error:
+            self.reader = None
+            self.findings.problems.append(f"From {shard.name} on nothing was compared with the source: {error}")
+        yield from itertools.repeat(None)
+
+    def _check_schema(self, name: str, schema: pa.Schema) -> None:
+        # Not the Arrow schemas: Parquet has its own name for the items of a list.
+        features = datasets.Features.from_arrow_schema(schema)
+        if features == self.features:
+            return
+        # Our own columns follow from the config. Those that are carried through, only the files and the manifest tell.
+        kept = kept_columns(self.schema.names)
+        if {**features, **{column: self.features[column] for column in kept}} == self.features:
+            raise altered_manifest(self.folder, f"its features are not those of {name}, whose digest is its receipt's")
+        raise DamageError(f"{name} has other columns than the manifest says.")
+
+    def _check_footer(self, name: str, metadata: Mapping[bytes, bytes], shard: Shard, subset: str, rows: int) -> None:
+        """What the file says of itself is what it is taken for."""
+        expected = {"run_id": self.run_id, "shard": shard.name, "rows": rows, "subset": subset}
+        try:
+            found = json.loads(metadata.get(FOOTER_KEY.encode(), b""))
+        except ValueError:
+            found = None
+        if found != expected:
+            raise DamageError(f"{name} says of itself that it is another run's, shard's or subset's file.")
+
+    def _check_batch(
+        self,
+        shard: Shard,
+        rows: NDArray[np.int64],
+        mask: NDArray[np.bool_],
+        subsets: Sequence[pa.Table],
+        original: Batch | None,
+        receipt: Receipt,
+    ) -> list[VariantCounts]:
+        """Check one batch of every subset; what its rows at each epsilon add up to."""
+        files = [shard_file(subset, shard, self.edition) for subset in self.stored]
+        if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
+            raise DamageError(f"{files[0]} holds other source rows than the plan says.")
+        if shard.file is not None and set(subsets[0].column(FILE).to_pylist()) - {shard.file}:
+            raise DamageError(f"{files[0]} holds rows of another source file than the plan says.")
+        images, sign, tables = self._unpack(dict(zip(self.stored, files, strict=True)), subsets)
+        names = self._names(shard)
+        totals = []
+        for variant, name, table in zip(self.variants, names, tables, strict=True):
+            self._check_columns(name, variant, table, tables[0])
+            totals.append(count(variant, table, tables[0], self.evaluators))
+        self._check_pixels(names, images, sign, tables[0])
+        self._count_zero_signs(images, sign)
+        if original is not None:
+            self._compare_source(original, files[0], mask, images[0], tables[0], receipt)
+        if self.recomputation is not None and len(rows):
+            self.recomputation.check(names, mask, images, sign, tables, draw_numbers(self.seed, shard, rows))
+        return totals
+
+    def _check_pixels(self, names: Sequence[str], images: Sequence[Tensor], sign: Tensor, clean: pa.Table) -> None:
+        """Every image is the clean one, moved along the one sign if the attack has one, and in any case in its ball."""
+        for level, name, pixels in zip(self.levels, names, images, strict=True):
+            if self.on_ray and torch.equal(step(images[0], sign, level), pixels):
+                continue
+            distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
+            outside = int((distance > level).flatten(1).any(1).sum())
+            if outside:
+                self.findings.outside_ball += outside
+                raise DamageError(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
+            if not self.on_ray:
+                continue
+            other = (step(images[0], sign, level) != pixels).flatten(1).any(1).numpy()
+            raise DamageError(
+                f"{name} has {int(other.sum())} images that are not the clean ones moved by {level}/255 along one sign "
+                f"for all epsilons; the first is {name_row(clean, other)}."
+            )
+
+    def _compare_source(
+        self, original: Batch, name: str, mask: NDArray[np.bool_], images: Tensor, clean: pa.Table, receipt: Receipt
+    ) -> None:
+        """Labels, kept columns and clean images of a batch are the source's."""
+        valid = original.valid[: len(mask)].numpy()
+        labels = original.labels[: len(mask)].numpy()[mask]
+        other = labels != column_of(clean, "label", UNLABELLED)
+        if other.any():
+            raise DamageError(
+                f"{name} has {int(other.sum())} labels that are not the source's; the first is "
+                f"{name_row(clean, other)}."
+            )
+        decodes = np.array_equal(valid, mask)
+        if decodes:
+            for column in original.kept.column_names:
+                kept = original.kept.column(column).cast(self.schema.field(column).type)
+                if not kept.combine_chunks().equals(clean.column(column).combine_chunks()):
+                    raise DamageError(f"{name} has a {column} that is not the source's.")
+            other = (original.images[original.valid] != images).flatten(1).any(1).numpy()
+        if not decodes or other.any():
+            self._report_decoded(name, receipt, f"{int(other.sum())} clean images" if decodes else "skipped rows")
+        self.findings.compared += len(labels)
+
+    def _report_decoded(self, name: str, receipt: Receipt, what: str) -> None:
+        """What is decoded otherwise than in the run is damage only where the same libraries decode."""
+        here = {package: importlib.metadata.version(package) for package in ("pillow", "torchvision")}
+        then = {package: str(receipt.versions.get(package)) for package in here}
+        if here == then:
+            raise DamageError(f"{name} has {what} that are not the source's.")
+        others = ", ".join(f"{package} {then[package]} then, {here[package]} now" for package in here)
+        self.findings.problems.append(
+            f"{name} has {what} that are not the source's as it is decoded here ({others}); nothing is dropped for it."
+        )
+
+    def _unpack(
+        self, files: Mapping[str, str], subsets: Sequence[pa.Table]
+    ) -> tuple[list[Tensor], Tensor, list[pa.Table]]:
+        """The images at every epsilon, 1 + K times (M, C, H, W) uint8, their sign, and what is recorded of them."""
+        layout, variants, stored = self.layout, self.variants, dict(zip(files, subsets, strict=True))
+        pictures = {
+            picture: self._pictures(stored[picture.subset].column(picture.column), files[picture.subset])
+            for picture in layout.pictures(variants)
+        }
+        try:
+            tables = [layout.rows(stored, variant, variants) for variant in variants]
+            if layout.stores_sign:
+                clean, direction = (pictures[picture] for picture in layout.ray(variants[-1], variants))
+                sign = picture_to_sign(direction)
+                return [step(clean, sign, level) for level in self.levels], sign, tables
+        except ValueError as error:
+            raise DamageError(f"{files[self.stored[0]]}: {error}.") from None
+        images = [pictures[picture] for variant in variants for picture in layout.source(variant, variants)]
+        return images, common_sign(images, self.levels), tables
+
+    def _check_columns(self, name: str, variant: Variant, table: pa.Table, clean: pa.Table) -> None:
+        for own in (column for column in COLUMNS if column.value is None):
+            if not table.column(own.name).equals(pa.chunked_array([own.blank(variant, table.num_rows)])):
+                value = f"{variant.level}/255" if own.name == EPSILON else own.of_variant(variant)
+                raise DamageError(f"{name} has another {own.name} than {value or 'null'}.")
+        pairs = [("clean_prediction", "prediction"), *((column, column) for column in self.shared)]
+        for column, original in pairs:
+            if not table.column(column).equals(clean.column(original)):
+                raise DamageError(f"{name} has a {column} that differs from the clean subset's {original}.")
+        self._check_nulls(name, variant, table)
+        for column in {*self.classes} & {*table.column_names}:
+            values = column_of(table, column, 0)
+            if ((values < 0) | (values >= self.classes[column])).any():
+                raise DamageError(f"{name} has a {column} that is no class.")
+        for column in ("confidence", "label_confidence"):
+            values = column_of(table, column, 0.0)
+            # A softmax may exceed 1 by its rounding.
+            if not ((values >= 0) & (values < 1.001)).all():
+                raise DamageError(f"{name} has a {column} that is no probability.")
+
+    def _check_nulls(self, name: str, variant: Variant, table: pa.Table) -> None:
+        """Null is what cannot be said, and nothing else."""
+        everywhere, nowhere = pa.repeat(True, table.num_rows), pa.repeat(False, table.num_rows)
+        unlabelled = table.column("label").is_null()
+        fooled = everywhere if variant == CLEAN else nowhere if self.targeted else unlabelled
+        expected = {
+            "prediction": nowhere,
+            "confidence": nowhere,
+            "label_confidence": unlabelled,
+            "correct": unlabelled,
+            "fooled": fooled,
+            **({"target": everywhere if variant == CLEAN else nowhere} if self.targeted else {}),
+        }
+        for evaluator in self.evaluators:
+            expected |= dict(zip(evaluator_columns(evaluator), (nowhere, unlabelled), strict=True))
+        for column, nulls in expected.items():
+            if not table.column(column).is_null().equals(pa.chunked_array(nulls)):
+                raise DamageError(f"{name} has a {column} that is null in other rows than it should be.")
+
+    def _pictures(self, column: pa.ChunkedArray, name: str) -> Tensor:
+        try:
+            pixels = list(
+                self.decoders.map(
+                    partial(decode_image, shape=self.shape), column.combine_chunks().field("bytes").to_pylist()
+                )
+            )
+        except OtherShapeError:
+            raise DamageError(f"{name} holds an image of another size.") from None
+        except UndecodableError as error:
+            raise DamageError(f"{name} holds a broken image: {error}") from None
+        return torch.stack(pixels) if pixels else torch.zeros((0, *self.shape), dtype=torch.uint8)

@@ -1,0 +1,394 @@
+"""Recompute: ask the models again about the stored bytes, in the batches of the run, and compare what they say.
+
+Every recorded prediction, confidence and sign is derived anew. In another environment last digits differ: what lies
+that close is counted, and is no damage.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
+from pipeline.attacks.load import load_attack
+from pipeline.check.findings import DamageError, Findings, column_of, name_row
+from pipeline.config.schema import EvaluatorConfig
+from pipeline.core.batches import UNLABELLED
+from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError
+from pipeline.core.lanes import Lanes, chunk_images
+from pipeline.core.lattice import step
+from pipeline.core.plan import Plan
+from pipeline.engine.compute import compile_victim, own_copy
+from pipeline.engine.run import (
+    attack_target,
+    choose_device,
+    load_run_model,
+    make_attacker,
+    naming_evaluator,
+    versions,
+)
+from pipeline.engine.scores import score
+from pipeline.layouts.base import Scores, evaluator_columns
+from pipeline.models.base import Model
+from pipeline.models.label_space import LabelSpace
+from pipeline.output.folder import (
+    Receipt,
+)
+from pipeline.output.manifest import (
+    Manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+# In another environment logits may differ by this much: a prediction may fall otherwise where the recorded class is as
+# close to the top one, and probabilities may be off by as much. Not all of an environment can be recorded (a virtual
+# machine may hide what its CPU can do), so this much is nowhere damage where digits differ at all.
+TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 2e-2}
+# The part of an image's squared gradient that may lie on signs that fell otherwise. A sign falls otherwise only where
+# the gradient changes by more than its own size, so the squares there add up to no more than the change's. Rounding
+# alone changes a gradient by 1e-6 of its norm in fp32, but by up to 8% where it switches a ReLU or the choice of a max
+# pooling, and by up to 37% in bf16. Over 9 models and 800 images, with other kernels of oneDNN, MKL and PyTorch, at
+# most 3e-4 of an image lay there in fp32, and 1e-2 in bf16. Signs that have nothing to do with the gradient are wrong
+# on half of it.
+SIGN_TOLERANCE = {"fp32": 1e-2, "tf32": 0.1, "bf16": 0.1}
+# The share of an image's values that may be others, of an attack that is not on a ray: its steps multiply what rounding
+# began. Of 10 and 40 steps on three models, computed in float64 and in bf16 in place of fp32, at most 55% were others;
+# of images that are those of other rows, at least 76%, and of clean ones 70%.
+VALUE_TOLERANCE = 0.65
+# Where the probability p of the class is this close to 1 the whole gradient is rounding: it has the factor 1 - p, which
+# is known to 6e-8, 6% of this.
+SATURATED = 1e-6
+
+
+@dataclass(frozen=True)
+class Models:
+    """The attack and the models that are asked again, what the attack wanted, and the environment of the answers."""
+
+    attack: Attack
+    victim: Model
+    goal: Goal
+    evaluators: dict[str, Model]
+    lanes: Lanes
+    versions: dict[str, str]
+    compiled_alike: bool
+
+
+@contextlib.contextmanager
+def open_models(manifest: Manifest) -> Iterator[Models]:
+    config = manifest.resolved
+    precision = config.runtime.precision
+    try:
+        device = choose_device(config.runtime.device, precision)
+    except ConfigError:
+        device = choose_device("auto")
+    loaded = load_attack(config.attack)
+    if loaded.digest != manifest.identity.get("attack.content"):
+        raise ConfigError(
+            "attack.kind: the code that the config names has changed since the run, so it cannot be asked again."
+        )
+    victim = load_run_model(config.model, config, device)
+    if victim.digest != manifest.identity.get("model.content"):
+        raise ConfigError(
+            "model: the victim that the config names has changed since the run, so it cannot be asked again."
+        )
+    victim.space = manifest.spaces["model"]
+    evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
+    compiled_alike = not config.runtime.compile or _compiles(loaded.attack, victim, evaluators, manifest, device)
+    chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
+    recorded = manifest.identity.get("runtime.chunk")
+    if device.type == config.runtime.device and isinstance(recorded, int) and recorded > 0:
+        chunk = recorded
+    with Lanes(device, chunk) as lanes:
+        goal = Goal(config.attack.label, attack_target(config, victim.space))
+        yield Models(loaded.attack, victim, goal, evaluators, lanes, versions(device), compiled_alike)
+
+
+def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Model:
+    with naming_evaluator(config.id):
+        model = load_run_model(config, manifest.resolved, device)
+        unchanged = model.digest == manifest.identity.get(f"evaluators.{config.id}.content")
+        if config.id not in manifest.evaluators or not unchanged:
+            raise ConfigError("it has changed since the run, so it cannot be asked again.")
+    model.space = manifest.spaces[f"evaluators.{config.id}"]
+    return model
+
+
+def _compiles(
+    attack: Attack, victim: Model, evaluators: Mapping[str, Model], manifest: Manifest, device: torch.device
+) -> bool:
+    """Compile the models as the run's were; where that fails they run as they are, with other last digits."""
+    config = manifest.resolved
+    attacker = make_attacker(config, attack, victim, Goal(), evaluators)
+    try:
+        compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
+    except PipelineError as error:
+        logger.warning("%s; its predictions are compared as from another environment.", error)
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the models say of M rows: the logits of each (1 + K, M, classes), the victim's first.
+
+    differing (M,) int64: values of a row that the attack does not give again: whose stored sign is not its direction's
+    or, of an attack that is not on a ray, that are another at some epsilon. share (M,): the part of the row's squared
+    direction that lies there, 0 where all of the gradient is rounding; or the share of all values.
+    """
+
+    logits: list[Tensor]
+    differing: Tensor
+    share: Tensor
+
+
+def _look_again(models: Models, levels: Sequence[int], clipped: bool, *chunk: Tensor) -> _Answer:
+    """Ask the models about a chunk again, and attack it again.
+
+    Args:
+        models: those that are asked, and the attack.
+        levels: epsilons in grey levels, without 0.
+        clipped: whether the stored sign is 0 where clip(x + s) is x.
+        chunk: 1 + K times (N, C, H, W) uint8, the stored sign (N, C, H, W) int8, the model's index (N,) int64 of the
+            class whose loss was changed, the random numbers of the rows (N,) int64, then which rows are valid, (N,)
+            bool.
+    """
+    *images, sign, classes, draws, valid = chunk
+    victim = own_copy(models.victim)
+    # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
+    # that, with other last digits.
+    model = AttackedModel(victim, images[0], targeted=models.goal.target is not None)
+    perturbed = models.attack.perturb(model, images[0], classes, levels, draws)
+    logits = [torch.stack([model.logits, *map(victim.predict, images[1:])])]
+    logits += [torch.stack([*map(other.predict, images)]) for other in map(own_copy, models.evaluators.values())]
+    if perturbed.direction is None:
+        differs = torch.stack([*map(torch.ne, perturbed.images, images[1:])]).any(0).flatten(1)
+        share = differs.float().mean(1)
+    else:
+        again = direction_sign(perturbed.direction)
+        if clipped:
+            again = again * (step(images[0], again, 1) != images[0])
+        differs = (again != sign).flatten(1)
+        share = _squares(perturbed.direction, differs)
+        chosen = model.logits.log_softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
+        share = share.where(-chosen.expm1() > SATURATED, 0.0)
+    return _Answer([answers[:, valid].cpu() for answers in logits], differs.sum(1)[valid].cpu(), share[valid].cpu())
+
+
+def _squares(direction: Tensor, chosen: Tensor) -> Tensor:
+    """The part of each row's squares of a direction (N, C, H, W) that lies where (N, C * H * W) says, (N,)."""
+    values = direction.float().flatten(1)
+    # Of very small numbers the squares would be 0.
+    squares = (values / values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).square()
+    return (squares * chosen).sum(1) / squares.sum(1).clamp(min=1.0)
+
+
+class Recomputation:
+    """Derives the rows of one shard after another anew."""
+
+    def __init__(self, models: Models, manifest: Manifest, plan: Plan, findings: Findings) -> None:
+        self.models, self.plan, self.findings = models, plan, findings
+        self.variants, self.layout, self.on_ray = manifest.variants, manifest.layout, manifest.on_ray
+        self.levels = [variant.level for variant in self.variants]
+        self.targeted = manifest.resolved.attack.target is not None
+        self.seed, precision = manifest.resolved.runtime.seed, manifest.resolved.runtime.precision
+        self.tolerance, self.sign_tolerance = TOLERANCE[precision], SIGN_TOLERANCE[precision]
+        self.exact = True
+
+    def compare_environment(self, receipt: Receipt) -> None:
+        """Each shard has its own: a run may have been resumed elsewhere."""
+        here = self.models.versions
+        changes = [
+            f"{name} {receipt.versions.get(name)} then, {here.get(name)} now"
+            for name in {**receipt.versions, **here}
+            if receipt.versions.get(name) != here.get(name)
+        ]
+        changes += [] if self.models.compiled_alike else ["not compiled now"]
+        self.exact = not changes
+        self.findings.changes.update(changes)
+
+    def check(
+        self,
+        names: Sequence[str],
+        mask: NDArray[np.bool_],
+        images: Sequence[Tensor],
+        sign: Tensor,
+        tables: Sequence[pa.Table],
+        draws: NDArray[np.int64],
+    ) -> None:
+        """Ask the models again, in the same batch of the same shape, with the same holes."""
+        labels = torch.from_numpy(column_of(tables[0], "label", UNLABELLED).astype(np.int64))
+        own, target = self._wanted(labels, tables)
+        changed = own if target is None else target
+        random = torch.from_numpy(draws)
+        rows = [self._padded(mask, values) for values in (*images, sign, changed, random)]
+        valid = self._padded(mask, torch.ones(len(changed), dtype=torch.bool))
+        answer = self._ask(rows, valid)
+        victim, *others = answer.logits
+        spaces = {name: evaluator.space for name, evaluator in self.models.evaluators.items()}
+        evaluations = [logits.argmax(-1) for logits in others]
+        again = score(self.variants, victim, labels, target, self.models.victim.space, evaluations, spaces)
+        try:
+            strict = self._compare_answers(answer, again, names, tables)
+            if target is not None:
+                expected = self.models.goal.classes(answer.logits[0][0], own, random)
+                self._compare_target(expected, target, answer.logits[0][0], names[-1], tables[-1], strict)
+            self._compare_signs(answer, names, tables[0], strict)
+        except DamageError:
+            second = self._ask(rows, valid)
+            asked = ["model", *(f"evaluators, {name}" for name in self.models.evaluators)]
+            for name, before, now in zip(asked, answer.logits, second.logits, strict=True):
+                if not bool(((before - now).abs() <= self.tolerance).all()):
+                    raise PipelineError(
+                        f"{name}: it is not deterministic: asked twice about the same images it gives different "
+                        "answers, so that nothing can be derived anew; see whether it draws random numbers or keeps "
+                        "something between calls."
+                    ) from None
+            raise
+
+    def _padded(self, mask: NDArray[np.bool_], values: Tensor) -> Tensor:
+        """The values of M rows, each in its place in the run's batch, with 0 between them."""
+        batch = torch.zeros((self.plan.batch_size, *values.shape[1:]), dtype=values.dtype)
+        batch[torch.from_numpy(np.flatnonzero(mask))] = values
+        return batch
+
+    def _ask(self, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
+        ask = partial(_look_again, self.models, self.levels[1:], not self.layout.stores_sign)
+        try:
+            parts = [future.result() for future in self.models.lanes.submit(ask, *rows, valid=valid)]
+        except torch.OutOfMemoryError as error:
+            raise PipelineError(
+                f"A batch of {self.plan.batch_size}, as the run had it, does not fit in this device's memory; free "
+                "what else uses it, or verify on the machine of the run."
+            ) from error
+        logits = [torch.cat(chunks, 1) for chunks in zip(*(part.logits for part in parts), strict=True)]
+        share = torch.cat([part.share for part in parts])
+        if not all(bool(torch.isfinite(values).all()) for values in (*logits, share)):
+            raise NonFiniteError("The model gives NaN or infinity here, which it did not in the run.")
+        return _Answer(logits, torch.cat([part.differing for part in parts]), share)
+
+    def _wanted(self, labels: Tensor, tables: Sequence[pa.Table]) -> tuple[Tensor, Tensor | None]:
+        """Of each row, as the model's indices (M,): its own class, by which the attack went, and its target, if any.
+
+        As they are recorded: a prediction that lies on a near tie may fall otherwise here.
+        """
+        to_model = torch.from_numpy(np.argsort(self.models.victim.space.to_recorded))
+        own = to_model[torch.from_numpy(column_of(tables[0], "prediction", 0).astype(np.int64))]
+        if self.models.goal.label == "dataset":
+            known = self.models.victim.space.model_labels(labels)
+            own = torch.where(known == UNLABELLED, own, known)
+        if not self.targeted:
+            return own, None
+        return own, to_model[torch.from_numpy(column_of(tables[-1], "target", 0).astype(np.int64))]
+
+    def _near_ties(
+        self, logits: Tensor, column: str, tables: Sequence[pa.Table], space: LabelSpace
+    ) -> NDArray[np.bool_]:
+        """(1 + K, M): whether the recorded class is as close to the top one as another environment may bring it."""
+        recorded = np.stack([column_of(table, column, -1) for table in tables])
+        known = (recorded >= 0) & (recorded < logits.shape[-1])
+        chosen = torch.from_numpy(np.argsort(space.to_recorded)[np.where(known, recorded, 0)])
+        behind = logits.amax(-1) - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        close: NDArray[np.bool_] = (behind < self.tolerance).numpy() & known
+        return close
+
+    def _compare_predictions(
+        self, expected: NDArray[np.int64], column: str, name: str, table: pa.Table, close: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Compare one model's predictions at one epsilon; (M,) those that fell otherwise on a near tie."""
+        findings = self.findings
+        differs = column_of(table, column, -1) != expected
+        ties: NDArray[np.bool_] = differs & close
+        wrong = differs & ~ties
+        findings.recomputed += len(differs)
+        findings.near_ties += int(ties.sum())
+        findings.mismatches += int(wrong.sum())
+        if wrong.any():
+            of = "" if column == "prediction" else f" in {column}"
+            raise DamageError(
+                f"{name} records {int(wrong.sum())} predictions{of} that its pixels do not give; the first is "
+                f"{name_row(table, wrong)}."
+            )
+        return ties
+
+    def _compare_answers(
+        self, answer: _Answer, again: Scores, names: Sequence[str], tables: Sequence[pa.Table]
+    ) -> bool:
+        """Compare what the models say; whether the victim says it to the last digit, in an environment like the
+        recorded one. There nothing is excused by other digits.
+        """
+        recorded = [column_of(table, "confidence", 0.0) for table in tables]
+        strict = self.exact and all(map(np.array_equal, recorded, again.confidence))
+        asked = [("prediction", "correct", self.models.victim)]
+        asked += [(*evaluator_columns(name), model) for name, model in self.models.evaluators.items()]
+        for row, (prediction, correct, model) in enumerate(asked):
+            close = self._near_ties(answer.logits[row], prediction, tables, model.space) & (not strict)
+            for index, (name, table) in enumerate(zip(names, tables, strict=True)):
+                ties = self._compare_predictions(again.prediction[row, index], prediction, name, table, close[index])
+                # What follows from a prediction that lay on a tie cannot be held against it.
+                _compare_flags(correct, again.correct[row, index], name, table, ~ties)
+                if row == 0:
+                    untied = ~ties & (column_of(table, "clean_prediction", -1) == again.prediction[0, 0])
+                    _compare_flags("fooled", again.fooled[index], name, table, untied)
+                    self._compare_confidences(again, index, name, table)
+        return strict
+
+    def _compare_confidences(self, again: Scores, index: int, name: str, table: pa.Table) -> None:
+        for column in ("confidence", "label_confidence"):
+            expected = getattr(again, column)[index]
+            off = np.abs(column_of(table, column, 0.0) - np.ma.getdata(expected))[~np.ma.getmaskarray(expected)]
+            if not (off <= self.tolerance).all():  # NaN is not
+                raise DamageError(f"{name} has a {column} that its pixels do not give.")
+            self.findings.last_digits += int((off > 0).sum())
+
+    def _compare_target(
+        self,
+        expected: Tensor,
+        target: Tensor,
+        logits: Tensor,
+        name: str,
+        table: pa.Table,
+        strict: bool,
+    ) -> None:
+        """Compare the targets, (M,) the model's indices; the least likely class may be a near tie too."""
+        wrong = (target != expected).numpy()
+        if self.models.goal.target == "least_likely" and not strict:
+            above = logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.amin(1)
+            ties = wrong & (above < self.tolerance).numpy()
+            self.findings.near_ties += int(ties.sum())
+            wrong &= ~ties
+        if wrong.any():
+            raise DamageError(
+                f"{name} records {int(wrong.sum())} targets that are not the attack's; the first is "
+                f"{name_row(table, wrong)}."
+            )
+
+    def _compare_signs(self, answer: _Answer, names: Sequence[str], clean: pa.Table, strict: bool) -> None:
+        """The images lie along the sign of the gradient, but where that is rounding.
+
+        A CPU gives each gradient again to the last digit; of CUDA some backward passes (of adaptive pooling and
+        resizing) add in any order.
+        """
+        exact = strict and self.models.lanes.device.type == "cpu"
+        tolerance = self.sign_tolerance if self.on_ray else VALUE_TOLERANCE
+        wrong = (answer.differing > 0 if exact else answer.share > tolerance).numpy()
+        self.findings.near_tie_signs += int(answer.differing.numpy()[~wrong].sum())
+        if wrong.any():
+            they = "do not lie along the sign of the loss gradient" if self.on_ray else "the attack does not make again"
+            raise DamageError(
+                f"{names[1]} has {int(wrong.sum())} images that {they}; the first is {name_row(clean, wrong)}."
+            )
+
+
+def _compare_flags(column: str, expected: Any, name: str, table: pa.Table, chosen: NDArray[np.bool_]) -> None:
+    """Compare a column of booleans, of the rows that are chosen; where it is masked it says nothing."""
+    known = chosen & ~np.ma.getmaskarray(expected)
+    if (column_of(table, column, False).astype(np.bool_) != expected.data)[known].any():
+        raise DamageError(f"{name} has a wrong value in {column}.")

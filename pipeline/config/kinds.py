@@ -1,0 +1,134 @@
+"""Kinds: a line for each kind of source, model and attack, and the config that the named kinds make.
+
+Names are dotted, and imported when a config names them: a config of one kind loads that kind alone, and checking it
+needs no library of a kind.
+"""
+
+import importlib
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+from pydantic import create_model
+
+from pipeline.config.schema import Config, EvaluatorConfig
+from pipeline.config.section import Section
+
+
+class Kind(NamedTuple):
+    """section: its part of the config, in a module that loads quickly. make: what opens or makes it."""
+
+    section: str
+    make: str
+
+
+SOURCES = {
+    "huggingface": Kind("pipeline.config.sources:HuggingFaceConfig", "pipeline.sources.arrow:open_arrow"),
+    "imagefolder": Kind("pipeline.config.sources:ImageFolderConfig", "pipeline.sources.imagefolder:open_imagefolder"),
+    "torchvision": Kind("pipeline.config.sources:TorchvisionConfig", "pipeline.sources.torchvision:open_torchvision"),
+    "digits": Kind("pipeline.config.sources:DigitsConfig", "pipeline.sources.digits:open_digits"),
+}
+MODELS = {
+    "torchvision": Kind("pipeline.models.torchvision:TorchvisionConfig", "pipeline.models.torchvision:load"),
+    "timm": Kind("pipeline.models.timm:TimmConfig", "pipeline.models.timm:load"),
+    "transformers": Kind("pipeline.models.transformers:TransformersConfig", "pipeline.models.transformers:load"),
+    "factory": Kind("pipeline.models.factory:FactoryConfig", "pipeline.models.factory:load"),
+    "digits": Kind("pipeline.models.digits:DigitsConfig", "pipeline.models.digits:load"),
+}
+ATTACKS = {
+    "fgsm": Kind("pipeline.attacks.sections:FGSMConfig", "pipeline.attacks.fgsm:FGSM"),
+}
+# An attack of the user's own has no line: the config names the file.
+OWN_ATTACK, OWN_ATTACK_SECTION = "path/to/file.py:Attack", "pipeline.attacks.sections:OwnAttackConfig"
+KINDS = {"source": SOURCES, "model": MODELS, "attack": ATTACKS, "evaluators": MODELS}
+
+
+def imported(name: str) -> Any:
+    """What a dotted name, `package.module:name`, stands for."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def base_section(key: str) -> type[Section]:
+    """What all kinds of a section have: of `source`, `model`, `attack`, or one of `evaluators`."""
+    section: Any = EvaluatorConfig if key == "evaluators" else Config.model_fields[key].annotation
+    return section  # type: ignore[no-any-return]
+
+
+def section_class(key: str, values: Any) -> type[Section]:
+    """The section that a kind has.
+
+    Args:
+        key: `source`, `model`, `attack` or `evaluators`.
+        values: the section, or one of the evaluators, not yet checked. Where they name no kind, the section that is
+            returned refuses them.
+    """
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if key == "attack" and kind is None:
+        kind = "fgsm"
+    if not isinstance(kind, str):
+        return _no_kind(key)
+    if key == "attack" and ":" in kind:
+        return imported(OWN_ATTACK_SECTION)  # type: ignore[no-any-return]
+    if kind not in KINDS[key]:
+        return _no_kind(key)
+    section: type[Section] = imported(KINDS[key][kind].section)
+    return _evaluator(section) if key == "evaluators" else section
+
+
+@cache
+def _no_kind(key: str) -> type[Section]:
+    kinds = (*KINDS[key], *([OWN_ATTACK] if key == "attack" else []))
+    known: Any = (Literal[kinds], ...)
+    return create_model("NoKind", __base__=base_section(key), kind=known)
+
+
+@cache
+def _evaluator(section: type[Section]) -> type[Section]:
+    return create_model(f"Evaluator{section.__name__}", __base__=(section, EvaluatorConfig))
+
+
+def check(raw: Mapping[str, Any], config: type[Config]) -> Config:
+    """Check a mapping as the config of its kinds.
+
+    Raises:
+        ValidationError: a key or value is not allowed.
+    """
+    sections = {key: _without_empty(key, raw[key]) for key in ("source", "model", "attack") if key in raw}
+    if isinstance(others := raw.get("evaluators"), list | tuple):
+        sections["evaluators"] = [_without_empty("evaluators", other) for other in others]
+    return config.model_validate({**raw, **sections})
+
+
+def _without_empty(key: str, values: Any) -> Any:
+    """A section without keys of other kinds that hold nothing: `--set model.name=` takes away what a file says."""
+    known = section_class(key, values).model_fields
+    if not isinstance(values, dict) or known.keys() >= values.keys():
+        return values
+    others = {field for kind in KINDS[key].values() for field in imported(kind.section).model_fields}
+    others |= set(imported(OWN_ATTACK_SECTION).model_fields) if key == "attack" else set()
+    return {
+        name: value
+        for name, value in values.items()
+        if name in known or name not in others or not (value is None or value is False or value in ([], (), {}))
+    }
+
+
+def config_class(raw: Mapping[str, Any]) -> type[Config]:
+    """The config that consists of the sections of the kinds that a mapping, not yet checked, names."""
+    others = raw.get("evaluators")
+    evaluators = others if isinstance(others, list | tuple) else ()
+    return _config_class(
+        *(section_class(key, raw.get(key)) for key in ("source", "model", "attack")),
+        evaluators=tuple(section_class("evaluators", other) for other in evaluators),
+    )
+
+
+@cache
+def _config_class(
+    source: type[Section], model: type[Section], attack: type[Section], evaluators: tuple[type[Section], ...]
+) -> type[Config]:
+    fields: dict[str, Any] = {"source": (source, ...), "model": (model, ...), "attack": (attack, ...)}
+    if evaluators:
+        fields["evaluators"] = (tuple[evaluators], ...)  # type: ignore[valid-type]
+    return create_model("Config", __base__=Config, **fields)

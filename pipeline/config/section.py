@@ -1,0 +1,56 @@
+"""Section: what all parts of a config have in common."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.core.addresses import is_address
+
+# Numbers are numbers: pydantic would take true for 1 and "256" for 256.
+Count = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, and a key without a value stands for its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        # Where None is the default it may mean something that leaving the key out does not: weights of digits.
+        return {
+            key: value
+            for key, value in values.items()
+            if value is not None or key not in fields or fields[key].get_default() is None
+        }
+
+    @classmethod
+    def anchor(cls, values: dict[str, Any], folder: Path) -> None:
+        """Make relative input paths among the values of a section, not yet checked, relative to a folder."""
+
+
+def anchored(path: str, folder: Path) -> str:
+    """A path of a config file of that folder."""
+    # An address stays as it is: as a path it would lose a slash, and a password in it would not be found.
+    return path if is_address(path) else str(folder / home(path))
+
+
+def home(path: str) -> Path:
+    """A path with its ~ written out, if it is that of a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder."""
+    try:
+        return path.exists()
+    except OSError:  # too long for a name
+        return False

@@ -1,0 +1,400 @@
+"""What a layout is, and the columns of a dataset, each declared once for all layouts.
+
+A layout says how an image, clean and at every epsilon, is stored: in which subsets, as which pictures, in which rows.
+Every layout is read back as rows of the plainest one: a row for each image and epsilon, in which the columns below
+stand under their own names. A layout with a row for each source image keeps what is said of the clean image in
+`clean_...` and the rest in a list `attacks`.
+
+To add a column, add it to COLUMNS. What other models say (evaluators) follows our own columns, under names that end in
+the model's id; columns that are carried through from the source come last.
+
+Nothing here needs torch or `datasets` before a run is made, so that `fgsm inspect` answers at once.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.variants import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.core.batches import Batch
+    from pipeline.core.images import ImageFormat
+
+IMAGE, LABEL, EPSILON, ATTACK, MODEL, ATTACKS = "image", "label", "epsilon", "attack", "model", "attacks"
+# Where a source is streamed, the file that a row is of.
+FILE = "source_file"
+# The last of our own columns.
+LAST = "source_index"
+# The victim among the models whose predictions are recorded; evaluators have ids.
+VICTIM = ""
+# Names that only evaluators' columns have.
+EVALUATED = re.compile(r"(?:clean_)?(?:prediction|correct)_(.+)", re.DOTALL)
+
+
+class Picture(NamedTuple):
+    """A column of pictures in one subset."""
+
+    subset: str
+    column: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What E models, the victim first, say of the M valid rows of a batch in V variants, clean first.
+
+    models: ids, VICTIM first.
+    prediction (E, V, M) int64, in recorded indices; correct (E, V, M) bool, masked where a row is unlabelled.
+    Of the victim alone: confidence (V, M) float32 in [0, 1]; label_confidence (V, M) likewise, masked where a row is
+    unlabelled; fooled (V, M) bool, masked on clean and, without a target, where a row is unlabelled.
+    label (M,) int64, masked where there is none; target (M,) int64 in recorded indices, None for the plain attack.
+    """
+
+    variants: tuple[Variant, ...]
+    models: tuple[str, ...]
+    prediction: NDArray[np.int64]
+    correct: np.ma.MaskedArray[Any, np.dtype[np.bool_]]
+    confidence: NDArray[np.float32]
+    label_confidence: np.ma.MaskedArray[Any, np.dtype[np.float32]]
+    fooled: np.ma.MaskedArray[Any, np.dtype[np.bool_]]
+    label: np.ma.MaskedArray[Any, np.dtype[np.int64]]
+    target: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a dataset.
+
+    value: (V, M) from scores and the batch that they are of, or (M,) where it is not `per_variant`; masked is null.
+    None where it is the same in all rows of a variant, and `of_variant` says what.
+    meaning: for the card. clean_meaning: that of `clean_...`, None where a clean image has no such value of its own.
+    dtype: of the values; `classes`: whose classes they are, LABEL for the dataset's or a model's id, if they are some.
+    optional: not every run has it. null_on_clean: of a column that is not per variant, and says nothing of clean rows.
+    """
+
+    name: str
+    value: "Callable[[Scores, Batch], Any] | None"
+    meaning: str
+    clean_meaning: str | None = None
+    dtype: str = "int64"
+    classes: str | None = None
+    per_variant: bool = True
+    optional: bool = False
+    null_on_clean: bool = False
+    of_variant: Callable[[Variant], Any] = lambda _: None
+
+    @property
+    def clean_name(self) -> str | None:
+        """Its name in rows of a source image for what is said of the clean one; None where there is no such column."""
+        return None if self.clean_meaning is None else f"clean_{self.name}"
+
+    @property
+    def type(self) -> pa.DataType:
+        """The Arrow type of its values."""
+        return pa.type_for_alias(self.dtype)
+
+    def blank(self, variant: Variant, rows: int) -> pa.Array:
+        """Its values in rows of which only the variant is known: null but where it follows from that."""
+        return pa.repeat(pa.scalar(self.of_variant(variant), self.type), rows)
+
+
+COLUMNS = (
+    Column(LABEL, lambda scores, _: scores.label, "null where the source has none", classes=LABEL, per_variant=False),
+    Column(EPSILON, None, "k/255; 0 is clean", dtype="float64", of_variant=lambda variant: variant.epsilon),
+    Column(
+        ATTACK,
+        None,
+        "what made the image; null on clean images",
+        dtype="string",
+        of_variant=lambda variant: variant.attack,
+    ),
+    Column(
+        MODEL,
+        None,
+        "the model that was attacked; null on clean images",
+        dtype="string",
+        of_variant=lambda variant: variant.model,
+    ),
+    Column(
+        "prediction",
+        lambda scores, _: scores.prediction[0],
+        "the victim's, of these pixels",
+        "the victim's, of the clean image",
+        classes=VICTIM,
+    ),
+    Column(
+        "confidence",
+        lambda scores, _: scores.confidence,
+        "probability of the prediction",
+        "probability of that prediction",
+        dtype="float32",
+    ),
+    Column(
+        "label_confidence",
+        lambda scores, _: scores.label_confidence,
+        "probability of the label",
+        "probability of the label, of the clean image",
+        dtype="float32",
+    ),
+    Column(
+        "correct",
+        lambda scores, _: scores.correct[0],
+        "whether the prediction is the label",
+        "whether the clean prediction is the label",
+        dtype="bool",
+    ),
+    Column(
+        "clean_prediction",
+        lambda scores, _: scores.prediction[0, 0],
+        "the victim's, of the clean image",
+        classes=VICTIM,
+        per_variant=False,
+    ),
+    Column(
+        "fooled",
+        lambda scores, _: scores.fooled,
+        "whether it was right when clean and is wrong now; null on clean images",
+        dtype="bool",
+    ),
+    Column(
+        "target",
+        lambda scores, _: scores.target,
+        "the class that the attack aimed at; null on clean images",
+        classes=VICTIM,
+        per_variant=False,
+        optional=True,
+        null_on_clean=True,
+    ),
+    Column(
+        FILE,
+        lambda _, batch: np.full(len(batch.source_index), batch.shard.file),
+        "the file of the source that the row is in",
+        dtype="string",
+        per_variant=False,
+        optional=True,
+    ),
+    Column(LAST, lambda _, batch: batch.source_index, "row in the source's split", per_variant=False),
+)
+
+
+def evaluator_columns(name: str) -> tuple[str, str]:
+    """What an evaluator says of one image: its prediction, and whether that is right."""
+    return f"prediction_{name}", f"correct_{name}"
+
+
+def _evaluated(model: str) -> tuple[Column, Column]:
+    """The columns of an evaluator."""
+    prediction, correct = evaluator_columns(model)
+
+    def of(values: NDArray[Any], scores: Scores) -> NDArray[Any]:
+        answers: NDArray[Any] = values[scores.models.index(model)]
+        return answers
+
+    return (
+        Column(
+            prediction,
+            lambda scores, _: of(scores.prediction, scores),
+            f"as prediction, of evaluator {model}",
+            f"as clean_prediction, of evaluator {model}",
+            classes=model,
+        ),
+        Column(
+            correct,
+            lambda scores, _: of(scores.correct, scores),
+            f"as correct, of evaluator {model}",
+            f"as clean_correct, of evaluator {model}",
+            dtype="bool",
+        ),
+    )
+
+
+def columns_of(names: Sequence[str]) -> list[Column]:
+    """The columns that a dataset has, in the order of layout images, from the names of those of any layout.
+
+    What is carried through is not among them.
+    """
+    # A column that is carried through may be called `target` in a run that has none.
+    own = names[: list(names).index(LAST)]
+    ours = [column for column in COLUMNS if not column.optional or column.name in own]
+    return [*ours, *(column for model in evaluator_ids(names) for column in _evaluated(model))]
+
+
+def evaluator_ids(names: Iterable[str]) -> list[str]:
+    """The evaluators that have columns among those of any layout, in order."""
+    found = filter(None, map(EVALUATED.fullmatch, names))
+    return list(dict.fromkeys(match[1] for match in found))
+
+
+def kept_columns(names: Sequence[str]) -> list[str]:
+    """The carried-through ones among the columns of any layout."""
+    return [name for name in names[list(names).index(LAST) + 1 :] if not EVALUATED.fullmatch(name)]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the columns of a dataset follow from, in any layout.
+
+    variants: those that are recorded, clean first. classes: the feature of the labels, by LABEL, and of each model's
+    predictions, by its id. kept: features of the columns that are carried through. targeted, streamed: whether there is
+    a `target`, and a `source_file`.
+    """
+
+    variants: tuple[Variant, ...]
+    classes: Mapping[str, Any]
+    kept: Mapping[str, Any]
+    targeted: bool
+    streamed: bool
+
+    @property
+    def columns(self) -> list[Column]:
+        """Our own and the evaluators', in the order of layout images."""
+        optional = {"target": self.targeted, FILE: self.streamed}
+        names = [column.name for column in COLUMNS if optional.get(column.name, True)]
+        models = [name for name in self.classes if name not in (LABEL, VICTIM)]
+        return columns_of([*names, *(name for model in models for name in evaluator_columns(model))])
+
+    def feature(self, column: Column) -> Any:
+        """The feature of `datasets` that a column has."""
+        import datasets
+
+        return datasets.Value(column.dtype) if column.classes is None else self.classes[column.classes]
+
+
+class Layout(Protocol):
+    """How a dataset is stored, and read back.
+
+    subsets: a regular expression of the names of subsets that it may have. per_image: whether a row is of a source
+    image, with all variants, rather than of one variant. stores_sign: whether the picture that says in which direction
+    an image moves is a sign map, rather than an attacked image, in which clipping hides some signs.
+    """
+
+    subsets: str
+    per_image: bool
+    stores_sign: bool
+
+    def subset(self, variant: Variant) -> str:
+        """The subset in which the rows of a recorded variant are."""
+        ...
+
+    def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        """All pictures of a source image, the clean image first."""
+        ...
+
+    def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
+        """The clean image, and a picture that says in which direction a variant's attack moves it: from these any x_k
+        follows. `variants` are those that are recorded."""
+        ...
+
+    def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        """From what the image of a variant, recorded or not, is read: the picture itself, or the two of its `ray`."""
+        ...
+
+    def features(self, contents: Contents) -> dict[str, Any]:
+        """The columns of every subset as features of `datasets`, in order."""
+        ...
+
+    def stored(self, images: "Sequence[Tensor]", sign: "Tensor") -> "tuple[Tensor, ...]":
+        """What is encoded, (N, C, H, W) uint8, one for each of `pictures`.
+
+        Args:
+            images: V times (N, C, H, W) uint8, clean first.
+            sign: (N, C, H, W) int8 in -1, 0, 1.
+        """
+        ...
+
+    def tables(
+        self, batch: "Batch", scores: Scores, pictures: Sequence[pa.ChunkedArray], schema: pa.Schema
+    ) -> list[pa.Table]:
+        """A batch as it is written: a table of the schema for each subset; `pictures` are the encoded ones."""
+        ...
+
+    def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
+        """What is recorded of N source images in one variant: the columns of layout images but the image.
+
+        Args:
+            tables: N rows each of the subsets that `source` names; pictures may be left out.
+            variant: which. Of one that is not recorded the models' answers are null.
+            variants: those that are recorded, clean first.
+
+        Raises:
+            ValueError: the rows are not those of a dataset with these variants.
+        """
+        ...
+
+    def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
+        """The recorded variants, clean first, of a dataset that has no manifest; None where it is not of this layout.
+
+        Where only names were looked at, attack and model of a variant are None, and its rows say them.
+
+        Args:
+            subsets: the names of its subsets.
+            first: reads the first value of a column in a subset; None where there is none.
+        """
+        ...
+
+    def describe(self, picture: Picture) -> str:
+        """What the card says of a picture."""
+        ...
+
+    def summary(self, subset: str, variants: Sequence[Variant]) -> str:
+        """What the card says of a subset."""
+        ...
+
+    def example(self, variants: Sequence[Variant]) -> str:
+        """Markdown for the card: how attacked images are read from a row without this package; empty if plainly."""
+        ...
+
+
+def subsets_of(layout: Layout, variants: Sequence[Variant]) -> tuple[str, ...]:
+    """The subsets that a layout stores: each is a folder, and a config of the Hub's.
+
+    Args:
+        layout: of the dataset.
+        variants: those that are recorded, clean first.
+    """
+    return tuple(dict.fromkeys(picture.subset for picture in layout.pictures(variants)))
+
+
+def picture_columns(layout: Layout, variants: Sequence[Variant]) -> tuple[str, ...]:
+    """The names of the columns that hold pictures."""
+    return tuple(dict.fromkeys(picture.column for picture in layout.pictures(variants)))
+
+
+def make_features(layout: Layout, contents: Contents) -> Any:
+    """The columns of every subset of a dataset, in order, as `datasets.Features`.
+
+    Raises:
+        ConfigError: a carried-through column has the name of one of ours.
+    """
+    import datasets
+
+    ours = layout.features(contents)
+    # Every layout is read back as layout images, whose names must be free as well.
+    taken = {*ours, IMAGE, FILE, *(column.name for column in contents.columns)}
+    for name in contents.kept:
+        if EVALUATED.fullmatch(name):
+            raise ConfigError(f"source.keep_columns: {name} could be taken for an evaluator's column; rename it first.")
+        if name in taken:
+            raise ConfigError(f"source.keep_columns: {name} is a column of the output itself; rename it first.")
+    return datasets.Features({**ours, **contents.kept})
+
+
+def encode_column(images_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
+    """Images as an Arrow column of `datasets`, losslessly encoded.
+
+    Args:
+        images_u8: (N, C, H, W) uint8 on the CPU.
+        image_format: as `encode_images`.
+    """
+    from pipeline.core.images import encode_images
+
+    encoded = pa.array(encode_images(images_u8, image_format), pa.binary())
+    return pa.StructArray.from_arrays([encoded, pa.nulls(len(encoded), pa.string())], ["bytes", "path"])

@@ -1,0 +1,119 @@
+"""A row for each source image: what layouts with such rows share, which differ in the pictures that a row holds.
+
+What is said of the clean image stands in `clean_...`, and what is said of each other variant in a list `attacks`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.core.variants import CLEAN, Variant, group_variants
+from pipeline.layouts.base import (
+    ATTACK,
+    ATTACKS,
+    EPSILON,
+    LABEL,
+    LAST,
+    MODEL,
+    Column,
+    Contents,
+    Layout,
+    Scores,
+    columns_of,
+    kept_columns,
+    picture_columns,
+)
+
+if TYPE_CHECKING:
+    from pipeline.core.batches import Batch
+
+
+class PerImage(Layout):
+    """A layout with a row for each source image, in the one subset that `subsets` names."""
+
+    per_image = True
+
+    def subset(self, variant: Variant) -> str:
+        del variant
+        return self.subsets
+
+    def features(self, contents: Contents) -> dict[str, Any]:
+        import datasets
+
+        columns = contents.columns
+        end = 1 + [column.name for column in columns].index(LAST)
+
+        def clean(columns: Sequence[Column]) -> dict[str, Any]:
+            return {column.clean_name: contents.feature(column) for column in columns if column.clean_name}
+
+        attacks = {column.name: contents.feature(column) for column in columns if column.per_variant}
+        shared = {column.name: contents.feature(column) for column in columns if not column.per_variant}
+        return {
+            **dict.fromkeys(picture_columns(self, contents.variants), datasets.Image()),
+            LABEL: shared[LABEL],
+            **clean(columns[:end]),
+            ATTACKS: datasets.List(attacks),
+            **shared,
+            **clean(columns[end:]),
+        }
+
+    def tables(
+        self, batch: "Batch", scores: Scores, pictures: Sequence[pa.ChunkedArray], schema: pa.Schema
+    ) -> list[pa.Table]:
+        columns = dict(zip(picture_columns(self, scores.variants), pictures, strict=True))
+        columns |= {name: batch.kept.column(name) for name in batch.kept.column_names}
+        rows, attacked = len(scores.label), scores.variants[1:]
+        # Row after row, each with all variants.
+        order = pa.array(np.tile(np.arange(len(attacked)), rows))
+        entries = {}
+        for column in columns_of(schema.names):
+            if column.value is None:
+                entries[column.name] = pa.array(map(column.of_variant, attacked), column.type).take(order)
+                continue
+            values = column.value(scores, batch)
+            if not column.per_variant:
+                columns[column.name] = values
+                continue
+            if column.clean_name:
+                columns[column.clean_name] = values[0]
+            # (V - 1, M) to (M * (V - 1),)
+            entries[column.name] = pa.array(values[1:].T.ravel())
+        kind = schema.field(ATTACKS).type
+        fields = list(kind.value_type)
+        lists = pa.StructArray.from_arrays([entries[field.name] for field in fields], fields=fields)
+        starts = np.arange(rows + 1, dtype=np.int32) * len(attacked)
+        columns[ATTACKS] = pa.ListArray.from_arrays(starts, lists, type=kind)
+        return [pa.table([columns[name] for name in schema.names], schema=schema)]
+
+    def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
+        rows = tables[self.subsets]
+        lists, recorded = rows.column(ATTACKS), variants[1:]
+        # A null list has no length, and `equal` says null of it.
+        if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), len(recorded)), min_count=0).as_py():
+            raise ValueError(f"the attacks of a row are not the run's {len(recorded)}")
+        answers = {}
+        if variant in recorded:
+            # Row after row, each with all variants: every len(recorded)-th entry is of this one.
+            entries = lists.combine_chunks().flatten()[recorded.index(variant) :: len(recorded)]
+            answers = dict(zip([field.name for field in entries.type], entries.flatten(), strict=True))
+        elif variant == CLEAN:
+            answers = {c.name: rows.column(c.clean_name) for c in columns_of(rows.column_names) if c.clean_name}
+
+        def value(column: Column) -> Any:
+            if not column.per_variant and (variant != CLEAN or not column.null_on_clean):
+                return rows.column(column.name)
+            return answers[column.name] if column.name in answers else column.blank(variant, len(rows))
+
+        columns = {column.name: value(column) for column in columns_of(rows.column_names)}
+        return pa.table({**columns, **{name: rows.column(name) for name in kept_columns(rows.column_names)}})
+
+    def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
+        if self.subsets not in subsets:
+            return None
+        entries = first(self.subsets, ATTACKS) or ()
+        # Rows of another format do not say what made them.
+        said = [(round(255 * entry[EPSILON]), entry.get(ATTACK) or "", entry.get(MODEL)) for entry in entries]
+        return group_variants(said)

@@ -1,0 +1,58 @@
+"""Layout signs: a row for each source image holds the clean image, and the sign map that leads to every epsilon."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.core.variants import CLEAN, Variant
+from pipeline.layouts.base import IMAGE, Picture
+from pipeline.layouts.per_image import PerImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIGN = "sign"
+
+EXAMPLE = """The image at any epsilon k/255 follows exactly from one row, here for k = {level}:
+
+```python
+import numpy as np
+import PIL.Image
+
+row = rows[0]
+x, s = (np.asarray(row[name]).astype(np.int16) for name in ("image", "sign"))
+x_k = np.clip(x + {level} * (s // 127 - 1), 0, 255).astype(np.uint8)
+attacked = PIL.Image.fromarray(x_k)
+```
+"""
+
+
+class Signs(PerImage):
+    """Layout signs; see `base.Layout`."""
+
+    subsets = "signs"
+    stores_sign = True
+
+    def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        return self.ray(variants[-1], variants)
+
+    def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
+        del variant, variants
+        return Picture(self.subsets, IMAGE), Picture(self.subsets, SIGN)
+
+    def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        return self.ray(variant, variants)[: 1 if variant == CLEAN else 2]
+
+    def stored(self, images: "Sequence[Tensor]", sign: "Tensor") -> "tuple[Tensor, ...]":
+        from pipeline.core.lattice import sign_to_picture
+
+        return images[0], sign_to_picture(sign)
+
+    def describe(self, picture: Picture) -> str:
+        return "0, 127 and 254 for the signs -1, 0 and +1, lossless" if picture.column == SIGN else "lossless"
+
+    def summary(self, subset: str, variants: Sequence[Variant]) -> str:
+        del subset, variants
+        return "Clean images, and the sign that leads to every epsilon"
+
+    def example(self, variants: Sequence[Variant]) -> str:
+        return EXAMPLE.format(level=variants[-1].level)

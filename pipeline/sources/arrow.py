@@ -1,0 +1,453 @@
+"""Tables that `datasets` keeps on the disk: a dataset of the Hub, a local folder, what `save_to_disk` has written."""
+
+import functools
+import json
+import re
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline.config.sources import HuggingFaceConfig
+from pipeline.core.batches import UNLABELLED
+from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.images import image_suffixes, is_image_name
+from pipeline.core.left_out import Tally
+from pipeline.sources.base import (
+    DIGEST_SAMPLES,
+    IndexedSource,
+    Labels,
+    checked,
+    chosen_splits,
+    class_names,
+    digest_of,
+    spread,
+)
+from pipeline.sources.cells import file_digest, open_cell
+from pipeline.sources.columns import (
+    check_kept,
+    find_columns,
+    find_image_column,
+    find_label_column,
+    plain_type,
+)
+from pipeline.sources.files import (
+    LITTER_REASON,
+    as_text,
+    existing_folder,
+    is_litter,
+    literal_folders,
+    local_builder,
+    of_two_classes,
+    origin_of,
+    own_files,
+    sampled,
+    stated_features,
+)
+from pipeline.sources.origins import revision_of
+from pipeline.sources.tar import check_unstreamed
+
+# Archives of images that `datasets` unpacks.
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
+# Rows of carried-through columns that are read at once for the digest.
+DIGEST_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class ArrowRows:
+    """The image column of a split, and the columns that are carried through, as `datasets` formats them for Arrow."""
+
+    images: Any
+    carried: Any | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrowSource(IndexedSource[ArrowRows]):
+    """Rows of a `datasets.Dataset`; images stay encoded bytes until they are opened.
+
+    Images given as a path are opened only below `allowed`: a dataset must not be able to read other files
+    of the machine into a dataset that is published.
+    """
+
+    allowed: tuple[Path, ...]
+
+    def cells(self, split: str, rows: Sequence[int]) -> pa.ChunkedArray:
+        return self.rows[split].images[list(rows)].column(0)
+
+    def kept_columns(self, split: str, rows: Sequence[int]) -> pa.Table:
+        carried = self.rows[split].carried
+        return pa.table({}) if carried is None else carried[list(rows)].replace_schema_metadata(None)
+
+    def open(self, cell: Any) -> Image.Image:
+        return open_cell(cell, self.allowed)
+
+    def name_of(self, cell: Any) -> str | None:
+        if not cell or cell["bytes"] is not None or cell["path"] is None:
+            return None
+        path = Path(cell["path"])
+        return next((str(path.relative_to(folder)) for folder in self.allowed if path.is_relative_to(folder)), None)
+
+
+def open_arrow(config: HuggingFaceConfig, *, need_labels: bool) -> ArrowSource:
+    """Have `datasets` prepare the dataset, and read its labels.
+
+    Raises:
+        ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
+        PipelineError: an image cannot be read.
+    """
+    tally = Tally()
+    opened, allowed = _load_splits(config, need_labels, tally)
+    first = next(iter(opened.values()))
+    image_column = find_image_column(first.features, config)
+    label_column = find_label_column(first.features, config, need_labels)
+    check_kept(first.features, config)
+    _check_alike(opened, [image_column, *([label_column] if label_column else []), *config.keep_columns])
+    labels, classes = _read_labels(opened, label_column, config)
+    source = ArrowSource(
+        labels=labels,
+        rows={name: _arrow_rows(dataset, image_column, config) for name, dataset in opened.items()},
+        allowed=allowed,
+        classes=classes,
+        digest="",
+        kept={name: first.features[name] for name in config.keep_columns},
+        origin=origin_of(str(config.path), first.info, revision_of(first.cache_files)),
+        left_out=tally.left_out(),
+        need_labels=need_labels,
+    )
+    content = [part for name in labels for part in _content(source, name)]
+    return checked(replace(source, digest=digest_of([*content, json.dumps(sorted(config.keep_columns))])))
+
+
+def _arrow_rows(dataset: Any, image_column: str, config: HuggingFaceConfig) -> ArrowRows:
+    import datasets
+
+    try:
+        undecoded = dataset.cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(f"source.image_column: {image_column} does not hold images: {first_line(error)}") from None
+    images = undecoded.select_columns([image_column]).with_format("arrow")
+    keep = list(config.keep_columns)
+    return ArrowRows(images, dataset.select_columns(keep).with_format("arrow") if keep else None)
+
+
+def _check_alike(opened: dict[str, Any], columns: Sequence[str]) -> None:
+    """Splits that were saved together may still differ in a column, or in the order of its class names."""
+    first = next(iter(opened.values()))
+    for name, dataset in opened.items():
+        for column in columns:
+            if dataset.features.get(column) != first.features[column]:
+                raise ConfigError(
+                    f"source.split: column {column} of split {name} is missing or differs from the first split's."
+                )
+
+
+def _load_splits(config: HuggingFaceConfig, need_labels: bool, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to.
+
+    `tally` counts the files of a local folder that are in none of them.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    path = str(config.path)
+    folder = Path(path).expanduser()
+    if "://" in path:
+        raise ConfigError("source.path: a URL can be streamed only; set source.streaming: true.")
+    existing_folder(path)
+    allowed: tuple[Path, ...] = (folder.resolve(),) if folder.is_dir() else ()
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            if not any(folder.rglob("*.arrow")):
+                raise ConfigError(f"source.path: {folder} has no rows.")
+            _check_saved(folder)
+            loaded = datasets.load_from_disk(str(folder))
+        elif folder.is_dir():
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-folder-{_listing_digest(folder)}"
+            where = functools.partial(_folder_builder, folder.resolve(), config.name, cache_dir=str(cache))
+            builder = _load_own(where, config, need_labels)
+            loaded = builder.as_dataset()
+            _count_unread(builder, loaded, folder.resolve(), tally)
+        else:
+            cache, hub = Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve()
+            own = path.replace("/", "--")
+            allowed = (cache / "downloads", cache / path.replace("/", "___"), hub / f"datasets--{own}")
+            where = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
+            loaded = _load_own(where, config, need_labels).as_dataset()
+    except PipelineError:
+        raise
+    except Exception as error:  # a dozen exception types of three libraries; all mean the same here
+        if "corresponds to no data" in str(error):
+            raise ConfigError(f"source.path: {path} is empty: it has no rows.") from None
+        looked = "" if folder.is_dir() else " (no such local folder, so it was looked up on the Hub)"
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise ConfigError(f"source.path: {path} cannot be opened{looked}: {first_line(cause or error)}") from error
+    if isinstance(loaded, datasets.Dataset):
+        # A saved slice is called `train[:10%]`, or `train+test`.
+        loaded = {re.split(r"[^\w.-]", str(loaded.split or "train"))[0]: loaded}
+    return {name: loaded[name] for name in chosen_splits(config, list(loaded))}, allowed
+
+
+def _load_own(load: Callable[..., Any], config: HuggingFaceConfig, need_labels: bool) -> Any:
+    """A builder of `datasets` that has made the splits, out of files of its own only.
+
+    Of Parquet it is told what to read where it would fail over other columns, or read other types out of the files of a
+    split that nobody asked for. Told nothing, it finds what it has cached without a network too.
+    """
+    import datasets
+    from datasets.packaged_modules.arrow.arrow import Arrow
+    from datasets.packaged_modules.parquet.parquet import Parquet
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    builder = load()
+    files = own_files(builder, config)
+    if files and isinstance(builder, Parquet | Arrow):
+        read_schema = pq.read_schema if isinstance(builder, Parquet) else _arrow_schema
+        schemas: dict[str, pa.Schema] = {}
+        sizes: dict[str, int] = {}
+        wanted = chosen_splits(config, list(files))
+        for split in wanted:
+            # Of the Hub's files these are the copies in its cache, which the builder reads too.
+            places = datasets.DownloadManager().download([place for _, place in files[split]])
+            schemas |= {name: read_schema(place) for (name, _), place in zip(files[split], places, strict=True)}
+            if isinstance(builder, Parquet) and not all(map(_begins_with_rows, places)):
+                sizes = {"batch_size": DIGEST_BATCH}  # or it would take the rows of that row group, which are none
+        stated = stated_features(builder, load)
+        columns = find_columns(schemas, stated, config, need_labels)
+        alike = all(_is_of_datasets(schema) and schema == next(iter(schemas.values())) for schema in schemas.values())
+        if isinstance(builder, Parquet) and not (alike and (stated is not None or next(iter(files)) in wanted)):
+            builder = load(columns=list(columns.features), features=datasets.Features(columns.features), **sizes)
+        elif sizes:
+            builder = load(**sizes)
+    if isinstance(builder, WebDataset):
+        listed = [file for own in files.values() for file in own]
+        places = datasets.DownloadManager().download([place for _, place in listed])
+        check_unstreamed((name, place) for (name, _), place in zip(listed, places, strict=True))
+    builder.download_and_prepare()
+    return builder
+
+
+def _begins_with_rows(path: str) -> bool:
+    metadata = pq.read_metadata(path)
+    return not metadata.num_row_groups or metadata.row_group(0).num_rows > 0
+
+
+def _folder_builder(folder: Path, name: str | None, **options: Any) -> Any:
+    """The builder of `datasets` for a local folder; of a folder of images it reads those that are read elsewhere here.
+
+    Raises:
+        ConfigError: an image's name is no UTF-8, or a link makes an image one of two classes.
+    """
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    builder, failure = None, None
+    try:
+        builder = local_builder(folder, name, **options)
+    except (datasets.exceptions.DataFilesNotFoundError, ValueError) as error:
+        failure = error
+    found = builder.config.data_files.values() if builder is not None else ()
+    described = any(Path(file).name in ImageFolder.METADATA_FILENAMES for files in found for file in files)
+    if builder is None or (described and not isinstance(builder, ImageFolder)):
+        # A split may be of images alone whose endings its own list lacks, such as AVIF's.
+        with literal_folders():
+            images = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), **options)
+        if all(any(map(is_image_name, files)) for files in images.config.data_files.values()):
+            builder = images
+    if builder is None:
+        assert failure is not None
+        raise failure
+    if isinstance(builder, ImageFolder):
+        _take_images(builder, folder)
+    return builder
+
+
+def _take_images(builder: Any, folder: Path) -> None:
+    """Have `datasets` read what Pillow opens, and no litter. Which file is of which split stays its choice."""
+    from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
+
+    builder.EXTENSIONS = sorted(image_suffixes())
+    found, place = builder.config.data_files, folder.as_posix()
+    with literal_folders():
+        every = DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
+    for split, files in found.items():
+        # Where a card says which files there are, it is left at that.
+        more = every.get(split, [])
+        taken = [
+            file
+            for file in (more if set(files) <= set(more) else files)
+            if (is_image_name(file) or Path(file).suffix in ARCHIVES or Path(file).name in builder.METADATA_FILENAMES)
+            and not any(map(is_litter, Path(file).relative_to(folder).parts))
+        ]
+        for file in taken:
+            if not file.isascii() and as_text(file) != file:
+                raise ConfigError(
+                    f"source.path: the name of {as_text(file)} is no UTF-8, and `datasets` holds no other; rename it, "
+                    "or set source.kind: imagefolder."
+                )
+        found[split] = DataFilesList(_without_second(taken), files.origin_metadata)
+
+
+def _without_second(files: Sequence[str]) -> list[str]:
+    """Files of which a link to another one of them is left out."""
+    own, kept = set(files), []
+    for file in files:
+        target = Path(file).resolve() if Path(file).is_symlink() else None
+        if str(target) not in own:
+            kept.append(file)
+        elif target is not None and target.parent != Path(file).parent:
+            raise of_two_classes(file, str(target))
+    return kept
+
+
+def _count_unread(builder: Any, loaded: Mapping[str, Any], folder: Path, tally: Tally) -> None:
+    """Count the files of a local folder that `datasets` reads for no split, but for the card.
+
+    Raises:
+        OSError: a file is not where a link leads to.
+    """
+    read = {file for files in (builder.config.data_files or {}).values() for file in files}
+    if any(Path(file).name in getattr(builder, "METADATA_FILENAMES", ()) for file in read):
+        # Then only images that it names are rows.
+        read = {file for file in read if not is_image_name(file)} | _named_images(loaded)
+    waiting = deque([folder])
+    while waiting:
+        current = waiting.popleft()
+        inside = sorted(current.iterdir())
+        if not inside:
+            tally.add("empty folders", as_text(str(current.relative_to(folder))))
+        for path in inside:
+            name = as_text(str(path.relative_to(folder)))
+            if str(path) in read or path == folder / "README.md":
+                continue
+            if is_litter(path.name):
+                tally.add(LITTER_REASON, name)
+            elif stat.S_ISDIR(path.stat().st_mode):
+                if path.is_symlink():
+                    tally.add("links to folders, which `datasets` does not follow", name)
+                else:
+                    waiting.append(path)
+            else:
+                tally.add("files that `datasets` reads for no split", name)
+
+
+def _named_images(loaded: Mapping[str, Any]) -> set[str]:
+    import datasets
+
+    columns = (
+        dataset.data.table.column(name)
+        for dataset in loaded.values()
+        for name, feature in dataset.features.items()
+        if isinstance(feature, datasets.Image)
+    )
+    return {path for column in columns for path in pc.struct_field(column, "path").to_pylist()}
+
+
+def _arrow_schema(path: str) -> pa.Schema:
+    with pa.OSFile(path) as file:
+        try:
+            return pa.ipc.open_stream(file).schema
+        except pa.ArrowInvalid:
+            file.seek(0)
+            return pa.ipc.open_file(file).schema
+
+
+def _check_saved(folder: Path) -> None:
+    """What a `save_to_disk` folder lists of splits and files is its own: `datasets` would open any path there.
+
+    Raises:
+        ConfigError: it lists something else.
+    """
+    listed = []
+    for path in (folder / "dataset_dict.json", *folder.rglob("state.json")):
+        if path.is_file():
+            content = json.loads(path.read_bytes())
+            listed += [*content.get("splits", ()), *(file["filename"] for file in content.get("_data_files", ()))]
+    for name in listed:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(f"source.path: {folder} lists {name!r}, which is no file of its own.")
+
+
+def _listing_digest(folder: Path) -> str:
+    """A digest of a folder's files by name, size and time.
+
+    `datasets` keys its cache of a local folder that has a card by neither time nor content, and would
+    return the rows it saw first.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    states = ((path.relative_to(folder), path.stat()) for path in files)
+    listing = (f"{path}:{state.st_size}:{state.st_mtime_ns}" for path, state in states)
+    return digest_of([str(folder.resolve()), *listing])
+
+
+def _is_of_datasets(schema: pa.Schema) -> bool:
+    """Whether `datasets` has a type for each column of a file."""
+    import datasets
+
+    try:
+        datasets.Features.from_arrow_schema(schema)
+    except Exception:  # as in column_features
+        return False
+    return len(set(schema.names)) == len(schema.names) and all(plain_type(kind) == kind for kind in schema.types)
+
+
+# How the two meanings begin that a card does not replace.
+
+
+def _read_labels(
+    opened: dict[str, Any], column: str | None, config: HuggingFaceConfig
+) -> tuple[dict[str, Labels], tuple[str, ...] | None]:
+    """Labels of each split as class indices, and the class names if there are any."""
+    import datasets
+
+    if column is None:
+        return {name: np.full(len(rows), UNLABELLED) for name, rows in opened.items()}, class_names(config, None)
+    feature = next(iter(opened.values())).features[column]
+    values = {
+        name: rows.select_columns([column]).with_format("arrow")[:].column(0).combine_chunks()
+        for name, rows in opened.items()
+    }
+    kind = next(iter(values.values())).type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        found = sorted({text for array in values.values() for text in array.unique().to_pylist() if text is not None})
+        classes = config.classes or tuple(found)
+        unknown = [text for text in found if text not in classes]
+        if unknown:
+            raise ConfigError(f"source.classes: the label {unknown[0]!r} in column {column} is not among them.")
+        indices = {name: pc.index_in(array, pa.array(classes, array.type)) for name, array in values.items()}
+        return {name: _index_array(array) for name, array in indices.items()}, classes
+    if not pa.types.is_integer(kind):
+        raise ConfigError(f"source.label_column: {column} holds {kind}; labels are integers or strings.")
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return {name: _index_array(array) for name, array in values.items()}, class_names(config, names)
+
+
+def _index_array(array: pa.Array) -> Labels:
+    filled = pc.fill_null(array.cast(pa.int64()), UNLABELLED)
+    return np.array(filled.to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def _content(source: ArrowSource, split: str) -> Iterable[bytes | str]:
+    """All labels, the size of every image and the bytes of some: enough to notice a source that changed."""
+    rows, count = source.rows[split], len(source.labels[split])
+    yield split
+    yield source.labels[split].tobytes()
+    stored = pc.struct_field(rows.images.data.table.column(0), "bytes")
+    yield pc.fill_null(pc.binary_length(stored), UNLABELLED).to_numpy().astype(np.int64).tobytes()
+    for cell in source.cells(split, spread(count, DIGEST_SAMPLES)).to_pylist():
+        if cell and cell["bytes"] is not None:
+            yield cell["bytes"]
+        else:
+            yield from sampled([partial(file_digest, cell, source.allowed)])
+    # Carried-through columns are copied as they are, so all of them count.
+    for start in range(0, count if rows.carried is not None else 0, DIGEST_BATCH):
+        table = source.kept_columns(split, range(start, min(start + DIGEST_BATCH, count))).combine_chunks()
+        yield from (batch.serialize().to_pybytes() for batch in table.to_batches())

@@ -1,0 +1,158 @@
+"""What holds for every layout: nobody else knows its name, and a column is one declaration."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import datasets
+import numpy as np
+import pytest
+
+import pipeline
+from pipeline.config.schema import OutputConfig
+from pipeline.core.variants import CLEAN, at_levels
+from pipeline.layouts import base
+from pipeline.layouts.base import Column, subsets_of
+from pipeline.layouts.registry import LAYOUTS as REGISTRY
+from tests.conftest import (
+    LAYOUTS,
+    REPOSITORY,
+    WriteConfig,
+    digests,
+    fgsm,
+    generate,
+    manifest,
+    png_bytes,
+    random_pixels,
+    rows,
+    shard_path,
+    subset_of,
+    write_parquet,
+)
+from tests.support.variants import fgsm_at
+
+LEVELS = (0, 2, 8)
+VARIANTS = fgsm_at(*LEVELS)
+# Where a quoted `images` is no layout: the source images of a session, and the heading of a table.
+NO_LAYOUT = {("engine/execute.py", "images"), ("report/report.html.jinja", "images")}
+
+
+def test_no_other_room_knows_a_layout_by_its_name() -> None:
+    quoted = re.compile(rf"""(["'`])({"|".join(REGISTRY)})\1""")
+    package = REPOSITORY / "pipeline"
+    found = {
+        (str(path.relative_to(package)), match[2])
+        for suffix in ("py", "j2", "jinja")
+        for path in package.rglob(f"*.{suffix}")
+        if path.parent.name != "layouts"
+        for match in quoted.finditer(path.read_text())
+    }
+    assert found - NO_LAYOUT == {("config/schema.py", name) for name in REGISTRY}
+
+
+def test_the_config_names_those_that_there_are() -> None:
+    assert get_args(OutputConfig.model_fields["layout"].annotation) == tuple(REGISTRY)
+
+
+@pytest.mark.parametrize("layout", REGISTRY.values(), ids=REGISTRY)
+def test_every_image_is_made_from_pictures_that_are_stored(layout: base.Layout) -> None:
+    pictures = layout.pictures(VARIANTS)
+    assert len(set(pictures)) == len(pictures)
+    ray = layout.ray(VARIANTS[-1], VARIANTS)
+    assert ray[0] == pictures[0] == layout.source(CLEAN, VARIANTS)[0]
+    for variant in at_levels(VARIANTS, range(256)):
+        source = layout.source(variant, VARIANTS)
+        assert set(source) <= set(pictures)
+        assert source == ray or (len(source) == 1 and variant in VARIANTS)
+    assert all(re.fullmatch(layout.subsets, subset) for subset in subsets_of(layout, VARIANTS))
+    assert {layout.subset(variant) for variant in VARIANTS} == set(subsets_of(layout, VARIANTS))
+    assert layout.per_image == (len(subsets_of(layout, VARIANTS)) == 1)
+
+
+def test_no_layout_takes_another_s_subsets_for_its_own() -> None:
+    for name, layout in REGISTRY.items():
+        subsets = ["all", *subsets_of(layout, VARIANTS)]
+        entries = [{name: getattr(one, name) for name in ("epsilon", "attack", "model")} for one in VARIANTS[1:]]
+        attacks: Callable[[str, str], Any] = lambda *_: entries  # noqa: B023, E731
+        recorded = {other: found.recorded(subsets, attacks) for other, found in REGISTRY.items()}
+        # Layout images looks at names alone.
+        expected = (
+            VARIANTS if layout.per_image else (CLEAN, *(replace(one, attack=None, model=None) for one in VARIANTS[1:]))
+        )
+        assert recorded == {other: expected if other == name else None for other in REGISTRY}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_column_is_one_declaration(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    margin = Column("margin", lambda scores, _: scores.confidence - scores.label_confidence, "a", "b", dtype="float32")
+    monkeypatch.setattr(base, "COLUMNS", (*base.COLUMNS[:-1], margin, base.COLUMNS[-1]))
+    generate(write_config(output={"layout": layout}))
+    loaded = pipeline.load(tmp_path / "out", split="test")
+    assert loaded.features["margin"] == datasets.Value("float32")
+    expected = np.array(loaded["confidence"]) - np.array(loaded["label_confidence"])
+    np.testing.assert_allclose(loaded["margin"], expected, atol=1e-6)
+    assert set(pipeline.load(tmp_path / "out", ["3/255"], split="test")["margin"]) == {None}
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if REGISTRY[name].per_image])
+def test_what_is_said_of_a_source_image_is_what_layout_images_says(
+    write_config: WriteConfig, tmp_path: Path, layout: str
+) -> None:
+    generate(write_config())
+    generate(write_config(output={"layout": layout}), "--output", str(tmp_path / layout))
+    frame, clean = rows(tmp_path / layout, layout), rows(tmp_path / "out", "clean")
+    for name in ("prediction", "confidence", "label_confidence", "correct"):
+        assert frame[f"clean_{name}"].to_json() == clean[name].to_json()
+    for index, level in enumerate(LEVELS[1:]):
+        attacked = rows(tmp_path / "out", f"eps-{level}")
+        for name in ("epsilon", "attack", "model", "prediction", "confidence", "label_confidence", "correct", "fooled"):
+            assert [attacks[index][name] for attacks in frame["attacks"]] == attacked[name].tolist()
+    counts = [
+        [{**subset, "bytes": None} for subset in manifest(tmp_path / folder)["subsets"]] for folder in ("out", layout)
+    ]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_shard_that_is_gone_is_found_and_written_again(
+    write_config: WriteConfig, tmp_path: Path, layout: str
+) -> None:
+    config, out = write_config(output={"layout": layout}), tmp_path / "out"
+    generate(config)
+    before = digests(out)
+    shard_path(out / subset_of(layout, 8), "test-00001-of-00003.parquet").unlink()
+    result = fgsm("verify", out, "--repair")
+    assert result.exit_code == 1
+    assert "is missing" in result.stderr
+    assert "2 of 3 shards are already there" in generate(config)
+    assert digests(out) == before
+    assert fgsm("verify", out, "--source").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("signs", "sign"),
+        ("wide", "eps_8"),
+        *(
+            (name, taken)
+            for name in ("signs", "wide")
+            for taken in ("attacks", "clean_correct", "epsilon", "fooled", "attack")
+        ),
+        *((name, taken) for name in LAYOUTS for taken in ("prediction", "model")),
+    ],
+)
+def test_a_kept_column_must_not_have_the_name_of_ours(
+    write_config: WriteConfig, tmp_path: Path, layout: str, name: str
+) -> None:
+    column: dict[str, Any] = {name: (datasets.Value("string"), ["a"] * 4)}
+    source = write_parquet(tmp_path / "named", [png_bytes(image) for image in random_pixels(4)], [0] * 4, **column)
+    keep = {"path": str(source), "keep_columns": [name]}
+    result = fgsm("generate", write_config(source=keep, output={"layout": layout}))
+    assert result.exit_code == 2
+    assert f"source.keep_columns: {name} is a column of the output itself" in result.stderr

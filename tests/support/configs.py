@@ -1,0 +1,10 @@
+"""Sections of a config, made without the rest of it."""
+
+from typing import Any
+
+from pipeline.config.kinds import section_class
+
+
+def section(key: str, **values: Any) -> Any:
+    """The `source`, `model`, `attack` or one of the `evaluators`, of the kind that the values name."""
+    return section_class(key, values)(**values)

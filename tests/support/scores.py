@@ -1,0 +1,39 @@
+"""Label spaces that meet in different ways, and logits with given predictions."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.models.label_space import LabelSpace, join_labels
+from pipeline.sources.digits import ArraySource
+from tests.conftest import CLASSES
+
+
+def space_of(
+    classes: Sequence[str] | None = CLASSES,
+    model_classes: Sequence[str] | None = CLASSES,
+    count: int = 3,
+    label_map: Mapping[str | int, str | int] | None = None,
+) -> LabelSpace:
+    labels = {"test": np.zeros(1, dtype=np.int64)}
+    source = ArraySource(labels=labels, rows={}, classes=None if classes is None else tuple(classes), digest="")
+    return join_labels(source, model_classes, count, label_map)
+
+
+SAME = space_of()
+# The model knows the same classes in another order.
+TURNED = space_of(model_classes=("eel", "cat", "dog"), label_map={"cat": "cat", "dog": "dog", "eel": "eel"})
+# Two of the dataset's classes are one of the model's, which knows two more.
+MANY_TO_ONE = space_of(
+    model_classes=("fish", "mammal", "bird", "stone"),
+    count=4,
+    label_map={"cat": "mammal", "dog": "mammal", "eel": "fish"},
+)
+UNNAMED = space_of(model_classes=None, count=4, label_map={"cat": 1, "dog": 1, "eel": 0})
+
+
+def one_hot(predictions: Sequence[Sequence[int]], classes: int) -> Tensor:
+    """Logits (epsilons, rows, classes) whose largest is as given."""
+    return 3 * torch.nn.functional.one_hot(torch.tensor(predictions), classes).float() + torch.rand(classes)
