@@ -21,6 +21,7 @@ import pytest
 import torch
 import typer
 import yaml
+from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -35,6 +36,10 @@ from pipeline.layouts import registry
 from pipeline.output.folder import json_digest
 from pipeline.output.summary import summary_table
 from tests.support.variants import fgsm_at
+
+# Other tests run on the same cores: how long an example takes says nothing.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
 # has. There is one, which has imported what was named before it started.

@@ -54,10 +54,15 @@ def resident_bytes(pid: int) -> int:
 
 
 class PeakMemory:
-    """The most bytes that this process and all below it had resident at once, `peak`, while the context was open."""
+    """The most bytes that this process and all below it had resident at once, `peak`, while the context was open.
+
+    What is there in two looks that follow each other counts: a process that is just being started has all of its
+    parent's memory for a moment.
+    """
 
     def __init__(self) -> None:
         self.peak = 0
+        self._before = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
@@ -80,5 +85,7 @@ class PeakMemory:
     def _look(self) -> float:
         """Look once; the seconds of a core that it took."""
         began = time.thread_time()
-        self.peak = max(self.peak, resident_bytes(os.getpid()))
+        now = resident_bytes(os.getpid())
+        self.peak = max(self.peak, min(now, self._before or now))
+        self._before = now
         return time.thread_time() - began
