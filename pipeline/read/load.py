@@ -26,6 +26,7 @@ from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
 from pipeline.output.folder import OutputFolder, local_folder, shard_file
 from pipeline.output.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
 from pipeline.output.objects import storage_options
+from pipeline.read.repository import manifest_folder
 
 # Rows that a streaming view holds at a time.
 STREAMED_ROWS = 64
@@ -63,7 +64,7 @@ def load(
         ConfigError: there is no such dataset or split, it is not of ours, or an epsilon cannot be stored.
     """
     asked = None if epsilons is None else reading_levels(epsilons)
-    stored: Manifest | None = None
+    stored, local = None, None
     if is_address(path_or_repo):
         place = str(path_or_repo)
         folder = OutputFolder(place)
@@ -74,13 +75,14 @@ def load(
     else:
         local = local_folder(path_or_repo)
         place = str(local or path_or_repo)
-        if local and (manifest := read_manifest(OutputFolder(local))):
-            manifest.check_recorded(asked or ())
-            if not allow_incomplete:
-                warn_if_incomplete(OutputFolder(local), manifest)
+        if local and not allow_incomplete and (manifest := read_manifest(OutputFolder(local))):
+            warn_if_incomplete(OutputFolder(local), manifest)
     opened = cache(partial(_open, place, stored, streaming))
     layout, recorded = _recorded(place, opened) if stored is None else (stored.layout, stored.variants)
     wanted = recorded if asked is None else at_levels(recorded, asked)
+    if stored is None and any(variant not in recorded for variant in wanted):
+        # Whether other epsilons follow from the images that are stored, only the manifest says.
+        require_manifest(OutputFolder(local or manifest_folder(place))).check_recorded(asked or ())
     subsets: dict[str, Mapping[str, Any]] = {}
     for subset, column in dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded)):
         subsets[subset] = _chosen(opened(subset), split, place)

@@ -29,13 +29,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.core.addresses import is_address
 from pipeline.core.epsilon import reading_levels
-from pipeline.core.errors import ConfigError, PipelineError, explained, first_line
+from pipeline.core.errors import ConfigError, PipelineError, explained
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
 from pipeline.core.lattice import step_array, stored_sign
 from pipeline.core.variants import at_levels
 from pipeline.layouts.base import LABEL, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
+from pipeline.read.repository import manifest_folder
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
 # permutation already, so a few row groups mix the classes well.
@@ -442,7 +443,7 @@ def training_dataset(
             "into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream it."
         )
     local, name = local_folder(path_or_repo), str(path_or_repo)
-    root = local or _manifest_folder(name)
+    root = local or manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
     manifest.check_recorded(asked or ())
     if local and not allow_incomplete:
@@ -502,26 +503,6 @@ def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float)
 def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:
     """Whether a file, `subset/split-00000-of-00004-RUN.parquet`, is of one of some subsets and of a split."""
     return path.split("/")[0] in subsets and split_of(path) == split
-
-
-def _manifest_folder(repo: str) -> Path:
-    """The local folder of a Hub dataset at its newest commit, in which manifest.json is."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    with explained(f"{repo} cannot be read from the Hub", kind=ConfigError):
-        try:
-            return Path(hf_hub_download(repo, "manifest.json", repo_type="dataset")).parent
-        except RepositoryNotFoundError:
-            raise ConfigError(
-                f"There is no folder {repo}, and the Hub shows no such dataset; a private one needs `hf auth login`."
-            ) from None
-        except LocalEntryNotFoundError as error:
-            raise ConfigError(
-                f"There is no folder {repo}, and the Hub cannot be reached: {first_line(error)}"
-            ) from error
-        except EntryNotFoundError:
-            raise ConfigError(f"{repo} is no dataset of fgsm-pipeline: it has no manifest.json.") from None
 
 
 def _download(repo: str, folder: Path, files: Sequence[str]) -> None:

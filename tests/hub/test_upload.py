@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import close_session, constants, get_session
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
@@ -118,6 +119,7 @@ found = {
     "streamed": read(datasets.load_dataset("user/images", "eps-8", split="test", streaming=True)),
     "loaded": read(datasets.load_dataset("user/images", "eps-8", split="test")),
     "ours": read(pipeline.load("user/images", ["8/255"], split="test")),
+    "made": read(pipeline.load("user/images", ["3/255"], split="test")),
     "rows": len(datasets.load_dataset("user/images", split="test")),
     "origin": origin.model_dump(),
 }
@@ -182,6 +184,11 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
         for row, image in zip(frame[names].itertuples(index=False), images, strict=True)
     ]
     assert found["streamed"] == found["loaded"] == found["ours"] == expected
+    # An epsilon that is not recorded: the manifest is fetched, which says that its images follow.
+    clean = pixels(rows(out, "clean")).astype(int)
+    ray = np.sign(pixels(frame).astype(int) - clean)
+    followed = np.clip(clean + 3 * ray, 0, 255).transpose(0, 2, 3, 1)
+    assert [row[-1] for row in found["made"]] == followed.tolist()
     assert found["rows"] == 2 * 11
     assert found["origin"] == {
         "name": "images",

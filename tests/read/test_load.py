@@ -304,6 +304,17 @@ def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_a_manifest_says_whether_other_epsilons_follow(
+    write_config: WriteConfig, tmp_path: Path, layout: str
+) -> None:
+    generate(write_config(output={"layout": layout}))
+    (tmp_path / "out/manifest.json").unlink()
+    assert len(pipeline.load(tmp_path / "out", ["8/255"], "test")) == 40
+    with pytest.raises(ConfigError, match=r"manifest\.json"):
+        pipeline.load(tmp_path / "out", ["3/255"], "test")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_of_a_former_format_are_one_sentence(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     """As on the Hub, where only the rows tell: until format 5 they did not say what made them."""
     generate(write_config(output={"layout": layout}))
