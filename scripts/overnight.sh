@@ -59,7 +59,7 @@ run() {
 
 echo "log: $log"
 run generate "$config"
-output=$("$python" -c 'import sys; from pipeline.config import load_config; print(load_config(sys.argv[1]).output.path)' \
+output=$("$python" -c 'import sys; from pipeline.config.load import load_config; print(load_config(sys.argv[1]).output.path)' \
     "$config" 2>>"$log") || exit
 # A path may begin with ~.
 output=${output/#\~\//$HOME/}
