@@ -151,6 +151,9 @@ class S3:
             self.requests.append((method, path, int(status.split()[0])))
             return start_response(status, headers, *rest)
 
+        if environ.get("CONTENT_LENGTH"):
+            # Before the lock is taken: a client that was stopped may never send the rest.
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
         with contextlib.nullcontext() if method in ("GET", "HEAD") else self.writing:
             answer: Iterable[bytes] = self.app(environ, started)
         return answer
