@@ -39,8 +39,6 @@ def interruptible(farewell: Callable[[], None], grace: float = GRACE_SECONDS) ->
         arrived.append(signum)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        # A SIGTERM to the group ends the workers too, and DataLoader's handler would take that for a failure.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Interrupted(signum)
 
     over, once = threading.Event(), threading.Lock()
@@ -71,7 +69,7 @@ def interruptible(farewell: Callable[[], None], grace: float = GRACE_SECONDS) ->
 def _watch(signals: socket.socket, over: threading.Event, grace: float, say: Callable[[], None]) -> None:
     """End the process where it has not ended by itself in time."""
     # The C handler writes the signal's number here at once, even while the main thread sits in a long operator and
-    # no Python handler can run. Other signals pass by here too: DataLoader has a handler for SIGCHLD.
+    # no Python handler can run. Other signals that have a handler pass by here too.
     with signals:
         while received := signals.recv(1):
             if received[0] in SIGNALS and not over.wait(grace):

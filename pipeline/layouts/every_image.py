@@ -1,5 +1,6 @@
 """Every image is stored, clean and in each variant: what layouts that do so share, which differ in where it lies."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,9 @@ class EveryImage(Layout):
 
     stores_sign = False
 
+    @abstractmethod
     def picture(self, variant: Variant) -> Picture:
         """Where the image of a recorded variant is."""
-        raise NotImplementedError
 
     def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
         return tuple(self.picture(variant) for variant in variants)

@@ -141,15 +141,22 @@ def _only(features: Mapping[str, Any], key: str, kind: Callable[[Any], bool], wh
     return found[0] if found else None
 
 
+def _named(features: Mapping[str, Any], key: str, name: str) -> str:
+    """A column that the config names.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in features:
+        raise ConfigError(f"source.{key}: there is no column {name}; {column_listing(features)}.")
+    return name
+
+
 def find_image_column(features: Mapping[str, Any], config: HuggingFaceConfig) -> str:
     import datasets
 
     if config.image_column is not None:
-        if config.image_column not in features:
-            raise ConfigError(
-                f"source.image_column: there is no column {config.image_column}; {column_listing(features)}."
-            )
-        return config.image_column
+        return _named(features, "image_column", config.image_column)
     found = _only(features, "image_column", lambda feature: isinstance(feature, datasets.Image), "image")
     if found is None:
         raise ConfigError(f"source.image_column: no column holds images; {column_listing(features)}.")
@@ -160,11 +167,7 @@ def find_label_column(features: Mapping[str, Any], config: HuggingFaceConfig, ne
     import datasets
 
     if config.label_column is not None:
-        if config.label_column not in features:
-            raise ConfigError(
-                f"source.label_column: there is no column {config.label_column}; {column_listing(features)}."
-            )
-        return config.label_column
+        return _named(features, "label_column", config.label_column)
     found = _only(features, "label_column", lambda feature: isinstance(feature, datasets.ClassLabel), "ClassLabel")
     if found is None and need_labels:
         raise ConfigError(
