@@ -17,6 +17,7 @@ from pipeline.layouts import base
 from pipeline.layouts.base import Column, subsets_of
 from pipeline.layouts.registry import LAYOUTS as REGISTRY
 from tests.conftest import (
+    KINDS,
     LAYOUTS,
     REPOSITORY,
     WriteConfig,
@@ -156,3 +157,30 @@ def test_a_kept_column_must_not_have_the_name_of_ours(
     result = fgsm("generate", write_config(source=keep, output={"layout": layout}))
     assert result.exit_code == 2
     assert f"source.keep_columns: {name} is a column of the output itself" in result.stderr
+
+
+@pytest.mark.parametrize(("layout", "pictures"), [("signs", ("image", "sign")), ("wide", ("image", "eps_2", "eps_8"))])
+def test_the_columns_of_a_row_for_each_image_are_those_of_the_contract(
+    write_config: WriteConfig, tmp_path: Path, layout: str, pictures: tuple[str, ...]
+) -> None:
+    generate(write_config(**{**KINDS["targeted"](tmp_path), "output": {"layout": layout}}))
+    loaded = datasets.load_dataset(str(tmp_path / "out"), split="test")
+    classes, value = loaded.features["label"], datasets.Value
+    answer = {
+        "prediction": classes,
+        "confidence": value("float32"),
+        "label_confidence": value("float32"),
+        "correct": value("bool"),
+    }
+    made = {"attack": value("string"), "model": value("string")}
+    assert list(loaded.features.items()) == [
+        *((name, datasets.Image()) for name in pictures),
+        ("label", classes),
+        *((f"clean_{name}", feature) for name, feature in answer.items()),
+        ("attacks", datasets.List({"epsilon": value("float64"), **made, **answer, "fooled": value("bool")})),
+        ("target", classes),
+        ("source_index", value("int64")),
+        ("caption", value("string")),
+        ("boxes", datasets.List(value("int32"))),
+    ]
+    assert isinstance(classes, datasets.ClassLabel)

@@ -71,31 +71,6 @@ def test_a_row_says_what_the_rows_of_layout_images_say(write_config: WriteConfig
     assert fgsm("verify", tmp_path / "signs", "--recompute").exit_code == 0
 
 
-def test_the_columns_are_those_of_the_contract(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**{**KINDS["targeted"](tmp_path), "output": SIGNS}))
-    loaded = datasets.load_dataset(str(tmp_path / "out"), split="test")
-    classes, value = loaded.features["label"], datasets.Value
-    answer = {
-        "prediction": classes,
-        "confidence": value("float32"),
-        "label_confidence": value("float32"),
-        "correct": value("bool"),
-    }
-    made = {"attack": value("string"), "model": value("string")}
-    assert list(loaded.features.items()) == [
-        ("image", datasets.Image()),
-        ("sign", datasets.Image()),
-        ("label", classes),
-        *((f"clean_{name}", feature) for name, feature in answer.items()),
-        ("attacks", datasets.List({"epsilon": value("float64"), **made, **answer, "fooled": value("bool")})),
-        ("target", classes),
-        ("source_index", value("int64")),
-        ("caption", value("string")),
-        ("boxes", datasets.List(value("int32"))),
-    ]
-    assert isinstance(classes, datasets.ClassLabel)
-
-
 def test_it_loads_with_nothing_of_ours(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config(output=SIGNS))
     out = tmp_path / "out"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.core.images import decode_image, encode_images
-from tests.conftest import KINDS, WriteConfig, fgsm, generate, pixels, rows, shard_path
+from tests.conftest import WriteConfig, fgsm, generate, pixels, rows, shard_path
 from tests.support.forgery import SHARD, assert_found, forge
 
 FILE = f"wide/{SHARD}.parquet"
@@ -22,29 +22,6 @@ Columns = dict[str, list[Any]]
 def out(write_config: WriteConfig, tmp_path: Path) -> Path:
     generate(write_config(output={"layout": "wide"}))
     return tmp_path / "out"
-
-
-def test_the_columns_are_those_of_the_contract(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**{**KINDS["targeted"](tmp_path), "output": {"layout": "wide"}}))
-    loaded = datasets.load_dataset(str(tmp_path / "out"), split="test")
-    classes, value = loaded.features["label"], datasets.Value
-    answer = {
-        "prediction": classes,
-        "confidence": value("float32"),
-        "label_confidence": value("float32"),
-        "correct": value("bool"),
-    }
-    made = {"attack": value("string"), "model": value("string")}
-    assert list(loaded.features.items()) == [
-        *((name, datasets.Image()) for name in ("image", "eps_2", "eps_8")),
-        ("label", classes),
-        *((f"clean_{name}", feature) for name, feature in answer.items()),
-        ("attacks", datasets.List({"epsilon": value("float64"), **made, **answer, "fooled": value("bool")})),
-        ("target", classes),
-        ("source_index", value("int64")),
-        ("caption", value("string")),
-        ("boxes", datasets.List(value("int32"))),
-    ]
 
 
 def test_it_loads_with_nothing_of_ours(out: Path) -> None:
