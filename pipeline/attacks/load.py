@@ -2,11 +2,12 @@
 
 import hashlib
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.attacks.base import Attack
 from pipeline.attacks.sections import OwnAttackConfig
-from pipeline.config.kinds import ATTACKS, imported
+from pipeline.config.kinds import ATTACKS
 from pipeline.config.schema import AttackConfig
 from pipeline.core.errors import ConfigError, first_line
 from pipeline.core.own_code import import_own, own_files
@@ -27,7 +28,7 @@ def load_attack(config: AttackConfig) -> LoadedAttack:
         ConfigError: there is no such code, it cannot be made with its arguments, or is no `Attack`.
     """
     if not isinstance(config, OwnAttackConfig):
-        return LoadedAttack(imported(ATTACKS[config.kind].make)())
+        return LoadedAttack(resolve_name(ATTACKS[config.kind].make)())
     make = import_own(config.kind, "attack.kind")
     try:
         made = make(**config.kwargs)

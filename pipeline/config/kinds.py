@@ -4,9 +4,9 @@ Names are dotted, and imported when a config names them: a config of one kind lo
 needs no library of a kind.
 """
 
-import importlib
 from collections.abc import Mapping
 from functools import cache
+from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple
 
 from pydantic import create_model
@@ -43,12 +43,6 @@ OWN_ATTACK, OWN_ATTACK_SECTION = "path/to/file.py:Attack", "pipeline.attacks.sec
 KINDS = {"source": SOURCES, "model": MODELS, "attack": ATTACKS, "evaluators": MODELS}
 
 
-def imported(name: str) -> Any:
-    """What a dotted name, `package.module:name`, stands for."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def base_section(key: str) -> type[Section]:
     """What all kinds of a section have: of `source`, `model`, `attack`, or one of `evaluators`."""
     section: Any = EvaluatorConfig if key == "evaluators" else Config.model_fields[key].annotation
@@ -69,10 +63,10 @@ def section_class(key: str, values: Any) -> type[Section]:
     if not isinstance(kind, str):
         return _no_kind(key)
     if key == "attack" and ":" in kind:
-        return imported(OWN_ATTACK_SECTION)  # type: ignore[no-any-return]
+        return resolve_name(OWN_ATTACK_SECTION)  # type: ignore[no-any-return]
     if kind not in KINDS[key]:
         return _no_kind(key)
-    section: type[Section] = imported(KINDS[key][kind].section)
+    section: type[Section] = resolve_name(KINDS[key][kind].section)
     return _evaluator(section) if key == "evaluators" else section
 
 
@@ -105,8 +99,8 @@ def _without_empty(key: str, values: Any) -> Any:
     known = section_class(key, values).model_fields
     if not isinstance(values, dict) or known.keys() >= values.keys():
         return values
-    others = {field for kind in KINDS[key].values() for field in imported(kind.section).model_fields}
-    others |= set(imported(OWN_ATTACK_SECTION).model_fields) if key == "attack" else set()
+    others = {field for kind in KINDS[key].values() for field in resolve_name(kind.section).model_fields}
+    others |= set(resolve_name(OWN_ATTACK_SECTION).model_fields) if key == "attack" else set()
     return {
         name: value
         for name, value in values.items()

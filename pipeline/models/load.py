@@ -5,11 +5,12 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from torch import nn
 
-from pipeline.config.kinds import MODELS, imported
+from pipeline.config.kinds import MODELS
 from pipeline.config.schema import ModelConfig, check_normalisation, is_checkpoint
 from pipeline.core.errors import ConfigError
 from pipeline.models.base import Model
@@ -31,7 +32,7 @@ def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bo
     """
     with torch.random.fork_rng(devices=[]), _weights_only(config):
         torch.manual_seed(seed)
-        loaded: Loaded = imported(MODELS[config.kind].make)(config)
+        loaded: Loaded = resolve_name(MODELS[config.kind].make)(config)
     if not isinstance(loaded.module, nn.Module):
         kind = type(loaded.module).__name__
         raise ConfigError(f"model.name: {config.call[0]} returned {kind}, not a torch.nn.Module.")

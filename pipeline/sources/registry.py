@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pkgutil import resolve_name
 
-from pipeline.config.kinds import SOURCES, imported
+from pipeline.config.kinds import SOURCES
 from pipeline.config.schema import MOST_PIXELS
 from pipeline.config.sources import HuggingFaceConfig, SourceConfig
 from pipeline.core.errors import ConfigError
@@ -34,10 +35,10 @@ def open_source(config: SourceConfig, *, need_labels: bool, max_pixels: int = MO
         listing = find_files(config)
         listing = replace(listing, files=file_names(listing.files))
         names = [name for own in listing.files.values() for name, _ in own]
-        opener = imported(_format_of(names))
+        opener = resolve_name(_format_of(names))
         source: Source = opener(config, listing, need_labels=need_labels, max_pixels=max_pixels)
     else:
-        source = imported(SOURCES[config.kind].make)(config, need_labels=need_labels)
+        source = resolve_name(SOURCES[config.kind].make)(config, need_labels=need_labels)
     return source
 
 
