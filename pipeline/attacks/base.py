@@ -53,24 +53,38 @@ class Goal:
 
 
 class AttackedModel:
-    """A model as an attack sees it, for one batch.
+    """A model as attacks of one goal see it, for one batch.
 
-    The clean images have gone forward before the attack is called, since their logits may choose the classes. The first
-    gradient that is asked for of these very images uses that forward pass, and costs one backward pass only.
+    The clean images go forward at most once, since their logits may choose the classes: their gradient uses that
+    forward pass, costs one backward pass, and is kept for the next attack.
 
-    logits (N, classes) are those of the clean images. finite (N,) bool says of each row whether all values of all its
-    gradients so far are numbers. Nothing here waits for the device.
+    finite (N,) bool says of each row whether all values of all its gradients so far are numbers. Nothing here waits for
+    the device.
     """
 
     def __init__(self, model: Model, images_u8: Tensor, *, targeted: bool) -> None:
         self._model, self._clean, self._targeted = model, images_u8, targeted
-        self._forward: tuple[Tensor, Tensor] | None = self._differentiable(images_u8)
-        self.logits = self._forward[1].detach()
+        self._forward: tuple[Tensor, Tensor] | None = None
+        self._logits: Tensor | None = None
+        self._gradient: tuple[Tensor, Tensor, int] | None = None
         self.finite = torch.ones(len(images_u8), dtype=torch.bool, device=images_u8.device)
 
     def _differentiable(self, images_u8: Tensor) -> tuple[Tensor, Tensor]:
         images = self._model.unit(images_u8).requires_grad_()
         return images, self._model(images)
+
+    @property
+    def went_forward(self) -> bool:
+        """Whether the logits of the clean images are there."""
+        return self._logits is not None
+
+    @property
+    def logits(self) -> Tensor:
+        """(N, classes), of the clean images."""
+        if self._logits is None:
+            self._forward = self._differentiable(self._clean)
+            self._logits = self._forward[1].detach()
+        return self._logits
 
     def predict(self, images_u8: Tensor) -> Tensor:
         """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted."""
@@ -89,13 +103,22 @@ class AttackedModel:
             images_u8: (N, C, H, W) uint8.
             classes: (N,) int64, whose loss is changed.
         """
-        if images_u8 is not self._clean:
-            self._forward = None  # before another graph takes memory
-        images, logits = self._forward or self._differentiable(images_u8)
-        self._forward = None  # a graph serves one backward pass
+        clean = images_u8 is self._clean
+        if clean and self._gradient is not None:
+            before, direction, version = self._gradient
+            # An attack that changed it in place must not change what the next one sees.
+            if before is classes and direction._version == version:
+                return direction
+        if clean:
+            _ = self.logits  # goes forward, if it has not
+        forward, self._forward = self._forward, None  # a graph serves one backward pass, and takes memory
+        images, logits = forward if clean and forward is not None else self._differentiable(images_u8)
         (gradient,) = torch.autograd.grad(_margin(logits, classes).sum(), images)
         self.finite &= torch.isfinite(gradient).flatten(1).all(1)
-        return -gradient if self._targeted else gradient
+        direction = -gradient if self._targeted else gradient
+        if clean:
+            self._gradient = classes, direction, direction._version
+        return direction
 
 
 def _margin(logits: Tensor, classes: Tensor) -> Tensor:

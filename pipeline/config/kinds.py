@@ -1,4 +1,4 @@
-"""Kinds: a line for each kind of source, model and attack, and the config that the named kinds make.
+"""Kinds: a line for each kind of source, model and attack.
 
 Names are dotted, and imported when a config names them: a config of one kind loads that kind alone, and checking it
 needs no library of a kind.
@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import create_model
 
-from pipeline.config.schema import Config, EvaluatorConfig
+from pipeline.config.schema import AttackConfig, ModelConfig
 from pipeline.config.section import Section
+from pipeline.config.sources import SourceConfig
 
 
 class Kind(NamedTuple):
@@ -40,22 +41,17 @@ ATTACKS = {
 }
 # An attack of the user's own has no line: the config names the file.
 OWN_ATTACK, OWN_ATTACK_SECTION = "path/to/file.py:Attack", "pipeline.attacks.sections:OwnAttackConfig"
-KINDS = {"source": SOURCES, "model": MODELS, "attack": ATTACKS, "evaluators": MODELS}
-
-
-def base_section(key: str) -> type[Section]:
-    """What all kinds of a section have: of `source`, `model`, `attack`, or one of `evaluators`."""
-    section: Any = EvaluatorConfig if key == "evaluators" else Config.model_fields[key].annotation
-    return section  # type: ignore[no-any-return]
+KINDS = {"source": SOURCES, "model": MODELS, "attack": ATTACKS}
+# What all kinds of a section have.
+BASES: dict[str, type[Section]] = {"source": SourceConfig, "model": ModelConfig, "attack": AttackConfig}
 
 
 def section_class(key: str, values: Any) -> type[Section]:
     """The section that a kind has.
 
     Args:
-        key: `source`, `model`, `attack` or `evaluators`.
-        values: the section, or one of the evaluators, not yet checked. Where they name no kind, the section that is
-            returned refuses them.
+        key: `source`, `model` or `attack`.
+        values: the section, not yet checked. Where they name no kind, the section that is returned refuses them.
     """
     kind = values.get("kind") if isinstance(values, Mapping) else None
     if key == "attack" and kind is None:
@@ -64,40 +60,20 @@ def section_class(key: str, values: Any) -> type[Section]:
         return _no_kind(key)
     if key == "attack" and ":" in kind:
         return resolve_name(OWN_ATTACK_SECTION)  # type: ignore[no-any-return]
-    if kind not in KINDS[key]:
-        return _no_kind(key)
-    section: type[Section] = resolve_name(KINDS[key][kind].section)
-    return _evaluator(section) if key == "evaluators" else section
+    return resolve_name(KINDS[key][kind].section) if kind in KINDS[key] else _no_kind(key)
 
 
 @cache
 def _no_kind(key: str) -> type[Section]:
     kinds = (*KINDS[key], *([OWN_ATTACK] if key == "attack" else []))
     known: Any = (Literal[kinds], ...)
-    return create_model("NoKind", __base__=base_section(key), kind=known)
+    return create_model("NoKind", __base__=BASES[key], kind=known)
 
 
-@cache
-def _evaluator(section: type[Section]) -> type[Section]:
-    return create_model(f"Evaluator{section.__name__}", __base__=(section, EvaluatorConfig))
-
-
-def check(raw: Mapping[str, Any], config: type[Config]) -> Config:
-    """Check a mapping as the config of its kinds.
-
-    Raises:
-        ValidationError: a key or value is not allowed.
-    """
-    sections = {key: _without_empty(key, raw[key]) for key in ("source", "model", "attack") if key in raw}
-    if isinstance(others := raw.get("evaluators"), list | tuple):
-        sections["evaluators"] = [_without_empty("evaluators", other) for other in others]
-    return config.model_validate({**raw, **sections})
-
-
-def _without_empty(key: str, values: Any) -> Any:
+def without_empty(key: str, values: Any) -> Any:
     """A section without keys of other kinds that hold nothing: `--set model.name=` takes away what a file says."""
     known = section_class(key, values).model_fields
-    if not isinstance(values, dict) or known.keys() >= values.keys():
+    if not isinstance(values, Mapping) or known.keys() >= values.keys():
         return values
     others = {field for kind in KINDS[key].values() for field in resolve_name(kind.section).model_fields}
     others |= set(resolve_name(OWN_ATTACK_SECTION).model_fields) if key == "attack" else set()
@@ -106,23 +82,3 @@ def _without_empty(key: str, values: Any) -> Any:
         for name, value in values.items()
         if name in known or name not in others or not (value is None or value is False or value in ([], (), {}))
     }
-
-
-def config_class(raw: Mapping[str, Any]) -> type[Config]:
-    """The config that consists of the sections of the kinds that a mapping, not yet checked, names."""
-    others = raw.get("evaluators")
-    evaluators = others if isinstance(others, list | tuple) else ()
-    return _config_class(
-        *(section_class(key, raw.get(key)) for key in ("source", "model", "attack")),
-        evaluators=tuple(section_class("evaluators", other) for other in evaluators),
-    )
-
-
-@cache
-def _config_class(
-    source: type[Section], model: type[Section], attack: type[Section], evaluators: tuple[type[Section], ...]
-) -> type[Config]:
-    fields: dict[str, Any] = {"source": (source, ...), "model": (model, ...), "attack": (attack, ...)}
-    if evaluators:
-        fields["evaluators"] = (tuple[evaluators], ...)  # type: ignore[valid-type]
-    return create_model("Config", __base__=Config, **fields)

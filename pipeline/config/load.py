@@ -7,21 +7,24 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.kinds import KINDS, base_section, check, config_class, section_class
+from pipeline.config.kinds import BASES, section_class, without_empty
 from pipeline.config.schema import Config
 from pipeline.config.section import Section
 from pipeline.core.errors import ConfigError, first_line
-from pipeline.core.redaction import printable
+from pipeline.core.redaction import find_secret, printable
+from pipeline.core.variants import plain_id
 
 # How deep a config may go: far deeper than any needs.
 MOST_DEPTH = 50
 # Characters of a value that a message quotes, and of a message that quotes.
 MOST_QUOTED, MOST_SAID = 200, 500
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def packaged_configs() -> Path:
@@ -77,15 +80,19 @@ def load_config(
     return parse_config(raw)
 
 
-def _check_recordable(raw: Mapping[str, Any]) -> None:
+def _check_recordable(value: Any, where: str = "") -> None:
     """Refuse a path whose bytes are no UTF-8: JSON, of which the manifest is, has no such text."""
-    for section, keys in raw.items():
-        for key, value in keys.items() if isinstance(keys, dict) else ():
-            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-                raise ConfigError(
-                    f"{section}.{key}: the path {printable(value)} is no UTF-8, and manifest.json cannot record it; "
-                    "rename that file or folder."
-                )
+    if isinstance(value, Mapping):
+        for key, inside in value.items():
+            _check_recordable(inside, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            _check_recordable(inside, where)
+    elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise ConfigError(
+            f"{where}: the path {printable(value)} is no UTF-8, and manifest.json cannot record it; rename that "
+            "file or folder."
+        )
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
@@ -95,13 +102,58 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         ConfigError: a key or value is not allowed; one sentence that names the first such key.
     """
     try:
-        kind = config_class(raw)
-        try:
-            return check(raw, kind)
-        except ValidationError as error:
-            raise ConfigError(printable(_sentence(error, kind))) from None
+        # Before anything else is checked, as a message quotes what it refuses.
+        if where := find_secret(raw):
+            raise ConfigError(
+                f"{printable(where)} holds a credential, and a config is written into manifest.json, which is "
+                "published; remove it, and log in with `hf auth login` or set HF_TOKEN or what the storage's client "
+                "reads."
+            )
+        if "evaluators" in raw:
+            raise ConfigError(_without_evaluators(raw))
+        values: dict[str, Any] = dict(raw)
+        for key, where, section in _sections(raw):
+            *parents, last = where
+            inside = values
+            for parent in parents:
+                inside[parent] = inside = dict(inside[parent])
+            inside[last] = _checked(section_class(key, section), without_empty(key, section), where)
+        return _checked(Config, values, ())
     except RecursionError:
         raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
+
+
+def _sections(raw: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Any]]:
+    """The sections that have kinds: of each what it is, its location, and its values, not yet checked."""
+    found = [(key, (key,), raw[key]) for key in ("source", "model", "attack") if raw.get(key) is not None]
+    for key in ("model", "attack"):
+        several = raw.get(f"{key}s")
+        if isinstance(several, Mapping):
+            found += [(key, (f"{key}s", str(name)), section) for name, section in several.items()]
+    return found
+
+
+def _checked(section: type[AnySection], values: Any, where: tuple[str, ...]) -> AnySection:
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(printable(_sentence(error, section, where))) from None
+
+
+def _without_evaluators(raw: Mapping[str, Any]) -> str:
+    """What a config of an earlier version is told, which has `evaluators`: the lines that say the same now."""
+    model, others = raw.get("model"), raw["evaluators"]
+    named = [other for other in others if isinstance(other, Mapping)] if isinstance(others, list | tuple) else []
+    models: dict[str, Any] = {}
+    if isinstance(model, Mapping):
+        models[plain_id(str(model.get("name") or model.get("kind")))] = dict(model)
+    attacking = [*models]
+    models |= {str(other.get("id")): {key: other[key] for key in other if key != "id"} for other in named}
+    lines = yaml.safe_dump({"models": models, "attack": {"models": attacking}}, default_flow_style=True, width=10_000)
+    return (
+        "evaluators is no key any more: a model that no attack names looks on. In place of model and evaluators write "
+        f"{_quoted(lines.strip()[1:-1], MOST_SAID)}."
+    )
 
 
 class BoundedLoader(yaml.SafeLoader):
@@ -178,10 +230,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make relative input paths of a config file relative to its folder."""
-    evaluators = raw.get("evaluators")
-    sections = [(key, raw.get(key)) for key in ("source", "model", "attack")]
-    sections += [("evaluators", other) for other in (evaluators if isinstance(evaluators, list) else ())]
-    for key, values in sections:
+    for key, _, values in _sections(raw):
         if isinstance(values, dict):
             section_class(key, values).anchor(values, folder)
     return raw
@@ -215,20 +264,25 @@ def _quoted(text: str, most: int = MOST_QUOTED) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def _sentence(error: ValidationError, config: type[Config]) -> str:
-    """The first problem of a failed validation, as one sentence that names the key."""
+def _sentence(error: ValidationError, section: type[Section], where: tuple[str, ...]) -> str:
+    """The first problem of a failed validation, as one sentence that names the key.
+
+    Args:
+        error: of the validation.
+        section: what was validated; the whole config, where `where` is empty.
+        where: its location in the config.
+    """
     problem = error.errors(include_url=False)[0]
-    # The config is sections of keys, and a list of sections; deeper parts of a location are branches of unions.
-    deep = 3 if problem["loc"][:1] == ("evaluators",) else 2
-    loc = [_quoted(str(part)) for part in problem["loc"][:deep]]
+    # Deeper parts of a location are branches of unions.
+    inside = problem["loc"][: 1 if where else 2]
+    loc = [_quoted(str(part)) for part in (*where, *inside)]
     location = ".".join(loc)
     kind, got = problem["type"], _quoted(repr(problem.get("input")))
     message = _quoted(problem["msg"].removeprefix("Value error, "), MOST_SAID)
     if kind == "extra_forbidden":
-        return f"{location} is an unknown key{_known_keys(_section(config, problem['loc'][: deep - 1]), loc[-1])}"
+        return f"{location} is an unknown key{_known_keys(_inner(section, inside[:-1]), loc[-1])}"
     if kind == "missing":
-        section = _section(config, problem["loc"][: deep - 1])
-        of_all = loc[0] not in KINDS or len(loc) < deep or loc[-1] in base_section(loc[0]).model_fields
+        of_all = not where or inside[0] in BASES[where[0].removesuffix("s")].model_fields
         return f"{location} is missing{' from the config' if of_all else f': kind {_kind(section)} needs it'}."
     if kind == "literal_error":
         return f"{location}: got {got}; allowed: {problem['ctx']['expected']}."
@@ -238,19 +292,16 @@ def _sentence(error: ValidationError, config: type[Config]) -> str:
         return f"{location} must be a list (got {got})."
     if kind == "value_error":
         # A section's own checks begin their message with the key.
-        return f"{location}{'.' if len(loc) == deep - 1 else ': '}{message}." if loc else f"{message}."
+        separator = "." if not (where and inside) and len(inside) < 2 else ": "
+        return f"{location}{separator}{message}." if loc else f"{message}."
     return f"{location}: {message} (got {got})."
 
 
-def _section(config: type[Config], location: Sequence[Any]) -> type[Section]:
-    """The section at a location such as source, or evaluators.0."""
-    section: Any = config
+def _inner(section: type[Section], location: Sequence[Any]) -> type[Section]:
+    """The section at a location within one, such as output within the config."""
     for part in location:
-        if isinstance(part, int):
-            section = get_args(section)[part]
-        elif part in section.model_fields:
-            section = section.model_fields[part].annotation
-    return section  # type: ignore[no-any-return]
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return section
 
 
 def _kind(section: type[Section]) -> str | None:

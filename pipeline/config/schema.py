@@ -8,15 +8,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from pipeline.config.section import Count, Section, anchored, home
 from pipeline.config.sources import SourceConfig
 from pipeline.core.addresses import check_address, is_address
 from pipeline.core.epsilon import epsilon_level
-from pipeline.core.redaction import find_secret
 from pipeline.core.variants import ID, Variant, make_variants, plain_id
 
 # Pixels of an image: of a source unless runtime.max_pixels says otherwise, and of a dataset in any case, as a manifest
@@ -125,19 +124,6 @@ class NamedModelConfig(ModelConfig):
         return self.name, self.kwargs
 
 
-class EvaluatorConfig(ModelConfig):
-    """One more model: its predictions on the victim's images are recorded in columns that bear its id."""
-
-    id: str
-
-    @field_validator("id")
-    @classmethod
-    def _fits_a_column(cls, name: str) -> str:
-        if not re.fullmatch(ID, name):
-            raise ValueError(f"got {name!r}; allowed: up to 64 letters, digits and underscores, a letter first")
-        return name
-
-
 def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"{value} is no number")
@@ -152,6 +138,15 @@ class AttackConfig(Section):
     label: Literal["dataset", "prediction"] = "dataset"
     target: str | Annotated[int, Field(strict=True)] | None = None
     rounding: Literal["down", "nearest"] = "down"
+    models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+    def attacked(self, models: Sequence[str]) -> tuple[str | None, ...]:
+        """The models whose gradients it follows: `models`, or all that there are; None stands for no model.
+
+        Args:
+            models: the ids of all models of the run.
+        """
+        return tuple(models) if self.models is None else self.models
 
     @property
     def own_code(self) -> str | None:
@@ -254,34 +249,36 @@ class RuntimeConfig(Section):
     ray: RayConfig = RayConfig()
 
 
-class Config(Section):
-    """One run."""
+def _one_kind(value: Any) -> Any:
+    """A section comes checked as the section of its kind: see `load.parse_config`."""
+    if not isinstance(value, Section):
+        raise TypeError("parse_config makes the sections that have kinds")
+    return value
 
-    source: SourceConfig
+
+Kind = TypeVar("Kind", bound=Section)
+# A section of some kind, which has more keys than what all kinds have.
+OfKind = Annotated[SerializeAsAny[Kind], BeforeValidator(_one_kind)]
+
+
+class Config(Section):
+    """One run.
+
+    There is `model`, or `models` by id; `attack`, or `attacks` by id. `all_models` and `all_attacks` are both forms.
+    """
+
+    source: OfKind[SourceConfig]
     preprocess: PreprocessConfig = PreprocessConfig()
-    model: ModelConfig
-    attack: AttackConfig
-    evaluators: tuple[EvaluatorConfig, ...] = ()
+    model: OfKind[ModelConfig] | None = None
+    models: dict[str, OfKind[ModelConfig]] = Field(default_factory=dict)
+    attack: OfKind[AttackConfig] | None = None
+    attacks: dict[str, OfKind[AttackConfig]] = Field(default_factory=dict)
     output: OutputConfig
     runtime: RuntimeConfig = RuntimeConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_credentials(cls, values: Any) -> Any:
-        # Before anything else is checked, as a message quotes what it refuses.
-        if where := find_secret(values):
-            raise ValueError(
-                f"{where} holds a credential, and a config is written into manifest.json, which is published; remove "
-                "it, and log in with `hf auth login` or set HF_TOKEN or what the storage's client reads"
-            )
-        return values
-
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        ids = [evaluator.id for evaluator in self.evaluators]
-        twice = next((name for name in ids if ids.count(name) > 1), None)
-        if twice:
-            raise ValueError(f"evaluators: two of them have the id {twice}; each needs its own")
+        self._check_ids()
         if self.output.image_format == "webp" and self.preprocess.mode == "L":
             raise ValueError("output.image_format: webp has no grayscale mode; use png or auto with preprocess.mode: L")
         device, gpus = self.runtime.device, self.runtime.ray.gpus_per_worker
@@ -295,33 +292,80 @@ class Config(Section):
                 raise ValueError(f"preprocess.{key}: {width}x{height} is more than runtime.max_pixels allows")
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The class of a config is made for its kinds, so that another process has to make it too.
-        from pipeline.config.load import parse_config
+    def _check_ids(self) -> None:
+        for one, several, values in (("model", self.model, self.models), ("attack", self.attack, self.attacks)):
+            if (several is None) == (not values):
+                raise ValueError(
+                    f"{one} and {one}s: a config has one of them" if values else f"{one} is missing from the config"
+                )
+            for index, name in enumerate(values):
+                if not re.fullmatch(ID, name):
+                    raise ValueError(
+                        f"{one}s: got the id {name!r}; allowed: up to 64 letters, digits and underscores, a letter "
+                        "first"
+                    )
+                # Folders and columns are called by them, and some file systems and databases do not tell case.
+                twice = [other for other in [*values][:index] if other.lower() == name.lower()]
+                if twice:
+                    raise ValueError(f"{one}s: the ids {twice[0]} and {name} differ in case alone; rename one")
+        for name, attack in self.all_attacks.items():
+            unknown = [model for model in attack.models or () if model not in self.all_models]
+            if unknown:
+                raise ValueError(
+                    f"{self.key('attack', name)}.models: there is no model {unknown[0]!r}; there are "
+                    f"{', '.join(self.all_models)}"
+                )
+            if len(set(attack.models or ())) < len(attack.models or ()):
+                raise ValueError(f"{self.key('attack', name)}.models names one of them twice")
 
-        return parse_config, (self.model_dump(),)
+    def key(self, section: str, name: str) -> str:
+        """The key of a model or an attack, for messages.
+
+        Args:
+            section: `model` or `attack`.
+            name: its id.
+        """
+        return section if getattr(self, section) is not None else f"{section}s.{name}"
 
     @property
-    def attack_id(self) -> str:
-        """What rows call the attack."""
-        return plain_id(self.attack.kind)
+    def all_models(self) -> dict[str, ModelConfig]:
+        """The models by id, in order; the first also looks at what is of no model."""
+        return self.models or (
+            {} if self.model is None else {plain_id(self.model.call[0] or self.model.kind): self.model}
+        )
 
     @property
-    def model_id(self) -> str:
-        """What rows call the model that is attacked."""
-        return plain_id(self.model.call[0] or self.model.kind)
+    def all_attacks(self) -> dict[str, AttackConfig]:
+        """The attacks by id, in order."""
+        return self.attacks or ({} if self.attack is None else {plain_id(self.attack.kind): self.attack})
+
+    def with_models(self, models: Mapping[str, ModelConfig]) -> "Config":
+        """The same with other models under the same ids."""
+        changed = {"models": dict(models)} if self.model is None else {"model": next(iter(models.values()))}
+        return self.model_copy(update=changed)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a row without a label is an error."""
+        following = [attack for attack in self.all_attacks.values() if None not in attack.attacked(("",))]
+        return not following or any(attack.label == "dataset" for attack in following)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
         """What is stored of every image, clean first."""
-        return make_variants({self.attack_id: ([self.model_id], self.attack.levels)})
+        models = tuple(self.all_models)
+        return make_variants(
+            {name: (attack.attacked(models), attack.levels) for name, attack in self.all_attacks.items()}
+        )
 
     def _check_channels(self) -> None:
-        models = [("model", self.model), *((f"evaluators, {other.id}", other) for other in self.evaluators)]
-        for name, model in models:
+        for name, model in self.all_models.items():
             for key, values in (("mean", model.mean), ("std", model.std)):
                 if values is not None and len(values) not in (1, 3):
-                    raise ValueError(f"{name}.{key}: {len(values)} values, and RGB images have 3 channels; give 3 or 1")
+                    raise ValueError(
+                        f"{self.key('model', name)}.{key}: {len(values)} values, and RGB images have 3 channels; "
+                        "give 3 or 1"
+                    )
 
 
 def is_checkpoint(weights: str) -> bool:

@@ -56,7 +56,7 @@ SECRET_VARIABLE = re.compile(
     re.IGNORECASE,
 )
 # The keys of a label_map are names of classes.
-CLASS_NAMES = ("model.label_map", "evaluators.label_map")
+CLASS_NAMES = re.compile(r"model(s\.[^.]+)?\.label_map")
 # Shorter values are switches and numbers, and hiding them would garble messages.
 SECRET_LENGTH = 8
 
@@ -76,7 +76,9 @@ def _find(value: Any, where: str, known: Collection[str]) -> str | None:
             if _without(str(key), known) != str(key):
                 return where or "a key"
             names_secret = (
-                isinstance(key, str) and SECRET_KEY.fullmatch(key.replace("-", "_")) and where not in CLASS_NAMES
+                isinstance(key, str)
+                and SECRET_KEY.fullmatch(key.replace("-", "_"))
+                and not CLASS_NAMES.fullmatch(where)
             )
             # `use_auth_token: true` says where to look.
             if names_secret and inside is not None and not isinstance(inside, bool):

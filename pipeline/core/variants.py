@@ -36,6 +36,11 @@ class Variant:
         """The name of its image column where all variants of an image share a row."""
         return self.subset.replace("-", "_")
 
+    @property
+    def pair(self) -> str:
+        """What parts its attack and its model from others of the run, in names of columns; empty if there is one."""
+        return re.sub(r"-?(clean|eps-[0-9]+)$", "", self.subset).replace("-", "_")
+
     def at(self, level: int) -> "Variant":
         """The same attack on the same model at another level, 1..255, whether or not the run has it."""
         return replace(self, level=level, subset=re.sub(r"(clean|eps-[0-9]+)$", f"eps-{level}", self.subset))

@@ -25,7 +25,7 @@ from pipeline.core.errors import NonFiniteError, PipelineError, RowError
 from pipeline.core.lanes import Lanes, available_cores
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.core.plan import Shard
-from pipeline.engine.compute import Part, compile_victim
+from pipeline.engine.compute import Part, compile_models
 from pipeline.engine.loader import load_batches, name_row
 from pipeline.engine.progress import Busy, Progress
 from pipeline.engine.run import Run, versions
@@ -86,7 +86,7 @@ def write_shards(
                 busy.add("load", batch.seconds)
                 scores = _score(run, batch, parts)
                 encoded = _encode(encoders, parts, run, busy)
-                zero_signs = sum(part.zero_signs for part in parts)
+                zero_signs = sum((part.zero_signs for part in parts), torch.zeros(len(run.variants), dtype=torch.int64))
                 in_flight.append(writer.submit(sink.add, batch, scores, zero_signs, encoded))
                 tell(*_progress_counts(batch, scores))
                 if len(in_flight) > BATCHES_IN_FLIGHT and (receipt := in_flight.popleft().result()):
@@ -124,7 +124,7 @@ def tell_speed(folder: OutputFolder, progress: Progress, shares: Mapping[str, fl
 
 
 def compile_as_begun(run: Run) -> None:
-    """Compile the victim of a run that was compiled when it began; one that is compiled already is left alone.
+    """Compile the models of a run that were compiled when it began; those that are already are left alone.
 
     Raises:
         PipelineError: it cannot be compiled here.
@@ -132,12 +132,12 @@ def compile_as_begun(run: Run) -> None:
     if not run.config.runtime.compile:
         return
     try:
-        compile_victim(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
+        compile_models(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
     except torch.OutOfMemoryError as error:
-        raise _too_large("the compiled victim", run.plan.batch_size) from error
+        raise _too_large("the compiled models", run.plan.batch_size) from error
     except PipelineError as error:
         raise PipelineError(
-            f"{error}; the run was begun with a compiled victim. Mend the compiler, or start over with "
+            f"{error}; the run was begun with compiled models. Fix the compiler, or start over with "
             "--set runtime.compile=false --overwrite."
         ) from error
 
@@ -164,7 +164,7 @@ def attack_ahead(run: Run, batches: Iterable[Batch], busy: Busy) -> Generator[tu
         clock = time.thread_time if run.device.type == "cpu" else time.perf_counter
         attacker = busy.timed("attack", run.attacker, clock)
         for batch in batches:
-            labels = run.victim.space.model_labels(batch.labels)
+            labels = torch.stack([space.model_labels(batch.labels) for space in run.spaces.values()], 1)
             waiting.append((batch, lanes.submit(attacker, batch.images, labels, _draws(run, batch), valid=batch.valid)))
             if len(waiting) > ahead:
                 yield _arrive(*waiting.popleft())
@@ -222,21 +222,25 @@ def _too_large(what: str, size: int) -> PipelineError:
 
 def _score(run: Run, batch: Batch, parts: Sequence[Part]) -> Scores:
     """The scores of a batch's valid rows."""
-    labels = batch.labels[batch.valid]
-    if not parts:  # every image was skipped
-        logits, classes = torch.zeros((len(run.variants), 0, 2)), labels
-        evaluations = torch.zeros((len(run.evaluators), len(run.variants), 0), dtype=torch.int64)
-    else:
-        logits, classes = torch.cat([part.logits for part in parts], 1), torch.cat([part.classes for part in parts])
-        evaluations = torch.cat([part.evaluations for part in parts], 2)
-    target = None if run.goal.target is None else classes
-    return score(run.variants, logits, labels, target, run.victim.space, evaluations, run.spaces)
+    labels, variants = batch.labels[batch.valid], run.variants
+    if parts:
+        logits = [torch.cat(chunks) for chunks in zip(*(part.logits for part in parts), strict=True)]
+        predictions = torch.cat([part.predictions for part in parts], 2)
+        classes = torch.cat([part.classes for part in parts], 1)
+    else:  # every image was skipped
+        logits = [torch.zeros((0, 2))] * len(variants)
+        predictions = torch.zeros((len(run.models), len(variants), 0), dtype=torch.int64)
+        classes = torch.zeros((len(run.attacks), 0), dtype=torch.int64)
+    targets: list[Tensor | None] = [None]
+    for each, own in zip(run.attacks, classes, strict=True):
+        targets += [None if each.goal.target is None else own] * len(each.levels)
+    return score(variants, logits, predictions, labels, targets, run.spaces)
 
 
 def _draws(run: Run, batch: Batch) -> Tensor:
     """A random number for each row of a batch, (N,) int64."""
     draws = np.zeros(len(batch.labels), dtype=np.int64)
-    if run.goal.target == "random" or run.attack.needs_draws:
+    if any(each.goal.target == "random" or each.attack.needs_draws for each in run.attacks):
         rows = run.plan.rows(batch.shard, batch.place)
         draws[: len(rows)] = draw_numbers(run.config.runtime.seed, batch.shard, rows)
     return torch.from_numpy(draws)
@@ -274,7 +278,7 @@ def _encode(
 
 
 def _progress_counts(batch: Batch, scores: Scores) -> tuple[int, int, dict[str, int]]:
-    right = scores.correct[0].filled(False).sum(1).tolist()
+    right = scores.of_own(scores.correct).filled(False).sum(1).tolist()
     labelled, subsets = int(scores.label.count()), [variant.subset for variant in scores.variants]
     return batch.place.stop - batch.place.start, labelled, dict(zip(subsets, right, strict=True))
 
@@ -298,10 +302,9 @@ class _Sink:
         self._counts: list[list[VariantCounts]] = []
         self._skipped: list[SkippedRow] = []
         self._left_out: list[LeftOut] = []
-        self._zero_signs = 0
 
     def add(
-        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
+        self, batch: Batch, scores: Scores, zero_signs: Tensor, encoded: Sequence[Sequence[Future[pa.StructArray]]]
     ) -> Receipt | None:
         """Write a batch, and commit its shard if it was the last one.
 
@@ -319,7 +322,7 @@ class _Sink:
             raise
 
     def _add(
-        self, batch: Batch, scores: Scores, zero_signs: int, encoded: Sequence[Sequence[Future[pa.StructArray]]]
+        self, batch: Batch, scores: Scores, zero_signs: Tensor, encoded: Sequence[Sequence[Future[pa.StructArray]]]
     ) -> Receipt | None:
         run = self.run
         if self._open is None:
@@ -342,9 +345,11 @@ class _Sink:
         run, variants = self.run, self.run.variants
         rows = [run.layout.rows(tables, variant, variants) for variant in variants]
         self._counts.append(
-            [count(variant, now, rows[0], run.evaluators) for variant, now in zip(variants, rows, strict=True)]
+            [
+                count(variant, now, rows[0], tuple(run.models), zeros)
+                for variant, now, zeros in zip(variants, rows, zero_signs.tolist(), strict=True)
+            ]
         )
-        self._zero_signs += zero_signs
         self._left_out += batch.left_out
         self._skipped += [
             SkippedRow(position=row.position, source_index=row.source_index, reason=row.reason, file=row.file)
@@ -353,18 +358,16 @@ class _Sink:
 
     def _receipt(self, shard: Shard) -> Receipt:
         counts = [
-            add_up(variant, [batch[index] for batch in self._counts], self.run.evaluators)
+            add_up(variant, [batch[index] for batch in self._counts], tuple(self.run.models))
             for index, variant in enumerate(self.run.variants)
         ]
-        rows = counts[0].rows
         return Receipt(
             run_id=self.run.run_id,
             shard=shard.name,
             split=shard.split,
             planned=len(shard),
-            rows=rows,
+            rows=counts[0].rows,
             skipped=tuple(self._skipped),
-            zero_sign_share=self._zero_signs / max(1, rows * int(np.prod(self.run.reader.shape))),
             counts=tuple(counts),
             files=(),
             versions=self.versions,

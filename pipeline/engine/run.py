@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline import __version__
 from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
-from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
+from pipeline.config.schema import AttackConfig, Config, ModelConfig, PreprocessConfig
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
@@ -33,14 +34,14 @@ from pipeline.core.plan import Plan
 from pipeline.core.variants import Variant
 from pipeline.engine.compute import (
     Attacker,
-    check_attack,
-    check_model,
-    compile_victim,
+    ModelAttack,
+    compile_models,
     fit_batch_size,
     rehearse,
-    repays,
+    worth_compiling,
 )
 from pipeline.engine.loader import Reader, Shape, find_shape
+from pipeline.engine.model_check import check_attack, check_model
 from pipeline.engine.scores import contents_of
 from pipeline.layouts.base import Layout, make_features, subsets_of
 from pipeline.layouts.registry import LAYOUTS
@@ -78,32 +79,33 @@ VECTOR_UNITS = ("amx", "avx", "bf16", "dot", "fma", "i8mm", "neon", "sme", "sve"
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run: its resolved config and everything made from it."""
+    """An opened run: its resolved config and everything made from it.
+
+    models: by id, the first of which looks at what is of no model. attacks: in the order of the variants.
+    """
 
     config: Config
     source: Source
     plan: Plan
     reader: Reader
-    attack: Attack
-    victim: Model
-    goal: Goal
+    models: Mapping[str, Model]
+    attacks: tuple[ModelAttack, ...]
     features: datasets.Features
     device: torch.device
     image_format: ImageFormat
     identity: dict[str, Any]
     asked_batch_size: int
-    evaluators: Mapping[str, Model]
     generation: int
 
     @property
     def attacker(self) -> Attacker:
-        """The attack on chunks of rows."""
-        return make_attacker(self.config, self.attack, self.victim, self.goal, self.evaluators)
+        """The attacks on chunks of rows."""
+        return make_attacker(self.config, self.models, self.attacks)
 
     @property
     def spaces(self) -> dict[str, LabelSpace]:
-        """How the evaluators' classes translate, by their ids."""
-        return {name: evaluator.space for name, evaluator in self.evaluators.items()}
+        """How the classes of the models translate, by their ids."""
+        return {name: model.space for name, model in self.models.items()}
 
     @property
     def chunk(self) -> int:
@@ -151,9 +153,8 @@ class Run:
             origin=self.source.origin,
             left_out=self.source.left_out,
             features=self.features.to_dict(),
-            dataset_classes=self.victim.space.dataset_classes,
-            **Space.of(self.victim.space).model_dump(),
-            evaluators={name: Space.of(space) for name, space in self.spaces.items()},
+            dataset_classes=next(iter(self.spaces.values())).dataset_classes,
+            spaces={name: Space.of(space) for name, space in self.spaces.items()},
             shape=self.reader.shape,
             split_rows=dict(self.source.splits),
             streamed=_streamed(self.source, self.config),
@@ -177,41 +178,39 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     if recorded is not None:
         config = _take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
-    loaded = load_attack(config.attack)
-    if not loaded.attack.on_ray and LAYOUTS[config.output.layout].stores_sign:
-        raise ConfigError(
-            f"output.layout: {config.output.layout} stores one direction for all epsilons, and the images of "
-            f"{config.attack.kind} do not lie along one; use layout images."
-        )
+    loaded = load_attacks(config)
     source = open_run_source(config)
     for left_out in source.left_out:
         logger.warning("Left out of the source: %s.", left_out)
-    victim = load_run_model(config.model, config, device)
-    preprocess = _preprocess(config.preprocess, victim.preprocess)
+    models = {name: load_run_model(name, config, device) for name in config.all_models}
+    preprocess = _preprocess(config.preprocess, models)
     plan = plan_of(config, source.splits, _streamed(source, config))
     shape: Shape
     if recorded is not None and config.source.streams:
         shape = recorded.shape  # no row is read of files that may be done
     else:
         shape = find_shape(source, plan, preprocess, config.runtime.max_pixels)
-    victim.join(source, shape, config.model.label_map)
-    goal = Goal(config.attack.label, attack_target(config, victim.space))
-    evaluators = _open_evaluators(config, source, shape, device)
-    attacker = make_attacker(config, loaded.attack, victim, goal, evaluators)
-    reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(victim.space.dataset_classes))
+    attacked = {variant.model for variant in config.variants}
+    for name, model in models.items():
+        with naming(config, "model", name):
+            model.join(source, shape, config.all_models[name].label_map, attacked=name in attacked)
+    spaces = {name: model.space for name, model in models.items()}
+    attacks = make_attacks(config, {name: each.attack for name, each in loaded.items()}, spaces)
+    attacker = make_attacker(config, models, attacks)
+    classes = next(iter(spaces.values())).dataset_classes
+    reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(classes))
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
     if recorded is None:
-        _check_models(attacker, reader, plan)
-        compiled, batch_size = _settle(attacker, device, shape, plan, config)
+        _check_models(config, attacker, reader, plan)
+        compiled, batch_size = _resolve_compile(attacker, device, shape, plan, config)
     plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
     decided = {"device": device.type, "compile": compiled, "batch_size": batch_size}
-    resolved = config.model_copy(
+    normalised = {name: _normalised(config.all_models[name], model) for name, model in models.items()}
+    resolved = config.with_models(normalised).model_copy(
         update={
             "preprocess": preprocess,
-            "model": _normalised(config.model, victim),
-            "evaluators": tuple(_normalised(other, evaluators[other.id]) for other in config.evaluators),
             "output": config.output.model_copy(update={"image_format": image_format}),
             "runtime": config.runtime.model_copy(update=decided),
         }
@@ -221,111 +220,165 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         source=source,
         plan=plan,
         reader=reader,
-        attack=loaded.attack,
-        victim=victim,
-        goal=goal,
-        features=make_features(
-            LAYOUTS[config.output.layout],
-            contents_of(resolved, victim.space, {name: other.space for name, other in evaluators.items()}, source.kept),
-        ),
+        models=models,
+        attacks=attacks,
+        features=make_features(LAYOUTS[config.output.layout], contents_of(resolved, spaces, source.kept)),
         device=device,
         image_format=image_format,
-        identity=_identity(
-            resolved, source, shape, loaded, victim, evaluators, chunk_images(device, plan.batch_size, shape)
-        ),
+        identity=_identity(resolved, source, shape, loaded, models, chunk_images(device, plan.batch_size, shape)),
         asked_batch_size=asked_batch_size,
-        evaluators=evaluators,
         generation=generation if recorded is None else recorded.generation,
     )
 
 
+def load_attacks(config: Config) -> dict[str, LoadedAttack]:
+    """Load the attacks of a config, by their ids.
+
+    Raises:
+        ConfigError: as `load_attack`, or the layout cannot hold the images of one.
+    """
+    loaded = {}
+    for name, section in config.all_attacks.items():
+        with naming(config, "attack", name):
+            loaded[name] = load_attack(section)
+        if not loaded[name].attack.on_ray and LAYOUTS[config.output.layout].stores_sign:
+            raise ConfigError(
+                f"output.layout: {config.output.layout} stores one direction for all epsilons, and the images of "
+                f"{section.kind} ({config.key('attack', name)}) do not lie along one; use layout images or wide."
+            )
+    return loaded
+
+
 def open_run_source(config: Config) -> Source:
     """The source of a run."""
-    need_labels = config.attack.label == "dataset"
-    return open_source(config.source, need_labels=need_labels, max_pixels=config.runtime.max_pixels)
+    return open_source(config.source, need_labels=config.needs_labels, max_pixels=config.runtime.max_pixels)
 
 
-def _preprocess(asked: PreprocessConfig, published: PreprocessConfig | None) -> PreprocessConfig:
-    """What the weights were published with, where the config says nothing of sizes."""
+def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> PreprocessConfig:
+    """What the weights of the first model that says something were published with, where the config has no sizes.
+
+    The models see the same images.
+    """
+    published = next((model.preprocess for model in models.values() if model.preprocess), None)
     if published is None or asked.model_fields_set & {"resize", "crop", "interpolation"}:
         return asked
     return published.model_copy(update={"mode": asked.mode})
 
 
-def make_attacker(
-    config: Config, attack: Attack, victim: Model, goal: Goal, evaluators: Mapping[str, Model]
-) -> Attacker:
-    """The attack that a config describes, on chunks of rows."""
-    return Attacker(attack, victim, goal, config.attack.levels, LAYOUTS[config.output.layout].stored, evaluators)
+def make_attacks(
+    config: Config, loaded: Mapping[str, Attack], spaces: Mapping[str, LabelSpace]
+) -> tuple[ModelAttack, ...]:
+    """The attacks of a run, each on one model, in the order of the variants.
+
+    Args:
+        config: of the run.
+        loaded: the attacks by their ids.
+        spaces: how the classes of each model translate, by its id.
+
+    Raises:
+        ConfigError: a target is no class of a model.
+    """
+    made = []
+    for name, section in config.all_attacks.items():
+        for follows in section.attacked(tuple(spaces)):
+            model = next(iter(spaces)) if follows is None else follows
+            with naming(config, "attack", name):
+                goal = Goal(section.label, _target(section, spaces[model]))
+            key = config.key("attack", name)
+            made.append(ModelAttack(loaded[name], key, model, follows is not None, section.levels, goal))
+    return tuple(made)
 
 
-def _open_evaluators(config: Config, source: Source, shape: Shape, device: torch.device) -> dict[str, Model]:
-    """Load the evaluators. They see the victim's images, so what their weights say of preprocessing is left aside."""
-    evaluators = {}
-    for other in config.evaluators:
-        with naming_evaluator(other.id):
-            evaluators[other.id] = load_run_model(other, config, device)
-            evaluators[other.id].join(source, shape, other.label_map, attacked=False)
-    return evaluators
+def make_attacker(config: Config, models: Mapping[str, Model], attacks: tuple[ModelAttack, ...]) -> Attacker:
+    """All attacks of a run on chunks of rows."""
+    return Attacker(models, attacks, LAYOUTS[config.output.layout].stored)
 
 
-def _check_models(attacker: Attacker, reader: Reader, plan: Plan) -> None:
+def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> None:
     """Look once at what the models make of images of the source, and say what should be known.
 
     Raises:
-        ConfigError: as `check_model`.
+        ConfigError: as `check_model` and `check_attack`.
     """
     size = chunk_images(torch.device("cpu"), plan.batch_size, reader.shape)
     count = max(size, min(SAMPLE_IMAGES, SAMPLE_VALUES // math.prod(reader.shape)))
     images, labels = reader.sample(plan, count)
     if not len(images):
         return  # the run says which cannot be decoded
-    images = images.to(attacker.victim.mean.device)
-
-    def look(model: Model, goal: Goal | None, name: str) -> None:
-        found: list[str] = []
-
-        def attempt(size: int) -> None:
-            found[:] = check_model(model, images, model.space.model_labels(labels).to(images.device), goal, size)
-
-        fit_batch_size(attempt, size, quiet=True)
+    for name, model in attacker.models.items():
+        attacks = [each for each in attacker.attacks if each.model == name]
+        pixels = images.to(model.mean.device)
+        own_labels = model.space.model_labels(labels).to(pixels.device)
+        with naming(config, "model", name):
+            found = _look(model, attacks, pixels, own_labels, size)
         for sentence in found:
-            logger.warning("%s%s.", name, sentence)
+            logger.warning("%s.", _named(sentence, config, "model", name))
 
-    look(attacker.victim, attacker.goal, "")
-    labels_of_victim = attacker.victim.space.model_labels(labels).to(images.device)
-    fit_batch_size(lambda size: check_attack(attacker, images[:size], labels_of_victim[:size]), size, quiet=True)
-    for name, other in attacker.evaluators.items():
-        with naming_evaluator(name):
-            look(other, None, f"evaluators, {name}: ")
+
+def _look(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: Tensor, size: int) -> list[str]:
+    """As `check_model` and `check_attack`, of so many images at once as fit."""
+    found: list[str] = []
+
+    def look(size: int) -> None:
+        goals = {each.goal: None for each in attacks if each.asks_model} or {None: None}
+        found[:] = dict.fromkeys(said for goal in goals for said in check_model(model, images, labels, goal, size))
+
+    def attack(size: int) -> None:
+        for each in attacks:
+            check_attack(each, model, images[:size], labels[:size])
+
+    fit_batch_size(look, size, quiet=True)
+    fit_batch_size(attack, size, quiet=True)
+    return found
 
 
 @contextlib.contextmanager
-def naming_evaluator(name: str) -> Iterator[None]:
-    """Whatever cannot be used within is an evaluator's, not the victim's.
+def naming(config: Config, section: str, name: str) -> Iterator[None]:
+    """What cannot be used within is of one model, or of one attack, and the message says of which.
+
+    Args:
+        config: of the run.
+        section: `model` or `attack`, with which messages within begin.
+        name: its id.
 
     Raises:
-        ConfigError: as raised within, with the evaluator's id.
+        ConfigError: as raised within, with the key that the config has.
     """
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"evaluators, {name}: {error}") from error
+        raise ConfigError(_named(str(error), config, section, name)) from error
 
 
-def load_run_model(model: ModelConfig, config: Config, device: torch.device) -> Model:
+def _named(sentence: str, config: Config, section: str, name: str) -> str:
+    key = config.key(section, name)
+    return f"{key}{sentence.removeprefix(section)}" if re.match(rf"{section}[.:]", sentence) else sentence
+
+
+def load_run_model(name: str, config: Config, device: torch.device) -> Model:
     """A model of a run, in the run's precision.
+
+    Args:
+        name: its id.
+        config: of the run.
+        device: where it runs.
 
     Raises:
         ConfigError: as `load_model`.
     """
-    return load_model(model, seed=config.runtime.seed, device=device, bf16=config.runtime.precision == "bf16")
+    with naming(config, "model", name):
+        return load_model(
+            config.all_models[name],
+            seed=config.runtime.seed,
+            device=device,
+            bf16=config.runtime.precision == "bf16",
+        )
 
 
-def _normalised(model: ModelSection, victim: Model) -> ModelSection:
+def _normalised(section: ModelSection, model: Model) -> ModelSection:
     """A model's section with the mean and std that it came to have."""
-    mean, std = (tuple(values.flatten().tolist()) for values in (victim.mean, victim.std))
-    return model.model_copy(update={"mean": mean, "std": std})
+    mean, std = (tuple(values.flatten().tolist()) for values in (model.mean, model.std))
+    return section.model_copy(update={"mean": mean, "std": std})
 
 
 def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, ...]]:
@@ -359,25 +412,27 @@ def _take_over(config: Config, recorded: Manifest) -> Config:
     return config.model_copy(update={"runtime": runtime.model_copy(update=decided), "output": output})
 
 
-def _settle(attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, config: Config) -> tuple[bool, int]:
+def _resolve_compile(
+    attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, config: Config
+) -> tuple[bool, int]:
     """Resolve `runtime.compile` and the batch size of a new run, by trying out what it will do.
 
     On a CPU chunks are small, and memory is not tried.
 
     Returns:
-        Whether the victim is compiled, and the batch size that fits.
+        Whether the models are compiled, and the batch size that fits.
 
     Raises:
         ConfigError: compilation was asked for, and fails; or not even one image fits.
     """
     wanted = config.runtime.compile
-    compiles = repays(device, plan.total or 0) if wanted == "auto" else wanted
+    compiles = worth_compiling(device, plan.total or 0) if wanted == "auto" else wanted
 
     def attempt(size: int) -> None:
         nonlocal compiles
         if compiles:
             try:
-                compile_victim(attacker, device, shape, size)
+                compile_models(attacker, device, shape, size)
             except PipelineError as error:
                 if wanted != "auto":
                     raise ConfigError(f"runtime.compile: {error}; leave the key out, or set it to false.") from error
@@ -438,9 +493,9 @@ def _image_format(config: Config, shape: tuple[int, int, int]) -> ImageFormat:
     return wanted
 
 
-def attack_target(config: Config, space: LabelSpace) -> Any:
-    """The attack's target as `Goal` wants it: a class becomes the model's index."""
-    target = config.attack.target
+def _target(section: AttackConfig, space: LabelSpace) -> Any:
+    """An attack's target as `Goal` wants it: a class becomes the model's index."""
+    target = section.target
     if target is None or target in ("least_likely", "random"):
         return target
     return int(np.flatnonzero(space.to_recorded == space.recorded_index(target))[0])
@@ -450,28 +505,25 @@ def _identity(
     config: Config,
     source: Source,
     shape: Shape,
-    attack: LoadedAttack,
-    victim: Model,
-    evaluators: Mapping[str, Model],
+    attacks: Mapping[str, LoadedAttack],
+    models: Mapping[str, Model],
     chunk: int,
 ) -> dict[str, Any]:
     """What decides the bytes: what the manifest says elsewhere too, and what only the source and the models tell."""
-    models = {"model": victim} | {f"evaluators.{name}": other for name, other in evaluators.items()}
-    return {
-        **identity_of(
-            config,
-            split_rows=source.splits,
-            streamed=_streamed(source, config),
-            shape=shape,
-            dataset_classes=victim.space.dataset_classes,
-            label_maps={name: model.space.to_model.tolist() for name, model in models.items()},
-        ),
-        "source.content": source.digest,
-        **({"attack.content": attack.digest} if attack.digest else {}),
-        **({} if attack.attack.on_ray else {ON_RAY: False}),
-        "runtime.chunk": chunk,
-        **{f"{name}.content": model.digest for name, model in models.items()},
-    }
+    found: dict[str, Any] = identity_of(
+        config,
+        split_rows=source.splits,
+        streamed=_streamed(source, config),
+        shape=shape,
+        dataset_classes=next(iter(models.values())).space.dataset_classes,
+        label_maps={name: model.space.to_model.tolist() for name, model in models.items()},
+    )
+    found |= {"source.content": source.digest, "runtime.chunk": chunk}
+    found |= {f"models.{name}.content": model.digest for name, model in models.items()}
+    for name, loaded in attacks.items():
+        found |= {f"attacks.{name}.content": loaded.digest} if loaded.digest else {}
+        found |= {} if loaded.attack.on_ray else {f"attacks.{name}.{ON_RAY}": False}
+    return found
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Scores: what models say of a batch, the columns in which it is recorded, and what rows add up to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -13,100 +13,114 @@ from torch import Tensor
 from pipeline.config.schema import Config
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.variants import Variant
-from pipeline.layouts.base import LABEL, VICTIM, Contents, Scores, evaluator_columns
+from pipeline.layouts.base import LABEL, OWN, Contents, Scores, model_columns
 from pipeline.models.label_space import LabelSpace
-from pipeline.output.folder import VariantCounts, count_evaluator
+from pipeline.output.folder import VariantCounts, count_model
 
 
-def contents_of(
-    config: Config, space: LabelSpace, evaluators: Mapping[str, LabelSpace], kept: Mapping[str, Any]
-) -> Contents:
+def contents_of(config: Config, spaces: Mapping[str, LabelSpace], kept: Mapping[str, Any]) -> Contents:
     """What the columns of a run's dataset follow from.
 
     Args:
         config: of the run.
-        space: names of the dataset's classes and of the recorded predictions.
-        evaluators: names of what each evaluator's predictions are, by its id.
+        spaces: names of the dataset's classes and of what each model's predictions are recorded as, by its id.
         kept: features of the carried-through columns.
     """
-    spaces = {VICTIM: space, **evaluators}
-    names = {LABEL: space.dataset_classes, **{model: each.recorded_classes for model, each in spaces.items()}}
+    recorded = [space.recorded_classes for space in spaces.values()]
+    # Rows of several models share a column: it has names where they mean the same by an index.
+    common = recorded[0] if all(classes == recorded[0] for classes in recorded) else None
+    names = {LABEL: next(iter(spaces.values())).dataset_classes, OWN: common}
     return Contents(
         variants=config.variants,
+        models=tuple(spaces),
         classes={
             of: datasets.Value("int64") if known is None else datasets.ClassLabel(names=list(known))
-            for of, known in names.items()
+            for of, known in {**names, **dict(zip(spaces, recorded, strict=True))}.items()
         },
         kept=kept,
-        targeted=config.attack.target is not None,
+        targeted=any(attack.target is not None for attack in config.all_attacks.values()),
         streamed=config.source.streams,
     )
 
 
 def score(
     variants: tuple[Variant, ...],
-    logits: Tensor,
+    logits: Sequence[Tensor],
+    predictions: Tensor,
     labels: Tensor,
-    target: Tensor | None,
-    space: LabelSpace,
-    evaluations: Iterable[Tensor] = (),
-    evaluators: Mapping[str, LabelSpace] | None = None,
+    targets: Sequence[Tensor | None],
+    spaces: Mapping[str, LabelSpace],
 ) -> Scores:
     """Predictions and confidences of the valid rows of a batch, on the CPU.
 
     Args:
         variants: V of them, clean first.
-        logits: the victim's, (V, M, classes).
+        logits: V times (M, classes), by the row's own model.
+        predictions: (E, V, M) int64, of every model, in its own indices.
         labels: (M,) int64 dataset classes, -1 for unlabelled.
-        target: (M,) int64 model indices, None for the plain attack.
-        space: translates between the two.
-        evaluations: what each evaluator predicts, (V, M) int64, in its own indices.
-        evaluators: how theirs translate, by their ids.
+        targets: V times (M,) int64 indices of the row's own model, None where a variant has no target.
+        spaces: how the classes of each model translate, by its id.
     """
-    spaces = {VICTIM: space, **(evaluators or {})}
-    confidence, predicted = (probabilities := logits.float().softmax(-1)).max(-1)
-    predictions = [predicted, *evaluations]
-    wanted = [each.model_labels(labels) for each in spaces.values()]
-    chosen = wanted[0].clamp(min=0).expand(len(logits), -1).unsqueeze(-1)
-    correct = torch.stack([now == own for now, own in zip(predictions, wanted, strict=True)])
+    models = tuple(spaces)
+    own = own_models(variants, models)
+    each = [spaces[models[index]] for index in own]
+    wanted = torch.stack([space.model_labels(labels) for space in spaces.values()])
+    correct = predictions == wanted.unsqueeze(1)
     unlabelled = (labels == UNLABELLED).numpy()
-    fooled = correct[0, :1] & ~correct[0] if target is None else predicted == target
-    unknown = np.tile(unlabelled & (target is None), (len(logits), 1))
-    unknown[0] = True
+    confidence, label_confidence, fooled, unknown = [], [], [], []
+    for index, (answers, target) in enumerate(zip(logits, targets, strict=True)):
+        probabilities = answers.float().softmax(-1)
+        confidence.append(probabilities.amax(-1))
+        label_confidence.append(probabilities.gather(-1, wanted[own[index]].clamp(min=0).unsqueeze(-1)).squeeze(-1))
+        now = predictions[own[index], index]
+        fooled.append(correct[own[index], 0] & ~correct[own[index], index] if target is None else now == target)
+        unknown.append(unlabelled if index and target is None else np.full_like(unlabelled, index == 0))
+    aimed = [
+        np.zeros(len(labels), np.int64) if target is None else space.to_recorded[target.numpy()]
+        for target, space in zip(targets, each, strict=True)
+    ]
     return Scores(
         variants=variants,
-        models=tuple(spaces),
-        prediction=np.stack(
-            [each.to_recorded[now.numpy()] for each, now in zip(spaces.values(), predictions, strict=True)]
-        ),
+        models=models,
+        own=own,
+        prediction=np.stack([s.to_recorded[now.numpy()] for s, now in zip(spaces.values(), predictions, strict=True)]),
         correct=_masked(correct, unlabelled),
-        confidence=confidence.numpy(),
-        label_confidence=_masked(probabilities.gather(-1, chosen).squeeze(-1), unlabelled),
-        fooled=_masked(fooled, unknown),
+        confidence=torch.stack(confidence).numpy(),
+        label_confidence=_masked(torch.stack(label_confidence), unlabelled),
+        fooled=_masked(torch.stack(fooled), np.stack(unknown)),
         label=_masked(labels, unlabelled),
-        target=None if target is None else space.to_recorded[target.numpy()],
+        target=np.ma.MaskedArray(np.stack(aimed), np.stack([np.full(len(labels), t is None) for t in targets])),
     )
+
+
+def own_models(variants: Sequence[Variant], models: Sequence[str]) -> NDArray[np.int64]:
+    """(V,): which of some models, by their ids, is the own one of each variant's rows; the first of what is of none."""
+    return np.array([0 if variant.model is None else models.index(variant.model) for variant in variants])
 
 
 def _masked(values: Tensor, mask: NDArray[np.bool_]) -> Any:
     return np.ma.MaskedArray(values.numpy(), np.broadcast_to(mask, values.shape))
 
 
-def count(variant: Variant, rows: pa.Table, clean: pa.Table, evaluators: Iterable[str]) -> VariantCounts:
+def count(
+    variant: Variant, rows: pa.Table, clean: pa.Table, models: Sequence[str], zero_signs: int = 0
+) -> VariantCounts:
     """What rows of one variant add up to.
 
     Args:
         variant: which.
         rows: M of them, with the columns of layout images.
         clean: those of the same images when clean.
-        evaluators: ids of those that have columns.
+        models: the ids of all models.
+        zero_signs: values that the attack does not move.
     """
     known = np.asarray(rows.column("label").is_valid())
     correct, fooled = (_flags(rows, name) for name in ("correct", "fooled"))
     answers = {}
-    for name in evaluators:
-        before, now = (_flags(table, evaluator_columns(name)[1])[known] for table in (clean, rows))
-        answers[name] = count_evaluator(before, now, fooled[known])
+    for name in models:
+        column = model_columns(name)[1] if len(models) > 1 else "correct"
+        before, now = (_flags(table, column)[known] for table in (clean, rows))
+        answers[name] = count_model(before, now, fooled[known])
     # Not checked: forged rows may say anything.
     return VariantCounts.model_construct(
         **vars(variant),
@@ -115,7 +129,8 @@ def count(variant: Variant, rows: pa.Table, clean: pa.Table, evaluators: Iterabl
         correct=int(correct.sum()),
         fooled=int(fooled.sum()),
         confidence_sum=float(rows.column("confidence").fill_null(0.0).to_numpy().sum(dtype=np.float64)),
-        evaluators=answers,
+        zero_signs=zero_signs,
+        models=answers,
     )
 
 

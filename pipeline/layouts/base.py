@@ -5,8 +5,8 @@ Every layout is read back as rows of the plainest one: a row for each image and 
 stand under their own names. A layout with a row for each source image keeps what is said of the clean image in
 `clean_...` and the rest in a list `attacks`.
 
-To add a column, add it to COLUMNS. What other models say (evaluators) follows our own columns, under names that end in
-the model's id; columns that are carried through from the source come last.
+To add a column, add it to COLUMNS. What each of several models says follows our own columns, under names that end in
+its id; columns that are carried through from the source come last.
 
 Nothing here needs torch or `datasets` before a run is made, so that `fgsm inspect` answers at once.
 """
@@ -34,10 +34,10 @@ IMAGE, LABEL, EPSILON, ATTACK, MODEL, ATTACKS = "image", "label", "epsilon", "at
 FILE = "source_file"
 # The last of our own columns.
 LAST = "source_index"
-# The victim among the models whose predictions are recorded; evaluators have ids.
-VICTIM = ""
-# Names that only evaluators' columns have.
-EVALUATED = re.compile(r"(?:clean_)?(?:prediction|correct)_(.+)", re.DOTALL)
+# The row's own model: the one that its image was made of; the first of a row that is of none.
+OWN = ""
+# Names that only columns of one of several models have.
+OF_MODEL = re.compile(r"(?:clean_)?(?:prediction|correct)_(.+)", re.DOTALL)
 
 
 class Picture(NamedTuple):
@@ -49,24 +49,29 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What E models, the victim first, say of the M valid rows of a batch in V variants, clean first.
+    """What E models say of the M valid rows of a batch in V variants, clean first.
 
-    models: ids, VICTIM first.
+    models: their ids. own: (V,), the index of the rows' own model.
     prediction (E, V, M) int64, in recorded indices; correct (E, V, M) bool, masked where a row is unlabelled.
-    Of the victim alone: confidence (V, M) float32 in [0, 1]; label_confidence (V, M) likewise, masked where a row is
+    Of the own model alone: confidence (V, M) float32 in [0, 1]; label_confidence (V, M) likewise, masked where a row is
     unlabelled; fooled (V, M) bool, masked on clean and, without a target, where a row is unlabelled.
-    label (M,) int64, masked where there is none; target (M,) int64 in recorded indices, None for the plain attack.
+    label (M,) int64, masked where there is none; target (V, M) int64 in recorded indices, masked where there is none.
     """
 
     variants: tuple[Variant, ...]
     models: tuple[str, ...]
+    own: NDArray[np.int64]
     prediction: NDArray[np.int64]
     correct: np.ma.MaskedArray[Any, np.dtype[np.bool_]]
     confidence: NDArray[np.float32]
     label_confidence: np.ma.MaskedArray[Any, np.dtype[np.float32]]
     fooled: np.ma.MaskedArray[Any, np.dtype[np.bool_]]
     label: np.ma.MaskedArray[Any, np.dtype[np.int64]]
-    target: NDArray[np.int64] | None
+    target: np.ma.MaskedArray[Any, np.dtype[np.int64]]
+
+    def of_own(self, values: Any) -> Any:
+        """(E, V, M) to (V, M): what the own model of each variant's rows says."""
+        return values[self.own, np.arange(len(self.own))]
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Column:
     None where it is the same in all rows of a variant, and `of_variant` says what.
     meaning: for the card. clean_meaning: that of `clean_...`, None where a clean image has no such value of its own.
     dtype: of the values; `classes`: whose classes they are, LABEL for the dataset's or a model's id, if they are some.
-    optional: not every run has it. null_on_clean: of a column that is not per variant, and says nothing of clean rows.
+    optional: not every run has it. of_clean: the column whose value for the clean image, by the row's own model, it
+    repeats; where a row is of a source image, that stands in `clean_...` already.
     """
 
     name: str
@@ -88,7 +94,7 @@ class Column:
     classes: str | None = None
     per_variant: bool = True
     optional: bool = False
-    null_on_clean: bool = False
+    of_clean: str | None = None
     of_variant: Callable[[Variant], Any] = lambda _: None
 
     @property
@@ -119,16 +125,16 @@ COLUMNS = (
     Column(
         MODEL,
         None,
-        "the model that was attacked; null on clean images",
+        "the model that was attacked; null on clean images, and of an attack that asks no model",
         dtype="string",
         of_variant=lambda variant: variant.model,
     ),
     Column(
         "prediction",
-        lambda scores, _: scores.prediction[0],
-        "the victim's, of these pixels",
-        "the victim's, of the clean image",
-        classes=VICTIM,
+        lambda scores, _: scores.of_own(scores.prediction),
+        "the model's, of these pixels",
+        "the model's, of the clean image",
+        classes=OWN,
     ),
     Column(
         "confidence",
@@ -146,17 +152,17 @@ COLUMNS = (
     ),
     Column(
         "correct",
-        lambda scores, _: scores.correct[0],
+        lambda scores, _: scores.of_own(scores.correct),
         "whether the prediction is the label",
         "whether the clean prediction is the label",
         dtype="bool",
     ),
     Column(
         "clean_prediction",
-        lambda scores, _: scores.prediction[0, 0],
-        "the victim's, of the clean image",
-        classes=VICTIM,
-        per_variant=False,
+        lambda scores, _: scores.prediction[scores.own, 0],
+        "the model's, of the clean image",
+        classes=OWN,
+        of_clean="prediction",
     ),
     Column(
         "fooled",
@@ -167,11 +173,9 @@ COLUMNS = (
     Column(
         "target",
         lambda scores, _: scores.target,
-        "the class that the attack aimed at; null on clean images",
-        classes=VICTIM,
-        per_variant=False,
+        "the class that the attack aimed at; null where it aimed at none",
+        classes=OWN,
         optional=True,
-        null_on_clean=True,
     ),
     Column(
         FILE,
@@ -185,32 +189,28 @@ COLUMNS = (
 )
 
 
-def evaluator_columns(name: str) -> tuple[str, str]:
-    """What an evaluator says of one image: its prediction, and whether that is right."""
+def model_columns(name: str) -> tuple[str, str]:
+    """What one of several models says of one image: its prediction, and whether that is right."""
     return f"prediction_{name}", f"correct_{name}"
 
 
-def _evaluated(model: str) -> tuple[Column, Column]:
-    """The columns of an evaluator."""
-    prediction, correct = evaluator_columns(model)
-
-    def of(values: NDArray[Any], scores: Scores) -> NDArray[Any]:
-        answers: NDArray[Any] = values[scores.models.index(model)]
-        return answers
+def _of_model(model: str) -> tuple[Column, Column]:
+    """The columns of one of several models."""
+    prediction, correct = model_columns(model)
 
     return (
         Column(
             prediction,
-            lambda scores, _: of(scores.prediction, scores),
-            f"as prediction, of evaluator {model}",
-            f"as clean_prediction, of evaluator {model}",
+            lambda scores, _: scores.prediction[scores.models.index(model)],
+            f"as prediction, of model {model}",
+            f"as clean_prediction, of model {model}",
             classes=model,
         ),
         Column(
             correct,
-            lambda scores, _: of(scores.correct, scores),
-            f"as correct, of evaluator {model}",
-            f"as clean_correct, of evaluator {model}",
+            lambda scores, _: scores.correct[scores.models.index(model)],
+            f"as correct, of model {model}",
+            f"as clean_correct, of model {model}",
             dtype="bool",
         ),
     )
@@ -224,30 +224,31 @@ def columns_of(names: Sequence[str]) -> list[Column]:
     # A column that is carried through may be called `target` in a run that has none.
     own = names[: list(names).index(LAST)]
     ours = [column for column in COLUMNS if not column.optional or column.name in own]
-    return [*ours, *(column for model in evaluator_ids(names) for column in _evaluated(model))]
+    return [*ours, *(column for model in model_ids(names) for column in _of_model(model))]
 
 
-def evaluator_ids(names: Iterable[str]) -> list[str]:
-    """The evaluators that have columns among those of any layout, in order."""
-    found = filter(None, map(EVALUATED.fullmatch, names))
+def model_ids(names: Iterable[str]) -> list[str]:
+    """The models that have columns of their own among those of any layout, in order."""
+    found = filter(None, map(OF_MODEL.fullmatch, names))
     return list(dict.fromkeys(match[1] for match in found))
 
 
 def kept_columns(names: Sequence[str]) -> list[str]:
     """The carried-through ones among the columns of any layout."""
-    return [name for name in names[list(names).index(LAST) + 1 :] if not EVALUATED.fullmatch(name)]
+    return [name for name in names[list(names).index(LAST) + 1 :] if not OF_MODEL.fullmatch(name)]
 
 
 @dataclass(frozen=True)
 class Contents:
     """What the columns of a dataset follow from, in any layout.
 
-    variants: those that are recorded, clean first. classes: the feature of the labels, by LABEL, and of each model's
-    predictions, by its id. kept: features of the columns that are carried through. targeted, streamed: whether there is
-    a `target`, and a `source_file`.
+    variants: those that are recorded, clean first. models: their ids. classes: the feature of the labels, by LABEL, of
+    the predictions of a row's own model, by OWN, and of each model's, by its id. kept: features of the columns that are
+    carried through. targeted, streamed: whether there is a `target`, and a `source_file`.
     """
 
     variants: tuple[Variant, ...]
+    models: tuple[str, ...]
     classes: Mapping[str, Any]
     kept: Mapping[str, Any]
     targeted: bool
@@ -255,11 +256,11 @@ class Contents:
 
     @property
     def columns(self) -> list[Column]:
-        """Our own and the evaluators', in the order of layout images."""
+        """Our own and those of several models, in the order of layout images."""
         optional = {"target": self.targeted, FILE: self.streamed}
         names = [column.name for column in COLUMNS if optional.get(column.name, True)]
-        models = [name for name in self.classes if name not in (LABEL, VICTIM)]
-        return columns_of([*names, *(name for model in models for name in evaluator_columns(model))])
+        models = self.models if len(self.models) > 1 else ()
+        return columns_of([*names, *(name for model in models for name in model_columns(model))])
 
     def feature(self, column: Column) -> Any:
         """The feature of `datasets` that a column has."""
@@ -301,12 +302,12 @@ class Layout(Protocol):
         """The columns of every subset as features of `datasets`, in order."""
         ...
 
-    def stored(self, images: "Sequence[Tensor]", sign: "Tensor") -> "tuple[Tensor, ...]":
+    def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         """What is encoded, (N, C, H, W) uint8, one for each of `pictures`.
 
         Args:
             images: V times (N, C, H, W) uint8, clean first.
-            sign: (N, C, H, W) int8 in -1, 0, 1.
+            directions: (N, C, H, W) int8 in -1, 0, 1, one for each attack on each model, in the order of the variants.
         """
         ...
 
@@ -380,8 +381,8 @@ def make_features(layout: Layout, contents: Contents) -> Any:
     # Every layout is read back as layout images, whose names must be free as well.
     taken = {*ours, IMAGE, FILE, *(column.name for column in contents.columns)}
     for name in contents.kept:
-        if EVALUATED.fullmatch(name):
-            raise ConfigError(f"source.keep_columns: {name} could be taken for an evaluator's column; rename it first.")
+        if OF_MODEL.fullmatch(name):
+            raise ConfigError(f"source.keep_columns: {name} could be taken for a column of a model; rename it first.")
         if name in taken:
             raise ConfigError(f"source.keep_columns: {name} is a column of the output itself; rename it first.")
     return datasets.Features({**ours, **contents.kept})

@@ -31,6 +31,6 @@ class EveryImage(Layout):
     def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
         return (self.picture(variant),) if variant in variants else self.ray(variant, variants)
 
-    def stored(self, images: "Sequence[Tensor]", sign: "Tensor") -> "tuple[Tensor, ...]":
-        del sign
+    def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
+        del directions
         return tuple(images)

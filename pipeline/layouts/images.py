@@ -42,7 +42,7 @@ class Images(EveryImage):
         values = {column: column.value(scores, batch) for column in columns if column.value}
 
         def at(column: Column, index: int) -> Any:
-            if column not in values or (column.null_on_clean and index == 0):
+            if column not in values:
                 return column.blank(scores.variants[index], len(scores.label))
             return values[column][index] if column.per_variant else values[column]
 

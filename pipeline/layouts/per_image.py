@@ -49,7 +49,7 @@ class PerImage(Layout):
         def clean(columns: Sequence[Column]) -> dict[str, Any]:
             return {column.clean_name: contents.feature(column) for column in columns if column.clean_name}
 
-        attacks = {column.name: contents.feature(column) for column in columns if column.per_variant}
+        attacks = {c.name: contents.feature(c) for c in columns if c.per_variant and not c.of_clean}
         shared = {column.name: contents.feature(column) for column in columns if not column.per_variant}
         return {
             **dict.fromkeys(picture_columns(self, contents.variants), datasets.Image()),
@@ -69,7 +69,9 @@ class PerImage(Layout):
         # Row after row, each with all variants.
         order = pa.array(np.tile(np.arange(len(attacked)), rows))
         entries = {}
-        for column in columns_of(schema.names):
+        for column in _columns(schema):
+            if column.of_clean:
+                continue
             if column.value is None:
                 entries[column.name] = pa.array(map(column.of_variant, attacked), column.type).take(order)
                 continue
@@ -80,7 +82,7 @@ class PerImage(Layout):
             if column.clean_name:
                 columns[column.clean_name] = values[0]
             # (V - 1, M) to (M * (V - 1),)
-            entries[column.name] = pa.array(values[1:].T.ravel())
+            entries[column.name] = pa.array(values[1:].T.ravel(), column.type)
         kind = schema.field(ATTACKS).type
         fields = list(kind.value_type)
         lists = pa.StructArray.from_arrays([entries[field.name] for field in fields], fields=fields)
@@ -94,21 +96,28 @@ class PerImage(Layout):
         # A null list has no length, and `equal` says null of it.
         if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), len(recorded)), min_count=0).as_py():
             raise ValueError(f"the attacks of a row are not the run's {len(recorded)}")
-        answers = {}
+        columns = _columns(rows.schema)
+        # What is said of the clean image: by the own model of this variant's rows, where several have columns.
+        own = {column.of_clean: f"clean_{column.of_clean}_{variant.model}" for column in columns if column.of_clean}
+        clean = {c.name: rows.column(c.clean_name) for c in columns if c.clean_name}
+        of_own = {name: rows.column(own[name]) if own.get(name) in rows.column_names else clean[name] for name in own}
+        answers: dict[str, Any] = clean if variant == CLEAN else {}
         if variant in recorded:
             # Row after row, each with all variants: every len(recorded)-th entry is of this one.
             entries = lists.combine_chunks().flatten()[recorded.index(variant) :: len(recorded)]
             answers = dict(zip([field.name for field in entries.type], entries.flatten(), strict=True))
-        elif variant == CLEAN:
-            answers = {c.name: rows.column(c.clean_name) for c in columns_of(rows.column_names) if c.clean_name}
 
         def value(column: Column) -> Any:
-            if not column.per_variant and (variant != CLEAN or not column.null_on_clean):
+            if not column.per_variant:
                 return rows.column(column.name)
+            if column.of_clean:
+                return of_own[column.of_clean]
             return answers[column.name] if column.name in answers else column.blank(variant, len(rows))
 
-        columns = {column.name: value(column) for column in columns_of(rows.column_names)}
-        return pa.table({**columns, **{name: rows.column(name) for name in kept_columns(rows.column_names)}})
+        table = pa.table({column.name: value(column) for column in columns})
+        for name in kept_columns(rows.column_names):
+            table = table.append_column(name, rows.column(name))
+        return table
 
     def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
         if self.subsets not in subsets:
@@ -117,3 +126,8 @@ class PerImage(Layout):
         # Rows of another format do not say what made them.
         said = [(round(255 * entry[EPSILON]), entry.get(ATTACK) or "", entry.get(MODEL)) for entry in entries]
         return group_variants(said)
+
+
+def _columns(schema: pa.Schema) -> list[Column]:
+    """The columns that rows of such a schema are read back with: some stand in the list alone."""
+    return columns_of([*(field.name for field in schema.field(ATTACKS).type.value_type), *schema.names])

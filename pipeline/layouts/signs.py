@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 
 row = rows[0]
-x, s = (np.asarray(row[name]).astype(np.int16) for name in ("image", "sign"))
+x, s = (np.asarray(row[name]).astype(np.int16) for name in ("image", "{sign}"))
 x_k = np.clip(x + {level} * (s // 127 - 1), 0, 255).astype(np.uint8)
 attacked = PIL.Image.fromarray(x_k)
 ```
@@ -33,26 +33,27 @@ class Signs(PerImage):
     stores_sign = True
 
     def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
-        return self.ray(variants[-1], variants)
+        signs = dict.fromkeys(self.ray(variant, variants)[1] for variant in variants[1:])
+        return Picture(self.subsets, IMAGE), *signs
 
     def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
-        del variant, variants
-        return Picture(self.subsets, IMAGE), Picture(self.subsets, SIGN)
+        del variants
+        return Picture(self.subsets, IMAGE), Picture(self.subsets, f"{SIGN}_{variant.pair}" if variant.pair else SIGN)
 
     def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
         return self.ray(variant, variants)[: 1 if variant == CLEAN else 2]
 
-    def stored(self, images: "Sequence[Tensor]", sign: "Tensor") -> "tuple[Tensor, ...]":
+    def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         from pipeline.core.lattice import sign_to_picture
 
-        return images[0], sign_to_picture(sign)
+        return images[0], *map(sign_to_picture, directions)
 
     def describe(self, picture: Picture) -> str:
-        return "0, 127 and 254 for the signs -1, 0 and +1, lossless" if picture.column == SIGN else "lossless"
+        return "0, 127 and 254 for the signs -1, 0 and +1, lossless" if picture.column.startswith(SIGN) else "lossless"
 
     def summary(self, subset: str, variants: Sequence[Variant]) -> str:
         del subset, variants
         return "Clean images, and the sign that leads to every epsilon"
 
     def example(self, variants: Sequence[Variant]) -> str:
-        return EXAMPLE.format(level=variants[-1].level)
+        return EXAMPLE.format(level=variants[-1].level, sign=self.ray(variants[-1], variants)[1].column)

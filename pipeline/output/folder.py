@@ -173,38 +173,38 @@ class FileEntry(Record):
     sha256: str
 
 
-class EvaluatorCounts(Record):
-    """What an evaluator says of the images of a variant: how far the victim's mistakes are its own.
+class ModelCounts(Record):
+    """What a model says of the images of a variant, whichever model they were made of.
 
-    Of labelled images, `correct` are predicted right, and `fooled` right when clean and wrong now. Of those that
-    fool the victim, `exposed` are ones that the evaluator gets right when clean, and `transferred` ones that fool
-    it too: transferred / exposed is the rate at which the attack transfers.
+    Of labelled images, `correct` are predicted right, and `lost` were right when clean and are wrong now. Of those that
+    fool the model they were made of, `exposed` are ones that this model gets right when clean, and `transferred` ones
+    that fool it too: transferred / exposed is the rate at which the attack transfers.
     """
 
     correct: Whole = 0
-    fooled: Whole = 0
+    lost: Whole = 0
     exposed: Whole = 0
     transferred: Whole = 0
 
-    def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
+    def __add__(self, other: "ModelCounts") -> "ModelCounts":
         # Not checked: of numbers that others wrote the sum may be more than any of them may.
-        return EvaluatorCounts.model_construct(
+        return ModelCounts.model_construct(
             **{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields}
         )
 
 
-def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
-    """Count what an evaluator says of M labelled images of a variant.
+def count_model(clean: Flags, now: Flags, fooled: Flags) -> ModelCounts:
+    """Count what a model says of M labelled images of a variant.
 
     Args:
         clean: (M,) bool, whether it is right about the clean image.
         now: (M,) bool, whether it is right about this one.
-        fooled: (M,) bool, whether this one fools the victim.
+        fooled: (M,) bool, whether this one fools the model that it was made of.
     """
     lost = clean & ~now
-    return EvaluatorCounts(
+    return ModelCounts(
         correct=int(now.sum()),
-        fooled=int(lost.sum()),
+        lost=int(lost.sum()),
         exposed=int((fooled & clean).sum()),
         transferred=int((fooled & lost).sum()),
     )
@@ -214,7 +214,8 @@ class VariantCounts(Record):
     """What a shard's images of one variant add up to; the first four say which, as in `Variant`.
 
     `labelled` of them have a label, and `correct` of those are predicted right; `fooled` counts true values;
-    `confidence_sum` over `rows` is the mean confidence; `evaluators` by their ids.
+    `confidence_sum` over `rows` is the mean confidence. `zero_signs` counts pixel values that the attack does not move.
+    `models` is what every model says of these images, by their ids.
     """
 
     attack: Id | None
@@ -226,7 +227,8 @@ class VariantCounts(Record):
     correct: Whole
     fooled: Whole
     confidence_sum: Total
-    evaluators: dict[str, EvaluatorCounts] = {}
+    zero_signs: Whole = 0
+    models: dict[Id, ModelCounts] = {}
 
     @property
     def variant(self) -> Variant:
@@ -239,14 +241,14 @@ class VariantCounts(Record):
             self.confidence_sum <= self.rows + 1  # it is rounded
         )
         if not sound or any(
-            counts.correct > self.labelled or counts.transferred > counts.exposed for counts in self.evaluators.values()
+            counts.correct > self.labelled or counts.transferred > counts.exposed for counts in self.models.values()
         ):
             raise ValueError("more answers are counted than images")
         return self
 
 
-def add_up(variant: Variant, counts: Sequence[VariantCounts], evaluators: Iterable[str]) -> VariantCounts:
-    """The sum of counts of one variant, of the evaluators that are named."""
+def add_up(variant: Variant, counts: Sequence[VariantCounts], models: Iterable[str]) -> VariantCounts:
+    """The sum of counts of one variant, and of what the models that are named say of it."""
     # Not checked: of numbers that others wrote the sum may be more than any of them may.
     return VariantCounts.model_construct(
         **vars(variant),
@@ -256,9 +258,9 @@ def add_up(variant: Variant, counts: Sequence[VariantCounts], evaluators: Iterab
         fooled=sum(count.fooled for count in counts),
         # Not `sum`, whose last digit depends on the version of Python.
         confidence_sum=math.fsum(count.confidence_sum for count in counts),
-        evaluators={
-            name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in counts), EvaluatorCounts())
-            for name in evaluators
+        zero_signs=sum(count.zero_signs for count in counts),
+        models={
+            name: sum((count.models.get(name, ModelCounts()) for count in counts), ModelCounts()) for name in models
         },
     )
 
@@ -281,7 +283,6 @@ class Receipt(SealedRecord):
     planned: Whole
     rows: Whole
     skipped: tuple[SkippedRow, ...]
-    zero_sign_share: Share
     counts: tuple[VariantCounts, ...]
     files: tuple[FileEntry, ...]
     versions: dict[str, str]

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import from_json, to_json
 
 from pipeline.config.load import parse_config
-from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig
+from pipeline.config.schema import MOST_PIXELS, AttackConfig, Config, ModelConfig
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.core.origin import UNKNOWN, Origin
@@ -42,7 +42,6 @@ from pipeline.output.folder import (
     Receipt,
     Record,
     SealedRecord,
-    Share,
     VariantCounts,
     Whole,
     add_up,
@@ -58,14 +57,14 @@ if TYPE_CHECKING:
     from pipeline.models.label_space import LabelSpace
 
 # Raised when the stored form changes: it is part of the identity of every run.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # The share of values with gradient 0 above which there is a warning.
 MANY_ZERO = 0.5
 # Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
 
-# The key of an identity that is there, and false, where the attack's images do not lie along one direction.
-ON_RAY = "attack.on_ray"
+# The key of an attack in an identity that is there, and false, where its images do not lie along one direction.
+ON_RAY = "on_ray"
 
 # Characters of a part of a manifest that a message names.
 MOST_NAMED = 200
@@ -174,10 +173,7 @@ class Manifest(SealedRecord):
     left_out: tuple[LeftOut, ...] = ()
     features: dict[str, Any]
     dataset_classes: tuple[str, ...]
-    recorded_classes: tuple[str, ...] | None
-    to_model: tuple[Index, ...]
-    to_recorded: tuple[Index, ...]
-    evaluators: Mapping[str, Space] = Field(default_factory=dict)
+    spaces: Mapping[str, Space] = Field(min_length=1)
     split_rows: dict[Split, Annotated[int, Field(gt=0, lt=2**63)] | None] = Field(min_length=1)
     streamed: Mapping[Split, Annotated[tuple[StreamedFile, ...], Field(min_length=1)]] = Field(default_factory=dict)
     shape: Annotated[tuple[Literal[1, 3], Side, Side], AfterValidator(_check_pixels)]
@@ -185,7 +181,6 @@ class Manifest(SealedRecord):
     receipts: str = ""
     rows: Whole = 0
     subsets: tuple[Subset, ...] = ()
-    zero_sign_share: Share = 0.0
     files: tuple[FileEntry, ...] = ()
     skipped_rows: Whole = 0
     skipped: tuple[Skipped, ...] = ()
@@ -215,8 +210,8 @@ class Manifest(SealedRecord):
             raise ValueError("subsets lists others than its splits and variants make")
         shared = self.layout.per_image
         for there in self.subsets:
-            if [*there.evaluators] != [*self.evaluators]:
-                raise ValueError("subsets counts other evaluators than there are")
+            if [*there.models] != [*self.spaces]:
+                raise ValueError("subsets counts other models than there are")
             if (there.bytes is None) != shared:
                 raise ValueError("subsets has bytes that are not those of its layout")
         return self
@@ -241,23 +236,23 @@ class Manifest(SealedRecord):
         """Clean, 0, and every epsilon of any attack in grey levels, rising."""
         return tuple(sorted({variant.level for variant in self.variants}))
 
-    @property
-    def on_ray(self) -> bool:
-        """Whether images at all epsilons lie along one direction, so that those of others can be made from them."""
-        return bool(self.identity.get(ON_RAY, True))
+    def on_ray(self, attack: str | None) -> bool:
+        """Whether an attack's images lie along one direction, so that those of any epsilon can be made from them."""
+        return bool(self.identity.get(f"attacks.{attack}.{ON_RAY}", True))
 
-    def check_recorded(self, levels: Iterable[int]) -> None:
-        """Refuse epsilons whose images are not stored and cannot be made.
+    def check_recorded(self, variants: Iterable[Variant]) -> None:
+        """Refuse variants whose images are not stored and cannot be made.
 
         Raises:
             ConfigError: there is one.
         """
-        missing = [] if self.on_ray else [level for level in levels if level not in self.levels]
-        if missing:
-            raise ConfigError(
-                f"epsilons: {missing[0]}/255 is not recorded, and the images of this dataset's attack do not lie along "
-                f"one direction from which others follow; recorded: {', '.join(f'{k}/255' for k in self.levels[1:])}."
-            )
+        for variant in variants:
+            if variant not in self.variants and not self.on_ray(variant.attack):
+                own = [other.level for other in self.variants if variant.at(other.level) == other]
+                raise ConfigError(
+                    f"epsilons: {variant.level}/255 is not recorded of attack {variant.attack}, whose images do not "
+                    f"lie along one direction from which others follow; recorded: {', '.join(f'{k}/255' for k in own)}."
+                )
 
     @property
     def layout(self) -> Layout:
@@ -270,19 +265,17 @@ class Manifest(SealedRecord):
         return subsets_of(self.layout, self.variants)
 
     @property
-    def spaces(self) -> dict[str, "LabelSpace"]:
-        """How the classes of each model translate: of `model`, and of each `evaluators.ID`."""
+    def label_spaces(self) -> dict[str, "LabelSpace"]:
+        """How the classes of each model translate, by its id."""
         import numpy as np
 
         from pipeline.models.label_space import LabelSpace  # not for those who only inspect: it brings PyTorch
 
-        models: dict[str, Manifest | Space] = {"model": self}
-        models |= {f"evaluators.{name}": space for name, space in self.evaluators.items()}
         return {
             name: LabelSpace(
                 self.dataset_classes, np.array(space.to_model), space.recorded_classes, np.array(space.to_recorded)
             )
-            for name, space in models.items()
+            for name, space in self.spaces.items()
         }
 
     @property
@@ -290,14 +283,26 @@ class Manifest(SealedRecord):
         """The plan of the run, rebuilt from what the manifest records."""
         return plan_of(self.resolved, self.split_rows, self.streamed)
 
+    def zero_shares(self) -> dict[Variant, float]:
+        """Of each variant but clean the share of pixel values that the attack does not move."""
+        values, moved = math.prod(self.shape), self.variants[1:]
+        zeros = {variant: [each for each in self.subsets if each.variant == variant] for variant in moved}
+        return {
+            variant: sum(each.zero_signs for each in parts) / max(1, values * sum(each.rows for each in parts))
+            for variant, parts in zeros.items()
+        }
+
     @property
     def zero_gradient_warning(self) -> str | None:
-        """A sentence for a dataset of which the attack changed less than half, None for others."""
-        if self.zero_sign_share <= MANY_ZERO:
+        """A sentence for a dataset of which an attack changed less than half, None for others."""
+        shares = self.zero_shares()
+        worst = max(shares, key=shares.__getitem__)
+        if shares[worst] <= MANY_ZERO:
             return None
         return (
-            f"the attack left {self.zero_sign_share:.1%} of the pixel values as they are, as the model's gradient is 0 "
-            "there; it may be of half precision, rounded or cut off, or so sure that its softmax is 0 or 1"
+            f"the attack {worst.attack} on {worst.model} left {shares[worst]:.1%} of the pixel values as they are, as "
+            "the model's gradient is 0 there; it may be of half precision, rounded or cut off, or so sure that its "
+            "softmax is 0 or 1"
         )
 
     @property
@@ -344,6 +349,16 @@ def _model_identity(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _attack_identity(attack: AttackConfig, models: Sequence[str]) -> dict[str, Any]:
+    return {
+        "epsilons": [f"{level}/255" for level in attack.levels],
+        "label": attack.label,
+        "target": attack.target,
+        "models": attack.attacked(models),
+        **without_folders(attack.identity),
+    }
+
+
 def identity_of(
     config: Config,
     *,
@@ -359,9 +374,9 @@ def identity_of(
     Args:
         config: with every `auto` resolved.
         split_rows, streamed, shape, dataset_classes: as a manifest has them.
-        label_maps: the index of each dataset class in a model: of `model`, and of each `evaluators.ID`.
+        label_maps: the index of each dataset class in each model, by its id.
     """
-    attack, models = config.attack, {f"evaluators.{other.id}": other for other in config.evaluators}
+    models = tuple(config.all_models)
     sections: dict[str, dict[str, Any]] = {
         "source": {
             **config.source.model_dump(include={"shuffle", "limit"}),
@@ -372,20 +387,15 @@ def identity_of(
             **({"files": json_digest(_plain(streamed))} if streamed else {}),
         },
         "preprocess": {**config.preprocess.model_dump(), "shape": shape},
-        "attack": {
-            "epsilons": [f"{level}/255" for level in attack.levels],
-            "label": attack.label,
-            "target": attack.target,
-            **without_folders(attack.identity),
-        },
         "output": config.output.model_dump(exclude={"path"}),
         "runtime": config.runtime.model_dump(
             include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
         ),
-        **{name: _model_identity(model) for name, model in {"model": config.model, **models}.items()},
+        **{f"models.{name}": _model_identity(model) for name, model in config.all_models.items()},
+        **{f"attacks.{name}": _attack_identity(attack, models) for name, attack in config.all_attacks.items()},
     }
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    flat |= {f"{name}.label_map": label_map for name, label_map in label_maps.items()}
+    flat |= {f"models.{name}.label_map": label_map for name, label_map in label_maps.items()}
     identity: dict[str, Any] = _plain({"format": FORMAT_VERSION, **flat})
     return identity
 
@@ -403,14 +413,13 @@ def run_id_of(identity: Mapping[str, Any]) -> str:
 def contradictions(manifest: Manifest) -> list[str]:
     """The keys of a manifest that do not agree with its identity, or with each other."""
     config = manifest.resolved
-    spaces = {"model": manifest.to_model} | {f"evaluators.{n}": s.to_model for n, s in manifest.evaluators.items()}
     identity = identity_of(
         config,
         split_rows=manifest.split_rows,
         streamed=manifest.streamed,
         shape=manifest.shape,
         dataset_classes=manifest.dataset_classes,
-        label_maps=spaces,
+        label_maps={name: space.to_model for name, space in manifest.spaces.items()},
     )
     wrong = [key for key, value in identity.items() if manifest.identity.get(key) != value]
     source = config.source
@@ -569,7 +578,6 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
             "receipts": receipts_digest(receipts),
             "rows": rows,
             "subsets": _subsets(manifest, ordered),
-            "zero_sign_share": math.fsum(each.zero_sign_share * each.rows for each in ordered) / max(rows, 1),
             "files": tuple(entry for receipt in ordered for entry in receipt.files),
             "skipped_rows": sum(len(receipt.skipped) for receipt in ordered),
             "skipped": tuple(itertools.islice(skipped, MOST_SKIPPED)),
@@ -596,7 +604,7 @@ def _subsets(manifest: Manifest, receipts: Sequence[Receipt]) -> tuple[Subset, .
             sizes[receipt.split, file.path.partition("/")[0]] += file.bytes
     subsets, layout = [], manifest.layout
     for split, variant in itertools.product(manifest.split_rows, manifest.variants):
-        total = add_up(variant, counts[split, variant.subset], manifest.evaluators)
+        total = add_up(variant, counts[split, variant.subset], manifest.spaces)
         size = None if layout.per_image else sizes[split, layout.subset(variant)]
         # Not checked, as the sum is not.
         subsets.append(Subset.model_construct(split=split, bytes=size, **dict(total)))

@@ -1,0 +1,252 @@
+"""Model check: a look at what models and attacks make of images of the source, before a run writes anything."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.attacks.base import AttackedModel, Goal, Perturbed, direction_sign
+from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.lattice import step
+from pipeline.engine.compute import ModelAttack
+from pipeline.models.base import Model
+
+# How far numbers may be apart, as a share of the largest: from call to call, where only the order of sums differs, in
+# float32 and in less; and with another number of images in the batch, for which libraries have other code.
+LAST_DIGITS, LOW_LAST_DIGITS, OTHER_BATCH = 1e-3, 3e-2, 3e-2
+# How far the probabilities of an image may add up to something else than 1: those of bfloat16 are off by this.
+SUM_SLACK = 1e-2
+# The share of an attack's values that may be others the second time: those whose gradient is next to nothing.
+OTHER_VALUES = 1e-2
+# The share of values with gradient 0 that is worth a warning.
+MANY_ZERO = 0.5
+# A finding of chance must be so unlikely of a model that is a quarter of the way from chance to perfect.
+UNLIKELY = 0.01
+
+
+def check_model(model: Model, images_u8: Tensor, labels: Tensor, goal: Goal | None, size: int) -> list[str]:
+    """Look once at what a model makes of images of the source, before a run writes anything.
+
+    Logits and gradients that are not numbers are left to the run, which finds them in every batch and names it.
+
+    Args:
+        model: a victim or an evaluator.
+        images_u8: (N, C, H, W) uint8 on the model's device, N at least 1.
+        labels: (N,) int64 model indices on the same device, -1 for unlabelled.
+        goal: of the attack; None for a model that is not attacked.
+        size: how many images are computed at once; where the run computes each alone, 1.
+
+    Returns:
+        What should be known, a sentence for each finding.
+
+    Raises:
+        ConfigError: the dataset would not be what it says that it is.
+        torch.OutOfMemoryError: so many images do not fit.
+    """
+    logits = torch.cat([_logits(model, chunk) for chunk in images_u8.split(size)])
+    found = _check_range(logits)
+    chunk, first = images_u8[:size], logits[:size]
+    pairs = {"logits": [(first, model.predict(chunk))]}
+    if goal is not None:
+        one, other = (_attacked_as(goal, model, chunk, labels[:size]) for _ in range(2))
+        pairs |= {"logits": [*pairs["logits"], (one[0], other[0])], "gradient": [(one[1], other[1])]}
+    found += _check_repeated(model, pairs)
+    if size > 1:
+        _check_neighbours(model, chunk, first)
+    if goal is not None:
+        moved = _moved(first, one[0])
+        if moved > OTHER_BATCH:
+            raise ConfigError(
+                f"model: its logits without a gradient differ from those with one (by {moved:.2g} of the largest "
+                "value), so clean and attacked images could not be compared; mend the model."
+            )
+        found += _check_gradient(one[1])
+    return found + _check_accuracy(logits, labels)
+
+
+def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tensor) -> None:
+    """Look once at what an attack makes of images of the source: whether it keeps what it promises.
+
+    Args:
+        attack: with its goal and its epsilons.
+        model: that it attacks.
+        images_u8: (N, C, H, W) uint8 on the model's device.
+        labels: (N,) int64 model indices on the same device, -1 for unlabelled.
+
+    Raises:
+        ConfigError: its images are none, leave the ball of their epsilon, do not lie along its direction, or are others
+            the second time.
+        torch.OutOfMemoryError: so many images do not fit.
+    """
+    draws, before = torch.arange(len(images_u8), device=images_u8.device), images_u8.clone()
+
+    def perturb() -> Perturbed:
+        attacked = AttackedModel(model, images_u8, targeted=attack.goal.target is not None)
+        classes = attack.goal.classes(attacked.logits, labels, draws) if attack.asks_model else labels
+        try:
+            return attack.attack.perturb(attacked, images_u8, classes, attack.levels, draws)
+        except (torch.OutOfMemoryError, PipelineError):
+            raise
+        except Exception as error:  # the attack may be the user's code
+            raise ConfigError(f"{attack.key}.kind: it fails: {type(error).__name__}: {first_line(error)}") from error
+
+    one, other = perturb(), perturb()
+    if not torch.equal(before, images_u8):
+        raise ConfigError(f"{attack.key}.kind: it changes the images that it is given; make new ones in their place.")
+    for perturbed in (one, other):
+        _check_perturbed(perturbed, attack, images_u8)
+    moved = max(float((a != b).double().mean()) for a, b in zip(one.images, other.images, strict=True))
+    if moved > OTHER_VALUES:
+        raise ConfigError(
+            f"{attack.key}.kind: it is not deterministic: {moved:.1%} of the values of its images are others the "
+            "second time; draw random numbers from `draws`, with needs_draws = True."
+        )
+
+
+def _check_perturbed(perturbed: Perturbed, attack: ModelAttack, images_u8: Tensor) -> None:
+    """Whether the images of an attack are such, and lie where it says."""
+    key, levels = f"{attack.key}.kind", attack.levels
+    shapes = [(tuple(images.shape), images.dtype) for images in perturbed.images]
+    if shapes != [(tuple(images_u8.shape), torch.uint8)] * len(levels):
+        raise ConfigError(
+            f"{key}: it must return {len(levels)} times images of shape {tuple(images_u8.shape)} and type uint8, one "
+            "for each epsilon."
+        )
+    if attack.attack.on_ray != (perturbed.direction is not None):
+        raise ConfigError(f"{key}: with on_ray = True it must return a direction, and without it none.")
+    for level, images in zip(levels, perturbed.images, strict=True):
+        farthest = int((images.to(torch.int16) - images_u8.to(torch.int16)).abs().amax())
+        if farthest > level:
+            raise ConfigError(f"{key}: its images at {level}/255 are up to {farthest} grey levels from the clean ones.")
+        if perturbed.direction is not None and not torch.equal(
+            step(images_u8, direction_sign(perturbed.direction), level), images
+        ):
+            raise ConfigError(
+                f"{key}: its images at {level}/255 do not lie along the sign of its direction; make them with "
+                "Perturbed.along, or set on_ray = False."
+            )
+
+
+def _attacked_as(goal: Goal, model: Model, images_u8: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and gradient as an attack of that goal meets them."""
+    attacked = AttackedModel(model, images_u8, targeted=goal.target is not None)
+    classes = goal.classes(attacked.logits, labels, torch.zeros_like(labels))
+    return attacked.logits, attacked.gradient(images_u8, classes)
+
+
+def _logits(model: Model, images_u8: Tensor) -> Tensor:
+    """(N, classes), of more images than the one that classes were counted with."""
+    count = len(images_u8)
+    try:
+        logits = model.predict(images_u8)
+    except (torch.OutOfMemoryError, ConfigError):
+        raise
+    except Exception as error:  # the model is the user's code
+        raise ConfigError(
+            f"model: it takes one black image, and fails on {count} images of the source: {first_line(error)}"
+        ) from error
+    if logits.ndim != 2 or len(logits) != count:
+        raise ConfigError(
+            f"model: for {count} images it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "
+            "are needed."
+        )
+    return logits
+
+
+def _check_range(logits: Tensor) -> list[str]:
+    """Whether they are logits and not what a softmax or a sigmoid made of them."""
+    if not bool(((logits >= 0) & (logits <= 1)).all()):
+        return []
+    if bool(((logits.sum(1) - 1).abs() < SUM_SLACK).all()):
+        raise ConfigError(
+            "model: it returns probabilities (in [0, 1], and for each image their sum is 1), and logits are needed; "
+            "leave out its softmax."
+        )
+    return ["model: all that it returns lies in [0, 1]; if that is a sigmoid's output, leave the sigmoid out"]
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """The largest difference as a share of the largest value; what is not a number counts as 0."""
+    before, after = (values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for values in (before, after))
+    largest = before.abs().amax().clamp(min=torch.finfo(before.dtype).tiny)
+    return float((after - before).abs().amax() / largest)
+
+
+def _check_repeated(model: Model, pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[str]:
+    """Compare what a model gave the first time and the second, by what it is."""
+    low = model.bf16 or model.mean.dtype in (torch.float16, torch.bfloat16)
+    for what, answers in pairs.items():
+        moved = max(_moved(*answer) for answer in answers)
+        if moved > (LOW_LAST_DIGITS if low else LAST_DIGITS):
+            raise ConfigError(
+                f"model: it is not deterministic: the same images gave other values of its {what} the second time "
+                f"({moved:.2g} of the largest value away), so what is recorded of them could not be found again; "
+                "switch off what draws random numbers (dropout, noise) or remembers earlier calls."
+            )
+        if moved:
+            return [
+                f"model: the last digits of its {what} differ from call to call (by {moved:.1g} of the largest value), "
+                "and so may a run that is resumed or verified"
+            ]
+    return []
+
+
+def _check_neighbours(model: Model, images_u8: Tensor, logits: Tensor) -> None:
+    """What a model says of an image is to depend on that image alone.
+
+    It is asked about half of them, and with black and white ones in place of the others.
+    """
+    some = images_u8[: (len(images_u8) + 1) // 2]
+    others = torch.zeros_like(some)
+    others[1::2] = 255
+    batches = (some, torch.cat([some, others]))
+    moved = max(_moved(logits[: len(some)], _logits(model, batch)[: len(some)]) for batch in batches)
+    if moved > OTHER_BATCH:
+        raise ConfigError(
+            f"model: its logits for an image change with the other images of the batch (by {moved:.2g} of the largest "
+            "value), as from batch norm without running statistics; mend the model, or set runtime.batch_size=1."
+        )
+
+
+def _check_gradient(gradient: Tensor) -> list[str]:
+    """Whether the attack has something to follow."""
+    numbers = gradient[torch.isfinite(gradient).flatten(1).all(1)]
+    share = float((numbers == 0).double().mean()) if len(numbers) else 0.0
+    if share == 1:
+        raise ConfigError(
+            f"model: the gradient of the loss is 0 in every pixel of the {len(numbers)} images looked at, so the "
+            "attack would change nothing; its output may be rounded or constant, or so sure that its softmax is 0 or 1."
+        )
+    if share <= MANY_ZERO:
+        return []
+    return [
+        f"model: the gradient of the loss is 0 on {share:.1%} of the pixel values of the {len(numbers)} images looked "
+        "at, which the attack does not move"
+    ]
+
+
+def _check_accuracy(logits: Tensor, labels: Tensor) -> list[str]:
+    """Whether a model does better than chance, where labels of several classes tell."""
+    known = (labels >= 0) & torch.isfinite(logits).all(1)
+    labels, predictions = labels[known], logits[known].argmax(1)
+    if len(labels.unique()) < 2:
+        return []
+    count, right = len(labels), int((predictions == labels).sum())
+    # The same predictions, dealt out to these images at random.
+    shares = [values.bincount(minlength=logits.shape[1]) / count for values in (predictions, labels)]
+    chance = float((shares[0] * shares[1]).sum())
+    clearly_above = 1 - _at_most(right - 1, count, chance) < UNLIKELY
+    if clearly_above or _at_most(right, count, chance + (1 - chance) / 4) > UNLIKELY:
+        return []
+    return [
+        f"model: accuracy {right / count:.0%} on {count} images of the source, where chance gives {chance:.0%}; check "
+        "its weights, mean and std, and the order of its classes"
+    ]
+
+
+def _at_most(successes: int, tries: int, chance: float) -> float:
+    """The probability of no more successes than that, of the binomial distribution."""
+    return sum(
+        math.comb(tries, count) * chance**count * (1 - chance) ** (tries - count) for count in range(successes + 1)
+    )
