@@ -21,7 +21,7 @@ from pipeline.core.redaction import presentable
 from pipeline.executors import EXECUTORS
 
 if TYPE_CHECKING:
-    from pipeline.config.schema import AttackConfig
+    from pipeline.config.schema import Config as RunConfig
     from pipeline.output.manifest import Manifest
 
 app = typer.Typer(
@@ -81,7 +81,7 @@ def generate(
         from pipeline.generate import generate as run
         from pipeline.output.summary import summary_table
 
-        _say_epsilons(loaded.attack)
+        _say_epsilons(loaded)
         share = None if part is None else parse_part(part)
         manifest = run(loaded, overwrite=overwrite, executor=executor, part=share, unlocked=unlocked)
         _say(summary_table(manifest))
@@ -116,7 +116,7 @@ def plan(
         _leave_removed_folder(loaded.output.path)
         from pipeline.engine.estimate import describe_plan
 
-        _say_epsilons(loaded.attack)
+        _say_epsilons(loaded)
         text, warnings = describe_plan(loaded)
         _say(text)
         for warning in warnings:
@@ -249,13 +249,18 @@ class _Formatter(logging.Formatter):
         return presentable(super().formatMessage(record), "" if record.name.startswith("pipeline") else "\n\t")
 
 
-def _say_epsilons(attack: "AttackConfig") -> None:
+def _say_epsilons(config: "RunConfig") -> None:
     """Requested and stored epsilons side by side, and a warning where the next level was probably meant."""
     from pipeline.core.epsilon import stored_just_below
 
-    for level, epsilon in attack.requested.items():
+    asked = {
+        (level, epsilon, one.rounding)
+        for one in config.all_attacks.values()
+        for level, epsilon in one.requested.items()
+    }
+    for level, epsilon, rounding in sorted(asked, key=lambda one: (one[0], str(one[1]))):
         _say(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
-        if attack.rounding == "down" and stored_just_below(epsilon):
+        if rounding == "down" and stored_just_below(epsilon):
             _say(f"Warning: {epsilon} lies just below {level + 1}/255; write {level + 1}/255 if you mean it.", err=True)
 
 

@@ -14,6 +14,17 @@ class FGSMConfig(AttackConfig):
     """FGSM, which has no settings of its own."""
 
     kind: Literal["fgsm"] = "fgsm"
+    paper = """@inproceedings{goodfellow2015explaining,
+  title={Explaining and Harnessing Adversarial Examples},
+  author={Goodfellow, Ian J. and Shlens, Jonathon and Szegedy, Christian},
+  booktitle={International Conference on Learning Representations},
+  year={2015},
+  url={https://arxiv.org/abs/1412.6572}
+}"""
+
+    @property
+    def how(self) -> str:
+        return "by one step along the sign of its gradient"
 
     @property
     def identity(self) -> dict[str, Any]:

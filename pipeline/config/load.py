@@ -103,9 +103,9 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     """
     try:
         # Before anything else is checked, as a message quotes what it refuses.
-        if where := find_secret(raw):
+        if secret := find_secret(raw):
             raise ConfigError(
-                f"{printable(where)} holds a credential, and a config is written into manifest.json, which is "
+                f"{printable(secret)} holds a credential, and a config is written into manifest.json, which is "
                 "published; remove it, and log in with `hf auth login` or set HF_TOKEN or what the storage's client "
                 "reads."
             )
@@ -113,11 +113,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
             raise ConfigError(_without_evaluators(raw))
         values: dict[str, Any] = dict(raw)
         for key, where, section in _sections(raw):
-            *parents, last = where
-            inside = values
-            for parent in parents:
-                inside[parent] = inside = dict(inside[parent])
-            inside[last] = _checked(section_class(key, section), without_empty(key, section), where)
+            checked = _checked(section_class(key, section), without_empty(key, section), where)
+            values |= {where[0]: checked} if len(where) == 1 else {where[0]: {**values[where[0]], where[1]: checked}}
         return _checked(Config, values, ())
     except RecursionError:
         raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
@@ -125,7 +122,9 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 
 def _sections(raw: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Any]]:
     """The sections that have kinds: of each what it is, its location, and its values, not yet checked."""
-    found = [(key, (key,), raw[key]) for key in ("source", "model", "attack") if raw.get(key) is not None]
+    found: list[tuple[str, tuple[str, ...], Any]] = [
+        (key, (key,), raw[key]) for key in ("source", "model", "attack") if raw.get(key) is not None
+    ]
     for key in ("model", "attack"):
         several = raw.get(f"{key}s")
         if isinstance(several, Mapping):

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
@@ -140,12 +140,17 @@ class AttackConfig(Section):
     rounding: Literal["down", "nearest"] = "down"
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
+    # Whether it follows a model's gradient, or answers.
+    asks_model: ClassVar[bool] = True
+
     def attacked(self, models: Sequence[str]) -> tuple[str | None, ...]:
-        """The models whose gradients it follows: `models`, or all that there are; None stands for no model.
+        """The models that it attacks: `models`, or all that there are; (None,) where it asks none.
 
         Args:
             models: the ids of all models of the run.
         """
+        if not self.asks_model:
+            return (None,)
         return tuple(models) if self.models is None else self.models
 
     @property
@@ -162,6 +167,14 @@ class AttackConfig(Section):
     def title(self) -> str:
         """The attack's name for people."""
         return self.kind.upper()
+
+    @property
+    def how(self) -> str:
+        """What it does, for the card, after "The attack": by one step along the sign of the gradient."""
+        return ""
+
+    # The paper, as BibTeX.
+    paper: ClassVar[str] = ""
 
     @model_validator(mode="after")
     def _check_levels(self) -> "AttackConfig":
@@ -347,7 +360,7 @@ class Config(Section):
     @property
     def needs_labels(self) -> bool:
         """Whether a row without a label is an error."""
-        following = [attack for attack in self.all_attacks.values() if None not in attack.attacked(("",))]
+        following = [attack for attack in self.all_attacks.values() if attack.asks_model]
         return not following or any(attack.label == "dataset" for attack in following)
 
     @property

@@ -113,9 +113,10 @@ def attack_images(
             directions.append((last > images_u8).to(torch.int8) - (last < images_u8).to(torch.int8))
             zero_signs += [((moved == images_u8) & rows).sum() for moved in perturbed.images]
     clean = {name: model.logits for (name, _), (model, _) in reversed(attacked.items()) if model.went_forward}
-    logits, predictions, finite_logits = {}, [], []
-    for name, model in models.items():
-        answers = [clean[name] if name in clean else model.predict(images_u8), *map(model.predict, images[1:])]
+    logits: dict[int, Tensor] = {}
+    predictions, finite_logits = [], []
+    for name, looking in models.items():
+        answers = [clean[name] if name in clean else looking.predict(images_u8), *map(looking.predict, images[1:])]
         finite_logits.append(torch.stack([all_finite(values, of_rows) for values in answers]).all())
         predictions.append(torch.stack([values.argmax(1) for values in answers]))
         logits |= {index: values for index, values in enumerate(answers) if own[index] == name}

@@ -60,7 +60,8 @@ def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     if not len(images):
         return 0
     signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    stored = run.layout.stored([step(images, signs, variant.level) for variant in run.variants], signs)
+    moved = [step(images, signs, variant.level) for variant in run.variants]
+    stored = run.layout.stored(moved, [signs] * len(run.attacks))
     sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
     return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.variants)))
 
@@ -273,7 +274,6 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
     if plan.bytes is not None and images:
         needed = plan.bytes * sum(shard.rows or 0 for shard in in_flight(folder, run.plan.shards)) / images
     _, height, width = run.reader.shape
-    epsilons = ", ".join(f"{level}/255" for level in run.config.attack.levels)
     splits = ", ".join(f"{name} {_count(rows)}" for name, rows in _planned(run.plan).items())
     memory = f"about {human_bytes(plan.seen.memory)} with all workers"
     if plan.seen.device_memory is not None:
@@ -287,7 +287,7 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
     seconds = None if plan.seconds is None else opening + plan.seconds
     rows = {
         "source images": f"{_count(images)} ({splits}), {width}x{height} {run.config.preprocess.mode}",
-        "epsilons": f"clean, {epsilons}",
+        "variants": f"{len(run.variants)}: {', '.join(variant.subset for variant in run.variants)}",
         "rows": _count(None if images is None else images * len(run.stored)),
         "files": files,
         "bytes": size,

@@ -341,7 +341,7 @@ class _Sink:
         self._start()
         return receipt
 
-    def _count(self, batch: Batch, tables: Mapping[str, pa.Table], zero_signs: int) -> None:
+    def _count(self, batch: Batch, tables: Mapping[str, pa.Table], zero_signs: Tensor) -> None:
         run, variants = self.run, self.run.variants
         rows = [run.layout.rows(tables, variant, variants) for variant in variants]
         self._counts.append(

@@ -320,7 +320,7 @@ def _look(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: 
     found: list[str] = []
 
     def look(size: int) -> None:
-        goals = {each.goal: None for each in attacks if each.asks_model} or {None: None}
+        goals = dict.fromkeys(each.goal for each in attacks if each.asks_model) or [None]
         found[:] = dict.fromkeys(said for goal in goals for said in check_model(model, images, labels, goal, size))
 
     def attack(size: int) -> None:

@@ -10,7 +10,7 @@ puts in is escaped for Markdown unless it says otherwise.
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
-from pipeline.config.schema import is_checkpoint
+from pipeline.config.schema import AttackConfig, is_checkpoint
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import PipelineError
 from pipeline.core.own_code import names_file
 from pipeline.layouts.base import ATTACKS, COLUMNS
 from pipeline.output.folder import OutputFolder, Receipt, committed
 from pipeline.output.manifest import Manifest, summarise
+from pipeline.output.transfer import by_epsilon
 from pipeline.sources.origins import front_matter
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -45,7 +46,7 @@ HUB_LICENSES = (
 MEANINGS = {
     **{column.name: column.meaning for column in COLUMNS},
     **{column.clean_name: column.clean_meaning for column in COLUMNS if column.clean_name and column.clean_meaning},
-    ATTACKS: "for each recorded epsilon, rising: what made the image at it, and what the victim says of it",
+    ATTACKS: "for each attack, model and epsilon: what made the image at it, and what the model says of it",
 }
 
 
@@ -121,6 +122,10 @@ def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
     layout, stored, variants = manifest.layout, manifest.stored, manifest.variants
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
     configs = [_config(subset, manifest, [subset], f"{layout.summary(subset, variants)}; {stamp}") for subset in stored]
+    for level in manifest.levels[1:]:
+        subsets = list(dict.fromkeys(layout.subset(variant) for variant in variants if variant.level == level))
+        if f"eps-{level}" not in stored and len(stored) > 1:
+            configs.append(_config(f"eps-{level}", manifest, subsets, f"All images at epsilon {level}/255; {stamp}"))
     if len(stored) > 1:
         configs.insert(0, _config("all", manifest, stored, f"Clean and every epsilon; {stamp}"))
     return [{**configs[0], "default": True}, *configs[1:]]
@@ -171,7 +176,8 @@ def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
 
 def _title(manifest: Manifest) -> str:
     name = " ".join((manifest.origin.name or "").split())
-    return f"{name or 'Images'} under {manifest.resolved.attack.title}"
+    attacks = [attack.title for attack in manifest.resolved.all_attacks.values()]
+    return f"{name or 'Images'} under {_enumerate(list(dict.fromkeys(attacks)))}"
 
 
 def size_category(rows: int) -> str:
@@ -261,6 +267,7 @@ def _template() -> jinja2.Template:
         "enumerate": _enumerate,
         "floats": _floats,
         "model": _model,
+        "percent": lambda share: Markup("-") if share is None else f"{share:.1%}",
         "share": _share,
         "thousands": "{:,}".format,
     }
@@ -296,18 +303,15 @@ def moved_card(text: str, manifest: Manifest, place: str) -> str:
 
 def _values(manifest: Manifest, place: str) -> dict[str, Any]:
     config, levels, subsets = manifest.resolved, manifest.levels, manifest.subsets
-    features, attacks = manifest.features, manifest.features.get(ATTACKS)
-    judges = [
-        judge for judge in manifest.config.get("evaluators") or () if subsets and judge["id"] in subsets[0].evaluators
-    ]
-    ids = [judge["id"] for judge in judges]
+    features, listed = manifest.features, manifest.features.get(ATTACKS)
+    attacks, models = config.all_attacks, config.all_models
     return {
         **dict(manifest),
         **dict(config),
         "title": _title(manifest),
         "planned": manifest.planned,
         "epsilons": [f"{level}/255" for level in levels[1:]],
-        "requested": [_requested(level, epsilon) for level, epsilon in config.attack.requested.items()],
+        "requested": [_requested(level, epsilon) for level, epsilon in _all_requested(attacks.values())],
         "variants": manifest.variants,
         "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
         "stored": manifest.stored,
@@ -320,13 +324,25 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         # The last split is the one to measure with, as a rule.
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
-        "victim": manifest.config["model"],
-        "on_ray": manifest.on_ray,
-        "judges": judges,
+        "models": {name: model.model_dump(mode="json") for name, model in models.items()},
+        "attacked": {variant.model for variant in manifest.variants},
+        "attacks": attacks,
+        "names": [attack.title for attack in attacks.values()],
+        "on_ray": all(map(manifest.on_ray, attacks)),
+        "targeted": any(attack.target is not None for attack in attacks.values()),
+        "matrix": by_epsilon(manifest.transfer) if len(models) > 1 else [],
+        "unmoved": manifest.zero_shares() if subsets else {},
+        "papers": list(dict.fromkeys(attack.paper for attack in attacks.values() if attack.paper)),
         "classes": manifest.dataset_classes,
-        "columns": list(_describe(manifest, features, ids)),
-        "fields": list(_describe(manifest, attacks["feature"], ids)) if attacks else [],
+        "columns": list(_describe(manifest, features)),
+        "fields": list(_describe(manifest, listed["feature"])) if listed else [],
     }
+
+
+def _all_requested(attacks: Iterable[AttackConfig]) -> list[tuple[int, str | float]]:
+    """Each epsilon of any attack as it was asked for, by rising level."""
+    found = {(level, epsilon) for attack in attacks for level, epsilon in attack.requested.items()}
+    return sorted(found, key=lambda pair: (pair[0], str(pair[1])))
 
 
 def _requested(level: int, epsilon: str | float) -> str:
@@ -334,18 +350,21 @@ def _requested(level: int, epsilon: str | float) -> str:
     return f"{level} ({level}/255 = {level / 255:.4f}{'' if exact else f', asked for as {epsilon}'})"
 
 
-def _describe(manifest: Manifest, features: Mapping[str, Any], judges: Sequence[str]) -> Iterator[dict[str, str]]:
+def _describe(manifest: Manifest, features: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Name, type and meaning of columns, as a manifest records them."""
-    layout = manifest.layout
+    layout, config = manifest.layout, manifest.resolved
     pictures = {picture.column: layout.describe(picture) for picture in layout.pictures(manifest.variants)}
     meanings = {**MEANINGS, **pictures}
-    if manifest.resolved.attack.target is not None:
-        meanings["fooled"] = "whether the prediction is the target; null on clean images"
+    if any(attack.target is not None for attack in config.all_attacks.values()):
+        meanings["fooled"] = (
+            "whether the prediction is the target or, of an attack without one, is wrong and was right when clean; "
+            "null on clean images"
+        )
     if manifest.streamed:
         meanings["source_index"] = "row in that file"
-    for judge in judges:
+    for model in config.all_models:
         for column in ("prediction", "correct", "clean_prediction", "clean_correct"):
-            meanings[f"{column}_{judge}"] = f"as {column}, of evaluator {judge}"
+            meanings[f"{column}_{model}"] = f"as {column}, of model {model}"
     for name, feature in features.items():
         yield {
             "name": name,

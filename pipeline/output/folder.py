@@ -43,6 +43,10 @@ SUBSETS = f"(?:{'|'.join(layout.subsets for layout in LAYOUTS.values())})"
 SHARD_FILE = rf"^{SUBSETS}/\w[\w.-]*\.parquet$"
 RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
 Id = Annotated[str, Field(pattern=f"^{ID}$")]
+# A name of which the names of shards begin.
+Split = Annotated[str, Field(pattern=STEM)]
+# An epsilon in grey levels, 0 for clean.
+Level = Annotated[int, Field(ge=0, le=255)]
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Total = Annotated[float, Field(ge=0, lt=2**63)]
@@ -220,7 +224,7 @@ class VariantCounts(Record):
 
     attack: Id | None
     model: Id | None
-    level: Annotated[int, Field(ge=0, le=255)]
+    level: Level
     subset: str = Field(pattern=f"^{SUBSET}$")
     rows: Whole
     labelled: Whole

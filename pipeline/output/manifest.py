@@ -35,13 +35,13 @@ from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.folder import (
     EDITION,
     RUN_ID,
-    STEM,
     AlteredError,
     FileEntry,
     OutputFolder,
     Receipt,
     Record,
     SealedRecord,
+    Split,
     VariantCounts,
     Whole,
     add_up,
@@ -52,6 +52,7 @@ from pipeline.output.folder import (
     shard_file,
     uncollected,
 )
+from pipeline.output.transfer import Transfer, transfer_matrix
 
 if TYPE_CHECKING:
     from pipeline.models.label_space import LabelSpace
@@ -118,8 +119,6 @@ class StreamedFile(Record):
 
 
 Edition = Annotated[str, Field(pattern=EDITION)]
-# A name of which the names of shards begin.
-Split = Annotated[str, Field(pattern=STEM)]
 
 
 def _check_pixels(shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -153,7 +152,7 @@ class Manifest(SealedRecord):
 
     `skipped_rows` counts all source rows that could not be decoded, `skipped` lists up to MOST_SKIPPED of them.
     `left_out` says what the source holds beside its rows, as it was found when the run began, `members_left_out` what
-    members of its tars are part of no row.
+    members of its tars are part of no row. `transfer` says what each model makes of the images of each variant.
 
     `generation` counts how often an object store's prefix had been started over when the run began. While a run is
     under way, `session` names the process that holds the store, so that each has a manifest of its own, and
@@ -181,6 +180,7 @@ class Manifest(SealedRecord):
     receipts: str = ""
     rows: Whole = 0
     subsets: tuple[Subset, ...] = ()
+    transfer: tuple[Transfer, ...] = ()
     files: tuple[FileEntry, ...] = ()
     skipped_rows: Whole = 0
     skipped: tuple[Skipped, ...] = ()
@@ -557,6 +557,7 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
         receipts: of the shards that are there, by name.
     """
     ordered = [receipts[name] for name in sorted(receipts)]
+    subsets = _subsets(manifest, ordered)
     rows = sum(receipt.rows for receipt in ordered)
     shards = manifest.plan.shards
     files = {shard.name: shard.file for shard in shards}
@@ -577,7 +578,8 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
             "versions": _versions(manifest, ordered),
             "receipts": receipts_digest(receipts),
             "rows": rows,
-            "subsets": _subsets(manifest, ordered),
+            "subsets": subsets,
+            "transfer": transfer_matrix((subset.split, subset) for subset in subsets),
             "files": tuple(entry for receipt in ordered for entry in receipt.files),
             "skipped_rows": sum(len(receipt.skipped) for receipt in ordered),
             "skipped": tuple(itertools.islice(skipped, MOST_SKIPPED)),

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.redaction import printable
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest, Subset, current_manifest
+from pipeline.output.transfer import Transfer, by_epsilon
 
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
-EVALUATOR_HEAD = ("split", "subset", "evaluator", "accuracy", "fooled", "transferred")
 
 
 def inspect(path: str | Path) -> str:
@@ -24,13 +25,14 @@ def summary_table(manifest: Manifest) -> str:
     """Per split and variant: rows, accuracy, mean confidence, fooled rows and bytes.
 
     Accuracy is over labelled rows; `fooled` counts rows predicted right when clean and wrong now, or, in a
-    targeted run, predicted as the target. Evaluators have a table of their own: `transferred` counts what fools the
-    victim and this evaluator, of what fools the victim and is right for the evaluator when clean.
+    targeted run, predicted as the target. Several models have the transfer matrix: of each, the accuracy on the images,
+    and of those that it gets right when clean the share that it loses.
     """
     lines = _aligned([HEAD, *map(_cells, manifest.subsets)])
-    others = [_evaluator_cells(subset, name) for subset in manifest.subsets for name in subset.evaluators]
-    if others:
-        lines += ["", *_aligned([EVALUATOR_HEAD, *others])]
+    if len(manifest.spaces) > 1 and manifest.transfer:
+        head = ("split", "images of", "epsilon", *(f"{name}: right, lost" for name in manifest.spaces))
+        lines += ["", "Transfer: what each model gets right, and what it loses of what it gets right when clean"]
+        lines += _aligned([head, *map(_transfer_cells, by_epsilon(manifest.transfer))])
     return "\n".join([*lines, "", *_notes(manifest)])
 
 
@@ -47,17 +49,21 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _evaluator_cells(subset: Subset, name: str) -> tuple[str, ...]:
-    counts = subset.evaluators[name]
-    share = f" ({counts.transferred / counts.exposed:.1%})" if counts.exposed else ""
-    return (
-        subset.split,
-        subset.subset,
-        name,
-        f"{counts.correct / subset.labelled:.2%}" if subset.labelled else "-",
-        f"{counts.fooled:,}" if subset.level else "-",
-        f"{counts.transferred:,} of {counts.exposed:,}{share}" if subset.level else "-",
-    )
+def _transfer_cells(row: Sequence[Transfer]) -> tuple[str, ...]:
+    first = row[0]
+    made = f"{first.attack} on {first.model}" if first.model else first.attack
+    answers = (f"{_percent(cell.accuracy)}, {_percent(cell.share_lost)}" for cell in row)
+    return (first.split, made, f"{first.level}/255", *answers)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def as_json(manifest: Manifest) -> dict[str, Any]:
+    """What `inspect` says, as values for JSON: the manifest's own names, without what a run alone needs."""
+    names = ("run_id", "complete", "rows", "skipped_rows", "dataset_classes", "subsets", "transfer", "versions")
+    return manifest.model_dump(mode="json", include=set(names))
 
 
 def _cells(subset: Subset) -> tuple[str, ...]:
@@ -78,7 +84,7 @@ def _notes(manifest: Manifest) -> list[str]:
     notes = [
         f"run {manifest.run_id}, {state}; {manifest.rows:,} of {manifest.planned} source images, "
         f"{manifest.skipped_rows:,} skipped",
-        f"gradient exactly zero on {manifest.zero_sign_share:.2%} of the pixel values",
+        f"not moved: {_unmoved(manifest)} of the pixel values",
     ]
     if warning := manifest.zero_gradient_warning:
         notes.append(f"WARNING: {warning}")
@@ -90,6 +96,14 @@ def _notes(manifest: Manifest) -> list[str]:
         notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}{file}: {row.reason}"))
     notes += [printable(f"left out of tars: {part}") for part in manifest.members_left_out]
     return notes
+
+
+def _unmoved(manifest: Manifest) -> str:
+    """The share of pixel values that each attack leaves as they are: at one epsilon if that is the same at each."""
+    shares = {variant: f"{share:.2%}" for variant, share in manifest.zero_shares().items()}
+    if len(set(shares.values())) == 1:
+        return next(iter(shares.values()))
+    return ", ".join(f"{share} ({variant.subset})" for variant, share in shares.items())
 
 
 def _split_sizes(manifest: Manifest) -> str:
