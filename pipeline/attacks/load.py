@@ -28,10 +28,10 @@ def load_attack(config: AttackConfig) -> LoadedAttack:
         ConfigError: there is no such code, it cannot be made with its arguments, or is no `Attack`.
     """
     if not isinstance(config, OwnAttackConfig):
-        return LoadedAttack(resolve_name(ATTACKS[config.kind].make)())
+        return LoadedAttack(resolve_name(ATTACKS[config.kind].make)(**config.arguments))
     make = import_own(config.kind, "attack.kind")
     try:
-        made = make(**config.kwargs)
+        made = make(**config.arguments)
     except Exception as error:  # the user's own code
         raise ConfigError(
             f"attack.kwargs: {config.kind} cannot be made with them: {type(error).__name__}: {first_line(error)}"

@@ -1,12 +1,15 @@
 """The `attack` section of the config, by kind."""
 
+import math
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.schema import AttackConfig
-from pipeline.config.section import anchored
+from pipeline.config.section import Count, anchored
+from pipeline.core.epsilon import epsilon_level
 from pipeline.core.own_code import names_file
 
 
@@ -31,6 +34,117 @@ class FGSMConfig(AttackConfig):
         return {}  # it was the only attack once, and stands in the identity of no run
 
 
+class NoiseConfig(AttackConfig):
+    """Noise, which asks no model: it has no label to lead away from, needs none in the source, and has no target."""
+
+    kind: Literal["noise"] = "noise"
+    # They are what runs without labels have. Left out where a config is written down, as it may not say them.
+    label: Literal["prediction"] = Field("prediction", exclude=True)
+    target: None = Field(None, exclude=True)
+
+    @field_validator("label", "target", mode="before")
+    @classmethod
+    def _asks_no_model(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError(f"{value!r} has no meaning with kind noise, which asks no model; leave the key out")
+        return value
+
+
+class IterativeConfig(AttackConfig):
+    """Attacks of several steps.
+
+    steps: how many; step: how long each is, written like an epsilon and rounded like one. Left out, they follow from
+    the epsilon, by a rule for each kind.
+    """
+
+    steps: Annotated[Count, Field(le=1000)] | None = None
+    step: str | Annotated[float, Field(strict=True)] | None = None
+
+    @abstractmethod
+    def _default_steps(self, level: int) -> int:
+        """How many steps are taken at an epsilon in grey levels."""
+
+    @abstractmethod
+    def _default_step(self, level: int, steps: int) -> int:
+        """How long, in grey levels, each of some steps is."""
+
+    @model_validator(mode="after")
+    def _check_step(self) -> "IterativeConfig":
+        if self.step is not None:
+            epsilon_level(self.step, self.rounding, "step")
+        return self
+
+    @property
+    def schedule(self) -> dict[int, tuple[int, int]]:
+        """For each stored epsilon in grey levels, how many steps are taken and how long each is, in grey levels."""
+        steps = {level: self.steps or self._default_steps(level) for level in self.levels}
+        if self.step is not None:
+            return {level: (count, epsilon_level(self.step, self.rounding)) for level, count in steps.items()}
+        return {level: (count, self._default_step(level, count)) for level, count in steps.items()}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"schedule": self.schedule}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        counts, sizes = zip(*self.schedule.values(), strict=True)
+        return {"kind": self.kind, "steps": counts, "step": [f"{size}/255" for size in sizes]}
+
+
+class BIMConfig(IterativeConfig):
+    """BIM, with the numbers of Kurakin et al. (2017), section 2.2, who count in grey levels too."""
+
+    kind: Literal["bim"] = "bim"
+
+    def _default_steps(self, level: int) -> int:
+        return min(level + 4, math.ceil(1.25 * level))
+
+    def _default_step(self, level: int, steps: int) -> int:
+        del level, steps
+        return 1
+
+
+class PGDConfig(IterativeConfig):
+    """PGD, with steps of 2.5 k / T, as Madry et al. (2018), section 5: the far side of the ball is within reach."""
+
+    kind: Literal["pgd"] = "pgd"
+
+    def _default_steps(self, level: int) -> int:
+        del level
+        return 10
+
+    def _default_step(self, level: int, steps: int) -> int:
+        return max(1, round(2.5 * level / steps))
+
+
+class MIFGSMConfig(IterativeConfig):
+    """MI-FGSM, with the numbers of Dong et al. (2018), sections 3.1 and 4.1; `decay` is their mu."""
+
+    kind: Literal["mifgsm"] = "mifgsm"
+    # What float32 cannot hold would make of 0 something that is no number.
+    decay: Annotated[float, Field(ge=0, le=1e38, strict=True)] = 1.0
+
+    def _default_steps(self, level: int) -> int:
+        del level
+        return 10
+
+    def _default_step(self, level: int, steps: int) -> int:
+        return max(1, round(level / steps))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments, "decay": self.decay}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "decay": self.decay}
+
+    @property
+    def title(self) -> str:
+        return "MI-FGSM"
+
+
 class OwnAttackConfig(AttackConfig):
     """A class of the user's own, `path/to/file.py:Attack`; `kwargs` are its arguments."""
 
@@ -44,6 +158,10 @@ class OwnAttackConfig(AttackConfig):
     @property
     def own_code(self) -> str | None:
         return self.kind
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.kwargs
 
     @property
     def identity(self) -> dict[str, Any]:

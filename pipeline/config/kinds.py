@@ -38,6 +38,10 @@ MODELS = {
 }
 ATTACKS = {
     "fgsm": Kind("pipeline.attacks.sections:FGSMConfig", "pipeline.attacks.fgsm:FGSM"),
+    "noise": Kind("pipeline.attacks.sections:NoiseConfig", "pipeline.attacks.noise:Noise"),
+    "bim": Kind("pipeline.attacks.sections:BIMConfig", "pipeline.attacks.iterative:BIM"),
+    "pgd": Kind("pipeline.attacks.sections:PGDConfig", "pipeline.attacks.iterative:PGD"),
+    "mifgsm": Kind("pipeline.attacks.sections:MIFGSMConfig", "pipeline.attacks.iterative:MIFGSM"),
 }
 # An attack of the user's own has no line: the config names the file.
 OWN_ATTACK, OWN_ATTACK_SECTION = "path/to/file.py:Attack", "pipeline.attacks.sections:OwnAttackConfig"

@@ -164,6 +164,11 @@ class AttackConfig(Section):
         return {"kind": self.kind}
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that the attack's class is made with."""
+        return {}
+
+    @property
     def title(self) -> str:
         """The attack's name for people."""
         return self.kind.upper()

@@ -10,8 +10,12 @@ from pipeline.core.errors import ConfigError
 LEVEL_SLACK = 1e-6
 
 
-def epsilon_value(epsilon: str | float) -> float:
-    """An epsilon as a number: `k/255` or a decimal.
+def epsilon_value(epsilon: str | float, key: str = "epsilons") -> float:
+    """An epsilon, or a step that is written like one, as a number: `k/255` or a decimal.
+
+    Args:
+        epsilon: as it was written.
+        key: what a message calls it.
 
     Raises:
         ValueError: it is neither, or lies outside [1/255, 1].
@@ -24,20 +28,20 @@ def epsilon_value(epsilon: str | float) -> float:
             try:
                 value = float(epsilon)
             except ValueError:
-                raise ValueError(f"epsilons: {epsilon!r} is neither a number nor of the form k/255") from None
+                raise ValueError(f"{key}: {epsilon!r} is neither a number nor of the form k/255") from None
     else:
         value = float(epsilon)
     if math.isnan(value):
-        raise ValueError(f"epsilons: {epsilon} is not a number")
+        raise ValueError(f"{key}: {epsilon} is not a number")
     if value > 1:
         hint = f"; write {value:g}/255" if value <= 255 and "/" not in str(epsilon) else ""
-        raise ValueError(f"epsilons: {epsilon} is above 1, and pixels run from 0 to 1{hint}")
+        raise ValueError(f"{key}: {epsilon} is above 1, and pixels run from 0 to 1{hint}")
     if 255 * value < 1 - LEVEL_SLACK:
-        raise ValueError(f"epsilons: {epsilon} is below 1/255, the smallest step an 8-bit image can hold")
+        raise ValueError(f"{key}: {epsilon} is below 1/255, the smallest step an 8-bit image can hold")
     return value
 
 
-def epsilon_level(epsilon: str | float, rounding: str) -> int:
+def epsilon_level(epsilon: str | float, rounding: str, key: str = "epsilons") -> int:
     """The epsilon on the 8-bit lattice, in grey levels 1..255.
 
     Rounding `down` keeps the image inside the ball asked for; `nearest` is there to compare with
@@ -46,7 +50,7 @@ def epsilon_level(epsilon: str | float, rounding: str) -> int:
     Raises:
         ValueError: as `epsilon_value`.
     """
-    scaled = 255 * epsilon_value(epsilon)
+    scaled = 255 * epsilon_value(epsilon, key)
     return math.floor(scaled + LEVEL_SLACK) if rounding == "down" else round(scaled)
 
 
