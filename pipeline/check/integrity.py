@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,11 @@ from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.core.lattice import common_sign, picture_to_sign, step
 from pipeline.core.plan import Plan, Shard
-from pipeline.core.variants import CLEAN, Variant
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
-from pipeline.engine.run import (
-    PACKAGES,
-)
-from pipeline.engine.scores import contents_of, count
-from pipeline.layouts.base import COLUMNS, EPSILON, FILE, evaluator_columns, kept_columns, make_features
+from pipeline.engine.run import PACKAGES
+from pipeline.engine.scores import complete_scores, contents_of, count
+from pipeline.layouts.base import LABEL, VICTIM, Scores, evaluator_columns, kept_columns, make_features
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.output.card import make_configs, read_configs
 from pipeline.output.folder import (
@@ -51,12 +49,7 @@ from pipeline.output.folder import (
     committed,
     shard_file,
 )
-from pipeline.output.manifest import (
-    Manifest,
-    altered_manifest,
-    contradictions,
-    summarise,
-)
+from pipeline.output.manifest import Manifest, altered_manifest, contradictions, summarise
 from pipeline.output.shards import FOOTER_KEY
 
 
@@ -90,6 +83,12 @@ def _fits(asked: Any, space: LabelSpace) -> bool:
         return np.array_equal(space.to_model, map_classes(asked, space.dataset_classes, None, count))
     except ConfigError:
         return False
+
+
+def spaces_of(manifest: Manifest) -> dict[str, LabelSpace]:
+    """How the classes of each model translate, as its columns are called: the victim's under VICTIM, first."""
+    spaces = manifest.spaces
+    return {VICTIM: spaces["model"], **{name: spaces[f"evaluators.{name}"] for name in manifest.evaluators}}
 
 
 def check_listing(
@@ -162,9 +161,9 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     config = manifest.resolved
     try:
         features = datasets.Features.from_dict(manifest.features)
-        spaces = {name: manifest.spaces[f"evaluators.{name}"] for name in manifest.evaluators}
+        spaces = spaces_of(manifest)
         kept = {name: features[name] for name in config.source.kept}
-        expected = make_features(manifest.layout, contents_of(config, manifest.spaces["model"], spaces, kept))
+        expected = make_features(manifest.layout, contents_of(config, spaces[VICTIM], spaces, kept))
     except Exception as error:  # what is no feature can raise anything there
         place = folder.store.at(folder.manifest)
         raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
@@ -193,23 +192,17 @@ class ShardCheck:
         self.shape = torch.Size(manifest.shape)
         self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
         self.levels = [variant.level for variant in self.variants]
-        self.layout = manifest.layout
-        self.on_ray = manifest.on_ray
-        self.targeted = manifest.resolved.attack.target is not None
-        self.run_id = manifest.run_id
+        self.layout, self.on_ray, self.run_id = manifest.layout, manifest.on_ray, manifest.run_id
+        self.seed = manifest.resolved.runtime.seed
         self.features = _features(manifest, folder)
         self.schema = self.features.arrow_schema
         self.listed = {entry.path: entry for entry in manifest.files}
-        self.classes = {
-            "label": len(manifest.dataset_classes),
-            "prediction": len(manifest.to_recorded),
-            "target": len(manifest.to_recorded),
-        }
-        self.seed = manifest.resolved.runtime.seed
-        # What does not depend on epsilon.
-        files = [FILE] if FILE in self.schema.names else []
-        self.shared = ("label", "source_index", *files, *kept_columns(self.schema.names))
-        self.evaluators = tuple(manifest.evaluators)
+        self.spaces = spaces_of(manifest)
+        self.evaluators = list(manifest.evaluators)
+        self.targeted = manifest.resolved.attack.target is not None
+        classes = len(manifest.to_recorded)
+        self.classes = {LABEL: len(manifest.dataset_classes), "prediction": classes}
+        self.classes |= {"target": classes} if self.targeted else {}
 
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
@@ -232,19 +225,21 @@ class ShardCheck:
         self.findings.shards += 1
 
     def _check_receipt(self, shard: Shard, receipt: Receipt) -> None:
-        """What a receipt says of its shard without looking at any row is what the plan says."""
+        """What a receipt says of its shard is what the plan says, as far as no row tells."""
         planned = receipt.planned if shard.rows is None else shard.rows
         if (receipt.shard, receipt.split, receipt.planned) != (shard.name, shard.split, planned):
             raise DamageError(f"{self._receipt(shard)} is of another shard, or of another number of rows.")
-        if [entry.path for entry in receipt.files] != [
-            shard_file(subset, shard, self.edition) for subset in self.stored
-        ]:
+        if [entry.path for entry in receipt.files] != self._files(shard):
             raise DamageError(f"{self._receipt(shard)} lists other files than the run has.")
         # Before anything is made for each row: the numbers may be any.
         if len(receipt.skipped) + receipt.rows != planned or {e.rows for e in receipt.files} != {receipt.rows}:
             raise DamageError(f"{self._receipt(shard)} does not account for all source rows of its shard.")
         if not {"python", "device", *PACKAGES} <= set(receipt.versions):
             raise DamageError(f"{self._receipt(shard)} does not say all versions.")
+
+    def _files(self, shard: Shard) -> list[str]:
+        """The files of a shard, one for each of the stored subsets."""
+        return [shard_file(subset, shard, self.edition) for subset in self.stored]
 
     def _receipt(self, shard: Shard) -> str:
         return self.folder.receipt(shard, self.edition)
@@ -260,22 +255,20 @@ class ShardCheck:
         size = self.sizes.get(entry.path)
         if size is None:
             raise DamageError(f"{entry.path} is missing.")
-        if size != entry.bytes:
-            if self._is_listed(entry, bytes=size):
-                raise DamageError(f"{self._receipt(shard)} says that {entry.path} has {entry.bytes} bytes, not {size}.")
-            raise DamageError(f"{entry.path} has {size} bytes; its receipt says {entry.bytes}.")
+        self._compare_file(shard, entry, "bytes", size)
 
     def _check_digest(self, shard: Shard, entry: FileEntry, root: Path) -> None:
         with (root / entry.path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry.sha256:
-            if self._is_listed(entry, sha256=digest):
-                raise DamageError(f"{self._receipt(shard)} has another sha256 of {entry.path} than that has.")
-            raise DamageError(f"{entry.path} was altered: its sha256 is not its receipt's.")
+            self._compare_file(shard, entry, "sha256", hashlib.file_digest(file, "sha256").hexdigest())
 
-    def _is_listed(self, entry: FileEntry, **found: Any) -> bool:
-        """Whether the manifest lists a file as it was found: then its receipt is what was altered."""
-        return self.listed.get(entry.path) == entry.model_copy(update=found)
+    def _compare_file(self, shard: Shard, entry: FileEntry, key: str, found: Any) -> None:
+        """A file is as its receipt says. Where the manifest lists it as it was found, the receipt was altered."""
+        said = getattr(entry, key)
+        if found == said:
+            return
+        if self.listed.get(entry.path) == entry.model_copy(update={key: found}):
+            raise DamageError(f"{self._receipt(shard)} says {key} {said} of {entry.path}, which has {found}.")
+        raise DamageError(f"{entry.path} has {key} {found}; its receipt says {said}.")
 
     def _check_rows(self, shard: Shard, receipt: Receipt, root: Path) -> None:
         if shard.stop is None:
@@ -283,19 +276,20 @@ class ShardCheck:
         self._check_skipped(shard, receipt)
         skipped = {row.position for row in receipt.skipped}
         places = list(self.plan.batches(shard))
-        masks = [
-            np.array([place.start + i not in skipped for i in range(place.stop - place.start)]) for place in places
-        ]
+        masks = [np.array([row not in skipped for row in range(place.start, place.stop)]) for place in places]
         counts = [int(mask.sum()) for mask in masks]
         tables = zip(*(self._read(shard, subset, root, counts) for subset in self.stored), strict=True)
-        self._zero_signs = (0, 0)
         with contextlib.closing(self._originals(shard)) as originals:
-            batches = [
-                self._check_batch(shard, self.plan.rows(shard, place)[mask], mask, subsets, next(originals), receipt)
+            checked = [
+                self._check_batch(shard, place, mask, subsets, next(originals), receipt)
                 for place, mask, subsets in zip(places, masks, tables, strict=True)
             ]
-        self._check_counts(shard, receipt, batches)
-        self._check_zero_signs(shard, receipt)
+        found = [
+            add_up(variant, [batch[index] for batch, _ in checked], self.evaluators)
+            for index, variant in enumerate(self.variants)
+        ]
+        self._check_counts(shard, receipt, found)
+        self._check_zero_signs(shard, receipt, *sum((signs for _, signs in checked), np.zeros(2, dtype=np.int64)))
         self.findings.rows += receipt.rows * len(self.stored)
         self.findings.skipped += len(skipped)
 
@@ -309,36 +303,30 @@ class ShardCheck:
         if [row.source_index for row in receipt.skipped] != self.plan.rows(shard)[positions].tolist():
             raise DamageError(f"{self._receipt(shard)} lists skipped rows that the plan has elsewhere.")
 
-    def _check_counts(self, shard: Shard, receipt: Receipt, batches: Sequence[Sequence[VariantCounts]]) -> None:
+    def _check_counts(self, shard: Shard, receipt: Receipt, found: Sequence[VariantCounts]) -> None:
         """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now."""
-        found = [
-            add_up(variant, [batch[index] for batch in batches], self.evaluators)
-            for index, variant in enumerate(self.variants)
-        ]
-        for there, here, name in zip(receipt.counts, found, self._names(shard), strict=False):
-            # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
-            if not math.isclose(there.confidence_sum, here.confidence_sum, rel_tol=1e-9) or there != here.model_copy(
-                update={"confidence_sum": there.confidence_sum}
-            ):
-                raise DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
         if len(receipt.counts) != len(found):
             raise DamageError(f"{self._receipt(shard)} counts other epsilons than the run has.")
+        for said, here, name in zip(receipt.counts, found, self._names(shard), strict=True):
+            # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
+            close = math.isclose(said.confidence_sum, here.confidence_sum, rel_tol=1e-9)
+            if not close or said != here.model_copy(update={"confidence_sum": said.confidence_sum}):
+                raise DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
 
-    def _check_zero_signs(self, shard: Shard, receipt: Receipt) -> None:
+    def _check_zero_signs(self, shard: Shard, receipt: Receipt, least: int, most: int) -> None:
         """The share of zero signs is a whole number of values, as many as the images leave possible."""
         values = max(1, receipt.rows * self.shape.numel())
         count = round(receipt.zero_sign_share * values)
-        least, most = self._zero_signs
         if count / values != receipt.zero_sign_share or not least <= count <= most:
             raise DamageError(f"{self._receipt(shard)} has a zero_sign_share that the images do not give.")
 
-    def _count_zero_signs(self, images: Sequence[Tensor], sign: Tensor) -> None:
-        """Count the values of a batch that the attack did not move: the least and the most that there can be."""
+    def _count_zero_signs(self, images: Sequence[Tensor], sign: Tensor) -> NDArray[np.int64]:
+        """How many values of a batch the attack did not move, (2,): the least and the most that there can be."""
         clean = images[0]
         still = sign == 0 if self.on_ray else torch.stack([pixels == clean for pixels in images[1:]]).all(0)
         # Where the sign itself is not stored, 0 is not told from a step beyond black or white, which is clipped.
         sure = still if self.layout.stores_sign or not self.on_ray else still & (clean > 0) & (clean < 255)
-        self._zero_signs = (self._zero_signs[0] + int(sure.sum()), self._zero_signs[1] + int(still.sum()))
+        return np.array([int(sure.sum()), int(still.sum())])
 
     def _names(self, shard: Shard) -> list[str]:
         """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
@@ -407,31 +395,88 @@ class ShardCheck:
     def _check_batch(
         self,
         shard: Shard,
-        rows: NDArray[np.int64],
+        place: slice,
         mask: NDArray[np.bool_],
         subsets: Sequence[pa.Table],
         original: Batch | None,
         receipt: Receipt,
-    ) -> list[VariantCounts]:
-        """Check one batch of every subset; what its rows at each epsilon add up to."""
-        files = [shard_file(subset, shard, self.edition) for subset in self.stored]
-        if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
-            raise DamageError(f"{files[0]} holds other source rows than the plan says.")
-        if shard.file is not None and set(subsets[0].column(FILE).to_pylist()) - {shard.file}:
-            raise DamageError(f"{files[0]} holds rows of another source file than the plan says.")
-        images, sign, tables = self._unpack(dict(zip(self.stored, files, strict=True)), subsets)
-        names = self._names(shard)
-        totals = []
-        for variant, name, table in zip(self.variants, names, tables, strict=True):
-            self._check_columns(name, variant, table, tables[0])
-            totals.append(count(variant, table, tables[0], self.evaluators))
-        self._check_pixels(names, images, sign, tables[0])
-        self._count_zero_signs(images, sign)
+    ) -> tuple[list[VariantCounts], NDArray[np.int64]]:
+        """Check one batch of every subset.
+
+        Returns:
+            What its rows of each variant add up to, and its least and most zero signs, as `_count_zero_signs`.
+        """
+        rows = self.plan.rows(shard, place)[mask]
+        files, names = dict(zip(self.stored, self._files(shard), strict=True)), self._names(shard)
+        stored = dict(zip(self.stored, subsets, strict=True))
+        images, sign, tables = self._unpack(files, stored)
+        for name, table in zip(names, tables, strict=True):
+            self._check_ranges(name, table)
+        clean = tables[0]
+        # The batch that the run wrote, as far as the plan and the rows themselves say.
+        labels = torch.full((len(mask),), UNLABELLED, dtype=torch.int64)
+        labels[torch.from_numpy(mask)] = torch.from_numpy(column_of(clean, LABEL, UNLABELLED).astype(np.int64))
+        kept = clean.select(kept_columns(self.schema.names))
+        batch = Batch(shard, place, images[0], labels, torch.from_numpy(mask), rows, kept, (), 0.0)
         if original is not None:
-            self._compare_source(original, files[0], mask, images[0], tables[0], receipt)
+            batch = self._compare_source(original, batch, files[self.stored[0]], receipt)
+        recorded = self._recorded(tables, batch.labels[batch.valid].numpy())
+        self._compare_columns(names, stored, batch, recorded, tables)
+        self._check_pixels(names, images, sign, clean)
         if self.recomputation is not None and len(rows):
-            self.recomputation.check(names, mask, images, sign, tables, draw_numbers(self.seed, shard, rows))
-        return totals
+            draws = draw_numbers(self.seed, shard, rows)
+            self.recomputation.check(names, mask, images, sign, recorded, clean, draws)
+        counts = [count(one, table, clean, self.evaluators) for one, table in zip(self.variants, tables, strict=True)]
+        return counts, self._count_zero_signs(images, sign)
+
+    def _recorded(self, tables: Sequence[pa.Table], labels: NDArray[np.int64]) -> Scores:
+        """What the rows record of the models' answers, and what follows from these and the labels."""
+
+        def stacked(name: str, null: float) -> NDArray[Any]:
+            return np.stack([column_of(table, name, null) for table in tables])
+
+        predictions = [stacked(evaluator_columns(name)[0] if name else "prediction", -1) for name in self.spaces]
+        return complete_scores(
+            self.variants,
+            np.stack(predictions),
+            stacked("confidence", 0.0),
+            stacked("label_confidence", 0.0),
+            labels,
+            column_of(tables[-1], "target", 0) if self.targeted else None,
+            self.spaces,
+        )
+
+    def _check_ranges(self, name: str, table: pa.Table) -> None:
+        """Classes are classes, and probabilities are such."""
+        for column, classes in self.classes.items():
+            values = column_of(table, column, 0)
+            if ((values < 0) | (values >= classes)).any():
+                raise DamageError(f"{name} has a {column} that is no class.")
+        for column in ("confidence", "label_confidence"):
+            values = column_of(table, column, 0.0)
+            # A softmax may exceed 1 by its rounding.
+            if not ((values >= 0) & (values < 1.001)).all():
+                raise DamageError(f"{name} has a {column} that is no probability.")
+
+    def _compare_columns(
+        self,
+        names: Sequence[str],
+        stored: Mapping[str, pa.Table],
+        batch: Batch,
+        recorded: Scores,
+        tables: Sequence[pa.Table],
+    ) -> None:
+        """The rows are those that a run writes which knows this batch, and of the models' answers what is recorded."""
+        pictures = [stored[subset].column(column) for subset, column in self.layout.pictures(self.variants)]
+        written = self.layout.tables(batch, recorded, pictures, self.schema)
+        again = dict(zip(stored, written, strict=True))
+        for variant, name, table in zip(self.variants, names, tables, strict=True):
+            expected = self.layout.rows(again, variant, self.variants)
+            for column in table.column_names:
+                if not _same(table.column(column), expected.column(column)):
+                    raise DamageError(
+                        f"{name} has a {column} that does not follow from the plan, the source and its rows."
+                    )
 
     def _check_pixels(self, names: Sequence[str], images: Sequence[Tensor], sign: Tensor, clean: pa.Table) -> None:
         """Every image is the clean one, moved along the one sign if the attack has one, and in any case in its ball."""
@@ -451,28 +496,15 @@ class ShardCheck:
                 f"for all epsilons; the first is {name_row(clean, other)}."
             )
 
-    def _compare_source(
-        self, original: Batch, name: str, mask: NDArray[np.bool_], images: Tensor, clean: pa.Table, receipt: Receipt
-    ) -> None:
-        """Labels, kept columns and clean images of a batch are the source's."""
-        valid = original.valid[: len(mask)].numpy()
-        labels = original.labels[: len(mask)].numpy()[mask]
-        other = labels != column_of(clean, "label", UNLABELLED)
-        if other.any():
-            raise DamageError(
-                f"{name} has {int(other.sum())} labels that are not the source's; the first is "
-                f"{name_row(clean, other)}."
-            )
-        decodes = np.array_equal(valid, mask)
-        if decodes:
-            for column in original.kept.column_names:
-                kept = original.kept.column(column).cast(self.schema.field(column).type)
-                if not kept.combine_chunks().equals(clean.column(column).combine_chunks()):
-                    raise DamageError(f"{name} has a {column} that is not the source's.")
-            other = (original.images[original.valid] != images).flatten(1).any(1).numpy()
-        if not decodes or other.any():
-            self._report_decoded(name, receipt, f"{int(other.sum())} clean images" if decodes else "skipped rows")
-        self.findings.compared += len(labels)
+    def _compare_source(self, original: Batch, batch: Batch, name: str, receipt: Receipt) -> Batch:
+        """The clean images of a batch are the source's; the batch with the source's labels and kept columns."""
+        rows = len(batch.valid)
+        self.findings.compared += len(batch.source_index)
+        decodes = torch.equal(original.valid[:rows], batch.valid)
+        other = int((original.images[original.valid] != batch.images).flatten(1).any(1).sum()) if decodes else 0
+        if other or not decodes:
+            self._report_decoded(name, receipt, f"{other} clean images" if decodes else "skipped rows")
+        return replace(batch, labels=original.labels[:rows], kept=original.kept if decodes else batch.kept)
 
     def _report_decoded(self, name: str, receipt: Receipt, what: str) -> None:
         """What is decoded otherwise than in the run is damage only where the same libraries decode."""
@@ -486,10 +518,10 @@ class ShardCheck:
         )
 
     def _unpack(
-        self, files: Mapping[str, str], subsets: Sequence[pa.Table]
+        self, files: Mapping[str, str], stored: Mapping[str, pa.Table]
     ) -> tuple[list[Tensor], Tensor, list[pa.Table]]:
         """The images at every epsilon, 1 + K times (M, C, H, W) uint8, their sign, and what is recorded of them."""
-        layout, variants, stored = self.layout, self.variants, dict(zip(files, subsets, strict=True))
+        layout, variants = self.layout, self.variants
         pictures = {
             picture: self._pictures(stored[picture.subset].column(picture.column), files[picture.subset])
             for picture in layout.pictures(variants)
@@ -505,45 +537,6 @@ class ShardCheck:
         images = [pictures[picture] for variant in variants for picture in layout.source(variant, variants)]
         return images, common_sign(images, self.levels), tables
 
-    def _check_columns(self, name: str, variant: Variant, table: pa.Table, clean: pa.Table) -> None:
-        for own in (column for column in COLUMNS if column.value is None):
-            if not table.column(own.name).equals(pa.chunked_array([own.blank(variant, table.num_rows)])):
-                value = f"{variant.level}/255" if own.name == EPSILON else own.of_variant(variant)
-                raise DamageError(f"{name} has another {own.name} than {value or 'null'}.")
-        pairs = [("clean_prediction", "prediction"), *((column, column) for column in self.shared)]
-        for column, original in pairs:
-            if not table.column(column).equals(clean.column(original)):
-                raise DamageError(f"{name} has a {column} that differs from the clean subset's {original}.")
-        self._check_nulls(name, variant, table)
-        for column in {*self.classes} & {*table.column_names}:
-            values = column_of(table, column, 0)
-            if ((values < 0) | (values >= self.classes[column])).any():
-                raise DamageError(f"{name} has a {column} that is no class.")
-        for column in ("confidence", "label_confidence"):
-            values = column_of(table, column, 0.0)
-            # A softmax may exceed 1 by its rounding.
-            if not ((values >= 0) & (values < 1.001)).all():
-                raise DamageError(f"{name} has a {column} that is no probability.")
-
-    def _check_nulls(self, name: str, variant: Variant, table: pa.Table) -> None:
-        """Null is what cannot be said, and nothing else."""
-        everywhere, nowhere = pa.repeat(True, table.num_rows), pa.repeat(False, table.num_rows)
-        unlabelled = table.column("label").is_null()
-        fooled = everywhere if variant == CLEAN else nowhere if self.targeted else unlabelled
-        expected = {
-            "prediction": nowhere,
-            "confidence": nowhere,
-            "label_confidence": unlabelled,
-            "correct": unlabelled,
-            "fooled": fooled,
-            **({"target": everywhere if variant == CLEAN else nowhere} if self.targeted else {}),
-        }
-        for evaluator in self.evaluators:
-            expected |= dict(zip(evaluator_columns(evaluator), (nowhere, unlabelled), strict=True))
-        for column, nulls in expected.items():
-            if not table.column(column).is_null().equals(pa.chunked_array(nulls)):
-                raise DamageError(f"{name} has a {column} that is null in other rows than it should be.")
-
     def _pictures(self, column: pa.ChunkedArray, name: str) -> Tensor:
         try:
             pixels = list(
@@ -556,3 +549,11 @@ class ShardCheck:
         except UndecodableError as error:
             raise DamageError(f"{name} holds a broken image: {error}") from None
         return torch.stack(pixels) if pixels else torch.zeros((0, *self.shape), dtype=torch.uint8)
+
+
+def _same(these: pa.ChunkedArray, those: pa.ChunkedArray) -> bool:
+    """Whether two columns are equal. NaN, which a source may hold, is what Arrow never calls equal."""
+    if these.equals(those) or not pa.types.is_floating(these.type):
+        return bool(these.equals(those))
+    nulls = these.is_null().equals(those.is_null())
+    return bool(nulls and np.array_equal(these.to_numpy(), those.to_numpy(), equal_nan=True))

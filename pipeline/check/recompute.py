@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
 from pipeline.attacks.load import load_attack
-from pipeline.check.findings import DamageError, Findings, column_of, name_row
+from pipeline.check.findings import DamageError, Findings, name_row
 from pipeline.config.schema import EvaluatorConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError
@@ -39,12 +38,8 @@ from pipeline.engine.scores import score
 from pipeline.layouts.base import Scores, evaluator_columns
 from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace
-from pipeline.output.folder import (
-    Receipt,
-)
-from pipeline.output.manifest import (
-    Manifest,
-)
+from pipeline.output.folder import Receipt
+from pipeline.output.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +192,7 @@ class Recomputation:
         self.models, self.plan, self.findings = models, plan, findings
         self.variants, self.layout, self.on_ray = manifest.variants, manifest.layout, manifest.on_ray
         self.levels = [variant.level for variant in self.variants]
-        self.targeted = manifest.resolved.attack.target is not None
-        self.seed, precision = manifest.resolved.runtime.seed, manifest.resolved.runtime.precision
+        precision = manifest.resolved.runtime.precision
         self.tolerance, self.sign_tolerance = TOLERANCE[precision], SIGN_TOLERANCE[precision]
         self.exact = True
 
@@ -220,12 +214,23 @@ class Recomputation:
         mask: NDArray[np.bool_],
         images: Sequence[Tensor],
         sign: Tensor,
-        tables: Sequence[pa.Table],
+        recorded: Scores,
+        clean: pa.Table,
         draws: NDArray[np.int64],
     ) -> None:
-        """Ask the models again, in the same batch of the same shape, with the same holes."""
-        labels = torch.from_numpy(column_of(tables[0], "label", UNLABELLED).astype(np.int64))
-        own, target = self._wanted(labels, tables)
+        """Ask the models again, in the same batch of the same shape, with the same holes.
+
+        Args:
+            names: what messages call the rows of each variant.
+            mask: (N,) which rows of the run's batch are stored; M of them are.
+            images: V times (M, C, H, W) uint8, clean first.
+            sign: (M, C, H, W) int8, the direction that is stored, or follows from the images.
+            recorded: what the rows say of these images.
+            clean: the rows of the clean images.
+            draws: (M,) random numbers of the rows.
+        """
+        labels = torch.from_numpy(recorded.label.filled(UNLABELLED))
+        own, target = self._wanted(labels, recorded)
         changed = own if target is None else target
         random = torch.from_numpy(draws)
         rows = [self._padded(mask, values) for values in (*images, sign, changed, random)]
@@ -235,12 +240,14 @@ class Recomputation:
         spaces = {name: evaluator.space for name, evaluator in self.models.evaluators.items()}
         evaluations = [logits.argmax(-1) for logits in others]
         again = score(self.variants, victim, labels, target, self.models.victim.space, evaluations, spaces)
+        strict = self.exact and np.array_equal(recorded.confidence, again.confidence)
         try:
-            strict = self._compare_answers(answer, again, names, tables)
+            self._compare_predictions(answer, again, recorded, names, clean, strict)
+            self._compare_confidences(again, recorded, names)
             if target is not None:
-                expected = self.models.goal.classes(answer.logits[0][0], own, random)
-                self._compare_target(expected, target, answer.logits[0][0], names[-1], tables[-1], strict)
-            self._compare_signs(answer, names, tables[0], strict)
+                expected = self.models.goal.classes(victim[0], own, random)
+                self._compare_target(expected, target, victim[0], names[-1], clean, strict)
+            self._compare_signs(answer, names, clean, strict)
         except DamageError:
             second = self._ask(rows, valid)
             asked = ["model", *(f"evaluators, {name}" for name in self.models.evaluators)]
@@ -274,25 +281,20 @@ class Recomputation:
             raise NonFiniteError("The model gives NaN or infinity here, which it did not in the run.")
         return _Answer(logits, torch.cat([part.differing for part in parts]), share)
 
-    def _wanted(self, labels: Tensor, tables: Sequence[pa.Table]) -> tuple[Tensor, Tensor | None]:
+    def _wanted(self, labels: Tensor, recorded: Scores) -> tuple[Tensor, Tensor | None]:
         """Of each row, as the model's indices (M,): its own class, by which the attack went, and its target, if any.
 
         As they are recorded: a prediction that lies on a near tie may fall otherwise here.
         """
-        to_model = torch.from_numpy(np.argsort(self.models.victim.space.to_recorded))
-        own = to_model[torch.from_numpy(column_of(tables[0], "prediction", 0).astype(np.int64))]
+        space = self.models.victim.space
+        to_model = torch.from_numpy(np.argsort(space.to_recorded))
+        own = to_model[torch.from_numpy(recorded.prediction[0, 0])]
         if self.models.goal.label == "dataset":
-            known = self.models.victim.space.model_labels(labels)
-            own = torch.where(known == UNLABELLED, own, known)
-        if not self.targeted:
-            return own, None
-        return own, to_model[torch.from_numpy(column_of(tables[-1], "target", 0).astype(np.int64))]
+            own = torch.where(labels == UNLABELLED, own, space.model_labels(labels))
+        return own, None if recorded.target is None else to_model[torch.from_numpy(recorded.target)]
 
-    def _near_ties(
-        self, logits: Tensor, column: str, tables: Sequence[pa.Table], space: LabelSpace
-    ) -> NDArray[np.bool_]:
-        """(1 + K, M): whether the recorded class is as close to the top one as another environment may bring it."""
-        recorded = np.stack([column_of(table, column, -1) for table in tables])
+    def _near_ties(self, logits: Tensor, recorded: NDArray[np.int64], space: LabelSpace) -> NDArray[np.bool_]:
+        """(V, M): whether the recorded class is as close to the top one as another environment may bring it."""
         known = (recorded >= 0) & (recorded < logits.shape[-1])
         chosen = torch.from_numpy(np.argsort(space.to_recorded)[np.where(known, recorded, 0)])
         behind = logits.amax(-1) - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
@@ -300,53 +302,33 @@ class Recomputation:
         return close
 
     def _compare_predictions(
-        self, expected: NDArray[np.int64], column: str, name: str, table: pa.Table, close: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
-        """Compare one model's predictions at one epsilon; (M,) those that fell otherwise on a near tie."""
-        findings = self.findings
-        differs = column_of(table, column, -1) != expected
-        ties: NDArray[np.bool_] = differs & close
-        wrong = differs & ~ties
-        findings.recomputed += len(differs)
-        findings.near_ties += int(ties.sum())
-        findings.mismatches += int(wrong.sum())
-        if wrong.any():
-            of = "" if column == "prediction" else f" in {column}"
-            raise DamageError(
-                f"{name} records {int(wrong.sum())} predictions{of} that its pixels do not give; the first is "
-                f"{name_row(table, wrong)}."
-            )
-        return ties
+        self, answer: _Answer, again: Scores, recorded: Scores, names: Sequence[str], clean: pa.Table, strict: bool
+    ) -> None:
+        """The models predict what is recorded, but on near ties. In an environment like the recorded one, where the
+        victim's confidences are the same to the last digit, nothing is excused (`strict`)."""
+        models = [self.models.victim, *self.models.evaluators.values()]
+        asked = zip(answer.logits, recorded.prediction, models, strict=True)
+        close = np.stack([self._near_ties(logits, said, model.space) for logits, said, model in asked])
+        differs = recorded.prediction != again.prediction
+        wrong = differs if strict else differs & ~close
+        self.findings.recomputed += differs.size
+        self.findings.near_ties += int((differs & ~wrong).sum())
+        self.findings.mismatches += int(wrong.sum())
+        for model, variant in np.ndindex(wrong.shape[:2]):
+            if (rows := wrong[model, variant]).any():
+                of = f" in {evaluator_columns(recorded.models[model])[0]}" if model else ""
+                raise DamageError(
+                    f"{names[variant]} records {int(rows.sum())} predictions{of} that its pixels do not give; the "
+                    f"first is {name_row(clean, rows)}."
+                )
 
-    def _compare_answers(
-        self, answer: _Answer, again: Scores, names: Sequence[str], tables: Sequence[pa.Table]
-    ) -> bool:
-        """Compare what the models say; whether the victim says it to the last digit, in an environment like the
-        recorded one. There nothing is excused by other digits.
-        """
-        recorded = [column_of(table, "confidence", 0.0) for table in tables]
-        strict = self.exact and all(map(np.array_equal, recorded, again.confidence))
-        asked = [("prediction", "correct", self.models.victim)]
-        asked += [(*evaluator_columns(name), model) for name, model in self.models.evaluators.items()]
-        for row, (prediction, correct, model) in enumerate(asked):
-            close = self._near_ties(answer.logits[row], prediction, tables, model.space) & (not strict)
-            for index, (name, table) in enumerate(zip(names, tables, strict=True)):
-                ties = self._compare_predictions(again.prediction[row, index], prediction, name, table, close[index])
-                # What follows from a prediction that lay on a tie cannot be held against it.
-                _compare_flags(correct, again.correct[row, index], name, table, ~ties)
-                if row == 0:
-                    untied = ~ties & (column_of(table, "clean_prediction", -1) == again.prediction[0, 0])
-                    _compare_flags("fooled", again.fooled[index], name, table, untied)
-                    self._compare_confidences(again, index, name, table)
-        return strict
-
-    def _compare_confidences(self, again: Scores, index: int, name: str, table: pa.Table) -> None:
+    def _compare_confidences(self, again: Scores, recorded: Scores, names: Sequence[str]) -> None:
         for column in ("confidence", "label_confidence"):
-            expected = getattr(again, column)[index]
-            off = np.abs(column_of(table, column, 0.0) - np.ma.getdata(expected))[~np.ma.getmaskarray(expected)]
-            if not (off <= self.tolerance).all():  # NaN is not
-                raise DamageError(f"{name} has a {column} that its pixels do not give.")
-            self.findings.last_digits += int((off > 0).sum())
+            off = np.ma.abs(getattr(again, column) - getattr(recorded, column))
+            wrong = np.ma.filled(off > self.tolerance, False).any(1)
+            if wrong.any():
+                raise DamageError(f"{names[wrong.argmax()]} has a {column} that its pixels do not give.")
+            self.findings.last_digits += int(np.ma.filled(off > 0, False).sum())
 
     def _compare_target(
         self,
@@ -354,7 +336,7 @@ class Recomputation:
         target: Tensor,
         logits: Tensor,
         name: str,
-        table: pa.Table,
+        clean: pa.Table,
         strict: bool,
     ) -> None:
         """Compare the targets, (M,) the model's indices; the least likely class may be a near tie too."""
@@ -367,7 +349,7 @@ class Recomputation:
         if wrong.any():
             raise DamageError(
                 f"{name} records {int(wrong.sum())} targets that are not the attack's; the first is "
-                f"{name_row(table, wrong)}."
+                f"{name_row(clean, wrong)}."
             )
 
     def _compare_signs(self, answer: _Answer, names: Sequence[str], clean: pa.Table, strict: bool) -> None:
@@ -385,10 +367,3 @@ class Recomputation:
             raise DamageError(
                 f"{names[1]} has {int(wrong.sum())} images that {they}; the first is {name_row(clean, wrong)}."
             )
-
-
-def _compare_flags(column: str, expected: Any, name: str, table: pa.Table, chosen: NDArray[np.bool_]) -> None:
-    """Compare a column of booleans, of the rows that are chosen; where it is masked it says nothing."""
-    known = chosen & ~np.ma.getmaskarray(expected)
-    if (column_of(table, column, False).astype(np.bool_) != expected.data)[known].any():
-        raise DamageError(f"{name} has a wrong value in {column}.")

@@ -6,7 +6,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -61,45 +60,71 @@ def score(
         targets: V times (M,) int64 indices of the row's own model, None where a variant has no target.
         spaces: how the classes of each model translate, by its id.
     """
-    models = tuple(spaces)
-    own = own_models(variants, models)
-    each = [spaces[models[index]] for index in own]
-    wanted = torch.stack([space.model_labels(labels) for space in spaces.values()])
-    correct = predictions == wanted.unsqueeze(1)
-    unlabelled = (labels == UNLABELLED).numpy()
-    confidence, label_confidence, fooled, unknown = [], [], [], []
-    for index, (answers, target) in enumerate(zip(logits, targets, strict=True)):
-        probabilities = answers.float().softmax(-1)
-        confidence.append(probabilities.amax(-1))
-        label_confidence.append(probabilities.gather(-1, wanted[own[index]].clamp(min=0).unsqueeze(-1)).squeeze(-1))
-        now = predictions[own[index], index]
-        fooled.append(correct[own[index], 0] & ~correct[own[index], index] if target is None else now == target)
-        unknown.append(unlabelled if index and target is None else np.full_like(unlabelled, index == 0))
-    aimed = [
-        np.zeros(len(labels), np.int64) if target is None else space.to_recorded[target.numpy()]
-        for target, space in zip(targets, each, strict=True)
-    ]
-    return Scores(
-        variants=variants,
-        models=models,
-        own=own,
-        prediction=np.stack([s.to_recorded[now.numpy()] for s, now in zip(spaces.values(), predictions, strict=True)]),
-        correct=_masked(correct, unlabelled),
-        confidence=torch.stack(confidence).numpy(),
-        label_confidence=_masked(torch.stack(label_confidence), unlabelled),
-        fooled=_masked(torch.stack(fooled), np.stack(unknown)),
-        label=_masked(labels, unlabelled),
-        target=np.ma.MaskedArray(np.stack(aimed), np.stack([np.full(len(labels), t is None) for t in targets])),
+    own = [spaces[name] for name in own_models(variants, list(spaces))]
+    wanted = [space.model_labels(labels).clamp(min=0).unsqueeze(-1) for space in own]
+    probabilities = [answers.float().softmax(-1) for answers in logits]
+    aimed = [torch.zeros_like(labels) if target is None else target for target in targets]
+    return complete_scores(
+        variants,
+        np.stack([space.to_recorded[now.numpy()] for space, now in zip(spaces.values(), predictions, strict=True)]),
+        torch.stack([each.amax(-1) for each in probabilities]).numpy(),
+        torch.cat([each.gather(-1, label) for each, label in zip(probabilities, wanted, strict=True)], 1).T.numpy(),
+        labels.numpy(),
+        np.ma.MaskedArray(
+            np.stack([space.to_recorded[target.numpy()] for space, target in zip(own, aimed, strict=True)]),
+            np.stack([np.full(len(labels), target is None) for target in targets]),
+        ),
+        spaces,
     )
 
 
-def own_models(variants: Sequence[Variant], models: Sequence[str]) -> NDArray[np.int64]:
-    """(V,): which of some models, by their ids, is the own one of each variant's rows; the first of what is of none."""
-    return np.array([0 if variant.model is None else models.index(variant.model) for variant in variants])
+def complete_scores(
+    variants: tuple[Variant, ...],
+    prediction: NDArray[np.int64],
+    confidence: NDArray[np.float32],
+    label_confidence: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    target: np.ma.MaskedArray[Any, np.dtype[np.int64]],
+    spaces: Mapping[str, LabelSpace],
+) -> Scores:
+    """Scores, with all that follows from predictions: what is correct, what is fooled, and what nobody can say.
+
+    Args:
+        variants, prediction, confidence, target: as in `Scores`.
+        label_confidence: (V, M), of any value where a row is unlabelled.
+        labels: (M,) dataset classes, -1 for unlabelled.
+        spaces: of each model, by its id.
+    """
+    models = list(spaces)
+    own = np.array([models.index(name) for name in own_models(variants, models)])
+    unlabelled = labels == UNLABELLED
+    wanted = np.stack([space.to_recorded[space.to_model[np.maximum(labels, 0)]] for space in spaces.values()])
+    correct = prediction == wanted[:, None]
+    untargeted, now = np.ma.getmaskarray(target), prediction[own, np.arange(len(own))]
+    lost = correct[own, 0] & ~correct[own, np.arange(len(own))]
+    unknown = untargeted & unlabelled
+    unknown[0] = True
+    return Scores(
+        variants=variants,
+        models=tuple(models),
+        own=own,
+        prediction=prediction,
+        correct=_masked(correct, unlabelled),
+        confidence=confidence,
+        label_confidence=_masked(label_confidence, unlabelled),
+        fooled=_masked(np.where(untargeted, lost, now == target.data), unknown),
+        label=_masked(labels, unlabelled),
+        target=target,
+    )
 
 
-def _masked(values: Tensor, mask: NDArray[np.bool_]) -> Any:
-    return np.ma.MaskedArray(values.numpy(), np.broadcast_to(mask, values.shape))
+def own_models(variants: Sequence[Variant], models: Sequence[str]) -> list[str]:
+    """The id of the own model of each variant's rows; of what is of no model, the first of all."""
+    return [variant.model or models[0] for variant in variants]
+
+
+def _masked(values: NDArray[Any], mask: NDArray[np.bool_]) -> Any:
+    return np.ma.MaskedArray(values, np.broadcast_to(mask, values.shape))
 
 
 def count(

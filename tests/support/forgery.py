@@ -66,6 +66,13 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
     agree(out)
 
 
+def predict(columns: dict[str, list[Any]], row: int, prediction: int) -> None:
+    """Record another prediction, and what follows from it in a run that has one space of classes and no target."""
+    was_right = columns["clean_prediction"][row] == columns["label"][row]
+    right = prediction == columns["label"][row]
+    columns["prediction"][row], columns["correct"][row], columns["fooled"][row] = prediction, right, was_right > right
+
+
 def confidence_sum(columns: dict[str, list[Any]], level: int) -> float:
     """The sum of a file's confidences at one epsilon, 0 where it has none of it; layout signs has them all."""
     if "attacks" not in columns:
