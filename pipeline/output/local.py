@@ -12,7 +12,6 @@ import re
 import secrets
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pipeline.core.errors import ConfigError, PipelineError, first_line, write_failure
-from pipeline.output.locks import LOCK, PART, TURN_SECONDS, in_use, part_locks, warn_unlocked
+from pipeline.output.locks import LOCK, in_use, part_locks
 from pipeline.output.store import Store
 
 RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
@@ -29,11 +28,6 @@ RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
 TEMPORARY = "fgsm-pipeline-"
 MARKER = ".fgsm-pipeline"
 MARK = b"A temporary folder of fgsm-pipeline, to be removed when no process has locked this file.\n"
-
-# The folders that this process holds, by device and inode. A POSIX lock keeps out other processes only, and is given up
-# when any handle of its file is closed.
-_HELD: set[tuple[int, int]] = set()
-_HELD_LOCK = threading.Lock()
 
 
 class LocalStore(Store):
@@ -47,8 +41,6 @@ class LocalStore(Store):
         # While it is held: handles of the folder and, by their names, of its locks.
         self._handle: int | None = None
         self._locks: dict[str, int] = {}
-        # Of a run that is held in parts, the one that this process has.
-        self._part = ""
 
     def at(self, name: str) -> str:
         return str(self.disk / name)
@@ -121,9 +113,6 @@ class LocalStore(Store):
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=scratch)
             os.fsync(folder)  # the new name is stored in the folder
-
-    def commit(self, name: str, content: bytes) -> None:
-        self.write(name, content)
 
     def put(self, local: Path, name: str) -> None:
         with writing(self.disk / name):
@@ -217,57 +206,34 @@ class LocalStore(Store):
             )
 
     @contextlib.contextmanager
-    def held(self, *, unlocked: bool = False, part: str = "") -> Iterator[None]:
-        """By a lock of the operating system, which lets go when the process ends."""
+    def _opened(self) -> Iterator[None]:
         self.refuse_links()
-        with contextlib.ExitStack() as stack:
-            with writing(self.disk):
-                self.disk.mkdir(parents=True, exist_ok=True)
-                handle = os.open(self.disk, os.O_DIRECTORY)
-                stack.callback(os.close, handle)
-                with self._folder_of(f"{RECEIPTS}/lock"):  # makes the folder of receipts, by which it is known as ours
-                    folder = os.fstat(handle)
-            stack.enter_context(self._held_in_process((folder.st_dev, folder.st_ino)))
-            self._handle, self._part = handle, part
-            stack.callback(self._release)
-            if unlocked:
-                warn_unlocked(self.root)
-            elif part:
-                # Who makes sure that no part works has the lock of one that was killed for a moment.
-                stack.enter_context(self._locked(f"{PART}{part}", patience=1.0))
-            else:
-                stack.enter_context(self._locked(LOCK))
-                self._refuse_parts()
-            if not part:
-                self._clear_scratch()
-                # Again at the end, for what a lost node has left: once all shards are written, nobody holds the folder.
-                stack.callback(self._clear_scratch)
+        with writing(self.disk):
+            self.disk.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.disk, os.O_DIRECTORY)
+        self._handle = handle
+        try:
+            with writing(self.disk), self._folder_of(f"{RECEIPTS}/lock"):
+                pass  # makes the folder of receipts, by which the output is known as ours
             yield
+        finally:
+            self._handle = None
+            os.close(handle)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        if not self._part:
+    def _exclusive(self, patience: float = 0.0) -> Iterator[None]:
+        with self._locked(LOCK, patience):
+            with writing(self.disk), self._folder_of(LOCK) as folder, os.scandir(folder) as entries:
+                names = [f".run/{entry.name}" for entry in entries]
+            for name in part_locks(names, self._part):
+                with self._locked(name):
+                    pass
             yield
-            return
-        with self._locked(LOCK, patience=TURN_SECONDS):
-            self._refuse_parts()
-            yield
-
-    def _refuse_parts(self) -> None:
-        """See that nobody writes beside whom this process may not."""
-        with writing(self.disk), self._folder_of(LOCK) as folder, os.scandir(folder) as entries:
-            names = [f".run/{entry.name}" for entry in entries]
-        for name in part_locks(names, self._part):
-            with self._locked(name):
-                pass
 
     def tidy(self) -> None:
         if any((self.disk / SCRATCH).glob("*")):
             with contextlib.suppress(PipelineError), self.held():
                 pass  # the scratch folder is emptied at the end of the block
-
-    def _release(self) -> None:
-        self._handle, self._part = None, ""
 
     def _clear_scratch(self) -> None:
         """Remove files that are not complete, by the handle of the folder: another may lie at its path by now."""
@@ -291,25 +257,9 @@ class LocalStore(Store):
                     "written; put the folder back, then run the same command again."
                 )
 
-    def watch(self) -> None:
-        """Nothing to do: on a disk a file is replaced at once, by the name that it has now."""
-
-    @contextlib.contextmanager
-    def _held_in_process(self, folder: tuple[int, int]) -> Iterator[None]:
-        """Against other threads of this process."""
-        with _HELD_LOCK:
-            if folder in _HELD:
-                raise in_use(self.root, f"process {os.getpid()}")
-            _HELD.add(folder)
-        try:
-            yield
-        finally:
-            with _HELD_LOCK:
-                _HELD.discard(folder)
-
     @contextlib.contextmanager
     def _locked(self, name: str, patience: float = 0.0) -> Iterator[None]:
-        """Against other processes; each new holder is waited for so many seconds anew."""
+        """A lock of the operating system, which lets go when the process ends."""
         with writing(self.disk):
             lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=self._handle)
         try:
@@ -333,8 +283,8 @@ class LocalStore(Store):
     def _take(self, lock: int) -> bool:
         """Lock a file; False where another process has locked it."""
         try:
-            # lockf, not flock: a worker process inherits an flock, and may outlive a killed run by seconds.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # flock, not lockf: it keeps out other threads of this process too.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False

@@ -31,9 +31,12 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.output.objects import ObjectStore
 
 LOCK = ".run/lock"
 # How the locks of parts begin, which work side by side; their names end in I-of-N.
@@ -59,25 +62,6 @@ class UnsupportedError(Exception):
     """The store, or its client, cannot write on conditions."""
 
 
-class Objects(Protocol):
-    """What a lock needs of an object store."""
-
-    root: str
-
-    def look(self, name: str) -> tuple[bytes, str] | None:
-        """An object's content and version, None where there is none."""
-        ...
-
-    def replace(self, name: str, content: bytes, version: str | None) -> str:
-        """Write an object that is still of a version, or None: not there yet. Returns its new version.
-
-        Raises:
-            ConflictError: it is not.
-            UnsupportedError: the store refuses conditions.
-        """
-        ...
-
-
 class StoreLock:
     """The lock of a prefix, once it is taken; `token` names this holder.
 
@@ -91,7 +75,7 @@ class StoreLock:
         PipelineError: another run holds it, or the store fails.
     """
 
-    def __init__(self, objects: Objects, name: str = LOCK, patience: float = 0.0) -> None:
+    def __init__(self, objects: "ObjectStore", name: str = LOCK, patience: float = 0.0) -> None:
         self._objects, self._name, self.token = objects, name, secrets.token_hex(8)
         self._patience, self._since = patience, 0.0
         self._current: str | None = None
@@ -211,7 +195,7 @@ class StoreLock:
                 self.confirm()
 
 
-def refuse_parts(objects: Objects, names: Iterable[str]) -> None:
+def refuse_parts(objects: "ObjectStore", names: Iterable[str]) -> None:
     """See that parts work no more; what those that were killed have left is taken over.
 
     Args:
@@ -236,11 +220,6 @@ def part_locks(names: Iterable[str], part: str = "") -> list[str]:
     """
     beside = f"-of-{part.partition('-of-')[2]}" if part else None
     return [name for name in names if name.startswith(PART) and not (beside and name.endswith(beside))]
-
-
-def warn_unlocked(root: str) -> None:
-    """Say that nothing keeps a second run out."""
-    logger.warning("%s is not locked: see that no other run writes there before this one has ended.", root)
 
 
 def in_use(root: str, holder: str) -> PipelineError:

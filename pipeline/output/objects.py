@@ -20,14 +20,11 @@ from pipeline.core.redaction import redact_answer
 from pipeline.output.local import temporary_folder
 from pipeline.output.locks import (
     LOCK,
-    PART,
-    TURN_SECONDS,
     ConflictError,
     StoreLock,
     UnsupportedError,
     part_locks,
     refuse_parts,
-    warn_unlocked,
 )
 from pipeline.output.store import Store
 
@@ -69,8 +66,6 @@ class ObjectStore(Store):
         self._tags: dict[str, str] = {}
         self._known: dict[str, tuple[str, bytes]] = {}
         self._lock: StoreLock | None = None
-        # Of a run that is held in parts, the one that this process has.
-        self._part = ""
         # The versions of the files that are written on conditions, None where there are no conditions.
         self._versions: dict[str, str | None] | None = None
 
@@ -247,49 +242,30 @@ class ObjectStore(Store):
 
     # ------------------------------------------------------------------------------------------------ the lock
 
-    def refuse_links(self, name: str = "") -> None:
-        """A store has no links."""
+    @contextlib.contextmanager
+    def _locked(self, name: str, patience: float = 0.0) -> Iterator[StoreLock]:
+        """An object that the holder rewrites every few seconds. When it stops, the next run waits and takes over."""
+        outer, lock = self._lock, StoreLock(self, name, patience)
+        try:
+            self._lock = lock
+            yield lock
+            self.check_held()
+        finally:
+            self._lock = outer
+            lock.release()
 
     @contextlib.contextmanager
-    def held(self, *, unlocked: bool = False, part: str = "") -> Iterator[None]:
-        """By an object that the holder rewrites every few seconds. When it stops, the next run waits and takes over."""
-        if unlocked:
-            warn_unlocked(self.root)
-            yield
-            return
-        if not part:
-            with self._held_alone():
+    def _exclusive(self, patience: float = 0.0) -> Iterator[None]:
+        with self._locked(LOCK, patience) as lock:
+            try:
+                self.watch()
+                # After the versions were seen: had another taken over before, they could be those that it has written.
+                lock.confirm()
+                refuse_parts(self, part_locks(self._tags, self._part))
+                self.session = lock.token
                 yield
-            return
-        lock = StoreLock(self, f"{PART}{part}")
-        try:
-            self._lock, self._part = lock, part
-            yield
-            self.check_held()
-        finally:
-            self._lock, self._part = None, ""
-            lock.release()
-
-    def alone(self) -> AbstractContextManager[None]:
-        return self._held_alone(TURN_SECONDS) if self._part else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _held_alone(self, patience: float = 0.0) -> Iterator[None]:
-        own, lock = self._lock, StoreLock(self, LOCK, patience)
-        try:
-            self.watch()
-            # After the versions were seen: had another taken over before, they could be those that it has written.
-            lock.confirm()
-            refuse_parts(self, part_locks(self._tags, self._part))
-            self._lock, self.session = lock, lock.token
-            yield
-            self.check_held()
-        finally:
-            self._lock, self._versions, self.session = own, None, ""
-            lock.release()
-
-    def tidy(self) -> None:
-        """A store has no scratch folder."""
+            finally:
+                self._versions, self.session = None, ""
 
     def watch(self) -> None:
         if self._protocol in CONDITIONAL:

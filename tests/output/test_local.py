@@ -18,7 +18,6 @@ from tests.support.s3 import failed
 
 
 def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
-    """Locks of POSIX are a process's: it would get the same one twice, and lose it with either."""
     folder, link = tmp_path / "out", tmp_path / "link"
     link.symlink_to(folder)
     said: list[str] = []
@@ -50,7 +49,7 @@ def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
 def _hold(folder: Path) -> None:
     with (folder / ".run/lock").open("a+") as lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os._exit(1)
     os._exit(0)
