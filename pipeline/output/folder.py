@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
@@ -42,6 +42,7 @@ STEM = r"^\w[\w.-]*$"
 SUBSETS = f"(?:{'|'.join(layout.subsets for layout in LAYOUTS.values())})"
 SHARD_FILE = rf"^{SUBSETS}/\w[\w.-]*\.parquet$"
 RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
+Edition = Annotated[str, Field(pattern=EDITION)]
 Id = Annotated[str, Field(pattern=f"^{ID}$")]
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
@@ -89,31 +90,15 @@ def split_of(file: str) -> str:
 
 
 class Claim(BaseModel):
-    """What of a manifest or a receipt says that files are ours, whichever version of this package wrote it."""
+    """What of a manifest says that files are ours, whichever version of this package wrote it.
 
-    model_config = ConfigDict(extra="ignore")
-
-    run_id: str = Field(pattern=RUN_ID)
-    generation: int = 0
-    files: tuple["ClaimedFile", ...] = ()
-
-    @property
-    def edition(self) -> str:
-        """As `name_edition`."""
-        return name_edition(self.run_id, self.generation)
-
-
-class ClaimedFile(BaseModel):
-    """A file that a manifest or a receipt lists."""
-
-    path: str = Field(pattern=SHARD_FILE)
-
-
-class ManifestClaim(Claim):
-    """As `Claim`, of a manifest. `supersedes` are editions whose files its run was about to remove."""
+    `supersedes` are editions whose files its run was about to remove.
+    """
 
     format: int
-    supersedes: tuple[str, ...] = ()
+    run_id: str = Field(pattern=RUN_ID)
+    generation: Whole = 0
+    supersedes: tuple[Edition, ...] = ()
 
 
 class Record(BaseModel):
@@ -186,12 +171,6 @@ class EvaluatorCounts(Record):
     exposed: Whole = 0
     transferred: Whole = 0
 
-    def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
-        # Not checked: of numbers that others wrote the sum may be more than any of them may.
-        return EvaluatorCounts.model_construct(
-            **{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields}
-        )
-
 
 def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
     """Count what an evaluator says of M labelled images of a variant.
@@ -247,17 +226,22 @@ class VariantCounts(Record):
 
 def add_up(variant: Variant, counts: Sequence[VariantCounts], evaluators: Iterable[str]) -> VariantCounts:
     """The sum of counts of one variant, of the evaluators that are named."""
+
+    def total(parts: Sequence[Record], *keys: str) -> dict[str, int]:
+        return {key: sum(getattr(part, key) for part in parts) for key in keys}
+
     # Not checked: of numbers that others wrote the sum may be more than any of them may.
     return VariantCounts.model_construct(
         **vars(variant),
-        rows=sum(count.rows for count in counts),
-        labelled=sum(count.labelled for count in counts),
-        correct=sum(count.correct for count in counts),
-        fooled=sum(count.fooled for count in counts),
+        **total(counts, "rows", "labelled", "correct", "fooled"),
         # Not `sum`, whose last digit depends on the version of Python.
         confidence_sum=math.fsum(count.confidence_sum for count in counts),
         evaluators={
-            name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in counts), EvaluatorCounts())
+            name: EvaluatorCounts.model_construct(
+                **total(
+                    [part.evaluators[name] for part in counts if name in part.evaluators], *EvaluatorCounts.model_fields
+                )
+            )
             for name in evaluators
         },
     )
@@ -294,10 +278,10 @@ _NAMED = re.compile(
 )
 
 
-def _edition(receipt: str, claim: Claim) -> str:
-    """The edition of a receipt: until format 4 names of files had none."""
-    named = _NAMED.fullmatch(receipt)
-    return named[1] if named else claim.run_id
+def _edition(name: str) -> str:
+    """The edition in which the name of a shard's file or receipt ends, "" for any other file."""
+    named = _NAMED.fullmatch(name)
+    return named[1] if named else ""
 
 
 class OutputFolder:
@@ -336,33 +320,19 @@ class OutputFolder:
 
     def is_ours(self) -> bool:
         """Whether there is a manifest or a receipt that this package wrote, in any version."""
-        return self._claimed_manifest() is not None or self.has_receipts()
+        return bool(self.editions())
 
-    def has_receipts(self) -> bool:
-        """Whether there is a receipt that this package wrote, in any version."""
-        return bool(self._claimed_receipts(self.store.sizes()))
-
-    def _claimed_manifest(self) -> ManifestClaim | None:
-        try:
-            return ManifestClaim.model_validate_json(self.store.read(self.manifest))
-        except (OSError, ValueError):
-            return None
-
-    def _claimed_receipts(self, sizes: Iterable[str]) -> dict[str, Claim]:
-        """What receipts claim, by the names of their files."""
-        names = [name for name in sizes if name.startswith(f"{self.receipts}/") and name.endswith(".json")]
-        found = {}
-        for name, content in self.store.read_all(names).items():
-            with contextlib.suppress(ValueError):
-                found[name] = Claim.model_validate_json(content)
-        return found
+    def receipt_names(self) -> list[str]:
+        """The names of the receipts of all runs."""
+        return [name for name in self.store.sizes() if name.startswith(self.receipts) and _edition(name)]
 
     def editions(self) -> set[str]:
         """The editions of all of which there is something here."""
-        sizes = self.store.sizes()
-        manifest = self._claimed_manifest()
-        found = {manifest.edition, *manifest.supersedes} if manifest else set()
-        return found | {_edition(name, claim) for name, claim in self._claimed_receipts(sizes).items()}
+        found = {_edition(name) for name in self.receipt_names()}
+        with contextlib.suppress(OSError, ValueError):
+            claim = Claim.model_validate_json(self.store.read(self.manifest))
+            found |= {name_edition(claim.run_id, claim.generation), *claim.supersedes}
+        return found
 
     def generation(self, *, over: bool) -> int:
         """The generation of a run that begins here, above all that the names of files show where it starts over.
@@ -376,16 +346,12 @@ class OutputFolder:
         there = [int(edition[17:] or 0) for edition in self.editions()]
         return 1 + max(there, default=-1) if over else max(there, default=0)
 
-    def owned(self, editions: Iterable[str]) -> list[str]:
-        """The files of some editions, receipts last: those that receipts and manifest list or whose names say so."""
-        sizes, wanted = self.store.sizes(), set(editions)
-        found = {name for name in sizes if (named := _NAMED.fullmatch(name)) and named[1] in wanted}
-        for name, claim in self._claimed_receipts(sizes).items():
-            if _edition(name, claim) in wanted:
-                found |= {name, *(file.path for file in claim.files)}
-        return sorted(found & set(sizes), key=lambda name: (name.startswith(self.receipts), name))
+    def owned(self, editions: Collection[str]) -> list[str]:
+        """The files whose names say that they are of some editions, receipts last."""
+        found = [name for name in self.store.sizes() if _edition(name) in editions]
+        return sorted(found, key=lambda name: (name.startswith(self.receipts), name))
 
-    def start_over(self, editions: Iterable[str]) -> None:
+    def start_over(self, editions: Collection[str]) -> None:
         """Remove the files of runs that were here, and say what else there is.
 
         What all runs have under one name is replaced, not removed: a request to remove it that arrives late would take

@@ -462,7 +462,7 @@ def altered_manifest(folder: OutputFolder, why: str) -> PipelineError:
 
 def _way_out(folder: OutputFolder) -> str:
     """What helps where a manifest cannot be used. Shards with receipts need not be written again."""
-    if folder.has_receipts():
+    if folder.receipt_names():
         return "Restore it, or delete it and run generate again, which writes it anew and keeps all shards."
     return "Restore it, or start over with --overwrite: no shard has a receipt, so none can be kept."
 
