@@ -77,13 +77,11 @@ class StoreLock:
 
     def __init__(self, objects: "ObjectStore", name: str = LOCK, patience: float = 0.0) -> None:
         self._objects, self._name, self.token = objects, name, secrets.token_hex(8)
-        self._patience, self._since = patience, 0.0
-        self._current: str | None = None
         self._beat = 0
         self._lost: str | None = None
         self._mutex, self._over = threading.Lock(), threading.Event()
         try:
-            self._version = self._take()
+            self._version = self._take(patience)
             self._probe()
         except UnsupportedError as error:
             raise ConfigError(
@@ -118,7 +116,7 @@ class StoreLock:
                     self._confirmed = time.clock_gettime(CLOCK)
                 except ConflictError:
                     found = self._objects.look(self._name)
-                    by = f"taken over by another run ({_holder(found[0])})" if found else "removed"
+                    by = f"taken over by another run ({_holder(found)})" if found else "removed"
                     self._lost = (
                         f"The lock of {self._objects.root} was {by}; nothing more is written. See that one run at a "
                         "time writes there, then run the same command again."
@@ -142,39 +140,34 @@ class StoreLock:
         own = {"host": socket.gethostname(), "process": os.getpid(), "token": self.token}
         return json.dumps({**own, **more}).encode()
 
-    def _take(self) -> str:
-        """Make the lock, or replace one that was released or whose holder has died; its version."""
-        while True:
-            found = self._objects.look(self._name)
-            if found is not None and not _parse(found[0]).get("released") and not self._is_stale(found):
-                continue
-            with contextlib.suppress(ConflictError):
-                return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
-
-    def _is_stale(self, found: tuple[bytes, str]) -> bool:
-        """Wait until a lock changes, or has not changed for long; whether it has not.
+    def _take(self, patience: float) -> str:
+        """Make the lock, or replace one that was released or has not changed for STALE_SECONDS; its version.
 
         Raises:
             PipelineError: its holder lives.
         """
-        logger.info("%s has a lock of %s; waiting to see whether that lives.", self._objects.root, _holder(found[0]))
-        end = time.clock_gettime(CLOCK) + STALE_SECONDS
-        while (now := self._objects.look(self._name)) == found:
-            if time.clock_gettime(CLOCK) > end:
-                logger.warning(
-                    "The lock of %s is taken over: it has not changed for %g s.", self._objects.root, STALE_SECONDS
-                )
-                return True
-            time.sleep(min(1.0, STALE_SECONDS / 10))
-        if now is not None and not _parse(now[0]).get("released") and not self._waits_for(_parse(now[0])):
-            raise in_use(self._objects.root, _holder(now[0]))
-        return False
-
-    def _waits_for(self, lock: dict[str, Any]) -> bool:
-        """Whether a holder that lives has not had the lock for longer than this waits."""
-        if lock.get("token") != self._current:
-            self._current, self._since = lock.get("token"), time.clock_gettime(CLOCK)
-        return time.clock_gettime(CLOCK) - self._since < self._patience
+        root, holder, since = self._objects.root, None, 0.0
+        while True:
+            found = self._objects.look(self._name)
+            if not _parse(found).get("released"):
+                logger.info("%s has a lock of %s; waiting to see whether that lives.", root, _holder(found))
+                began = time.clock_gettime(CLOCK)
+                while (now := self._objects.look(self._name)) == found:
+                    if time.clock_gettime(CLOCK) - began > STALE_SECONDS:
+                        break
+                    time.sleep(min(1.0, STALE_SECONDS / 10))
+                lock = _parse(now)
+                if lock.get("released"):
+                    continue
+                if now != found:
+                    if lock.get("token") != holder:
+                        holder, since = lock.get("token"), time.clock_gettime(CLOCK)
+                    if time.clock_gettime(CLOCK) - since >= patience:
+                        raise in_use(root, _holder(now))
+                    continue
+                logger.warning("The lock of %s is taken over: it has not changed for %g s.", root, STALE_SECONDS)
+            with contextlib.suppress(ConflictError):
+                return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
 
     def _probe(self) -> None:
         """See that the store honours both conditions: neither of these writes may succeed.
@@ -227,14 +220,15 @@ def in_use(root: str, holder: str) -> PipelineError:
     return PipelineError(f"{root} is in use by another run ({holder}); wait for it.")
 
 
-def _parse(content: bytes) -> dict[str, Any]:
+def _parse(found: tuple[bytes, str] | None) -> dict[str, Any]:
+    """What a lock says, as `ObjectStore.look` has found it. One that does not exist is free."""
     try:
-        parsed = json.loads(content)
+        parsed = json.loads(found[0]) if found else {"released": True}
     except ValueError:
         return {}
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _holder(content: bytes) -> str:
-    lock = _parse(content)
+def _holder(found: tuple[bytes, str] | None) -> str:
+    lock = _parse(found)
     return f"process {lock.get('process', '?')} on {lock.get('host', '?')}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.core.addresses import check_address
-from pipeline.core.errors import ConfigError, PipelineError, causes, first_line, write_failure
+from pipeline.core.errors import ConfigError, PipelineError, causes, explained, first_line, write_failure
 from pipeline.core.redaction import redact_answer
 from pipeline.output.local import temporary_folder
 from pipeline.output.locks import (
@@ -58,7 +58,11 @@ class ObjectStore(Store):
             raise ConfigError(f"output.path: {error}.") from None
         self.root, self.disk = address.rstrip("/"), Path(tempfile.gettempdir())
         self._protocol = address.partition("://")[0]
-        self._kind = _file_system(self._protocol)
+        from fsspec.registry import get_filesystem_class
+
+        cannot = f"output.path: {self._protocol}:// cannot be used"
+        with explained(cannot, errors=(ImportError, ValueError), kind=ConfigError):
+            self._kind = get_filesystem_class(self._protocol)
         self._base: str = self._kind._strip_protocol(self.root)
         # One client for each process: its connections and threads do not survive a fork.
         self._systems: dict[int, Any] = {}
@@ -66,6 +70,8 @@ class ObjectStore(Store):
         self._tags: dict[str, str] = {}
         self._known: dict[str, tuple[str, bytes]] = {}
         self._lock: StoreLock | None = None
+        # Whether the store can write on the condition that an object is still of some version, or not there.
+        self._conditional = self._protocol in CONDITIONAL
         # The versions of the files that are written on conditions, None where there are no conditions.
         self._versions: dict[str, str | None] | None = None
 
@@ -158,7 +164,7 @@ class ObjectStore(Store):
     def write(self, name: str, content: bytes) -> None:
         """Every run has a file of this name: replace it if it is still of the version that this run has seen."""
         self.check_held()
-        if self._versions is None:
+        if self._versions is None or not self._conditional:
             self._ask("pipe_file", self._path(name), content)
             return
         for _ in range(TRIES):
@@ -166,7 +172,6 @@ class ObjectStore(Store):
                 self._versions[name] = self.replace(name, content, self._versions.get(name))
                 return
             except UnsupportedError:  # no run has a lock there, as each was told --unlocked
-                self._versions = None
                 self.write(name, content)
                 return
             except ConflictError:
@@ -185,8 +190,8 @@ class ObjectStore(Store):
             ConflictError: it is not.
             UnsupportedError: the store or its client refuses conditions.
         """
-        if self._protocol not in CONDITIONAL:
-            raise UnsupportedError(f"the client for {self._protocol}:// has no conditional writes")
+        if not self._conditional:
+            raise UnsupportedError(f"{self._protocol}:// has no conditional writes")
         condition: dict[str, Any] = {"mode": "create"} if version is None else {"IfMatch": version}
         try:
             # In one request however large: the client would send a large one in parts, without the condition.
@@ -197,32 +202,37 @@ class ObjectStore(Store):
                 raise
             return found[1]  # an earlier try of ours, whose answer was lost
 
+    def _create(self, *request: Any, patience: float = 0.0) -> bool:
+        """Write an object if there is none of its name, and say whether there was none. Where the store knows no
+        conditions (the caller has said --unlocked) it is written anyway.
+        """
+        self.check_held()
+        if self._conditional:
+            try:
+                self._ask(*request, patience=patience, mode="create")
+                return True
+            except ConflictError:
+                return False
+            except UnsupportedError:
+                pass
+        self._ask(*request, patience=patience)
+        return True
+
     def commit(self, name: str, content: bytes) -> None:
         """An object that exists already was written by another process that did the same work."""
-        self.check_held()
-        try:
-            self._ask("pipe_file", self._path(name), content, mode="create")
-        except UnsupportedError:  # the caller has said --unlocked
-            self._ask("pipe_file", self._path(name), content)
-        except ConflictError:
-            if self.read(name) != content:
-                raise PipelineError(
-                    f"{self.at(name)} was written by another process meanwhile, with other content; "
-                    "see that all run the same versions, then run the same command again."
-                ) from None
+        if not self._create("pipe_file", self._path(name), content) and self.read(name) != content:
+            raise PipelineError(
+                f"{self.at(name)} was written by another process meanwhile, with other content; "
+                "see that all run the same versions, then run the same command again."
+            )
 
     def put(self, local: Path, name: str) -> None:
         """An upload that arrives late replaces nothing: a file that exists by then may differ in last digits."""
-        upload = "put_file", str(local), self._path(name)
-        patience = local.stat().st_size / 1e6
-        self.check_held()
-        if self._protocol in CONDITIONAL:
-            with contextlib.suppress(ConflictError, UnsupportedError):
-                self._ask(*upload, patience=patience, mode="create")
-                return
+        upload, patience = ("put_file", str(local), self._path(name)), local.stat().st_size / 1e6
+        if not self._create(*upload, patience=patience):
+            # The file that exists has no receipt: a run that was cut off has left it.
             self.check_held()
-        # The file that exists has no receipt: a run that was cut off has left it.
-        self._ask(*upload, patience=patience)
+            self._ask(*upload, patience=patience)
 
     def delete(self, names: Iterable[str]) -> None:
         self.check_held()
@@ -268,7 +278,7 @@ class ObjectStore(Store):
                 self._versions, self.session = None, ""
 
     def watch(self) -> None:
-        if self._protocol in CONDITIONAL:
+        if self._conditional:
             self.sizes()
             self._versions = {**self._tags}
 
@@ -316,10 +326,29 @@ class ObjectStore(Store):
             return getattr(system, verb)(*arguments, **options)
         except Exception as error:  # a dozen exception types of five libraries
             if "IfMatch" in options or "mode" in options:
-                _raise_conflict(error, replaces="IfMatch" in options)
+                self._raise_conflict(error, replaces="IfMatch" in options)
             if isinstance(error, FileNotFoundError) and verb not in ("pipe_file", "put_file"):
                 raise
             raise self._failure(error) from None
+
+    def _raise_conflict(self, error: BaseException, *, replaces: bool) -> None:
+        """Tell a store's answer to a condition from all else that can fail.
+
+        Args:
+            replaces: the condition was that the object is still of some version, not that it does not exist.
+
+        Raises:
+            ConflictError: the condition does not hold.
+            UnsupportedError: the store knows no conditions.
+        """
+        answers = [getattr(cause, "response", None) for cause in causes(error)]
+        status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
+        # Another may write the object at this very moment (409); what is to be replaced may be gone (404).
+        if isinstance(error, FileExistsError) or status in (409, 412) or (status == 404 and replaces):
+            raise ConflictError from None
+        if status == 501:
+            self._conditional = False
+            raise UnsupportedError("the store refuses conditional writes") from None
 
     def _failure(self, error: BaseException) -> PipelineError:
         """The sentence for what a client could not do. It may quote secrets, so its own exception goes no further."""
@@ -360,40 +389,3 @@ def storage_options(address: str) -> dict[str, dict[str, Any]]:
     }
     # One part of a large file in memory at a time, and no request for the size of a small one before it is read.
     return {protocol: {"config_kwargs": client, "max_concurrency": 1}}
-
-
-def _file_system(protocol: str) -> Any:
-    """The class of fsspec for a protocol."""
-    from fsspec.registry import get_filesystem_class, known_implementations
-
-    try:
-        return get_filesystem_class(protocol)
-    except ImportError:
-        # Its class is named like gcsfs.GCSFileSystem.
-        package = (
-            "'fgsm-pipeline[s3]'" if protocol in S3 else known_implementations[protocol]["class"].partition(".")[0]
-        )
-        raise ConfigError(
-            f"output.path: {protocol}:// needs a package that is not installed: pip install {package}."
-        ) from None
-    except ValueError:
-        raise ConfigError(f"output.path: fsspec knows no protocol {protocol}://; s3:// and gs:// are two.") from None
-
-
-def _raise_conflict(error: BaseException, *, replaces: bool) -> None:
-    """Tell a store's answer to a condition from all else that can fail.
-
-    Args:
-        replaces: the condition was that the object is still of some version, not that it does not exist.
-
-    Raises:
-        ConflictError: the condition does not hold.
-        UnsupportedError: the store knows no conditions.
-    """
-    answers = [getattr(cause, "response", None) for cause in causes(error)]
-    status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
-    # Another may write the object at this very moment (409); what is to be replaced may be gone (404).
-    if isinstance(error, FileExistsError) or status in (409, 412) or (status == 404 and replaces):
-        raise ConflictError from None
-    if status == 501:
-        raise UnsupportedError("the store refuses conditional writes") from None
