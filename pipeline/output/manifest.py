@@ -23,7 +23,7 @@ from pydantic_core import from_json, to_json
 
 from pipeline.config.load import parse_config
 from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig
-from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.errors import ConfigError, PipelineError, first_line, shortened
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.own_code import names_file
@@ -33,10 +33,10 @@ from pipeline.core.variants import Variant
 from pipeline.layouts.base import Layout, subsets_of
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.folder import (
-    EDITION,
     RUN_ID,
     STEM,
     AlteredError,
+    Edition,
     FileEntry,
     OutputFolder,
     Receipt,
@@ -66,9 +66,6 @@ MOST_SKIPPED = 10_000
 
 # The key of an identity that is there, and false, where the attack's images do not lie along one direction.
 ON_RAY = "attack.on_ray"
-
-# Characters of a part of a manifest that a message names.
-MOST_NAMED = 200
 
 # A class of a model or a dataset, by its index.
 Index = Annotated[int, Field(ge=0, lt=2**31)]
@@ -118,7 +115,6 @@ class StreamedFile(Record):
     cuts: Annotated[tuple[Whole, ...] | None, AfterValidator(_check_cuts)]
 
 
-Edition = Annotated[str, Field(pattern=EDITION)]
 # A name of which the names of shards begin.
 Split = Annotated[str, Field(pattern=STEM)]
 
@@ -192,33 +188,19 @@ class Manifest(SealedRecord):
     members_left_out: tuple[LeftOut, ...] = ()
 
     @model_validator(mode="after")
-    def _check_streamed(self) -> "Manifest":
+    def _check_sound(self) -> "Manifest":
+        """Subsets are as `summarise` makes them, or none: a dataset without receipts is shown by what they say."""
         if self.streamed and set(self.streamed) != set(self.split_rows):
             raise ValueError("streamed lists other splits than split_rows")
         if not self.streamed and None in self.split_rows.values():
             raise ValueError("split_rows does not say how many rows there are, and streamed lists no files")
-        return self
-
-    @model_validator(mode="after")
-    def _check_files(self) -> "Manifest":
         if not all(file.path.endswith(f"-{self.edition}.parquet") for file in self.files):
             raise ValueError("files lists some whose names do not end in its run id and generation")
-        return self
-
-    @model_validator(mode="after")
-    def _check_subsets(self) -> "Manifest":
-        """As `summarise` makes them, or none: a dataset without receipts is shown by what they say."""
-        if not self.subsets:
-            return self
-        expected = itertools.product(self.split_rows, self.variants)
-        if [(there.split, there.variant) for there in self.subsets] != [*expected]:
-            raise ValueError("subsets lists others than its splits and variants make")
-        shared = self.layout.per_image
-        for there in self.subsets:
-            if [*there.evaluators] != [*self.evaluators]:
-                raise ValueError("subsets counts other evaluators than there are")
-            if (there.bytes is None) != shared:
-                raise ValueError("subsets has bytes that are not those of its layout")
+        subsets = [(each.split, each.variant, [*each.evaluators], each.bytes is None) for each in self.subsets]
+        if subsets:
+            others, shared = [*self.evaluators], self.layout.per_image
+            if subsets != [(*each, others, shared) for each in itertools.product(self.split_rows, self.variants)]:
+                raise ValueError("subsets lists others than its splits, variants, evaluators and layout make")
         return self
 
     @property
@@ -403,14 +385,13 @@ def run_id_of(identity: Mapping[str, Any]) -> str:
 def contradictions(manifest: Manifest) -> list[str]:
     """The keys of a manifest that do not agree with its identity, or with each other."""
     config = manifest.resolved
-    spaces = {"model": manifest.to_model} | {f"evaluators.{n}": s.to_model for n, s in manifest.evaluators.items()}
     identity = identity_of(
         config,
         split_rows=manifest.split_rows,
         streamed=manifest.streamed,
         shape=manifest.shape,
         dataset_classes=manifest.dataset_classes,
-        label_maps=spaces,
+        label_maps={name: space.to_model.tolist() for name, space in manifest.spaces.items()},
     )
     wrong = [key for key, value in identity.items() if manifest.identity.get(key) != value]
     source = config.source
@@ -472,12 +453,11 @@ def _problem(error: BaseException) -> str:
     if not isinstance(error, ValidationError):
         return first_line(error)
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(printable(str(part))[:MOST_NAMED] for part in first["loc"])
-    message = printable(first["msg"].removeprefix("Value error, "))[:MOST_NAMED]
-    return f"{where}: {message}" if where else message
+    message = first["msg"].removeprefix("Value error, ")
+    return ": ".join(shortened(printable(part)) for part in (".".join(map(str, first["loc"])), message) if part)
 
 
-def settled(manifest: Manifest) -> Manifest:
+def ended(manifest: Manifest) -> Manifest:
     """The manifest of a run that is not under way."""
     return manifest.model_copy(update={"session": "", "supersedes": ()})
 
@@ -552,13 +532,7 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     shards = manifest.plan.shards
     files = {shard.name: shard.file for shard in shards}
     skipped = (
-        Skipped(
-            split=receipt.split,
-            source_file=files.get(receipt.shard),
-            source_index=row.source_index,
-            reason=row.reason,
-            file=row.file,
-        )
+        Skipped(split=receipt.split, source_file=files.get(receipt.shard), **row.model_dump(exclude={"position"}))
         for receipt in ordered
         for row in receipt.skipped
     )
