@@ -134,24 +134,15 @@ class ShardWriter:
 
 def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:
     """Per-column options as `datasets` chooses them: encoded images are not compressed again."""
-    leaves = [leaf for field in schema for leaf in _leaves(field.name, field.type)]
+    footer = pa.BufferOutputStream()
+    pq.write_metadata(schema, footer)
+    leaves = [column.path for column in pq.ParquetFile(footer.getvalue()).schema]
     images = [leaf for leaf in leaves if leaf.split(".")[0] in pictures]
     return {
         "compression": {leaf: "none" if leaf in images else "snappy" for leaf in leaves},
         "use_dictionary": [leaf for leaf in leaves if leaf not in images],
         "column_encoding": dict.fromkeys(images, "PLAIN"),
     }
-
-
-def _leaves(path: str, kind: pa.DataType) -> list[str]:
-    """The Parquet leaf columns of an Arrow column."""
-    if isinstance(kind, pa.ExtensionType):
-        kind = kind.storage_type
-    if pa.types.is_struct(kind):
-        return [leaf for field in kind for leaf in _leaves(f"{path}.{field.name}", field.type)]
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _leaves(f"{path}.list.element", kind.value_type)
-    return [path]
 
 
 def _digest(path: Path) -> str:
