@@ -453,10 +453,17 @@ def receipts_digest(receipts: Mapping[str, Receipt]) -> str:
     return total.hexdigest()
 
 
+def _report_says(folder: OutputFolder, key: str) -> str | None:
+    """What the head of the report says of itself, None where there is no report that says it."""
+    with contextlib.suppress(OSError), folder.store.open(folder.report) as file:
+        found = re.search(rf'<meta name="{key}" content="([\w.= -]*)">'.encode(), file.read(4096))
+        return found[1].decode() if found else None
+    return None
+
+
 def reported_receipts(folder: OutputFolder) -> str | None:
     """The digest of the receipts that the report is of, None where there is no report that says."""
-    found = re.search(rb'<meta name="fgsm-receipts" content="(\w*)">', _report_head(folder))
-    return found[1].decode() if found else None
+    return _report_says(folder, "fgsm-receipts")
 
 
 def reported_assets(folder: OutputFolder) -> set[tuple[str, str]]:
@@ -464,8 +471,7 @@ def reported_assets(folder: OutputFolder) -> set[tuple[str, str]]:
 
     While pictures are replaced it lists the old and the new content of a name.
     """
-    found = re.search(rb'<meta name="fgsm-assets" content="([\w.= -]*)">', _report_head(folder))
-    pairs = (entry.partition("=") for entry in found[1].decode().split()) if found else ()
+    pairs = (entry.partition("=") for entry in (_report_says(folder, "fgsm-assets") or "").split())
     return {(f"{folder.assets}/{name}", digest) for name, _, digest in pairs}
 
 
@@ -489,11 +495,3 @@ def _report_of_none(folder: OutputFolder) -> bytes:
     assets = " ".join(f"{PurePosixPath(name).name}={digest}" for name, digest in sorted(reported_assets(folder)))
     head = f'<meta name="fgsm-receipts" content=""><meta name="fgsm-assets" content="{assets}">'
     return f"<!doctype html>{head}<p>This dataset is being written anew; fgsm report makes its report.\n".encode()
-
-
-def _report_head(folder: OutputFolder) -> bytes:
-    try:
-        with folder.store.open(folder.report) as file:
-            return file.read(4096)
-    except OSError:
-        return b""

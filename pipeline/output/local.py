@@ -123,7 +123,6 @@ class LocalStore(Store):
                 os.fsync(folder)
 
     def delete(self, names: Iterable[str]) -> None:
-        emptied = set()
         for name in names:
             path = PurePosixPath(name)
             with (
@@ -132,12 +131,10 @@ class LocalStore(Store):
                 self._folder_of(name, make=False) as folder,
             ):
                 os.unlink(path.name, dir_fd=folder)
-            # The folder of a subset; never that of the receipts, by which the output is known as ours.
+            # The folder of a subset, if that is empty; never that of receipts, by which the output is known as ours.
             if len(path.parts) == 2:
-                emptied.add(path.parts[0])
-        for name in emptied:
-            with contextlib.suppress(OSError), self._folder_of(name) as folder:
-                os.rmdir(name, dir_fd=folder)
+                with contextlib.suppress(OSError), self._folder_of(path.parts[0]) as folder:
+                    os.rmdir(path.parts[0], dir_fd=folder)
 
     @contextlib.contextmanager
     def _folder_of(self, name: str, *, make: bool = True) -> Iterator[int]:
@@ -181,29 +178,20 @@ class LocalStore(Store):
 
     def refuse_links(self, name: str = "") -> None:
         """A dataset that comes from elsewhere may hold any: `.run` to a home folder, assets/x.png to a private key."""
-        if name:
-            self._refuse_link(self.disk / name)
-            return
-        waiting = [self.disk]
-        while waiting:
-            folder = waiting.pop()
-            with (
-                reading(folder),
-                contextlib.suppress(FileNotFoundError, NotADirectoryError),
-                os.scandir(folder) as entries,
-            ):
-                for entry in entries:
-                    if entry.is_symlink():
-                        self._refuse_link(Path(entry.path))
-                    elif entry.is_dir():
-                        waiting.append(Path(entry.path))
 
-    def _refuse_link(self, path: Path) -> None:
-        if path.is_symlink() and not path.resolve().is_relative_to(self.disk.resolve()):
-            raise ConfigError(
-                f"{path} is a link that leads out of the dataset's folder, through which nothing is written, deleted "
-                "or published; put what it leads to in its place, or remove it."
-            )
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+
+        walked = os.walk(self.disk, onerror=refuse)
+        inside = (Path(top, entry) for top, folders, files in walked for entry in (*folders, *files))
+        with reading(self.disk):
+            for path in [self.disk / name] if name else inside:
+                if path.is_symlink() and not path.resolve().is_relative_to(self.disk.resolve()):
+                    raise ConfigError(
+                        f"{path} is a link that leads out of the dataset's folder, through which nothing is written, "
+                        "deleted or published; put what it leads to in its place, or remove it."
+                    )
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[None]:
@@ -251,11 +239,13 @@ class LocalStore(Store):
     def check_held(self) -> None:
         """No other process can get the lock, but the folder may be moved and the lock's file be removed."""
         for name, handle in {"": self._handle, **self._locks}.items():
-            if handle is not None and not _is_at(self.disk / name, handle):
-                raise PipelineError(
-                    f"{self.disk / name} was removed, moved or replaced while the run went on, and nothing more is "
-                    "written; put the folder back, then run the same command again."
-                )
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if handle is None or os.path.samestat((self.disk / name).stat(), os.fstat(handle)):
+                    continue
+            raise PipelineError(
+                f"{self.disk / name} was removed, moved or replaced while the run went on, and nothing more is "
+                "written; put the folder back, then run the same command again."
+            )
 
     @contextlib.contextmanager
     def _locked(self, name: str, patience: float = 0.0) -> Iterator[None]:
@@ -296,14 +286,6 @@ class LocalStore(Store):
         return True
 
 
-def _is_at(path: Path, handle: int) -> bool:
-    """Whether an open file still lies at a path."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder in the temporary space, removed at the end. Those that killed processes left are removed first."""
@@ -311,49 +293,32 @@ def temporary_folder() -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with writing(space):
             for left in space.glob(f"{TEMPORARY}*"):
-                with contextlib.suppress(OSError), _abandoned(left):
-                    shutil.rmtree(left, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _remove_abandoned(left)
             made = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=space))
             stack.callback(shutil.rmtree, made, ignore_errors=True)
             # Locked before it has its final name: another process may be looking for abandoned folders.
-            marker = made / f"{MARKER}.tmp"
-            marker.write_bytes(MARK)
-            stack.enter_context(_locked(marker))
-            marker.rename(made / MARKER)
+            marker = stack.enter_context((made / f"{MARKER}.tmp").open("wb"))
+            marker.write(MARK)
+            marker.flush()
+            fcntl.flock(marker, fcntl.LOCK_EX)
+            Path(marker.name).rename(made / MARKER)
             folder = made / "files"
             folder.mkdir()
         yield folder
 
 
-@contextlib.contextmanager
-def _abandoned(folder: Path) -> Iterator[None]:
-    """Lock a temporary folder that a process of this user has made and that no process uses any more.
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a temporary folder that a process of this user has made and that no process uses any more.
 
     Raises:
-        OSError: it is in use.
-        FileNotFoundError: it is not such a folder.
+        OSError: it is in use, or is no such folder.
     """
-    marker, named = folder / MARKER, re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name)
-    own = named and folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
-    if not own or marker.is_symlink() or marker.read_bytes() != MARK:
-        raise FileNotFoundError(folder)
-    with _locked(marker):
-        yield
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Lock a file for as long as its process lives.
-
-    Raises:
-        OSError: it is locked.
-    """
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+    if re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name) and folder.lstat().st_uid == os.getuid():
+        with os.fdopen(os.open(folder / MARKER, os.O_RDONLY | os.O_NOFOLLOW), "rb") as marker:
+            if marker.read() == MARK:
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
