@@ -92,27 +92,11 @@ class LocalStore(Store):
         return (self.disk / name).open("rb")
 
     def write(self, name: str, content: bytes) -> None:
-        # First under a name of its own, as two processes may write the same file, and in the scratch folder if there is
-        # one: the next holder of the output empties that after a crash.
-        path = PurePosixPath(name)
-        file, temporary = path.name, f".{path.name}.{secrets.token_hex(6)}"
-        aside = SCRATCH if (self.disk / ".run").is_dir() else str(path.parent)
-        with (
-            writing(self.disk / name),
-            self._folder_of(name) as folder,
-            self._folder_of(f"{aside}/{temporary}") as scratch,
-        ):
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=scratch), "wb") as opened:
-                    opened.write(content)
-                    opened.flush()
-                    os.fsync(opened.fileno())
-                os.rename(temporary, file, src_dir_fd=scratch, dst_dir_fd=folder)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=scratch)
-            os.fsync(folder)  # the new name is stored in the folder
+        # First elsewhere, as two processes may write the same file.
+        with writing(self.disk / name), self.scratch("file") as folder:
+            file = folder / "content"
+            file.write_bytes(content)
+            self.put(file, name)
 
     def put(self, local: Path, name: str) -> None:
         with writing(self.disk / name):
@@ -120,7 +104,7 @@ class LocalStore(Store):
                 os.fsync(file.fileno())
             with self._folder_of(name) as folder:
                 os.rename(local, PurePosixPath(name).name, dst_dir_fd=folder)
-                os.fsync(folder)
+                os.fsync(folder)  # the new name is stored in the folder
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -156,11 +140,12 @@ class LocalStore(Store):
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
         # On the same disk, so that a rename moves a file. Under a name of its own: another try of the shard may still
-        # be under way, on a node that was given up.
-        own = f"{name}.{secrets.token_hex(6)}"
-        folder = self.disk / SCRATCH / own
-        with writing(folder), self._folder_of(f"{SCRATCH}/{own}") as scratch:
-            os.mkdir(own, dir_fd=scratch)
+        # be under way, on a node that was given up. A dataset that was downloaded has no folder of a run's.
+        parent = f"{SCRATCH}/" if (self.disk / ".run").is_dir() else "."
+        own = f"{parent}{name}.{secrets.token_hex(6)}"
+        folder = self.disk / own
+        with writing(folder), self._folder_of(own) as scratch:
+            os.mkdir(folder.name, dir_fd=scratch)
         try:
             yield folder
         finally:

@@ -186,6 +186,8 @@ class ObjectStore(Store):
     def replace(self, name: str, content: bytes, version: str | None) -> str:
         """Write an object that is still of a version, or None: not there yet. Returns its new version.
 
+        An object that has the content already is one that this process, or another that did the same work, has written.
+
         Raises:
             ConflictError: it is not.
             UnsupportedError: the store or its client refuses conditions.
@@ -200,39 +202,31 @@ class ObjectStore(Store):
             found = self.look(name)
             if found is None or found[0] != content:
                 raise
-            return found[1]  # an earlier try of ours, whose answer was lost
-
-    def _create(self, *request: Any, patience: float = 0.0) -> bool:
-        """Write an object if there is none of its name, and say whether there was none. Where the store knows no
-        conditions (the caller has said --unlocked) it is written anyway.
-        """
-        self.check_held()
-        if self._conditional:
-            try:
-                self._ask(*request, patience=patience, mode="create")
-                return True
-            except ConflictError:
-                return False
-            except UnsupportedError:
-                pass
-        self._ask(*request, patience=patience)
-        return True
+            return found[1]
 
     def commit(self, name: str, content: bytes) -> None:
-        """An object that exists already was written by another process that did the same work."""
-        if not self._create("pipe_file", self._path(name), content) and self.read(name) != content:
+        self.check_held()
+        try:
+            self.replace(name, content, None)
+        except UnsupportedError:  # the caller has said --unlocked
+            self._ask("pipe_file", self._path(name), content)
+        except ConflictError:
             raise PipelineError(
                 f"{self.at(name)} was written by another process meanwhile, with other content; "
                 "see that all run the same versions, then run the same command again."
-            )
+            ) from None
 
     def put(self, local: Path, name: str) -> None:
         """An upload that arrives late replaces nothing: a file that exists by then may differ in last digits."""
         upload, patience = ("put_file", str(local), self._path(name)), local.stat().st_size / 1e6
-        if not self._create(*upload, patience=patience):
-            # The file that exists has no receipt: a run that was cut off has left it.
+        self.check_held()
+        if self._conditional:
+            with contextlib.suppress(ConflictError, UnsupportedError):
+                self._ask(*upload, patience=patience, mode="create")
+                return
             self.check_held()
-            self._ask(*upload, patience=patience)
+        # The file that exists has no receipt: a run that was cut off has left it.
+        self._ask(*upload, patience=patience)
 
     def delete(self, names: Iterable[str]) -> None:
         self.check_held()

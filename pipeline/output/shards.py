@@ -43,7 +43,8 @@ class ShardWriter:
         edition: str,
     ) -> None:
         self.folder, self.shard, self.subsets, self.edition = folder, shard, subsets, edition
-        self._waiting: list[list[pa.Table]] = [[] for _ in subsets]
+        # Batches that are not written yet, each a table for each subset.
+        self._waiting: list[Sequence[pa.Table]] = []
         self._writers: list[pq.ParquetWriter] = []
         self._stack = contextlib.ExitStack()
         self.scratch = self._stack.enter_context(folder.store.scratch(shard.name))
@@ -75,23 +76,22 @@ class ShardWriter:
         Raises:
             PipelineError: the disk refused.
         """
-        for waiting, table in zip(self._waiting, tables, strict=True):
-            waiting.append(table)
-        rows = sum(table.num_rows for table in self._waiting[0])
-        largest = max(sum(table.nbytes for table in waiting) for waiting in self._waiting)
+        self._waiting.append(tables)
+        rows = sum(first.num_rows for first, *_ in self._waiting)
+        largest = max(sum(table.nbytes for table in batches) for batches in zip(*self._waiting, strict=True))
         if rows >= ROW_GROUP_ROWS or largest >= ROW_GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         with writing(self.scratch):
-            for waiting, writer in zip(self._waiting, self._writers, strict=True):
-                table = pa.concat_tables(waiting) if waiting else None
+            for writer, *batches in zip(self._writers, *self._waiting, strict=True):
+                table = pa.concat_tables(batches) if batches else None
                 # `datasets` 5.2 fails on a row group without rows; a file without row groups it reads as empty.
                 if table:
                     # One batch of large images may be many row groups' worth.
                     rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
                     writer.write_table(table, row_group_size=min(ROW_GROUP_ROWS, rows))
-                waiting.clear()
+        self._waiting.clear()
 
     def commit(self, receipt: Receipt) -> Receipt:
         """Close every file and put it into its place, then write the receipt, which is the commit.
