@@ -77,8 +77,8 @@ def write_summaries(
     manifest = summarise(manifest, receipts).sealed()
     folder.store.write(folder.manifest, manifest.model_dump_json(indent=1).encode())
     if not card_agrees(folder, manifest):
-        place = HERE if folder.store.local else folder.root
-        folder.store.write(folder.card, render_card(manifest, place).encode())
+        location = HERE if folder.store.local else folder.root
+        folder.store.write(folder.card, render_card(manifest, location).encode())
     return manifest
 
 
@@ -258,26 +258,26 @@ def _template() -> jinja2.Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def render_card(manifest: Manifest, place: str = HERE) -> str:
+def render_card(manifest: Manifest, location: str = HERE) -> str:
     """The card's text.
 
     Args:
         manifest: of the run.
-        place: what the examples load: the folder itself, its address in an object store, or a Hub id.
+        location: what the examples load: the folder itself, its address in an object store, or a Hub id.
     """
     front = yaml.dump(_front(manifest), Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=float("inf"))
-    return f"---\n{front}---\n\n{_template().render(_values(manifest, place))}"
+    return f"---\n{front}---\n\n{_template().render(_values(manifest, location))}"
 
 
-def moved_card(text: str, manifest: Manifest, place: str) -> str:
-    """A card with its examples loading from another place; whatever its owner has added to it stays.
+def moved_card(text: str, manifest: Manifest, location: str) -> str:
+    """A card with its examples loading from another location; whatever its owner has added to it stays.
 
     Args:
         text: of the card.
         manifest: of the run that it describes.
-        place: a Hub id.
+        location: a Hub id.
     """
-    after = render_card(manifest, place).split("\n")
+    after = render_card(manifest, location).split("\n")
     moved: dict[str, str] = {}
     # Its owner may have added an example that loads something else.
     for former in dict.fromkeys(re.findall(r'(?:datasets\.load_dataset|pipeline\.load)\("([^"\n]+)"', text)):
@@ -285,13 +285,13 @@ def moved_card(text: str, manifest: Manifest, place: str) -> str:
     return "\n".join(moved.get(line, line) for line in text.split("\n"))
 
 
-def _values(manifest: Manifest, place: str) -> dict[str, Any]:
+def _values(manifest: Manifest, location: str) -> dict[str, Any]:
     config, levels, subsets = manifest.resolved, manifest.levels, manifest.subsets
     features, attacks = manifest.features, manifest.features.get(ATTACKS)
-    judges = [
-        judge for judge in manifest.config.get("evaluators") or () if subsets and judge["id"] in subsets[0].evaluators
+    others = [
+        other for other in manifest.config.get("evaluators") or () if subsets and other["id"] in subsets[0].evaluators
     ]
-    ids = [judge["id"] for judge in judges]
+    ids = [other["id"] for other in others]
     return {
         **dict(manifest),
         **dict(config),
@@ -300,15 +300,15 @@ def _values(manifest: Manifest, place: str) -> dict[str, Any]:
         "epsilons": [f"{level}/255" for level in levels[1:]],
         "requested": [_requested(level, epsilon) for level, epsilon in config.attack.requested.items()],
         "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
-        "place": place,
-        "here": place == HERE,
-        "address": is_address(place),
-        "files": place if place == HERE or is_address(place) else f"hf://datasets/{place}",
+        "location": location,
+        "here": location == HERE,
+        "address": is_address(location),
+        "files": location if location == HERE or is_address(location) else f"hf://datasets/{location}",
         # The last split is the one to measure with, as a rule.
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
         "victim": manifest.config["model"],
-        "judges": judges,
+        "others": others,
         "classes": manifest.dataset_classes,
         "columns": list(_describe(manifest, features, ids)),
         "fields": list(_describe(manifest, attacks["feature"], ids)) if attacks else [],
@@ -320,7 +320,7 @@ def _requested(level: int, epsilon: str | float) -> str:
     return f"{level} ({level}/255 = {level / 255:.4f}{'' if exact else f', asked for as {epsilon}'})"
 
 
-def _describe(manifest: Manifest, features: Mapping[str, Any], judges: Sequence[str]) -> Iterator[dict[str, str]]:
+def _describe(manifest: Manifest, features: Mapping[str, Any], others: Sequence[str]) -> Iterator[dict[str, str]]:
     """Name, type and meaning of columns, as a manifest records them."""
     layout = manifest.layout
     pictures = {picture.column: layout.describe(picture) for picture in layout.pictures(manifest.variants)}
@@ -329,9 +329,9 @@ def _describe(manifest: Manifest, features: Mapping[str, Any], judges: Sequence[
         meanings["fooled"] = "whether the prediction is the target; null on clean images"
     if manifest.streamed:
         meanings["source_index"] = "row in that file"
-    for judge in judges:
+    for other in others:
         for column in ("prediction", "correct", "clean_prediction", "clean_correct"):
-            meanings[f"{column}_{judge}"] = f"as {column}, of evaluator {judge}"
+            meanings[f"{column}_{other}"] = f"as {column}, of evaluator {other}"
     for name, feature in features.items():
         yield {
             "name": name,

@@ -30,7 +30,7 @@ from pydantic_core import from_json
 
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, listing
-from pipeline.core.left_out import LeftOut
+from pipeline.core.left_out import LeftOut, Skipped
 from pipeline.core.plan import Shard
 from pipeline.core.variants import ID, SUBSET, Variant
 from pipeline.layouts.registry import LAYOUTS
@@ -247,15 +247,6 @@ def add_up(variant: Variant, counts: Sequence[VariantCounts], evaluators: Iterab
     )
 
 
-class SkippedRow(Record):
-    """A source row that could not be decoded; `position` is its place in the shard, `file` the image's name."""
-
-    position: Whole
-    source_index: Whole
-    reason: str
-    file: str | None = None
-
-
 class Receipt(SealedRecord):
     """What a committed shard holds. Nothing in it depends on when or how fast it was written."""
 
@@ -264,7 +255,7 @@ class Receipt(SealedRecord):
     split: str = Field(pattern=STEM)
     planned: Whole
     rows: Whole
-    skipped: tuple[SkippedRow, ...]
+    skipped: tuple[Skipped, ...]
     zero_sign_share: Share
     counts: tuple[VariantCounts, ...]
     files: tuple[FileEntry, ...]
@@ -343,8 +334,8 @@ class OutputFolder:
         """
         if over and self.store.local:
             return 0
-        there = [int(edition[17:] or 0) for edition in self.editions()]
-        return 1 + max(there, default=-1) if over else max(there, default=0)
+        found = [int(edition[17:] or 0) for edition in self.editions()]
+        return 1 + max(found, default=-1) if over else max(found, default=0)
 
     def owned(self, editions: Collection[str]) -> list[str]:
         """The files whose names say that they are of some editions, receipts last."""
@@ -364,19 +355,19 @@ class OutputFolder:
         with contextlib.suppress(FileNotFoundError):
             if self.store.read(self.sessions):
                 self.store.write(self.sessions, b"")
-        there = self.store.sizes()
+        left = self.store.sizes()
         ours = {self.manifest, self.card}
         if report_files(self):
             self.store.write(self.report, _report_of_none(self))
             ours.add(self.report)
         hidden = (".run", self.assets)
-        others = [name for name in there if name not in ours and name.split("/")[0] not in hidden]
+        others = [name for name in left if name not in ours and name.split("/")[0] not in hidden]
         if others:
             logger.info("Left as they are, not of this dataset: %s.", listing(sorted(others)))
 
-    def forget(self, shards: Iterable[Shard], edition: str, there: Iterable[str]) -> None:
+    def forget(self, shards: Iterable[Shard], edition: str, listed: Collection[str]) -> None:
         """Remove what receipts there are of shards that will be written anew: until then they do not exist."""
-        self.store.delete(name for shard in shards if (name := self.receipt(shard, edition)) in there)
+        self.store.delete(name for shard in shards if (name := self.receipt(shard, edition)) in listed)
 
     def add_session(self, line: str) -> None:
         """Keep what there is to say of a session that wrote something."""
@@ -409,8 +400,8 @@ def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> t
         folder: of the dataset.
         sizes: its listing, where that is at hand.
     """
-    there = folder.store.sizes() if sizes is None else sizes
-    names = sorted(name for name in there if name.startswith(f"{folder.receipts}/") and name.endswith(".json"))
+    listed = folder.store.sizes() if sizes is None else sizes
+    names = sorted(name for name in listed if name.startswith(f"{folder.receipts}/") and name.endswith(".json"))
     receipts, broken = {}, []
     for name, content in folder.store.read_all(names).items():
         path = Path(name)

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 6
 # The share of values with gradient 0 above which there is a warning.
 MANY_ZERO = 0.5
-# Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
+# SkippedRow rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
 
 # The key of an identity that is there, and false, where the attack's images do not lie along one direction.
@@ -128,7 +128,7 @@ def _check_pixels(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return shape
 
 
-class Skipped(Record):
+class SkippedRow(Record):
     """A source row that could not be decoded.
 
     `source_file` is that of a source that was streamed, `file` the name of the image where each has its own file.
@@ -184,7 +184,7 @@ class Manifest(SealedRecord):
     zero_sign_share: Share = 0.0
     files: tuple[FileEntry, ...] = ()
     skipped_rows: Whole = 0
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedRow, ...] = ()
     members_left_out: tuple[LeftOut, ...] = ()
 
     @model_validator(mode="after")
@@ -411,13 +411,13 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     Raises:
         PipelineError: it cannot be read as one, or another version of this package wrote it.
     """
-    place = folder.store.at(folder.manifest)
+    path = folder.store.at(folder.manifest)
     try:
         content = from_json(folder.store.read(folder.manifest))  # json would take halves of characters
-        there = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
-        if isinstance(there, int) and there != FORMAT_VERSION and folder.is_ours():
+        stated = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
+        if isinstance(stated, int) and stated != FORMAT_VERSION and folder.is_ours():
             raise PipelineError(
-                f"{place} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
+                f"{path} was made by another version of fgsm-pipeline (its format is {stated}, this one's is "
                 f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
             )
         manifest = Manifest.of_json(content)
@@ -428,12 +428,12 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     except FileNotFoundError:
         return None
     except ConfigError as error:
-        raise PipelineError(f"{place}: its config cannot be used: {error}") from None
+        raise PipelineError(f"{path}: its config cannot be used: {error}") from None
     except AlteredError as error:
         raise altered_manifest(folder, str(error)) from None
     except (ValueError, OSError, RecursionError) as error:  # neither JSON nor a manifest
         advice = _way_out(folder) if folder.is_ours() else "It is not of fgsm-pipeline."
-        raise PipelineError(f"{place} cannot be read ({_problem(error)}). {advice}") from None
+        raise PipelineError(f"{path} cannot be read ({_problem(error)}). {advice}") from None
 
 
 def altered_manifest(folder: OutputFolder, why: str) -> PipelineError:
@@ -493,10 +493,10 @@ def current_manifest(folder: OutputFolder) -> Manifest:
 def warn_if_incomplete(folder: OutputFolder, manifest: Manifest) -> None:
     """Warn whoever reads a dataset of which shards are missing, and say how many are there."""
     sizes, shards, stored = folder.store.sizes(), manifest.plan.shards, manifest.stored
-    there = sum(all(shard_file(subset, shard, manifest.edition) in sizes for subset in stored) for shard in shards)
-    if there < len(shards):
+    found = sum(all(shard_file(subset, shard, manifest.edition) in sizes for subset in stored) for shard in shards)
+    if found < len(shards):
         warnings.warn(
-            f"{folder.root} is incomplete: {there} of {len(shards)} shards are there ({there / len(shards):.0%}). Run "
+            f"{folder.root} is incomplete: {found} of {len(shards)} shards are there ({found / len(shards):.0%}). Run "
             "the generate command that made it again, or pass allow_incomplete=True.",
             stacklevel=3,
         )
@@ -532,7 +532,13 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     shards = manifest.plan.shards
     files = {shard.name: shard.file for shard in shards}
     skipped = (
-        Skipped(split=receipt.split, source_file=files.get(receipt.shard), **row.model_dump(exclude={"position"}))
+        SkippedRow(
+            split=receipt.split,
+            source_file=files.get(receipt.shard),
+            source_index=row.source_index,
+            reason=row.reason,
+            file=row.file,
+        )
         for receipt in ordered
         for row in receipt.skipped
     )
