@@ -47,13 +47,9 @@ class LocalStore(Store):
 
     def entries(self) -> list[str]:
         for folder in (self.disk, *self.disk.parents):
-            if folder.is_symlink() and not folder.exists():
-                raise ConfigError(
-                    f"output.path: {folder} is a link to {folder.readlink()}, which does not exist; make that folder, "
-                    "or remove the link."
-                )
-            if folder.exists() and not folder.is_dir():
-                raise ConfigError(f"output.path: {folder} is a file, not a folder.")
+            if os.path.lexists(folder) and not folder.is_dir():
+                what = "a link that leads nowhere" if folder.is_symlink() else "a file, not a folder"
+                raise ConfigError(f"output.path: {folder} is {what}; remove it, or choose another folder.")
         return [entry.name for entry in self.disk.iterdir()] if self.disk.is_dir() else []
 
     def sizes(self) -> dict[str, int]:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -52,7 +51,7 @@ class ShardWriter:
             for subset in subsets:
                 self._writers.append(
                     pq.ParquetWriter(
-                        self._scratch_file(subset),
+                        self.scratch / f"{subset}.parquet",
                         schema,
                         write_page_index=True,
                         use_content_defined_chunking=CONTENT_DEFINED_CHUNKING,
@@ -66,9 +65,6 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # a full disk fails again on closing
                 writer.close()
         self._stack.close()
-
-    def _scratch_file(self, subset: str) -> Path:
-        return self.scratch / f"{subset}.parquet"
 
     def write(self, tables: Sequence[pa.Table]) -> None:
         """Add one batch: a table for each subset.
@@ -112,7 +108,7 @@ class ShardWriter:
         files = []
         for subset, writer in zip(self.subsets, self._writers, strict=True):
             file = shard_file(subset, self.shard, self.edition)
-            local = self._scratch_file(subset)
+            local = self.scratch / f"{subset}.parquet"
             with writing(local):
                 writer.add_key_value_metadata(
                     {
@@ -122,7 +118,9 @@ class ShardWriter:
                     }
                 )
                 writer.close()
-                size, digest = local.stat().st_size, _digest(local)
+                with local.open("rb") as written:
+                    digest = hashlib.file_digest(written, "sha256").hexdigest()
+                size = local.stat().st_size
             self.folder.store.put(local, file)
             files.append(FileEntry(path=file, rows=receipt.rows, bytes=size, sha256=digest))
         receipt = receipt.model_copy(update={"files": tuple(files)}).sealed()
@@ -143,9 +141,3 @@ def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any
         "use_dictionary": [leaf for leaf in leaves if leaf not in images],
         "column_encoding": dict.fromkeys(images, "PLAIN"),
     }
-
-
-def _digest(path: Path) -> str:
-    """A file's sha256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -80,9 +80,7 @@ def test_a_link_that_leads_nowhere_is_named(below: str, write_config: WriteConfi
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "gone")
     sentence = failed("generate", write_config(), "--output", f"{link}{below}", code=2)
-    assert sentence == (
-        f"output.path: {link} is a link to {tmp_path}/gone, which does not exist; make that folder, or remove the link."
-    )
+    assert sentence.startswith(f"output.path: {link} is a link that leads nowhere; ")
 
 
 def test_a_folder_in_the_place_of_a_file_is_named_when_it_cannot_be_removed(
