@@ -27,7 +27,7 @@ from pipeline.executors import EXECUTORS, PART
 from pipeline.executors.base import Executor
 from pipeline.output.card import card_agrees, write_summaries
 from pipeline.output.folder import OutputFolder, Receipt, committed
-from pipeline.output.manifest import Manifest, read_manifest, settled, summarise
+from pipeline.output.manifest import Manifest, ended, read_manifest, summarise
 
 # A shared folder may show late what another machine wrote: a client of NFS remembers for a minute what there was.
 SHARED_SECONDS, POLL_SECONDS = 60.0, 0.5
@@ -176,13 +176,13 @@ def _execute(
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
             with contextlib.suppress(PipelineError), folder.store.alone():
-                write_summaries(folder, settled(begun))
+                write_summaries(folder, ended(begun))
             raise
         with folder.store.alone():
             if session:
                 tell_speed(folder, *session, opened.versions["device"])
             done = committed(folder, begun.edition, shards)
-            manifest = write_summaries(folder, settled(begun), done)
+            manifest = write_summaries(folder, ended(begun), done)
     _check_complete(folder, own, done)
     if executor.part:
         left = len(shards) - len(done)
@@ -299,7 +299,7 @@ def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Seq
 
 def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Receipt]) -> bool:
     """Whether manifest and card say what follows from the receipts, and no run has ended half-way through."""
-    return summarise(settled(recorded), done) == recorded and card_agrees(folder, recorded)
+    return summarise(ended(recorded), done) == recorded and card_agrees(folder, recorded)
 
 
 def _begin(folder: OutputFolder, manifest: Manifest, overwrite: bool) -> Manifest:

@@ -887,7 +887,7 @@ def test_a_file_system_without_locks_is_one_sentence(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("pipeline.output.local.fcntl.lockf", no_locks)
+    monkeypatch.setattr("pipeline.output.local.fcntl.flock", no_locks)
     result = fgsm("generate", write_config())
     assert result.exit_code == 2
     assert "No locks available" in result.stderr

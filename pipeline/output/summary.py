@@ -1,5 +1,6 @@
 """`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,10 @@ def _unmoved(manifest: Manifest) -> str:
 
 def _split_sizes(manifest: Manifest) -> str:
     """The size of each split's files, where those of the epsilons are the same."""
-    sizes = dict.fromkeys(manifest.split_rows, 0)
+    sizes = Counter[str]()
     for file in manifest.files:
-        if (split := split_of(file.path)) in sizes:
-            sizes[split] += file.bytes
-    return ", ".join(f"{split} {human_bytes(size)}" for split, size in sizes.items())
+        sizes[split_of(file.path)] += file.bytes
+    return ", ".join(f"{split} {human_bytes(sizes[split])}" for split in manifest.split_rows)
 
 
 def human_bytes(count: float) -> str:
