@@ -263,11 +263,9 @@ def _say_epsilons(attack: "AttackConfig") -> None:
 def _boundary(debug: bool, farewell: str) -> Iterator[None]:
     """Turn what a user can cause into one sentence and an exit code; anything else keeps its traceback."""
     from pipeline.core.interrupts import interruptible
-    from pipeline.core.memory import require_open_files
 
     _log_to_stderr()
     try:
-        require_open_files()
         with interruptible(lambda: _say(f"\n{farewell}", err=True)):
             yield
     except Interrupted as interrupt:
