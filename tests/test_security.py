@@ -1318,4 +1318,4 @@ def test_want_of_memory_is_a_sentence(out: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pipeline.output.summary.inspect", greedy)
     result = fgsm("inspect", out)
     assert result.exit_code == 1
-    assert "Error: There is not enough memory" in result.stderr
+    assert "Error: The system refused: Cannot allocate memory. " in result.stderr
