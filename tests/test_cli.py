@@ -41,15 +41,6 @@ def ended(*arguments: str | Path, prepare: Callable[[], None] | None = None, **s
 # ------------------------------------------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("command", ["generate digits", "verify"])
-def test_too_few_open_files_are_one_sentence(out: Path, command: str) -> None:
-    arguments: list[str | Path] = [*command.split(), *([] if "digits" in command else [out])]
-    code, said = ended(*arguments, prepare=limited(resource.RLIMIT_NOFILE, 16))
-    assert code == 1, said
-    assert "Traceback" not in said
-    assert "ulimit -n" in said.splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     ("command", "most"),
     [
