@@ -1267,7 +1267,7 @@ def test_a_config_that_is_a_bomb(tmp_path: Path, text: str, sentence: str) -> No
     assert len(str(refused.value).splitlines()) == 1
     assert len(str(refused.value)) < 1000
     if "\n" not in text:
-        with pytest.raises(ConfigError, match="is not a YAML value"):
+        with pytest.raises(ConfigError):
             load_config(
                 "digits", [f"source.path={text.partition(': ')[2] if text.startswith(('source', 'runtime')) else text}"]
             )

@@ -19,7 +19,7 @@ def epsilon_value(epsilon: str | float) -> float:
     fraction = re.fullmatch(r"\s*(\d+)\s*/\s*255\s*", str(epsilon))
     try:
         value = int(fraction[1]) / 255 if fraction else float(epsilon)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"epsilons: {epsilon!r} is neither a number nor of the form k/255") from None
     if math.isnan(value):
         raise ValueError(f"epsilons: {epsilon} is not a number")
