@@ -22,7 +22,7 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
-from pipeline.config.schema import AttackConfig, is_checkpoint
+from pipeline.config.schema import AttackConfig
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import PipelineError
 from pipeline.layouts.base import ATTACKS, COLUMNS
