@@ -29,20 +29,22 @@ class FGSMConfig(AttackConfig):
     def how(self) -> str:
         return "by one step along the sign of its gradient"
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {}  # it was the only attack once, and stands in the identity of no run
-
 
 class NoiseConfig(AttackConfig):
     """Noise, which asks no model: it has no label to lead away from, needs none in the source, and has no target."""
 
     kind: Literal["noise"] = "noise"
+    asks_model = False
     # They are what runs without labels have. Left out where a config is written down, as it may not say them.
     label: Literal["prediction"] = Field("prediction", exclude=True)
     target: None = Field(None, exclude=True)
+    models: None = Field(None, exclude=True)
 
-    @field_validator("label", "target", mode="before")
+    @property
+    def how(self) -> str:
+        return "moves each value by the whole epsilon, up or down at random: the control for the others"
+
+    @field_validator("label", "target", "models", mode="before")
     @classmethod
     def _asks_no_model(cls, value: Any) -> Any:
         if value is not None:
@@ -83,6 +85,13 @@ class IterativeConfig(AttackConfig):
         return {level: (count, self._default_step(level, count)) for level, count in steps.items()}
 
     @property
+    def how(self) -> str:
+        steps = sorted({count for count, _ in self.schedule.values()})
+        sizes = sorted({size for _, size in self.schedule.values()})
+        counts, lengths = (f"{some[0]} to {some[-1]}" if some[1:] else str(some[0]) for some in (steps, sizes))
+        return f"in {counts} steps of {lengths} grey levels along the sign of a gradient"
+
+    @property
     def arguments(self) -> dict[str, Any]:
         return {"schedule": self.schedule}
 
@@ -96,6 +105,13 @@ class BIMConfig(IterativeConfig):
     """BIM, with the numbers of Kurakin et al. (2017), section 2.2, who count in grey levels too."""
 
     kind: Literal["bim"] = "bim"
+    paper = """@inproceedings{kurakin2017physical,
+  title={Adversarial Examples in the Physical World},
+  author={Kurakin, Alexey and Goodfellow, Ian J. and Bengio, Samy},
+  booktitle={International Conference on Learning Representations, Workshop Track},
+  year={2017},
+  url={https://arxiv.org/abs/1607.02533}
+}"""
 
     def _default_steps(self, level: int) -> int:
         return min(level + 4, math.ceil(1.25 * level))
@@ -109,6 +125,13 @@ class PGDConfig(IterativeConfig):
     """PGD, with steps of 2.5 k / T, as Madry et al. (2018), section 5: the far side of the ball is within reach."""
 
     kind: Literal["pgd"] = "pgd"
+    paper = """@inproceedings{madry2018towards,
+  title={Towards Deep Learning Models Resistant to Adversarial Attacks},
+  author={Madry, Aleksander and Makelov, Aleksandar and Schmidt, Ludwig and Tsipras, Dimitris and Vladu, Adrian},
+  booktitle={International Conference on Learning Representations},
+  year={2018},
+  url={https://arxiv.org/abs/1706.06083}
+}"""
 
     def _default_steps(self, level: int) -> int:
         del level
@@ -122,6 +145,13 @@ class MIFGSMConfig(IterativeConfig):
     """MI-FGSM, with the numbers of Dong et al. (2018), sections 3.1 and 4.1; `decay` is their mu."""
 
     kind: Literal["mifgsm"] = "mifgsm"
+    paper = """@inproceedings{dong2018boosting,
+  title={Boosting Adversarial Attacks with Momentum},
+  author={Dong, Yinpeng and Liao, Fangzhou and Pang, Tianyu and Su, Hang and Zhu, Jun and Hu, Xiaolin and Li, Jianguo},
+  booktitle={Conference on Computer Vision and Pattern Recognition},
+  year={2018},
+  url={https://arxiv.org/abs/1710.06081}
+}"""
     # What float32 cannot hold would make of 0 something that is no number.
     decay: Annotated[float, Field(ge=0, le=1e38, strict=True)] = 1.0
 
