@@ -72,8 +72,8 @@ class IterativeConfig(AttackConfig):
 
     @model_validator(mode="after")
     def _check_step(self) -> "IterativeConfig":
-        if self.step is not None:
-            epsilon_level(self.step, self.rounding, "step")
+        if self.step is not None and epsilon_level(self.step, self.rounding, "step") > self.levels[0]:
+            raise ValueError(f"step: {self.step} is larger than the epsilon {self.levels[0]}/255, so it would leave it")
         return self
 
     @property

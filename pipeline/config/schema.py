@@ -335,6 +335,18 @@ class Config(Section):
                 )
             if len(set(attack.models or ())) < len(attack.models or ()):
                 raise ValueError(f"{self.key('attack', name)}.models names one of them twice")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Refuse ids that make one name of two."""
+        pairs: dict[str, str] = {}
+        for variant in self.variants[1:]:
+            made = f"attack {variant.attack} on model {variant.model}"
+            other = pairs.setdefault(variant.pair, made)
+            if other != made:
+                raise ValueError(
+                    f"attacks: {other} and {made} would both be called {variant.pair} in names of columns; rename one"
+                )
 
     def key(self, section: str, name: str) -> str:
         """The key of a model or an attack, for messages.

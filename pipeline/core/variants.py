@@ -80,6 +80,19 @@ def group_variants(made: Iterable[tuple[int, str, str | None]]) -> tuple[Variant
     return make_variants(attacks)
 
 
+def by_attack(variants: Sequence[Variant]) -> list[list[int]]:
+    """Which variants are made by each attack on each model: their indices, in order.
+
+    Args:
+        variants: of a run, clean first.
+    """
+    found: dict[tuple[str | None, str | None], list[int]] = {}
+    for index, variant in enumerate(variants):
+        if index:
+            found.setdefault((variant.attack, variant.model), []).append(index)
+    return list(found.values())
+
+
 def at_levels(recorded: Sequence[Variant], levels: Iterable[int]) -> tuple[Variant, ...]:
     """What each attack makes of each model at some levels, in their order; those need not be recorded.
 
