@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, name_row
+from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, refuse_rows
 from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, PipelineError, first_line
@@ -475,26 +475,23 @@ class ShardCheck:
             for column in table.column_names:
                 if not _same(table.column(column), expected.column(column)):
                     raise DamageError(
-                        f"{name} has a {column} that does not follow from the plan, the source and its rows."
+                        f"{name} has other values in {column} than follow from the plan, the source and its other ones."
                     )
 
     def _check_pixels(self, names: Sequence[str], images: Sequence[Tensor], sign: Tensor, clean: pa.Table) -> None:
         """Every image is the clean one, moved along the one sign if the attack has one, and in any case in its ball."""
         for level, name, pixels in zip(self.levels, names, images, strict=True):
-            if self.on_ray and torch.equal(step(images[0], sign, level), pixels):
+            moved = step(images[0], sign, level)
+            if self.on_ray and torch.equal(moved, pixels):
                 continue
             distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
-            outside = int((distance > level).flatten(1).any(1).sum())
-            if outside:
-                self.findings.outside_ball += outside
-                raise DamageError(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
-            if not self.on_ray:
-                continue
-            other = (step(images[0], sign, level) != pixels).flatten(1).any(1).numpy()
-            raise DamageError(
-                f"{name} has {int(other.sum())} images that are not the clean ones moved by {level}/255 along one sign "
-                f"for all epsilons; the first is {name_row(clean, other)}."
-            )
+            outside = (distance > level).flatten(1).any(1).numpy()
+            self.findings.outside_ball += int(outside.sum())
+            refuse_rows(name, outside, f"images outside the epsilon ball of {level}/255", clean)
+            if self.on_ray:
+                other = (moved != pixels).flatten(1).any(1).numpy()
+                what = f"images that are not the clean ones moved by {level}/255 along one sign for all epsilons"
+                refuse_rows(name, other, what, clean)
 
     def _compare_source(self, original: Batch, batch: Batch, name: str, receipt: Receipt) -> Batch:
         """The clean images of a batch are the source's; the batch with the source's labels and kept columns."""

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
+from pipeline.attacks.base import AttackedModel, Goal, direction_sign
 from pipeline.attacks.load import load_attack
-from pipeline.check.findings import DamageError, Findings, name_row
-from pipeline.config.schema import EvaluatorConfig
+from pipeline.check.findings import DamageError, Findings, refuse_rows
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.core.lanes import Lanes, chunk_images
 from pipeline.core.lattice import step
 from pipeline.core.plan import Plan
-from pipeline.engine.compute import compile_victim, own_copy
+from pipeline.engine.compute import Attacker, compile_victim, own_copy
 from pipeline.engine.run import (
     attack_target,
     choose_device,
@@ -36,7 +36,6 @@ from pipeline.engine.run import (
 )
 from pipeline.engine.scores import score
 from pipeline.layouts.base import Scores, evaluator_columns
-from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace
 from pipeline.output.folder import Receipt
 from pipeline.output.manifest import Manifest
@@ -63,21 +62,13 @@ VALUE_TOLERANCE = 0.65
 SATURATED = 1e-6
 
 
-@dataclass(frozen=True)
-class Models:
-    """The attack and the models that are asked again, what the attack wanted, and the environment of the answers."""
-
-    attack: Attack
-    victim: Model
-    goal: Goal
-    evaluators: dict[str, Model]
-    lanes: Lanes
-    versions: dict[str, str]
-    compiled_alike: bool
-
-
 @contextlib.contextmanager
-def open_models(manifest: Manifest) -> Iterator[Models]:
+def open_recomputation(manifest: Manifest, plan: Plan, findings: Findings) -> Iterator["Recomputation"]:
+    """Load the attack and the models of a run again.
+
+    Raises:
+        ConfigError: one of them cannot be loaded, or has changed since the run.
+    """
     config = manifest.resolved
     precision = config.runtime.precision
     try:
@@ -85,49 +76,39 @@ def open_models(manifest: Manifest) -> Iterator[Models]:
     except ConfigError:
         device = choose_device("auto")
     loaded = load_attack(config.attack)
-    if loaded.digest != manifest.identity.get("attack.content"):
-        raise ConfigError(
-            "attack.kind: the code that the config names has changed since the run, so it cannot be asked again."
-        )
+    _check_unchanged("attack.kind: the code", loaded.digest, manifest.identity.get("attack.content"))
     victim = load_run_model(config.model, config, device)
-    if victim.digest != manifest.identity.get("model.content"):
-        raise ConfigError(
-            "model: the victim that the config names has changed since the run, so it cannot be asked again."
-        )
-    victim.space = manifest.spaces["model"]
-    evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
-    compiled_alike = not config.runtime.compile or _compiles(loaded.attack, victim, evaluators, manifest, device)
+    _check_unchanged("model: the victim", victim.digest, manifest.identity.get("model.content"))
+    spaces = manifest.spaces
+    victim.space = spaces["model"]
+    evaluators = {}
+    for other in config.evaluators:
+        name = f"evaluators.{other.id}"
+        with naming_evaluator(other.id):
+            evaluators[other.id] = model = load_run_model(other, config, device)
+            known = manifest.identity.get(f"{name}.content") if name in spaces else None
+            _check_unchanged("the model", model.digest, known)
+        model.space = spaces[name]
+    goal = Goal(config.attack.label, attack_target(config, victim.space))
+    attacker = make_attacker(config, loaded.attack, victim, goal, evaluators)
+    compiled_alike = True
+    if config.runtime.compile:
+        try:
+            compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
+        except PipelineError as error:
+            logger.warning("%s; its predictions are compared as from another environment.", error)
+            compiled_alike = False
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
     recorded = manifest.identity.get("runtime.chunk")
     if device.type == config.runtime.device and isinstance(recorded, int) and recorded > 0:
         chunk = recorded
     with Lanes(device, chunk) as lanes:
-        goal = Goal(config.attack.label, attack_target(config, victim.space))
-        yield Models(loaded.attack, victim, goal, evaluators, lanes, versions(device), compiled_alike)
+        yield Recomputation(attacker, lanes, versions(device), compiled_alike, manifest, plan, findings)
 
 
-def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Model:
-    with naming_evaluator(config.id):
-        model = load_run_model(config, manifest.resolved, device)
-        unchanged = model.digest == manifest.identity.get(f"evaluators.{config.id}.content")
-        if config.id not in manifest.evaluators or not unchanged:
-            raise ConfigError("it has changed since the run, so it cannot be asked again.")
-    model.space = manifest.spaces[f"evaluators.{config.id}"]
-    return model
-
-
-def _compiles(
-    attack: Attack, victim: Model, evaluators: Mapping[str, Model], manifest: Manifest, device: torch.device
-) -> bool:
-    """Compile the models as the run's were; where that fails they run as they are, with other last digits."""
-    config = manifest.resolved
-    attacker = make_attacker(config, attack, victim, Goal(), evaluators)
-    try:
-        compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
-    except PipelineError as error:
-        logger.warning("%s; its predictions are compared as from another environment.", error)
-        return False
-    return True
+def _check_unchanged(what: str, digest: str | None, recorded: Any) -> None:
+    if digest != recorded:
+        raise ConfigError(f"{what} that the config names has changed since the run, so it cannot be asked again.")
 
 
 @dataclass(frozen=True)
@@ -144,25 +125,24 @@ class _Answer:
     share: Tensor
 
 
-def _look_again(models: Models, levels: Sequence[int], clipped: bool, *chunk: Tensor) -> _Answer:
+def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
     """Ask the models about a chunk again, and attack it again.
 
     Args:
-        models: those that are asked, and the attack.
-        levels: epsilons in grey levels, without 0.
+        attacker: the attack, and the models that are asked.
         clipped: whether the stored sign is 0 where clip(x + s) is x.
         chunk: 1 + K times (N, C, H, W) uint8, the stored sign (N, C, H, W) int8, the model's index (N,) int64 of the
             class whose loss was changed, the random numbers of the rows (N,) int64, then which rows are valid, (N,)
             bool.
     """
     *images, sign, classes, draws, valid = chunk
-    victim = own_copy(models.victim)
+    victim = own_copy(attacker.victim)
     # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
     # that, with other last digits.
-    model = AttackedModel(victim, images[0], targeted=models.goal.target is not None)
-    perturbed = models.attack.perturb(model, images[0], classes, levels, draws)
+    model = AttackedModel(victim, images[0], targeted=attacker.goal.target is not None)
+    perturbed = attacker.attack.perturb(model, images[0], classes, attacker.levels, draws)
     logits = [torch.stack([model.logits, *map(victim.predict, images[1:])])]
-    logits += [torch.stack([*map(other.predict, images)]) for other in map(own_copy, models.evaluators.values())]
+    logits += [torch.stack([*map(other.predict, images)]) for other in map(own_copy, attacker.evaluators.values())]
     if perturbed.direction is None:
         differs = torch.stack([*map(torch.ne, perturbed.images, images[1:])]).any(0).flatten(1)
         share = differs.float().mean(1)
@@ -188,23 +168,32 @@ def _squares(direction: Tensor, chosen: Tensor) -> Tensor:
 class Recomputation:
     """Derives the rows of one shard after another anew."""
 
-    def __init__(self, models: Models, manifest: Manifest, plan: Plan, findings: Findings) -> None:
-        self.models, self.plan, self.findings = models, plan, findings
+    def __init__(
+        self,
+        attacker: Attacker,
+        lanes: Lanes,
+        versions: Mapping[str, str],
+        compiled_alike: bool,
+        manifest: Manifest,
+        plan: Plan,
+        findings: Findings,
+    ) -> None:
+        self.attacker, self.lanes, self.versions, self.compiled_alike = attacker, lanes, versions, compiled_alike
         self.variants, self.layout, self.on_ray = manifest.variants, manifest.layout, manifest.on_ray
-        self.levels = [variant.level for variant in self.variants]
+        self.plan, self.findings = plan, findings
         precision = manifest.resolved.runtime.precision
         self.tolerance, self.sign_tolerance = TOLERANCE[precision], SIGN_TOLERANCE[precision]
         self.exact = True
 
     def compare_environment(self, receipt: Receipt) -> None:
         """Each shard has its own: a run may have been resumed elsewhere."""
-        here = self.models.versions
+        here = self.versions
         changes = [
             f"{name} {receipt.versions.get(name)} then, {here.get(name)} now"
             for name in {**receipt.versions, **here}
             if receipt.versions.get(name) != here.get(name)
         ]
-        changes += [] if self.models.compiled_alike else ["not compiled now"]
+        changes += [] if self.compiled_alike else ["not compiled now"]
         self.exact = not changes
         self.findings.changes.update(changes)
 
@@ -237,20 +226,20 @@ class Recomputation:
         valid = self._padded(mask, torch.ones(len(changed), dtype=torch.bool))
         answer = self._ask(rows, valid)
         victim, *others = answer.logits
-        spaces = {name: evaluator.space for name, evaluator in self.models.evaluators.items()}
+        spaces = {name: evaluator.space for name, evaluator in self.attacker.evaluators.items()}
         evaluations = [logits.argmax(-1) for logits in others]
-        again = score(self.variants, victim, labels, target, self.models.victim.space, evaluations, spaces)
+        again = score(self.variants, victim, labels, target, self.attacker.victim.space, evaluations, spaces)
         strict = self.exact and np.array_equal(recorded.confidence, again.confidence)
         try:
             self._compare_predictions(answer, again, recorded, names, clean, strict)
             self._compare_confidences(again, recorded, names)
             if target is not None:
-                expected = self.models.goal.classes(victim[0], own, random)
+                expected = self.attacker.goal.classes(victim[0], own, random)
                 self._compare_target(expected, target, victim[0], names[-1], clean, strict)
             self._compare_signs(answer, names, clean, strict)
         except DamageError:
             second = self._ask(rows, valid)
-            asked = ["model", *(f"evaluators, {name}" for name in self.models.evaluators)]
+            asked = ["model", *(f"evaluators, {name}" for name in self.attacker.evaluators)]
             for name, before, now in zip(asked, answer.logits, second.logits, strict=True):
                 if not bool(((before - now).abs() <= self.tolerance).all()):
                     raise PipelineError(
@@ -267,9 +256,9 @@ class Recomputation:
         return batch
 
     def _ask(self, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
-        ask = partial(_look_again, self.models, self.levels[1:], not self.layout.stores_sign)
+        ask = partial(_look_again, self.attacker, not self.layout.stores_sign)
         try:
-            parts = [future.result() for future in self.models.lanes.submit(ask, *rows, valid=valid)]
+            parts = [future.result() for future in self.lanes.submit(ask, *rows, valid=valid)]
         except torch.OutOfMemoryError as error:
             raise PipelineError(
                 f"A batch of {self.plan.batch_size}, as the run had it, does not fit in this device's memory; free "
@@ -286,12 +275,12 @@ class Recomputation:
 
         As they are recorded: a prediction that lies on a near tie may fall otherwise here.
         """
-        space = self.models.victim.space
-        to_model = torch.from_numpy(np.argsort(space.to_recorded))
-        own = to_model[torch.from_numpy(recorded.prediction[0, 0])]
-        if self.models.goal.label == "dataset":
+        space = self.attacker.victim.space
+        to_model = np.argsort(space.to_recorded)
+        own = torch.from_numpy(to_model[recorded.prediction[0, 0]])
+        if self.attacker.goal.label == "dataset":
             own = torch.where(labels == UNLABELLED, own, space.model_labels(labels))
-        return own, None if recorded.target is None else to_model[torch.from_numpy(recorded.target)]
+        return own, None if recorded.target is None else torch.from_numpy(to_model[recorded.target])
 
     def _near_ties(self, logits: Tensor, recorded: NDArray[np.int64], space: LabelSpace) -> NDArray[np.bool_]:
         """(V, M): whether the recorded class is as close to the top one as another environment may bring it."""
@@ -306,7 +295,7 @@ class Recomputation:
     ) -> None:
         """The models predict what is recorded, but on near ties. In an environment like the recorded one, where the
         victim's confidences are the same to the last digit, nothing is excused (`strict`)."""
-        models = [self.models.victim, *self.models.evaluators.values()]
+        models = [self.attacker.victim, *self.attacker.evaluators.values()]
         asked = zip(answer.logits, recorded.prediction, models, strict=True)
         close = np.stack([self._near_ties(logits, said, model.space) for logits, said, model in asked])
         differs = recorded.prediction != again.prediction
@@ -315,19 +304,16 @@ class Recomputation:
         self.findings.near_ties += int((differs & ~wrong).sum())
         self.findings.mismatches += int(wrong.sum())
         for model, variant in np.ndindex(wrong.shape[:2]):
-            if (rows := wrong[model, variant]).any():
-                of = f" in {evaluator_columns(recorded.models[model])[0]}" if model else ""
-                raise DamageError(
-                    f"{names[variant]} records {int(rows.sum())} predictions{of} that its pixels do not give; the "
-                    f"first is {name_row(clean, rows)}."
-                )
+            of = f" in {evaluator_columns(recorded.models[model])[0]}" if model else ""
+            what = f"predictions{of} that its pixels do not give"
+            refuse_rows(names[variant], wrong[model, variant], what, clean)
 
     def _compare_confidences(self, again: Scores, recorded: Scores, names: Sequence[str]) -> None:
         for column in ("confidence", "label_confidence"):
             off = np.ma.abs(getattr(again, column) - getattr(recorded, column))
             wrong = np.ma.filled(off > self.tolerance, False).any(1)
             if wrong.any():
-                raise DamageError(f"{names[wrong.argmax()]} has a {column} that its pixels do not give.")
+                raise DamageError(f"{names[int(wrong.argmax())]} has a {column} that its pixels do not give.")
             self.findings.last_digits += int(np.ma.filled(off > 0, False).sum())
 
     def _compare_target(
@@ -341,16 +327,12 @@ class Recomputation:
     ) -> None:
         """Compare the targets, (M,) the model's indices; the least likely class may be a near tie too."""
         wrong = (target != expected).numpy()
-        if self.models.goal.target == "least_likely" and not strict:
+        if self.attacker.goal.target == "least_likely" and not strict:
             above = logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.amin(1)
             ties = wrong & (above < self.tolerance).numpy()
             self.findings.near_ties += int(ties.sum())
             wrong &= ~ties
-        if wrong.any():
-            raise DamageError(
-                f"{name} records {int(wrong.sum())} targets that are not the attack's; the first is "
-                f"{name_row(clean, wrong)}."
-            )
+        refuse_rows(name, wrong, "targets that are not the attack's", clean)
 
     def _compare_signs(self, answer: _Answer, names: Sequence[str], clean: pa.Table, strict: bool) -> None:
         """The images lie along the sign of the gradient, but where that is rounding.
@@ -358,12 +340,9 @@ class Recomputation:
         A CPU gives each gradient again to the last digit; of CUDA some backward passes (of adaptive pooling and
         resizing) add in any order.
         """
-        exact = strict and self.models.lanes.device.type == "cpu"
+        exact = strict and self.lanes.device.type == "cpu"
         tolerance = self.sign_tolerance if self.on_ray else VALUE_TOLERANCE
         wrong = (answer.differing > 0 if exact else answer.share > tolerance).numpy()
         self.findings.near_tie_signs += int(answer.differing.numpy()[~wrong].sum())
-        if wrong.any():
-            they = "do not lie along the sign of the loss gradient" if self.on_ray else "the attack does not make again"
-            raise DamageError(
-                f"{names[1]} has {int(wrong.sum())} images that {they}; the first is {name_row(clean, wrong)}."
-            )
+        they = "do not lie along the sign of the loss gradient" if self.on_ray else "the attack does not make again"
+        refuse_rows(names[1], wrong, f"images that {they}", clean)

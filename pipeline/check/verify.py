@@ -19,26 +19,16 @@ from tqdm import tqdm
 
 from pipeline.check.findings import MOST_UNREAD, Findings
 from pipeline.check.integrity import ShardCheck, check_listing, check_manifest, check_summaries
-from pipeline.check.recompute import Recomputation, open_models
+from pipeline.check.recompute import open_recomputation
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.lanes import available_cores
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan
 from pipeline.engine.loader import Reader
-from pipeline.engine.run import (
-    open_run_source,
-)
+from pipeline.engine.run import open_run_source
 from pipeline.output.card import write_summaries
-from pipeline.output.folder import (
-    OutputFolder,
-    read_receipts,
-    shard_file,
-)
-from pipeline.output.manifest import (
-    Manifest,
-    read_manifest,
-    require_manifest,
-)
+from pipeline.output.folder import OutputFolder, read_receipts, shard_file
+from pipeline.output.manifest import Manifest, read_manifest, require_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +78,7 @@ def verify(
         recomputation = None
         if recompute and shards:
             announce_factories(folder, manifest)
-            recomputation = Recomputation(stack.enter_context(open_models(manifest)), manifest, plan, findings)
+            recomputation = stack.enter_context(open_recomputation(manifest, plan, findings))
         reader = _open_source(manifest, findings) if source and shards else None
         decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
         checker = ShardCheck(folder, manifest, plan, sizes, findings, recomputation, reader, decoders)
