@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,9 @@ def check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     config = manifest.resolved
     wrong = contradictions(manifest)
     spaces = manifest.spaces
-    asked = {"model": config.model.label_map}
     # An evaluator that the manifest does not have makes other features too.
-    asked |= {name: other.label_map for other in config.evaluators if (name := f"evaluators.{other.id}") in spaces}
-    wrong += [name for name, label_map in asked.items() if not _fits(label_map, spaces[name])]
+    models = {"model": config.model, **{f"evaluators.{other.id}": other for other in config.evaluators}}
+    wrong += [key for key, model in models.items() if key in spaces and not _fits(model.label_map, spaces[key])]
     if wrong:
         raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
 
@@ -92,40 +91,32 @@ def spaces_of(manifest: Manifest) -> dict[str, LabelSpace]:
 
 
 def check_listing(
-    manifest: Manifest,
-    plan: Plan,
-    receipts: Mapping[str, Receipt],
-    sizes: Mapping[str, int],
-    findings: Findings,
+    manifest: Manifest, plan: Plan, receipts: Mapping[str, Receipt], sizes: Mapping[str, int], findings: Findings
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
-    stored = manifest.stored  # once: it is derived from the config, which is parsed each time
-    absent = [shard for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
+    stored, edition = manifest.stored, manifest.edition  # once: the config is parsed each time
+    files = {shard.name: [shard_file(subset, shard, edition) for subset in stored] for shard in plan.shards}
+    absent = [name for name in files if name not in receipts and name not in findings.damaged]
     findings.missing = len(absent)
-    there = [s.name for s in absent if all(shard_file(subset, s, manifest.edition) in sizes for subset in stored)]
-    unchecked = set(there)
-    missing = [shard.name for shard in absent if shard.name not in unchecked]
+    missing = [name for name in absent if not sizes.keys() >= {*files[name]}]
     if missing:
         findings.problems.append(
-            f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
+            f"{len(missing)} of {len(files)} shards are missing, {missing[0]} first; generate writes them."
         )
-    if there:
+    if unchecked := [name for name in absent if sizes.keys() >= {*files[name]}]:
         findings.problems.append(
-            f"{len(there)} of {len(plan.shards)} shards have no receipt in {OutputFolder.receipts}, {there[0]} first, "
-            "so they were not checked, though their files are there; copy that folder too, if the dataset was copied "
-            "without it, or let generate write them again."
+            f"{len(unchecked)} of {len(files)} shards have no receipt in {OutputFolder.receipts}, {unchecked[0]} "
+            "first, so they were not checked, though their files are there; copy that folder too, if the dataset was "
+            "copied without it, or let generate write them again."
         )
-    planned = {shard.name for shard in plan.shards}
     for name, receipt in receipts.items():
-        if name not in planned:
-            file = f".run/receipts/{name}-{manifest.edition}.json"
-            findings.problems.append(f"{file} belongs to no shard of this run; delete it.")
-        elif receipt.run_id != manifest.run_id:
-            findings.damage(name, f".run/receipts/{name}-{manifest.edition}.json is of another run ({receipt.run_id}).")
-    expected = {shard_file(subset, shard, manifest.edition) for shard in plan.shards for subset in stored}
+        if name in files and receipt.run_id != manifest.run_id:
+            findings.damage(name, f".run/receipts/{name}-{edition}.json is of another run ({receipt.run_id}).")
+    expected = set(itertools.chain.from_iterable(files.values()))
     others = sorted(name for name in sizes if name.split("/")[0] in stored and name not in expected)
-    # By their names the card takes these for shards of the run.
-    strange = [name for name in others if name.endswith(f"-{manifest.edition}.parquet")]
+    # By their names readers take these for the run's.
+    strange = [f".run/receipts/{name}-{edition}.json" for name in receipts if name not in files]
+    strange += [name for name in others if name.endswith(f"-{edition}.parquet")]
     findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in strange]
     findings.others = [name for name in others if name not in strange]
 
@@ -173,28 +164,26 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     return features
 
 
+@dataclass
 class ShardCheck:
     """Checks one shard after another: its files side by side, batch by batch."""
 
-    def __init__(
-        self,
-        folder: OutputFolder,
-        manifest: Manifest,
-        plan: Plan,
-        sizes: Mapping[str, int],
-        findings: Findings,
-        recomputation: Recomputation | None,
-        reader: Reader | None,
-        decoders: Executor,
-    ) -> None:
-        self.folder, self.plan, self.sizes = folder, plan, sizes
-        self.findings, self.recomputation, self.reader, self.decoders = findings, recomputation, reader, decoders
+    folder: OutputFolder
+    manifest: InitVar[Manifest]
+    plan: Plan
+    sizes: Mapping[str, int]
+    findings: Findings
+    recomputation: Recomputation | None
+    reader: Reader | None
+    decoders: Executor
+
+    def __post_init__(self, manifest: Manifest) -> None:
         self.shape = torch.Size(manifest.shape)
         self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
         self.levels = [variant.level for variant in self.variants]
         self.layout, self.on_ray, self.run_id = manifest.layout, manifest.on_ray, manifest.run_id
         self.seed = manifest.resolved.runtime.seed
-        self.features = _features(manifest, folder)
+        self.features = _features(manifest, self.folder)
         self.schema = self.features.arrow_schema
         self.listed = {entry.path: entry for entry in manifest.files}
         self.spaces = spaces_of(manifest)

@@ -59,9 +59,8 @@ def verify(
     ending = f"-{manifest.edition}"
     receipts = {stem.removesuffix(ending): receipt for stem, receipt in found.items() if stem.endswith(ending)}
     for name in broken:
-        if Path(name).stem.endswith(ending):
-            damaged = Path(name).stem.removesuffix(ending)
-            findings.damage(damaged, f".run/receipts/{name} was altered, or is no receipt.")
+        if (stem := Path(name).stem).endswith(ending):
+            findings.damage(stem.removesuffix(ending), f".run/receipts/{name} was altered, or is no receipt.")
     if found and not receipts and not findings.damaged:
         # Nothing else is said: all that follows from this manifest would blame what is sound.
         other = min(receipt.run_id for receipt in found.values())
@@ -103,17 +102,14 @@ def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
     """
     config = manifest.resolved
     # Nothing that lies in an object store is imported from there.
-    own = [Path(folder.root).resolve()] if folder.store.local else []
+    root = Path(folder.root).resolve() if folder.store.local else None
     named = [("model.name", model.own_code) for model in (config.model, *config.evaluators)]
     for key, name in [*named, ("attack.kind", config.attack.own_code)]:
         if name is None:
             continue
-        file = Path(name.rpartition(":")[0])
-        inside = any(Path.cwd().resolve().is_relative_to(root) for root in own)
-        if names_file(name):
-            # `generate` records whole paths; what is relative was published, or written by hand.
-            inside = not file.is_absolute() or any(file.resolve().is_relative_to(root) for root in own)
-        if inside:
+        file = Path(name.rpartition(":")[0]) if names_file(name) else Path.cwd()
+        # `generate` records whole paths; what is relative was published, or written by hand.
+        if not file.is_absolute() or (root and file.resolve().is_relative_to(root)):
             raise ConfigError(
                 f"{key}: {name} would be code out of the dataset itself, which is never run; "
                 "put it elsewhere, delete manifest.json and run generate with a config that names its whole path, or "

@@ -105,15 +105,13 @@ def dry_run(path: str | Path, repo_id: str) -> str:
     _check_id(repo_id)
     folder, manifest = _verified(path)
     files = list_files(folder, manifest)
-    sizes = [human_bytes(file.size) for file in files.values()]
-    total = f"{len(files):,} files, {human_bytes(sum(file.size for file in files.values()))}, for {repo_id}"
-    width = max(map(len, sizes))
-    lines = [f"{size:>{width}}  {name}" for size, name in zip(sizes, files, strict=True)]
+    lines = [f"{human_bytes(file.size):>8}  {name}" for name, file in files.items()]
     others = _left_out(folder, files)
     if reported_receipts(folder) != manifest.receipts:
-        lines.append(f"{'?':>{width}}  report.html and assets/, which publishing makes anew")
+        lines.append(f"{'?':>8}  report.html and assets/, which publishing makes anew")
         others = [name for name in others if name != folder.report and not name.startswith(f"{folder.assets}/")]
-    lines += [f"{'not':>{width}}  {name}, which is not of this dataset" for name in others]
+    lines += [f"{'not':>8}  {name}, which is not of this dataset" for name in others]
+    total = f"{len(files):,} files, {human_bytes(sum(file.size for file in files.values()))}, for {repo_id}"
     return "\n".join([*lines, "", total])
 
 

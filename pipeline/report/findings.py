@@ -18,7 +18,7 @@ from pipeline.output.folder import EvaluatorCounts
 from pipeline.output.manifest import Manifest, Subset
 from pipeline.report.sample import Sample
 
-# Variants that pictures show, spread over those there are; the first and the last to succeed come on top.
+# Variants that pictures show, spread over those there are; the first to succeed comes on top.
 SHOWN_VARIANTS = 5
 
 
@@ -58,13 +58,12 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
     half = np.flatnonzero(2 * reached >= _started(sample).sum())
     most = int(reached.argmax()) or len(reached) - 1
     spread = {1 + int(index) for index in np.linspace(0, len(sample.variants) - 2, SHOWN_VARIANTS).round()}
-    # Examples are of the images that give in first and of those that give in last: so they must be seen to.
-    onset = sample.onset[sample.success.any(0)]
-    decisive = {int(onset.min()), int(onset.max())} if len(onset) else set()
+    # Examples are of the images that give in first: so they must be seen to.
+    spread |= {int(sample.onset.min())} if sample.success.any() else set()
     return Focus(
         sample=sample,
         index=int(half[0]) if reached.any() and len(half) else most,
-        shown=(CLEAN, *(sample.variants[index] for index in sorted(spread | decisive))),
+        shown=(CLEAN, *(sample.variants[index] for index in sorted(spread))),
         subsets={subset.variant: subset for subset in manifest.subsets if subset.split == sample.split},
         victim=model_name(manifest.config["model"]),
         evaluators=evaluator_names(manifest),
@@ -87,29 +86,6 @@ def headline(focus: Focus) -> str:
         f"{percent(mean(confidence[success]), 0)} sure of its answer on average, and surer than when the image was "
         f"clean in {percent(share_of_surer(focus), 0)} of the cases."
     )
-
-
-def tiles(focus: Focus) -> list[tuple[str, str, str, str]]:
-    """The figures at the head of the page: of what, how much, a note, and the colour."""
-    (_, wrong, share), level = focus.sample.words, f"{focus.variant.level}/255"
-    _, sure = sureness(focus.sample)
-    images = f"of {focus.subsets[CLEAN].rows:,} {focus.sample.split} images"
-    return [
-        (f"{share}, clean", percent(right_share(focus, 0)), images, "right"),
-        (f"{share} at {level}", percent(right_share(focus, focus.index)), images, "wrong"),
-        (
-            f"confidence when {wrong}",
-            percent(sure[focus.index], 0),
-            f"at {level}; clean {percent(sure[0], 0)}",
-            "wrong",
-        ),
-        (
-            "surer than when clean",
-            percent(share_of_surer(focus), 0),
-            f"of those {focus.sample.aim} at {level}",
-            "wrong",
-        ),
-    ]
 
 
 def share_of_surer(focus: Focus) -> float | None:

@@ -100,27 +100,21 @@ def choose_rows(sample: Sample, shown: Sequence[Variant]) -> list[tuple[str, str
     # Who is called the target when clean resists nothing.
     resists = sample.right[0] if sample.target is None else sample.right[0] & (sample.prediction[0] != sample.target)
     beaten, held = np.flatnonzero(first < never), np.flatnonzero((first == never) & resists)
-    resisting = "Those that resist"
     groups = []
     if len(beaten):
-        soonest, latest = int(first[beaten].min()), int(first[beaten].max())
+        soonest = int(first[beaten].min())
         text = f"{variant_name(variants[soonest])} is enough. The network was surest of these when they were clean."
-        groups.append(
-            (f"{sample.aim.capitalize()} by the smallest step", text, _ranked(beaten[first[beaten] == soonest], doubt))
-        )
+        easiest = _ranked(beaten[first[beaten] == soonest], doubt)
+        groups.append((f"{sample.aim.capitalize()} by the smallest step", text, easiest))
         # In whole percents, so that among equals the smaller epsilon comes first.
         percent = np.where(seen.success, np.round(100 * seen.confidence), -1)
         text = "At any epsilon shown; among equally confident ones the smallest."
         caught = np.flatnonzero(seen.success.any(0))
-        groups.append(
-            (f"The most confident when {sample.aim}", text, _ranked(caught, -percent.max(0), percent.argmax(0), doubt))
-        )
+        surest = _ranked(caught, -percent.max(0), percent.argmax(0), doubt)
+        groups.append((f"The most confident when {sample.aim}", text, surest))
     if len(held):
         text = f"Up to {variant_name(variants[-1])}, the largest epsilon. The network is then surest of these."
-        groups.append((resisting, text, _ranked(held, -sample.confidence[-1])))
-    elif len(beaten) and latest > soonest:
-        text = f"None resists every epsilon; these give in at {variant_name(variants[latest])} only."
-        groups.append((resisting, text, _ranked(beaten[first[beaten] == latest], doubt)))
+        groups.append(("Those that resist", text, _ranked(held, -sample.confidence[-1])))
     if not groups:
         text = "The attack succeeds on none of the images, and of none can it be said that it resists."
         groups.append(("The surest answers", text, _ranked(np.arange(len(sample)), doubt)))
@@ -167,9 +161,8 @@ def _verdict(sample: Sample, index: int, row: int) -> tuple[str, str]:
     """What an answer is, as a letter and as a word."""
     if sample.target is not None and sample.success[index, row]:
         return "◎", "the target"
-    if sample.labelled:
-        return ("✓", "right") if sample.right[index, row] else ("✗", "wrong")
-    return ("=", "as when clean") if sample.right[index, row] else ("≠", "not as when clean")
+    right = bool(sample.right[index, row])
+    return ("✗✓" if sample.labelled else "≠=")[right], sample.words[not right]
 
 
 def _read_images(

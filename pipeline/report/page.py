@@ -34,7 +34,6 @@ from pipeline.report.findings import (
     ratio,
     source_name,
     sureness,
-    tiles,
     transfer_rate,
 )
 from pipeline.report.gallery import draw_sheet, make_groups, web_image
@@ -164,7 +163,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    named = (accuracies, headline, human_bytes, percent, ratio, tiles, transfer_rate, variant_name, web_image)
+    named = (accuracies, headline, human_bytes, percent, ratio, transfer_rate, variant_name, web_image)
     environment.filters |= {function.__name__: function for function in named}
     environment.filters |= {
         "thousands": lambda number: f"{number:,}",

@@ -363,7 +363,6 @@ def test_the_headline_is_of_real_numbers(digits: Path, page: Page) -> None:
     surer = f"{100 * (now > before)[fooled].mean():.0f}%"
     said = f"the model is {100 * now[fooled].mean():.0f}% sure of its answer on average, and surer than when the image"
     assert f"{said} was clean in {surer} of the cases." in page.words
-    assert f"Surer than when clean {surer} of those fooled at 32/255" in page.words
 
 
 def test_the_same_dataset_gives_the_same_bytes_but_for_the_sessions(digits: Path, tmp_path: Path) -> None:
@@ -842,12 +841,7 @@ def test_the_most_instructive_rows_are_chosen() -> None:
     assert held.startswith("Up to 16/255")
 
 
-def test_where_none_resists_those_are_shown_that_hold_out_longest() -> None:
-    success = [[0] * 8, [1] * 7 + [0], [1] * 8]
-    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), fgsm_at(0, 2, 8))
-    title, text, chosen = groups[-1]
-    assert (title, chosen) == ("Those that resist", [7])
-    assert text == "None resists every epsilon; these give in at 8/255 only."
+def test_where_none_resists_there_is_no_such_group() -> None:
     together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), fgsm_at(0, 2))
     assert [title for title, _, _ in together] == ["Fooled by the smallest step", "The most confident when fooled"]
 
@@ -865,7 +859,7 @@ def test_what_is_said_of_a_row_holds_at_the_epsilons_that_are_not_shown(digits: 
     success = [[level in fooled[row] for row in fooled] for level in levels]
     sure = [[0.9, 0.99 if level == 6 else 0.9, 0.9, 0.9] for level in levels]
     focus = focus_on(manifest, sample_of(success, sure, variants=fgsm_at(*levels)))
-    assert focus.shown == fgsm_at(0, 1, 2, 3, 5, 8, 9, 10)  # 2 and 9: where the first and the last give in
+    assert focus.shown == fgsm_at(0, 1, 2, 3, 5, 8, 10)  # 2: where the first gives in
     groups = {title: (text, chosen) for title, text, chosen in choose_rows(focus.sample, focus.shown)}
     text, chosen = groups["Fooled by the smallest step"]
     assert (text[:16], chosen) == ("2/255 is enough.", [0])
