@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, name_row
+from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, refuse_rows
 from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.core.lattice import common_sign, picture_to_sign, step
 from pipeline.core.plan import Plan, Shard
+from pipeline.core.variants import by_attack
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.run import PACKAGES
-from pipeline.engine.scores import complete_scores, contents_of, count
-from pipeline.layouts.base import LABEL, VICTIM, Scores, evaluator_columns, kept_columns, make_features
+from pipeline.engine.scores import complete_scores, contents_of, count, own_models
+from pipeline.layouts.base import LABEL, Scores, kept_columns, make_features, model_columns
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.output.card import make_configs, read_configs
 from pipeline.output.folder import (
@@ -61,11 +62,12 @@ def check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     """
     config = manifest.resolved
     wrong = contradictions(manifest)
-    spaces = manifest.spaces
-    asked = {"model": config.model.label_map}
-    # An evaluator that the manifest does not have makes other features too.
-    asked |= {name: other.label_map for other in config.evaluators if (name := f"evaluators.{other.id}") in spaces}
-    wrong += [name for name, label_map in asked.items() if not _fits(label_map, spaces[name])]
+    spaces = manifest.label_spaces
+    wrong += [
+        f"models.{name}.label_map"
+        for name, model in config.all_models.items()
+        if name in spaces and not _fits(model.label_map, spaces[name])
+    ]
     if wrong:
         raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
 
@@ -85,47 +87,33 @@ def _fits(asked: Any, space: LabelSpace) -> bool:
         return False
 
 
-def spaces_of(manifest: Manifest) -> dict[str, LabelSpace]:
-    """How the classes of each model translate, as its columns are called: the victim's under VICTIM, first."""
-    spaces = manifest.spaces
-    return {VICTIM: spaces["model"], **{name: spaces[f"evaluators.{name}"] for name in manifest.evaluators}}
-
-
 def check_listing(
-    manifest: Manifest,
-    plan: Plan,
-    receipts: Mapping[str, Receipt],
-    sizes: Mapping[str, int],
-    findings: Findings,
+    manifest: Manifest, plan: Plan, receipts: Mapping[str, Receipt], sizes: Mapping[str, int], findings: Findings
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
-    stored = manifest.stored  # once: it is derived from the config, which is parsed each time
-    absent = [shard for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
+    stored, edition = manifest.stored, manifest.edition  # once: the config is parsed each time
+    files = {shard.name: [shard_file(subset, shard, edition) for subset in stored] for shard in plan.shards}
+    absent = [name for name in files if name not in receipts and name not in findings.damaged]
     findings.missing = len(absent)
-    there = [s.name for s in absent if all(shard_file(subset, s, manifest.edition) in sizes for subset in stored)]
-    unchecked = set(there)
-    missing = [shard.name for shard in absent if shard.name not in unchecked]
+    missing = [name for name in absent if not sizes.keys() >= {*files[name]}]
     if missing:
         findings.problems.append(
-            f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
+            f"{len(missing)} of {len(files)} shards are missing, {missing[0]} first; generate writes them."
         )
-    if there:
+    if unchecked := [name for name in absent if sizes.keys() >= {*files[name]}]:
         findings.problems.append(
-            f"{len(there)} of {len(plan.shards)} shards have no receipt in {OutputFolder.receipts}, {there[0]} first, "
-            "so they were not checked, though their files are there; copy that folder too, if the dataset was copied "
-            "without it, or let generate write them again."
+            f"{len(unchecked)} of {len(files)} shards have no receipt in {OutputFolder.receipts}, {unchecked[0]} "
+            "first, so they were not checked, though their files are there; copy that folder too, if the dataset was "
+            "copied without it, or let generate write them again."
         )
-    planned = {shard.name for shard in plan.shards}
     for name, receipt in receipts.items():
-        if name not in planned:
-            file = f".run/receipts/{name}-{manifest.edition}.json"
-            findings.problems.append(f"{file} belongs to no shard of this run; delete it.")
-        elif receipt.run_id != manifest.run_id:
-            findings.damage(name, f".run/receipts/{name}-{manifest.edition}.json is of another run ({receipt.run_id}).")
-    expected = {shard_file(subset, shard, manifest.edition) for shard in plan.shards for subset in stored}
+        if name in files and receipt.run_id != manifest.run_id:
+            findings.damage(name, f".run/receipts/{name}-{edition}.json is of another run ({receipt.run_id}).")
+    expected = set(itertools.chain.from_iterable(files.values()))
     others = sorted(name for name in sizes if name.split("/")[0] in stored and name not in expected)
-    # By their names the card takes these for shards of the run.
-    strange = [name for name in others if name.endswith(f"-{manifest.edition}.parquet")]
+    # By their names readers take these for the run's.
+    strange = [f".run/receipts/{name}-{edition}.json" for name in receipts if name not in files]
+    strange += [name for name in others if name.endswith(f"-{edition}.parquet")]
     findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in strange]
     findings.others = [name for name in others if name not in strange]
 
@@ -161,9 +149,8 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     config = manifest.resolved
     try:
         features = datasets.Features.from_dict(manifest.features)
-        spaces = spaces_of(manifest)
         kept = {name: features[name] for name in config.source.kept}
-        expected = make_features(manifest.layout, contents_of(config, spaces[VICTIM], spaces, kept))
+        expected = make_features(manifest.layout, contents_of(config, manifest.label_spaces, kept))
     except Exception as error:  # what is no feature can raise anything there
         place = folder.store.at(folder.manifest)
         raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
@@ -173,36 +160,37 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     return features
 
 
+@dataclass
 class ShardCheck:
     """Checks one shard after another: its files side by side, batch by batch."""
 
-    def __init__(
-        self,
-        folder: OutputFolder,
-        manifest: Manifest,
-        plan: Plan,
-        sizes: Mapping[str, int],
-        findings: Findings,
-        recomputation: Recomputation | None,
-        reader: Reader | None,
-        decoders: Executor,
-    ) -> None:
-        self.folder, self.plan, self.sizes = folder, plan, sizes
-        self.findings, self.recomputation, self.reader, self.decoders = findings, recomputation, reader, decoders
+    folder: OutputFolder
+    manifest: InitVar[Manifest]
+    plan: Plan
+    sizes: Mapping[str, int]
+    findings: Findings
+    recomputation: Recomputation | None
+    reader: Reader | None
+    decoders: Executor
+
+    def __post_init__(self, manifest: Manifest) -> None:
         self.shape = torch.Size(manifest.shape)
         self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
         self.levels = [variant.level for variant in self.variants]
-        self.layout, self.on_ray, self.run_id = manifest.layout, manifest.on_ray, manifest.run_id
-        self.seed = manifest.resolved.runtime.seed
-        self.features = _features(manifest, folder)
+        self.layout, self.run_id, config = manifest.layout, manifest.run_id, manifest.resolved
+        self.seed = config.runtime.seed
+        # Of each attack on each model: the indices of its variants.
+        self.attacks = by_attack(self.variants)
+        self.on_ray = [index > 0 and manifest.on_ray(one.attack) for index, one in enumerate(self.variants)]
+        self.features = _features(manifest, self.folder)
         self.schema = self.features.arrow_schema
         self.listed = {entry.path: entry for entry in manifest.files}
-        self.spaces = spaces_of(manifest)
-        self.evaluators = list(manifest.evaluators)
-        self.targeted = manifest.resolved.attack.target is not None
-        classes = len(manifest.to_recorded)
-        self.classes = {LABEL: len(manifest.dataset_classes), "prediction": classes}
-        self.classes |= {"target": classes} if self.targeted else {}
+        self.spaces = manifest.label_spaces
+        self.models = list(self.spaces)
+        self.own_classes = [len(self.spaces[name].to_recorded) for name in own_models(self.variants, self.models)]
+        targets = {name: attack.target for name, attack in config.all_attacks.items()}
+        self.targeted = [one.attack is not None and targets[one.attack] is not None for one in self.variants]
+        self.labels = len(manifest.dataset_classes)
 
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
@@ -285,11 +273,11 @@ class ShardCheck:
                 for place, mask, subsets in zip(places, masks, tables, strict=True)
             ]
         found = [
-            add_up(variant, [batch[index] for batch, _ in checked], self.evaluators)
+            add_up(variant, [batch[index] for batch, _ in checked], self.models)
             for index, variant in enumerate(self.variants)
         ]
-        self._check_counts(shard, receipt, found)
-        self._check_zero_signs(shard, receipt, *sum((signs for _, signs in checked), np.zeros(2, dtype=np.int64)))
+        zero = sum((signs for _, signs in checked), np.zeros((2, len(found)), dtype=np.int64))
+        self._check_counts(shard, receipt, found, *zero)
         self.findings.rows += receipt.rows * len(self.stored)
         self.findings.skipped += len(skipped)
 
@@ -303,37 +291,46 @@ class ShardCheck:
         if [row.source_index for row in receipt.skipped] != self.plan.rows(shard)[positions].tolist():
             raise DamageError(f"{self._receipt(shard)} lists skipped rows that the plan has elsewhere.")
 
-    def _check_counts(self, shard: Shard, receipt: Receipt, found: Sequence[VariantCounts]) -> None:
-        """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now."""
+    def _check_counts(
+        self,
+        shard: Shard,
+        receipt: Receipt,
+        found: Sequence[VariantCounts],
+        least: NDArray[np.int64],
+        most: NDArray[np.int64],
+    ) -> None:
+        """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now.
+
+        Of the values that an attack does not move, (V,) the least and the most that there can be are known.
+        """
         if len(receipt.counts) != len(found):
             raise DamageError(f"{self._receipt(shard)} counts other epsilons than the run has.")
-        for said, here, name in zip(receipt.counts, found, self._names(shard), strict=True):
+        for index, (said, here, name) in enumerate(zip(receipt.counts, found, self._names(shard), strict=True)):
+            if not least[index] <= said.zero_signs <= most[index]:
+                raise DamageError(f"{self._receipt(shard)} has a zero_signs that the images of {name} do not give.")
             # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
             close = math.isclose(said.confidence_sum, here.confidence_sum, rel_tol=1e-9)
-            if not close or said != here.model_copy(update={"confidence_sum": said.confidence_sum}):
+            known = {"confidence_sum": said.confidence_sum, "zero_signs": said.zero_signs}
+            if not close or said != here.model_copy(update=known):
                 raise DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
 
-    def _check_zero_signs(self, shard: Shard, receipt: Receipt, least: int, most: int) -> None:
-        """The share of zero signs is a whole number of values, as many as the images leave possible."""
-        values = max(1, receipt.rows * self.shape.numel())
-        count = round(receipt.zero_sign_share * values)
-        if count / values != receipt.zero_sign_share or not least <= count <= most:
-            raise DamageError(f"{self._receipt(shard)} has a zero_sign_share that the images do not give.")
-
-    def _count_zero_signs(self, images: Sequence[Tensor], sign: Tensor) -> NDArray[np.int64]:
-        """How many values of a batch the attack did not move, (2,): the least and the most that there can be."""
-        clean = images[0]
-        still = sign == 0 if self.on_ray else torch.stack([pixels == clean for pixels in images[1:]]).all(0)
+    def _count_zero_signs(self, variant: int, images: Sequence[Tensor], signs: Sequence[Tensor]) -> tuple[int, int]:
+        """How many values of a batch the attack did not move: the least and the most that there can be."""
+        clean, moved = images[0], images[variant]
+        if not self.on_ray[variant]:
+            return (still := int((moved == clean).sum())), still
+        sign = next(own for indices, own in zip(self.attacks, signs, strict=True) if variant in indices)
         # Where the sign itself is not stored, 0 is not told from a step beyond black or white, which is clipped.
-        sure = still if self.layout.stores_sign or not self.on_ray else still & (clean > 0) & (clean < 255)
-        return np.array([int(sure.sum()), int(still.sum())])
+        sure = sign == 0 if self.layout.stores_sign else (sign == 0) & (clean > 0) & (clean < 255)
+        return int(sure.sum()), int((sign == 0).sum())
 
     def _names(self, shard: Shard) -> list[str]:
         """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
         files = [shard_file(self.layout.subset(variant), shard, self.edition) for variant in self.variants]
         if not self.layout.per_image:
             return files
-        return [f"{file} at {level}/255" for file, level in zip(files, self.levels, strict=True)]
+        made = [f" of {one.attack} on {one.model}" if one.pair else "" for one in self.variants]
+        return [f"{file} at {k}/255{of}" for file, k, of in zip(files, self.levels, made, strict=True)]
 
     def _read(self, shard: Shard, subset: str, root: Path, counts: Sequence[int]) -> Iterator[pa.Table]:
         """One file's rows in tables of so many rows each, without holding the file in memory."""
@@ -404,14 +401,14 @@ class ShardCheck:
         """Check one batch of every subset.
 
         Returns:
-            What its rows of each variant add up to, and its least and most zero signs, as `_count_zero_signs`.
+            What its rows of each variant add up to, and its least and most zero signs, (2, V).
         """
         rows = self.plan.rows(shard, place)[mask]
         files, names = dict(zip(self.stored, self._files(shard), strict=True)), self._names(shard)
         stored = dict(zip(self.stored, subsets, strict=True))
-        images, sign, tables = self._unpack(files, stored)
-        for name, table in zip(names, tables, strict=True):
-            self._check_ranges(name, table)
+        images, signs, tables = self._unpack(files, stored)
+        for index, (name, table) in enumerate(zip(names, tables, strict=True)):
+            self._check_ranges(name, table, index)
         clean = tables[0]
         # The batch that the run wrote, as far as the plan and the rows themselves say.
         labels = torch.full((len(mask),), UNLABELLED, dtype=torch.int64)
@@ -422,12 +419,15 @@ class ShardCheck:
             batch = self._compare_source(original, batch, files[self.stored[0]], receipt)
         recorded = self._recorded(tables, batch.labels[batch.valid].numpy())
         self._compare_columns(names, stored, batch, recorded, tables)
-        self._check_pixels(names, images, sign, clean)
+        for indices, sign in zip(self.attacks, signs, strict=True):
+            for index in indices:
+                self._check_pixels(index, names[index], images, sign, clean)
         if self.recomputation is not None and len(rows):
             draws = draw_numbers(self.seed, shard, rows)
-            self.recomputation.check(names, mask, images, sign, recorded, clean, draws)
-        counts = [count(one, table, clean, self.evaluators) for one, table in zip(self.variants, tables, strict=True)]
-        return counts, self._count_zero_signs(images, sign)
+            self.recomputation.check(names, mask, images, signs, recorded, clean, draws)
+        counts = [count(one, table, clean, self.models) for one, table in zip(self.variants, tables, strict=True)]
+        zero = [(0, 0), *(self._count_zero_signs(index, images, signs) for index in range(1, len(images)))]
+        return counts, np.array(zero).T
 
     def _recorded(self, tables: Sequence[pa.Table], labels: NDArray[np.int64]) -> Scores:
         """What the rows record of the models' answers, and what follows from these and the labels."""
@@ -435,20 +435,29 @@ class ShardCheck:
         def stacked(name: str, null: float) -> NDArray[Any]:
             return np.stack([column_of(table, name, null) for table in tables])
 
-        predictions = [stacked(evaluator_columns(name)[0] if name else "prediction", -1) for name in self.spaces]
+        several = len(self.models) > 1
+        predictions = [stacked(model_columns(name)[0] if several else "prediction", -1) for name in self.models]
+        targets = np.zeros((len(tables), len(labels)), np.int64)
+        for indices in self.attacks:  # an attack aims at the same classes at each epsilon
+            if self.targeted[indices[-1]]:
+                targets[indices] = column_of(tables[indices[-1]], "target", 0)
         return complete_scores(
             self.variants,
             np.stack(predictions),
             stacked("confidence", 0.0),
             stacked("label_confidence", 0.0),
             labels,
-            column_of(tables[-1], "target", 0) if self.targeted else None,
+            np.ma.MaskedArray(targets, np.repeat(~np.array(self.targeted)[:, None], len(labels), 1)),
             self.spaces,
         )
 
-    def _check_ranges(self, name: str, table: pa.Table) -> None:
+    def _check_ranges(self, name: str, table: pa.Table, variant: int) -> None:
         """Classes are classes, and probabilities are such."""
-        for column, classes in self.classes.items():
+        own = self.own_classes[variant]
+        classes_of = {LABEL: self.labels, "prediction": own} | ({"target": own} if self.targeted[variant] else {})
+        if len(self.models) > 1:
+            classes_of |= {model_columns(name)[0]: len(space.to_recorded) for name, space in self.spaces.items()}
+        for column, classes in classes_of.items():
             values = column_of(table, column, 0)
             if ((values < 0) | (values >= classes)).any():
                 raise DamageError(f"{name} has a {column} that is no class.")
@@ -475,26 +484,23 @@ class ShardCheck:
             for column in table.column_names:
                 if not _same(table.column(column), expected.column(column)):
                     raise DamageError(
-                        f"{name} has a {column} that does not follow from the plan, the source and its rows."
+                        f"{name} has other values in {column} than follow from the plan, the source and its other ones."
                     )
 
-    def _check_pixels(self, names: Sequence[str], images: Sequence[Tensor], sign: Tensor, clean: pa.Table) -> None:
-        """Every image is the clean one, moved along the one sign if the attack has one, and in any case in its ball."""
-        for level, name, pixels in zip(self.levels, names, images, strict=True):
-            if self.on_ray and torch.equal(step(images[0], sign, level), pixels):
-                continue
-            distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
-            outside = int((distance > level).flatten(1).any(1).sum())
-            if outside:
-                self.findings.outside_ball += outside
-                raise DamageError(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
-            if not self.on_ray:
-                continue
-            other = (step(images[0], sign, level) != pixels).flatten(1).any(1).numpy()
-            raise DamageError(
-                f"{name} has {int(other.sum())} images that are not the clean ones moved by {level}/255 along one sign "
-                f"for all epsilons; the first is {name_row(clean, other)}."
-            )
+    def _check_pixels(self, variant: int, name: str, images: Sequence[Tensor], sign: Tensor, clean: pa.Table) -> None:
+        """An image is the clean one, moved along the one sign if the attack has one, and in any case in its ball."""
+        level, pixels, on_ray = self.levels[variant], images[variant], self.on_ray[variant]
+        moved = step(images[0], sign, level)
+        if on_ray and torch.equal(moved, pixels):
+            return
+        distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
+        outside = (distance > level).flatten(1).any(1).numpy()
+        self.findings.outside_ball += int(outside.sum())
+        refuse_rows(name, outside, f"images outside the epsilon ball of {level}/255", clean)
+        if on_ray:
+            other = (moved != pixels).flatten(1).any(1).numpy()
+            what = f"images that are not the clean ones moved by {level}/255 along one sign for all epsilons"
+            refuse_rows(name, other, what, clean)
 
     def _compare_source(self, original: Batch, batch: Batch, name: str, receipt: Receipt) -> Batch:
         """The clean images of a batch are the source's; the batch with the source's labels and kept columns."""
@@ -519,8 +525,8 @@ class ShardCheck:
 
     def _unpack(
         self, files: Mapping[str, str], stored: Mapping[str, pa.Table]
-    ) -> tuple[list[Tensor], Tensor, list[pa.Table]]:
-        """The images at every epsilon, 1 + K times (M, C, H, W) uint8, their sign, and what is recorded of them."""
+    ) -> tuple[list[Tensor], list[Tensor], list[pa.Table]]:
+        """The images of every variant, V times (M, C, H, W) uint8, the sign of each attack, and what is recorded."""
         layout, variants = self.layout, self.variants
         pictures = {
             picture: self._pictures(stored[picture.subset].column(picture.column), files[picture.subset])
@@ -529,13 +535,18 @@ class ShardCheck:
         try:
             tables = [layout.rows(stored, variant, variants) for variant in variants]
             if layout.stores_sign:
-                clean, direction = (pictures[picture] for picture in layout.ray(variants[-1], variants))
-                sign = picture_to_sign(direction)
-                return [step(clean, sign, level) for level in self.levels], sign, tables
+                rays = [layout.ray(variants[indices[0]], variants) for indices in self.attacks]
+                signs = [picture_to_sign(pictures[direction]) for _, direction in rays]
+                images = [pictures[rays[0][0]]]
+                for indices, sign in zip(self.attacks, signs, strict=True):
+                    images += [step(images[0], sign, self.levels[index]) for index in indices]
+                return images, signs, tables
         except ValueError as error:
             raise DamageError(f"{files[self.stored[0]]}: {error}.") from None
         images = [pictures[picture] for variant in variants for picture in layout.source(variant, variants)]
-        return images, common_sign(images, self.levels), tables
+        of_attacks = ([0, *indices] for indices in self.attacks)
+        signs = [common_sign([images[i] for i in own], [self.levels[i] for i in own]) for own in of_attacks]
+        return images, signs, tables
 
     def _pictures(self, column: pa.ChunkedArray, name: str) -> Tensor:
         try:

@@ -16,27 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
-from pipeline.attacks.load import load_attack
-from pipeline.check.findings import DamageError, Findings, name_row
-from pipeline.config.schema import EvaluatorConfig
+from pipeline.attacks.base import AttackedModel, direction_sign
+from pipeline.check.findings import DamageError, Findings, refuse_rows
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.core.lanes import Lanes, chunk_images
 from pipeline.core.lattice import step
 from pipeline.core.plan import Plan
-from pipeline.engine.compute import compile_victim, own_copy
+from pipeline.core.variants import by_attack
+from pipeline.engine.compute import Attacker, ModelAttack, compile_models, own_copy
 from pipeline.engine.run import (
-    attack_target,
     choose_device,
+    load_attacks,
     load_run_model,
     make_attacker,
-    naming_evaluator,
+    make_attacks,
     versions,
 )
-from pipeline.engine.scores import score
-from pipeline.layouts.base import Scores, evaluator_columns
-from pipeline.models.base import Model
+from pipeline.engine.scores import own_models, score
+from pipeline.layouts.base import Scores, model_columns
 from pipeline.models.label_space import LabelSpace
 from pipeline.output.folder import Receipt
 from pipeline.output.manifest import Manifest
@@ -63,80 +61,56 @@ VALUE_TOLERANCE = 0.65
 SATURATED = 1e-6
 
 
-@dataclass(frozen=True)
-class Models:
-    """The attack and the models that are asked again, what the attack wanted, and the environment of the answers."""
-
-    attack: Attack
-    victim: Model
-    goal: Goal
-    evaluators: dict[str, Model]
-    lanes: Lanes
-    versions: dict[str, str]
-    compiled_alike: bool
-
-
 @contextlib.contextmanager
-def open_models(manifest: Manifest) -> Iterator[Models]:
+def open_recomputation(manifest: Manifest, plan: Plan, findings: Findings) -> Iterator["Recomputation"]:
+    """Load the attack and the models of a run again.
+
+    Raises:
+        ConfigError: one of them cannot be loaded, or has changed since the run.
+    """
     config = manifest.resolved
     precision = config.runtime.precision
     try:
         device = choose_device(config.runtime.device, precision)
     except ConfigError:
         device = choose_device("auto")
-    loaded = load_attack(config.attack)
-    if loaded.digest != manifest.identity.get("attack.content"):
-        raise ConfigError(
-            "attack.kind: the code that the config names has changed since the run, so it cannot be asked again."
-        )
-    victim = load_run_model(config.model, config, device)
-    if victim.digest != manifest.identity.get("model.content"):
-        raise ConfigError(
-            "model: the victim that the config names has changed since the run, so it cannot be asked again."
-        )
-    victim.space = manifest.spaces["model"]
-    evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
-    compiled_alike = not config.runtime.compile or _compiles(loaded.attack, victim, evaluators, manifest, device)
+    loaded = load_attacks(config)
+    for name, attack in loaded.items():
+        _check_unchanged(manifest, f"attacks.{name}", config.key("attack", name), attack.digest)
+    models, spaces = {name: load_run_model(name, config, device) for name in config.all_models}, manifest.label_spaces
+    for name, model in models.items():
+        _check_unchanged(manifest, f"models.{name}", config.key("model", name), model.digest)
+        model.space = spaces[name]
+    attacks = make_attacks(config, {name: attack.attack for name, attack in loaded.items()}, spaces)
+    attacker = make_attacker(config, models, attacks)
+    compiled_alike = True
+    if config.runtime.compile:
+        try:
+            compile_models(attacker, device, manifest.shape, config.runtime.batch_size)
+        except PipelineError as error:
+            logger.warning("%s; its predictions are compared as from another environment.", error)
+            compiled_alike = False
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
     recorded = manifest.identity.get("runtime.chunk")
     if device.type == config.runtime.device and isinstance(recorded, int) and recorded > 0:
         chunk = recorded
     with Lanes(device, chunk) as lanes:
-        goal = Goal(config.attack.label, attack_target(config, victim.space))
-        yield Models(loaded.attack, victim, goal, evaluators, lanes, versions(device), compiled_alike)
+        yield Recomputation(attacker, lanes, versions(device), compiled_alike, manifest, plan, findings)
 
 
-def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Model:
-    with naming_evaluator(config.id):
-        model = load_run_model(config, manifest.resolved, device)
-        unchanged = model.digest == manifest.identity.get(f"evaluators.{config.id}.content")
-        if config.id not in manifest.evaluators or not unchanged:
-            raise ConfigError("it has changed since the run, so it cannot be asked again.")
-    model.space = manifest.spaces[f"evaluators.{config.id}"]
-    return model
-
-
-def _compiles(
-    attack: Attack, victim: Model, evaluators: Mapping[str, Model], manifest: Manifest, device: torch.device
-) -> bool:
-    """Compile the models as the run's were; where that fails they run as they are, with other last digits."""
-    config = manifest.resolved
-    attacker = make_attacker(config, attack, victim, Goal(), evaluators)
-    try:
-        compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
-    except PipelineError as error:
-        logger.warning("%s; its predictions are compared as from another environment.", error)
-        return False
-    return True
+def _check_unchanged(manifest: Manifest, name: str, key: str, digest: str | None) -> None:
+    if digest != manifest.identity.get(f"{name}.content"):
+        raise ConfigError(f"{key}: what the config names has changed since the run, so it cannot be asked again.")
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the models say of M rows: the logits of each (1 + K, M, classes), the victim's first.
+    """What E models say of M rows in V variants, and what A attacks make of them.
 
-    differing (M,) int64: values of a row that the attack does not give again: whose stored sign is not its direction's
-    or, of an attack that is not on a ray, that are another at some epsilon. share (M,): the part of the row's squared
-    direction that lies there, 0 where all of the gradient is rounding; or the share of all values.
+    logits: E times (V, M, classes). differing (A, M) int64: values of a row that an attack does not give again: whose
+    stored sign is not its direction's or, of an attack that is not on a ray, that are another at some epsilon. share
+    (A, M): the part of the row's squared direction that lies there, 0 where all of the gradient is rounding; or the
+    share of all values.
     """
 
     logits: list[Tensor]
@@ -144,37 +118,50 @@ class _Answer:
     share: Tensor
 
 
-def _look_again(models: Models, levels: Sequence[int], clipped: bool, *chunk: Tensor) -> _Answer:
+def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
     """Ask the models about a chunk again, and attack it again.
 
     Args:
-        models: those that are asked, and the attack.
-        levels: epsilons in grey levels, without 0.
+        attacker: the attacks, and the models that are asked.
         clipped: whether the stored sign is 0 where clip(x + s) is x.
-        chunk: 1 + K times (N, C, H, W) uint8, the stored sign (N, C, H, W) int8, the model's index (N,) int64 of the
-            class whose loss was changed, the random numbers of the rows (N,) int64, then which rows are valid, (N,)
-            bool.
+        chunk: V times (N, C, H, W) uint8, A times the stored sign (N, C, H, W) int8, the model's index (N, A) int64 of
+            the class whose loss each attack changed, the random numbers of the rows (N,) int64, then which rows are
+            valid, (N,) bool.
     """
-    *images, sign, classes, draws, valid = chunk
-    victim = own_copy(models.victim)
-    # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
-    # that, with other last digits.
-    model = AttackedModel(victim, images[0], targeted=models.goal.target is not None)
-    perturbed = models.attack.perturb(model, images[0], classes, levels, draws)
-    logits = [torch.stack([model.logits, *map(victim.predict, images[1:])])]
-    logits += [torch.stack([*map(other.predict, images)]) for other in map(own_copy, models.evaluators.values())]
-    if perturbed.direction is None:
-        differs = torch.stack([*map(torch.ne, perturbed.images, images[1:])]).any(0).flatten(1)
-        share = differs.float().mean(1)
-    else:
-        again = direction_sign(perturbed.direction)
-        if clipped:
-            again = again * (step(images[0], again, 1) != images[0])
-        differs = (again != sign).flatten(1)
-        share = _squares(perturbed.direction, differs)
-        chosen = model.logits.log_softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
-        share = share.where(-chosen.expm1() > SATURATED, 0.0)
-    return _Answer([answers[:, valid].cpu() for answers in logits], differs.sum(1)[valid].cpu(), share[valid].cpu())
+    *pictures, classes, draws, valid = chunk
+    images, signs = pictures[: -len(attacker.attacks)], pictures[-len(attacker.attacks) :]
+    models = {name: own_copy(model) for name, model in attacker.models.items()}
+    clean: dict[str, Tensor] = {}
+    found, first = [], 1
+    for index, (each, sign) in enumerate(zip(attacker.attacks, signs, strict=True)):
+        attacked = AttackedModel(models[each.model], images[0], targeted=each.goal.target is not None)
+        own = classes[:, index].contiguous()
+        perturbed = each.attack.perturb(attacked, images[0], own, each.levels, draws)
+        if perturbed.direction is None:
+            stored = images[first : first + len(each.levels)]
+            differs = torch.stack([*map(torch.ne, perturbed.images, stored)]).any(0).flatten(1)
+            share = differs.float().mean(1)
+        else:
+            again = direction_sign(perturbed.direction)
+            if clipped:
+                again = again * (step(images[0], again, 1) != images[0])
+            differs = (again != sign).flatten(1)
+            share = _squares(perturbed.direction, differs)
+        if each.asks_model:
+            # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
+            # that, with other last digits.
+            clean.setdefault(each.model, attacked.logits)
+            if perturbed.direction is not None:
+                chosen = attacked.logits.log_softmax(1).gather(1, own.unsqueeze(1)).squeeze(1)
+                share = share.where(-chosen.expm1() > SATURATED, 0.0)
+        found.append((differs.sum(1)[valid].cpu(), share[valid].cpu()))
+        first += len(each.levels)
+    logits = []
+    for name, model in models.items():
+        of_clean = clean[name] if name in clean else model.predict(images[0])
+        logits.append(torch.stack([of_clean, *map(model.predict, images[1:])])[:, valid].cpu())
+    differing, shares = (torch.stack(values) for values in zip(*found, strict=True))
+    return _Answer(logits, differing, shares)
 
 
 def _squares(direction: Tensor, chosen: Tensor) -> Tensor:
@@ -188,23 +175,33 @@ def _squares(direction: Tensor, chosen: Tensor) -> Tensor:
 class Recomputation:
     """Derives the rows of one shard after another anew."""
 
-    def __init__(self, models: Models, manifest: Manifest, plan: Plan, findings: Findings) -> None:
-        self.models, self.plan, self.findings = models, plan, findings
-        self.variants, self.layout, self.on_ray = manifest.variants, manifest.layout, manifest.on_ray
-        self.levels = [variant.level for variant in self.variants]
-        precision = manifest.resolved.runtime.precision
+    def __init__(
+        self,
+        attacker: Attacker,
+        lanes: Lanes,
+        versions: Mapping[str, str],
+        compiled_alike: bool,
+        manifest: Manifest,
+        plan: Plan,
+        findings: Findings,
+    ) -> None:
+        self.attacker, self.lanes, self.versions, self.compiled_alike = attacker, lanes, versions, compiled_alike
+        self.variants, self.layout, self.config = manifest.variants, manifest.layout, manifest.resolved
+        self.spaces = {name: model.space for name, model in attacker.models.items()}
+        self.plan, self.findings = plan, findings
+        precision = self.config.runtime.precision
         self.tolerance, self.sign_tolerance = TOLERANCE[precision], SIGN_TOLERANCE[precision]
         self.exact = True
 
     def compare_environment(self, receipt: Receipt) -> None:
         """Each shard has its own: a run may have been resumed elsewhere."""
-        here = self.models.versions
+        here = self.versions
         changes = [
             f"{name} {receipt.versions.get(name)} then, {here.get(name)} now"
             for name in {**receipt.versions, **here}
             if receipt.versions.get(name) != here.get(name)
         ]
-        changes += [] if self.models.compiled_alike else ["not compiled now"]
+        changes += [] if self.compiled_alike else ["not compiled now"]
         self.exact = not changes
         self.findings.changes.update(changes)
 
@@ -213,7 +210,7 @@ class Recomputation:
         names: Sequence[str],
         mask: NDArray[np.bool_],
         images: Sequence[Tensor],
-        sign: Tensor,
+        signs: Sequence[Tensor],
         recorded: Scores,
         clean: pa.Table,
         draws: NDArray[np.int64],
@@ -224,39 +221,45 @@ class Recomputation:
             names: what messages call the rows of each variant.
             mask: (N,) which rows of the run's batch are stored; M of them are.
             images: V times (M, C, H, W) uint8, clean first.
-            sign: (M, C, H, W) int8, the direction that is stored, or follows from the images.
+            signs: A times (M, C, H, W) int8, the direction of each attack that is stored, or follows from the images.
             recorded: what the rows say of these images.
             clean: the rows of the clean images.
             draws: (M,) random numbers of the rows.
         """
         labels = torch.from_numpy(recorded.label.filled(UNLABELLED))
-        own, target = self._wanted(labels, recorded)
-        changed = own if target is None else target
+        attacks = list(zip(self.attacker.attacks, by_attack(self.variants), strict=True))
+        owned = [self._own_classes(each, labels, recorded) for each, _ in attacks]
+        targets = [self._targets(each, indices[-1], recorded) for each, indices in attacks]
+        changed = [own if target is None else target for own, target in zip(owned, targets, strict=True)]
         random = torch.from_numpy(draws)
-        rows = [self._padded(mask, values) for values in (*images, sign, changed, random)]
-        valid = self._padded(mask, torch.ones(len(changed), dtype=torch.bool))
+        rows = [self._padded(mask, values) for values in (*images, *signs, torch.stack(changed, 1), random)]
+        valid = self._padded(mask, torch.ones(len(labels), dtype=torch.bool))
         answer = self._ask(rows, valid)
-        victim, *others = answer.logits
-        spaces = {name: evaluator.space for name, evaluator in self.models.evaluators.items()}
-        evaluations = [logits.argmax(-1) for logits in others]
-        again = score(self.variants, victim, labels, target, self.models.victim.space, evaluations, spaces)
+        logits = dict(zip(self.spaces, answer.logits, strict=True))
+        of_variants: list[Tensor | None] = [None]
+        for (_, indices), target in zip(attacks, targets, strict=True):
+            of_variants += [target] * len(indices)
+        own = [logits[name][index] for index, name in enumerate(own_models(self.variants, list(self.spaces)))]
+        predictions = torch.stack([values.argmax(-1) for values in answer.logits])
+        again = score(self.variants, own, predictions, labels, of_variants, self.spaces)
         strict = self.exact and np.array_equal(recorded.confidence, again.confidence)
         try:
             self._compare_predictions(answer, again, recorded, names, clean, strict)
             self._compare_confidences(again, recorded, names)
-            if target is not None:
-                expected = self.models.goal.classes(victim[0], own, random)
-                self._compare_target(expected, target, victim[0], names[-1], clean, strict)
-            self._compare_signs(answer, names, clean, strict)
+            for index, (each, indices) in enumerate(attacks):
+                target, of_clean = targets[index], logits[each.model][0]
+                if target is not None:
+                    expected = each.goal.classes(of_clean, owned[index], random)
+                    self._compare_target(each, expected, target, of_clean, names[indices[-1]], clean, strict)
+                self._compare_signs(each, answer, index, names[indices[0]], clean, strict)
         except DamageError:
             second = self._ask(rows, valid)
-            asked = ["model", *(f"evaluators, {name}" for name in self.models.evaluators)]
-            for name, before, now in zip(asked, answer.logits, second.logits, strict=True):
+            for name, before, now in zip(self.spaces, answer.logits, second.logits, strict=True):
                 if not bool(((before - now).abs() <= self.tolerance).all()):
                     raise PipelineError(
-                        f"{name}: it is not deterministic: asked twice about the same images it gives different "
-                        "answers, so that nothing can be derived anew; see whether it draws random numbers or keeps "
-                        "something between calls."
+                        f"{self.config.key('model', name)}: it is not deterministic: asked twice about the same images "
+                        "it gives different answers, so that nothing can be derived anew; see whether it draws random "
+                        "numbers or keeps something between calls."
                     ) from None
             raise
 
@@ -267,31 +270,37 @@ class Recomputation:
         return batch
 
     def _ask(self, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
-        ask = partial(_look_again, self.models, self.levels[1:], not self.layout.stores_sign)
+        ask = partial(_look_again, self.attacker, not self.layout.stores_sign)
         try:
-            parts = [future.result() for future in self.models.lanes.submit(ask, *rows, valid=valid)]
+            parts = [future.result() for future in self.lanes.submit(ask, *rows, valid=valid)]
         except torch.OutOfMemoryError as error:
             raise PipelineError(
                 f"A batch of {self.plan.batch_size}, as the run had it, does not fit in this device's memory; free "
                 "what else uses it, or verify on the machine of the run."
             ) from error
         logits = [torch.cat(chunks, 1) for chunks in zip(*(part.logits for part in parts), strict=True)]
-        share = torch.cat([part.share for part in parts])
+        share = torch.cat([part.share for part in parts], 1)
         if not all(bool(torch.isfinite(values).all()) for values in (*logits, share)):
             raise NonFiniteError("The model gives NaN or infinity here, which it did not in the run.")
-        return _Answer(logits, torch.cat([part.differing for part in parts]), share)
+        return _Answer(logits, torch.cat([part.differing for part in parts], 1), share)
 
-    def _wanted(self, labels: Tensor, recorded: Scores) -> tuple[Tensor, Tensor | None]:
-        """Of each row, as the model's indices (M,): its own class, by which the attack went, and its target, if any.
+    def _own_classes(self, attack: ModelAttack, labels: Tensor, recorded: Scores) -> Tensor:
+        """Each row's own class, by which an attack goes, (M,) the model's indices.
 
-        As they are recorded: a prediction that lies on a near tie may fall otherwise here.
+        As it is recorded: a prediction that lies on a near tie may fall otherwise here.
         """
-        space = self.models.victim.space
-        to_model = torch.from_numpy(np.argsort(space.to_recorded))
-        own = to_model[torch.from_numpy(recorded.prediction[0, 0])]
-        if self.models.goal.label == "dataset":
-            own = torch.where(labels == UNLABELLED, own, space.model_labels(labels))
-        return own, None if recorded.target is None else to_model[torch.from_numpy(recorded.target)]
+        space = self.spaces[attack.model]
+        clean = recorded.prediction[recorded.models.index(attack.model), 0]
+        own = torch.from_numpy(np.argsort(space.to_recorded)[clean])
+        if attack.goal.label == "prediction":
+            return own
+        return torch.where(labels == UNLABELLED, own, space.model_labels(labels))
+
+    def _targets(self, attack: ModelAttack, variant: int, recorded: Scores) -> Tensor | None:
+        """The recorded targets of an attack, (M,) the model's indices; None where it has none."""
+        if attack.goal.target is None:
+            return None
+        return torch.from_numpy(np.argsort(self.spaces[attack.model].to_recorded)[recorded.target.data[variant]])
 
     def _near_ties(self, logits: Tensor, recorded: NDArray[np.int64], space: LabelSpace) -> NDArray[np.bool_]:
         """(V, M): whether the recorded class is as close to the top one as another environment may bring it."""
@@ -306,32 +315,29 @@ class Recomputation:
     ) -> None:
         """The models predict what is recorded, but on near ties. In an environment like the recorded one, where the
         victim's confidences are the same to the last digit, nothing is excused (`strict`)."""
-        models = [self.models.victim, *self.models.evaluators.values()]
-        asked = zip(answer.logits, recorded.prediction, models, strict=True)
-        close = np.stack([self._near_ties(logits, said, model.space) for logits, said, model in asked])
+        asked = zip(answer.logits, recorded.prediction, self.spaces.values(), strict=True)
+        close = np.stack([self._near_ties(logits, said, space) for logits, said, space in asked])
         differs = recorded.prediction != again.prediction
         wrong = differs if strict else differs & ~close
         self.findings.recomputed += differs.size
         self.findings.near_ties += int((differs & ~wrong).sum())
         self.findings.mismatches += int(wrong.sum())
         for model, variant in np.ndindex(wrong.shape[:2]):
-            if (rows := wrong[model, variant]).any():
-                of = f" in {evaluator_columns(recorded.models[model])[0]}" if model else ""
-                raise DamageError(
-                    f"{names[variant]} records {int(rows.sum())} predictions{of} that its pixels do not give; the "
-                    f"first is {name_row(clean, rows)}."
-                )
+            of = f" in {model_columns(recorded.models[model])[0]}" if len(recorded.models) > 1 else ""
+            what = f"predictions{of} that its pixels do not give"
+            refuse_rows(names[variant], wrong[model, variant], what, clean)
 
     def _compare_confidences(self, again: Scores, recorded: Scores, names: Sequence[str]) -> None:
         for column in ("confidence", "label_confidence"):
             off = np.ma.abs(getattr(again, column) - getattr(recorded, column))
             wrong = np.ma.filled(off > self.tolerance, False).any(1)
             if wrong.any():
-                raise DamageError(f"{names[wrong.argmax()]} has a {column} that its pixels do not give.")
+                raise DamageError(f"{names[int(wrong.argmax())]} has a {column} that its pixels do not give.")
             self.findings.last_digits += int(np.ma.filled(off > 0, False).sum())
 
     def _compare_target(
         self,
+        attack: ModelAttack,
         expected: Tensor,
         target: Tensor,
         logits: Tensor,
@@ -341,29 +347,24 @@ class Recomputation:
     ) -> None:
         """Compare the targets, (M,) the model's indices; the least likely class may be a near tie too."""
         wrong = (target != expected).numpy()
-        if self.models.goal.target == "least_likely" and not strict:
+        if attack.goal.target == "least_likely" and not strict:
             above = logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.amin(1)
             ties = wrong & (above < self.tolerance).numpy()
             self.findings.near_ties += int(ties.sum())
             wrong &= ~ties
-        if wrong.any():
-            raise DamageError(
-                f"{name} records {int(wrong.sum())} targets that are not the attack's; the first is "
-                f"{name_row(clean, wrong)}."
-            )
+        refuse_rows(name, wrong, "targets that are not the attack's", clean)
 
-    def _compare_signs(self, answer: _Answer, names: Sequence[str], clean: pa.Table, strict: bool) -> None:
-        """The images lie along the sign of the gradient, but where that is rounding.
+    def _compare_signs(
+        self, attack: ModelAttack, answer: _Answer, index: int, name: str, clean: pa.Table, strict: bool
+    ) -> None:
+        """The images of an attack lie along the sign of its direction, but where that is rounding.
 
         A CPU gives each gradient again to the last digit; of CUDA some backward passes (of adaptive pooling and
         resizing) add in any order.
         """
-        exact = strict and self.models.lanes.device.type == "cpu"
-        tolerance = self.sign_tolerance if self.on_ray else VALUE_TOLERANCE
-        wrong = (answer.differing > 0 if exact else answer.share > tolerance).numpy()
-        self.findings.near_tie_signs += int(answer.differing.numpy()[~wrong].sum())
-        if wrong.any():
-            they = "do not lie along the sign of the loss gradient" if self.on_ray else "the attack does not make again"
-            raise DamageError(
-                f"{names[1]} has {int(wrong.sum())} images that {they}; the first is {name_row(clean, wrong)}."
-            )
+        exact, on_ray = strict and self.lanes.device.type == "cpu", attack.attack.on_ray
+        differing, share = answer.differing[index], answer.share[index]
+        wrong = (differing > 0 if exact else share > (self.sign_tolerance if on_ray else VALUE_TOLERANCE)).numpy()
+        self.findings.near_tie_signs += int(differing.numpy()[~wrong].sum())
+        they = "do not lie along the sign of the attack's direction" if on_ray else "the attack does not make again"
+        refuse_rows(name, wrong, f"images that {they}", clean)

@@ -408,6 +408,7 @@ def contradictions(manifest: Manifest) -> list[str]:
         "source.streaming": source.streams == bool(manifest.streamed),
         "source.classes": source.class_names in (None, manifest.dataset_classes),
         "runtime.batch_size": config.runtime.batch_size <= manifest.asked_batch_size,
+        "spaces": [*manifest.spaces] == [*config.all_models],
     }
     return wrong + [key for key, sound in stated.items() if not sound]
 

@@ -31,10 +31,10 @@ from tests.support.forgery import (
     SHARD,
     agree,
     alter_a_byte_of,
+    another_mistake,
     assert_found,
     cut_short_of,
     forge,
-    predict,
     rewrite,
 )
 
@@ -213,15 +213,15 @@ def no_confidence(columns: dict[str, list[Any]]) -> None:
         (leave_the_ball, "has 1 images outside the epsilon ball of 8/255"),
         (break_the_image, "holds a broken image"),
         (another_size, "holds an image of another size"),
-        (exchange_rows, "has a source_index that does not follow"),
-        (another_label, "has a label that does not follow"),
-        (another_epsilon, "has a epsilon that does not follow"),
-        (another_attack, "has a attack that does not follow"),
-        (no_model, "has a model that does not follow"),
-        (another_clean_prediction, "has a clean_prediction that does not follow"),
-        (exchange_correct, "has a correct that does not follow"),
-        (another_fooled, "has a fooled that does not follow"),
-        (no_confidence, "has a confidence that does not follow"),
+        (exchange_rows, "has other values in source_index"),
+        (another_label, "has other values in label"),
+        (another_epsilon, "has other values in epsilon"),
+        (another_attack, "has other values in attack"),
+        (no_model, "has other values in model"),
+        (another_clean_prediction, "has other values in clean_prediction"),
+        (exchange_correct, "has other values in correct"),
+        (another_fooled, "has other values in fooled"),
+        (no_confidence, "has other values in confidence"),
     ],
 )
 def test_forged_rows_are_found_without_the_victim(
@@ -236,7 +236,7 @@ def test_rows_that_the_plan_does_not_have_are_found(write_config: WriteConfig, t
     generate(write_config())
     clean = f"clean/{SHARD}.parquet"
     forge(tmp_path / "out", exchange_rows, clean)
-    assert f"{clean} has a source_index that does not follow" in fgsm("verify", tmp_path / "out").stderr
+    assert f"{clean} has other values in source_index" in fgsm("verify", tmp_path / "out").stderr
 
 
 def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_lost_rows_and_other_columns_are_found(write_config: WriteConfig, tmp_pa
 
 
 def another_prediction(columns: dict[str, list[Any]]) -> None:
-    predict(columns, 5, (columns["prediction"][5] + 1) % 3)
+    another_mistake(columns["prediction"], columns["label"])
 
 
 def another_confidence(columns: dict[str, list[Any]]) -> None:
@@ -289,7 +289,7 @@ def another_label_confidence(columns: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (another_prediction, "records 1 predictions that its pixels do not give"),
+        (another_prediction, "has 1 predictions that its pixels do not give"),
         (another_confidence, "has a confidence that its pixels do not give"),
         (another_label_confidence, "has a label_confidence that its pixels do not give"),
     ],

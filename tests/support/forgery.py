@@ -66,11 +66,10 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
     agree(out)
 
 
-def predict(columns: dict[str, list[Any]], row: int, prediction: int) -> None:
-    """Record another prediction, and what follows from it in a run that has one space of classes and no target."""
-    was_right = columns["clean_prediction"][row] == columns["label"][row]
-    right = prediction == columns["label"][row]
-    columns["prediction"][row], columns["correct"][row], columns["fooled"][row] = prediction, right, was_right > right
+def another_mistake(predictions: list[int], labels: list[int]) -> None:
+    """Replace the first wrong prediction, of three classes, by the other wrong one: nothing else follows from it."""
+    row = next(row for row, label in enumerate(labels) if predictions[row] != label)
+    predictions[row] = 3 - labels[row] - predictions[row]
 
 
 def confidence_sum(columns: dict[str, list[Any]], level: int) -> float:
