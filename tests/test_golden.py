@@ -68,7 +68,10 @@ def imagefolder(folder: Path) -> dict[str, Any]:
         "source": {"kind": "imagefolder", "path": f"{folder}/source", "split": "train"},
         "preprocess": {"resize": 232, "crop": 224},
         "model": {"kind": "factory", "name": _factory(folder)},
-        "evaluators": [{"id": "other", "kind": "factory", "name": _factory(folder, "other")}],
+        "models": {
+            "victim": {"kind": "factory", "name": _factory(folder)},
+            "other": {"kind": "factory", "name": _factory(folder, "other")},
+        },
         "attack": {"epsilons": ["4/255"]},
         "output": {"images_per_shard": 6},
     }

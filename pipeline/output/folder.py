@@ -239,7 +239,7 @@ class VariantCounts(Record):
 def add_up(variant: Variant, counts: Sequence[VariantCounts], models: Iterable[str]) -> VariantCounts:
     """The sum of counts of one variant, and of what the models that are named say of it."""
 
-    def total(parts: Sequence[Record], *keys: str) -> dict[str, int]:
+    def total(parts: Sequence[Record], *keys: str) -> dict[str, Any]:
         return {key: sum(getattr(part, key) for part in parts) for key in keys}
 
     # Not checked: of numbers that others wrote the sum may be more than any of them may.

@@ -50,7 +50,7 @@ def load(
         path_or_repo: an output folder, its address in an object store, or a Hub id.
         epsilons: `k/255`, a decimal as in the config (rounded down), or 0 for clean; rows come in this order.
             None: clean and every recorded epsilon, rising. At an epsilon that is not recorded the images are made
-            exactly, and what the victim and the evaluators would say of them is null.
+            exactly, and what the models would say of them is null.
         split: one of the dataset's; None loads all.
         streaming: read ahead of use only, in bounded memory.
         allow_incomplete: do not warn where shards of an output folder are missing.
@@ -68,7 +68,7 @@ def load(
         place = str(path_or_repo)
         folder = OutputFolder(place)
         stored = require_manifest(folder)
-        stored.check_recorded(asked or ())
+        stored.check_recorded(at_levels(stored.variants, asked or ()))
         if not allow_incomplete:
             warn_if_incomplete(folder, stored)
     else:
@@ -81,7 +81,7 @@ def load(
     wanted = recorded if asked is None else at_levels(recorded, asked)
     if stored is None and any(variant not in recorded for variant in wanted):
         # Whether other epsilons follow from the images that are stored, only the manifest says.
-        require_manifest(OutputFolder(local or manifest_folder(place))).check_recorded(asked or ())
+        require_manifest(OutputFolder(local or manifest_folder(place))).check_recorded(wanted)
     subsets: dict[str, Mapping[str, Any]] = {}
     for subset, column in dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded)):
         subsets[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}

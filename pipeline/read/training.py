@@ -446,7 +446,7 @@ def training_dataset(
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
-    manifest.check_recorded(asked or ())
+    manifest.check_recorded(at_levels(manifest.variants, asked or ()))
     if local and not allow_incomplete:
         warn_if_incomplete(OutputFolder(root), manifest)
     _check_split(manifest, split, name)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.variants import CLEAN, Variant
-from pipeline.output.folder import EvaluatorCounts
+from pipeline.output.folder import ModelCounts
 from pipeline.output.manifest import Manifest, Subset
 from pipeline.report.sample import Sample
 
@@ -65,7 +65,7 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
         index=int(half[0]) if reached.any() and len(half) else most,
         shown=(CLEAN, *(sample.variants[index] for index in sorted(spread))),
         subsets={subset.variant: subset for subset in manifest.subsets if subset.split == sample.split},
-        victim=model_name(manifest.config["model"]),
+        victim=next(iter(manifest.spaces)),
         evaluators=evaluator_names(manifest),
         name=class_names(manifest),
     )
@@ -115,11 +115,11 @@ def right_share(focus: Focus, index: int) -> float | None:
 
 def accuracies(subset: Subset) -> list[float | None]:
     """The accuracy of the victim and of each evaluator, in order."""
-    correct = [subset.correct, *(counts.correct for counts in subset.evaluators.values())]
+    correct = [counts.correct for counts in subset.models.values()]
     return [ratio(count, subset.labelled) for count in correct]
 
 
-def transfer_rate(counts: EvaluatorCounts) -> float | None:
+def transfer_rate(counts: ModelCounts) -> float | None:
     """Of the images that fool the victim and that an evaluator reads right when clean: the share that fools both."""
     return ratio(counts.transferred, counts.exposed)
 
@@ -132,12 +132,12 @@ def by_split(manifest: Manifest) -> dict[str, list[Subset]]:
 
 def evaluator_names(manifest: Manifest) -> tuple[str, ...]:
     """The ids of the evaluators, in order."""
-    return tuple(dict.fromkeys(name for subset in manifest.subsets for name in subset.evaluators))
+    return tuple(manifest.spaces)[1:]
 
 
 def class_names(manifest: Manifest) -> Callable[[int], str]:
     """What a recorded class is called: its index where it has no name."""
-    classes = manifest.recorded_classes or ()
+    classes = next(iter(manifest.spaces.values())).recorded_classes or ()
     return lambda index: (classes[index].strip() or "(no name)") if index < len(classes) else str(index)
 
 

@@ -29,7 +29,6 @@ from pipeline.report.findings import (
     evaluator_names,
     focus_on,
     headline,
-    model_name,
     percent,
     ratio,
     source_name,
@@ -127,13 +126,14 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
     sample = next((sample for sample in samples if sample), None)
     view: dict[str, Any] = {
         "manifest": manifest,
-        "victim": model_name(manifest.config["model"]),
-        "attack": manifest.resolved.attack.title,
+        "victim": next(iter(manifest.spaces)),
+        "attack": next(iter(manifest.resolved.all_attacks.values())).title,
         "source": source_name(manifest.config["source"]),
         "evaluators": evaluator_names(manifest),
         "labelled": is_labelled(manifest),
         "counts": counts,
-        "transfers": any(there.exposed for subset in manifest.subsets for there in subset.evaluators.values()),
+        "transfers": len(manifest.spaces) > 1
+        and any(there.exposed for subset in manifest.subsets for there in subset.models.values()),
         "most_shards": SAMPLE_SHARDS,
         "skipped": manifest.skipped[:MOST_SKIPPED],
         "config": yaml.safe_dump(without_folders(manifest.config), sort_keys=False, allow_unicode=True),

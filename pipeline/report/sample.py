@@ -88,6 +88,12 @@ def is_labelled(manifest: Manifest) -> bool:
     return any(subset.labelled for subset in manifest.subsets)
 
 
+def is_targeted(manifest: Manifest) -> bool:
+    """Whether the attack that is looked at aims at a class."""
+    attack = manifest.variants[1].attack
+    return attack is not None and manifest.resolved.all_attacks[attack].target is not None
+
+
 def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int) -> Sample | None:
     """Read the scores of about so many rows of a split; None where it has none.
 
@@ -100,7 +106,7 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int)
     Raises:
         PipelineError: a file cannot be read, or holds other rows than the manifest says.
     """
-    labelled, targeted = is_labelled(manifest), manifest.resolved.attack.target is not None
+    labelled, targeted = is_labelled(manifest), is_targeted(manifest)
     shares = _shares(_shard_rows(manifest, split), most)
     if not shares:
         return None
