@@ -83,7 +83,8 @@ class Column:
     meaning: for the card. clean_meaning: that of `clean_...`, None where a clean image has no such value of its own.
     dtype: of the values; `classes`: whose classes they are, LABEL for the dataset's or a model's id, if they are some.
     optional: not every run has it. of_clean: the column whose value for the clean image, by the row's own model, it
-    repeats; where a row is of a source image, that stands in `clean_...` already.
+    repeats; where a row is of a source image, that stands in `clean_...` already. of_attack: the same at each epsilon
+    of one attack on one model; where a run has one such pair and a row is of a source image, it stands there once.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Column:
     per_variant: bool = True
     optional: bool = False
     of_clean: str | None = None
+    of_attack: bool = False
     of_variant: Callable[[Variant], Any] = lambda _: None
 
     @property
@@ -176,6 +178,7 @@ COLUMNS = (
         "the class that the attack aimed at; null where it aimed at none",
         classes=OWN,
         optional=True,
+        of_attack=True,
     ),
     Column(
         FILE,
