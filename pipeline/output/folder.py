@@ -214,12 +214,11 @@ class VariantCounts(Record):
 
     @model_validator(mode="after")
     def _check_sound(self) -> Self:
-        sound = self.correct <= self.labelled <= self.rows >= self.fooled and (
-            self.confidence_sum <= self.rows + 1  # it is rounded
-        )
-        if not sound or any(
-            counts.correct > self.labelled or counts.transferred > counts.exposed for counts in self.evaluators.values()
-        ):
+        sound = self.correct <= self.labelled <= self.rows >= self.fooled
+        sound &= self.confidence_sum <= self.rows + 1  # it is rounded
+        for counts in self.evaluators.values():
+            sound &= counts.correct <= self.labelled and counts.transferred <= counts.exposed
+        if not sound:
             raise ValueError("more answers are counted than images")
         return self
 

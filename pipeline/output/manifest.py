@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 6
 # The share of values with gradient 0 above which there is a warning.
 MANY_ZERO = 0.5
-# SkippedRow rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
+# Skipped rows that the manifest lists: 1% of a billion would be a gigabyte. Receipts list all.
 MOST_SKIPPED = 10_000
 
 # The key of an identity that is there, and false, where the attack's images do not lie along one direction.
