@@ -226,7 +226,7 @@ class VariantCounts(Record):
 def add_up(variant: Variant, counts: Sequence[VariantCounts], evaluators: Iterable[str]) -> VariantCounts:
     """The sum of counts of one variant, of the evaluators that are named."""
 
-    def total(parts: Sequence[Record], *keys: str) -> dict[str, int]:
+    def total(parts: Sequence[Record], *keys: str) -> dict[str, Any]:
         return {key: sum(getattr(part, key) for part in parts) for key in keys}
 
     # Not checked: of numbers that others wrote the sum may be more than any of them may.
@@ -310,7 +310,7 @@ class OutputFolder:
 
     def is_ours(self) -> bool:
         """Whether there is a manifest or a receipt that this package wrote, in any version."""
-        return bool(self.editions())
+        return self._claim() is not None or bool(self.receipt_names())
 
     def receipt_names(self) -> list[str]:
         """The names of the receipts of all runs."""
@@ -319,10 +319,14 @@ class OutputFolder:
     def editions(self) -> set[str]:
         """The editions of all of which there is something here."""
         found = {_edition(name) for name in self.receipt_names()}
-        with contextlib.suppress(OSError, ValueError):
-            claim = Claim.model_validate_json(self.store.read(self.manifest))
+        if claim := self._claim():
             found |= {name_edition(claim.run_id, claim.generation), *claim.supersedes}
         return found
+
+    def _claim(self) -> Claim | None:
+        with contextlib.suppress(OSError, ValueError):
+            return Claim.model_validate_json(self.store.read(self.manifest))
+        return None
 
     def generation(self, *, over: bool) -> int:
         """The generation of a run that begins here, above all that the names of files show where it starts over.
