@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pipeline.core.errors import ConfigError, PipelineError, first_line, write_failure
-from pipeline.output.locks import LOCK, in_use, part_locks
+from pipeline.output.locks import LOCK, in_use, no_locks, part_locks
 from pipeline.output.store import Store
 
 RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
@@ -259,11 +259,7 @@ class LocalStore(Store):
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
-            raise ConfigError(
-                f"output.path: {self.root}: nothing there keeps a second run out, as the file system has no "
-                f"locks ({error.strerror}); see to it yourself that no other run writes there, and say so with "
-                "--unlocked."
-            ) from None
+            raise no_locks(self.root, f"the file system has no locks ({error.strerror})") from None
         return True
 
 
