@@ -180,13 +180,13 @@ class LocalStore(Store):
         with writing(self.disk):
             self.disk.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.disk, os.O_DIRECTORY)
-        self._handle = handle
+        outer, self._handle = self._handle, handle
         try:
             with writing(self.disk), self._folder_of(f"{RECEIPTS}/lock"):
                 pass  # makes the folder of receipts, by which the output is known as ours
             yield
         finally:
-            self._handle = None
+            self._handle = outer
             os.close(handle)
 
     @contextlib.contextmanager
@@ -286,16 +286,16 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove a temporary folder that a process of this user has made and that no process uses any more.
+    """Remove a folder if it is a temporary one that a process of this user has made.
 
     Raises:
-        OSError: it is in use, or is no such folder.
+        OSError: it is in use, or has no marker.
     """
     if re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name) and folder.lstat().st_uid == os.getuid():
         with os.fdopen(os.open(folder / MARKER, os.O_RDONLY | os.O_NOFOLLOW), "rb") as marker:
             if marker.read() == MARK:
                 fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
