@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.config.sources import SourceConfig
 from pipeline.core.batches import UNLABELLED
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.left_out import LeftOut
 from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.plan import Plan, Shard
@@ -173,16 +173,18 @@ def checked(source: Indexed) -> Indexed:
     for name, labels in source.labels.items():
         if len(labels) == 0:
             raise ConfigError(f"source: split {name} is empty.")
-        if labels.min() < UNLABELLED:
-            raise ConfigError(
-                f"source: split {name} has a label {labels.min()}; labels are 0 or more, and -1 or null for unlabelled."
-            )
+        check_labels(labels, f"split {name}", ConfigError)
         if source.need_labels and (labels == UNLABELLED).any():
             raise ConfigError(
                 f"source: split {name} has {int((labels == UNLABELLED).sum())} unlabelled rows, and "
                 "attack.label: dataset needs every label; drop those rows, or set attack.label=prediction."
             )
     return source
+
+
+def check_labels(labels: Labels, where: str, kind: type[PipelineError]) -> None:
+    if len(labels) and labels.min() < UNLABELLED:
+        raise kind(f"source: {where} has a label {labels.min()}; labels are 0 or more, and -1 or null for unlabelled.")
 
 
 def file_names(splits: Mapping[str, Item]) -> dict[str, Item]:

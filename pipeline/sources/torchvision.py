@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.sources import TorchvisionConfig
-from pipeline.core.errors import ConfigError, first_line
+from pipeline.core.errors import ConfigError, explained
 from pipeline.core.images import PILLOW_PIXELS, Opener
 from pipeline.core.origin import Origin
 from pipeline.sources.base import (
@@ -94,10 +94,9 @@ def _make_torchvision(kind: Any, split: str, config: TorchvisionConfig) -> Any:
     else:
         check_splits([split], ("train",))
         arguments = {}
-    try:
+    refused = (RuntimeError, ValueError, TypeError, OSError, ImportError)
+    with explained(f"source: torchvision's {config.path} cannot be opened", errors=refused, kind=ConfigError):
         return kind(**arguments, **config.kwargs)
-    except (RuntimeError, ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        raise ConfigError(f"source: torchvision's {config.path} cannot be opened: {first_line(error)}") from None
 
 
 def _torchvision_labels(dataset: Any, config: TorchvisionConfig) -> Labels:
