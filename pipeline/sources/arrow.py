@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, explained
 from pipeline.core.images import image_suffixes, is_image_name
@@ -54,6 +53,7 @@ from pipeline.sources.files import (
     sampled,
     stated_features,
 )
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import revision_of
 from pipeline.sources.tar import check_unstreamed
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.sources import SourceConfig
+from pipeline.config.schema import SourceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.left_out import LeftOut

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError, shortened
 from pipeline.sources.base import Labels
+from pipeline.sources.huggingface import HuggingFaceConfig
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ stratified split.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.sources import DigitsConfig
+from pipeline.config.schema import SourceConfig
 from pipeline.core.origin import Origin
 from pipeline.sources.base import IndexedSource, check_splits, checked, class_names, digest_of
 
@@ -25,6 +25,12 @@ DIGITS = Origin(
 )
 
 
+class DigitsConfig(SourceConfig):
+    """Handwritten digits that come with scikit-learn."""
+
+    kind: Literal["digits"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArraySource(IndexedSource[NDArray[np.uint8]]):
     """Images that are already in memory: of each split (N, H, W) or (N, H, W, 3) uint8."""
@@ -33,8 +39,9 @@ class ArraySource(IndexedSource[NDArray[np.uint8]]):
         return Image.fromarray(self.rows[cell["split"]][cell["row"]])
 
 
-def open_digits(config: DigitsConfig, *, need_labels: bool) -> ArraySource:
+def open_digits(config: DigitsConfig, *, need_labels: bool, max_pixels: int) -> ArraySource:
     """The digits, all of which are labelled."""
+    del max_pixels  # the decoder minds it
     names = config.split or ("train", "test")
     check_splits(names, ("train", "test"))
     splits = {name: digits_split(name) for name in names}

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError, PipelineError, explained, first_line, shortened
 from pipeline.core.fetchers import Fetchers
 from pipeline.core.images import is_of_the_machine
 from pipeline.core.origin import Origin
 from pipeline.sources.base import chosen_splits
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import card_license
 
 # Seconds after which a server that says nothing has failed: it may have accepted, and hang.

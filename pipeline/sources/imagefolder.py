@@ -5,18 +5,35 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from pipeline.config.sources import ImageFolderConfig
+from pipeline.config.schema import SourceConfig
+from pipeline.config.section import anchored
 from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name, open_image
 from pipeline.core.left_out import Tally
 from pipeline.core.origin import Origin
 from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, class_names, digest_of, spread
 from pipeline.sources.files import LITTER_REASON, as_text, is_litter, of_two_classes, unread
+
+
+class ImageFolderConfig(SourceConfig):
+    """A folder with a folder of images for each class."""
+
+    kind: Literal["imagefolder"]
+    path: str
+
+    @classmethod
+    def anchor(cls, values: dict[str, Any], folder: Path) -> None:
+        if isinstance(path := values.get("path"), str):
+            values["path"] = anchored(path, folder)
+
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +49,14 @@ class FolderSource(IndexedSource[Sequence[str]]):
         return as_text(self.rows[cell["split"]][cell["row"]].removeprefix(f"{self.root}/"))
 
 
-def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderSource:
+def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool, max_pixels: int) -> FolderSource:
     """Find the images of each class, all of which are labelled.
 
     Raises:
         ConfigError: there is no such folder, or it is none of class folders.
         PipelineError: a part of it cannot be read.
     """
+    del max_pixels  # the decoder minds it
     root = Path(config.path).expanduser()
     if not root.is_dir():
         raise ConfigError(f"source.path: there is no folder {root}.")

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.fetchers import Fetchers, in_order
@@ -21,6 +20,7 @@ from pipeline.sources.base import Read, check_labels, class_names, joined
 from pipeline.sources.cells import CELL
 from pipeline.sources.columns import cast_kept, classes_of, find_columns, is_text, label_indices, plain_type
 from pipeline.sources.files import Listing, answered
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.streams import (
     SourceFile,
     StreamedSource,

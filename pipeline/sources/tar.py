@@ -19,7 +19,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.images import is_image_name
@@ -30,6 +29,7 @@ from pipeline.sources.base import Read, class_names, joined
 from pipeline.sources.cells import CELL
 from pipeline.sources.columns import Fields
 from pipeline.sources.files import LITTER_REASON, Listing, is_litter
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.streams import (
     MARK_BYTES,
     SourceFile,

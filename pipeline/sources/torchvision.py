@@ -5,12 +5,15 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
-from pipeline.config.sources import TorchvisionConfig
+from pipeline.config.schema import SourceConfig
+from pipeline.config.section import anchored
 from pipeline.core.errors import ConfigError, explained
 from pipeline.core.images import PILLOW_PIXELS, Opener
 from pipeline.core.origin import Origin
@@ -31,6 +34,25 @@ LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 SAMPLE_ATTRIBUTES = ("_samples", "samples", "imgs")
 
 
+class TorchvisionConfig(SourceConfig):
+    """A dataset class of torchvision; `path` is its name."""
+
+    kind: Literal["torchvision"]
+    path: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+
+    @classmethod
+    def anchor(cls, values: dict[str, Any], folder: Path) -> None:
+        kwargs = values.get("kwargs")
+        if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
+            kwargs["root"] = anchored(kwargs["root"], folder)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.classes
+
+
 @dataclass(frozen=True, kw_only=True)
 class TorchvisionSource(IndexedSource[Any]):
     """Datasets of (Pillow image, class), by split."""
@@ -40,7 +62,7 @@ class TorchvisionSource(IndexedSource[Any]):
         return image  # type: ignore[no-any-return]
 
 
-def open_torchvision(config: TorchvisionConfig, *, need_labels: bool) -> TorchvisionSource:
+def open_torchvision(config: TorchvisionConfig, *, need_labels: bool, max_pixels: int) -> TorchvisionSource:
     """Make the dataset of each split, all of whose images are labelled.
 
     Raises:
@@ -49,6 +71,7 @@ def open_torchvision(config: TorchvisionConfig, *, need_labels: bool) -> Torchvi
     """
     import torchvision
 
+    del max_pixels  # the decoder minds it
     kind = getattr(torchvision.datasets, str(config.path), None)
     if str(config.path).startswith("LSUN"):
         raise ConfigError(

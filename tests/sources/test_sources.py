@@ -19,7 +19,6 @@ import pytest
 import torchvision
 from PIL import Image
 
-from pipeline.config import sources
 from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import UndecodableError
@@ -28,7 +27,7 @@ from pipeline.engine.decode import read_image
 from pipeline.sources.base import Source
 from pipeline.sources.digits import digits_split
 from pipeline.sources.registry import open_source
-from pipeline.sources.torchvision import TorchvisionSource
+from pipeline.sources.torchvision import TorchvisionConfig, TorchvisionSource
 from tests.conftest import CLASSES, png_bytes, random_pixels, write_parquet
 from tests.support.configs import section
 from tests.support.sources import first_values, openers_of, tables_of
@@ -1000,8 +999,6 @@ def test_a_torchvision_dataset_whose_library_is_missing_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    config = sources.TorchvisionConfig(
-        kind="torchvision", path="PCAM", kwargs={"root": str(tmp_path)}, split=("train",)
-    )
+    config = TorchvisionConfig(kind="torchvision", path="PCAM", kwargs={"root": str(tmp_path)}, split=("train",))
     with pytest.raises(ConfigError, match="torchvision's PCAM cannot be opened"):
         open_source(config, need_labels=True)

@@ -28,7 +28,6 @@ import pipeline.sources.parquet
 import pipeline.sources.tar
 from pipeline.check.verify import verify
 from pipeline.config.load import load_config
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import Batch
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.plan import stream_plan
@@ -36,6 +35,7 @@ from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run
 from pipeline.sources.base import Source
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.registry import open_source
 from pipeline.sources.streams import SourceFile
 from tests.conftest import (

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError
 from pipeline.sources.base import Source
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.registry import open_source
 from tests.conftest import CLASSES, WriteConfig, fgsm, generate, png_bytes, random_pixels, rows
 from tests.support.sources import tables_of

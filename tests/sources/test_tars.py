@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from pipeline.check.verify import verify
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.sources.base import Source
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.registry import open_source
 from tests.conftest import WriteConfig, fgsm, generate, manifest
 from tests.support.files import serving, stream
