@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import stat
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +30,10 @@ from pipeline.sources.base import (
     chosen_splits,
     class_names,
     digest_of,
+    joined,
     spread,
 )
-from pipeline.sources.cells import file_digest, open_cell
+from pipeline.sources.cells import file_digest, image_cells, open_cell
 from pipeline.sources.columns import (
     Fields,
     cast_kept,
@@ -51,7 +53,6 @@ from pipeline.sources.files import (
     origin_of,
     own_files,
     sampled,
-    stated_features,
 )
 from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import revision_of
@@ -63,17 +64,9 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 DIGEST_BATCH = 1000
 
 
-@dataclass(frozen=True)
-class ArrowRows:
-    """The image column of a split, and the columns that are carried through, as `datasets` formats them for Arrow."""
-
-    images: Any
-    carried: Any | None
-
-
 @dataclass(frozen=True, kw_only=True)
-class ArrowSource(IndexedSource[ArrowRows]):
-    """Rows of a `datasets.Dataset`; images stay encoded bytes until they are opened.
+class ArrowSource(IndexedSource[Any]):
+    """Rows of `datasets.Dataset`s, of image and kept columns; images stay encoded bytes until they are opened.
 
     Images given as a path are opened only below `allowed`: a dataset must not be able to read other files
     of the machine into a dataset that is published.
@@ -81,12 +74,10 @@ class ArrowSource(IndexedSource[ArrowRows]):
 
     allowed: tuple[Path, ...]
 
-    def cells(self, split: str, rows: Sequence[int]) -> pa.ChunkedArray:
-        return self.rows[split].images[list(rows)].column(0)
-
-    def kept_columns(self, split: str, rows: Sequence[int]) -> pa.Table:
-        carried = self.rows[split].carried
-        return pa.table({}) if carried is None else cast_kept(carried[list(rows)], self.kept)
+    def table(self, split: str, rows: Sequence[int]) -> pa.Table:
+        found = self.rows[split][list(rows)]
+        kept = cast_kept(found.select([*self.kept]), self.kept)
+        return joined(image_cells(found.column(0)), self.labels[split][rows], kept)
 
     def open(self, cell: Any) -> Image.Image:
         return open_cell(cell, self.allowed)
@@ -113,7 +104,7 @@ def open_arrow(config: HuggingFaceConfig, *, need_labels: bool) -> ArrowSource:
     labels, classes = _read_labels(opened, fields.label, config)
     source = ArrowSource(
         labels=labels,
-        rows={name: _arrow_rows(dataset, fields) for name, dataset in opened.items()},
+        rows={name: _rows(dataset, fields) for name, dataset in opened.items()},
         allowed=allowed,
         classes=classes,
         digest="",
@@ -126,14 +117,12 @@ def open_arrow(config: HuggingFaceConfig, *, need_labels: bool) -> ArrowSource:
     return checked(replace(source, digest=digest_of([*content, json.dumps(sorted(config.keep_columns))])))
 
 
-def _arrow_rows(dataset: Any, fields: Fields) -> ArrowRows:
-    import datasets
-
+def _rows(dataset: Any, fields: Fields) -> Any:
+    rows = dataset.select_columns(list(dict.fromkeys([fields.image, *fields.kept]))).with_format("arrow")
     refused = (TypeError, ValueError, pa.ArrowException)
     with explained(f"source.image_column: {fields.image} does not hold images", errors=refused, kind=ConfigError):
-        images = dataset.cast_column(fields.image, datasets.Image(decode=False)).select_columns([fields.image])
-    kept = dataset.select_columns(list(fields.kept)).with_format("arrow") if fields.kept else None
-    return ArrowRows(images.with_format("arrow"), kept)
+        image_cells(rows[:1].column(0))
+    return rows
 
 
 def _load_splits(config: HuggingFaceConfig, need_labels: bool, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
@@ -149,23 +138,20 @@ def _load_splits(config: HuggingFaceConfig, need_labels: bool, tally: Tally) -> 
         raise ConfigError("source.path: a URL can be streamed only; set source.streaming: true.")
     folder = existing_folder(path)
     cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
+    hub = Path(constants.HF_HUB_CACHE).resolve() / f"datasets--{path.replace('/', '--')}"
+    allowed = (folder,) if folder else (cache / "downloads", cache / path.replace("/", "___"), hub)
     with opening(path, folder):
         if folder is None:
-            hub = Path(constants.HF_HUB_CACHE).resolve() / f"datasets--{path.replace('/', '--')}"
-            allowed: tuple[Path, ...] = (cache / "downloads", cache / path.replace("/", "___"), hub)
             where = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
             loaded = _load_own(where, config, need_labels).as_dataset()
         elif (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-            allowed = (folder,)
             if not any(folder.rglob("*.arrow")):
                 raise ConfigError(f"source.path: {folder} has no rows.")
             _check_saved(folder)
             loaded = datasets.load_from_disk(str(folder))
         else:
-            allowed = (folder,)
-            where = functools.partial(
-                _folder_builder, folder, config.name, cache_dir=str(cache / f"fgsm-folder-{_listing_digest(folder)}")
-            )
+            own_cache = str(cache / f"fgsm-folder-{_listing_digest(folder)}")
+            where = functools.partial(_folder_builder, folder, config.name, cache_dir=own_cache)
             builder = _load_own(where, config, need_labels)
             loaded = builder.as_dataset()
             _count_unread(builder, loaded, folder, tally)
@@ -191,25 +177,27 @@ def _load_own(load: Callable[..., Any], config: HuggingFaceConfig, need_labels: 
     if files and isinstance(builder, Parquet | Arrow):
         read_schema = pq.read_schema if isinstance(builder, Parquet) else _arrow_schema
         schemas: dict[str, pa.Schema] = {}
-        sizes: dict[str, int] = {}
+        options: dict[str, Any] = {}
         wanted = chosen_splits(config, list(files))
         for split in wanted:
             # Of the Hub's files these are the copies in its cache, which the builder reads too.
-            places = datasets.DownloadManager().download([place for _, place in files[split]])
-            schemas |= {name: read_schema(place) for (name, _), place in zip(files[split], places, strict=True)}
-            if isinstance(builder, Parquet) and not all(map(_begins_with_rows, places)):
-                sizes = {"batch_size": DIGEST_BATCH}  # or it would take the rows of that row group, which are none
-        stated = stated_features(builder, load)
+            names, urls = zip(*files[split], strict=True)
+            paths = datasets.DownloadManager().download(list(urls))
+            schemas |= dict(zip(names, map(read_schema, paths), strict=True))
+            if isinstance(builder, Parquet) and not all(map(_begins_with_rows, paths)):
+                options["batch_size"] = DIGEST_BATCH  # or it would take the rows of that row group, which are none
+        # A builder may have the features of its cache, which may be of other files.
+        with tempfile.TemporaryDirectory() as empty:
+            stated = builder.info.features and load(cache_dir=empty).info.features
         _, features = find_columns(schemas, stated, config, need_labels)
         alike = all(_is_of_datasets(schema) and schema == next(iter(schemas.values())) for schema in schemas.values())
         if isinstance(builder, Parquet) and not (alike and (stated is not None or next(iter(files)) in wanted)):
-            builder = load(columns=list(features), features=datasets.Features(features), **sizes)
-        elif sizes:
-            builder = load(**sizes)
+            options |= {"columns": list(features), "features": datasets.Features(features)}
+        if options:
+            builder = load(**options)
     if isinstance(builder, WebDataset):
-        listed = [file for own in files.values() for file in own]
-        places = datasets.DownloadManager().download([place for _, place in listed])
-        check_unstreamed((name, place) for (name, _), place in zip(listed, places, strict=True))
+        names, urls = zip(*(file for own in files.values() for file in own), strict=True)
+        check_unstreamed(zip(names, datasets.DownloadManager().download(list(urls)), strict=True))
     try:
         builder.download_and_prepare()
     except datasets.exceptions.DatasetGenerationError as error:
@@ -399,14 +387,15 @@ def _content(source: ArrowSource, split: str) -> Iterable[bytes | str]:
     rows, count = source.rows[split], len(source.labels[split])
     yield split
     yield source.labels[split].tobytes()
-    stored = pc.struct_field(rows.images.data.table.column(0), "bytes")
+    stored = pc.struct_field(image_cells(rows.data.table.column(0)), "bytes")
     yield pc.fill_null(pc.binary_length(stored), UNLABELLED).to_numpy().astype(np.int64).tobytes()
-    for cell in source.cells(split, spread(count, DIGEST_SAMPLES)).to_pylist():
+    for cell in source.table(split, spread(count, DIGEST_SAMPLES)).column(0).to_pylist():
         if cell and cell["bytes"] is not None:
             yield cell["bytes"]
         else:
             yield from sampled([partial(file_digest, cell, source.allowed)])
     # Carried-through columns are copied as they are, so all of them count.
-    for start in range(0, count if rows.carried is not None else 0, DIGEST_BATCH):
-        table = source.kept_columns(split, range(start, min(start + DIGEST_BATCH, count))).combine_chunks()
+    kept = rows.select_columns([*source.kept])
+    for start in range(0, count if source.kept else 0, DIGEST_BATCH):
+        table = cast_kept(kept[start : start + DIGEST_BATCH], source.kept).combine_chunks()
         yield from (batch.serialize().to_pybytes() for batch in table.to_batches())

@@ -128,18 +128,10 @@ class IndexedSource(Source, Generic[Rows]):
     def splits(self) -> Mapping[str, int]:
         return {name: len(labels) for name, labels in self.labels.items()}
 
-    def cells(self, split: str, rows: Sequence[int]) -> Any:
-        """The image cells of some rows, as Arrow's column; {split, row} unless a kind has its own."""
-        return pa.array([{"split": split, "row": row} for row in rows])
-
-    def kept_columns(self, split: str, rows: Sequence[int]) -> pa.Table:
-        """The carried-through columns of some rows; most kinds have none."""
-        del split, rows
-        return pa.table({})
-
     def table(self, split: str, rows: Sequence[int]) -> pa.Table:
-        """Some rows of a split, as `tables` has them."""
-        return joined(self.cells(split, rows), self.labels[split][rows], self.kept_columns(split, rows))
+        """Some rows of a split, as `tables` has them; cells are {split, row} unless a kind has its own."""
+        cells = pa.array([{"split": split, "row": row} for row in rows])
+        return joined(cells, self.labels[split][rows], pa.table({}))
 
     def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
         for shard in shards:

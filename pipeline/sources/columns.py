@@ -127,20 +127,18 @@ def column_features(schema: pa.Schema, names: Iterable[str] | None = None) -> di
     """The features of `datasets` that some columns have, all by default; of a type without one, the type itself."""
     import datasets
 
-    try:
-        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        told = None
+    told: dict[str, Any] = {}
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        told = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     features: dict[str, Any] = {}
     for name in schema.names if names is None else names:
         if (index := schema.get_field_index(name)) < 0:
             continue  # not there, or there twice
         kind = plain_type(schema.field(index).type)
-        stated = told.get(name) if isinstance(told, dict) else None
-        metadata = {"huggingface": json.dumps({"info": {"features": {name: stated}}})}
+        metadata = {"huggingface": json.dumps({"info": {"features": {name: told.get(name)}}})}
         features[name] = kind
         # What the metadata says may be of a version to come: then the type alone tells.
-        for known in ([metadata] if stated else []) + [None]:
+        for known in (metadata, None) if told.get(name) else (None,):
             with contextlib.suppress(Exception):  # the library has an error of its own for each case
                 features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, kind)], known))[name]
                 break

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config.schema import SourceConfig
 from pipeline.core.origin import Origin
-from pipeline.sources.base import IndexedSource, check_splits, checked, class_names, digest_of
+from pipeline.sources.base import IndexedSource, check_splits, checked, digest_of
 
 SIDE = 64
 CLASSES = tuple("0123456789")
@@ -49,7 +49,7 @@ def open_digits(config: DigitsConfig, *, need_labels: bool, max_pixels: int) -> 
         ArraySource(
             labels={name: labels for name, (_, labels) in splits.items()},
             rows={name: images for name, (images, _) in splits.items()},
-            classes=class_names(config, CLASSES),
+            classes=CLASSES,
             digest=digest_of(
                 part for images, labels in splits.values() for part in (images.tobytes(), labels.tobytes())
             ),

@@ -68,7 +68,7 @@ def as_text(name: str) -> str:
 def unread(error: Exception) -> PipelineError:
     """The sentence for an image that the machine failed to read, or that is gone, before a run."""
     return PipelineError(
-        f"source: an image or a folder cannot be read: {shortened(first_line(error))}; mend that first."
+        f"source: an image or a folder cannot be read: {shortened(first_line(error))}; fix that first."
     )
 
 
@@ -89,20 +89,6 @@ def of_two_classes(link: str, first: str) -> ConfigError:
     return ConfigError(
         f"source.path: {link} leads to {first}, whose images would then be of two classes; remove the link."
     )
-
-
-def stated_features(builder: Any, load: Callable[..., Any]) -> Mapping[str, Any] | None:
-    """The features that a dataset's card states; a builder may have those of its cache, which may be of other files.
-
-    Args:
-        builder: of the dataset.
-        load: makes another one.
-    """
-    features: Mapping[str, Any] | None = builder.info.features
-    if features is not None and Path(builder.cache_dir).exists():
-        with tempfile.TemporaryDirectory() as empty:
-            features = load(cache_dir=empty).info.features
-    return features
 
 
 def own_files(builder: Any, config: HuggingFaceConfig) -> dict[str, list[tuple[str, str]]]:
@@ -217,19 +203,17 @@ def _found_by_datasets(config: HuggingFaceConfig, path: str) -> Listing:
     import datasets
 
     folder = existing_folder(path)
-    load = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
-    if folder is not None:
-        load = functools.partial(datasets.load_dataset_builder, str(folder), config.name)
-    with opening(path, folder):
-        builder = answered(load) if folder is None else load()
-        features = stated_features(builder, load)
+    where, load = str(folder or path), datasets.load_dataset_builder
+    # With an empty cache, the features are those that the card states and not of files that were there before.
+    with opening(path, folder), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+        builder = answered(functools.partial(load, where, config.name, revision=config.revision, cache_dir=empty))
     own = own_files(builder, config)
     if not own:
         raise ConfigError(f"source.path: {path} is not made of files that can be streamed; leave out source.streaming.")
     found = {split: own[split] for split in chosen_splits(config, list(own))}
     url = next(iter(found.values()))[0][1]
     commit = None if folder else next((match[1] for match in re.finditer(r"@([0-9a-f]{40})/", url)), None)
-    return Listing(found, features, origin_of(path, builder.info, commit), (folder,) if folder else ())
+    return Listing(found, builder.info.features, origin_of(path, builder.info, commit), (folder,) if folder else ())
 
 
 def origin_of(path: str, info: Any, revision: str | None) -> Origin:

@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name, open_image
 from pipeline.core.left_out import Tally
 from pipeline.core.origin import Origin
-from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, class_names, digest_of, spread
+from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, digest_of, spread
 from pipeline.sources.files import LITTER_REASON, as_text, is_litter, of_two_classes, unread
 
 
@@ -78,7 +78,7 @@ def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool, max_pixels
             labels={name: np.repeat(np.arange(len(own)), own).astype(np.int64) for name, own in counts.items()},
             rows=paths,
             root=str(root),
-            classes=class_names(config, classes),
+            classes=tuple(classes),
             digest=digest,
             origin=Origin(name=as_text(root.resolve().name)),
             left_out=tally.left_out(),

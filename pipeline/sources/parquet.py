@@ -17,7 +17,7 @@ from pipeline.core.fetchers import Fetchers, in_order
 from pipeline.core.plan import Plan, Shard
 from pipeline.sources import files
 from pipeline.sources.base import Read, check_labels, class_names, joined
-from pipeline.sources.cells import CELL
+from pipeline.sources.cells import image_cells
 from pipeline.sources.columns import cast_kept, classes_of, find_columns, is_text, label_indices, plain_type
 from pipeline.sources.files import Listing, answered
 from pipeline.sources.huggingface import HuggingFaceConfig
@@ -176,16 +176,13 @@ def _row_group(file: SourceFile, metadata: pq.FileMetaData, group: int, columns:
 
 def _normalised(source: ParquetSource, file: SourceFile, rows: pa.Table) -> pa.Table:
     """Rows as every reader has them: image cells, labels, kept columns."""
-    import datasets
-
     fields = source.fields
     # Dictionaries and views become what they stand for, which is what everything from here on knows.
     rows = rows.replace_schema_metadata(None)
     rows = rows.cast(pa.schema([column.with_type(plain_type(column.type)) for column in rows.schema]))
-    image, labels = rows.column(str(fields.image)), np.full(rows.num_rows, UNLABELLED)
-    # Not combined: a row group may hold more bytes than one array of them can.
-    cells = pa.chunked_array([datasets.Image().cast_storage(chunk) for chunk in image.chunks], CELL)
+    labels = np.full(rows.num_rows, UNLABELLED)
     if fields.label is not None:
         labels = label_indices(rows.column(fields.label), source.classes, file.name, RowError)
         check_labels(labels, file.name, RowError)
-    return joined(cells, labels, cast_kept(rows.select(list(fields.kept)), source.kept))
+    kept = cast_kept(rows.select(list(fields.kept)), source.kept)
+    return joined(image_cells(rows.column(str(fields.image))), labels, kept)

@@ -146,6 +146,10 @@ def _is_image(name: str) -> bool:
     return is_image_name(f"x.{name}")
 
 
+def _is_the_image(fields: Fields, name: str) -> bool:
+    return name == fields.image if fields.image else _is_image(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TarSource(StreamedSource):
     """Tars of samples; `most_bytes` is what an image in one may have."""
@@ -185,8 +189,7 @@ class TarSource(StreamedSource):
             yield _table_of(self, file, waiting), tar.take_left_out()
 
     def _wants(self, name: str) -> bool:
-        fields = self.fields
-        return name in (fields.label, *fields.kept) or (name == fields.image if fields.image else _is_image(name))
+        return name in (self.fields.label, *self.fields.kept) or _is_the_image(self.fields, name)
 
 
 class _Member(tarfile.TarInfo):
@@ -365,14 +368,14 @@ def _side_by_side(
         name = hash(sample[KEY])
         if name in parts:
             raise PipelineError(f"source: {file.name} has files of the sample {_key_of(sample)} apart. {SIDE_BY_SIDE}")
-        if not needed <= sample.keys() or _image_of(file, sample, fields.image) is None:
+        if not needed <= sample.keys() or _image_of(file, sample, fields) is None:
             parts.add(name)
         yield sample
 
 
 def _table_of(source: TarSource, file: SourceFile, samples: Sequence[Mapping[str, bytes | None]]) -> pa.Table:
     fields = source.fields
-    cells = [{"bytes": _image_of(file, sample, fields.image), "path": None} for sample in samples]
+    cells = [{"bytes": _image_of(file, sample, fields), "path": None} for sample in samples]
     labels = [_label_of(source, file, sample) for sample in samples]
     kept = {
         name: pa.array([_text_of(file, name, sample.get(name)) for sample in samples], pa.string())
@@ -381,19 +384,19 @@ def _table_of(source: TarSource, file: SourceFile, samples: Sequence[Mapping[str
     return joined(pa.array(cells, CELL), pa.array(labels, pa.int64()), pa.table(kept))
 
 
-def _image_of(file: SourceFile, sample: Mapping[str, bytes | None], name: str | None) -> bytes | None:
+def _image_of(file: SourceFile, sample: Mapping[str, bytes | None], fields: Fields) -> bytes | None:
     """The image of a sample: the one that the config names, or the only one.
 
     Raises:
         RowError: there are several.
     """
-    images = [field for field in sample if _is_image(field)] if name is None else [name]
+    images = [field for field in sample if _is_the_image(fields, field)]
     if len(images) > 1:
         raise RowError(
             f"source.image_column: the sample {_key_of(sample)} in {file.name} has {len(images)} images "
             f"({', '.join(images)}); name one."
         )
-    return sample.get(images[0]) if images else None
+    return sample[images[0]] if images else None
 
 
 def _label_of(source: TarSource, file: SourceFile, sample: Mapping[str, bytes | None]) -> int:

@@ -99,7 +99,7 @@ def _digest(source: TorchvisionSource, config: TorchvisionConfig) -> str:
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     content: list[bytes | str] = [str(config.path), json.dumps(options, sort_keys=True, default=str)]
     for name, labels in source.labels.items():
-        cells = source.cells(name, spread(len(labels), DIGEST_SAMPLES)).to_pylist()
+        cells = ({"split": name, "row": row} for row in spread(len(labels), DIGEST_SAMPLES))
         content += [name, labels.tobytes(), *sampled(partial(_pixels, partial(source.open, cell)) for cell in cells)]
     return digest_of(content)
 
@@ -109,14 +109,9 @@ def _make_torchvision(kind: Any, split: str, config: TorchvisionConfig) -> Any:
     chooses = next((key for key in ("train", "split") if key in accepted), None)
     if chooses in config.kwargs:
         raise ConfigError(f"source.kwargs.{chooses}: name the split with source.split instead.")
-    if chooses == "train":
-        check_splits([split], ("train", "test"))
-        arguments: dict[str, Any] = {"train": split == "train"}
-    elif chooses == "split":
-        arguments = {"split": split}
-    else:
-        check_splits([split], ("train",))
-        arguments = {}
+    if chooses != "split":
+        check_splits([split], ("train", "test") if chooses else ("train",))
+    arguments = {chooses: split == "train" if chooses == "train" else split} if chooses else {}
     refused = (RuntimeError, ValueError, TypeError, OSError, ImportError)
     with explained(f"source: torchvision's {config.path} cannot be opened", errors=refused, kind=ConfigError):
         return kind(**arguments, **config.kwargs)

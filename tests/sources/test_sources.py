@@ -170,7 +170,7 @@ def test_a_file_of_an_imagefolder_that_cannot_be_read_is_named(tmp_path: Path) -
     root = write_folders(tmp_path / "pets", {"cat": [10], "dog": [20]})
     (root / "cat/1.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(
-        PipelineError, match=r"^source: an image or a folder cannot be read: .*No such file.*/pets/cat/1\.png'; mend"
+        PipelineError, match=r"^source: an image or a folder cannot be read: .*No such file.*/pets/cat/1\.png'; fix"
     ):
         folders(root)
 
