@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from pipeline.sources import files
 from pipeline.sources.base import Read, check_labels, class_names, joined
 from pipeline.sources.cells import image_cells
 from pipeline.sources.columns import cast_kept, classes_of, find_columns, is_text, label_indices, plain_type
-from pipeline.sources.files import Listing, answered
+from pipeline.sources.files import Listing
 from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.streams import (
     SourceFile,
@@ -118,7 +119,7 @@ class ParquetSource(StreamedSource):
         del plan  # rows come as the files have them
         with contextlib.closing(Fetchers(FETCHERS)) as pool:
             fetching = in_order(
-                self._row_groups(shards),
+                self._row_groups(shards, pool),
                 lambda group: pool.submit(functools.partial(self._fetch, group)),
                 BYTES_AHEAD,
                 lambda group: max(group.size, BYTES_AHEAD / (2 * FETCHERS)),
@@ -128,22 +129,23 @@ class ParquetSource(StreamedSource):
                     rows = future.result(files.SILENT_SECONDS + max(group.size, BYTES_AHEAD) / SLOW_BYTES)
                 yield group.shard, rows, ()
 
-    def _row_groups(self, shards: Sequence[Shard]) -> Iterator["_RowGroup"]:
+    def _row_groups(self, shards: Sequence[Shard], pool: Fetchers) -> Iterator["_RowGroup"]:
         """The row groups of some shards; of a shard without any, one of no rows."""
         for file, own in itertools.groupby(shards, self.file_of):
-            with reading(file):
-                footer = answered(functools.partial(_footer, file))
-            if _groups(footer) != file.groups:
-                raise PipelineError(f"source: {file.name} has changed since the run was planned.")
+            # Before its row groups, which wait for it: threads take what they do in turn.
+            footer = pool.submit(functools.partial(_footer, file))
             for shard in own:
                 groups = [*_groups_of(file, shard)] or [(None, 0, 0)]
                 yield from (_RowGroup(shard, file, footer, *group) for group in groups)
 
     def _fetch(self, group: "_RowGroup") -> pa.Table:
+        footer = group.footer.result()
+        if _groups(footer) != group.file.groups:
+            raise PipelineError(f"source: {group.file.name} has changed since the run was planned.")
         if group.number is None:
-            rows = group.footer.schema.to_arrow_schema().empty_table().select(self.columns)
+            rows = footer.schema.to_arrow_schema().empty_table().select(self.columns)
         else:
-            rows = _row_group(group.file, group.footer, group.number, self.columns)
+            rows = _row_group(group.file, footer, group.number, self.columns)
         return _normalised(self, group.file, rows.slice(0, group.rows))
 
 
@@ -152,7 +154,7 @@ class _RowGroup(NamedTuple):
 
     shard: Shard
     file: SourceFile
-    footer: pq.FileMetaData
+    footer: Future[pq.FileMetaData]
     number: int | None
     size: int
     rows: int
