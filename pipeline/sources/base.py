@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.schema import MOST_PIXELS, SourceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.left_out import LeftOut
@@ -54,7 +54,7 @@ class Source(ABC):
     when the content does, and not when the dataset moves. kept: carried-through columns and their `datasets` features.
     origin: for the card. left_out: what of it is no row, as far as that is known before rows are read. labels: of each
     split whose rows are known before they are read, (N,) int64, -1 for unlabelled. need_labels: whether a row without
-    a label is an error.
+    a label is an error. max_pixels: of an image, where one is read before it is known to be one.
     """
 
     classes: tuple[str, ...] | None
@@ -64,6 +64,7 @@ class Source(ABC):
     left_out: tuple[LeftOut, ...] = ()
     labels: Mapping[str, Labels] = field(default_factory=dict)
     need_labels: bool = False
+    max_pixels: int = MOST_PIXELS
 
     @property
     @abstractmethod

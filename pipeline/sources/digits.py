@@ -39,9 +39,8 @@ class ArraySource(IndexedSource[NDArray[np.uint8]]):
         return Image.fromarray(self.rows[cell["split"]][cell["row"]])
 
 
-def open_digits(config: DigitsConfig, *, need_labels: bool, max_pixels: int) -> ArraySource:
+def open_digits(config: DigitsConfig, *, need_labels: bool) -> ArraySource:
     """The digits, all of which are labelled."""
-    del max_pixels  # the decoder minds it
     names = config.split or ("train", "test")
     check_splits(names, ("train", "test"))
     splits = {name: digits_split(name) for name in names}

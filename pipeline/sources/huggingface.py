@@ -14,8 +14,8 @@ from pipeline.config.section import anchored, is_there
 from pipeline.core.errors import ConfigError
 from pipeline.sources.base import Source, file_names
 
-# What opens files that are streamed, by the endings of their names: called with the config, the files, `need_labels`
-# and `max_pixels`.
+# What opens files that are streamed, by the endings of their names: called with the config, the files and
+# `need_labels`.
 FORMATS: Mapping[tuple[str, ...], str] = {
     (".parquet", ".pq"): "pipeline.sources.parquet:open_parquet",
     (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"): "pipeline.sources.tar:open_tars",
@@ -79,7 +79,7 @@ class HuggingFaceConfig(SourceConfig):
         return Path(self.path)
 
 
-def open_huggingface(config: HuggingFaceConfig, *, need_labels: bool, max_pixels: int) -> Source:
+def open_huggingface(config: HuggingFaceConfig, *, need_labels: bool) -> Source:
     """Open the dataset; nothing of one that is streamed is read but its head and what says how it is laid out.
 
     Raises:
@@ -94,7 +94,7 @@ def open_huggingface(config: HuggingFaceConfig, *, need_labels: bool, max_pixels
     listing = find_files(config)
     listing = replace(listing, files=file_names(listing.files))
     opener = resolve_name(_format_of([name for own in listing.files.values() for name, _ in own]))
-    source: Source = opener(config, listing, need_labels=need_labels, max_pixels=max_pixels)
+    source: Source = opener(config, listing, need_labels=need_labels)
     return source
 
 

@@ -49,14 +49,13 @@ class FolderSource(IndexedSource[Sequence[str]]):
         return as_text(self.rows[cell["split"]][cell["row"]].removeprefix(f"{self.root}/"))
 
 
-def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool, max_pixels: int) -> FolderSource:
+def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderSource:
     """Find the images of each class, all of which are labelled.
 
     Raises:
         ConfigError: there is no such folder, or it is none of class folders.
         PipelineError: a part of it cannot be read.
     """
-    del max_pixels  # the decoder minds it
     root = Path(config.path).expanduser()
     if not root.is_dir():
         raise ConfigError(f"source.path: there is no folder {root}.")

@@ -1,5 +1,6 @@
 """Open: from the section of a config to a source. Its kind is imported when needed."""
 
+from dataclasses import replace
 from pkgutil import resolve_name
 
 from pipeline.config.kinds import SOURCES
@@ -19,5 +20,5 @@ def open_source(config: SourceConfig, *, need_labels: bool, max_pixels: int = MO
         ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
         PipelineError: it cannot be read.
     """
-    source: Source = resolve_name(SOURCES[config.kind].make)(config, need_labels=need_labels, max_pixels=max_pixels)
-    return source
+    source: Source = resolve_name(SOURCES[config.kind].make)(config, need_labels=need_labels)
+    return replace(source, max_pixels=max_pixels)

@@ -75,7 +75,7 @@ TAR_LITTER = ("thumbs.db", "desktop.ini")
 SIDE_BY_SIDE = "(The files of a sample must lie side by side in a tar, as `tar --sort=name` puts them.)"
 
 
-def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool, max_pixels: int) -> "TarSource":
+def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool) -> "TarSource":
     """Find what the samples of tars hold. With a limit they are counted, one tar after another, so that none is read
     that is not taken.
 
@@ -90,9 +90,8 @@ def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool,
 
     listed = {split: up_to(config.limit, counted(found)) for split, found in listing.files.items()}
     fields, kept = _find_fields(itertools.chain(*listed.values()), config, need_labels)
-    most_bytes = TEXT_BYTES + PIXEL_BYTES * max_pixels
-    own = {"classes": class_names(config, None), "kept": kept, "need_labels": need_labels, "most_bytes": most_bytes}
-    return make_streamed(TarSource, listing, listed, fields, **own)
+    classes = class_names(config, None)
+    return make_streamed(TarSource, listing, listed, fields, classes=classes, kept=kept, need_labels=need_labels)
 
 
 def _find_fields(
@@ -152,9 +151,7 @@ def _is_the_image(fields: Fields, name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class TarSource(StreamedSource):
-    """Tars of samples; `most_bytes` is what an image in one may have."""
-
-    most_bytes: int
+    """Tars of samples."""
 
     def head(self, shard: Shard) -> Iterator[pa.Table]:
         yield from (table for table, _ in self._tables(self.file_of(shard), HEAD_ROWS))
@@ -177,7 +174,7 @@ class TarSource(StreamedSource):
 
     def _tables(self, file: SourceFile, rows: int) -> Iterator[tuple[pa.Table, tuple[LeftOut, ...]]]:
         """The rows of a tar, at least one table, each with what was left out since the one before."""
-        with reading(file), contextlib.closing(_Tar(file, TAR_BLOCK, self.most_bytes)) as tar:
+        with reading(file), contextlib.closing(_Tar(file, TAR_BLOCK, self.max_pixels)) as tar:
             waiting: list[dict[str, bytes | None]] = []
             size = 0
             for sample in _side_by_side(self, file, tar.samples(self._wants)):
@@ -218,11 +215,11 @@ LABELS_OF_TARS = (b"V", b"D")
 class _Tar:
     """One tar while it is read, front to back.
 
-    most_bytes: that an image may have.
+    max_pixels: that an image may have; its bytes are bounded by them.
     """
 
-    def __init__(self, file: SourceFile, block: int, most_bytes: int = 0) -> None:
-        self.file, self.most_bytes = file, most_bytes
+    def __init__(self, file: SourceFile, block: int, max_pixels: int = 0) -> None:
+        self.file, self.max_pixels = file, max_pixels
         self._tally = Tally()
         self._stack = contextlib.ExitStack()
         handle = self._stack.enter_context(opened(file, cache_type="readahead", block_size=block))
@@ -301,7 +298,7 @@ class _Tar:
         return PipelineError(f"source: {printable(member)} in {self.file.name} {why}.")
 
     def _content(self, member: tarfile.TarInfo, image: bool) -> bytes:
-        most = self.most_bytes if image else TEXT_BYTES
+        most = TEXT_BYTES + (PIXEL_BYTES * self.max_pixels if image else 0)
         if member.size > most:
             what = "an image of runtime.max_pixels" if image else "a label or a text"
             raise self.refused(member.name, f"has {member.size:,} bytes, and {what} has at most {most:,}")

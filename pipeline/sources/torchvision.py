@@ -62,7 +62,7 @@ class TorchvisionSource(IndexedSource[Any]):
         return image  # type: ignore[no-any-return]
 
 
-def open_torchvision(config: TorchvisionConfig, *, need_labels: bool, max_pixels: int) -> TorchvisionSource:
+def open_torchvision(config: TorchvisionConfig, *, need_labels: bool) -> TorchvisionSource:
     """Make the dataset of each split, all of whose images are labelled.
 
     Raises:
@@ -71,7 +71,6 @@ def open_torchvision(config: TorchvisionConfig, *, need_labels: bool, max_pixels
     """
     import torchvision
 
-    del max_pixels  # the decoder minds it
     kind = getattr(torchvision.datasets, str(config.path), None)
     if str(config.path).startswith("LSUN"):
         raise ConfigError(
