@@ -53,7 +53,17 @@ def in_order(
     most: float,
     size: Callable[[Item], float] = lambda _: 1,
 ) -> Iterator[tuple[Item, "Future[Result]"]]:
-    """The items with what becomes of them, in their order; the sizes of those ahead sum up to `most`, one at least."""
+    """Work on items in other threads, a bounded number of them ahead of use.
+
+    Args:
+        items: what to work on.
+        submit: begins with an item.
+        most: what the sizes of the items ahead may sum up to. One is ahead in any case.
+        size: the size of an item; by default items are counted.
+
+    Returns:
+        Each item with its future, in order.
+    """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     held = 0.0
     for item in items:

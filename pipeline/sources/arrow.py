@@ -5,7 +5,6 @@ import json
 import re
 import stat
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -286,25 +285,21 @@ def _count_unread(builder: Any, loaded: Mapping[str, Any], folder: Path, tally: 
     if any(Path(file).name in getattr(builder, "METADATA_FILENAMES", ()) for file in read):
         # Then only images that it names are rows.
         read = {file for file in read if not is_image_name(file)} | _named_images(loaded)
-    waiting = deque([folder])
-    while waiting:
-        current = waiting.popleft()
-        inside = sorted(current.iterdir())
-        if not inside:
-            tally.add("empty folders", as_text(str(current.relative_to(folder))))
-        for path in inside:
-            name = as_text(str(path.relative_to(folder)))
-            if str(path) in read or path == folder / "README.md":
-                continue
-            if is_litter(path.name):
-                tally.add(LITTER_REASON, name)
-            elif stat.S_ISDIR(path.stat().st_mode):
-                if path.is_symlink():
-                    tally.add("links to folders, which `datasets` does not follow", name)
-                else:
-                    waiting.append(path)
-            else:
-                tally.add("files that `datasets` reads for no split", name)
+    for path in sorted(folder.rglob("*"), key=lambda path: (len(path.parts), path)):
+        name = path.relative_to(folder)
+        if str(path) in read or str(name) == "README.md" or any(map(is_litter, name.parts[:-1])):
+            continue
+        if is_litter(path.name):
+            reason = LITTER_REASON
+        elif not stat.S_ISDIR(path.stat().st_mode):
+            reason = "files that `datasets` reads for no split"
+        elif path.is_symlink():
+            reason = "links to folders, which `datasets` does not follow"
+        elif not any(path.iterdir()):
+            reason = "empty folders"
+        else:
+            continue
+        tally.add(reason, as_text(str(name)))
 
 
 def _named_images(loaded: Mapping[str, Any]) -> set[str]:

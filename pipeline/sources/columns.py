@@ -175,8 +175,6 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.binary()
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
-    if pa.types.is_large_list(kind):
-        return pa.large_list(plain_type(kind.value_type))
     if pa.types.is_list(kind):
         return pa.list_(plain_type(kind.value_type))
     return kind
