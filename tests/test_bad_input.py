@@ -120,7 +120,7 @@ def nothing_decodable(folder: Path) -> None:
     ("make", "sections", "sentence", "code"),
     [
         (no_image, {}, "source.image_column: no column holds images; the columns are text, label", 2),
-        (two_images, {}, "source.image_column: there are several image columns (image, second)", 2),
+        (two_images, {}, "source.image_column: there are several Image columns (image, second)", 2),
         (no_label, {}, "source.label_column: no column is a ClassLabel", 2),
         (two_labels, {}, "source.label_column: there are several ClassLabel columns (label, coarse)", 2),
         (unlabelled, {}, "has 6 unlabelled rows, and attack.label: dataset needs every label", 2),

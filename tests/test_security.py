@@ -29,10 +29,8 @@ from pydantic import ValidationError
 
 import pipeline.engine.decode
 from pipeline.check.verify import verify
-from pipeline.config import sources
 from pipeline.config.load import load_config
-from pipeline.config.schema import PreprocessConfig
-from pipeline.config.sources import HuggingFaceConfig, SourceConfig
+from pipeline.config.schema import PreprocessConfig, SourceConfig
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image, open_image
 from pipeline.core.redaction import find_secret, presentable, redact
@@ -51,8 +49,10 @@ from pipeline.output.summary import inspect
 from pipeline.read.load import _addresses
 from pipeline.report.page import report
 from pipeline.sources.base import Source
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import front_matter
 from pipeline.sources.registry import open_source
+from pipeline.sources.torchvision import TorchvisionConfig as TorchvisionSourceConfig
 from tests.conftest import FACTORY, WriteConfig, fgsm, png_bytes, random_pixels, shard_path, write_parquet, write_sealed
 from tests.support.configs import section
 from tests.support.hub import Repository, git_blob, lfs_blob, running_hub
@@ -202,7 +202,8 @@ def open_any(config: SourceConfig) -> Source:
 # Opens datasets of the Hub, both ways, and prints how many rows each has, or why it has none.
 OPENED = """
 import sys
-from pipeline.config.sources import HuggingFaceConfig, SourceConfig
+from pipeline.config.schema import SourceConfig
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.core.errors import ConfigError
 from pipeline.sources.registry import open_source
 for path in sys.argv[1:]:
@@ -247,7 +248,7 @@ def test_links_in_a_folder_of_one_s_own_are_followed(tmp_path: Path, private: Pa
 
 def test_torchvisions_lsun_is_refused_for_its_pickle() -> None:
     with pytest.raises(ConfigError, match="reads LSUN through a pickle"):
-        open_source(sources.TorchvisionConfig(kind="torchvision", path="LSUN"), need_labels=True)
+        open_source(TorchvisionSourceConfig(kind="torchvision", path="LSUN"), need_labels=True)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
@@ -487,7 +488,7 @@ def test_a_digest_of_a_torchvision_dataset_takes_no_image_past_pillows_own_limit
         (tmp_path / "imagenette2" / name / "n01440764").mkdir(parents=True)
     file = tmp_path / "imagenette2/train/n01440764/0.JPEG"
     file.write_bytes(png_bytes(random_pixels(1, side=40)[0]))
-    config = sources.TorchvisionConfig(
+    config = TorchvisionSourceConfig(
         kind="torchvision", path="Imagenette", kwargs={"root": str(tmp_path), "download": False, "size": "full"}
     )
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**9)

@@ -73,8 +73,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's message, or its type's name."""
+    """The first non-empty line of an exception's message; without one what a time-out means, or its type's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines and isinstance(error, TimeoutError):
+        return "there was no answer in time"
     return lines[0] if lines else type(error).__name__
 
 

@@ -102,7 +102,8 @@ READ_BACK = """
 import json, sys
 import datasets, numpy
 import pipeline
-from pipeline.config.sources import HuggingFaceConfig, SourceConfig
+from pipeline.config.schema import SourceConfig
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.registry import open_source
 
 datasets.config.USE_PARQUET_EXPORT = False  # it would ask a second host
