@@ -12,16 +12,17 @@ Nothing here needs torch or `datasets` before a run is made, so that `fgsm inspe
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.variants import Variant
+from pipeline.core.variants import CLEAN, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,7 +234,7 @@ class Contents:
         return datasets.Value(column.dtype) if column.classes is None else self.classes[column.classes]
 
 
-class Layout(Protocol):
+class Layout(ABC):
     """How a dataset is stored, and read back.
 
     subsets: a regular expression of the names of subsets that it may have. per_image: whether a row is of a source
@@ -243,21 +244,33 @@ class Layout(Protocol):
 
     subsets: str
     per_image: bool
-    stores_sign: bool
+    stores_sign = False
 
+    @abstractmethod
     def subset(self, variant: Variant) -> str:
         """The subset in which the rows of a recorded variant are."""
 
+    @abstractmethod
+    def picture(self, variant: Variant) -> Picture:
+        """The image of a recorded variant, or with `stores_sign` the sign map that leads to it."""
+
     def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
         """All pictures of a source image, the clean image first."""
+        return tuple(dict.fromkeys(map(self.picture, variants)))
 
     def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
         """The clean image, and a picture that says in which direction a variant's attack moves it: from these any x_k
         follows. `variants` are those that are recorded."""
+        # Any image of the same attack on the same model says in which direction.
+        attacked = next(other for other in variants if variant.at(other.level) == other)
+        return self.picture(CLEAN), self.picture(attacked)
 
     def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
         """From what the image of a variant, recorded or not, is read: the picture itself, or the two of its `ray`."""
+        stored = variant == CLEAN or (variant in variants and not self.stores_sign)
+        return (self.picture(variant),) if stored else self.ray(variant, variants)
 
+    @abstractmethod
     def features(self, contents: Contents) -> dict[str, Any]:
         """The columns of every subset as features of `datasets`, in order."""
 
@@ -268,12 +281,16 @@ class Layout(Protocol):
             images: V times (N, C, H, W) uint8, clean first.
             sign: (N, C, H, W) int8 in -1, 0, 1.
         """
+        del sign
+        return tuple(images)
 
+    @abstractmethod
     def tables(
         self, batch: "Batch", scores: Scores, pictures: Sequence[pa.ChunkedArray], schema: pa.Schema
     ) -> list[pa.Table]:
         """A batch as it is written: a table of the schema for each subset; `pictures` are the encoded ones."""
 
+    @abstractmethod
     def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
         """What is recorded of N source images in one variant: the columns of layout images but the image.
 
@@ -286,6 +303,7 @@ class Layout(Protocol):
             ValueError: the rows are not those of a dataset with these variants.
         """
 
+    @abstractmethod
     def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
         """The recorded variants, clean first, of a dataset that has no manifest; None where it is not of this layout.
 
@@ -301,6 +319,7 @@ class Layout(Protocol):
         del picture
         return "lossless"
 
+    @abstractmethod
     def summary(self, subset: str, variants: Sequence[Variant]) -> str:
         """What the card says of a subset."""
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.core.variants import CLEAN, SUBSET, Variant
-from pipeline.layouts.base import ATTACK, IMAGE, MODEL, Column, Contents, Picture, Scores, columns_of
-from pipeline.layouts.every_image import EveryImage
+from pipeline.layouts.base import ATTACK, IMAGE, MODEL, Column, Contents, Layout, Picture, Scores, columns_of
 
 if TYPE_CHECKING:
     from pipeline.core.batches import Batch
 
 
-class Images(EveryImage):
+class Images(Layout):
     """Layout images; see `base.Layout`."""
 
     subsets = SUBSET
