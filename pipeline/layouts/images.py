@@ -22,9 +22,6 @@ class Images(Layout):
     subsets = SUBSET
     per_image = False
 
-    def subset(self, variant: Variant) -> str:
-        return variant.subset
-
     def picture(self, variant: Variant) -> Picture:
         return Picture(variant.subset, IMAGE)
 

@@ -36,10 +36,6 @@ class PerImage(Layout):
 
     per_image = True
 
-    def subset(self, variant: Variant) -> str:
-        del variant
-        return self.subsets
-
     def features(self, contents: Contents) -> dict[str, Any]:
         import datasets
 
