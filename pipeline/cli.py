@@ -141,10 +141,10 @@ def verify(
         for problem in damage_report(findings):
             _say(problem, err=True, keep="")
         if findings.problems:
-            mends = "; run the generate command that made it" if findings.damaged or findings.missing else ""
+            again = "; run the generate command that made it" if findings.damaged or findings.missing else ""
             first = " after fgsm verify --repair" if findings.damaged and not repair else ""
             dropped = f", {len(findings.damaged)} damaged shards dropped" if repair else ""
-            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{mends}{first}.")
+            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
 
 
 @app.command()

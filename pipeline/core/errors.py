@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class PipelineError(Exception):
-    """A failure that the user can understand: one sentence, naming the key or file and the mend."""
+    """A failure that the user can understand: one sentence, naming the key or file and what to do."""
 
     exit_code = 1
 
