@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError, system_refusal
-from pipeline.core.memory import OPEN_FILES, require_open_files
 from tests.conftest import fgsm, generate
 
 COMMAND = [sys.executable, "-m", "pipeline"]
@@ -40,27 +39,6 @@ def ended(*arguments: str | Path, prepare: Callable[[], None] | None = None, **s
 
 
 # ------------------------------------------------------------------------------------------------- limits
-
-
-@pytest.mark.parametrize("most", [16, OPEN_FILES - 1])
-@pytest.mark.parametrize("command", ["generate digits", "verify"])
-def test_too_few_open_files_are_told_at_once(out: Path, command: str, most: int) -> None:
-    arguments: list[str | Path] = [*command.split(), *([] if "digits" in command else [out])]
-    code, said = ended(*arguments, prepare=limited(resource.RLIMIT_NOFILE, most))
-    assert (code, said.count("\n")) == (1, 1), said
-    assert f"Only {most} files may be open at once" in said
-    assert "ulimit -n" in said
-
-
-def test_the_limit_of_open_files_is_raised_where_the_system_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = [20, 4096]
-    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(0, new[0]))
-    require_open_files()
-    assert limits == [OPEN_FILES, 4096]
-    limits[:] = [20, OPEN_FILES - 1]
-    with pytest.raises(PipelineError):
-        require_open_files()
 
 
 @pytest.mark.parametrize(

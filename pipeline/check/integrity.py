@@ -506,9 +506,9 @@ class ShardCheck:
         return images, common_sign(images, self.levels), tables
 
     def _check_columns(self, name: str, variant: Variant, table: pa.Table, clean: pa.Table) -> None:
-        for own in (column for column in COLUMNS if column.value is None):
+        for own in (column for column in COLUMNS if column.of_variant):
             if not table.column(own.name).equals(pa.chunked_array([own.blank(variant, table.num_rows)])):
-                value = f"{variant.level}/255" if own.name == EPSILON else own.of_variant(variant)
+                value = f"{variant.level}/255" if own.name == EPSILON else getattr(variant, own.name)
                 raise DamageError(f"{name} has another {own.name} than {value or 'null'}.")
         pairs = [("clean_prediction", "prediction"), *((column, column) for column in self.shared)]
         for column, original in pairs:
