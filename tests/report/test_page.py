@@ -448,11 +448,15 @@ def test_a_sample_is_what_the_rows_say(kind: str, layout: str, write_config: Wri
         np.testing.assert_array_equal(sample.target, by_level[1]["target"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "kind"), [*((layout, "fgsm") for layout in LAYOUTS), ("images", "pgd"), ("wide", "pgd")]
+)
+def test_the_pictures_of_the_sheet_are_the_stored_ones(
+    layout: str, kind: str, write_config: WriteConfig, tmp_path: Path
+) -> None:
     """Pixel for pixel, as the page carries them."""
     own = self_labelled(tmp_path, "abc")
-    generate(write_config(**own, output={"layout": layout, "images_per_shard": 16}))
+    generate(write_config(**own, attack={"kind": kind}, output={"layout": layout, "images_per_shard": 16}))
     folder, manifest = opened(tmp_path / "out")
     sample = read_sample(folder, manifest, "test", 10_000)
     assert sample is not None
@@ -470,9 +474,11 @@ def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config
         source_index = stored["source_index"][row]
         for variant, cell in zip(sample.variants, [example[0], *example[2:]], strict=True):
             expected = stored[order.index((source_index, variant.epsilon))]["image"]
-            shown, kind = web_image(cell.image)
-            assert kind == "png"
+            shown, form = web_image(cell.image)
+            assert form == "png"
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(shown))), np.asarray(expected))
+        if kind != "fgsm":
+            continue
         clean, sign = (np.asarray(cell.image).astype(int) for cell in example[:2])
         largest = np.asarray(example[-1].image).astype(int)
         np.testing.assert_array_equal(np.clip(clean + 8 * (sign // 127 - 1), 0, 255), largest)
@@ -841,7 +847,12 @@ def test_the_most_instructive_rows_are_chosen() -> None:
     assert held.startswith("Up to 16/255")
 
 
-def test_where_none_resists_there_is_no_such_group() -> None:
+def test_where_none_resists_those_are_shown_that_hold_out_longest() -> None:
+    success = [[0] * 8, [1] * 7 + [0], [1] * 8]
+    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), fgsm_at(0, 2, 8))
+    title, text, chosen = groups[-1]
+    assert (title, chosen) == ("Those that resist", [7])
+    assert text == "None resists every epsilon; these give in at 8/255 only."
     together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), fgsm_at(0, 2))
     assert [title for title, _, _ in together] == ["Fooled by the smallest step", "The most confident when fooled"]
 
@@ -859,7 +870,7 @@ def test_what_is_said_of_a_row_holds_at_the_epsilons_that_are_not_shown(digits: 
     success = [[level in fooled[row] for row in fooled] for level in levels]
     sure = [[0.9, 0.99 if level == 6 else 0.9, 0.9, 0.9] for level in levels]
     focus = focus_on(manifest, sample_of(success, sure, variants=fgsm_at(*levels)))
-    assert focus.shown == fgsm_at(0, 1, 2, 3, 5, 8, 10)  # 2: where the first gives in
+    assert focus.shown == fgsm_at(0, 1, 2, 3, 5, 8, 9, 10)  # 2 and 9: where the first and the last give in
     groups = {title: (text, chosen) for title, text, chosen in choose_rows(focus.sample, focus.shown)}
     text, chosen = groups["Fooled by the smallest step"]
     assert (text[:16], chosen) == ("2/255 is enough.", [0])
