@@ -311,7 +311,7 @@ def test_a_dry_run_lists_every_file_and_touches_nothing(out: Path, hub: Hub, mon
     assert empty == ""
     assert {line.split()[-1] for line in listed} == local(out)
     folder = OutputFolder(out)
-    size = sum(file.bytes for file in list_files(folder, require_manifest(folder)).values())
+    size = sum(file.size for file in list_files(folder, require_manifest(folder)).values())
     assert total == f"{len(listed)} files, {size / 1000:.1f} KB, for {ID}"
     (out / "report.html").unlink()
     assert "?  report.html and assets/, which publishing makes anew" in fgsm("publish", out, ID, "--dry-run").stdout
@@ -325,7 +325,7 @@ def test_a_dry_run_lists_every_file_and_touches_nothing(out: Path, hub: Hub, mon
     "repo_id", ["images", "a/b/c", "user/", "user/im ages", "user/im--ages", "https://hf.co/user/x"]
 )
 def test_an_id_that_is_none(out: Path, hub: Hub, repo_id: str) -> None:
-    assert f"{repo_id!r} is not the id of a dataset on the Hub; write it as user/name" in refused(out, repo_id, code=2)
+    assert f"{repo_id!r} is not the id of a dataset on the Hub" in refused(out, repo_id, code=2)
     assert refused(out, repo_id, "--dry-run", code=2)
     assert hub.requests == []
 

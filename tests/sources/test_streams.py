@@ -924,4 +924,4 @@ def test_verify_names_rows_of_another_file(write_config: WriteConfig, parquet: P
     generate(write_config(source=stream(parquet)))
     file = sorted((tmp_path / "out/clean").iterdir())[2]
     forge(tmp_path / "out", move, f"clean/{without_run(file.name)}")
-    assert any("holds rows of another source file" in problem for problem in verify(tmp_path / "out").problems)
+    assert any("has other values in source_file" in problem for problem in verify(tmp_path / "out").problems)
