@@ -1,5 +1,6 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -221,7 +222,7 @@ class Manifest(SealedRecord):
                 raise ValueError("subsets has bytes that are not those of its layout")
         return self
 
-    @property
+    @functools.cached_property
     def resolved(self) -> Config:
         """The config with every `auto` resolved."""
         return parse_config(self.config)
