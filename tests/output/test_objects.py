@@ -92,7 +92,7 @@ def test_a_run_into_a_store_equals_a_local_one(
 
 def test_to_find_what_is_done_is_one_listing_however_many_shards(s3: S3, out: str, write_config: WriteConfig) -> None:
     listings = []
-    for images in (20, 4):
+    for images in (20, 8):
         place = f"{out}/{images}"
         config = write_config(output={"path": place, "images_per_shard": images})
         generate(config)
