@@ -394,14 +394,9 @@ def jpeg(width: int, height: int) -> bytes:
     )
 
 
-ZEROS = zlib.compress(bytes(300_000_000), 9)
 BOMBS = {
     "png": png(60_000, 60_000),
     "png-absurd": png(2**31 - 1, 2**31 - 1),
-    "png-text": png(8, 8, *[chunk(b"zTXt", b"a%d\0\0" % i + ZEROS) for i in range(3)]),
-    "png-itxt": png(8, 8, chunk(b"iTXt", b"a\0\1\0\0\0" + ZEROS)),
-    "png-iccp": png(8, 8, chunk(b"iCCP", b"a\0\0" + ZEROS)),
-    "png-idat": png(8, 8, data=bytes(300_000_000)),
     "webp": webp(60_000, 60_000),
     "tiff": tiff(60_000, 60_000),
     "tiff-absurd": tiff(2**32 - 1, 2**32 - 1),
@@ -409,6 +404,19 @@ BOMBS = {
     "bmp": bmp(2**31 - 1, 2**31 - 1),
     "jpeg": jpeg(60_000, 60_000),
 }
+
+
+def packed_bombs() -> dict[str, bytes]:
+    """Small images with 300 MB of zeros in them, which take seconds to pack."""
+    zeros = zlib.compress(bytes(300_000_000), 9)
+    return {
+        "png-text": png(8, 8, *[chunk(b"zTXt", b"a%d\0\0" % i + zeros) for i in range(3)]),
+        "png-itxt": png(8, 8, chunk(b"iTXt", b"a\0\1\0\0\0" + zeros)),
+        "png-iccp": png(8, 8, chunk(b"iCCP", b"a\0\0" + zeros)),
+        "png-idat": png(8, 8, data=bytes(300_000_000)),
+    }
+
+
 # The script that a subprocess runs on each: how much more memory it came to hold, and what it answered.
 BOUNDED = """
 import io, resource, sys, time
@@ -434,20 +442,22 @@ for path in sys.argv[2:]:
 
 def test_bombs_cost_neither_memory_nor_time(tmp_path: Path) -> None:
     (tmp_path / "good").write_bytes(png_bytes(random_pixels(1)[0]))
-    for name, data in BOMBS.items():
+    packed = packed_bombs()
+    bombs = {**BOMBS, **packed}
+    for name, data in bombs.items():
         (tmp_path / name).write_bytes(data)
     command = [sys.executable, "-W", "ignore", "-c", BOUNDED, str(tmp_path / "good")]
     done = subprocess.run(
-        [*command, *(str(tmp_path / name) for name in BOMBS)], capture_output=True, text=True, timeout=100
+        [*command, *(str(tmp_path / name) for name in bombs)], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert len(lines) == 2 * len(BOMBS)
+    assert len(lines) == 2 * len(bombs)
     for name, grown, seconds, answer in lines:
         # 64 MB is what Pillow lets all texts of a PNG come to.
         assert int(grown) < 100, (name, grown)
         assert float(seconds) < 5, (name, seconds)
-        if name not in ("png-text", "png-itxt", "png-iccp", "png-idat"):
+        if name not in packed:
             assert answer[0] != "(", (name, answer)
 
 
