@@ -7,21 +7,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.core.left_out import LeftOut
+from pipeline.core.left_out import LeftOut, Skipped
 from pipeline.core.plan import Shard
 
 # The label of a row that has none.
 UNLABELLED = -1
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A source row that is not in the output, and why; `position` is its place in the shard, `file` its name."""
-
-    position: int
-    source_index: int
-    reason: str
-    file: str | None = None
 
 
 @dataclass(frozen=True)

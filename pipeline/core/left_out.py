@@ -1,12 +1,27 @@
-"""What of a source is no row of it, counted by reason."""
+"""What of a source is not in the output: rows that cannot be decoded, and what is no row, counted by reason."""
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 # Names of files that are kept for each reason to leave files out.
 FIRST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source row that could not be decoded; `position` is its row in the shard, `file` the image's name."""
+
+    # Receipts hold it.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    position: Annotated[int, Field(ge=0, lt=2**63)]
+    source_index: Annotated[int, Field(ge=0, lt=2**63)]
+    reason: str
+    file: str | None = None
 
 
 class LeftOut(BaseModel):

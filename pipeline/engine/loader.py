@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.schema import MOST_PIXELS, PreprocessConfig
-from pipeline.core.batches import UNLABELLED, Batch, Skipped
+from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.fetchers import ahead
 from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import available_cores
-from pipeline.core.left_out import LeftOut
+from pipeline.core.left_out import LeftOut, Skipped
 from pipeline.core.plan import Plan, Shard
 from pipeline.engine.decode import read_image
 from pipeline.sources.base import Read, SampleRow, Source

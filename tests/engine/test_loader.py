@@ -20,8 +20,9 @@ from PIL import Image
 
 from pipeline.config.schema import PreprocessConfig
 from pipeline.config.sources import HuggingFaceConfig
-from pipeline.core.batches import Batch, Skipped
+from pipeline.core.batches import Batch
 from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.left_out import Skipped
 from pipeline.core.plan import Plan, Shard, make_plan
 from pipeline.engine.loader import Reader, find_shape, load_batches
 from pipeline.sources.base import IndexedSource, Source

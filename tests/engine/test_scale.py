@@ -19,6 +19,7 @@ import pytest
 import pipeline.engine.execute
 from pipeline.config.load import load_config
 from pipeline.core.batches import Batch
+from pipeline.core.left_out import Skipped
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part
 from pipeline.engine.progress import Busy, Progress
@@ -28,19 +29,18 @@ from pipeline.output.folder import (
     FileEntry,
     OutputFolder,
     Receipt,
-    SkippedRow,
     VariantCounts,
     committed,
     shard_file,
 )
-from pipeline.output.manifest import MOST_SKIPPED, Skipped, summarise
+from pipeline.output.manifest import MOST_SKIPPED, SkippedRow, summarise
 from pipeline.output.summary import summary_table
 from tests.conftest import REPOSITORY, WriteConfig, fgsm, generate, png_bytes, random_pixels, write_parquet
 
 FILE_BYTES = 12_345
 
 
-def receipt_of(run: Run, shard: Shard, skipped: Sequence[SkippedRow] = ()) -> Receipt:
+def receipt_of(run: Run, shard: Shard, skipped: Sequence[Skipped] = ()) -> Receipt:
     """The receipt that a shard would have."""
     # Where more are skipped than it has, only those count.
     rows = max(0, len(shard) - len(skipped))
@@ -208,7 +208,7 @@ def test_the_memory_of_a_stream_is_measured(processes: Any, tmp_path: Path, imag
 def test_all_skipped_rows_are_counted_and_some_listed(write_config: WriteConfig) -> None:
     run = open_run(load_config(str(write_config())))
     few, many, none = run.plan.shards
-    rows = [SkippedRow(position=i, source_index=i, reason="cannot identify image file") for i in range(MOST_SKIPPED)]
+    rows = [Skipped(position=i, source_index=i, reason="cannot identify image file") for i in range(MOST_SKIPPED)]
     receipts = {
         few.name: receipt_of(run, few, rows[:3]),
         many.name: receipt_of(run, many, rows),
@@ -218,7 +218,7 @@ def test_all_skipped_rows_are_counted_and_some_listed(write_config: WriteConfig)
     assert manifest.skipped_rows == MOST_SKIPPED + 3
     assert len(manifest.skipped) == MOST_SKIPPED
     assert manifest.skipped[:4] == tuple(
-        Skipped(split="test", source_index=index, reason="cannot identify image file") for index in (0, 1, 2, 0)
+        SkippedRow(split="test", source_index=index, reason="cannot identify image file") for index in (0, 1, 2, 0)
     )
     assert "10,003 skipped" in summary_table(manifest)
     assert "10,003 source images that cannot be decoded, the first 10,000 of them listed" in render_card(manifest)

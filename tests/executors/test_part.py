@@ -239,8 +239,7 @@ def test_who_may_write_beside_a_part(place: Place, config: Path, local: dict[str
 def test_a_run_that_is_under_way_lets_no_part_in(
     place: Place, config: Path, local: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("local", "objects"):
-        monkeypatch.setattr(f"pipeline.output.{module}.TURN_SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.output.store.TURN_SECONDS", 0.3)
     begin_here(place, config)
     (place.folder / "gate").touch()
     run = place.start(config)
