@@ -36,10 +36,6 @@ class PerImage(Layout):
 
     per_image = True
 
-    def subset(self, variant: Variant) -> str:
-        del variant
-        return self.subsets
-
     def features(self, contents: Contents) -> dict[str, Any]:
         import datasets
 
@@ -74,10 +70,10 @@ class PerImage(Layout):
         for column in _columns(schema):
             if column.of_clean:
                 continue
-            if column.value is None:
-                entries[column.name] = pa.array(map(column.of_variant, attacked), column.type).take(order)
+            if column.of_variant:
+                entries[column.name] = pa.array([getattr(v, column.name) for v in attacked], column.type).take(order)
                 continue
-            values = column.value(scores, batch)
+            values = column.values(scores, batch)
             if column.name in schema.names:
                 columns[column.name] = values[1] if column.per_variant else values
                 continue

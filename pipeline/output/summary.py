@@ -40,14 +40,8 @@ def summary_table(manifest: Manifest) -> str:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns, the first three to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index < 3 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return [line.rstrip() for line in lines]
+    line = "  ".join(f"{{:{'<' if index < 3 else '>'}{width}}}" for index, width in enumerate(widths))
+    return [line.format(*row).rstrip() for row in rows]
 
 
 def _transfer_cells(row: Sequence[Transfer]) -> tuple[str, ...]:

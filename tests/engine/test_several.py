@@ -103,7 +103,9 @@ def test_the_matrix_is_what_the_rows_add_up_to(out: Path) -> None:
         f"count_if(a.correct_{name}), count_if(c.correct_{name}), count_if(c.correct_{name} and not a.correct_{name})"
         for name in MODELS
     )
-    cells = {(cell["attack"], cell["model"], cell["level"], cell["looking"]): cell for cell in manifest(out)["transfer"]}
+    cells = {
+        (cell["attack"], cell["model"], cell["level"], cell["looking"]): cell for cell in manifest(out)["transfer"]
+    }
     assert len(cells) == (len(SUBSETS) - 1) * len(MODELS)
     for subset, (attack, model, level) in SUBSETS.items():
         if attack is None:
