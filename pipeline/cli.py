@@ -148,12 +148,16 @@ def verify(
 
 
 @app.command()
-def inspect(output: Output, debug: Debug = False) -> None:
-    """Show a table: per epsilon rows, accuracy, mean confidence, fooled, bytes."""
+def inspect(
+    output: Output,
+    as_json: Annotated[bool, typer.Option("--json", help="The counts and the transfer matrix as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show a table: per subset rows, accuracy, mean confidence, fooled, bytes; of several models who fools whom."""
     with _boundary(debug):
-        from pipeline.output.summary import inspect as table
+        from pipeline.output import summary
 
-        _say(table(output))
+        _say(json.dumps(summary.inspect_json(output), indent=1) if as_json else summary.inspect(output))
 
 
 @app.command()

@@ -55,8 +55,13 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def as_json(manifest: Manifest) -> dict[str, Any]:
-    """What `inspect` says, as values for JSON: the manifest's own names, without what a run alone needs."""
+def inspect_json(path: str | Path) -> dict[str, Any]:
+    """What `inspect` says, as values for JSON, under the manifest's names.
+
+    Raises:
+        ConfigError: there is no dataset in the folder.
+    """
+    manifest = current_manifest(OutputFolder(path))
     names = ("run_id", "complete", "rows", "skipped_rows", "dataset_classes", "subsets", "transfer", "versions")
     return manifest.model_dump(mode="json", include=set(names))
 
