@@ -12,16 +12,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError, first_line, system_refusal
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError, explained, first_line, system_refusal
 from pipeline.core.redaction import presentable
 from pipeline.executors import EXECUTORS
 
 if TYPE_CHECKING:
-    from pipeline.config.schema import AttackConfig
+    from pipeline.config.schema import Config as LoadedConfig
     from pipeline.output.manifest import Manifest
 
 app = typer.Typer(
@@ -72,32 +72,32 @@ def generate(
     """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
     again = shlex.join(["fgsm", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
     with _boundary(debug, f"Interrupted; what was committed is kept. To go on: {again}"):
-        from pipeline.config.load import load_config
+        loaded = _load(config, overrides, output, limit)
         from pipeline.core.addresses import is_address
-
-        loaded = load_config(config, overrides or (), output=output, limit=limit)
-        _leave_removed_folder(loaded.output.path)
         from pipeline.executors.part import parse_part
         from pipeline.generate import generate as run
         from pipeline.output.summary import summary_table
 
-        _say_epsilons(loaded.attack)
         share = None if part is None else parse_part(part)
         manifest = run(loaded, overwrite=overwrite, executor=executor, part=share, unlocked=unlocked)
         _say(summary_table(manifest))
         if not manifest.complete:  # whoever writes the last part makes the report
             return
         _report_on(manifest, loaded.output.path, debug)
-        path, subset = loaded.output.path, manifest.stored[-1]
+        path = loaded.output.path
         # JSON's double quotes: Python's single ones become unreadable inside the shell's.
         if is_address(path):
             one_line = f"import pipeline; print(pipeline.load({json.dumps(path)}))"
         else:
             path = str(Path(path).expanduser())
-            one_line = f"import datasets; print(datasets.load_dataset({json.dumps(path)}, {json.dumps(subset)}))"
-        _say(f"\nNext: fgsm verify {shlex.quote(path)} --recompute", err=True)
-        _say(f"      fgsm inspect {shlex.quote(path)}", err=True)
-        _say(f"      python -c {shlex.quote(one_line)}", err=True)
+            arguments = f"{json.dumps(path)}, {json.dumps(manifest.stored[-1])}"
+            one_line = f"import datasets; print(datasets.load_dataset({arguments}))"
+        _say(
+            f"\nNext: fgsm verify {shlex.quote(path)} --recompute\n"
+            f"      fgsm inspect {shlex.quote(path)}\n"
+            f"      python -c {shlex.quote(one_line)}",
+            err=True,
+        )
 
 
 @app.command()
@@ -109,14 +109,10 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what generate would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept."""
-    with _boundary(debug, "Interrupted."):
-        from pipeline.config.load import load_config
-
-        loaded = load_config(config, overrides or (), output=output, limit=limit)
-        _leave_removed_folder(loaded.output.path)
+    with _boundary(debug):
+        loaded = _load(config, overrides, output, limit)
         from pipeline.engine.estimate import describe_plan
 
-        _say_epsilons(loaded.attack)
         text, warnings = describe_plan(loaded)
         _say(text)
         for warning in warnings:
@@ -136,8 +132,7 @@ def verify(
 ) -> None:
     """Check integrity, schema, counts and that images are clean ones plus epsilon times one sign; with --recompute
     predictions and signs too."""
-    with _boundary(debug, "Interrupted."):
-        _leave_removed_folder(output)
+    with _boundary(debug):
         from pipeline.check.findings import damage_report, describe
         from pipeline.check.verify import verify as check
 
@@ -146,17 +141,16 @@ def verify(
         for problem in damage_report(findings):
             _say(problem, err=True, keep="")
         if findings.problems:
-            mends = "; run the generate command that made it" if findings.damaged or findings.missing else ""
+            again = "; run the generate command that made it" if findings.damaged or findings.missing else ""
             first = " after fgsm verify --repair" if findings.damaged and not repair else ""
             dropped = f", {len(findings.damaged)} damaged shards dropped" if repair else ""
-            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{mends}{first}.")
+            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
 
 
 @app.command()
 def inspect(output: Output, debug: Debug = False) -> None:
     """Show a table: per epsilon rows, accuracy, mean confidence, fooled, bytes."""
-    with _boundary(debug, "Interrupted."):
-        _leave_removed_folder(output)
+    with _boundary(debug):
         from pipeline.output.summary import inspect as table
 
         _say(table(output))
@@ -165,8 +159,7 @@ def inspect(output: Output, debug: Debug = False) -> None:
 @app.command()
 def report(output: Output, debug: Debug = False) -> None:
     """Make report.html and its pictures: what the attack did, for people."""
-    with _boundary(debug, "Interrupted."):
-        _leave_removed_folder(output)
+    with _boundary(debug):
         from pipeline.report.page import report as make
 
         _say(make(output))
@@ -211,7 +204,6 @@ def publish(
         if not sys.stderr.isatty():
             # The client's bars for LFS, which it draws into a log too: tqdm reads this when it is imported.
             os.environ.setdefault("TQDM_MININTERVAL", "30")
-        _leave_removed_folder(output)
         from pipeline.hub import upload as hub
 
         if dry_run:
@@ -219,22 +211,6 @@ def publish(
             return
         _say(f"Published: {hub.publish(output, repo_id, private=private)}")
         _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
-
-
-def _leave_removed_folder(output: str) -> None:
-    """Work from / where the working folder was removed: torch's libraries end the process where there is none.
-
-    Raises:
-        ConfigError: the output is relative to the folder that was removed.
-    """
-    from pipeline.config.load import working_folder
-    from pipeline.core.addresses import is_address
-
-    if working_folder() is not None:
-        return
-    if not is_address(output) and not Path(output).expanduser().is_absolute():
-        raise ConfigError(f"The working folder was removed; name {output} by its whole path, or work from another one.")
-    os.chdir("/")
 
 
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
@@ -249,25 +225,30 @@ class _Formatter(logging.Formatter):
         return presentable(super().formatMessage(record), "" if record.name.startswith("pipeline") else "\n\t")
 
 
-def _say_epsilons(attack: "AttackConfig") -> None:
-    """Requested and stored epsilons side by side, and a warning where the next level was probably meant."""
+def _load(name: str, overrides: list[str] | None, output: str | None, limit: int | None) -> "LoadedConfig":
+    """The config of a command. Says requested and stored epsilons side by side, and where the next level was probably
+    meant."""
+    from pipeline.config.load import load_config
     from pipeline.core.epsilon import stored_just_below
 
-    for level, epsilon in attack.requested.items():
+    config = load_config(name, overrides or (), output=output, limit=limit)
+    for level, epsilon in config.attack.requested.items():
         _say(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
-        if attack.rounding == "down" and stored_just_below(epsilon):
+        if config.attack.rounding == "down" and stored_just_below(epsilon):
             _say(f"Warning: {epsilon} lies just below {level + 1}/255; write {level + 1}/255 if you mean it.", err=True)
+    return config
 
 
 @contextlib.contextmanager
-def _boundary(debug: bool, farewell: str) -> Iterator[None]:
+def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
     """Turn what a user can cause into one sentence and an exit code; anything else keeps its traceback."""
     from pipeline.core.interrupts import interruptible
-    from pipeline.core.memory import require_open_files
 
     _log_to_stderr()
     try:
-        require_open_files()
+        # Without a folder torch's libraries end the process.
+        with explained("The working folder is gone", "run the command from another one", kind=ConfigError):
+            Path.cwd()
         with interruptible(lambda: _say(f"\n{farewell}", err=True)):
             yield
     except Interrupted as interrupt:
@@ -291,42 +272,27 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
 
 
-class _Output(io.TextIOWrapper):
-    """A standard stream of this process. A write that fails ends in what `failed` does, and the stream is silent then.
+class _Descriptor(io.FileIO):
+    """Where a standard stream of this process writes to. A write that fails ends in what `failed` does, and what
+    follows goes nowhere.
 
     What writes there is not only ours: typer prints help, libraries print what they like.
     """
 
-    def __init__(self, descriptor: int, failed: Callable[[OSError], None]) -> None:
-        # Kept: one that is collected may close the descriptor.
-        self._former = former = sys.stdout if descriptor == 1 else sys.stderr
-        super().__init__(
-            open(descriptor, "wb", closefd=False),  # noqa: SIM115 (it lives as long as the process)
-            encoding=former.encoding if former else "utf-8",
-            errors="backslashreplace",
-            line_buffering=descriptor == 2 or os.isatty(descriptor),
-        )
+    def __init__(self, number: int, failed: Callable[[OSError], None]) -> None:
+        super().__init__(number, "wb", closefd=False)
         self._failed = failed
 
-    def write(self, text: str) -> int:
-        with self._watched():
-            super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._watched():
-            super().flush()
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
+    def write(self, content: Any) -> int:
         try:
-            yield
+            return super().write(content)
         except OSError as error:
             # What is left in the buffers must go somewhere, or Python complains of it at its end.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             self._failed(error)
+            return len(content)
 
 
 def _stdout_failed(error: OSError) -> None:
@@ -346,7 +312,12 @@ def _watch_streams() -> None:
             # Closed: the next file to be opened, such as one of the dataset, would take its number, and get what is
             # printed. Opened for reading, so that writing still fails.
             os.open(os.devnull, os.O_RDONLY)
-    sys.stdout, sys.stderr = _Output(1, _stdout_failed), _Output(2, lambda _: None)
+    # The streams as they were are kept in sys.__stdout__: one that is collected may close its descriptor.
+    for name, number, failed in (("stdout", 1, _stdout_failed), ("stderr", 2, lambda _: None)):
+        encoding = getattr(getattr(sys, name), "encoding", "utf-8")
+        raw = io.BufferedWriter(_Descriptor(number, failed))
+        lines = number == 2 or os.isatty(number)
+        setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=lines))
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from pipeline.executors import EXECUTORS, PART
 from pipeline.executors.base import Executor
 from pipeline.output.card import card_agrees, write_summaries
 from pipeline.output.folder import OutputFolder, Receipt, committed
-from pipeline.output.manifest import Manifest, read_manifest, settled, summarise
+from pipeline.output.manifest import Manifest, ended, read_manifest, summarise
 
 # A shared folder may show late what another machine wrote: a client of NFS remembers for a minute what there was.
 SHARED_SECONDS, POLL_SECONDS = 60.0, 0.5
@@ -47,8 +47,8 @@ def generate(
 
     Args:
         config: the run.
-        overwrite: remove the run that is in the output folder first: the files that its receipts and its manifest
-            list, and those that bear its id. All else stays.
+        overwrite: remove the run that is in the output folder first: the files whose names end in its id. All else
+            stays.
         executor: a name of `EXECUTORS`: `local` works in this process, `ray` on a cluster; the bytes are the same.
         part: (i, n), to write only part i of n, counted from 0, while other processes write the others; see
             executors/part.py.
@@ -176,13 +176,13 @@ def _execute(
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
             with contextlib.suppress(PipelineError), folder.store.alone():
-                write_summaries(folder, settled(begun))
+                write_summaries(folder, ended(begun))
             raise
         with folder.store.alone():
             if session:
                 tell_speed(folder, *session, opened.versions["device"])
             done = committed(folder, begun.edition, shards)
-            manifest = write_summaries(folder, settled(begun), done)
+            manifest = write_summaries(folder, ended(begun), done)
     _check_complete(folder, own, done)
     if executor.part:
         left = len(shards) - len(done)
@@ -299,7 +299,7 @@ def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Seq
 
 def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Receipt]) -> bool:
     """Whether manifest and card say what follows from the receipts, and no run has ended half-way through."""
-    return summarise(settled(recorded), done) == recorded and card_agrees(folder, recorded)
+    return summarise(ended(recorded), done) == recorded and card_agrees(folder, recorded)
 
 
 def _begin(folder: OutputFolder, manifest: Manifest, overwrite: bool) -> Manifest:

@@ -38,13 +38,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import torch
 import typer
 import yaml
 from workloads import ROOT, WORKLOADS, Workload, encoded_images, write_source
 
 from pipeline.core.lanes import available_cores
-from pipeline.core.memory import resident_bytes
 
 PEERS = ("torchattacks", "foolbox", "art")
 CONTENDERS = ("ours", "bound", "plain", *PEERS)
@@ -277,6 +277,18 @@ def watch(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
     total, own = busy_cores()
     others = max(0.0, (total - total_before) - (own - own_before)) / (time.monotonic() - started)
     return Watched(memory or None, gpu if gpu_before is not None else None, others if total else None)
+
+
+def resident_bytes(pid: int) -> int:
+    """Bytes that a process and all below it have resident; on Linux, without counting twice what they share."""
+    found = 0
+    with contextlib.suppress(psutil.Error):  # it ended meanwhile
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                memory = one.memory_full_info()
+                found += getattr(memory, "pss", memory.uss)
+    return found
 
 
 def _runs(process: subprocess.Popen[bytes], seconds: float) -> bool:

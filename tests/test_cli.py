@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError, system_refusal
-from pipeline.core.memory import OPEN_FILES, require_open_files
 from tests.conftest import fgsm, generate
 
 COMMAND = [sys.executable, "-m", "pipeline"]
@@ -42,32 +41,11 @@ def ended(*arguments: str | Path, prepare: Callable[[], None] | None = None, **s
 # ------------------------------------------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("most", [16, OPEN_FILES - 1])
-@pytest.mark.parametrize("command", ["generate digits", "verify"])
-def test_too_few_open_files_are_told_at_once(out: Path, command: str, most: int) -> None:
-    arguments: list[str | Path] = [*command.split(), *([] if "digits" in command else [out])]
-    code, said = ended(*arguments, prepare=limited(resource.RLIMIT_NOFILE, most))
-    assert (code, said.count("\n")) == (1, 1), said
-    assert f"Only {most} files may be open at once" in said
-    assert "ulimit -n" in said
-
-
-def test_the_limit_of_open_files_is_raised_where_the_system_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = [20, 4096]
-    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(0, new[0]))
-    require_open_files()
-    assert limits == [OPEN_FILES, 4096]
-    limits[:] = [20, OPEN_FILES - 1]
-    with pytest.raises(PipelineError):
-        require_open_files()
-
-
 @pytest.mark.parametrize(
     ("command", "most"),
     [
-        ("generate digits --output out", 0),
-        ("generate digits --output out", 4096),
+        ("generate digits --limit 8 --output out", 0),
+        ("generate digits --limit 8 --output out", 4096),
         ("plan digits", 0),
         ("report digits", 0),
     ],
@@ -141,14 +119,14 @@ def test_a_refusal_that_was_dealt_with_does_not_hide_a_bug() -> None:
     assert isinstance(system_refusal(raised(suppress=False)), PipelineError)
 
 
-@pytest.mark.parametrize("name", ["HOME", "TMPDIR"])
-def test_a_folder_that_cannot_be_written_is_no_traceback(
-    out: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+def test_folders_that_cannot_be_written_are_no_traceback(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     for other in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
         monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, str(tmp_path / "file/below"))
+    for name in ("HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path / "file/below"))
     code, said = ended("report", out)
     assert (code, "Traceback" in said) == (0, False), said
 
@@ -188,7 +166,7 @@ def test_a_reader_that_has_gone_ends_a_command_as_it_ends_others(out: Path, argu
 
 def test_messages_that_nobody_can_read_change_nothing(out: Path, tmp_path: Path, full: int) -> None:
     streams: dict[str, Any]
-    for streams in ({"stderr": full}, {"prepare": partial(closed, 2)}, {"prepare": partial(closed, 0, 2)}):
+    for streams in ({"stderr": full}, {"prepare": partial(closed, 0, 2)}):
         assert ended("inspect", out, **streams)[0] == 0
         assert ended("inspect", tmp_path / "none", **streams)[0] == 2
 

@@ -58,11 +58,23 @@ class UnreadError(Exception):
     """Ends the check of one shard, of which nothing can be said; the message is the reason."""
 
 
-def name_row(table: pa.Table, which: NDArray[np.bool_]) -> str:
-    """The first of some rows of a table, for messages."""
-    first = table.slice(int(which.argmax()), 1)
-    file = f" of {first.column(FILE)[0]}" if FILE in table.column_names else ""
-    return f"row {first.column('source_index')[0]}{file}"
+def refuse_rows(name: str, wrong: NDArray[np.bool_], what: str, table: pa.Table) -> None:
+    """Refuse rows that are wrong.
+
+    Args:
+        name: of the file.
+        wrong: (M,) which of its rows are.
+        what: there is in them, in the plural.
+        table: the rows.
+
+    Raises:
+        DamageError: any is; it names the first.
+    """
+    if wrong.any():
+        first = table.slice(int(wrong.argmax()), 1)
+        file = f" of {first.column(FILE)[0]}" if FILE in table.column_names else ""
+        row = f"row {first.column('source_index')[0]}{file}"
+        raise DamageError(f"{name} has {int(wrong.sum())} {what}; the first is {row}.")
 
 
 def column_of(table: pa.Table, name: str, null: Any) -> NDArray[Any]:

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, name_row
+from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, refuse_rows
 from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.core.lattice import common_sign, picture_to_sign, step
 from pipeline.core.plan import Plan, Shard
-from pipeline.core.variants import CLEAN, Variant
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
-from pipeline.engine.run import (
-    PACKAGES,
-)
-from pipeline.engine.scores import contents_of, count
-from pipeline.layouts.base import COLUMNS, EPSILON, FILE, evaluator_columns, kept_columns, make_features
+from pipeline.engine.run import PACKAGES
+from pipeline.engine.scores import complete_scores, contents_of, count
+from pipeline.layouts.base import LABEL, VICTIM, Scores, evaluator_columns, kept_columns, make_features
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.output.card import make_configs, read_configs
 from pipeline.output.folder import (
@@ -51,12 +49,7 @@ from pipeline.output.folder import (
     committed,
     shard_file,
 )
-from pipeline.output.manifest import (
-    Manifest,
-    altered_manifest,
-    contradictions,
-    summarise,
-)
+from pipeline.output.manifest import Manifest, altered_manifest, contradictions, summarise
 from pipeline.output.shards import FOOTER_KEY
 
 
@@ -69,10 +62,9 @@ def check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
     config = manifest.resolved
     wrong = contradictions(manifest)
     spaces = manifest.spaces
-    asked = {"model": config.model.label_map}
     # An evaluator that the manifest does not have makes other features too.
-    asked |= {name: other.label_map for other in config.evaluators if (name := f"evaluators.{other.id}") in spaces}
-    wrong += [name for name, label_map in asked.items() if not _fits(label_map, spaces[name])]
+    models = {"model": config.model, **{f"evaluators.{other.id}": other for other in config.evaluators}}
+    wrong += [key for key, model in models.items() if key in spaces and not _fits(model.label_map, spaces[key])]
     if wrong:
         raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
 
@@ -92,41 +84,39 @@ def _fits(asked: Any, space: LabelSpace) -> bool:
         return False
 
 
+def spaces_of(manifest: Manifest) -> dict[str, LabelSpace]:
+    """How the classes of each model translate, as its columns are called: the victim's under VICTIM, first."""
+    spaces = manifest.spaces
+    return {VICTIM: spaces["model"], **{name: spaces[f"evaluators.{name}"] for name in manifest.evaluators}}
+
+
 def check_listing(
-    manifest: Manifest,
-    plan: Plan,
-    receipts: Mapping[str, Receipt],
-    sizes: Mapping[str, int],
-    findings: Findings,
+    manifest: Manifest, plan: Plan, receipts: Mapping[str, Receipt], sizes: Mapping[str, int], findings: Findings
 ) -> None:
     """Every shard of the plan has a receipt of this run, and no other file would be loaded along."""
-    stored = manifest.stored  # once: it is derived from the config, which is parsed each time
-    absent = [shard for shard in plan.shards if shard.name not in receipts and shard.name not in findings.damaged]
+    stored, edition = manifest.stored, manifest.edition  # once: the config is parsed each time
+    files = {shard.name: [shard_file(subset, shard, edition) for subset in stored] for shard in plan.shards}
+    absent = [name for name in files if name not in receipts and name not in findings.damaged]
     findings.missing = len(absent)
-    there = [s.name for s in absent if all(shard_file(subset, s, manifest.edition) in sizes for subset in stored)]
-    unchecked = set(there)
-    missing = [shard.name for shard in absent if shard.name not in unchecked]
+    missing = [name for name in absent if not sizes.keys() >= {*files[name]}]
     if missing:
         findings.problems.append(
-            f"{len(missing)} of {len(plan.shards)} shards are missing, {missing[0]} first; generate writes them."
+            f"{len(missing)} of {len(files)} shards are missing, {missing[0]} first; generate writes them."
         )
-    if there:
+    if unchecked := [name for name in absent if sizes.keys() >= {*files[name]}]:
         findings.problems.append(
-            f"{len(there)} of {len(plan.shards)} shards have no receipt in {OutputFolder.receipts}, {there[0]} first, "
-            "so they were not checked, though their files are there; copy that folder too, if the dataset was copied "
-            "without it, or let generate write them again."
+            f"{len(unchecked)} of {len(files)} shards have no receipt in {OutputFolder.receipts}, {unchecked[0]} "
+            "first, so they were not checked, though their files are there; copy that folder too, if the dataset was "
+            "copied without it, or let generate write them again."
         )
-    planned = {shard.name for shard in plan.shards}
     for name, receipt in receipts.items():
-        if name not in planned:
-            file = f".run/receipts/{name}-{manifest.edition}.json"
-            findings.problems.append(f"{file} belongs to no shard of this run; delete it.")
-        elif receipt.run_id != manifest.run_id:
-            findings.damage(name, f".run/receipts/{name}-{manifest.edition}.json is of another run ({receipt.run_id}).")
-    expected = {shard_file(subset, shard, manifest.edition) for shard in plan.shards for subset in stored}
+        if name in files and receipt.run_id != manifest.run_id:
+            findings.damage(name, f".run/receipts/{name}-{edition}.json is of another run ({receipt.run_id}).")
+    expected = set(itertools.chain.from_iterable(files.values()))
     others = sorted(name for name in sizes if name.split("/")[0] in stored and name not in expected)
-    # By their names the card takes these for shards of the run.
-    strange = [name for name in others if name.endswith(f"-{manifest.edition}.parquet")]
+    # By their names readers take these for the run's.
+    strange = [f".run/receipts/{name}-{edition}.json" for name in receipts if name not in files]
+    strange += [name for name in others if name.endswith(f"-{edition}.parquet")]
     findings.problems += [f"{file} belongs to no shard of this run; delete it." for file in strange]
     findings.others = [name for name in others if name not in strange]
 
@@ -162,9 +152,9 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     config = manifest.resolved
     try:
         features = datasets.Features.from_dict(manifest.features)
-        spaces = {name: manifest.spaces[f"evaluators.{name}"] for name in manifest.evaluators}
+        spaces = spaces_of(manifest)
         kept = {name: features[name] for name in config.source.kept}
-        expected = make_features(manifest.layout, contents_of(config, manifest.spaces["model"], spaces, kept))
+        expected = make_features(manifest.layout, contents_of(config, spaces[VICTIM], spaces, kept))
     except Exception as error:  # what is no feature can raise anything there
         place = folder.store.at(folder.manifest)
         raise PipelineError(f"{place}: its features cannot be read: {first_line(error)}") from None
@@ -174,42 +164,34 @@ def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
     return features
 
 
+@dataclass
 class ShardCheck:
     """Checks one shard after another: its files side by side, batch by batch."""
 
-    def __init__(
-        self,
-        folder: OutputFolder,
-        manifest: Manifest,
-        plan: Plan,
-        sizes: Mapping[str, int],
-        findings: Findings,
-        recomputation: Recomputation | None,
-        reader: Reader | None,
-        decoders: Executor,
-    ) -> None:
-        self.folder, self.plan, self.sizes = folder, plan, sizes
-        self.findings, self.recomputation, self.reader, self.decoders = findings, recomputation, reader, decoders
+    folder: OutputFolder
+    manifest: InitVar[Manifest]
+    plan: Plan
+    sizes: Mapping[str, int]
+    findings: Findings
+    recomputation: Recomputation | None
+    reader: Reader | None
+    decoders: Executor
+
+    def __post_init__(self, manifest: Manifest) -> None:
         self.shape = torch.Size(manifest.shape)
         self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
         self.levels = [variant.level for variant in self.variants]
-        self.layout = manifest.layout
-        self.on_ray = manifest.on_ray
-        self.targeted = manifest.resolved.attack.target is not None
-        self.run_id = manifest.run_id
-        self.features = _features(manifest, folder)
+        self.layout, self.on_ray, self.run_id = manifest.layout, manifest.on_ray, manifest.run_id
+        self.seed = manifest.resolved.runtime.seed
+        self.features = _features(manifest, self.folder)
         self.schema = self.features.arrow_schema
         self.listed = {entry.path: entry for entry in manifest.files}
-        self.classes = {
-            "label": len(manifest.dataset_classes),
-            "prediction": len(manifest.to_recorded),
-            "target": len(manifest.to_recorded),
-        }
-        self.seed = manifest.resolved.runtime.seed
-        # What does not depend on epsilon.
-        files = [FILE] if FILE in self.schema.names else []
-        self.shared = ("label", "source_index", *files, *kept_columns(self.schema.names))
-        self.evaluators = tuple(manifest.evaluators)
+        self.spaces = spaces_of(manifest)
+        self.evaluators = list(manifest.evaluators)
+        self.targeted = manifest.resolved.attack.target is not None
+        classes = len(manifest.to_recorded)
+        self.classes = {LABEL: len(manifest.dataset_classes), "prediction": classes}
+        self.classes |= {"target": classes} if self.targeted else {}
 
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
@@ -232,19 +214,21 @@ class ShardCheck:
         self.findings.shards += 1
 
     def _check_receipt(self, shard: Shard, receipt: Receipt) -> None:
-        """What a receipt says of its shard without looking at any row is what the plan says."""
+        """What a receipt says of its shard is what the plan says, as far as no row tells."""
         planned = receipt.planned if shard.rows is None else shard.rows
         if (receipt.shard, receipt.split, receipt.planned) != (shard.name, shard.split, planned):
             raise DamageError(f"{self._receipt(shard)} is of another shard, or of another number of rows.")
-        if [entry.path for entry in receipt.files] != [
-            shard_file(subset, shard, self.edition) for subset in self.stored
-        ]:
+        if [entry.path for entry in receipt.files] != self._files(shard):
             raise DamageError(f"{self._receipt(shard)} lists other files than the run has.")
         # Before anything is made for each row: the numbers may be any.
         if len(receipt.skipped) + receipt.rows != planned or {e.rows for e in receipt.files} != {receipt.rows}:
             raise DamageError(f"{self._receipt(shard)} does not account for all source rows of its shard.")
         if not {"python", "device", *PACKAGES} <= set(receipt.versions):
             raise DamageError(f"{self._receipt(shard)} does not say all versions.")
+
+    def _files(self, shard: Shard) -> list[str]:
+        """The files of a shard, one for each of the stored subsets."""
+        return [shard_file(subset, shard, self.edition) for subset in self.stored]
 
     def _receipt(self, shard: Shard) -> str:
         return self.folder.receipt(shard, self.edition)
@@ -260,22 +244,20 @@ class ShardCheck:
         size = self.sizes.get(entry.path)
         if size is None:
             raise DamageError(f"{entry.path} is missing.")
-        if size != entry.bytes:
-            if self._is_listed(entry, bytes=size):
-                raise DamageError(f"{self._receipt(shard)} says that {entry.path} has {entry.bytes} bytes, not {size}.")
-            raise DamageError(f"{entry.path} has {size} bytes; its receipt says {entry.bytes}.")
+        self._compare_file(shard, entry, "bytes", size)
 
     def _check_digest(self, shard: Shard, entry: FileEntry, root: Path) -> None:
         with (root / entry.path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry.sha256:
-            if self._is_listed(entry, sha256=digest):
-                raise DamageError(f"{self._receipt(shard)} has another sha256 of {entry.path} than that has.")
-            raise DamageError(f"{entry.path} was altered: its sha256 is not its receipt's.")
+            self._compare_file(shard, entry, "sha256", hashlib.file_digest(file, "sha256").hexdigest())
 
-    def _is_listed(self, entry: FileEntry, **found: Any) -> bool:
-        """Whether the manifest lists a file as it was found: then its receipt is what was altered."""
-        return self.listed.get(entry.path) == entry.model_copy(update=found)
+    def _compare_file(self, shard: Shard, entry: FileEntry, key: str, found: Any) -> None:
+        """A file is as its receipt says. Where the manifest lists it as it was found, the receipt was altered."""
+        said = getattr(entry, key)
+        if found == said:
+            return
+        if self.listed.get(entry.path) == entry.model_copy(update={key: found}):
+            raise DamageError(f"{self._receipt(shard)} says {key} {said} of {entry.path}, which has {found}.")
+        raise DamageError(f"{entry.path} has {key} {found}; its receipt says {said}.")
 
     def _check_rows(self, shard: Shard, receipt: Receipt, root: Path) -> None:
         if shard.stop is None:
@@ -283,19 +265,20 @@ class ShardCheck:
         self._check_skipped(shard, receipt)
         skipped = {row.position for row in receipt.skipped}
         places = list(self.plan.batches(shard))
-        masks = [
-            np.array([place.start + i not in skipped for i in range(place.stop - place.start)]) for place in places
-        ]
+        masks = [np.array([row not in skipped for row in range(place.start, place.stop)]) for place in places]
         counts = [int(mask.sum()) for mask in masks]
         tables = zip(*(self._read(shard, subset, root, counts) for subset in self.stored), strict=True)
-        self._zero_signs = (0, 0)
         with contextlib.closing(self._originals(shard)) as originals:
-            batches = [
-                self._check_batch(shard, self.plan.rows(shard, place)[mask], mask, subsets, next(originals), receipt)
+            checked = [
+                self._check_batch(shard, place, mask, subsets, next(originals), receipt)
                 for place, mask, subsets in zip(places, masks, tables, strict=True)
             ]
-        self._check_counts(shard, receipt, batches)
-        self._check_zero_signs(shard, receipt)
+        found = [
+            add_up(variant, [batch[index] for batch, _ in checked], self.evaluators)
+            for index, variant in enumerate(self.variants)
+        ]
+        self._check_counts(shard, receipt, found)
+        self._check_zero_signs(shard, receipt, *sum((signs for _, signs in checked), np.zeros(2, dtype=np.int64)))
         self.findings.rows += receipt.rows * len(self.stored)
         self.findings.skipped += len(skipped)
 
@@ -309,36 +292,30 @@ class ShardCheck:
         if [row.source_index for row in receipt.skipped] != self.plan.rows(shard)[positions].tolist():
             raise DamageError(f"{self._receipt(shard)} lists skipped rows that the plan has elsewhere.")
 
-    def _check_counts(self, shard: Shard, receipt: Receipt, batches: Sequence[Sequence[VariantCounts]]) -> None:
+    def _check_counts(self, shard: Shard, receipt: Receipt, found: Sequence[VariantCounts]) -> None:
         """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now."""
-        found = [
-            add_up(variant, [batch[index] for batch in batches], self.evaluators)
-            for index, variant in enumerate(self.variants)
-        ]
-        for there, here, name in zip(receipt.counts, found, self._names(shard), strict=False):
-            # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
-            if not math.isclose(there.confidence_sum, here.confidence_sum, rel_tol=1e-9) or there != here.model_copy(
-                update={"confidence_sum": there.confidence_sum}
-            ):
-                raise DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
         if len(receipt.counts) != len(found):
             raise DamageError(f"{self._receipt(shard)} counts other epsilons than the run has.")
+        for said, here, name in zip(receipt.counts, found, self._names(shard), strict=True):
+            # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
+            close = math.isclose(said.confidence_sum, here.confidence_sum, rel_tol=1e-9)
+            if not close or said != here.model_copy(update={"confidence_sum": said.confidence_sum}):
+                raise DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
 
-    def _check_zero_signs(self, shard: Shard, receipt: Receipt) -> None:
+    def _check_zero_signs(self, shard: Shard, receipt: Receipt, least: int, most: int) -> None:
         """The share of zero signs is a whole number of values, as many as the images leave possible."""
         values = max(1, receipt.rows * self.shape.numel())
         count = round(receipt.zero_sign_share * values)
-        least, most = self._zero_signs
         if count / values != receipt.zero_sign_share or not least <= count <= most:
             raise DamageError(f"{self._receipt(shard)} has a zero_sign_share that the images do not give.")
 
-    def _count_zero_signs(self, images: Sequence[Tensor], sign: Tensor) -> None:
-        """Count the values of a batch that the attack did not move: the least and the most that there can be."""
+    def _count_zero_signs(self, images: Sequence[Tensor], sign: Tensor) -> NDArray[np.int64]:
+        """How many values of a batch the attack did not move, (2,): the least and the most that there can be."""
         clean = images[0]
         still = sign == 0 if self.on_ray else torch.stack([pixels == clean for pixels in images[1:]]).all(0)
         # Where the sign itself is not stored, 0 is not told from a step beyond black or white, which is clipped.
         sure = still if self.layout.stores_sign or not self.on_ray else still & (clean > 0) & (clean < 255)
-        self._zero_signs = (self._zero_signs[0] + int(sure.sum()), self._zero_signs[1] + int(still.sum()))
+        return np.array([int(sure.sum()), int(still.sum())])
 
     def _names(self, shard: Shard) -> list[str]:
         """What messages call each epsilon's rows: their file, and the epsilon where they share it."""
@@ -407,72 +384,113 @@ class ShardCheck:
     def _check_batch(
         self,
         shard: Shard,
-        rows: NDArray[np.int64],
+        place: slice,
         mask: NDArray[np.bool_],
         subsets: Sequence[pa.Table],
         original: Batch | None,
         receipt: Receipt,
-    ) -> list[VariantCounts]:
-        """Check one batch of every subset; what its rows at each epsilon add up to."""
-        files = [shard_file(subset, shard, self.edition) for subset in self.stored]
-        if not np.array_equal(subsets[0].column("source_index").to_numpy(), rows):
-            raise DamageError(f"{files[0]} holds other source rows than the plan says.")
-        if shard.file is not None and set(subsets[0].column(FILE).to_pylist()) - {shard.file}:
-            raise DamageError(f"{files[0]} holds rows of another source file than the plan says.")
-        images, sign, tables = self._unpack(dict(zip(self.stored, files, strict=True)), subsets)
-        names = self._names(shard)
-        totals = []
-        for variant, name, table in zip(self.variants, names, tables, strict=True):
-            self._check_columns(name, variant, table, tables[0])
-            totals.append(count(variant, table, tables[0], self.evaluators))
-        self._check_pixels(names, images, sign, tables[0])
-        self._count_zero_signs(images, sign)
+    ) -> tuple[list[VariantCounts], NDArray[np.int64]]:
+        """Check one batch of every subset.
+
+        Returns:
+            What its rows of each variant add up to, and its least and most zero signs, as `_count_zero_signs`.
+        """
+        rows = self.plan.rows(shard, place)[mask]
+        files, names = dict(zip(self.stored, self._files(shard), strict=True)), self._names(shard)
+        stored = dict(zip(self.stored, subsets, strict=True))
+        images, sign, tables = self._unpack(files, stored)
+        for name, table in zip(names, tables, strict=True):
+            self._check_ranges(name, table)
+        clean = tables[0]
+        # The batch that the run wrote, as far as the plan and the rows themselves say.
+        labels = torch.full((len(mask),), UNLABELLED, dtype=torch.int64)
+        labels[torch.from_numpy(mask)] = torch.from_numpy(column_of(clean, LABEL, UNLABELLED).astype(np.int64))
+        kept = clean.select(kept_columns(self.schema.names))
+        batch = Batch(shard, place, images[0], labels, torch.from_numpy(mask), rows, kept, (), 0.0)
         if original is not None:
-            self._compare_source(original, files[0], mask, images[0], tables[0], receipt)
+            batch = self._compare_source(original, batch, files[self.stored[0]], receipt)
+        recorded = self._recorded(tables, batch.labels[batch.valid].numpy())
+        self._compare_columns(names, stored, batch, recorded, tables)
+        self._check_pixels(names, images, sign, clean)
         if self.recomputation is not None and len(rows):
-            self.recomputation.check(names, mask, images, sign, tables, draw_numbers(self.seed, shard, rows))
-        return totals
+            draws = draw_numbers(self.seed, shard, rows)
+            self.recomputation.check(names, mask, images, sign, recorded, clean, draws)
+        counts = [count(one, table, clean, self.evaluators) for one, table in zip(self.variants, tables, strict=True)]
+        return counts, self._count_zero_signs(images, sign)
+
+    def _recorded(self, tables: Sequence[pa.Table], labels: NDArray[np.int64]) -> Scores:
+        """What the rows record of the models' answers, and what follows from these and the labels."""
+
+        def stacked(name: str, null: float) -> NDArray[Any]:
+            return np.stack([column_of(table, name, null) for table in tables])
+
+        predictions = [stacked(evaluator_columns(name)[0] if name else "prediction", -1) for name in self.spaces]
+        return complete_scores(
+            self.variants,
+            np.stack(predictions),
+            stacked("confidence", 0.0),
+            stacked("label_confidence", 0.0),
+            labels,
+            column_of(tables[-1], "target", 0) if self.targeted else None,
+            self.spaces,
+        )
+
+    def _check_ranges(self, name: str, table: pa.Table) -> None:
+        """Classes are classes, and probabilities are such."""
+        for column, classes in self.classes.items():
+            values = column_of(table, column, 0)
+            if ((values < 0) | (values >= classes)).any():
+                raise DamageError(f"{name} has a {column} that is no class.")
+        for column in ("confidence", "label_confidence"):
+            values = column_of(table, column, 0.0)
+            # A softmax may exceed 1 by its rounding.
+            if not ((values >= 0) & (values < 1.001)).all():
+                raise DamageError(f"{name} has a {column} that is no probability.")
+
+    def _compare_columns(
+        self,
+        names: Sequence[str],
+        stored: Mapping[str, pa.Table],
+        batch: Batch,
+        recorded: Scores,
+        tables: Sequence[pa.Table],
+    ) -> None:
+        """The rows are those that a run writes which knows this batch, and of the models' answers what is recorded."""
+        pictures = [stored[subset].column(column) for subset, column in self.layout.pictures(self.variants)]
+        written = self.layout.tables(batch, recorded, pictures, self.schema)
+        again = dict(zip(stored, written, strict=True))
+        for variant, name, table in zip(self.variants, names, tables, strict=True):
+            expected = self.layout.rows(again, variant, self.variants)
+            for column in table.column_names:
+                if not _same(table.column(column), expected.column(column)):
+                    raise DamageError(
+                        f"{name} has other values in {column} than follow from the plan, the source and its other ones."
+                    )
 
     def _check_pixels(self, names: Sequence[str], images: Sequence[Tensor], sign: Tensor, clean: pa.Table) -> None:
         """Every image is the clean one, moved along the one sign if the attack has one, and in any case in its ball."""
         for level, name, pixels in zip(self.levels, names, images, strict=True):
-            if self.on_ray and torch.equal(step(images[0], sign, level), pixels):
+            moved = step(images[0], sign, level)
+            if self.on_ray and torch.equal(moved, pixels):
                 continue
             distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
-            outside = int((distance > level).flatten(1).any(1).sum())
-            if outside:
-                self.findings.outside_ball += outside
-                raise DamageError(f"{name} has {outside} images outside the epsilon ball of {level}/255.")
-            if not self.on_ray:
-                continue
-            other = (step(images[0], sign, level) != pixels).flatten(1).any(1).numpy()
-            raise DamageError(
-                f"{name} has {int(other.sum())} images that are not the clean ones moved by {level}/255 along one sign "
-                f"for all epsilons; the first is {name_row(clean, other)}."
-            )
+            outside = (distance > level).flatten(1).any(1).numpy()
+            self.findings.outside_ball += int(outside.sum())
+            refuse_rows(name, outside, f"images outside the epsilon ball of {level}/255", clean)
+            if self.on_ray:
+                other = (moved != pixels).flatten(1).any(1).numpy()
+                what = f"images that are not the clean ones moved by {level}/255 along one sign for all epsilons"
+                refuse_rows(name, other, what, clean)
 
-    def _compare_source(
-        self, original: Batch, name: str, mask: NDArray[np.bool_], images: Tensor, clean: pa.Table, receipt: Receipt
-    ) -> None:
-        """Labels, kept columns and clean images of a batch are the source's."""
-        valid = original.valid[: len(mask)].numpy()
-        labels = original.labels[: len(mask)].numpy()[mask]
-        other = labels != column_of(clean, "label", UNLABELLED)
-        if other.any():
-            raise DamageError(
-                f"{name} has {int(other.sum())} labels that are not the source's; the first is "
-                f"{name_row(clean, other)}."
-            )
-        decodes = np.array_equal(valid, mask)
-        if decodes:
-            for column in original.kept.column_names:
-                kept = original.kept.column(column).cast(self.schema.field(column).type)
-                if not kept.combine_chunks().equals(clean.column(column).combine_chunks()):
-                    raise DamageError(f"{name} has a {column} that is not the source's.")
-            other = (original.images[original.valid] != images).flatten(1).any(1).numpy()
-        if not decodes or other.any():
-            self._report_decoded(name, receipt, f"{int(other.sum())} clean images" if decodes else "skipped rows")
-        self.findings.compared += len(labels)
+    def _compare_source(self, original: Batch, batch: Batch, name: str, receipt: Receipt) -> Batch:
+        """The clean images of a batch are the source's; the batch with the source's labels and kept columns."""
+        rows = len(batch.valid)
+        self.findings.compared += len(batch.source_index)
+        decodes = torch.equal(original.valid[:rows], batch.valid)
+        other = int((original.images[original.valid] != batch.images).flatten(1).any(1).sum()) if decodes else 0
+        if other or not decodes:
+            self._report_decoded(name, receipt, f"{other} clean images" if decodes else "skipped rows")
+        return replace(batch, labels=original.labels[:rows], kept=original.kept if decodes else batch.kept)
 
     def _report_decoded(self, name: str, receipt: Receipt, what: str) -> None:
         """What is decoded otherwise than in the run is damage only where the same libraries decode."""
@@ -486,10 +504,10 @@ class ShardCheck:
         )
 
     def _unpack(
-        self, files: Mapping[str, str], subsets: Sequence[pa.Table]
+        self, files: Mapping[str, str], stored: Mapping[str, pa.Table]
     ) -> tuple[list[Tensor], Tensor, list[pa.Table]]:
         """The images at every epsilon, 1 + K times (M, C, H, W) uint8, their sign, and what is recorded of them."""
-        layout, variants, stored = self.layout, self.variants, dict(zip(files, subsets, strict=True))
+        layout, variants = self.layout, self.variants
         pictures = {
             picture: self._pictures(stored[picture.subset].column(picture.column), files[picture.subset])
             for picture in layout.pictures(variants)
@@ -505,45 +523,6 @@ class ShardCheck:
         images = [pictures[picture] for variant in variants for picture in layout.source(variant, variants)]
         return images, common_sign(images, self.levels), tables
 
-    def _check_columns(self, name: str, variant: Variant, table: pa.Table, clean: pa.Table) -> None:
-        for own in (column for column in COLUMNS if column.value is None):
-            if not table.column(own.name).equals(pa.chunked_array([own.blank(variant, table.num_rows)])):
-                value = f"{variant.level}/255" if own.name == EPSILON else own.of_variant(variant)
-                raise DamageError(f"{name} has another {own.name} than {value or 'null'}.")
-        pairs = [("clean_prediction", "prediction"), *((column, column) for column in self.shared)]
-        for column, original in pairs:
-            if not table.column(column).equals(clean.column(original)):
-                raise DamageError(f"{name} has a {column} that differs from the clean subset's {original}.")
-        self._check_nulls(name, variant, table)
-        for column in {*self.classes} & {*table.column_names}:
-            values = column_of(table, column, 0)
-            if ((values < 0) | (values >= self.classes[column])).any():
-                raise DamageError(f"{name} has a {column} that is no class.")
-        for column in ("confidence", "label_confidence"):
-            values = column_of(table, column, 0.0)
-            # A softmax may exceed 1 by its rounding.
-            if not ((values >= 0) & (values < 1.001)).all():
-                raise DamageError(f"{name} has a {column} that is no probability.")
-
-    def _check_nulls(self, name: str, variant: Variant, table: pa.Table) -> None:
-        """Null is what cannot be said, and nothing else."""
-        everywhere, nowhere = pa.repeat(True, table.num_rows), pa.repeat(False, table.num_rows)
-        unlabelled = table.column("label").is_null()
-        fooled = everywhere if variant == CLEAN else nowhere if self.targeted else unlabelled
-        expected = {
-            "prediction": nowhere,
-            "confidence": nowhere,
-            "label_confidence": unlabelled,
-            "correct": unlabelled,
-            "fooled": fooled,
-            **({"target": everywhere if variant == CLEAN else nowhere} if self.targeted else {}),
-        }
-        for evaluator in self.evaluators:
-            expected |= dict(zip(evaluator_columns(evaluator), (nowhere, unlabelled), strict=True))
-        for column, nulls in expected.items():
-            if not table.column(column).is_null().equals(pa.chunked_array(nulls)):
-                raise DamageError(f"{name} has a {column} that is null in other rows than it should be.")
-
     def _pictures(self, column: pa.ChunkedArray, name: str) -> Tensor:
         try:
             pixels = list(
@@ -556,3 +535,11 @@ class ShardCheck:
         except UndecodableError as error:
             raise DamageError(f"{name} holds a broken image: {error}") from None
         return torch.stack(pixels) if pixels else torch.zeros((0, *self.shape), dtype=torch.uint8)
+
+
+def _same(these: pa.ChunkedArray, those: pa.ChunkedArray) -> bool:
+    """Whether two columns are equal. NaN, which a source may hold, is what Arrow never calls equal."""
+    if these.equals(those) or not pa.types.is_floating(these.type):
+        return bool(these.equals(those))
+    nulls = these.is_null().equals(those.is_null())
+    return bool(nulls and np.array_equal(these.to_numpy(), those.to_numpy(), equal_nan=True))

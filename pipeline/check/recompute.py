@@ -17,16 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
+from pipeline.attacks.base import AttackedModel, Goal, direction_sign
 from pipeline.attacks.load import load_attack
-from pipeline.check.findings import DamageError, Findings, column_of, name_row
-from pipeline.config.schema import EvaluatorConfig
+from pipeline.check.findings import DamageError, Findings, refuse_rows
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError
 from pipeline.core.lanes import Lanes, chunk_images
 from pipeline.core.lattice import step
 from pipeline.core.plan import Plan
-from pipeline.engine.compute import compile_victim, own_copy
+from pipeline.engine.compute import Attacker, compile_victim, own_copy
 from pipeline.engine.run import (
     attack_target,
     choose_device,
@@ -37,14 +36,9 @@ from pipeline.engine.run import (
 )
 from pipeline.engine.scores import score
 from pipeline.layouts.base import Scores, evaluator_columns
-from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace
-from pipeline.output.folder import (
-    Receipt,
-)
-from pipeline.output.manifest import (
-    Manifest,
-)
+from pipeline.output.folder import Receipt
+from pipeline.output.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -68,21 +62,13 @@ VALUE_TOLERANCE = 0.65
 SATURATED = 1e-6
 
 
-@dataclass(frozen=True)
-class Models:
-    """The attack and the models that are asked again, what the attack wanted, and the environment of the answers."""
-
-    attack: Attack
-    victim: Model
-    goal: Goal
-    evaluators: dict[str, Model]
-    lanes: Lanes
-    versions: dict[str, str]
-    compiled_alike: bool
-
-
 @contextlib.contextmanager
-def open_models(manifest: Manifest) -> Iterator[Models]:
+def open_recomputation(manifest: Manifest, plan: Plan, findings: Findings) -> Iterator["Recomputation"]:
+    """Load the attack and the models of a run again.
+
+    Raises:
+        ConfigError: one of them cannot be loaded, or has changed since the run.
+    """
     config = manifest.resolved
     precision = config.runtime.precision
     try:
@@ -90,49 +76,39 @@ def open_models(manifest: Manifest) -> Iterator[Models]:
     except ConfigError:
         device = choose_device("auto")
     loaded = load_attack(config.attack)
-    if loaded.digest != manifest.identity.get("attack.content"):
-        raise ConfigError(
-            "attack.kind: the code that the config names has changed since the run, so it cannot be asked again."
-        )
+    _check_unchanged("attack.kind: the code", loaded.digest, manifest.identity.get("attack.content"))
     victim = load_run_model(config.model, config, device)
-    if victim.digest != manifest.identity.get("model.content"):
-        raise ConfigError(
-            "model: the victim that the config names has changed since the run, so it cannot be asked again."
-        )
-    victim.space = manifest.spaces["model"]
-    evaluators = {other.id: _open_evaluator(other, manifest, device) for other in config.evaluators}
-    compiled_alike = not config.runtime.compile or _compiles(loaded.attack, victim, evaluators, manifest, device)
+    _check_unchanged("model: the victim", victim.digest, manifest.identity.get("model.content"))
+    spaces = manifest.spaces
+    victim.space = spaces["model"]
+    evaluators = {}
+    for other in config.evaluators:
+        name = f"evaluators.{other.id}"
+        with naming_evaluator(other.id):
+            evaluators[other.id] = model = load_run_model(other, config, device)
+            known = manifest.identity.get(f"{name}.content") if name in spaces else None
+            _check_unchanged("the model", model.digest, known)
+        model.space = spaces[name]
+    goal = Goal(config.attack.label, attack_target(config, victim.space))
+    attacker = make_attacker(config, loaded.attack, victim, goal, evaluators)
+    compiled_alike = True
+    if config.runtime.compile:
+        try:
+            compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
+        except PipelineError as error:
+            logger.warning("%s; its predictions are compared as from another environment.", error)
+            compiled_alike = False
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
     recorded = manifest.identity.get("runtime.chunk")
     if device.type == config.runtime.device and isinstance(recorded, int) and recorded > 0:
         chunk = recorded
     with Lanes(device, chunk) as lanes:
-        goal = Goal(config.attack.label, attack_target(config, victim.space))
-        yield Models(loaded.attack, victim, goal, evaluators, lanes, versions(device), compiled_alike)
+        yield Recomputation(attacker, lanes, versions(device), compiled_alike, manifest, plan, findings)
 
 
-def _open_evaluator(config: EvaluatorConfig, manifest: Manifest, device: torch.device) -> Model:
-    with naming_evaluator(config.id):
-        model = load_run_model(config, manifest.resolved, device)
-        unchanged = model.digest == manifest.identity.get(f"evaluators.{config.id}.content")
-        if config.id not in manifest.evaluators or not unchanged:
-            raise ConfigError("it has changed since the run, so it cannot be asked again.")
-    model.space = manifest.spaces[f"evaluators.{config.id}"]
-    return model
-
-
-def _compiles(
-    attack: Attack, victim: Model, evaluators: Mapping[str, Model], manifest: Manifest, device: torch.device
-) -> bool:
-    """Compile the models as the run's were; where that fails they run as they are, with other last digits."""
-    config = manifest.resolved
-    attacker = make_attacker(config, attack, victim, Goal(), evaluators)
-    try:
-        compile_victim(attacker, device, manifest.shape, config.runtime.batch_size)
-    except PipelineError as error:
-        logger.warning("%s; its predictions are compared as from another environment.", error)
-        return False
-    return True
+def _check_unchanged(what: str, digest: str | None, recorded: Any) -> None:
+    if digest != recorded:
+        raise ConfigError(f"{what} that the config names has changed since the run, so it cannot be asked again.")
 
 
 @dataclass(frozen=True)
@@ -149,25 +125,24 @@ class _Answer:
     share: Tensor
 
 
-def _look_again(models: Models, levels: Sequence[int], clipped: bool, *chunk: Tensor) -> _Answer:
+def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
     """Ask the models about a chunk again, and attack it again.
 
     Args:
-        models: those that are asked, and the attack.
-        levels: epsilons in grey levels, without 0.
+        attacker: the attack, and the models that are asked.
         clipped: whether the stored sign is 0 where clip(x + s) is x.
         chunk: 1 + K times (N, C, H, W) uint8, the stored sign (N, C, H, W) int8, the model's index (N,) int64 of the
             class whose loss was changed, the random numbers of the rows (N,) int64, then which rows are valid, (N,)
             bool.
     """
     *images, sign, classes, draws, valid = chunk
-    victim = own_copy(models.victim)
+    victim = own_copy(attacker.victim)
     # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
     # that, with other last digits.
-    model = AttackedModel(victim, images[0], targeted=models.goal.target is not None)
-    perturbed = models.attack.perturb(model, images[0], classes, levels, draws)
+    model = AttackedModel(victim, images[0], targeted=attacker.goal.target is not None)
+    perturbed = attacker.attack.perturb(model, images[0], classes, attacker.levels, draws)
     logits = [torch.stack([model.logits, *map(victim.predict, images[1:])])]
-    logits += [torch.stack([*map(other.predict, images)]) for other in map(own_copy, models.evaluators.values())]
+    logits += [torch.stack([*map(other.predict, images)]) for other in map(own_copy, attacker.evaluators.values())]
     if perturbed.direction is None:
         differs = torch.stack([*map(torch.ne, perturbed.images, images[1:])]).any(0).flatten(1)
         share = differs.float().mean(1)
@@ -193,24 +168,32 @@ def _squares(direction: Tensor, chosen: Tensor) -> Tensor:
 class Recomputation:
     """Derives the rows of one shard after another anew."""
 
-    def __init__(self, models: Models, manifest: Manifest, plan: Plan, findings: Findings) -> None:
-        self.models, self.plan, self.findings = models, plan, findings
+    def __init__(
+        self,
+        attacker: Attacker,
+        lanes: Lanes,
+        versions: Mapping[str, str],
+        compiled_alike: bool,
+        manifest: Manifest,
+        plan: Plan,
+        findings: Findings,
+    ) -> None:
+        self.attacker, self.lanes, self.versions, self.compiled_alike = attacker, lanes, versions, compiled_alike
         self.variants, self.layout, self.on_ray = manifest.variants, manifest.layout, manifest.on_ray
-        self.levels = [variant.level for variant in self.variants]
-        self.targeted = manifest.resolved.attack.target is not None
-        self.seed, precision = manifest.resolved.runtime.seed, manifest.resolved.runtime.precision
+        self.plan, self.findings = plan, findings
+        precision = manifest.resolved.runtime.precision
         self.tolerance, self.sign_tolerance = TOLERANCE[precision], SIGN_TOLERANCE[precision]
         self.exact = True
 
     def compare_environment(self, receipt: Receipt) -> None:
         """Each shard has its own: a run may have been resumed elsewhere."""
-        here = self.models.versions
+        here = self.versions
         changes = [
             f"{name} {receipt.versions.get(name)} then, {here.get(name)} now"
             for name in {**receipt.versions, **here}
             if receipt.versions.get(name) != here.get(name)
         ]
-        changes += [] if self.models.compiled_alike else ["not compiled now"]
+        changes += [] if self.compiled_alike else ["not compiled now"]
         self.exact = not changes
         self.findings.changes.update(changes)
 
@@ -220,30 +203,43 @@ class Recomputation:
         mask: NDArray[np.bool_],
         images: Sequence[Tensor],
         sign: Tensor,
-        tables: Sequence[pa.Table],
+        recorded: Scores,
+        clean: pa.Table,
         draws: NDArray[np.int64],
     ) -> None:
-        """Ask the models again, in the same batch of the same shape, with the same holes."""
-        labels = torch.from_numpy(column_of(tables[0], "label", UNLABELLED).astype(np.int64))
-        own, target = self._wanted(labels, tables)
+        """Ask the models again, in the same batch of the same shape, with the same holes.
+
+        Args:
+            names: what messages call the rows of each variant.
+            mask: (N,) which rows of the run's batch are stored; M of them are.
+            images: V times (M, C, H, W) uint8, clean first.
+            sign: (M, C, H, W) int8, the direction that is stored, or follows from the images.
+            recorded: what the rows say of these images.
+            clean: the rows of the clean images.
+            draws: (M,) random numbers of the rows.
+        """
+        labels = torch.from_numpy(recorded.label.filled(UNLABELLED))
+        own, target = self._wanted(labels, recorded)
         changed = own if target is None else target
         random = torch.from_numpy(draws)
         rows = [self._padded(mask, values) for values in (*images, sign, changed, random)]
         valid = self._padded(mask, torch.ones(len(changed), dtype=torch.bool))
         answer = self._ask(rows, valid)
         victim, *others = answer.logits
-        spaces = {name: evaluator.space for name, evaluator in self.models.evaluators.items()}
+        spaces = {name: evaluator.space for name, evaluator in self.attacker.evaluators.items()}
         evaluations = [logits.argmax(-1) for logits in others]
-        again = score(self.variants, victim, labels, target, self.models.victim.space, evaluations, spaces)
+        again = score(self.variants, victim, labels, target, self.attacker.victim.space, evaluations, spaces)
+        strict = self.exact and np.array_equal(recorded.confidence, again.confidence)
         try:
-            strict = self._compare_answers(answer, again, names, tables)
+            self._compare_predictions(answer, again, recorded, names, clean, strict)
+            self._compare_confidences(again, recorded, names)
             if target is not None:
-                expected = self.models.goal.classes(answer.logits[0][0], own, random)
-                self._compare_target(expected, target, answer.logits[0][0], names[-1], tables[-1], strict)
-            self._compare_signs(answer, names, tables[0], strict)
+                expected = self.attacker.goal.classes(victim[0], own, random)
+                self._compare_target(expected, target, victim[0], names[-1], clean, strict)
+            self._compare_signs(answer, names, clean, strict)
         except DamageError:
             second = self._ask(rows, valid)
-            asked = ["model", *(f"evaluators, {name}" for name in self.models.evaluators)]
+            asked = ["model", *(f"evaluators, {name}" for name in self.attacker.evaluators)]
             for name, before, now in zip(asked, answer.logits, second.logits, strict=True):
                 if not bool(((before - now).abs() <= self.tolerance).all()):
                     raise PipelineError(
@@ -260,9 +256,9 @@ class Recomputation:
         return batch
 
     def _ask(self, rows: Sequence[Tensor], valid: Tensor) -> _Answer:
-        ask = partial(_look_again, self.models, self.levels[1:], not self.layout.stores_sign)
+        ask = partial(_look_again, self.attacker, not self.layout.stores_sign)
         try:
-            parts = [future.result() for future in self.models.lanes.submit(ask, *rows, valid=valid)]
+            parts = [future.result() for future in self.lanes.submit(ask, *rows, valid=valid)]
         except torch.OutOfMemoryError as error:
             raise PipelineError(
                 f"A batch of {self.plan.batch_size}, as the run had it, does not fit in this device's memory; free "
@@ -274,25 +270,20 @@ class Recomputation:
             raise NonFiniteError("The model gives NaN or infinity here, which it did not in the run.")
         return _Answer(logits, torch.cat([part.differing for part in parts]), share)
 
-    def _wanted(self, labels: Tensor, tables: Sequence[pa.Table]) -> tuple[Tensor, Tensor | None]:
+    def _wanted(self, labels: Tensor, recorded: Scores) -> tuple[Tensor, Tensor | None]:
         """Of each row, as the model's indices (M,): its own class, by which the attack went, and its target, if any.
 
         As they are recorded: a prediction that lies on a near tie may fall otherwise here.
         """
-        to_model = torch.from_numpy(np.argsort(self.models.victim.space.to_recorded))
-        own = to_model[torch.from_numpy(column_of(tables[0], "prediction", 0).astype(np.int64))]
-        if self.models.goal.label == "dataset":
-            known = self.models.victim.space.model_labels(labels)
-            own = torch.where(known == UNLABELLED, own, known)
-        if not self.targeted:
-            return own, None
-        return own, to_model[torch.from_numpy(column_of(tables[-1], "target", 0).astype(np.int64))]
+        space = self.attacker.victim.space
+        to_model = np.argsort(space.to_recorded)
+        own = torch.from_numpy(to_model[recorded.prediction[0, 0]])
+        if self.attacker.goal.label == "dataset":
+            own = torch.where(labels == UNLABELLED, own, space.model_labels(labels))
+        return own, None if recorded.target is None else torch.from_numpy(to_model[recorded.target])
 
-    def _near_ties(
-        self, logits: Tensor, column: str, tables: Sequence[pa.Table], space: LabelSpace
-    ) -> NDArray[np.bool_]:
-        """(1 + K, M): whether the recorded class is as close to the top one as another environment may bring it."""
-        recorded = np.stack([column_of(table, column, -1) for table in tables])
+    def _near_ties(self, logits: Tensor, recorded: NDArray[np.int64], space: LabelSpace) -> NDArray[np.bool_]:
+        """(V, M): whether the recorded class is as close to the top one as another environment may bring it."""
         known = (recorded >= 0) & (recorded < logits.shape[-1])
         chosen = torch.from_numpy(np.argsort(space.to_recorded)[np.where(known, recorded, 0)])
         behind = logits.amax(-1) - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
@@ -300,53 +291,30 @@ class Recomputation:
         return close
 
     def _compare_predictions(
-        self, expected: NDArray[np.int64], column: str, name: str, table: pa.Table, close: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
-        """Compare one model's predictions at one epsilon; (M,) those that fell otherwise on a near tie."""
-        findings = self.findings
-        differs = column_of(table, column, -1) != expected
-        ties: NDArray[np.bool_] = differs & close
-        wrong = differs & ~ties
-        findings.recomputed += len(differs)
-        findings.near_ties += int(ties.sum())
-        findings.mismatches += int(wrong.sum())
-        if wrong.any():
-            of = "" if column == "prediction" else f" in {column}"
-            raise DamageError(
-                f"{name} records {int(wrong.sum())} predictions{of} that its pixels do not give; the first is "
-                f"{name_row(table, wrong)}."
-            )
-        return ties
+        self, answer: _Answer, again: Scores, recorded: Scores, names: Sequence[str], clean: pa.Table, strict: bool
+    ) -> None:
+        """The models predict what is recorded, but on near ties. In an environment like the recorded one, where the
+        victim's confidences are the same to the last digit, nothing is excused (`strict`)."""
+        models = [self.attacker.victim, *self.attacker.evaluators.values()]
+        asked = zip(answer.logits, recorded.prediction, models, strict=True)
+        close = np.stack([self._near_ties(logits, said, model.space) for logits, said, model in asked])
+        differs = recorded.prediction != again.prediction
+        wrong = differs if strict else differs & ~close
+        self.findings.recomputed += differs.size
+        self.findings.near_ties += int((differs & ~wrong).sum())
+        self.findings.mismatches += int(wrong.sum())
+        for model, variant in np.ndindex(wrong.shape[:2]):
+            of = f" in {evaluator_columns(recorded.models[model])[0]}" if model else ""
+            what = f"predictions{of} that its pixels do not give"
+            refuse_rows(names[variant], wrong[model, variant], what, clean)
 
-    def _compare_answers(
-        self, answer: _Answer, again: Scores, names: Sequence[str], tables: Sequence[pa.Table]
-    ) -> bool:
-        """Compare what the models say; whether the victim says it to the last digit, in an environment like the
-        recorded one. There nothing is excused by other digits.
-        """
-        recorded = [column_of(table, "confidence", 0.0) for table in tables]
-        strict = self.exact and all(map(np.array_equal, recorded, again.confidence))
-        asked = [("prediction", "correct", self.models.victim)]
-        asked += [(*evaluator_columns(name), model) for name, model in self.models.evaluators.items()]
-        for row, (prediction, correct, model) in enumerate(asked):
-            close = self._near_ties(answer.logits[row], prediction, tables, model.space) & (not strict)
-            for index, (name, table) in enumerate(zip(names, tables, strict=True)):
-                ties = self._compare_predictions(again.prediction[row, index], prediction, name, table, close[index])
-                # What follows from a prediction that lay on a tie cannot be held against it.
-                _compare_flags(correct, again.correct[row, index], name, table, ~ties)
-                if row == 0:
-                    untied = ~ties & (column_of(table, "clean_prediction", -1) == again.prediction[0, 0])
-                    _compare_flags("fooled", again.fooled[index], name, table, untied)
-                    self._compare_confidences(again, index, name, table)
-        return strict
-
-    def _compare_confidences(self, again: Scores, index: int, name: str, table: pa.Table) -> None:
+    def _compare_confidences(self, again: Scores, recorded: Scores, names: Sequence[str]) -> None:
         for column in ("confidence", "label_confidence"):
-            expected = getattr(again, column)[index]
-            off = np.abs(column_of(table, column, 0.0) - np.ma.getdata(expected))[~np.ma.getmaskarray(expected)]
-            if not (off <= self.tolerance).all():  # NaN is not
-                raise DamageError(f"{name} has a {column} that its pixels do not give.")
-            self.findings.last_digits += int((off > 0).sum())
+            off = np.ma.abs(getattr(again, column) - getattr(recorded, column))
+            wrong = np.ma.filled(off > self.tolerance, False).any(1)
+            if wrong.any():
+                raise DamageError(f"{names[int(wrong.argmax())]} has a {column} that its pixels do not give.")
+            self.findings.last_digits += int(np.ma.filled(off > 0, False).sum())
 
     def _compare_target(
         self,
@@ -354,21 +322,17 @@ class Recomputation:
         target: Tensor,
         logits: Tensor,
         name: str,
-        table: pa.Table,
+        clean: pa.Table,
         strict: bool,
     ) -> None:
         """Compare the targets, (M,) the model's indices; the least likely class may be a near tie too."""
         wrong = (target != expected).numpy()
-        if self.models.goal.target == "least_likely" and not strict:
+        if self.attacker.goal.target == "least_likely" and not strict:
             above = logits.gather(1, target.unsqueeze(1)).squeeze(1) - logits.amin(1)
             ties = wrong & (above < self.tolerance).numpy()
             self.findings.near_ties += int(ties.sum())
             wrong &= ~ties
-        if wrong.any():
-            raise DamageError(
-                f"{name} records {int(wrong.sum())} targets that are not the attack's; the first is "
-                f"{name_row(table, wrong)}."
-            )
+        refuse_rows(name, wrong, "targets that are not the attack's", clean)
 
     def _compare_signs(self, answer: _Answer, names: Sequence[str], clean: pa.Table, strict: bool) -> None:
         """The images lie along the sign of the gradient, but where that is rounding.
@@ -376,19 +340,9 @@ class Recomputation:
         A CPU gives each gradient again to the last digit; of CUDA some backward passes (of adaptive pooling and
         resizing) add in any order.
         """
-        exact = strict and self.models.lanes.device.type == "cpu"
+        exact = strict and self.lanes.device.type == "cpu"
         tolerance = self.sign_tolerance if self.on_ray else VALUE_TOLERANCE
         wrong = (answer.differing > 0 if exact else answer.share > tolerance).numpy()
         self.findings.near_tie_signs += int(answer.differing.numpy()[~wrong].sum())
-        if wrong.any():
-            they = "do not lie along the sign of the loss gradient" if self.on_ray else "the attack does not make again"
-            raise DamageError(
-                f"{names[1]} has {int(wrong.sum())} images that {they}; the first is {name_row(clean, wrong)}."
-            )
-
-
-def _compare_flags(column: str, expected: Any, name: str, table: pa.Table, chosen: NDArray[np.bool_]) -> None:
-    """Compare a column of booleans, of the rows that are chosen; where it is masked it says nothing."""
-    known = chosen & ~np.ma.getmaskarray(expected)
-    if (column_of(table, column, False).astype(np.bool_) != expected.data)[known].any():
-        raise DamageError(f"{name} has a wrong value in {column}.")
+        they = "do not lie along the sign of the loss gradient" if self.on_ray else "the attack does not make again"
+        refuse_rows(names[1], wrong, f"images that {they}", clean)

@@ -19,26 +19,16 @@ from tqdm import tqdm
 
 from pipeline.check.findings import MOST_UNREAD, Findings
 from pipeline.check.integrity import ShardCheck, check_listing, check_manifest, check_summaries
-from pipeline.check.recompute import Recomputation, open_models
+from pipeline.check.recompute import open_recomputation
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.lanes import available_cores
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan
 from pipeline.engine.loader import Reader
-from pipeline.engine.run import (
-    open_run_source,
-)
+from pipeline.engine.run import open_run_source
 from pipeline.output.card import write_summaries
-from pipeline.output.folder import (
-    OutputFolder,
-    read_receipts,
-    shard_file,
-)
-from pipeline.output.manifest import (
-    Manifest,
-    read_manifest,
-    require_manifest,
-)
+from pipeline.output.folder import OutputFolder, read_receipts, shard_file
+from pipeline.output.manifest import Manifest, read_manifest, require_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +59,8 @@ def verify(
     ending = f"-{manifest.edition}"
     receipts = {stem.removesuffix(ending): receipt for stem, receipt in found.items() if stem.endswith(ending)}
     for name in broken:
-        if Path(name).stem.endswith(ending):
-            damaged = Path(name).stem.removesuffix(ending)
-            findings.damage(damaged, f".run/receipts/{name} was altered, or is no receipt.")
+        if (stem := Path(name).stem).endswith(ending):
+            findings.damage(stem.removesuffix(ending), f".run/receipts/{name} was altered, or is no receipt.")
     if found and not receipts and not findings.damaged:
         # Nothing else is said: all that follows from this manifest would blame what is sound.
         other = min(receipt.run_id for receipt in found.values())
@@ -88,7 +77,7 @@ def verify(
         recomputation = None
         if recompute and shards:
             announce_factories(folder, manifest)
-            recomputation = Recomputation(stack.enter_context(open_models(manifest)), manifest, plan, findings)
+            recomputation = stack.enter_context(open_recomputation(manifest, plan, findings))
         reader = _open_source(manifest, findings) if source and shards else None
         decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
         checker = ShardCheck(folder, manifest, plan, sizes, findings, recomputation, reader, decoders)
@@ -113,17 +102,14 @@ def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
     """
     config = manifest.resolved
     # Nothing that lies in an object store is imported from there.
-    own = [Path(folder.root).resolve()] if folder.store.local else []
+    root = Path(folder.root).resolve() if folder.store.local else None
     named = [("model.name", model.own_code) for model in (config.model, *config.evaluators)]
     for key, name in [*named, ("attack.kind", config.attack.own_code)]:
         if name is None:
             continue
-        file = Path(name.rpartition(":")[0])
-        inside = any(Path.cwd().resolve().is_relative_to(root) for root in own)
-        if names_file(name):
-            # `generate` records whole paths; what is relative was published, or written by hand.
-            inside = not file.is_absolute() or any(file.resolve().is_relative_to(root) for root in own)
-        if inside:
+        file = Path(name.rpartition(":")[0]) if names_file(name) else Path.cwd()
+        # `generate` records whole paths; what is relative was published, or written by hand.
+        if not file.is_absolute() or (root and file.resolve().is_relative_to(root)):
             raise ConfigError(
                 f"{key}: {name} would be code out of the dataset itself, which is never run; "
                 "put it elsewhere, delete manifest.json and run generate with a config that names its whole path, or "

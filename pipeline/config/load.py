@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.config.kinds import KINDS, base_section, check, config_class, section_class
 from pipeline.config.schema import Config
 from pipeline.config.section import Section
-from pipeline.core.errors import ConfigError, first_line
+from pipeline.core.errors import ConfigError, first_line, shortened
 from pipeline.core.redaction import printable
 
 # How deep a config may go: far deeper than any needs.
@@ -28,14 +28,6 @@ def packaged_configs() -> Path:
     """The folder of shipped configs: inside the installed package, or beside it in a checkout."""
     inside = Path(__file__).parent.parent / "configs"
     return inside if inside.is_dir() else inside.parent.parent / "configs"
-
-
-def working_folder() -> Path | None:
-    """The folder to which relative paths are relative, None where it was removed."""
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        return None
 
 
 def load_config(
@@ -68,24 +60,12 @@ def load_config(
         _override(raw, override)
     # What is still relative came from an override or a shipped config. Absolute paths let `verify --recompute`
     # find the model again from any folder.
-    raw = _anchor_inputs(raw, working_folder() or Path("/the removed working folder"))
+    raw = _anchor_inputs(raw, Path.cwd())
     if output is not None:
         _override_value(raw, "output.path", output)
     if limit is not None:
         _override_value(raw, "source.limit", limit)
-    _check_recordable(raw)
     return parse_config(raw)
-
-
-def _check_recordable(raw: Mapping[str, Any]) -> None:
-    """Refuse a path whose bytes are no UTF-8: JSON, of which the manifest is, has no such text."""
-    for section, keys in raw.items():
-        for key, value in keys.items() if isinstance(keys, dict) else ():
-            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-                raise ConfigError(
-                    f"{section}.{key}: the path {printable(value)} is no UTF-8, and manifest.json cannot record it; "
-                    "rename that file or folder."
-                )
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
@@ -95,6 +75,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         ConfigError: a key or value is not allowed; one sentence that names the first such key.
     """
     try:
+        _check_recordable(raw)
         kind = config_class(raw)
         try:
             return check(raw, kind)
@@ -102,6 +83,23 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
             raise ConfigError(printable(_sentence(error, kind))) from None
     except RecursionError:
         raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
+
+
+def _check_recordable(value: Any, key: str = "the config") -> None:
+    """Refuse what JSON, of which the manifest is, cannot record, and a path that can be none."""
+    if isinstance(value, Mapping):
+        for name, inside in value.items():
+            _check_recordable(name, key)
+            _check_recordable(inside, str(name) if key == "the config" else f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            _check_recordable(inside, key)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{_quoted(key)}: a whole number has more than 64 bits.")
+    elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(
+            f"{_quoted(key)}: {_quoted(value)} holds a character that no path may have or that is no UTF-8; rename it."
+        )
 
 
 class BoundedLoader(yaml.SafeLoader):
@@ -133,22 +131,6 @@ class _Loader(BoundedLoader):
                 raise yaml.YAMLError(f"the key {key.value} stands there twice")
             seen.add(name)
         return super().construct_mapping(node, deep)
-
-    def construct_text(self, node: yaml.ScalarNode) -> str:
-        text = self.construct_scalar(node)
-        if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
-            raise yaml.YAMLError("a text holds a character that no path and no file may have")
-        return str(text)
-
-    def construct_whole(self, node: yaml.ScalarNode) -> int:
-        number = self.construct_yaml_int(node)
-        if abs(number) >= 2**63:
-            raise yaml.YAMLError("a whole number has more than 64 bits")
-        return int(number)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
 
 
 def _parse_yaml(text: str) -> Any:
@@ -211,8 +193,7 @@ def _override_value(raw: dict[str, Any], key: str, value: Any) -> None:
 
 def _quoted(text: str, most: int = MOST_QUOTED) -> str:
     """What a message quotes, on one line and not too long for it."""
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= most else f"{text[:most]}..."
+    return shortened(printable(" ".join(text.split())), most)
 
 
 def _sentence(error: ValidationError, config: type[Config]) -> str:

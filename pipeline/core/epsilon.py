@@ -20,17 +20,11 @@ def epsilon_value(epsilon: str | float, key: str = "epsilons") -> float:
     Raises:
         ValueError: it is neither, or lies outside [1/255, 1].
     """
-    if isinstance(epsilon, str):
-        fraction = re.fullmatch(r"\s*(\d+)\s*/\s*255\s*", epsilon)
-        if fraction:
-            value = int(fraction[1]) / 255
-        else:
-            try:
-                value = float(epsilon)
-            except ValueError:
-                raise ValueError(f"{key}: {epsilon!r} is neither a number nor of the form k/255") from None
-    else:
-        value = float(epsilon)
+    fraction = re.fullmatch(r"\s*(\d+)\s*/\s*255\s*", str(epsilon))
+    try:
+        value = int(fraction[1]) / 255 if fraction else float(epsilon)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{key}: {epsilon!r} is neither a number nor of the form k/255") from None
     if math.isnan(value):
         raise ValueError(f"{key}: {epsilon} is not a number")
     if value > 1:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class PipelineError(Exception):
-    """A failure that the user can understand: one sentence, naming the key or file and the mend."""
+    """A failure that the user can understand: one sentence, naming the key or file and what to do."""
 
     exit_code = 1
 
@@ -73,8 +73,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's message, or its type's name."""
+    """The first non-empty line of an exception's message; without one what a time-out means, or its type's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines and isinstance(error, TimeoutError):
+        return "there was no answer in time"
     return lines[0] if lines else type(error).__name__
 
 
@@ -125,20 +127,24 @@ def write_failure(path: Path, error: OSError) -> PipelineError:
     )
 
 
-# What the system refuses for want of something, or of a right, and what helps.
-_REFUSALS = {
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (`ulimit -n`)"),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or name another disk with TMPDIR or HF_HOME"),
-    errno.EFBIG: "allow larger files (`ulimit -f`)",
-    errno.EAGAIN: "allow more processes (`ulimit -u`), or set a smaller runtime.workers",
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), "correct the path or its permissions (TMPDIR, HF_HOME)"
+# What helps where the system refuses something, and the words of the system or of a library by which it is known.
+_REFUSALS: Mapping[str, Sequence[str]] = {
+    "lower runtime.batch_size, runtime.workers or runtime.max_pixels": (
+        *("Cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment"),
     ),
-    errno.EIO: "check the disk",
+    "allow more open files (`ulimit -n`)": [os.strerror(number) for number in (errno.EMFILE, errno.ENFILE)],
+    "free some space, or name another disk with TMPDIR or HF_HOME": (
+        *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "No usable temporary directory found"),
+    ),
+    "allow larger files (`ulimit -f`)": [os.strerror(errno.EFBIG)],
+    "allow more processes (`ulimit -u`), or set a smaller runtime.workers": (
+        *(os.strerror(errno.EAGAIN), "can't start new thread"),
+    ),
+    "correct the path or its permissions (TMPDIR, HF_HOME)": (
+        *map(os.strerror, (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)),
+    ),
+    "check the disk": [os.strerror(errno.EIO)],
 }
-# How Python and libraries say it in exceptions that have no number, or one that says less.
-_NO_MEMORY = ("Cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment")
-_IN_WORDS = {errno.EAGAIN: "can't start new thread", errno.ENOSPC: "No usable temporary directory found"}
 
 
 def system_refusal(error: BaseException) -> PipelineError | None:
@@ -148,19 +154,13 @@ def system_refusal(error: BaseException) -> PipelineError | None:
     are in it either way.
     """
     for cause in causes(error):
-        said = str(cause)
-        if isinstance(cause, MemoryError) or any(words in said for words in _NO_MEMORY):
-            return PipelineError(
-                "There is not enough memory for this; lower runtime.batch_size, runtime.workers or runtime.max_pixels."
-            )
-        for number, help_ in _REFUSALS.items():
-            words = _IN_WORDS.get(number, "")
-            reason = words if words and words in said else os.strerror(number)
-            if getattr(cause, "errno", None) == number or reason in said:
+        said = "Cannot allocate memory" if isinstance(cause, MemoryError) else str(cause)
+        for fix, reasons in _REFUSALS.items():
+            for reason in filter(said.__contains__, reasons):
                 name = getattr(cause, "filename", None)
                 where = f" for {name}" if isinstance(name, str | Path) else ""
                 return PipelineError(
-                    f"The system refused{where}: {reason}. What was committed is kept; {help_}, "
+                    f"The system refused{where}: {reason}. What was committed is kept; {fix}, "
                     "then run the same command again."
                 )
     return None

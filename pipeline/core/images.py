@@ -4,21 +4,23 @@ Only formats of FORMATS are opened, whatever else Pillow could: PostScript would
 nobody keeps photographs in are parsers that nobody has attacked yet.
 """
 
+import contextlib
 import errno
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from pipeline.core.errors import PipelineError, first_line
 from pipeline.core.redaction import redact
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The largest side of a WebP image: its header holds 14 bits.
 WEBP_MAX_SIDE = 16_383
@@ -84,8 +86,10 @@ def reason_of(error: Exception) -> str:
     return redact(f"{type(error).__name__}: {first_line(error)}")
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> "Tensor":
     """(C, H, W) uint8, a view of pixels that lie channels last, as Pillow and the victims have them."""
+    import torch  # here, as configs of sources are checked without it
+
     pixels = np.array(image)
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
@@ -95,7 +99,7 @@ def choose_format(channels: int, height: int, width: int) -> ImageFormat:
     return "webp" if channels == 3 and max(height, width) <= WEBP_MAX_SIDE else "png"
 
 
-def encode_images(images_u8: Tensor, image_format: ImageFormat) -> list[bytes]:
+def encode_images(images_u8: "Tensor", image_format: ImageFormat) -> list[bytes]:
     """Encode images losslessly.
 
     Args:
@@ -140,7 +144,7 @@ def open_stored(
     return image
 
 
-def decode_image(data: bytes, shape: Sequence[int] | None = None) -> Tensor:
+def decode_image(data: bytes, shape: Sequence[int] | None = None) -> "Tensor":
     """Read a stored image back, exactly.
 
     Args:
@@ -153,14 +157,8 @@ def decode_image(data: bytes, shape: Sequence[int] | None = None) -> Tensor:
     Raises:
         UndecodableError: the bytes are no image, or one of another shape.
     """
-    _admit(shape)
-    try:
-        with open_stored(data, shape) as image:
-            return to_tensor(image)
-    except (UndecodableError, MemoryError):  # for want of memory nothing is said of the image
-        raise
-    except Exception as error:  # as in read_image
-        raise UndecodableError(reason_of(error)) from None
+    with _stored(data, shape, STORED_FORMATS) as image:
+        return to_tensor(image)
 
 
 def decode_images(data: Sequence[bytes], image_format: ImageFormat, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -177,22 +175,24 @@ def decode_images(data: Sequence[bytes], image_format: ImageFormat, shape: tuple
     Raises:
         UndecodableError: one is no image of that format and shape.
     """
-    _admit(shape)
     channels, height, width = shape
     pixels = []
     for encoded in data:
-        try:
-            with open_stored(encoded, shape, (image_format,)) as image:
-                pixels.append(image.tobytes())
-        except (UndecodableError, MemoryError):
-            raise
-        except Exception as error:  # as in read_image
-            raise UndecodableError(reason_of(error)) from None
+        with _stored(encoded, shape, (image_format,)) as image:
+            pixels.append(image.tobytes())
     # All at once: an array of its own for every image would cost a tenth of its decoding.
     return np.frombuffer(bytearray().join(pixels), dtype=np.uint8).reshape(-1, height, width, channels)
 
 
-def _admit(shape: Sequence[int] | None) -> None:
-    """Let Pillow open images of a shape, which may lie past its own limit."""
-    if shape is not None:
+@contextlib.contextmanager
+def _stored(data: bytes, shape: Sequence[int] | None, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """A stored picture, of which nothing else is said than why it cannot be decoded; arguments as `open_stored`."""
+    if shape is not None:  # which may lie past Pillow's own limit
         Image.MAX_IMAGE_PIXELS = max(PILLOW_PIXELS, shape[1] * shape[2])
+    try:
+        with open_stored(data, shape, formats) as image:
+            yield image
+    except (UndecodableError, MemoryError):  # for want of memory nothing is said of the image
+        raise
+    except Exception as error:  # as in read_image
+        raise UndecodableError(reason_of(error)) from None

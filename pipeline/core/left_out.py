@@ -1,12 +1,27 @@
-"""What of a source is no row of it, counted by reason."""
+"""What of a source is not in the output: rows that cannot be decoded, and what is no row, counted by reason."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 # Names of files that are kept for each reason to leave files out.
 FIRST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source row that could not be decoded; `position` is its row in the shard, `file` the image's name."""
+
+    # Receipts hold it.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    position: Annotated[int, Field(ge=0, lt=2**63)]
+    source_index: Annotated[int, Field(ge=0, lt=2**63)]
+    reason: str
+    file: str | None = None
 
 
 class LeftOut(BaseModel):
@@ -27,13 +42,13 @@ class Tally:
     """Counts what is left out of a source."""
 
     def __init__(self) -> None:
-        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._counts: Counter[str] = Counter()
         self._first: defaultdict[str, list[str]] = defaultdict(list)
 
-    def add(self, reason: str, name: str) -> None:
-        self._counts[reason] += 1
-        if len(self._first[reason]) < FIRST_NAMES:
-            self._first[reason].append(name)
+    def add(self, reason: str, *names: str, count: int = 1) -> None:
+        """Count so many for a reason; `names` are the first of them."""
+        self._counts[reason] += count
+        self._first[reason] += names[: FIRST_NAMES - len(self._first[reason])]
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """What was counted, in the order in which reasons came up."""
@@ -45,9 +60,7 @@ class Tally:
 
 def sum_left_out(parts: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
     """What several parts of a source leave out, by reason, with as many names as one of them may have."""
-    counts: defaultdict[str, int] = defaultdict(int)
-    first: defaultdict[str, list[str]] = defaultdict(list)
+    tally = Tally()
     for part in parts:
-        counts[part.reason] += part.count
-        first[part.reason] += part.first[: FIRST_NAMES - len(first[part.reason])]
-    return tuple(LeftOut(reason=why, count=count, first=tuple(first[why])) for why, count in counts.items())
+        tally.add(part.reason, *part.first, count=part.count)
+    return tally.left_out()

@@ -6,10 +6,12 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from pipeline.core.errors import ConfigError, first_line
+from pipeline.core.errors import ConfigError, explained
 
 
 def names_file(name: str) -> bool:
@@ -28,35 +30,31 @@ def import_own(name: str, key: str) -> Callable[..., Any]:
         ConfigError: there is no such file or module, it fails on import, or it has no such callable.
     """
     where, _, attribute = name.rpartition(":")
-    try:
-        module = _import_file(Path(where).expanduser(), key) if names_file(name) else None
-        if module is None:
+    with explained(f"{key}: {where} cannot be imported", kind=ConfigError):  # the user's module runs on import
+        if names_file(name):
+            module = _import_file(Path(where).expanduser(), key)
+        else:
             # As with `python -m`: a module in the working folder counts, which a console script's path lacks.
             if str(Path.cwd()) not in sys.path:
                 sys.path.append(str(Path.cwd()))
             module = importlib.import_module(where)
-    except ConfigError:
-        raise
-    except Exception as error:  # the user's module runs on import
-        raise ConfigError(f"{key}: {where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     found: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(found):
         raise ConfigError(f"{key}: {where} has no callable {attribute}.")
     return found
 
 
-def _import_file(path: Path, key: str) -> Any:
-    if not path.is_file():
+def _import_file(path: Path, key: str) -> ModuleType:
+    if not path.is_file():  # though it was imported before
         raise ConfigError(f"{key}: there is no file {path}.")
     name = f"_fgsm_own_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
+        loader = SourceFileLoader(name, str(path))
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
         assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(sys.modules[name])
         except BaseException:
             del sys.modules[name]
             raise

@@ -82,25 +82,17 @@ class Plan:
         return sum(map(len, self.shards))
 
 
-class _Orders(Mapping[str, NDArray[np.int64]]):
+class _Orders(dict[str, NDArray[np.int64]]):
     """The order of each split's rows, made on first use."""
 
     def __init__(self, split_rows: Mapping[str, int], shuffle: bool, seed: int, limit: int | None) -> None:
-        self._split_rows, self._shuffle, self._seed, self._limit = dict(split_rows), shuffle, seed, limit
-        self._made: dict[str, NDArray[np.int64]] = {}
+        self._split_rows, self._shuffle, self._seed, self._limit = split_rows, shuffle, seed, limit
 
-    def __getitem__(self, split: str) -> NDArray[np.int64]:
-        if split not in self._made:
-            rows = self._split_rows[split]
-            order = np.random.RandomState(self._seed).permutation(rows) if self._shuffle else np.arange(rows)
-            self._made[split] = order[: self._limit].astype(np.int64, copy=False)
-        return self._made[split]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._split_rows)
-
-    def __len__(self) -> int:
-        return len(self._split_rows)
+    def __missing__(self, split: str) -> NDArray[np.int64]:
+        rows = self._split_rows[split]
+        order = np.random.RandomState(self._seed).permutation(rows) if self._shuffle else np.arange(rows)
+        self[split] = order[: self._limit].astype(np.int64, copy=False)
+        return self[split]
 
 
 def make_plan(

@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.core.batches import Batch
 from pipeline.core.errors import NonFiniteError, PipelineError, RowError
 from pipeline.core.lanes import Lanes, available_cores
-from pipeline.core.left_out import LeftOut, sum_left_out
+from pipeline.core.left_out import LeftOut, Skipped, sum_left_out
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part, compile_victim
 from pipeline.engine.loader import load_batches, name_row
@@ -31,7 +31,7 @@ from pipeline.engine.progress import Busy, Progress
 from pipeline.engine.run import Run, versions
 from pipeline.engine.scores import count, score
 from pipeline.layouts.base import IMAGE, Scores, encode_column, picture_columns
-from pipeline.output.folder import OutputFolder, Receipt, SkippedRow, VariantCounts, add_up
+from pipeline.output.folder import OutputFolder, Receipt, VariantCounts, add_up
 from pipeline.output.shards import ShardWriter
 
 # Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
@@ -296,7 +296,7 @@ class _Sink:
     def _start(self) -> None:
         # Of each batch, in every variant.
         self._counts: list[list[VariantCounts]] = []
-        self._skipped: list[SkippedRow] = []
+        self._skipped: list[Skipped] = []
         self._left_out: list[LeftOut] = []
         self._zero_signs = 0
 
@@ -346,10 +346,7 @@ class _Sink:
         )
         self._zero_signs += zero_signs
         self._left_out += batch.left_out
-        self._skipped += [
-            SkippedRow(position=row.position, source_index=row.source_index, reason=row.reason, file=row.file)
-            for row in batch.skipped
-        ]
+        self._skipped += batch.skipped
 
     def _receipt(self, shard: Shard) -> Receipt:
         counts = [

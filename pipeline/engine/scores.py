@@ -6,7 +6,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -65,31 +64,57 @@ def score(
     """
     spaces = {VICTIM: space, **(evaluators or {})}
     confidence, predicted = (probabilities := logits.float().softmax(-1)).max(-1)
-    predictions = [predicted, *evaluations]
-    wanted = [each.model_labels(labels) for each in spaces.values()]
-    chosen = wanted[0].clamp(min=0).expand(len(logits), -1).unsqueeze(-1)
-    correct = torch.stack([now == own for now, own in zip(predictions, wanted, strict=True)])
-    unlabelled = (labels == UNLABELLED).numpy()
-    fooled = correct[0, :1] & ~correct[0] if target is None else predicted == target
-    unknown = np.tile(unlabelled & (target is None), (len(logits), 1))
+    chosen = space.model_labels(labels).clamp(min=0).expand(len(logits), -1).unsqueeze(-1)
+    predictions = zip(spaces.values(), [predicted, *evaluations], strict=True)
+    return complete_scores(
+        variants,
+        np.stack([each.to_recorded[now.numpy()] for each, now in predictions]),
+        confidence.numpy(),
+        probabilities.gather(-1, chosen).squeeze(-1).numpy(),
+        labels.numpy(),
+        None if target is None else space.to_recorded[target.numpy()],
+        spaces,
+    )
+
+
+def complete_scores(
+    variants: tuple[Variant, ...],
+    prediction: NDArray[np.int64],
+    confidence: NDArray[np.float32],
+    label_confidence: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    target: NDArray[np.int64] | None,
+    spaces: Mapping[str, LabelSpace],
+) -> Scores:
+    """Scores, with all that follows from predictions: what is correct, what is fooled, and what nobody can say.
+
+    Args:
+        variants, prediction, confidence, target: as in `Scores`.
+        label_confidence: (V, M), of any value where a row is unlabelled.
+        labels: (M,) dataset classes, -1 for unlabelled.
+        spaces: of each model, the victim first under VICTIM.
+    """
+    unlabelled = labels == UNLABELLED
+    wanted = np.stack([space.to_recorded[space.to_model[np.maximum(labels, 0)]] for space in spaces.values()])
+    correct = prediction == wanted[:, None]
+    fooled = correct[0, :1] & ~correct[0] if target is None else prediction[0] == target
+    unknown = np.tile(unlabelled & (target is None), (len(variants), 1))
     unknown[0] = True
     return Scores(
         variants=variants,
         models=tuple(spaces),
-        prediction=np.stack(
-            [each.to_recorded[now.numpy()] for each, now in zip(spaces.values(), predictions, strict=True)]
-        ),
+        prediction=prediction,
         correct=_masked(correct, unlabelled),
-        confidence=confidence.numpy(),
-        label_confidence=_masked(probabilities.gather(-1, chosen).squeeze(-1), unlabelled),
+        confidence=confidence,
+        label_confidence=_masked(label_confidence, unlabelled),
         fooled=_masked(fooled, unknown),
         label=_masked(labels, unlabelled),
-        target=None if target is None else space.to_recorded[target.numpy()],
+        target=target,
     )
 
 
-def _masked(values: Tensor, mask: NDArray[np.bool_]) -> Any:
-    return np.ma.MaskedArray(values.numpy(), np.broadcast_to(mask, values.shape))
+def _masked(values: NDArray[Any], mask: NDArray[np.bool_]) -> Any:
+    return np.ma.MaskedArray(values, np.broadcast_to(mask, values.shape))
 
 
 def count(variant: Variant, rows: pa.Table, clean: pa.Table, evaluators: Iterable[str]) -> VariantCounts:

@@ -25,7 +25,7 @@ import torch
 from ray._private.utils import read_ray_address  # it has no public name
 
 from pipeline.config.schema import RuntimeConfig
-from pipeline.core.errors import ConfigError, PipelineError, RowError, ShardsFailedError, causes, first_line
+from pipeline.core.errors import ConfigError, PipelineError, RowError, ShardsFailedError, causes, explained, first_line
 from pipeline.core.lanes import given_cores
 from pipeline.core.plan import Shard
 from pipeline.core.redaction import redact
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerContext:
     """Where a worker works: `cwd` is the driver's folder, to which a factory's modules may be relative; `cores` and
     `gpus` are what Ray has given it, a part of a GPU too; `device` is `runtime.device`.
     """
@@ -61,19 +61,19 @@ class Place:
 
 
 @contextlib.contextmanager
-def at_work(place: Place) -> Iterator[None]:
+def at_work(context: WorkerContext) -> Iterator[None]:
     """In the driver's folder, where the node has it, and with no more than Ray gave.
 
     What is raised names no credential of this node, which the driver would not know.
     """
     with contextlib.suppress(OSError):
-        os.chdir(place.cwd)
-    if not place.gpus and place.device == "auto":
+        os.chdir(context.cwd)
+    if not context.gpus and context.device == "auto":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of the node's GPUs in sight
-    elif 0 < place.gpus < 1 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(place.gpus)
+    elif 0 < context.gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(context.gpus)
     try:
-        with given_cores(place.cores):
+        with given_cores(context.cores):
             yield
     except Exception as error:
         for cause in causes(error):
@@ -100,16 +100,16 @@ def listening() -> Iterator[list[tuple[int, str]]]:
 
 
 def call_on_worker(
-    place: Place, function: Callable[..., Result], *arguments: Any
+    context: WorkerContext, function: Callable[..., Result], *arguments: Any
 ) -> tuple[Result, list[tuple[int, str]]]:
     """What a function returns, and what was said meanwhile."""
-    with at_work(place), listening() as said:
+    with at_work(context), listening() as said:
         return function(*arguments), said
 
 
-def write_on_worker(place: Place, write: Write, shard: Shard) -> list[Written] | RowError:
+def write_on_worker(context: WorkerContext, write: Write, shard: Shard) -> list[Written] | RowError:
     """Write one shard. What ends the whole run is returned: raised, it would be tried again."""
-    with at_work(place):
+    with at_work(context):
         try:
             return [*write([shard])]
         except RowError as error:
@@ -120,7 +120,7 @@ def write_on_worker(place: Place, write: Write, shard: Shard) -> list[Written] |
 
 
 @dataclass(frozen=True)
-class Workers:
+class Resources:
     """What each worker is given, and how many there may be at once; None for as many as there is room for."""
 
     cpus: int
@@ -128,27 +128,16 @@ class Workers:
     most: int | None
 
     def __str__(self) -> str:
-        parts = [_many(self.cpus, "CPU")]
-        if self.gpus:
-            parts.append(f"{self.gpus:g} GPU" + "s" * (self.gpus > 1))
-        return " and ".join(parts)
-
-    def fit(self, node: Mapping[str, float]) -> int:
-        """How many a node with these resources has room for."""
-        room = int(node.get("CPU", 0) // self.cpus)
-        return min(room, int(node.get("GPU", 0) / self.gpus + 1e-9)) if self.gpus else room
+        return f"{self.cpus} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
 
     def room(self, nodes: Sequence[Mapping[str, float]]) -> int:
-        """How many work at once."""
-        room = sum(map(self.fit, nodes))
+        """How many workers nodes with such resources have room for at once."""
+        needs = [(name, need) for name, need in (("CPU", self.cpus), ("GPU", self.gpus)) if need]
+        room = sum(int(min(node.get(name, 0) / need + 1e-9 for name, need in needs)) for node in nodes)
         return room if self.most is None else min(room, self.most)
 
 
-def _many(count: int, thing: str) -> str:
-    return f"{count} {thing}" + "s" * (count != 1)
-
-
-def share_out(runtime: RuntimeConfig, nodes: Sequence[Mapping[str, float]]) -> Workers:
+def share_out(runtime: RuntimeConfig, nodes: Sequence[Mapping[str, float]]) -> Resources:
     """Decide what each worker is given: on GPUs one each and its part of the node's CPUs, else all CPUs of a node.
 
     Args:
@@ -158,29 +147,26 @@ def share_out(runtime: RuntimeConfig, nodes: Sequence[Mapping[str, float]]) -> W
     Raises:
         ConfigError: no node has what one worker needs.
     """
-    gpus, asked = runtime.ray.gpus_per_worker, runtime.ray.cpus_per_worker
+    gpus, cpus = runtime.ray.gpus_per_worker, runtime.ray.cpus_per_worker
     most = None if runtime.ray.workers == "auto" else runtime.ray.workers
     if gpus == "auto":
-        there = any(node.get("GPU", 0) for node in nodes)
-        gpus = float(runtime.device == "cuda" or (runtime.device == "auto" and there))
-    if asked != "auto":
-        cpus = asked
-    elif gpus:
-        # On every node with enough GPUs none is left over for want of CPUs.
-        parts = [int(node.get("CPU", 0) // (node["GPU"] // gpus)) for node in nodes if node.get("GPU", 0) >= gpus]
-        cpus = max(1, min(parts, default=1))
-    else:
-        # One size has to do for all nodes: that of the one in the middle, which so many workers share out.
-        sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1] or [1]
-        cpus = max(1, statistics.median_low(sizes) // -(-(most or 1) // len(sizes)))
-    workers = Workers(cpus, gpus, most)
-    if not workers.room(nodes):
-        has = "; ".join(sorted({f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes}))
+        some = any(node.get("GPU", 0) for node in nodes)
+        gpus = float(runtime.device == "cuda" or (runtime.device == "auto" and some))
+    if cpus == "auto":
+        usable = [node for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
+        beside = [node["GPU"] // gpus if gpus else -(-(most or 1) // len(usable)) for node in usable]
+        shares = [max(1, int(node["CPU"] // workers)) for node, workers in zip(usable, beside, strict=True)] or [1]
+        # One size has to do for all nodes: with GPUs none of these is left over for want of CPUs.
+        size: int = min(shares) if gpus else statistics.median_low(shares)
+        cpus = size
+    resources = Resources(cpus, gpus, most)
+    if not resources.room(nodes):
+        has = "; ".join(sorted({f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes}))
         raise ConfigError(
-            f"runtime.ray: a worker needs {workers}, and no node of the Ray cluster has that (they have {has}); "
+            f"runtime.ray: a worker needs {resources}, and no node of the Ray cluster has that (they have {has}); "
             "set cpus_per_worker and gpus_per_worker, or runtime.device."
         )
-    return workers
+    return resources
 
 
 class RayExecutor(Executor):
@@ -194,12 +180,9 @@ class RayExecutor(Executor):
             _connect()
         nodes = _nodes()
         self._each = share_out(self.runtime, nodes)
-        self._place = Place(str(Path.cwd()), self.runtime.device, self._each.cpus, self._each.gpus)
+        self._context = WorkerContext(str(Path.cwd()), self.runtime.device, self._each.cpus, self._each.gpus)
         self.workers, self._stuck = self._each.room(nodes), False
-        logger.info(
-            "Ray: %s, room for %s with %s each.",
-            _many(len(nodes), "node"), _many(self.workers, "worker"), self._each,
-        )  # fmt: skip
+        logger.info("Ray: nodes: %d; workers: %d, with %s each.", len(nodes), self.workers, self._each)
         return self
 
     def __exit__(
@@ -210,7 +193,7 @@ class RayExecutor(Executor):
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What a function returns that is called on a worker; a worker that is lost is replaced."""
-        reference = self._remote(call_on_worker, retry_exceptions=False).remote(self._place, function, *arguments)
+        reference = self._remote(call_on_worker, retry_exceptions=False).remote(self._context, function, *arguments)
         try:
             answer: tuple[Result, list[tuple[int, str]]] = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -247,7 +230,7 @@ class RayExecutor(Executor):
             while waiting and len(flying) < window:
                 shard = waiting.popleft()
                 # By value with each task: an object that is shared must be fetched from here, one more thing to fail.
-                flying[task.options(name=f"write {shard.name}").remote(self._place, write, shard)] = shard
+                flying[task.options(name=f"write {shard.name}").remote(self._context, write, shard)] = shard
 
         try:
             submit()
@@ -317,51 +300,32 @@ def _connect() -> None:
     Raises:
         PipelineError: the cluster that is named does not answer or does not take this process, or none can be started.
     """
-    named = os.environ.get("RAY_ADDRESS")
-    address = named or read_ray_address()
-    # Ray itself would try for minutes to reach a cluster that is gone.
-    silence = _silence(address)
-    if silence and named:
-        raise PipelineError(
-            f"RAY_ADDRESS: no Ray cluster answers at {named} ({silence.rstrip('.')}); start it, or unset the variable "
-            "to start a local one."
-        )
-    if silence:
-        logger.warning(
-            "The Ray cluster that this machine remembers, at %s, does not answer (%s); starting a local one.",
-            address, silence.rstrip("."),
-        )  # fmt: skip
+    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    if address and address != "local":
+        # A local cluster in its place would be a day's work on one machine.
+        _check_answers(address)
+        failed = f"RAY_ADDRESS: the Ray cluster at {address} does not take this process"
+        fix = "correct that, or set it to local to start one of this machine's cores"
+    else:
+        failed = "Ray cannot be started on this machine"
+        fix = "run the same command again when the machine is less busy, or set RAY_TMPDIR to a short path such as /tmp"
     # What was ended for want of memory Ray would try again for ever.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init("local" if silence else None, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Exception itself, where a process of Ray's does not start in time
-        reason = first_line(error).rstrip(".")
-        if address and not silence and address != "local":
-            # As of another version of Ray or Python, or without its token. A local one in its place would be a day's
-            # work on one machine.
-            raise PipelineError(
-                f"RAY_ADDRESS: the Ray cluster at {address} does not take this process ({reason}); mend that, or set "
-                "it to local to start one of this machine's cores."
-            ) from error
-        raise PipelineError(
-            f"Ray cannot be started on this machine ({reason}); run the same command again when the machine is less "
-            "busy, or name a folder with a short name for it with RAY_TMPDIR, such as /tmp."
-        ) from error
+        # Exception itself, where a process of Ray's does not start in time.
+        with explained(failed, fix):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
     finally:
         # Ray takes SIGTERM for itself, where it can.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
 
-def _silence(address: str | None) -> str | None:
-    """Why nothing answers at an address of the form host:port, found out within seconds; None where something does."""
-    host, _, port = (address or "").rpartition(":")
-    if not host or "//" in host or not port.isdigit():
-        return None
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except OSError as error:
-        return error.strerror or first_line(error)
-    return None
+def _check_answers(address: str) -> None:
+    """Find out within seconds whether a cluster of the form host:port is gone: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "//" not in host and port.isdigit():
+        fix = "start it, or set RAY_ADDRESS to local to start one of this machine's cores"
+        with explained(f"RAY_ADDRESS: no Ray cluster answers at {address}", fix, errors=(OSError,)):
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()

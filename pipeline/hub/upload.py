@@ -35,7 +35,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
 
 from pipeline import __version__
 from pipeline.check.verify import verify
-from pipeline.core.errors import ConfigError, PipelineError, causes, first_line, listing
+from pipeline.core.errors import ConfigError, PipelineError, causes, explained, first_line, listing
 from pipeline.core.redaction import redact_answer
 from pipeline.output.card import moved_card
 from pipeline.output.folder import SUBSETS, OutputFolder, report_files, reported_receipts
@@ -52,8 +52,6 @@ ATTRIBUTES = ".gitattributes"
 # Files of the report by their names, and those that it no longer has.
 REPORT = r"report\.html|assets/(accuracy|confidence|examples|confusion|transfer)\.png"
 
-Content = bytes  # OwnFile has a field called bytes
-
 logger = logging.getLogger(__name__)
 
 
@@ -61,9 +59,9 @@ logger = logging.getLogger(__name__)
 class OwnFile:
     """A file of the dataset, with the digest that verification found. All but shards hold their content."""
 
-    bytes: int
+    size: int
     sha256: str
-    content: Content | None = None
+    content: bytes | None = None
 
 
 def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> str:
@@ -89,7 +87,10 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
         _patiently(repo_id, token, lambda: _open_repository(api, repo_id, folder, manifest, private))
         _move_card(folder, manifest, repo_id)
         if reported_receipts(folder) != manifest.receipts:
-            _report(folder, manifest)
+            from pipeline.report.page import write_report  # and with it matplotlib, which is seldom needed here
+
+            logger.info("Making the report.")
+            write_report(folder, manifest)
         files = list_files(folder, manifest)
         if others := _left_out(folder, files):
             logger.info("Not published, as they are not of this dataset: %s.", listing(others))
@@ -106,28 +107,22 @@ def dry_run(path: str | Path, repo_id: str) -> str:
     _check_id(repo_id)
     folder, manifest = _verified(path)
     files = list_files(folder, manifest)
-    sizes = [human_bytes(file.bytes) for file in files.values()]
-    total = f"{len(files):,} files, {human_bytes(sum(file.bytes for file in files.values()))}, for {repo_id}"
-    width = max(map(len, sizes))
-    lines = [f"{size:>{width}}  {name}" for size, name in zip(sizes, files, strict=True)]
+    lines = [f"{human_bytes(file.size):>8}  {name}" for name, file in files.items()]
     others = _left_out(folder, files)
     if reported_receipts(folder) != manifest.receipts:
-        lines.append(f"{'?':>{width}}  report.html and assets/, which publishing makes anew")
+        lines.append(f"{'?':>8}  report.html and assets/, which publishing makes anew")
         others = [name for name in others if name != folder.report and not name.startswith(f"{folder.assets}/")]
-    lines += [f"{'not':>{width}}  {name}, which is not of this dataset" for name in others]
+    lines += [f"{'not':>8}  {name}, which is not of this dataset" for name in others]
+    total = f"{len(files):,} files, {human_bytes(sum(file.size for file in files.values()))}, for {repo_id}"
     return "\n".join([*lines, "", total])
 
 
 def _check_id(repo_id: str) -> None:
-    try:
+    what, fix = f"{repo_id!r} is not the id of a dataset on the Hub", "write it as user/name"
+    with explained(what, fix, errors=(HFValidationError,), kind=ConfigError):
         validate_repo_id(repo_id)
-        sound = repo_id.count("/") == 1
-    except HFValidationError:
-        sound = False
-    if not sound:
-        raise ConfigError(
-            f"{repo_id!r} is not the id of a dataset on the Hub; write it as user/name, of letters, digits, ., _ and -."
-        )
+        if "/" not in repo_id:
+            raise HFValidationError("it names no user")
 
 
 def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
@@ -138,16 +133,16 @@ def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
     logger.info("Verifying %s.", folder.root)
     findings = verify(path)
     if findings.problems:
-        mend = "; then publish again"
+        fix = "then publish again"
         if findings.missing:
-            mend = "; run the generate command that made it"
+            fix = "run the generate command that made it"
         if findings.damaged:
-            mend = f"; run fgsm verify {path} --repair and then the generate command that made it"
+            fix = f"run fgsm verify {path} --repair and then the generate command that made it"
         # That manifest and card do not agree follows from what is damaged or missing.
         causes = [problem for problem in findings.problems if "generate writes it again" not in problem]
         first, *others = causes or findings.problems
         more = f" (and {len(others)} problems more)" if others else ""
-        raise PipelineError(f"{path} cannot be published: {first.rstrip('.')}{more}{mend}.")
+        raise PipelineError(f"{path} cannot be published: {first.rstrip('.')}{more}; {fix}.")
     return folder, manifest
 
 
@@ -159,9 +154,9 @@ def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, OwnFile]:
     files = {
         entry.path: OwnFile(entry.bytes, entry.sha256) for entry in sorted(manifest.files, key=lambda entry: entry.path)
     }
-    there = folder.store.sizes()
+    stored = folder.store.sizes()
     small = {folder.manifest: published(manifest).model_dump_json(indent=1).encode()}
-    small |= {name: folder.store.read(name) for name in (folder.card, *report_files(folder)) if name in there}
+    small |= {name: folder.store.read(name) for name in (folder.card, *report_files(folder)) if name in stored}
     return files | {
         name: OwnFile(len(content), hashlib.sha256(content).hexdigest(), content) for name, content in small.items()
     }
@@ -204,12 +199,8 @@ def _open_repository(api: HfApi, repo_id: str, folder: OutputFolder, manifest: M
             raise ConfigError(f"{repo_id} holds {what}; {advice}.")
         return
     files = list_files(folder, manifest)
-    strange = [
-        path
-        for path, file in there.items()
-        if path != ATTRIBUTES and not (path in files and _is_same(folder, path, files[path], file))
-    ]
-    if strange:
+    same = files.keys() - _differing(folder, files, there)
+    if strange := [path for path in there if path not in (*same, ATTRIBUTES)]:
         raise ConfigError(f"{repo_id} holds other files already ({listing(strange, 3)}); {advice}.")
 
 
@@ -244,13 +235,6 @@ def _move_card(folder: OutputFolder, manifest: Manifest, repo_id: str) -> None:
         folder.store.write(folder.card, moved.encode())
 
 
-def _report(folder: OutputFolder, manifest: Manifest) -> None:
-    from pipeline.report.page import write_report  # and with it matplotlib, which is seldom needed here
-
-    logger.info("Making the report.")
-    write_report(folder, manifest)
-
-
 def _left_by_an_earlier_upload(manifest: Manifest, files: Mapping[str, OwnFile], there: Iterable[str]) -> list[str]:
     """Files of this run by their names that the Hub has and the dataset does not have any more."""
     shards = rf"{SUBSETS}/[^/]+-of-\d{{5,}}-{manifest.run_id}(-\d+)?\.parquet"
@@ -267,9 +251,9 @@ def _upload(api: HfApi, repo_id: str, folder: OutputFolder, manifest: Manifest, 
     if not missing and not stale:
         logger.info("All %d files are already there.", len(files))
         return
-    size = human_bytes(sum(files[path].bytes for path in missing))
+    size = human_bytes(sum(files[path].size for path in missing))
     logger.info("Uploading %d of %d files, %s, to %s.", len(missing), len(files), size, repo_id)
-    shards = {path: files[path].bytes for path in missing if files[path].content is None}
+    shards = {path: files[path].size for path in missing if files[path].content is None}
     # By folders: the client compares every name with every pattern. What is there already it finds out itself.
     folders = sorted({path.rpartition("/")[0] for path in shards})
     for root in folder.store.staged(shards) if shards else ():
@@ -310,7 +294,7 @@ def _differing(folder: OutputFolder, files: Mapping[str, OwnFile], there: Mappin
 
 def _is_same(folder: OutputFolder, path: str, local: OwnFile, remote: RepoFile) -> bool:
     """Whether the Hub's file has the same size and content: LFS and Xet say its sha256, Git the sha1 of its blob."""
-    if local.bytes != remote.size:
+    if local.size != remote.size:
         return False
     if remote.lfs is not None:
         return bool(local.sha256 == remote.lfs.sha256)

@@ -36,10 +36,6 @@ class PerImage(Layout):
 
     per_image = True
 
-    def subset(self, variant: Variant) -> str:
-        del variant
-        return self.subsets
-
     def features(self, contents: Contents) -> dict[str, Any]:
         import datasets
 
@@ -70,10 +66,10 @@ class PerImage(Layout):
         order = pa.array(np.tile(np.arange(len(attacked)), rows))
         entries = {}
         for column in columns_of(schema.names):
-            if column.value is None:
-                entries[column.name] = pa.array(map(column.of_variant, attacked), column.type).take(order)
+            if column.of_variant:
+                entries[column.name] = pa.array([getattr(v, column.name) for v in attacked], column.type).take(order)
                 continue
-            values = column.value(scores, batch)
+            values = column.values(scores, batch)
             if not column.per_variant:
                 columns[column.name] = values
                 continue

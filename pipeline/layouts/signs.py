@@ -32,15 +32,8 @@ class Signs(PerImage):
     subsets = "signs"
     stores_sign = True
 
-    def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
-        return self.ray(variants[-1], variants)
-
-    def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
-        del variant, variants
-        return Picture(self.subsets, IMAGE), Picture(self.subsets, SIGN)
-
-    def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
-        return self.ray(variant, variants)[: 1 if variant == CLEAN else 2]
+    def picture(self, variant: Variant) -> Picture:
+        return Picture(self.subsets, IMAGE if variant == CLEAN else SIGN)
 
     def stored(self, images: "Sequence[Tensor]", sign: "Tensor") -> "tuple[Tensor, ...]":
         from pipeline.core.lattice import sign_to_picture

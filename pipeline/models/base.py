@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import PreprocessConfig
-from pipeline.core.errors import ConfigError, first_line, listing
+from pipeline.core.errors import ConfigError, explained
 from pipeline.models.label_space import Labelled, LabelSpace, join_labels
 
 # The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
@@ -98,20 +98,20 @@ class Model(nn.Module):
 
         # On a CPU: code that is called from C++ lets go of the GIL; called from Python, one lane holds up the others.
         options: dict[str, Any] = {"cpp_wrapper": True} if self.mean.device.type == "cpu" else {}
-        differentiable = torch.compile(self._logits, dynamic=False, options=options)
-        inferred = torch.compile(self._logits_of_pixels, dynamic=False, options=options)
 
-        # Settings of the compiler do not reach other threads, so they are made for each call.
-        def patient(images: Tensor) -> Tensor:
-            with dynamo.patch(recompile_limit=COMPILED_FORMS):
-                return differentiable(images)
+        def compiled(function: Callable[[Tensor], Tensor], freezing: bool) -> Callable[[Tensor], Tensor]:
+            run = torch.compile(function, dynamic=False, options=options)
 
-        def frozen(images_u8: Tensor) -> Tensor:
-            # As an option of torch.compile `freezing` does not reach the tracer.
-            with dynamo.patch(recompile_limit=COMPILED_FORMS), inductor.patch(freezing=True):
-                return inferred(images_u8)
+            def call(images: Tensor) -> Tensor:
+                # Settings of the compiler do not reach other threads, so they are made for each call; as an option of
+                # torch.compile `freezing` does not reach the tracer.
+                with dynamo.patch(recompile_limit=COMPILED_FORMS), inductor.patch(freezing=freezing):
+                    return run(images)
 
-        self._differentiable, self._inferred = patient, frozen
+            return call
+
+        self._differentiable = compiled(self._logits, freezing=False)
+        self._inferred = compiled(self._logits_of_pixels, freezing=True)
         try:
             yield
             self.compiled = True
@@ -148,25 +148,18 @@ class Model(nn.Module):
         Raises:
             ConfigError: the model does not take such images, does not return logits, or lets no gradient through.
         """
-        device = self.mean.device
-        try:
-            image = self.unit(torch.zeros((1, *shape), dtype=torch.uint8, device=device)).requires_grad_()
+        failed = f"model: it does not take images of shape {shape} (channels, height, width)"
+        with explained(failed, kind=ConfigError):  # the model is the user's code
+            image = self.unit(torch.zeros((1, *shape), dtype=torch.uint8, device=self.mean.device)).requires_grad_()
             logits = self(image)
-        except ConfigError:
-            raise
-        except Exception as error:  # the model is the user's code
-            raise ConfigError(
-                f"model: it does not take images of shape {shape} (channels, height, width): {first_line(error)}"
-            ) from error
         if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
             raise ConfigError(
                 f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "
                 "of two classes or more are needed."
             )
-        if not attacked:
-            return int(logits.shape[1])
-        reached = torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] if logits.requires_grad else None
-        if reached is None:
+        if attacked and not (
+            logits.requires_grad and torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is not None
+        ):
             raise ConfigError("model: no gradient reaches its input; does it run under torch.no_grad or detach?")
         return int(logits.shape[1])
 
@@ -186,20 +179,9 @@ def _logits_of(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ConfigError(
-            f"model: it returned {_described(output)}; return the logits alone, a tensor (images, classes), or as "
-            '"logits" of a dict or .logits of an object.'
+            f"model: it returned an object of type {type(output).__name__}; return the logits alone, a tensor (images, "
+            'classes), or as "logits" of a dict or .logits of an object.'
         )
     if not logits.is_floating_point():
         raise ConfigError(f"model: it returned {logits.dtype} values; logits are floating-point numbers.")
     return logits
-
-
-def _described(output: Any) -> str:
-    """What a module returned in place of a tensor."""
-    if output is None:
-        return "None"
-    if isinstance(output, Mapping):
-        return f"a {type(output).__name__} with the keys {listing([*map(repr, output)])}"
-    if isinstance(output, tuple | list):
-        return f"a {type(output).__name__} of {listing([type(part).__name__ for part in output])}"
-    return f"an object of type {type(output).__name__}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.errors import ConfigError, first_line, listing
+from pipeline.core.errors import ConfigError, explained, listing
 
 # Keys that may lead to a state dict, one within another.
 DEEPEST = 4
@@ -28,13 +28,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
         raise ConfigError(f"model.weights: there is no file {path}.")
     expected = module.state_dict()
     weights = _state_dict(_read_checkpoint(path), expected, path)
-    missing, unexpected = _misfits(weights, expected)
-    reshaped = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
-    problems = [
-        f"{what} {listing(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if keys
-    ]
+    problems = [f"{what} {listing(keys)}" for what, keys in _misfits(weights, expected).items() if keys]
     if problems:
         raise ConfigError(f"model.weights: {path} does not fit the model: {'; '.join(problems)}.")
     module.load_state_dict(weights, strict=False)
@@ -42,23 +36,18 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
 
 def _read_checkpoint(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
+        with explained(f"model.weights: {path} is not a safetensors file", kind=ConfigError):
             return load_file(path)
-        except SafetensorError as error:
-            raise ConfigError(f"model.weights: {path} is not a safetensors file: {first_line(error)}") from None
-    try:
+    fix = "write it with torch.save(model.state_dict(), path) or as safetensors"
+    with explained(
+        f"model.weights: {path} is not plain weights, and nothing in it was executed", fix, kind=ConfigError
+    ):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # broken zips, foreign pickles and empty files differ in type only
-        raise ConfigError(
-            f"model.weights: {path} is not plain weights, and nothing in it was executed; write it with "
-            "torch.save(model.state_dict(), path) or as safetensors."
-        ) from error
 
 
-def _state_dict(content: Any, expected: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def _state_dict(content: Any, expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The state dict that a checkpoint holds for a module of the expected keys.
 
     Raises:
@@ -68,7 +57,7 @@ def _state_dict(content: Any, expected: Mapping[str, Any], path: Path) -> dict[s
     if not found:
         keys = f"; its keys are {listing([*map(repr, content)])}" if isinstance(content, dict) and content else ""
         raise ConfigError(f"model.weights: {path} holds no state dict{keys}.")
-    fitting = {name: weights for name, weights in found.items() if not any(_misfits(weights, expected))}
+    fitting = {name: weights for name, weights in found.items() if not _misfit_count(weights, expected)}
     chosen = fitting or found
     if len(chosen) > 1:
         which = "fit the model" if fitting else "none of which fits the model"
@@ -92,7 +81,7 @@ def _state_dicts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str
         yield from _state_dicts(value, (*keys, key))
 
 
-def _without_prefix(weights: dict[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
+def _without_prefix(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights without the parts of a name that all keys begin with, as many of them as make the rest fit best."""
     # Beside the weights PyTorch's AveragedModel keeps how many it has averaged.
     weights = {key: value for key, value in weights.items() if key in expected or key != "n_averaged"} or weights
@@ -103,11 +92,18 @@ def _without_prefix(weights: dict[str, Tensor], expected: Mapping[str, Any]) -> 
         for prefix in prefixes
         if all(key.startswith(prefix) for key in weights)
     )
-    return min(stripped, key=lambda rest: sum(map(len, _misfits(rest, expected))))
+    return min(stripped, key=lambda rest: _misfit_count(rest, expected))
 
 
-def _misfits(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The keys that are missing, and those that the module does not know."""
-    # Files without PyTorch's metadata may lack these counters; nothing in eval mode reads them.
-    missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
-    return missing, [key for key in weights if key not in expected]
+def _misfits(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The keys that do not fit a module, by what is wrong with them."""
+    return {
+        # Files without PyTorch's metadata may lack these counters; nothing in eval mode reads them.
+        "missing": [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in weights if key not in expected],
+        "of another shape": [key for key in expected if key in weights and weights[key].shape != expected[key].shape],
+    }
+
+
+def _misfit_count(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> int:
+    return sum(map(len, _misfits(weights, expected).values()))

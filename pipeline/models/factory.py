@@ -9,7 +9,7 @@ from pipeline.config.schema import NamedModelConfig
 from pipeline.config.section import anchored
 from pipeline.core.errors import ConfigError
 from pipeline.core.own_code import import_own, names_file, own_files
-from pipeline.models.loaded import Loaded, build, published_weights
+from pipeline.models.loaded import Loaded, published_weights
 
 
 class FactoryConfig(NamedModelConfig):
@@ -42,4 +42,4 @@ def load(config: FactoryConfig) -> Loaded:
             f"model.weights: {config.weights} is no checkpoint; kind factory takes a .safetensors, .pt or .pth file."
         )
     factory = import_own(config.name, "model.name")
-    return Loaded(build(lambda: factory(**config.kwargs), config), code=own_files(config.name, factory))
+    return Loaded(factory(**config.kwargs), code=own_files(config.name, factory))

@@ -51,12 +51,7 @@ class LabelSpace:
         Raises:
             ConfigError: there is no such class.
         """
-        names = self.recorded_classes or ()
-        if isinstance(target, str) and target in names:
-            return names.index(target)
-        if isinstance(target, int) and 0 <= target < len(self.to_recorded):
-            return target
-        raise ConfigError(f"attack.target: {target!r} is no class of the model{_near(str(target), names)}.")
+        return _class_index(target, self.recorded_classes or (), len(self.to_recorded), "attack.target")
 
 
 def join_labels(
@@ -146,19 +141,20 @@ def map_classes(
         )
         if name not in classes:
             raise ConfigError(f"model.label_map: {key!r} is no class of the dataset{_near(name, classes)}.")
-        translated[name] = _model_index(value, model_classes or (), count)
+        translated[name] = _class_index(value, model_classes or (), count, "model.label_map")
     missing = [name for name in classes if name not in translated]
     if missing:
         raise ConfigError(f"model.label_map: the dataset's {listing([repr(name) for name in missing])} are not in it.")
     return np.array([translated[name] for name in classes])
 
 
-def _model_index(value: str | int, model_classes: Sequence[str], count: int) -> int:
+def _class_index(value: str | int, names: Sequence[str], count: int, key: str) -> int:
+    """The index of one of `count` classes of a model that a key of the config names."""
     if isinstance(value, int) and 0 <= value < count:
         return value
-    if isinstance(value, str) and value in model_classes:
-        return model_classes.index(value)
-    raise ConfigError(f"model.label_map: {value!r} is no class of the model{_near(str(value), model_classes)}.")
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    raise ConfigError(f"{key}: {value!r} is no class of the model{_near(str(value), names)}.")
 
 
 def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None, count: int) -> None:
@@ -174,10 +170,10 @@ def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None
     # A homonym is no other order: of ImageNet's 1,000 classes the Hub and torchvision call different ones `crane`.
     # But where both sides know both names of a place, or many have moved, it is one.
     if any(names[index] in others for index in moved) or len(moved) > count / 100:
-        here, there = classes[moved[0]], (model_classes or ())[moved[0]]
+        ours, other = classes[moved[0]], (model_classes or ())[moved[0]]
         raise ConfigError(
-            f"The dataset and the model name their classes in another order (class {moved[0]} is {here!r} in the "
-            f"dataset, {there!r} in the model); say how they meet in model.label_map."
+            f"The dataset and the model name their classes in another order (class {moved[0]} is {ours!r} in the "
+            f"dataset, {other!r} in the model); say how they meet in model.label_map."
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.config.kinds import MODELS
 from pipeline.config.schema import ModelConfig, check_normalisation, is_checkpoint
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, explained
 from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
 from pipeline.models.loaded import Loaded
@@ -30,7 +30,9 @@ def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bo
     Raises:
         ConfigError: the model, its weights, or the extra it needs is not there, or they do not fit.
     """
-    with torch.random.fork_rng(devices=[]), _weights_only(config):
+    # Libraries have their own types of error for names, kwargs and downloads.
+    failed = f"model: {config.kind} cannot make {config.call[0] or 'its model'}"
+    with torch.random.fork_rng(devices=[]), _weights_only(config), explained(failed, kind=ConfigError):
         torch.manual_seed(seed)
         loaded: Loaded = resolve_name(MODELS[config.kind].make)(config)
     if not isinstance(loaded.module, nn.Module):
@@ -39,10 +41,8 @@ def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bo
     if config.weights is not None and is_checkpoint(config.weights):
         load_checkpoint(loaded.module, Path(config.weights).expanduser())
     mean, std = config.mean or loaded.mean or (0.0,), config.std or loaded.std or (1.0,)
-    try:
+    with explained(f"model.weights: what {config.weights} was published with cannot be used", kind=ConfigError):
         check_normalisation(mean, std)
-    except ValueError as error:
-        raise ConfigError(f"model.weights: as {config.weights} was published, {error}.") from None
     return Model(
         loaded.module,
         mean=mean,

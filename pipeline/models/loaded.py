@@ -1,19 +1,19 @@
 """What a kind of model gives, and what kinds have in common.
 
 A kind is a module with a function `load(config) -> Loaded`. It imports large libraries inside that function, PyTorch
-too, so that a config is checked without them.
+too, so that a config is checked without them. What it or its library raises becomes a ConfigError of one sentence.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import ModelConfig, NamedModelConfig, PreprocessConfig, is_checkpoint
-from pipeline.core.errors import ConfigError, first_line
+from pipeline.config.schema import ModelConfig, PreprocessConfig, is_checkpoint
+from pipeline.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,20 +47,6 @@ def import_extra(name: str) -> Any:
         raise ConfigError(
             f"model.kind: {name} is not installed; it comes with pip install 'fgsm-pipeline[{name}]'."
         ) from None
-
-
-def build(make: Callable[[], nn.Module], config: NamedModelConfig) -> nn.Module:
-    """Call what makes a module.
-
-    Raises:
-        ConfigError: it fails: libraries have their own types of error for names, kwargs and downloads.
-    """
-    try:
-        return make()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"model: {config.kind} cannot make {config.name}: {first_line(error)}") from error
 
 
 def published_weights(config: ModelConfig) -> str | None:

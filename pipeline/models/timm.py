@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from pipeline.config.schema import NamedModelConfig, PreprocessConfig
-from pipeline.models.loaded import Loaded, build, import_extra, published_weights
+from pipeline.models.loaded import Loaded, import_extra, published_weights
 
 
 class TimmConfig(NamedModelConfig):
@@ -17,10 +17,10 @@ def load(config: TimmConfig) -> Loaded:
     timm = import_extra("timm")
     name, wanted = config.name, published_weights(config)
     if wanted is None:
-        return Loaded(build(lambda: timm.create_model(name, pretrained=False, **config.kwargs), config))
+        return Loaded(timm.create_model(name, pretrained=False, **config.kwargs))
     # `weights` is a pretrained tag (a1_in1k), or a whole id that carries one.
     full = wanted if wanted.startswith(name) or ":" in wanted else f"{name}.{wanted}"
-    module = build(lambda: timm.create_model(full, pretrained=True, **config.kwargs), config)
+    module = timm.create_model(full, pretrained=True, **config.kwargs)
     data = timm.data.resolve_model_data_config(module)
     _, height, width = data["input_size"]
     crop = height if height == width else (height, width)

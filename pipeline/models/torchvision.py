@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pipeline.config.schema import NamedModelConfig, PreprocessConfig
-from pipeline.core.errors import ConfigError, first_line
-from pipeline.models.loaded import Loaded, build, published_weights
+from pipeline.core.errors import ConfigError
+from pipeline.models.loaded import Loaded, published_weights
 
 
 class TorchvisionConfig(NamedModelConfig):
@@ -19,11 +19,8 @@ def load(config: TorchvisionConfig) -> Loaded:
 
     name, wanted = config.name, published_weights(config)
     if wanted is None:
-        return Loaded(build(lambda: models.get_model(name, weights=None, **config.kwargs), config))
-    try:
-        available = models.get_model_weights(name)
-    except ValueError as error:
-        raise ConfigError(f"model.name: torchvision has no model {name}: {first_line(error)}") from None
+        return Loaded(models.get_model(name, weights=None, **config.kwargs))
+    available = models.get_model_weights(name)
     if wanted not in available.__members__:
         raise ConfigError(
             f"model.weights: {name} has no weights {wanted}; torchvision knows {', '.join(available.__members__)}, "
@@ -32,7 +29,7 @@ def load(config: TorchvisionConfig) -> Loaded:
     weights = available[wanted]
     transform = weights.transforms()
     return Loaded(
-        build(lambda: models.get_model(name, weights=weights, **config.kwargs), config),
+        models.get_model(name, weights=weights, **config.kwargs),
         classes=weights.meta.get("categories"),
         mean=transform.mean,
         std=transform.std,

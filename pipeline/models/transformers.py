@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import model_validator
 
 from pipeline.config.schema import Interpolation, NamedModelConfig, PreprocessConfig
 from pipeline.config.section import anchored, is_there
 from pipeline.core.errors import ConfigError
-from pipeline.models.loaded import Loaded, build, import_extra, published_weights
-
-if TYPE_CHECKING:
-    from torch import nn
+from pipeline.models.loaded import Loaded, import_extra, published_weights
 
 # Without it transformers asks on a terminal whether to run the code of a repository.
 NO_CODE = {"trust_remote_code": False}
@@ -49,25 +46,13 @@ def load(config: TransformersConfig) -> Loaded:
     transformers = import_extra("transformers")
     auto, name, wanted = transformers.AutoModelForImageClassification, config.name, published_weights(config)
 
-    def untrained() -> "nn.Module":
-        made: nn.Module = auto.from_config(
-            transformers.AutoConfig.from_pretrained(name, **config.kwargs, **NO_CODE), **NO_CODE
-        )
-        return made
-
     if wanted is None:
-        return Loaded(build(untrained, config))
+        made = transformers.AutoConfig.from_pretrained(name, **config.kwargs, **NO_CODE)
+        return Loaded(auto.from_config(made, **NO_CODE))
     # Weights are often published in half precision, and transformers would keep it.
-    options = {"dtype": torch.float32, **config.kwargs, **NO_CODE, "use_safetensors": True, "output_loading_info": True}
-    report: dict[str, Any] = {}
-
-    def pretrained() -> "nn.Module":
-        module, info = auto.from_pretrained(wanted, **options)
-        report.update(info)
-        return module  # type: ignore[no-any-return]
-
+    options = {"dtype": torch.float32, **config.kwargs, **NO_CODE, "use_safetensors": True}
     transformers.utils.logging.disable_progress_bar()
-    module: Any = build(pretrained, config)
+    module, report = auto.from_pretrained(wanted, **options, output_loading_info=True)
     if report["missing_keys"]:
         raise ConfigError(
             f"model.weights: {wanted} has no weights for {', '.join(sorted(report['missing_keys']))}; "

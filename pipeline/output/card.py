@@ -8,6 +8,7 @@ The text is `card.md.j2`. Names in it come from elsewhere (classes, models, file
 puts in is escaped for Markdown unless it says otherwise.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,19 +22,21 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
-from pipeline.config.schema import is_checkpoint
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import PipelineError
-from pipeline.core.own_code import names_file
 from pipeline.layouts.base import ATTACKS, COLUMNS
 from pipeline.output.folder import OutputFolder, Receipt, committed
-from pipeline.output.manifest import Manifest, summarise
+from pipeline.output.manifest import Manifest, summarise, without_folders
 from pipeline.sources.origins import front_matter
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 # What the card's examples load until the dataset is published. (`datasets` cannot load ".", which has no name.)
 HERE = "path/to/this/folder"
-SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+# The Hub's categories of so many rows: the first of up to 3 digits, each further one of one digit more.
+SIZES = (
+    *("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B"),
+    *("100B<n<1T", "n>1T"),
+)
 TAGS = ("adversarial", "adversarial-examples", "fgsm", "robustness")
 # Licences of datasets that the Hub knows by these names. Any other is `other` there, and stands in the text.
 HUB_LICENSES = (
@@ -74,24 +77,19 @@ def write_summaries(
     manifest = summarise(manifest, receipts).sealed()
     folder.store.write(folder.manifest, manifest.model_dump_json(indent=1).encode())
     if not card_agrees(folder, manifest):
-        place = HERE if folder.store.local else folder.root
-        folder.store.write(folder.card, render_card(manifest, place).encode())
+        location = HERE if folder.store.local else folder.root
+        folder.store.write(folder.card, render_card(manifest, location).encode())
     return manifest
 
 
 def _refuse_foreign_card(folder: OutputFolder) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         content = folder.store.read(folder.card)
-    except FileNotFoundError:
-        return
-    front = front_matter(content) or {}
-    configs = front.get("configs")
-    stated = [str(config.get("description")) for config in configs or () if isinstance(config, dict)]
-    if content.strip() and not any(re.search(r"run [0-9a-f]{16}, receipts ", text) for text in stated):
-        raise PipelineError(
-            f"{folder.store.at(folder.card)} is not a card that a run wrote, and is not replaced; move or delete it, "
-            "then run the same command again."
-        )
+        if content.strip() and not re.search(r"run [0-9a-f]{16}, receipts ", str(front_matter(content))):
+            raise PipelineError(
+                f"{folder.store.at(folder.card)} is not a card that a run wrote, and is not replaced; move or delete "
+                "it, then run the same command again."
+            )
 
 
 def card_agrees(folder: OutputFolder, manifest: Manifest) -> bool:
@@ -145,19 +143,21 @@ def read_configs(folder: OutputFolder) -> list[dict[str, Any]] | None:
 
 def _front(manifest: Manifest) -> dict[str, Any]:
     """The card's YAML. No counts: `datasets` refuses to load where one is wrong."""
-    origin = manifest.origin
-    front: dict[str, Any] = {"pretty_name": _title(manifest)}
-    if origin.license:
-        stated = origin.license.strip().lower()
-        front["license"] = stated if stated in HUB_LICENSES else "other"
-    if origin.repository:
-        front["source_datasets"] = [origin.repository]
-    # Rows of the default config, which holds all subsets.
-    size = size_category(manifest.rows * len(manifest.stored))
-    hub = {"task_categories": ["image-classification"], "size_categories": [size], "tags": list(TAGS)}
-    configs = make_configs(manifest)
-    # Of the default config; all have the same features, and of a thousand classes one list is long enough.
-    return {**front, **hub, "dataset_info": _dataset_info(configs[0]["config_name"], manifest), "configs": configs}
+    origin, configs = manifest.origin, make_configs(manifest)
+    stated = (origin.license or "").strip().lower()
+    front = {
+        "pretty_name": _title(manifest),
+        "license": stated if stated in HUB_LICENSES else stated and "other",
+        "source_datasets": [origin.repository] if origin.repository else None,
+        "task_categories": ["image-classification"],
+        # Rows of the default config, which holds all subsets.
+        "size_categories": [size_category(manifest.rows * len(manifest.stored))],
+        "tags": list(TAGS),
+        # Of the default config; all have the same features, and of a thousand classes one list is long enough.
+        "dataset_info": _dataset_info(configs[0]["config_name"], manifest),
+        "configs": configs,
+    }
+    return {key: value for key, value in front.items() if value}
 
 
 def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
@@ -176,10 +176,7 @@ def _title(manifest: Manifest) -> str:
 
 def size_category(rows: int) -> str:
     """The Hub's category for a dataset of so many rows."""
-    index = next((power for power in range(len(SIZES)) if rows < 10 ** (power + 3)), len(SIZES))
-    if index == 0:
-        return f"n<{SIZES[0]}"
-    return f"{SIZES[index - 1]}<n<{SIZES[index]}" if index < len(SIZES) else f"n>{SIZES[-1]}"
+    return SIZES[min(max(len(str(rows)) - 3, 0), len(SIZES) - 1)]
 
 
 # -------------------------------------------------------------------------------------------------- text
@@ -229,14 +226,8 @@ def _floats(values: Sequence[float]) -> str:
 
 def _model(model: Mapping[str, Any]) -> Markup:
     """A model in words, without the folders of the machine that ran it."""
-    name, weights = model.get("name"), model["weights"]
-    if name and names_file(name):
-        path, _, function = name.rpartition(":")
-        name = f"{Path(path).name}:{function}"
-    elif name and Path(name).is_absolute():
-        name = Path(name).name
-    if weights and is_checkpoint(weights):
-        weights = Path(weights).name
+    shown = without_folders(model)
+    name, weights = shown.get("name"), shown["weights"]
     if weights == model["kind"]:
         trained = "its own weights"
     elif weights:
@@ -267,26 +258,26 @@ def _template() -> jinja2.Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def render_card(manifest: Manifest, place: str = HERE) -> str:
+def render_card(manifest: Manifest, location: str = HERE) -> str:
     """The card's text.
 
     Args:
         manifest: of the run.
-        place: what the examples load: the folder itself, its address in an object store, or a Hub id.
+        location: what the examples load: the folder itself, its address in an object store, or a Hub id.
     """
     front = yaml.dump(_front(manifest), Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=float("inf"))
-    return f"---\n{front}---\n\n{_template().render(_values(manifest, place))}"
+    return f"---\n{front}---\n\n{_template().render(_values(manifest, location))}"
 
 
-def moved_card(text: str, manifest: Manifest, place: str) -> str:
-    """A card with its examples loading from another place; whatever its owner has added to it stays.
+def moved_card(text: str, manifest: Manifest, location: str) -> str:
+    """A card with its examples loading from another location; whatever its owner has added to it stays.
 
     Args:
         text: of the card.
         manifest: of the run that it describes.
-        place: a Hub id.
+        location: a Hub id.
     """
-    after = render_card(manifest, place).split("\n")
+    after = render_card(manifest, location).split("\n")
     moved: dict[str, str] = {}
     # Its owner may have added an example that loads something else.
     for former in dict.fromkeys(re.findall(r'(?:datasets\.load_dataset|pipeline\.load)\("([^"\n]+)"', text)):
@@ -294,35 +285,30 @@ def moved_card(text: str, manifest: Manifest, place: str) -> str:
     return "\n".join(moved.get(line, line) for line in text.split("\n"))
 
 
-def _values(manifest: Manifest, place: str) -> dict[str, Any]:
+def _values(manifest: Manifest, location: str) -> dict[str, Any]:
     config, levels, subsets = manifest.resolved, manifest.levels, manifest.subsets
     features, attacks = manifest.features, manifest.features.get(ATTACKS)
-    judges = [
-        judge for judge in manifest.config.get("evaluators") or () if subsets and judge["id"] in subsets[0].evaluators
+    others = [
+        other for other in manifest.config.get("evaluators") or () if subsets and other["id"] in subsets[0].evaluators
     ]
-    ids = [judge["id"] for judge in judges]
+    ids = [other["id"] for other in others]
     return {
         **dict(manifest),
         **dict(config),
+        **{name: getattr(manifest, name) for name in ("planned", "variants", "stored", "edition", "layout", "on_ray")},
         "title": _title(manifest),
-        "planned": manifest.planned,
         "epsilons": [f"{level}/255" for level in levels[1:]],
         "requested": [_requested(level, epsilon) for level, epsilon in config.attack.requested.items()],
-        "variants": manifest.variants,
         "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
-        "stored": manifest.stored,
-        "edition": manifest.edition,
-        "layout": manifest.layout,
-        "place": place,
-        "here": place == HERE,
-        "address": is_address(place),
-        "files": place if place == HERE or is_address(place) else f"hf://datasets/{place}",
+        "location": location,
+        "here": location == HERE,
+        "address": is_address(location),
+        "files": location if location == HERE or is_address(location) else f"hf://datasets/{location}",
         # The last split is the one to measure with, as a rule.
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
         "victim": manifest.config["model"],
-        "on_ray": manifest.on_ray,
-        "judges": judges,
+        "others": others,
         "classes": manifest.dataset_classes,
         "columns": list(_describe(manifest, features, ids)),
         "fields": list(_describe(manifest, attacks["feature"], ids)) if attacks else [],
@@ -334,7 +320,7 @@ def _requested(level: int, epsilon: str | float) -> str:
     return f"{level} ({level}/255 = {level / 255:.4f}{'' if exact else f', asked for as {epsilon}'})"
 
 
-def _describe(manifest: Manifest, features: Mapping[str, Any], judges: Sequence[str]) -> Iterator[dict[str, str]]:
+def _describe(manifest: Manifest, features: Mapping[str, Any], others: Sequence[str]) -> Iterator[dict[str, str]]:
     """Name, type and meaning of columns, as a manifest records them."""
     layout = manifest.layout
     pictures = {picture.column: layout.describe(picture) for picture in layout.pictures(manifest.variants)}
@@ -343,9 +329,9 @@ def _describe(manifest: Manifest, features: Mapping[str, Any], judges: Sequence[
         meanings["fooled"] = "whether the prediction is the target; null on clean images"
     if manifest.streamed:
         meanings["source_index"] = "row in that file"
-    for judge in judges:
+    for other in others:
         for column in ("prediction", "correct", "clean_prediction", "clean_correct"):
-            meanings[f"{column}_{judge}"] = f"as {column}, of evaluator {judge}"
+            meanings[f"{column}_{other}"] = f"as {column}, of evaluator {other}"
     for name, feature in features.items():
         yield {
             "name": name,

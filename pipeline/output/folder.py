@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
@@ -30,7 +30,7 @@ from pydantic_core import from_json
 
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, listing
-from pipeline.core.left_out import LeftOut
+from pipeline.core.left_out import LeftOut, Skipped
 from pipeline.core.plan import Shard
 from pipeline.core.variants import ID, SUBSET, Variant
 from pipeline.layouts.registry import LAYOUTS
@@ -42,6 +42,7 @@ STEM = r"^\w[\w.-]*$"
 SUBSETS = f"(?:{'|'.join(layout.subsets for layout in LAYOUTS.values())})"
 SHARD_FILE = rf"^{SUBSETS}/\w[\w.-]*\.parquet$"
 RUN_ID, EDITION = r"^[0-9a-f]{16}$", r"^[0-9a-f]{16}(-\d+)?$"
+Edition = Annotated[str, Field(pattern=EDITION)]
 Id = Annotated[str, Field(pattern=f"^{ID}$")]
 # Numbers there are such that one can compute with them.
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
@@ -89,31 +90,15 @@ def split_of(file: str) -> str:
 
 
 class Claim(BaseModel):
-    """What of a manifest or a receipt says that files are ours, whichever version of this package wrote it."""
+    """What of a manifest says that files are ours, whichever version of this package wrote it.
 
-    model_config = ConfigDict(extra="ignore")
-
-    run_id: str = Field(pattern=RUN_ID)
-    generation: int = 0
-    files: tuple["ClaimedFile", ...] = ()
-
-    @property
-    def edition(self) -> str:
-        """As `name_edition`."""
-        return name_edition(self.run_id, self.generation)
-
-
-class ClaimedFile(BaseModel):
-    """A file that a manifest or a receipt lists."""
-
-    path: str = Field(pattern=SHARD_FILE)
-
-
-class ManifestClaim(Claim):
-    """As `Claim`, of a manifest. `supersedes` are editions whose files its run was about to remove."""
+    `supersedes` are editions whose files its run was about to remove.
+    """
 
     format: int
-    supersedes: tuple[str, ...] = ()
+    run_id: str = Field(pattern=RUN_ID)
+    generation: Whole = 0
+    supersedes: tuple[Edition, ...] = ()
 
 
 class Record(BaseModel):
@@ -186,12 +171,6 @@ class EvaluatorCounts(Record):
     exposed: Whole = 0
     transferred: Whole = 0
 
-    def __add__(self, other: "EvaluatorCounts") -> "EvaluatorCounts":
-        # Not checked: of numbers that others wrote the sum may be more than any of them may.
-        return EvaluatorCounts.model_construct(
-            **{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields}
-        )
-
 
 def count_evaluator(clean: Flags, now: Flags, fooled: Flags) -> EvaluatorCounts:
     """Count what an evaluator says of M labelled images of a variant.
@@ -235,41 +214,36 @@ class VariantCounts(Record):
 
     @model_validator(mode="after")
     def _check_sound(self) -> Self:
-        sound = self.correct <= self.labelled <= self.rows >= self.fooled and (
-            self.confidence_sum <= self.rows + 1  # it is rounded
-        )
-        if not sound or any(
-            counts.correct > self.labelled or counts.transferred > counts.exposed for counts in self.evaluators.values()
-        ):
+        sound = self.correct <= self.labelled <= self.rows >= self.fooled
+        sound &= self.confidence_sum <= self.rows + 1  # it is rounded
+        for counts in self.evaluators.values():
+            sound &= counts.correct <= self.labelled and counts.transferred <= counts.exposed
+        if not sound:
             raise ValueError("more answers are counted than images")
         return self
 
 
 def add_up(variant: Variant, counts: Sequence[VariantCounts], evaluators: Iterable[str]) -> VariantCounts:
     """The sum of counts of one variant, of the evaluators that are named."""
+
+    def total(parts: Sequence[Record], *keys: str) -> dict[str, Any]:
+        return {key: sum(getattr(part, key) for part in parts) for key in keys}
+
     # Not checked: of numbers that others wrote the sum may be more than any of them may.
     return VariantCounts.model_construct(
         **vars(variant),
-        rows=sum(count.rows for count in counts),
-        labelled=sum(count.labelled for count in counts),
-        correct=sum(count.correct for count in counts),
-        fooled=sum(count.fooled for count in counts),
+        **total(counts, "rows", "labelled", "correct", "fooled"),
         # Not `sum`, whose last digit depends on the version of Python.
         confidence_sum=math.fsum(count.confidence_sum for count in counts),
         evaluators={
-            name: sum((count.evaluators.get(name, EvaluatorCounts()) for count in counts), EvaluatorCounts())
+            name: EvaluatorCounts.model_construct(
+                **total(
+                    [part.evaluators[name] for part in counts if name in part.evaluators], *EvaluatorCounts.model_fields
+                )
+            )
             for name in evaluators
         },
     )
-
-
-class SkippedRow(Record):
-    """A source row that could not be decoded; `position` is its place in the shard, `file` the image's name."""
-
-    position: Whole
-    source_index: Whole
-    reason: str
-    file: str | None = None
 
 
 class Receipt(SealedRecord):
@@ -280,7 +254,7 @@ class Receipt(SealedRecord):
     split: str = Field(pattern=STEM)
     planned: Whole
     rows: Whole
-    skipped: tuple[SkippedRow, ...]
+    skipped: tuple[Skipped, ...]
     zero_sign_share: Share
     counts: tuple[VariantCounts, ...]
     files: tuple[FileEntry, ...]
@@ -294,10 +268,10 @@ _NAMED = re.compile(
 )
 
 
-def _edition(receipt: str, claim: Claim) -> str:
-    """The edition of a receipt: until format 4 names of files had none."""
-    named = _NAMED.fullmatch(receipt)
-    return named[1] if named else claim.run_id
+def _edition(name: str) -> str:
+    """The edition in which the name of a shard's file or receipt ends, "" for any other file."""
+    named = _NAMED.fullmatch(name)
+    return named[1] if named else ""
 
 
 class OutputFolder:
@@ -336,33 +310,23 @@ class OutputFolder:
 
     def is_ours(self) -> bool:
         """Whether there is a manifest or a receipt that this package wrote, in any version."""
-        return self._claimed_manifest() is not None or self.has_receipts()
+        return self._claim() is not None or bool(self.receipt_names())
 
-    def has_receipts(self) -> bool:
-        """Whether there is a receipt that this package wrote, in any version."""
-        return bool(self._claimed_receipts(self.store.sizes()))
-
-    def _claimed_manifest(self) -> ManifestClaim | None:
-        try:
-            return ManifestClaim.model_validate_json(self.store.read(self.manifest))
-        except (OSError, ValueError):
-            return None
-
-    def _claimed_receipts(self, sizes: Iterable[str]) -> dict[str, Claim]:
-        """What receipts claim, by the names of their files."""
-        names = [name for name in sizes if name.startswith(f"{self.receipts}/") and name.endswith(".json")]
-        found = {}
-        for name, content in self.store.read_all(names).items():
-            with contextlib.suppress(ValueError):
-                found[name] = Claim.model_validate_json(content)
-        return found
+    def receipt_names(self) -> list[str]:
+        """The names of the receipts of all runs."""
+        return [name for name in self.store.sizes() if name.startswith(self.receipts) and _edition(name)]
 
     def editions(self) -> set[str]:
         """The editions of all of which there is something here."""
-        sizes = self.store.sizes()
-        manifest = self._claimed_manifest()
-        found = {manifest.edition, *manifest.supersedes} if manifest else set()
-        return found | {_edition(name, claim) for name, claim in self._claimed_receipts(sizes).items()}
+        found = {_edition(name) for name in self.receipt_names()}
+        if claim := self._claim():
+            found |= {name_edition(claim.run_id, claim.generation), *claim.supersedes}
+        return found
+
+    def _claim(self) -> Claim | None:
+        with contextlib.suppress(OSError, ValueError):
+            return Claim.model_validate_json(self.store.read(self.manifest))
+        return None
 
     def generation(self, *, over: bool) -> int:
         """The generation of a run that begins here, above all that the names of files show where it starts over.
@@ -373,19 +337,15 @@ class OutputFolder:
         """
         if over and self.store.local:
             return 0
-        there = [int(edition[17:] or 0) for edition in self.editions()]
-        return 1 + max(there, default=-1) if over else max(there, default=0)
+        found = [int(edition[17:] or 0) for edition in self.editions()]
+        return 1 + max(found, default=-1) if over else max(found, default=0)
 
-    def owned(self, editions: Iterable[str]) -> list[str]:
-        """The files of some editions, receipts last: those that receipts and manifest list or whose names say so."""
-        sizes, wanted = self.store.sizes(), set(editions)
-        found = {name for name in sizes if (named := _NAMED.fullmatch(name)) and named[1] in wanted}
-        for name, claim in self._claimed_receipts(sizes).items():
-            if _edition(name, claim) in wanted:
-                found |= {name, *(file.path for file in claim.files)}
-        return sorted(found & set(sizes), key=lambda name: (name.startswith(self.receipts), name))
+    def owned(self, editions: Collection[str]) -> list[str]:
+        """The files whose names say that they are of some editions, receipts last."""
+        found = [name for name in self.store.sizes() if _edition(name) in editions]
+        return sorted(found, key=lambda name: (name.startswith(self.receipts), name))
 
-    def start_over(self, editions: Iterable[str]) -> None:
+    def start_over(self, editions: Collection[str]) -> None:
         """Remove the files of runs that were here, and say what else there is.
 
         What all runs have under one name is replaced, not removed: a request to remove it that arrives late would take
@@ -398,19 +358,19 @@ class OutputFolder:
         with contextlib.suppress(FileNotFoundError):
             if self.store.read(self.sessions):
                 self.store.write(self.sessions, b"")
-        there = self.store.sizes()
+        left = self.store.sizes()
         ours = {self.manifest, self.card}
         if report_files(self):
             self.store.write(self.report, _report_of_none(self))
             ours.add(self.report)
         hidden = (".run", self.assets)
-        others = [name for name in there if name not in ours and name.split("/")[0] not in hidden]
+        others = [name for name in left if name not in ours and name.split("/")[0] not in hidden]
         if others:
             logger.info("Left as they are, not of this dataset: %s.", listing(sorted(others)))
 
-    def forget(self, shards: Iterable[Shard], edition: str, there: Iterable[str]) -> None:
+    def forget(self, shards: Iterable[Shard], edition: str, listed: Collection[str]) -> None:
         """Remove what receipts there are of shards that will be written anew: until then they do not exist."""
-        self.store.delete(name for shard in shards if (name := self.receipt(shard, edition)) in there)
+        self.store.delete(name for shard in shards if (name := self.receipt(shard, edition)) in listed)
 
     def add_session(self, line: str) -> None:
         """Keep what there is to say of a session that wrote something."""
@@ -443,8 +403,8 @@ def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> t
         folder: of the dataset.
         sizes: its listing, where that is at hand.
     """
-    there = folder.store.sizes() if sizes is None else sizes
-    names = sorted(name for name in there if name.startswith(f"{folder.receipts}/") and name.endswith(".json"))
+    listed = folder.store.sizes() if sizes is None else sizes
+    names = sorted(name for name in listed if name.startswith(f"{folder.receipts}/") and name.endswith(".json"))
     receipts, broken = {}, []
     for name, content in folder.store.read_all(names).items():
         path = Path(name)
@@ -487,10 +447,17 @@ def receipts_digest(receipts: Mapping[str, Receipt]) -> str:
     return total.hexdigest()
 
 
+def _report_says(folder: OutputFolder, key: str) -> str | None:
+    """What the head of the report says of itself, None where there is no report that says it."""
+    with contextlib.suppress(OSError), folder.store.open(folder.report) as file:
+        found = re.search(rf'<meta name="{key}" content="([\w.= -]*)">'.encode(), file.read(4096))
+        return found[1].decode() if found else None
+    return None
+
+
 def reported_receipts(folder: OutputFolder) -> str | None:
     """The digest of the receipts that the report is of, None where there is no report that says."""
-    found = re.search(rb'<meta name="fgsm-receipts" content="(\w*)">', _report_head(folder))
-    return found[1].decode() if found else None
+    return _report_says(folder, "fgsm-receipts")
 
 
 def reported_assets(folder: OutputFolder) -> set[tuple[str, str]]:
@@ -498,8 +465,7 @@ def reported_assets(folder: OutputFolder) -> set[tuple[str, str]]:
 
     While pictures are replaced it lists the old and the new content of a name.
     """
-    found = re.search(rb'<meta name="fgsm-assets" content="([\w.= -]*)">', _report_head(folder))
-    pairs = (entry.partition("=") for entry in found[1].decode().split()) if found else ()
+    pairs = (entry.partition("=") for entry in (_report_says(folder, "fgsm-assets") or "").split())
     return {(f"{folder.assets}/{name}", digest) for name, _, digest in pairs}
 
 
@@ -523,11 +489,3 @@ def _report_of_none(folder: OutputFolder) -> bytes:
     assets = " ".join(f"{PurePosixPath(name).name}={digest}" for name, digest in sorted(reported_assets(folder)))
     head = f'<meta name="fgsm-receipts" content=""><meta name="fgsm-assets" content="{assets}">'
     return f"<!doctype html>{head}<p>This dataset is being written anew; fgsm report makes its report.\n".encode()
-
-
-def _report_head(folder: OutputFolder) -> bytes:
-    try:
-        with folder.store.open(folder.report) as file:
-            return file.read(4096)
-    except OSError:
-        return b""

@@ -12,7 +12,6 @@ import re
 import secrets
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pipeline.core.errors import ConfigError, PipelineError, first_line, write_failure
-from pipeline.output.locks import LOCK, PART, TURN_SECONDS, in_use, part_locks, warn_unlocked
+from pipeline.output.locks import LOCK, in_use, no_locks, part_locks
 from pipeline.output.store import Store
 
 RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
@@ -29,11 +28,6 @@ RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
 TEMPORARY = "fgsm-pipeline-"
 MARKER = ".fgsm-pipeline"
 MARK = b"A temporary folder of fgsm-pipeline, to be removed when no process has locked this file.\n"
-
-# The folders that this process holds, by device and inode. A POSIX lock keeps out other processes only, and is given up
-# when any handle of its file is closed.
-_HELD: set[tuple[int, int]] = set()
-_HELD_LOCK = threading.Lock()
 
 
 class LocalStore(Store):
@@ -47,21 +41,15 @@ class LocalStore(Store):
         # While it is held: handles of the folder and, by their names, of its locks.
         self._handle: int | None = None
         self._locks: dict[str, int] = {}
-        # Of a run that is held in parts, the one that this process has.
-        self._part = ""
 
     def at(self, name: str) -> str:
         return str(self.disk / name)
 
     def entries(self) -> list[str]:
         for folder in (self.disk, *self.disk.parents):
-            if folder.is_symlink() and not folder.exists():
-                raise ConfigError(
-                    f"output.path: {folder} is a link to {folder.readlink()}, which does not exist; make that folder, "
-                    "or remove the link."
-                )
-            if folder.exists() and not folder.is_dir():
-                raise ConfigError(f"output.path: {folder} is a file, not a folder.")
+            if os.path.lexists(folder) and not folder.is_dir():
+                what = "a link that leads nowhere" if folder.is_symlink() else "a file, not a folder"
+                raise ConfigError(f"output.path: {folder} is {what}; remove it, or choose another folder.")
         return [entry.name for entry in self.disk.iterdir()] if self.disk.is_dir() else []
 
     def sizes(self) -> dict[str, int]:
@@ -100,30 +88,11 @@ class LocalStore(Store):
         return (self.disk / name).open("rb")
 
     def write(self, name: str, content: bytes) -> None:
-        # First under a name of its own, as two processes may write the same file, and in the scratch folder if there is
-        # one: the next holder of the output empties that after a crash.
-        path = PurePosixPath(name)
-        file, temporary = path.name, f".{path.name}.{secrets.token_hex(6)}"
-        aside = SCRATCH if (self.disk / ".run").is_dir() else str(path.parent)
-        with (
-            writing(self.disk / name),
-            self._folder_of(name) as folder,
-            self._folder_of(f"{aside}/{temporary}") as scratch,
-        ):
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=scratch), "wb") as opened:
-                    opened.write(content)
-                    opened.flush()
-                    os.fsync(opened.fileno())
-                os.rename(temporary, file, src_dir_fd=scratch, dst_dir_fd=folder)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=scratch)
-            os.fsync(folder)  # the new name is stored in the folder
-
-    def commit(self, name: str, content: bytes) -> None:
-        self.write(name, content)
+        # First elsewhere, as two processes may write the same file.
+        with writing(self.disk / name), self.scratch("file") as folder:
+            file = folder / "content"
+            file.write_bytes(content)
+            self.put(file, name)
 
     def put(self, local: Path, name: str) -> None:
         with writing(self.disk / name):
@@ -131,10 +100,9 @@ class LocalStore(Store):
                 os.fsync(file.fileno())
             with self._folder_of(name) as folder:
                 os.rename(local, PurePosixPath(name).name, dst_dir_fd=folder)
-                os.fsync(folder)
+                os.fsync(folder)  # the new name is stored in the folder
 
     def delete(self, names: Iterable[str]) -> None:
-        emptied = set()
         for name in names:
             path = PurePosixPath(name)
             with (
@@ -143,12 +111,10 @@ class LocalStore(Store):
                 self._folder_of(name, make=False) as folder,
             ):
                 os.unlink(path.name, dir_fd=folder)
-            # The folder of a subset; never that of the receipts, by which the output is known as ours.
+            # The folder of a subset, if that is empty; never that of receipts, by which the output is known as ours.
             if len(path.parts) == 2:
-                emptied.add(path.parts[0])
-        for name in emptied:
-            with contextlib.suppress(OSError), self._folder_of(name) as folder:
-                os.rmdir(name, dir_fd=folder)
+                with contextlib.suppress(OSError), self._folder_of(path.parts[0]) as folder:
+                    os.rmdir(path.parts[0], dir_fd=folder)
 
     @contextlib.contextmanager
     def _folder_of(self, name: str, *, make: bool = True) -> Iterator[int]:
@@ -170,11 +136,12 @@ class LocalStore(Store):
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
         # On the same disk, so that a rename moves a file. Under a name of its own: another try of the shard may still
-        # be under way, on a node that was given up.
-        own = f"{name}.{secrets.token_hex(6)}"
-        folder = self.disk / SCRATCH / own
-        with writing(folder), self._folder_of(f"{SCRATCH}/{own}") as scratch:
-            os.mkdir(own, dir_fd=scratch)
+        # be under way, on a node that was given up. A dataset that was downloaded has no folder of a run's.
+        parent = f"{SCRATCH}/" if (self.disk / ".run").is_dir() else "."
+        own = f"{parent}{name}.{secrets.token_hex(6)}"
+        folder = self.disk / own
+        with writing(folder), self._folder_of(own) as scratch:
+            os.mkdir(folder.name, dir_fd=scratch)
         try:
             yield folder
         finally:
@@ -192,82 +159,50 @@ class LocalStore(Store):
 
     def refuse_links(self, name: str = "") -> None:
         """A dataset that comes from elsewhere may hold any: `.run` to a home folder, assets/x.png to a private key."""
-        if name:
-            self._refuse_link(self.disk / name)
-            return
-        waiting = [self.disk]
-        while waiting:
-            folder = waiting.pop()
-            with (
-                reading(folder),
-                contextlib.suppress(FileNotFoundError, NotADirectoryError),
-                os.scandir(folder) as entries,
-            ):
-                for entry in entries:
-                    if entry.is_symlink():
-                        self._refuse_link(Path(entry.path))
-                    elif entry.is_dir():
-                        waiting.append(Path(entry.path))
 
-    def _refuse_link(self, path: Path) -> None:
-        if path.is_symlink() and not path.resolve().is_relative_to(self.disk.resolve()):
-            raise ConfigError(
-                f"{path} is a link that leads out of the dataset's folder, through which nothing is written, deleted "
-                "or published; put what it leads to in its place, or remove it."
-            )
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+
+        walked = os.walk(self.disk, onerror=refuse)
+        inside = (Path(top, entry) for top, folders, files in walked for entry in (*folders, *files))
+        with reading(self.disk):
+            for path in [self.disk / name] if name else inside:
+                if path.is_symlink() and not path.resolve().is_relative_to(self.disk.resolve()):
+                    raise ConfigError(
+                        f"{path} is a link that leads out of the dataset's folder, through which nothing is written, "
+                        "deleted or published; put what it leads to in its place, or remove it."
+                    )
 
     @contextlib.contextmanager
-    def held(self, *, unlocked: bool = False, part: str = "") -> Iterator[None]:
-        """By a lock of the operating system, which lets go when the process ends."""
+    def _opened(self) -> Iterator[None]:
         self.refuse_links()
-        with contextlib.ExitStack() as stack:
-            with writing(self.disk):
-                self.disk.mkdir(parents=True, exist_ok=True)
-                handle = os.open(self.disk, os.O_DIRECTORY)
-                stack.callback(os.close, handle)
-                with self._folder_of(f"{RECEIPTS}/lock"):  # makes the folder of receipts, by which it is known as ours
-                    folder = os.fstat(handle)
-            stack.enter_context(self._held_in_process((folder.st_dev, folder.st_ino)))
-            self._handle, self._part = handle, part
-            stack.callback(self._release)
-            if unlocked:
-                warn_unlocked(self.root)
-            elif part:
-                # Who makes sure that no part works has the lock of one that was killed for a moment.
-                stack.enter_context(self._locked(f"{PART}{part}", patience=1.0))
-            else:
-                stack.enter_context(self._locked(LOCK))
-                self._refuse_parts()
-            if not part:
-                self._clear_scratch()
-                # Again at the end, for what a lost node has left: once all shards are written, nobody holds the folder.
-                stack.callback(self._clear_scratch)
+        with writing(self.disk):
+            self.disk.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.disk, os.O_DIRECTORY)
+        outer, self._handle = self._handle, handle
+        try:
+            with writing(self.disk), self._folder_of(f"{RECEIPTS}/lock"):
+                pass  # makes the folder of receipts, by which the output is known as ours
             yield
+        finally:
+            self._handle = outer
+            os.close(handle)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        if not self._part:
+    def _exclusive(self, patience: float = 0.0) -> Iterator[None]:
+        with self._locked(LOCK, patience):
+            with writing(self.disk), self._folder_of(LOCK) as folder, os.scandir(folder) as entries:
+                names = [f".run/{entry.name}" for entry in entries]
+            for name in part_locks(names, self._part):
+                with self._locked(name):
+                    pass
             yield
-            return
-        with self._locked(LOCK, patience=TURN_SECONDS):
-            self._refuse_parts()
-            yield
-
-    def _refuse_parts(self) -> None:
-        """See that nobody writes beside whom this process may not."""
-        with writing(self.disk), self._folder_of(LOCK) as folder, os.scandir(folder) as entries:
-            names = [f".run/{entry.name}" for entry in entries]
-        for name in part_locks(names, self._part):
-            with self._locked(name):
-                pass
 
     def tidy(self) -> None:
         if any((self.disk / SCRATCH).glob("*")):
             with contextlib.suppress(PipelineError), self.held():
                 pass  # the scratch folder is emptied at the end of the block
-
-    def _release(self) -> None:
-        self._handle, self._part = None, ""
 
     def _clear_scratch(self) -> None:
         """Remove files that are not complete, by the handle of the folder: another may lie at its path by now."""
@@ -285,31 +220,17 @@ class LocalStore(Store):
     def check_held(self) -> None:
         """No other process can get the lock, but the folder may be moved and the lock's file be removed."""
         for name, handle in {"": self._handle, **self._locks}.items():
-            if handle is not None and not _is_at(self.disk / name, handle):
-                raise PipelineError(
-                    f"{self.disk / name} was removed, moved or replaced while the run went on, and nothing more is "
-                    "written; put the folder back, then run the same command again."
-                )
-
-    def watch(self) -> None:
-        """Nothing to do: on a disk a file is replaced at once, by the name that it has now."""
-
-    @contextlib.contextmanager
-    def _held_in_process(self, folder: tuple[int, int]) -> Iterator[None]:
-        """Against other threads of this process."""
-        with _HELD_LOCK:
-            if folder in _HELD:
-                raise in_use(self.root, f"process {os.getpid()}")
-            _HELD.add(folder)
-        try:
-            yield
-        finally:
-            with _HELD_LOCK:
-                _HELD.discard(folder)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if handle is None or os.path.samestat((self.disk / name).stat(), os.fstat(handle)):
+                    continue
+            raise PipelineError(
+                f"{self.disk / name} was removed, moved or replaced while the run went on, and nothing more is "
+                "written; put the folder back, then run the same command again."
+            )
 
     @contextlib.contextmanager
     def _locked(self, name: str, patience: float = 0.0) -> Iterator[None]:
-        """Against other processes; each new holder is waited for so many seconds anew."""
+        """A lock of the operating system, which lets go when the process ends."""
         with writing(self.disk):
             lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=self._handle)
         try:
@@ -333,25 +254,13 @@ class LocalStore(Store):
     def _take(self, lock: int) -> bool:
         """Lock a file; False where another process has locked it."""
         try:
-            # lockf, not flock: a worker process inherits an flock, and may outlive a killed run by seconds.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # flock, not lockf: it keeps out other threads of this process too.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
-            raise ConfigError(
-                f"output.path: {self.root}: nothing there keeps a second run out, as the file system has no "
-                f"locks ({error.strerror}); see to it yourself that no other run writes there, and say so with "
-                "--unlocked."
-            ) from None
+            raise no_locks(self.root, f"the file system has no locks ({error.strerror})") from None
         return True
-
-
-def _is_at(path: Path, handle: int) -> bool:
-    """Whether an open file still lies at a path."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 @contextlib.contextmanager
@@ -361,49 +270,32 @@ def temporary_folder() -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with writing(space):
             for left in space.glob(f"{TEMPORARY}*"):
-                with contextlib.suppress(OSError), _abandoned(left):
-                    shutil.rmtree(left, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _remove_abandoned(left)
             made = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=space))
             stack.callback(shutil.rmtree, made, ignore_errors=True)
             # Locked before it has its final name: another process may be looking for abandoned folders.
-            marker = made / f"{MARKER}.tmp"
-            marker.write_bytes(MARK)
-            stack.enter_context(_locked(marker))
-            marker.rename(made / MARKER)
+            marker = stack.enter_context((made / f"{MARKER}.tmp").open("wb"))
+            marker.write(MARK)
+            marker.flush()
+            fcntl.flock(marker, fcntl.LOCK_EX)
+            Path(marker.name).rename(made / MARKER)
             folder = made / "files"
             folder.mkdir()
         yield folder
 
 
-@contextlib.contextmanager
-def _abandoned(folder: Path) -> Iterator[None]:
-    """Lock a temporary folder that a process of this user has made and that no process uses any more.
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a folder if it is a temporary one that a process of this user has made.
 
     Raises:
-        OSError: it is in use.
-        FileNotFoundError: it is not such a folder.
+        OSError: it is in use, or has no marker.
     """
-    marker, named = folder / MARKER, re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name)
-    own = named and folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
-    if not own or marker.is_symlink() or marker.read_bytes() != MARK:
-        raise FileNotFoundError(folder)
-    with _locked(marker):
-        yield
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Lock a file for as long as its process lives.
-
-    Raises:
-        OSError: it is locked.
-    """
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+    if re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name) and folder.lstat().st_uid == os.getuid():
+        with os.fdopen(os.open(folder / MARKER, os.O_RDONLY | os.O_NOFOLLOW), "rb") as marker:
+            if marker.read() == MARK:
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

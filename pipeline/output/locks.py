@@ -31,9 +31,12 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.output.objects import ObjectStore
 
 LOCK = ".run/lock"
 # How the locks of parts begin, which work side by side; their names end in I-of-N.
@@ -59,25 +62,6 @@ class UnsupportedError(Exception):
     """The store, or its client, cannot write on conditions."""
 
 
-class Objects(Protocol):
-    """What a lock needs of an object store."""
-
-    root: str
-
-    def look(self, name: str) -> tuple[bytes, str] | None:
-        """An object's content and version, None where there is none."""
-        ...
-
-    def replace(self, name: str, content: bytes, version: str | None) -> str:
-        """Write an object that is still of a version, or None: not there yet. Returns its new version.
-
-        Raises:
-            ConflictError: it is not.
-            UnsupportedError: the store refuses conditions.
-        """
-        ...
-
-
 class StoreLock:
     """The lock of a prefix, once it is taken; `token` names this holder.
 
@@ -91,21 +75,16 @@ class StoreLock:
         PipelineError: another run holds it, or the store fails.
     """
 
-    def __init__(self, objects: Objects, name: str = LOCK, patience: float = 0.0) -> None:
+    def __init__(self, objects: "ObjectStore", name: str = LOCK, patience: float = 0.0) -> None:
         self._objects, self._name, self.token = objects, name, secrets.token_hex(8)
-        self._patience, self._since = patience, 0.0
-        self._current: str | None = None
         self._beat = 0
         self._lost: str | None = None
         self._mutex, self._over = threading.Lock(), threading.Event()
         try:
-            self._version = self._take()
+            self._version = self._take(patience)
             self._probe()
         except UnsupportedError as error:
-            raise ConfigError(
-                f"output.path: {objects.root}: nothing there keeps a second run out, as {error}; see to it yourself "
-                "that no other run writes there, and say so with --unlocked."
-            ) from None
+            raise no_locks(objects.root, str(error)) from None
         self._confirmed = time.clock_gettime(CLOCK)
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lock")
         self._thread.start()
@@ -134,7 +113,7 @@ class StoreLock:
                     self._confirmed = time.clock_gettime(CLOCK)
                 except ConflictError:
                     found = self._objects.look(self._name)
-                    by = f"taken over by another run ({_holder(found[0])})" if found else "removed"
+                    by = f"taken over by another run ({_holder(found)})" if found else "removed"
                     self._lost = (
                         f"The lock of {self._objects.root} was {by}; nothing more is written. See that one run at a "
                         "time writes there, then run the same command again."
@@ -158,39 +137,34 @@ class StoreLock:
         own = {"host": socket.gethostname(), "process": os.getpid(), "token": self.token}
         return json.dumps({**own, **more}).encode()
 
-    def _take(self) -> str:
-        """Make the lock, or replace one that was released or whose holder has died; its version."""
-        while True:
-            found = self._objects.look(self._name)
-            if found is not None and not _parse(found[0]).get("released") and not self._is_stale(found):
-                continue
-            with contextlib.suppress(ConflictError):
-                return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
-
-    def _is_stale(self, found: tuple[bytes, str]) -> bool:
-        """Wait until a lock changes, or has not changed for long; whether it has not.
+    def _take(self, patience: float) -> str:
+        """Make the lock, or replace one that was released or has not changed for STALE_SECONDS; its version.
 
         Raises:
             PipelineError: its holder lives.
         """
-        logger.info("%s has a lock of %s; waiting to see whether that lives.", self._objects.root, _holder(found[0]))
-        end = time.clock_gettime(CLOCK) + STALE_SECONDS
-        while (now := self._objects.look(self._name)) == found:
-            if time.clock_gettime(CLOCK) > end:
-                logger.warning(
-                    "The lock of %s is taken over: it has not changed for %g s.", self._objects.root, STALE_SECONDS
-                )
-                return True
-            time.sleep(min(1.0, STALE_SECONDS / 10))
-        if now is not None and not _parse(now[0]).get("released") and not self._waits_for(_parse(now[0])):
-            raise in_use(self._objects.root, _holder(now[0]))
-        return False
-
-    def _waits_for(self, lock: dict[str, Any]) -> bool:
-        """Whether a holder that lives has not had the lock for longer than this waits."""
-        if lock.get("token") != self._current:
-            self._current, self._since = lock.get("token"), time.clock_gettime(CLOCK)
-        return time.clock_gettime(CLOCK) - self._since < self._patience
+        root, holder, since = self._objects.root, None, 0.0
+        while True:
+            found = self._objects.look(self._name)
+            if not _parse(found).get("released"):
+                logger.info("%s has a lock of %s; waiting to see whether that lives.", root, _holder(found))
+                began = time.clock_gettime(CLOCK)
+                while (now := self._objects.look(self._name)) == found:
+                    if time.clock_gettime(CLOCK) - began > STALE_SECONDS:
+                        break
+                    time.sleep(min(1.0, STALE_SECONDS / 10))
+                lock = _parse(now)
+                if lock.get("released"):
+                    continue
+                if now != found:
+                    if lock.get("token") != holder:
+                        holder, since = lock.get("token"), time.clock_gettime(CLOCK)
+                    if time.clock_gettime(CLOCK) - since >= patience:
+                        raise in_use(root, _holder(now))
+                    continue
+                logger.warning("The lock of %s is taken over: it has not changed for %g s.", root, STALE_SECONDS)
+            with contextlib.suppress(ConflictError):
+                return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
 
     def _probe(self) -> None:
         """See that the store honours both conditions: neither of these writes may succeed.
@@ -211,7 +185,7 @@ class StoreLock:
                 self.confirm()
 
 
-def refuse_parts(objects: Objects, names: Iterable[str]) -> None:
+def refuse_parts(objects: "ObjectStore", names: Iterable[str]) -> None:
     """See that parts work no more; what those that were killed have left is taken over.
 
     Args:
@@ -238,9 +212,12 @@ def part_locks(names: Iterable[str], part: str = "") -> list[str]:
     return [name for name in names if name.startswith(PART) and not (beside and name.endswith(beside))]
 
 
-def warn_unlocked(root: str) -> None:
-    """Say that nothing keeps a second run out."""
-    logger.warning("%s is not locked: see that no other run writes there before this one has ended.", root)
+def no_locks(root: str, why: str) -> ConfigError:
+    """The sentence for an output of which no lock can be had."""
+    return ConfigError(
+        f"output.path: {root}: nothing there keeps a second run out, as {why}; see to it yourself that no other run "
+        "writes there, and say so with --unlocked."
+    )
 
 
 def in_use(root: str, holder: str) -> PipelineError:
@@ -248,14 +225,15 @@ def in_use(root: str, holder: str) -> PipelineError:
     return PipelineError(f"{root} is in use by another run ({holder}); wait for it.")
 
 
-def _parse(content: bytes) -> dict[str, Any]:
+def _parse(found: tuple[bytes, str] | None) -> dict[str, Any]:
+    """What a lock says, as `ObjectStore.look` has found it. One that does not exist is free."""
     try:
-        parsed = json.loads(content)
+        parsed = json.loads(found[0]) if found else {"released": True}
     except ValueError:
         return {}
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _holder(content: bytes) -> str:
-    lock = _parse(content)
+def _holder(found: tuple[bytes, str] | None) -> str:
+    lock = _parse(found)
     return f"process {lock.get('process', '?')} on {lock.get('host', '?')}"

@@ -1,5 +1,6 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from pydantic_core import from_json, to_json
 
 from pipeline.config.load import parse_config
 from pipeline.config.schema import MOST_PIXELS, Config, ModelConfig
-from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.errors import ConfigError, PipelineError, first_line, shortened
 from pipeline.core.left_out import LeftOut, sum_left_out
 from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.own_code import names_file
@@ -33,10 +34,10 @@ from pipeline.core.variants import Variant
 from pipeline.layouts.base import Layout, subsets_of
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.folder import (
-    EDITION,
     RUN_ID,
     STEM,
     AlteredError,
+    Edition,
     FileEntry,
     OutputFolder,
     Receipt,
@@ -66,9 +67,6 @@ MOST_SKIPPED = 10_000
 
 # The key of an identity that is there, and false, where the attack's images do not lie along one direction.
 ON_RAY = "attack.on_ray"
-
-# Characters of a part of a manifest that a message names.
-MOST_NAMED = 200
 
 # A class of a model or a dataset, by its index.
 Index = Annotated[int, Field(ge=0, lt=2**31)]
@@ -118,7 +116,6 @@ class StreamedFile(Record):
     cuts: Annotated[tuple[Whole, ...] | None, AfterValidator(_check_cuts)]
 
 
-Edition = Annotated[str, Field(pattern=EDITION)]
 # A name of which the names of shards begin.
 Split = Annotated[str, Field(pattern=STEM)]
 
@@ -132,7 +129,7 @@ def _check_pixels(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return shape
 
 
-class Skipped(Record):
+class SkippedRow(Record):
     """A source row that could not be decoded.
 
     `source_file` is that of a source that was streamed, `file` the name of the image where each has its own file.
@@ -188,40 +185,26 @@ class Manifest(SealedRecord):
     zero_sign_share: Share = 0.0
     files: tuple[FileEntry, ...] = ()
     skipped_rows: Whole = 0
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedRow, ...] = ()
     members_left_out: tuple[LeftOut, ...] = ()
 
     @model_validator(mode="after")
-    def _check_streamed(self) -> "Manifest":
+    def _check_sound(self) -> "Manifest":
+        """Subsets are as `summarise` makes them, or none: a dataset without receipts is shown by what they say."""
         if self.streamed and set(self.streamed) != set(self.split_rows):
             raise ValueError("streamed lists other splits than split_rows")
         if not self.streamed and None in self.split_rows.values():
             raise ValueError("split_rows does not say how many rows there are, and streamed lists no files")
-        return self
-
-    @model_validator(mode="after")
-    def _check_files(self) -> "Manifest":
         if not all(file.path.endswith(f"-{self.edition}.parquet") for file in self.files):
             raise ValueError("files lists some whose names do not end in its run id and generation")
+        subsets = [(each.split, each.variant, [*each.evaluators], each.bytes is None) for each in self.subsets]
+        if subsets:
+            others, shared = [*self.evaluators], self.layout.per_image
+            if subsets != [(*each, others, shared) for each in itertools.product(self.split_rows, self.variants)]:
+                raise ValueError("subsets lists others than its splits, variants, evaluators and layout make")
         return self
 
-    @model_validator(mode="after")
-    def _check_subsets(self) -> "Manifest":
-        """As `summarise` makes them, or none: a dataset without receipts is shown by what they say."""
-        if not self.subsets:
-            return self
-        expected = itertools.product(self.split_rows, self.variants)
-        if [(there.split, there.variant) for there in self.subsets] != [*expected]:
-            raise ValueError("subsets lists others than its splits and variants make")
-        shared = self.layout.per_image
-        for there in self.subsets:
-            if [*there.evaluators] != [*self.evaluators]:
-                raise ValueError("subsets counts other evaluators than there are")
-            if (there.bytes is None) != shared:
-                raise ValueError("subsets has bytes that are not those of its layout")
-        return self
-
-    @property
+    @functools.cached_property
     def resolved(self) -> Config:
         """The config with every `auto` resolved."""
         return parse_config(self.config)
@@ -403,14 +386,13 @@ def run_id_of(identity: Mapping[str, Any]) -> str:
 def contradictions(manifest: Manifest) -> list[str]:
     """The keys of a manifest that do not agree with its identity, or with each other."""
     config = manifest.resolved
-    spaces = {"model": manifest.to_model} | {f"evaluators.{n}": s.to_model for n, s in manifest.evaluators.items()}
     identity = identity_of(
         config,
         split_rows=manifest.split_rows,
         streamed=manifest.streamed,
         shape=manifest.shape,
         dataset_classes=manifest.dataset_classes,
-        label_maps=spaces,
+        label_maps={name: space.to_model.tolist() for name, space in manifest.spaces.items()},
     )
     wrong = [key for key, value in identity.items() if manifest.identity.get(key) != value]
     source = config.source
@@ -430,13 +412,13 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     Raises:
         PipelineError: it cannot be read as one, or another version of this package wrote it.
     """
-    place = folder.store.at(folder.manifest)
+    path = folder.store.at(folder.manifest)
     try:
         content = from_json(folder.store.read(folder.manifest))  # json would take halves of characters
-        there = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
-        if isinstance(there, int) and there != FORMAT_VERSION and folder.is_ours():
+        stated = content.get("format") if isinstance(content, dict) else FORMAT_VERSION
+        if isinstance(stated, int) and stated != FORMAT_VERSION and folder.is_ours():
             raise PipelineError(
-                f"{place} was made by another version of fgsm-pipeline (its format is {there}, this one's is "
+                f"{path} was made by another version of fgsm-pipeline (its format is {stated}, this one's is "
                 f"{FORMAT_VERSION}); use that version, or start over with --overwrite."
             )
         manifest = Manifest.of_json(content)
@@ -447,12 +429,12 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
     except FileNotFoundError:
         return None
     except ConfigError as error:
-        raise PipelineError(f"{place}: its config cannot be used: {error}") from None
+        raise PipelineError(f"{path}: its config cannot be used: {error}") from None
     except AlteredError as error:
         raise altered_manifest(folder, str(error)) from None
     except (ValueError, OSError, RecursionError) as error:  # neither JSON nor a manifest
         advice = _way_out(folder) if folder.is_ours() else "It is not of fgsm-pipeline."
-        raise PipelineError(f"{place} cannot be read ({_problem(error)}). {advice}") from None
+        raise PipelineError(f"{path} cannot be read ({_problem(error)}). {advice}") from None
 
 
 def altered_manifest(folder: OutputFolder, why: str) -> PipelineError:
@@ -462,7 +444,7 @@ def altered_manifest(folder: OutputFolder, why: str) -> PipelineError:
 
 def _way_out(folder: OutputFolder) -> str:
     """What helps where a manifest cannot be used. Shards with receipts need not be written again."""
-    if folder.has_receipts():
+    if folder.receipt_names():
         return "Restore it, or delete it and run generate again, which writes it anew and keeps all shards."
     return "Restore it, or start over with --overwrite: no shard has a receipt, so none can be kept."
 
@@ -472,12 +454,11 @@ def _problem(error: BaseException) -> str:
     if not isinstance(error, ValidationError):
         return first_line(error)
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(printable(str(part))[:MOST_NAMED] for part in first["loc"])
-    message = printable(first["msg"].removeprefix("Value error, "))[:MOST_NAMED]
-    return f"{where}: {message}" if where else message
+    message = first["msg"].removeprefix("Value error, ")
+    return ": ".join(shortened(printable(part)) for part in (".".join(map(str, first["loc"])), message) if part)
 
 
-def settled(manifest: Manifest) -> Manifest:
+def ended(manifest: Manifest) -> Manifest:
     """The manifest of a run that is not under way."""
     return manifest.model_copy(update={"session": "", "supersedes": ()})
 
@@ -513,10 +494,10 @@ def current_manifest(folder: OutputFolder) -> Manifest:
 def warn_if_incomplete(folder: OutputFolder, manifest: Manifest) -> None:
     """Warn whoever reads a dataset of which shards are missing, and say how many are there."""
     sizes, shards, stored = folder.store.sizes(), manifest.plan.shards, manifest.stored
-    there = sum(all(shard_file(subset, shard, manifest.edition) in sizes for subset in stored) for shard in shards)
-    if there < len(shards):
+    found = sum(all(shard_file(subset, shard, manifest.edition) in sizes for subset in stored) for shard in shards)
+    if found < len(shards):
         warnings.warn(
-            f"{folder.root} is incomplete: {there} of {len(shards)} shards are there ({there / len(shards):.0%}). Run "
+            f"{folder.root} is incomplete: {found} of {len(shards)} shards are there ({found / len(shards):.0%}). Run "
             "the generate command that made it again, or pass allow_incomplete=True.",
             stacklevel=3,
         )
@@ -552,7 +533,7 @@ def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
     shards = manifest.plan.shards
     files = {shard.name: shard.file for shard in shards}
     skipped = (
-        Skipped(
+        SkippedRow(
             split=receipt.split,
             source_file=files.get(receipt.shard),
             source_index=row.source_index,

@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.core.addresses import check_address
-from pipeline.core.errors import ConfigError, PipelineError, causes, first_line, write_failure
+from pipeline.core.errors import ConfigError, PipelineError, causes, explained, first_line, write_failure
 from pipeline.core.redaction import redact_answer
 from pipeline.output.local import temporary_folder
 from pipeline.output.locks import (
     LOCK,
-    PART,
-    TURN_SECONDS,
     ConflictError,
     StoreLock,
     UnsupportedError,
     part_locks,
     refuse_parts,
-    warn_unlocked,
 )
 from pipeline.output.store import Store
 
@@ -61,7 +58,11 @@ class ObjectStore(Store):
             raise ConfigError(f"output.path: {error}.") from None
         self.root, self.disk = address.rstrip("/"), Path(tempfile.gettempdir())
         self._protocol = address.partition("://")[0]
-        self._kind = _file_system(self._protocol)
+        from fsspec.registry import get_filesystem_class
+
+        cannot = f"output.path: {self._protocol}:// cannot be used"
+        with explained(cannot, errors=(ImportError, ValueError), kind=ConfigError):
+            self._kind = get_filesystem_class(self._protocol)
         self._base: str = self._kind._strip_protocol(self.root)
         # One client for each process: its connections and threads do not survive a fork.
         self._systems: dict[int, Any] = {}
@@ -69,8 +70,8 @@ class ObjectStore(Store):
         self._tags: dict[str, str] = {}
         self._known: dict[str, tuple[str, bytes]] = {}
         self._lock: StoreLock | None = None
-        # Of a run that is held in parts, the one that this process has.
-        self._part = ""
+        # Whether the store can write on the condition that an object is still of some version, or not there.
+        self._conditional = self._protocol in CONDITIONAL
         # The versions of the files that are written on conditions, None where there are no conditions.
         self._versions: dict[str, str | None] | None = None
 
@@ -163,7 +164,7 @@ class ObjectStore(Store):
     def write(self, name: str, content: bytes) -> None:
         """Every run has a file of this name: replace it if it is still of the version that this run has seen."""
         self.check_held()
-        if self._versions is None:
+        if self._versions is None or not self._conditional:
             self._ask("pipe_file", self._path(name), content)
             return
         for _ in range(TRIES):
@@ -171,7 +172,6 @@ class ObjectStore(Store):
                 self._versions[name] = self.replace(name, content, self._versions.get(name))
                 return
             except UnsupportedError:  # no run has a lock there, as each was told --unlocked
-                self._versions = None
                 self.write(name, content)
                 return
             except ConflictError:
@@ -186,12 +186,14 @@ class ObjectStore(Store):
     def replace(self, name: str, content: bytes, version: str | None) -> str:
         """Write an object that is still of a version, or None: not there yet. Returns its new version.
 
+        An object that has the content already is one that this process, or another that did the same work, has written.
+
         Raises:
             ConflictError: it is not.
             UnsupportedError: the store or its client refuses conditions.
         """
-        if self._protocol not in CONDITIONAL:
-            raise UnsupportedError(f"the client for {self._protocol}:// has no conditional writes")
+        if not self._conditional:
+            raise UnsupportedError(f"{self._protocol}:// has no conditional writes")
         condition: dict[str, Any] = {"mode": "create"} if version is None else {"IfMatch": version}
         try:
             # In one request however large: the client would send a large one in parts, without the condition.
@@ -200,28 +202,25 @@ class ObjectStore(Store):
             found = self.look(name)
             if found is None or found[0] != content:
                 raise
-            return found[1]  # an earlier try of ours, whose answer was lost
+            return found[1]
 
     def commit(self, name: str, content: bytes) -> None:
-        """An object that exists already was written by another process that did the same work."""
         self.check_held()
         try:
-            self._ask("pipe_file", self._path(name), content, mode="create")
+            self.replace(name, content, None)
         except UnsupportedError:  # the caller has said --unlocked
             self._ask("pipe_file", self._path(name), content)
         except ConflictError:
-            if self.read(name) != content:
-                raise PipelineError(
-                    f"{self.at(name)} was written by another process meanwhile, with other content; "
-                    "see that all run the same versions, then run the same command again."
-                ) from None
+            raise PipelineError(
+                f"{self.at(name)} was written by another process meanwhile, with other content; "
+                "see that all run the same versions, then run the same command again."
+            ) from None
 
     def put(self, local: Path, name: str) -> None:
         """An upload that arrives late replaces nothing: a file that exists by then may differ in last digits."""
-        upload = "put_file", str(local), self._path(name)
-        patience = local.stat().st_size / 1e6
+        upload, patience = ("put_file", str(local), self._path(name)), local.stat().st_size / 1e6
         self.check_held()
-        if self._protocol in CONDITIONAL:
+        if self._conditional:
             with contextlib.suppress(ConflictError, UnsupportedError):
                 self._ask(*upload, patience=patience, mode="create")
                 return
@@ -247,52 +246,33 @@ class ObjectStore(Store):
 
     # ------------------------------------------------------------------------------------------------ the lock
 
-    def refuse_links(self, name: str = "") -> None:
-        """A store has no links."""
+    @contextlib.contextmanager
+    def _locked(self, name: str, patience: float = 0.0) -> Iterator[StoreLock]:
+        """An object that the holder rewrites every few seconds. When it stops, the next run waits and takes over."""
+        outer, lock = self._lock, StoreLock(self, name, patience)
+        try:
+            self._lock = lock
+            yield lock
+            self.check_held()
+        finally:
+            self._lock = outer
+            lock.release()
 
     @contextlib.contextmanager
-    def held(self, *, unlocked: bool = False, part: str = "") -> Iterator[None]:
-        """By an object that the holder rewrites every few seconds. When it stops, the next run waits and takes over."""
-        if unlocked:
-            warn_unlocked(self.root)
-            yield
-            return
-        if not part:
-            with self._held_alone():
+    def _exclusive(self, patience: float = 0.0) -> Iterator[None]:
+        with self._locked(LOCK, patience) as lock:
+            try:
+                self.watch()
+                # After the versions were seen: had another taken over before, they could be those that it has written.
+                lock.confirm()
+                refuse_parts(self, part_locks(self._tags, self._part))
+                self.session = lock.token
                 yield
-            return
-        lock = StoreLock(self, f"{PART}{part}")
-        try:
-            self._lock, self._part = lock, part
-            yield
-            self.check_held()
-        finally:
-            self._lock, self._part = None, ""
-            lock.release()
-
-    def alone(self) -> AbstractContextManager[None]:
-        return self._held_alone(TURN_SECONDS) if self._part else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _held_alone(self, patience: float = 0.0) -> Iterator[None]:
-        own, lock = self._lock, StoreLock(self, LOCK, patience)
-        try:
-            self.watch()
-            # After the versions were seen: had another taken over before, they could be those that it has written.
-            lock.confirm()
-            refuse_parts(self, part_locks(self._tags, self._part))
-            self._lock, self.session = lock, lock.token
-            yield
-            self.check_held()
-        finally:
-            self._lock, self._versions, self.session = own, None, ""
-            lock.release()
-
-    def tidy(self) -> None:
-        """A store has no scratch folder."""
+            finally:
+                self._versions, self.session = None, ""
 
     def watch(self) -> None:
-        if self._protocol in CONDITIONAL:
+        if self._conditional:
             self.sizes()
             self._versions = {**self._tags}
 
@@ -340,10 +320,29 @@ class ObjectStore(Store):
             return getattr(system, verb)(*arguments, **options)
         except Exception as error:  # a dozen exception types of five libraries
             if "IfMatch" in options or "mode" in options:
-                _raise_conflict(error, replaces="IfMatch" in options)
+                self._raise_conflict(error, replaces="IfMatch" in options)
             if isinstance(error, FileNotFoundError) and verb not in ("pipe_file", "put_file"):
                 raise
             raise self._failure(error) from None
+
+    def _raise_conflict(self, error: BaseException, *, replaces: bool) -> None:
+        """Tell a store's answer to a condition from all else that can fail.
+
+        Args:
+            replaces: the condition was that the object is still of some version, not that it does not exist.
+
+        Raises:
+            ConflictError: the condition does not hold.
+            UnsupportedError: the store knows no conditions.
+        """
+        answers = [getattr(cause, "response", None) for cause in causes(error)]
+        status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
+        # Another may write the object at this very moment (409); what is to be replaced may be gone (404).
+        if isinstance(error, FileExistsError) or status in (409, 412) or (status == 404 and replaces):
+            raise ConflictError from None
+        if status == 501:
+            self._conditional = False
+            raise UnsupportedError("the store refuses conditional writes") from None
 
     def _failure(self, error: BaseException) -> PipelineError:
         """The sentence for what a client could not do. It may quote secrets, so its own exception goes no further."""
@@ -359,8 +358,7 @@ class ObjectStore(Store):
         again = "What was committed is kept"
         if "PermissionError" in kinds:
             return PipelineError(
-                f"{self.root} is refused to these credentials ({said}). {again}; use others, then run the same command "
-                "again."
+                f"{self.root}: access denied ({said}). {again}; use other credentials, then run the same command again."
             )
         if any("Timeout" in kind for kind in kinds):
             said = "it does not answer"
@@ -384,40 +382,3 @@ def storage_options(address: str) -> dict[str, dict[str, Any]]:
     }
     # One part of a large file in memory at a time, and no request for the size of a small one before it is read.
     return {protocol: {"config_kwargs": client, "max_concurrency": 1}}
-
-
-def _file_system(protocol: str) -> Any:
-    """The class of fsspec for a protocol."""
-    from fsspec.registry import get_filesystem_class, known_implementations
-
-    try:
-        return get_filesystem_class(protocol)
-    except ImportError:
-        # Its class is named like gcsfs.GCSFileSystem.
-        package = (
-            "'fgsm-pipeline[s3]'" if protocol in S3 else known_implementations[protocol]["class"].partition(".")[0]
-        )
-        raise ConfigError(
-            f"output.path: {protocol}:// needs a package that is not installed: pip install {package}."
-        ) from None
-    except ValueError:
-        raise ConfigError(f"output.path: fsspec knows no protocol {protocol}://; s3:// and gs:// are two.") from None
-
-
-def _raise_conflict(error: BaseException, *, replaces: bool) -> None:
-    """Tell a store's answer to a condition from all else that can fail.
-
-    Args:
-        replaces: the condition was that the object is still of some version, not that it does not exist.
-
-    Raises:
-        ConflictError: the condition does not hold.
-        UnsupportedError: the store knows no conditions.
-    """
-    answers = [getattr(cause, "response", None) for cause in causes(error)]
-    status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
-    # Another may write the object at this very moment (409); what is to be replaced may be gone (404).
-    if isinstance(error, FileExistsError) or status in (409, 412) or (status == 404 and replaces):
-        raise ConflictError from None
-    if status == 501:
-        raise UnsupportedError("the store refuses conditional writes") from None

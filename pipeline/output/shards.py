@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -43,7 +42,8 @@ class ShardWriter:
         edition: str,
     ) -> None:
         self.folder, self.shard, self.subsets, self.edition = folder, shard, subsets, edition
-        self._waiting: list[list[pa.Table]] = [[] for _ in subsets]
+        # Batches that are not written yet, each a table for each subset.
+        self._waiting: list[Sequence[pa.Table]] = []
         self._writers: list[pq.ParquetWriter] = []
         self._stack = contextlib.ExitStack()
         self.scratch = self._stack.enter_context(folder.store.scratch(shard.name))
@@ -51,7 +51,7 @@ class ShardWriter:
             for subset in subsets:
                 self._writers.append(
                     pq.ParquetWriter(
-                        self._scratch_file(subset),
+                        self.scratch / f"{subset}.parquet",
                         schema,
                         write_page_index=True,
                         use_content_defined_chunking=CONTENT_DEFINED_CHUNKING,
@@ -66,32 +66,28 @@ class ShardWriter:
                 writer.close()
         self._stack.close()
 
-    def _scratch_file(self, subset: str) -> Path:
-        return self.scratch / f"{subset}.parquet"
-
     def write(self, tables: Sequence[pa.Table]) -> None:
         """Add one batch: a table for each subset.
 
         Raises:
             PipelineError: the disk refused.
         """
-        for waiting, table in zip(self._waiting, tables, strict=True):
-            waiting.append(table)
-        rows = sum(table.num_rows for table in self._waiting[0])
-        largest = max(sum(table.nbytes for table in waiting) for waiting in self._waiting)
+        self._waiting.append(tables)
+        rows = sum(first.num_rows for first, *_ in self._waiting)
+        largest = max(sum(table.nbytes for table in batches) for batches in zip(*self._waiting, strict=True))
         if rows >= ROW_GROUP_ROWS or largest >= ROW_GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         with writing(self.scratch):
-            for waiting, writer in zip(self._waiting, self._writers, strict=True):
-                table = pa.concat_tables(waiting) if waiting else None
+            for writer, *batches in zip(self._writers, *self._waiting, strict=True):
+                table = pa.concat_tables(batches) if batches else None
                 # `datasets` 5.2 fails on a row group without rows; a file without row groups it reads as empty.
                 if table:
                     # One batch of large images may be many row groups' worth.
                     rows = max(1, ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
                     writer.write_table(table, row_group_size=min(ROW_GROUP_ROWS, rows))
-                waiting.clear()
+        self._waiting.clear()
 
     def commit(self, receipt: Receipt) -> Receipt:
         """Close every file and put it into its place, then write the receipt, which is the commit.
@@ -112,7 +108,7 @@ class ShardWriter:
         files = []
         for subset, writer in zip(self.subsets, self._writers, strict=True):
             file = shard_file(subset, self.shard, self.edition)
-            local = self._scratch_file(subset)
+            local = self.scratch / f"{subset}.parquet"
             with writing(local):
                 writer.add_key_value_metadata(
                     {
@@ -122,7 +118,9 @@ class ShardWriter:
                     }
                 )
                 writer.close()
-                size, digest = local.stat().st_size, _digest(local)
+                with local.open("rb") as written:
+                    digest = hashlib.file_digest(written, "sha256").hexdigest()
+                size = local.stat().st_size
             self.folder.store.put(local, file)
             files.append(FileEntry(path=file, rows=receipt.rows, bytes=size, sha256=digest))
         receipt = receipt.model_copy(update={"files": tuple(files)}).sealed()
@@ -134,27 +132,12 @@ class ShardWriter:
 
 def _column_options(schema: pa.Schema, pictures: Sequence[str]) -> dict[str, Any]:
     """Per-column options as `datasets` chooses them: encoded images are not compressed again."""
-    leaves = [leaf for field in schema for leaf in _leaves(field.name, field.type)]
+    footer = pa.BufferOutputStream()
+    pq.write_metadata(schema, footer)
+    leaves = [column.path for column in pq.ParquetFile(footer.getvalue()).schema]
     images = [leaf for leaf in leaves if leaf.split(".")[0] in pictures]
     return {
         "compression": {leaf: "none" if leaf in images else "snappy" for leaf in leaves},
         "use_dictionary": [leaf for leaf in leaves if leaf not in images],
         "column_encoding": dict.fromkeys(images, "PLAIN"),
     }
-
-
-def _leaves(path: str, kind: pa.DataType) -> list[str]:
-    """The Parquet leaf columns of an Arrow column."""
-    if isinstance(kind, pa.ExtensionType):
-        kind = kind.storage_type
-    if pa.types.is_struct(kind):
-        return [leaf for field in kind for leaf in _leaves(f"{path}.{field.name}", field.type)]
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _leaves(f"{path}.list.element", kind.value_type)
-    return [path]
-
-
-def _digest(path: Path) -> str:
-    """A file's sha256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

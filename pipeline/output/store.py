@@ -5,12 +5,17 @@ disk a file is written under another name, synced and renamed; in a store an obj
 Every failure is a `PipelineError` of one sentence, but for a `FileNotFoundError`: that file does not exist.
 """
 
+import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from pipeline.core.addresses import is_address
+from pipeline.output.locks import PART, TURN_SECONDS
+
+logger = logging.getLogger(__name__)
 
 
 class Store(Protocol):
@@ -25,6 +30,8 @@ class Store(Protocol):
     disk: Path
     local: bool
     session: str = ""
+    # Of a run that is held in parts, the one that this process has.
+    _part: str = ""
 
     def at(self, name: str) -> str:
         """The whole path or address of a file, for messages and other libraries."""
@@ -63,6 +70,7 @@ class Store(Protocol):
 
     def commit(self, name: str, content: bytes) -> None:
         """Write a small file after everything that was written before it. It may exist with the same content."""
+        self.write(name, content)
 
     def put(self, local: Path, name: str) -> None:
         """Move or upload a file from the scratch folder."""
@@ -93,8 +101,10 @@ class Store(Protocol):
         Raises:
             ConfigError: there is one.
         """
+        del name
 
-    def held(self, *, unlocked: bool = False, part: str = "") -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def held(self, *, unlocked: bool = False, part: str = "") -> Iterator[None]:
         """Hold the output against a second run.
 
         Args:
@@ -105,6 +115,23 @@ class Store(Protocol):
             ConfigError: a link in it leads elsewhere, or the store has no means to keep a second run out.
             PipelineError: another process holds it, or it cannot be written.
         """
+        with self._opened(), contextlib.ExitStack() as stack:
+            if unlocked:
+                logger.warning("%s is not locked: see that no other run writes there before this one ends.", self.root)
+            elif part:
+                # Who makes sure that no part works has the lock of one that was killed for a moment.
+                stack.enter_context(self._locked(f"{PART}{part}", patience=1.0))
+            else:
+                stack.enter_context(self._exclusive())
+            if not part:
+                self._clear_scratch()
+                # Again at the end, for what a lost node has left: once all shards are written, nobody holds the folder.
+                stack.callback(self._clear_scratch)
+            try:
+                self._part = part
+                yield
+            finally:
+                self._part = ""
 
     def alone(self) -> AbstractContextManager[None]:
         """For who holds the output: no other part begins or sums up within. Who holds all of it is alone anyway.
@@ -112,6 +139,26 @@ class Store(Protocol):
         Raises:
             PipelineError: as `held`.
         """
+        return self._exclusive(TURN_SECONDS) if self._part else contextlib.nullcontext()
+
+    def _opened(self) -> AbstractContextManager[None]:
+        """For as long as the output is held, whether or not there are locks."""
+        return contextlib.nullcontext()
+
+    def _locked(self, name: str, patience: float = 0.0) -> AbstractContextManager[object]:
+        """A lock by its file's name, against all others; each new holder of it is waited for so many seconds anew.
+
+        Raises:
+            ConfigError: there are no locks.
+            PipelineError: another has it.
+        """
+
+    def _exclusive(self, patience: float = 0.0) -> AbstractContextManager[None]:
+        """The lock beside which no run works, nor any part that is not of this process's run."""
+
+    def _clear_scratch(self) -> None:
+        """Remove files that are not complete."""
+        return
 
     def check_held(self) -> None:
         """See that the output is still held. All that write call this; call it before others are told to write.
@@ -122,9 +169,11 @@ class Store(Protocol):
 
     def tidy(self) -> None:
         """Remove what killed processes have left in the scratch folder, unless somebody holds the output."""
+        return
 
     def watch(self) -> None:
         """For who writes without holding the output: from now on, replace nothing that another has written since."""
+        return
 
 
 def open_store(root: str | Path) -> Store:

@@ -1,5 +1,6 @@
 """`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,14 +38,8 @@ def summary_table(manifest: Manifest) -> str:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns, the first three to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index < 3 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return [line.rstrip() for line in lines]
+    line = "  ".join(f"{{:{'<' if index < 3 else '>'}{width}}}" for index, width in enumerate(widths))
+    return [line.format(*row).rstrip() for row in rows]
 
 
 def _evaluator_cells(subset: Subset, name: str) -> tuple[str, ...]:
@@ -94,11 +89,10 @@ def _notes(manifest: Manifest) -> list[str]:
 
 def _split_sizes(manifest: Manifest) -> str:
     """The size of each split's files, where those of the epsilons are the same."""
-    sizes = dict.fromkeys(manifest.split_rows, 0)
+    sizes = Counter[str]()
     for file in manifest.files:
-        if (split := split_of(file.path)) in sizes:
-            sizes[split] += file.bytes
-    return ", ".join(f"{split} {human_bytes(size)}" for split, size in sizes.items())
+        sizes[split_of(file.path)] += file.bytes
+    return ", ".join(f"{split} {human_bytes(sizes[split])}" for split in manifest.split_rows)
 
 
 def human_bytes(count: float) -> str:

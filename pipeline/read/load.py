@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 
 from pipeline.core.addresses import is_address
 from pipeline.core.epsilon import reading_levels
-from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.errors import ConfigError, explained, first_line
 from pipeline.core.redaction import redact_answer
 from pipeline.core.variants import Variant, at_levels
 from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, columns_of, kept_columns
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
-from pipeline.output.folder import OutputFolder, local_folder, shard_file
+from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
 from pipeline.output.objects import storage_options
 from pipeline.read.repository import manifest_folder
@@ -85,14 +84,14 @@ def load(
         require_manifest(OutputFolder(local or manifest_folder(place))).check_recorded(asked or ())
     subsets: dict[str, Mapping[str, Any]] = {}
     for subset, column in dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded)):
-        subsets[subset] = _chosen(opened(subset), split, place)
+        subsets[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
+        if None in subsets[subset].values():
+            raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened(subset))}.")
         for rows in subsets[subset].values():
             if not _fits(layout, column, rows.features or {}):
                 raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
     splits = {
-        name: _in_variants(
-            layout, {subset: rows[name] for subset, rows in subsets.items()}, wanted, recorded, streaming
-        )
+        name: _in_variants(layout, {subset: own[name] for subset, own in subsets.items()}, wanted, recorded, streaming)
         for name in next(iter(subsets.values()))
     }
     if split is not None:
@@ -102,10 +101,9 @@ def load(
 
 def _recorded(place: str, opened: Callable[[str], Mapping[str, Any]]) -> tuple[Layout, Sequence[Variant]]:
     """The layout of a dataset, and the recorded variants, clean first, as its subsets and its rows show them."""
-    try:
+    # A dozen exception types of three libraries; all mean the same here.
+    with explained(f"{place} cannot be read as a dataset", kind=ConfigError):
         names = datasets.get_dataset_config_names(place)
-    except Exception as error:  # a dozen exception types of three libraries; all mean the same here
-        raise ConfigError(f"{place} cannot be read as a dataset: {first_line(error)}") from error
 
     def first(subset: str, column: str) -> Any:
         for rows in opened(subset).values():
@@ -162,27 +160,13 @@ def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[st
     """The files of a subset by split, `subset/split-00000-of-00004-RUN.parquet`.
 
     Raises:
-        ConfigError: none is there yet, or the manifest lists one that is none of its shards.
+        ConfigError: none is there yet.
     """
-    files: dict[str, list[str]] = {split: [] for split in manifest.split_rows}
-    splits = {shard_file(subset, shard, manifest.edition): shard.split for shard in manifest.plan.shards}
-    for entry in manifest.files:
-        if not entry.path.startswith(f"{subset}/"):
-            continue
-        if entry.path not in splits:
-            raise ConfigError(f"{place}: its manifest.json lists {entry.path}, which is no shard of this run.")
-        files[splits[entry.path]].append(f"{place.rstrip('/')}/{entry.path}")
-    if not any(files.values()):
+    paths = [entry.path for entry in manifest.files if entry.path.startswith(f"{subset}/")]
+    if not paths:
         raise ConfigError(f"{place} holds no shards yet; run fgsm generate to its end.")
-    return {split: listed for split, listed in files.items() if listed}
-
-
-def _chosen(opened: Mapping[str, Any], split: str | None, place: str) -> Mapping[str, Any]:
-    if split is None:
-        return opened
-    if split not in opened:
-        raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened)}.")
-    return {split: opened[split]}
+    files = {split: [path for path in paths if split_of(path) == split] for split in manifest.split_rows}
+    return {split: [f"{place.rstrip('/')}/{path}" for path in own] for split, own in files.items() if own}
 
 
 def _in_variants(
@@ -215,10 +199,8 @@ def _in_variant(
     if any(not table.column(LAST).equals(tables[0].column(LAST)) for table in tables[1:]):
         raise ConfigError("Attacked and clean rows are not those of the same images; is the dataset complete?")
     stored = dict(zip(names, tables, strict=True))
-    try:
+    with explained("A row cannot be read", "fgsm verify names the damaged file", errors=(ValueError,)):
         rows = layout.rows(stored, variant, recorded)
-    except ValueError as error:
-        raise PipelineError(f"A row cannot be read: {error}; fgsm verify names the damaged file.") from None
     picture, *direction = (stored[subset].column(column) for subset, column in layout.source(variant, recorded))
     image = _cells(picture, direction[0] if direction else None, variant.level) if made else picture
     return pa.table({IMAGE: image, **dict(zip(rows.column_names, rows.columns, strict=True))})
@@ -226,14 +208,13 @@ def _in_variant(
 
 def _cells(pictures: pa.ChunkedArray, directions: pa.ChunkedArray | None, level: int) -> pa.ChunkedArray:
     """Image columns as one of STEPPED_TYPE; the encoded bytes stay where they are."""
-    names = ["picture", "direction"]
-    beside = pa.table([pictures, pictures if directions is None else directions], names)
+    beside = pa.table({"picture": pictures, "direction": pictures if directions is None else directions})
     cells = []
     for batch in beside.to_batches():  # as long as the chunks of both allow
-        picture, direction = (batch.column(name).field("bytes") for name in names)
+        picture, direction = (column.field("bytes") for column in batch.columns)
         if directions is None:
             direction = pa.nulls(len(batch), pa.binary())
-        levels = pa.array(np.full(len(batch), level, dtype=np.uint8))
+        levels = pa.repeat(pa.scalar(level, pa.uint8()), len(batch))
         cells.append(pa.StructArray.from_arrays([picture, direction, levels], fields=list(STEPPED_TYPE)))
     return pa.chunked_array(cells, STEPPED_TYPE)
 

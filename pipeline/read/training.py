@@ -98,7 +98,7 @@ class Shards:
         Raises:
             PipelineError: a file is missing, is not the one that the manifest lists, or is listed in one subset only.
         """
-        names = sorted({Path(path).name for path in entries if path.split("/")[0] in self.subsets})
+        names = sorted({Path(path).name for path in entries})
         self.pieces = tuple(
             piece for shard, name in enumerate(names) for piece in self._pieces_of(shard, name, entries)
         )
@@ -164,17 +164,14 @@ class Shards:
         """
         what = f"{self.root}: a stored picture is damaged"
         with explained(what, "fgsm verify names its file", errors=(UndecodableError, ValueError)):
-            images = self._decoded([cell[0] for cell in cells])
+            images = decode_images([cell[0] for cell in cells], self.image_format, self.shape)
             made = [index for index, cell in enumerate(cells) if len(cell) > 1]
             if made:
-                directions = self._decoded([cells[index][1] for index in made])
+                directions = decode_images([cells[index][1] for index in made], self.image_format, self.shape)
                 pictures, steps = images[made], levels[made].astype(np.int16)[:, None, None, None]
                 sign = stored_sign(pictures, directions, is_map=self.stores_sign)
                 images[made] = step_array(pictures, sign, steps)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-    def _decoded(self, pictures: Sequence[bytes]) -> NDArray[np.uint8]:
-        return decode_images(pictures, self.image_format, self.shape)
 
 
 class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
@@ -285,10 +282,10 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         self._reading, self._resume = self._resume or (int(self._epoch), 0), None
         if get_worker_info() is None:
             self._pending.fill_(False)
-        return self._counted(start, stop, unseen=bool(self._pending))
+        return self._counted(start, stop)
 
-    def _counted(self, start: int, stop: int, *, unseen: bool) -> Iterator[tuple[Tensor, int]]:
-        if unseen:
+    def _counted(self, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
+        if self._pending and get_worker_info() is not None:
             # With the first row, not before: a worker that stays would end without a word.
             raise ConfigError(
                 "The state was loaded into the dataset, where workers do not see it; load it into torchdata's "
@@ -431,7 +428,11 @@ def training_dataset(
         ConfigError: there is no such dataset or split, an argument is out of range, or images have no label.
         PipelineError: a file is missing or damaged.
     """
-    number, place = _checked_seed(seed), _checked_place(rank, world_size)
+    if not isinstance(seed, SupportsIndex) or operator.index(seed) < 0:
+        raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
+    place = None if rank is None or world_size is None else (rank, world_size)
+    if (rank, world_size) != (None, None) and (place is None or not 0 <= place[0] < place[1]):
+        raise ConfigError(f"rank, world_size: got {rank} of {world_size}; ranks run from 0 to world_size - 1.")
     if isinstance(clean, bool) or not 0 <= clean <= 1:
         raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
     asked = None if epsilons is None else reading_levels(epsilons)
@@ -450,34 +451,21 @@ def training_dataset(
         warn_if_incomplete(OutputFolder(root), manifest)
     _check_split(manifest, split, name)
     levels = manifest.levels[1:] if asked is None else tuple(asked)
-    shards = _shards(root, manifest, levels, clean)
-    entries = {entry.path: entry.bytes for entry in manifest.files if _belongs(entry.path, shards.subsets, split)}
+    # What is never drawn is not looked for.
+    wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
+    layout, recorded = manifest.layout, manifest.variants
+    shards = Shards(root, manifest, {one.level: layout.source(one, recorded) for one in at_levels(recorded, wanted)})
+    files = (entry for entry in manifest.files if split_of(entry.path) == split)
+    entries = {entry.path: entry.bytes for entry in files if entry.path.split("/")[0] in shards.subsets}
     if local is None:
-        _download(name, root, list(entries))
+        from huggingface_hub import snapshot_download
+
+        with explained(f"{name} cannot be read from the Hub"):
+            snapshot_download(name, repo_type="dataset", revision=root.name, allow_patterns=list(entries))
     shards.open(entries)
     return TrainingDataset(
-        shards, manifest, levels=levels, clean=float(clean), shuffle=shuffle, seed=number, place=place
+        shards, manifest, levels=levels, clean=float(clean), shuffle=shuffle, seed=operator.index(seed), place=place
     )
-
-
-def _checked_seed(seed: SupportsIndex) -> int:
-    """A seed as an int, of which a state is made; NumPy's are taken too."""
-    try:
-        number = -1 if isinstance(seed, bool) else operator.index(seed)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
-    return number
-
-
-def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
-    """Rank and world size, None where they are not given."""
-    if rank is None and world_size is None:
-        return None
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise ConfigError(f"rank, world_size: got {rank} of {world_size}; ranks run from 0 to world_size - 1.")
-    return rank, world_size
 
 
 def _check_split(manifest: Manifest, split: str, name: str) -> None:
@@ -491,23 +479,3 @@ def _check_split(manifest: Manifest, split: str, name: str) -> None:
             f"{name}: {clean.rows - clean.labelled:,} of the {clean.rows:,} images in {split!r} have no label; "
             "a classifier is trained on labelled ones."
         )
-
-
-def _shards(root: Path, manifest: Manifest, levels: Sequence[int], clean: float) -> Shards:
-    """Where the images at 0 and at some levels are; what is never drawn is not looked for."""
-    wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
-    layout, recorded = manifest.layout, manifest.variants
-    return Shards(root, manifest, {one.level: layout.source(one, recorded) for one in at_levels(recorded, wanted)})
-
-
-def _belongs(path: str, subsets: Sequence[str], split: str) -> bool:
-    """Whether a file, `subset/split-00000-of-00004-RUN.parquet`, is of one of some subsets and of a split."""
-    return path.split("/")[0] in subsets and split_of(path) == split
-
-
-def _download(repo: str, folder: Path, files: Sequence[str]) -> None:
-    """Fetch what is missing of some files, into the folder of their commit."""
-    from huggingface_hub import snapshot_download
-
-    with explained(f"{repo} cannot be read from the Hub"):
-        snapshot_download(repo, repo_type="dataset", revision=folder.name, allow_patterns=list(files))

@@ -16,31 +16,10 @@ from numpy.typing import NDArray
 from pipeline.core.variants import CLEAN, Variant
 from pipeline.output.folder import EvaluatorCounts
 from pipeline.output.manifest import Manifest, Subset
-from pipeline.report.sample import Aim, Sample
+from pipeline.report.sample import Sample
 
 # Variants that pictures show, spread over those there are; the first and the last to succeed come on top.
 SHOWN_VARIANTS = 5
-
-
-@dataclass(frozen=True)
-class Words:
-    """How the page speaks of an attack's success, of the answers that are `right` in a sample, and of the others.
-
-    `never` says what no step does where the attack never succeeds.
-    """
-
-    success: str
-    right: str
-    wrong: str
-    share: str
-    never: str
-
-
-WORDS: dict[Aim, Words] = {
-    "fooled": Words("fooled", "right", "wrong", "accuracy", "fools it on any of them"),
-    "target": Words("on target", "right", "wrong", "accuracy", "reaches a target"),
-    "changed": Words("changed", "as when clean", "changed", "unchanged answers", "changes an answer"),
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +36,6 @@ class Focus:
     subsets: Mapping[Variant, Subset]
     victim: str
     evaluators: tuple[str, ...]
-    words: Words
     name: Callable[[int], str]
 
     @property
@@ -82,58 +60,33 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
     spread = {1 + int(index) for index in np.linspace(0, len(sample.variants) - 2, SHOWN_VARIANTS).round()}
     # Examples are of the images that give in first and of those that give in last: so they must be seen to.
     onset = sample.onset[sample.success.any(0)]
-    decisive = {int(onset.min()), int(onset.max())} if len(onset) else set()
+    spread |= {int(onset.min()), int(onset.max())} if len(onset) else set()
     return Focus(
         sample=sample,
         index=int(half[0]) if reached.any() and len(half) else most,
-        shown=(CLEAN, *(sample.variants[index] for index in sorted(spread | decisive))),
+        shown=(CLEAN, *(sample.variants[index] for index in sorted(spread))),
         subsets={subset.variant: subset for subset in manifest.subsets if subset.split == sample.split},
         victim=model_name(manifest.config["model"]),
         evaluators=evaluator_names(manifest),
-        words=WORDS[sample.aim],
         name=class_names(manifest),
     )
 
 
 def headline(focus: Focus) -> str:
-    """What the attack did, in a sentence or two."""
-    sample, words, split = focus.sample, focus.words, focus.sample.split
-    reads = f"The model {focus.victim} reads {percent(right_share(focus, 0))} of the {split} images right"
+    """What the attack did, in a few sentences."""
+    sample, (_, _, share) = focus.sample, focus.sample.words
+    reads = f"The {share} of {focus.victim} on {sample.split} images is {percent(right_share(focus, 0))} clean"
     success, confidence = sample.success[focus.index], sample.confidence[focus.index]
     if not success.any():
-        start = reads if sample.labelled else f"The model {focus.victim} stands firm"
-        return f"{start}; no step up to {sample.variants[-1].level} of 255 grey levels {words.never}."
-    step = f"moving every pixel value by at most {focus.variant.level} of 255 grey levels"
-    sure = (
-        f"Where the attack succeeds, the model is {percent(mean(confidence[success]), 0)} sure of its answer on "
-        f"average, and surer than when the image was clean in {percent(share_of_surer(focus), 0)} of the cases."
+        return f"{reads}; no step up to {sample.variants[-1].level} of 255 grey levels succeeds on any of them."
+    counts = focus.subsets[focus.variant]
+    reached = f" {percent(ratio(counts.fooled, counts.rows))} are on target." if sample.target is not None else ""
+    return (
+        f"{reads}; moving every pixel value by at most {focus.variant.level} of 255 grey levels leaves "
+        f"{percent(right_share(focus, focus.index))}.{reached} Where the attack succeeds, the model is "
+        f"{percent(mean(confidence[success]), 0)} sure of its answer on average, and surer than when the image was "
+        f"clean in {percent(share_of_surer(focus), 0)} of the cases."
     )
-    if sample.aim == "fooled":
-        return f"{reads}; {step} leaves {percent(right_share(focus, focus.index))}. {sure}"
-    share, does = mean(success), "call something else"
-    if sample.aim == "target":
-        counts = focus.subsets[focus.variant]
-        share, does = ratio(counts.fooled, counts.rows), "call its target"
-    return f"{step.capitalize()} makes the model {focus.victim} {does} {percent(share)} of the {split} images. {sure}"
-
-
-def tiles(focus: Focus) -> list[tuple[str, str, str, str]]:
-    """The figures at the head of the page: of what, how much, a note, and the colour."""
-    words, level = focus.words, f"{focus.variant.level}/255"
-    _, wrong = sureness(focus.sample)
-    images = f"of {focus.subsets[CLEAN].rows:,} {focus.sample.split} images"
-    first = [(f"{words.share}, clean", percent(right_share(focus, 0)), images, "right")]
-    return [
-        *(first if focus.sample.labelled else ()),
-        (f"{words.share} at {level}", percent(right_share(focus, focus.index)), images, "wrong"),
-        (
-            f"confidence when {words.wrong}",
-            percent(wrong[focus.index], 0),
-            f"at {level}; clean {percent(wrong[0], 0)}",
-            "wrong",
-        ),
-        ("surer than when clean", percent(share_of_surer(focus), 0), f"of those {words.success} at {level}", "wrong"),
-    ]
 
 
 def share_of_surer(focus: Focus) -> float | None:

@@ -34,11 +34,10 @@ from pipeline.report.findings import (
     ratio,
     source_name,
     sureness,
-    tiles,
     transfer_rate,
 )
 from pipeline.report.gallery import draw_sheet, make_groups, web_image
-from pipeline.report.plots import Curve, Plot, draw_curves, model_curve, variant_name
+from pipeline.report.plots import RIGHT, SOFT, WRONG, Curve, draw_curves, model_curve, variant_name
 from pipeline.report.sample import SAMPLE_SHARDS, is_labelled, read_sample
 
 # Rows of each split that are looked at: a share of them is known to within one percent, and they are read in a second.
@@ -125,11 +124,9 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
     """What the page shows, and the pictures by the names of their files."""
     counts = by_split(manifest)
     samples = (read_sample(folder, manifest, split, SAMPLE_ROWS) for split in by_interest(list(counts)))
-    sample = next((sample for sample in samples if len(sample)), None)
+    sample = next((sample for sample in samples if sample), None)
     view: dict[str, Any] = {
         "manifest": manifest,
-        "planned": manifest.planned,
-        "stored": manifest.stored,
         "victim": model_name(manifest.config["model"]),
         "attack": manifest.resolved.attack.title,
         "source": source_name(manifest.config["source"]),
@@ -138,9 +135,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
         "counts": counts,
         "transfers": any(there.exposed for subset in manifest.subsets for there in subset.evaluators.values()),
         "most_shards": SAMPLE_SHARDS,
-        "shuffled": manifest.resolved.source.shuffle,
         "skipped": manifest.skipped[:MOST_SKIPPED],
-        "bytes": sum(file.bytes for file in manifest.files),
         "config": yaml.safe_dump(without_folders(manifest.config), sort_keys=False, allow_unicode=True),
         "sessions": _sessions(folder),
         "focus": None,
@@ -151,9 +146,9 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
         return view, {}
     focus = focus_on(manifest, sample)
     groups = make_groups(folder, manifest, focus.sample, focus.shown, focus.name)
-    plots = {"accuracy": _accuracy_plot(focus), "confidence": _confidence_plot(focus)}
+    plots = {"accuracy": _draw(focus, *_accuracy(focus)), "confidence": _draw(focus, *_confidence(focus))}
     view |= {"focus": focus, "groups": groups, "plots": plots}
-    pictures = {f"{name}.png": plot.png for name, plot in plots.items()}
+    pictures = {f"{name}.png": data for name, (data, _) in plots.items()}
     pictures["examples.png"] = draw_sheet(groups)
     return view, pictures
 
@@ -168,25 +163,18 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    named = (accuracies, headline, human_bytes, percent, ratio, transfer_rate, variant_name, web_image)
+    environment.filters |= {function.__name__: function for function in named}
     environment.filters |= {
-        "accuracies": accuracies,
         "thousands": lambda number: f"{number:,}",
         "data": lambda image, kind: f"data:image/{kind};base64,{base64.b64encode(image).decode()}",
-        "headline": headline,
-        "percent": percent,
-        "ratio": ratio,
-        "size": human_bytes,
-        "tiles": tiles,
-        "transfer_rate": transfer_rate,
-        "variant": variant_name,
-        "web_image": web_image,
     }
     return environment.get_template("report.html.jinja")
 
 
-def _accuracy_plot(focus: Focus) -> Plot:
+def _accuracy(focus: Focus) -> tuple[list[Curve], str]:
     """A line for each model, from the manifest; without labels, the share of answers that stay, from the sample."""
-    sample, words = focus.sample, focus.words
+    sample = focus.sample
     subsets = [focus.subsets[variant] for variant in sample.variants]
     if sample.labelled:
         shares = zip(*map(accuracies, subsets), strict=True)
@@ -194,34 +182,27 @@ def _accuracy_plot(focus: Focus) -> Plot:
         curves = [model_curve(name, values, index) for index, (name, values) in enumerate(models)]
     else:
         curves = [model_curve(focus.victim, tuple(sample.right.mean(1).tolist()), 0)]
-    if sample.aim == "target":
+    if sample.target is not None:
         reached = (ratio(subset.fooled, subset.rows) if subset.level else None for subset in subsets)
-        curves.append(Curve("called the target", tuple(reached), "wrong", "X", dashed=True))
-    return _draw(focus, curves, words.share)
+        curves.append(Curve("called the target", tuple(reached), WRONG, "X", dashed=True))
+    return curves, sample.words[2]
 
 
-def _confidence_plot(focus: Focus) -> Plot:
+def _confidence(focus: Focus) -> tuple[list[Curve], str]:
     """How sure the victim is: of all answers, from the manifest, of right and of wrong ones, from the sample."""
-    sample, words = focus.sample, focus.words
-    right, wrong = sureness(sample)
-    subsets = (focus.subsets[variant] for variant in sample.variants)
+    right, wrong = sureness(focus.sample)
+    subsets = (focus.subsets[variant] for variant in focus.sample.variants)
     every = tuple(ratio(subset.confidence_sum, subset.rows) for subset in subsets)
-    curves = [
-        Curve(words.right, right, "right", "o"),
-        Curve(words.wrong, wrong, "wrong", "X"),
-        Curve("all", every, "soft", "s", dashed=True),
-    ]
-    return _draw(focus, curves, "mean confidence")
+    names = focus.sample.words
+    curves = [Curve(names[0], right, RIGHT, "o"), Curve(names[1], wrong, WRONG, "X")]
+    return [*curves, Curve("all", every, SOFT, "s", dashed=True)], "mean confidence"
 
 
-def _draw(focus: Focus, curves: list[Curve], says: str) -> Plot:
+def _draw(focus: Focus, curves: list[Curve], says: str) -> tuple[bytes, str]:
+    """A plot as a PNG, and what it shows in words."""
     ends = [f"{curve.name}, {percent(curve.values[0])} clean, {percent(curve.values[-1])} last" for curve in curves]
-    return draw_curves(
-        focus.sample.variants,
-        curves,
-        says,
-        f"{says.capitalize()} against epsilon, {focus.sample.split}. {'; '.join(ends)}.",
-    )
+    alt = f"{says.capitalize()} against epsilon, {focus.sample.split}. {'; '.join(ends)}."
+    return draw_curves(focus.sample.variants, curves, says), alt
 
 
 def _sessions(folder: OutputFolder) -> list[Session]:

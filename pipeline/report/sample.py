@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,16 +18,12 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import explained
 from pipeline.core.variants import CLEAN, Variant
-from pipeline.layouts.base import LABEL, LAST, picture_columns
+from pipeline.layouts.base import LABEL, LAST, Picture, picture_columns
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest
 
 # Shards that a sample is taken from at most: each costs the footers of its files.
 SAMPLE_SHARDS = 16
-
-
-# What an attack is after: to fool, to reach a target, or, where there are neither labels nor targets, any change.
-Aim = Literal["fooled", "target", "changed"]
 
 
 @dataclass(frozen=True)
@@ -38,13 +34,13 @@ class Sample:
     of its rows has one.
 
     prediction (1 + K, M), in recorded indices; confidence (1 + K, M) in [0, 1]; right (1 + K, M): predicted as
-    labelled, or, without labels, as when clean; success (1 + K, M): the aim is reached, and not by the clean answer;
-    target (M,) in recorded indices, None in other runs; shard (M,) into `shards`, and place (M,) within it.
+    labelled, or, without labels, as when clean; success (1 + K, M): fooled, on target or, where there are neither
+    labels nor targets, changed, and not so when clean; target (M,) in recorded indices, None in other runs; shard (M,)
+    into `shards`, and place (M,) within it.
     """
 
     split: str
     rows: int
-    aim: Aim
     labelled: bool
     variants: tuple[Variant, ...]
     prediction: NDArray[np.int64]
@@ -64,6 +60,16 @@ class Sample:
         """(M,) the index of the first variant that succeeds, the number of variants where none does."""
         return np.where(self.success.any(0), self.success.argmax(0), len(self.variants))
 
+    @property
+    def aim(self) -> str:
+        """What an image is where the attack succeeds."""
+        return "on target" if self.target is not None else "fooled" if self.labelled else "changed"
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """What `right` answers are called, what the others are, and what the share of the former is."""
+        return ("right", "wrong", "accuracy") if self.labelled else ("unchanged", "changed", "unchanged share")
+
     def at(self, variants: Sequence[Variant]) -> "Sample":
         """The same rows in some of the variants."""
         kept = [self.variants.index(variant) for variant in variants]
@@ -82,8 +88,8 @@ def is_labelled(manifest: Manifest) -> bool:
     return any(subset.labelled for subset in manifest.subsets)
 
 
-def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int) -> Sample:
-    """Read the scores of at most so many rows of a split.
+def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int) -> Sample | None:
+    """Read the scores of about so many rows of a split; None where it has none.
 
     Args:
         folder: of the dataset.
@@ -95,63 +101,36 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int)
         PipelineError: a file cannot be read, or holds other rows than the manifest says.
     """
     labelled, targeted = is_labelled(manifest), manifest.resolved.attack.target is not None
-    recorded, shares = manifest.variants, _shares(_shard_rows(manifest, split), most)
-    tables, shard, place = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for index, (name, rows) in enumerate(shares.items()):
-        scores = _read_scores(folder, manifest, name, rows)
-        known = np.flatnonzero(scores[0].column(LABEL).is_valid()) if labelled else np.arange(rows)
-        tables.append([table.take(known) for table in scores])
-        shard.append(np.full(len(known), index))
-        place.append(known)
+    shares = _shares(_shard_rows(manifest, split), most)
+    if not shares:
+        return None
+    scores = [_read_scores(folder, manifest, name, rows) for name, rows in shares.items()]
+    tables = [pa.concat_tables(parts) for parts in zip(*scores, strict=True)]
+    known = np.full(tables[0].num_rows, True)
+    if labelled:
+        known = np.asarray(tables[0].column(LABEL).is_valid())
 
-    def stacked(name: str, kind: Any) -> NDArray[Any]:
-        """One column, (1 + K, M); null, as `fooled` and `target` are on clean rows, becomes 0."""
-        columns = [
-            [np.empty(0), *(table[index].column(name).cast(kind).fill_null(0).to_numpy() for table in tables)]
-            for index in range(len(recorded))
-        ]
-        return np.stack([np.concatenate(column) for column in columns]).astype(kind.to_pandas_dtype())
+    def stacked(name: str, null: float) -> NDArray[Any]:
+        """One column, (1 + K, M), with a stand-in for null, as `fooled` and `target` are on clean rows."""
+        return np.stack([table.column(name).fill_null(null).to_numpy()[known] for table in tables])
 
-    prediction = stacked("prediction", pa.int64())
+    prediction = stacked("prediction", 0)
     same = prediction == prediction[:1]
     clean = next(subset for subset in manifest.subsets if subset.split == split and subset.variant == CLEAN)
     return Sample(
         split=split,
         rows=clean.labelled if labelled else clean.rows,
-        aim="target" if targeted else "fooled" if labelled else "changed",
         labelled=labelled,
-        variants=recorded,
+        variants=manifest.variants,
         prediction=prediction,
-        confidence=stacked("confidence", pa.float32()),
-        right=stacked("correct", pa.int8()).astype(bool) if labelled else same,
-        success=~same & stacked("fooled", pa.int8()).astype(bool) if labelled or targeted else ~same,
-        target=stacked("target", pa.int64())[-1] if targeted else None,
+        confidence=stacked("confidence", 0.0),
+        right=stacked("correct", False).astype(bool) if labelled else same,
+        success=~same & stacked("fooled", False).astype(bool) if labelled or targeted else ~same,
+        target=stacked("target", 0)[-1] if targeted else None,
         shards=tuple(shares),
-        shard=np.concatenate(shard),
-        place=np.concatenate(place),
+        shard=np.repeat(np.arange(len(shares)), list(shares.values()))[known],
+        place=np.concatenate([np.arange(rows) for rows in shares.values()])[known],
     )
-
-
-def read_pictures(
-    folder: OutputFolder, manifest: Manifest, sample: Sample, rows: Sequence[int]
-) -> dict[int, tuple[bytes, bytes]]:
-    """The encoded clean image of some rows of a sample, and the picture that says in which direction it was attacked.
-
-    Raises:
-        PipelineError: as `read_sample`.
-    """
-    variants = manifest.variants
-    ray = manifest.layout.ray(variants[-1], variants)
-    pictures: dict[int, tuple[bytes, bytes]] = {}
-    for shard in sorted({int(sample.shard[row]) for row in rows}):
-        own = [row for row in rows if sample.shard[row] == shard]
-        places = [int(sample.place[row]) for row in own]
-        cells = [
-            _read_cells(folder, f"{subset}/{sample.shards[shard]}.parquet", column, places) for subset, column in ray
-        ]
-        beside = zip(*cells, strict=True)
-        pictures.update(zip(own, beside, strict=True))
-    return pictures
 
 
 def _shard_rows(manifest: Manifest, split: str) -> dict[str, int]:
@@ -162,16 +141,11 @@ def _shard_rows(manifest: Manifest, split: str) -> dict[str, int]:
 
 
 def _shares(rows: Mapping[str, int], most: int) -> dict[str, int]:
-    """How many rows of each shard are read, so that they add up to `most` or to all there are."""
+    """How many rows of each shard are read: as many of each, from shards that are spread over all of them."""
     names = list(rows)
     if len(names) > SAMPLE_SHARDS:
         names = [names[index * len(names) // SAMPLE_SHARDS] for index in range(SAMPLE_SHARDS)]
-    shares, left = {}, most
-    # The short ones first: what they lack the others give.
-    for done, name in enumerate(sorted(names, key=lambda name: rows[name])):
-        shares[name] = min(rows[name], left // (len(names) - done))
-        left -= shares[name]
-    return {name: shares[name] for name in names if shares[name]}
+    return {name: min(rows[name], -(-most // len(names))) for name in names if rows[name]}
 
 
 def _read_scores(folder: OutputFolder, manifest: Manifest, shard: str, rows: int) -> list[pa.Table]:
@@ -196,17 +170,18 @@ def _first_rows(folder: OutputFolder, name: str, rows: int, pictures: Sequence[s
         return file.read_row_groups(np.flatnonzero(starts[:-1] < rows).tolist(), ours).slice(0, rows)
 
 
-def _read_cells(folder: OutputFolder, name: str, column: str, places: Sequence[int]) -> list[bytes]:
-    """The encoded pictures in some rows of a file, one row group in memory at a time."""
-    cells = {}
-    with _opened(folder, name) as file:
+def read_picture(folder: OutputFolder, shard: str, picture: Picture, row: int) -> bytes:
+    """An encoded picture of a shard's row; its row group is read, and nothing else.
+
+    Raises:
+        PipelineError: the file cannot be read.
+    """
+    with _opened(folder, f"{picture.subset}/{shard}.parquet") as file:
         starts = _group_starts(file)
-        groups = np.searchsorted(starts, places, side="right") - 1
-        for group in np.unique(groups):
-            pictures = file.read_row_group(int(group), [f"{column}.bytes"]).column(column)
-            for place in np.array(places)[groups == group]:
-                cells[int(place)] = pictures[int(place - starts[group])].as_py()["bytes"]
-    return [cells[place] for place in places]
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        cells = file.read_row_group(group, [f"{picture.column}.bytes"]).column(picture.column)
+        data: bytes = cells[row - int(starts[group])].as_py()["bytes"]
+        return data
 
 
 def _group_starts(file: pq.ParquetFile) -> NDArray[np.int64]:

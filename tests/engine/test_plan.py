@@ -1,8 +1,6 @@
 """The plan: every row once, in shards and batches that depend on the config alone. And `fgsm plan`, which tries it."""
 
 import pickle
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -262,8 +260,7 @@ def test_a_few_broken_images_do_not_stop_the_plan(write_config: WriteConfig, tmp
     assert fgsm("plan", config).exit_code == 0
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("images_per_shard", [1, 7, 480])
+@pytest.mark.parametrize(("images_per_shard", "shuffle"), [(1, True), (7, False), (480, True)])
 def test_calibration_spreads_over_the_shards(
     slow_config: Path, images_per_shard: int, shuffle: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,13 +307,13 @@ def test_plan_warns_of_too_many_files(write_config: WriteConfig, monkeypatch: py
     assert "Warning: output.images_per_shard: 3 files in a folder (the Hub takes 2); 1024 would do" in stderr
 
 
-def test_peak_memory_is_that_of_the_workers_too() -> None:
+def test_peak_memory_is_the_most_at_once() -> None:
     with PeakMemory() as nothing:
         time.sleep(0.2)
     with PeakMemory() as memory:
-        # Written to, or the pages would not be there.
-        code = "import time; kept = bytearray(b'1') * 200_000_000; time.sleep(1.5)"
-        subprocess.run([sys.executable, "-c", code], check=True)
+        kept = bytearray(b"1") * 200_000_000  # written to, or the pages would not be there
+        time.sleep(0.2)
+        del kept
     assert 190e6 < memory.peak - nothing.peak < 300e6
 
 

@@ -25,7 +25,7 @@ from pipeline.config.schema import RuntimeConfig
 from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError
 from pipeline.engine.job import Job
 from pipeline.engine.run import open_run
-from pipeline.executors.ray import Place, Workers, at_work, listening, share_out, write_on_worker
+from pipeline.executors.ray import Resources, WorkerContext, at_work, listening, share_out, write_on_worker
 from pipeline.output.folder import OutputFolder, committed
 from pipeline.output.manifest import require_manifest
 from tests.conftest import (
@@ -45,6 +45,9 @@ from tests.conftest import (
 from tests.support.files import images, stream, write_files, write_tar
 from tests.support.processes import GATED, driver_of, lose_a_node, receipts, run_fgsm, wait_for
 from tests.support.s3 import S3, lock_of, running_s3
+
+# A worker imports torch, which takes long where all else is tested at the same time.
+pytestmark = pytest.mark.timeout(240)
 
 # A victim that does what files beside it say, and notes which processes load it, with how many cores. It fails no
 # earlier than when the run has begun, of which the opening looks at images too.
@@ -138,7 +141,7 @@ ONE = ("--set", "runtime.ray.workers=1")
 def test_two_workers_write_the_local_executor_s_bytes(cluster: str, watched_config: Path, tmp_path: Path) -> None:
     del cluster
     said = on_ray(watched_config)
-    assert "room for 2 workers with 1 CPU each" in said
+    assert "workers: 2, with 1 CPU each" in said
     assert re.search(r"Busy: load \d+%, attack \d+%, encode \d+%, write \d+%; [\d.]+ images/s", said)
     loads = [line.split() for line in (tmp_path / "loads").read_text().splitlines()]
     workers = [process for process, _ in loads]
@@ -302,7 +305,7 @@ def test_what_a_lost_worker_has_committed_is_not_written_again(watched_config: P
     job = Job(load_config(str(watched_config)), str(tmp_path / "out"), there, there.generation)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
     shard = there.plan.shards[2]
-    (again,) = write_on_worker(Place(str(Path.cwd()), "cpu", cores=1, gpus=1), job.write, shard)  # type: ignore[misc]
+    (again,) = write_on_worker(WorkerContext(str(Path.cwd()), "cpu", cores=1, gpus=1), job.write, shard)  # type: ignore[misc]
     assert again.receipt == committed(OutputFolder(tmp_path / "out"), there.edition, [shard])[shard.name]
     assert written == {path: path.stat().st_mtime_ns for path in written}
 
@@ -447,25 +450,25 @@ CPU_NODE, GPU_NODE = {"CPU": 8.0}, {"CPU": 64.0, "GPU": 8.0}
 @pytest.mark.parametrize(
     ("asked", "device", "nodes", "expected", "room"),
     [
-        ({}, "auto", [CPU_NODE, CPU_NODE], Workers(8, 0, None), 2),
-        ({}, "auto", [{"CPU": 1.0}, {"CPU": 64.0}, {"CPU": 64.0}], Workers(64, 0, None), 2),
-        ({}, "auto", [{"CPU": 4.0}, CPU_NODE], Workers(4, 0, None), 3),
-        ({}, "auto", [{"CPU": 0.0}, CPU_NODE], Workers(8, 0, None), 1),
-        ({"workers": 2}, "cpu", [CPU_NODE], Workers(4, 0, 2), 2),
-        ({"workers": 3}, "cpu", [CPU_NODE, CPU_NODE], Workers(4, 0, 3), 3),
-        ({"workers": 9}, "cpu", [CPU_NODE], Workers(1, 0, 9), 8),
-        ({"cpus_per_worker": 2}, "cpu", [CPU_NODE], Workers(2, 0, None), 4),
-        ({}, "auto", [CPU_NODE, GPU_NODE], Workers(8, 1, None), 8),
-        ({}, "cuda", [GPU_NODE, {"CPU": 8.0, "GPU": 2.0}], Workers(4, 1, None), 10),
-        ({"gpus_per_worker": 0.5}, "cuda", [GPU_NODE], Workers(4, 0.5, None), 16),
-        ({"gpus_per_worker": 2, "workers": 3}, "cuda", [GPU_NODE], Workers(16, 2, 3), 3),
-        ({"gpus_per_worker": 0}, "auto", [GPU_NODE], Workers(64, 0, None), 1),
-        ({}, "cpu", [GPU_NODE], Workers(64, 0, None), 1),
-        ({}, "cuda", [{"CPU": 2.0, "GPU": 8.0}], Workers(1, 1, None), 2),
+        ({}, "auto", [CPU_NODE, CPU_NODE], Resources(8, 0, None), 2),
+        ({}, "auto", [{"CPU": 1.0}, {"CPU": 64.0}, {"CPU": 64.0}], Resources(64, 0, None), 2),
+        ({}, "auto", [{"CPU": 4.0}, CPU_NODE], Resources(4, 0, None), 3),
+        ({}, "auto", [{"CPU": 0.0}, CPU_NODE], Resources(8, 0, None), 1),
+        ({"workers": 2}, "cpu", [CPU_NODE], Resources(4, 0, 2), 2),
+        ({"workers": 3}, "cpu", [CPU_NODE, CPU_NODE], Resources(4, 0, 3), 3),
+        ({"workers": 9}, "cpu", [CPU_NODE], Resources(1, 0, 9), 8),
+        ({"cpus_per_worker": 2}, "cpu", [CPU_NODE], Resources(2, 0, None), 4),
+        ({}, "auto", [CPU_NODE, GPU_NODE], Resources(8, 1, None), 8),
+        ({}, "cuda", [GPU_NODE, {"CPU": 8.0, "GPU": 2.0}], Resources(4, 1, None), 10),
+        ({"gpus_per_worker": 0.5}, "cuda", [GPU_NODE], Resources(4, 0.5, None), 16),
+        ({"gpus_per_worker": 2, "workers": 3}, "cuda", [GPU_NODE], Resources(16, 2, 3), 3),
+        ({"gpus_per_worker": 0}, "auto", [GPU_NODE], Resources(64, 0, None), 1),
+        ({}, "cpu", [GPU_NODE], Resources(64, 0, None), 1),
+        ({}, "cuda", [{"CPU": 2.0, "GPU": 8.0}], Resources(1, 1, None), 2),
     ],
 )
 def test_what_a_worker_is_given(
-    asked: dict[str, Any], device: str, nodes: Sequence[Mapping[str, float]], expected: Workers, room: int
+    asked: dict[str, Any], device: str, nodes: Sequence[Mapping[str, float]], expected: Resources, room: int
 ) -> None:
     workers = share_out(RuntimeConfig.model_validate({"device": device, "ray": asked}), nodes)
     assert workers == expected
@@ -487,7 +490,7 @@ def test_a_worker_sees_what_it_was_given_of_the_gpus(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", shares.append)
-    with at_work(Place(str(Path.cwd()), device, 1, gpus)):
+    with at_work(WorkerContext(str(Path.cwd()), device, 1, gpus)):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     assert shares == ([] if share is None else [share])
 
@@ -495,7 +498,7 @@ def test_a_worker_sees_what_it_was_given_of_the_gpus(
 def test_a_worker_names_no_credential_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver, which has others, could not take it out."""
     monkeypatch.setenv("NODE_SECRET", "hush-hush-hush")
-    with pytest.raises(PipelineError) as caught, at_work(Place(str(Path.cwd()), "auto", 1, 1)):
+    with pytest.raises(PipelineError) as caught, at_work(WorkerContext(str(Path.cwd()), "auto", 1, 1)):
         try:
             raise OSError(5, "refused hush-hush-hush")
         except OSError as error:
@@ -510,13 +513,13 @@ def test_a_worker_names_no_credential_of_its_node(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("asked", "device", "needed"),
     [
-        ({"cpus_per_worker": 9}, "cpu", "9 CPUs, and"),
+        ({"cpus_per_worker": 9}, "cpu", "9 CPU, and"),
         ({"gpus_per_worker": 0.5}, "auto", "1 CPU and 0.5 GPU, and"),
         ({}, "cuda", "1 CPU and 1 GPU, and"),
     ],
 )
 def test_a_demand_that_no_node_can_satisfy_is_told(asked: dict[str, Any], device: str, needed: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^runtime\.ray: a worker needs {needed} no node .* \(they have 8 CPUs, 0"):
+    with pytest.raises(ConfigError, match=rf"^runtime\.ray: a worker needs {needed} no node .* \(they have 8 CPU, 0"):
         share_out(RuntimeConfig.model_validate({"device": device, "ray": asked}), [CPU_NODE, CPU_NODE])
 
 
@@ -526,7 +529,7 @@ def test_an_impossible_demand_ends_instead_of_waiting(cluster: str, write_config
     result = fgsm("generate", write_config(runtime={"ray": {"cpus_per_worker": 64}}), "--executor", "ray")
     assert time.monotonic() - began < 10
     assert result.exit_code == 2
-    assert "a worker needs 64 CPUs, and no node of the Ray cluster has that (they have 2 CPUs, 0 GPUs)" in result.stderr
+    assert "a worker needs 64 CPU, and no node of the Ray cluster has that (they have 2 CPU, 0 GPU)" in result.stderr
 
 
 def test_resources_do_not_enter_the_run_id(write_config: WriteConfig) -> None:
@@ -540,26 +543,30 @@ def test_resources_do_not_enter_the_run_id(write_config: WriteConfig) -> None:
 # ------------------------------------------------------------------------------------------ connecting
 
 
-def test_an_address_that_does_not_answer_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_an_address_that_does_not_answer_is_told_within_seconds(named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if named:
+        monkeypatch.setenv("RAY_ADDRESS", where)
+    monkeypatch.setattr("pipeline.executors.ray.read_ray_address", lambda: None if named else where)
     began = time.monotonic()
-    with pytest.raises(PipelineError, match=rf"^RAY_ADDRESS: no Ray cluster answers at 127\.0\.0\.1:{port} \("):
+    with pytest.raises(PipelineError, match=rf"^RAY_ADDRESS: no Ray cluster answers at {re.escape(where)} \("):
         pipeline.executors.ray._connect()
     assert time.monotonic() - began < 5
 
 
-class Init:
-    """Stands where `ray.init` does: of clusters of other versions, or that are gone, there is none here."""
+def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Have `ray.init` fail, as there is no cluster of another version here; the addresses that it is asked for."""
+    addresses: list[object] = []
 
-    def __init__(self, *errors: Exception) -> None:
-        self.errors, self.addresses = [*errors], list[str | None]()
+    def init(address: object = None, **_: object) -> None:
+        addresses.append(address)
+        raise error
 
-    def __call__(self, address: str | None = None, **_: Any) -> None:
-        self.addresses.append(address)
-        if self.errors:
-            raise self.errors.pop(0)
+    monkeypatch.setattr("ray.init", init)
+    return addresses
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -575,8 +582,7 @@ class Init:
 def test_a_cluster_that_does_not_take_this_process_is_not_replaced_by_a_local_one(
     error: Exception, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    init = Init(error)
-    monkeypatch.setattr("ray.init", init)
+    addresses = fail_with(error, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr("pipeline.executors.ray.read_ray_address", lambda: None if named else where)
@@ -588,7 +594,7 @@ def test_a_cluster_that_does_not_take_this_process_is_not_replaced_by_a_local_on
     reason = str(error).splitlines()[0].rstrip(".")
     assert str(caught.value).startswith(f"RAY_ADDRESS: the Ray cluster at {where} does not take this process ({reason}")
     assert "set it to local to start one" in str(caught.value)
-    assert init.addresses == [None]
+    assert addresses == [None]
 
 
 @pytest.mark.parametrize("where", ["local", None])
@@ -611,9 +617,9 @@ def test_a_local_cluster_that_does_not_start_is_one_sentence(
         monkeypatch.setenv("RAY_ADDRESS", where)
     else:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray.init", Init(error))
+    fail_with(error, monkeypatch)
     monkeypatch.setattr("pipeline.executors.ray.read_ray_address", lambda: None)
-    with pytest.raises(PipelineError, match=r"^Ray cannot be started on this machine \(.* with RAY_TMPDIR"):
+    with pytest.raises(PipelineError, match=r"^Ray cannot be started on this machine \(.* set RAY_TMPDIR"):
         pipeline.executors.ray._connect()
 
 
@@ -627,7 +633,7 @@ def test_a_temporary_folder_with_a_long_name_is_told(tmp_path: Path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
     sentence = ended.stderr.splitlines()[-1]
-    assert re.search(r"PipelineError: Ray cannot be started on this machine \(.* name a folder .* RAY_TMPDIR", sentence)
+    assert re.search(r"PipelineError: Ray cannot be started on this machine \(.* set RAY_TMPDIR", sentence)
 
 
 @pytest.mark.drill
@@ -638,20 +644,6 @@ def test_a_node_without_memory_fails_the_run_instead_of_holding_it_up(write_conf
     ended = subprocess.run(command, env={**os.environ, **scarce}, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].endswith("Ray ended its worker, as the node was short of memory.")
-
-
-def test_a_cluster_that_the_machine_remembers_and_that_is_gone_is_replaced_within_seconds(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    init = Init()
-    monkeypatch.setattr("ray.init", init)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        where = f"127.0.0.1:{server.getsockname()[1]}"
-    monkeypatch.setattr("pipeline.executors.ray.read_ray_address", lambda: where)
-    pipeline.executors.ray._connect()
-    assert init.addresses == ["local"]
-    assert f"that this machine remembers, at {where}, does not answer (Connection refused); starting" in caplog.text
 
 
 def test_without_ray_the_sentence_names_what_to_install(

@@ -31,7 +31,7 @@ from tests.conftest import (
     write_sealed,
 )
 from tests.conftest import fgsm_without_run as fgsm
-from tests.support.forgery import SHARD, alter_a_byte_of, assert_found, cut_short_of, forge
+from tests.support.forgery import SHARD, alter_a_byte_of, another_mistake, assert_found, cut_short_of, forge
 
 FILE = f"signs/{SHARD}.parquet"
 SIGNS = {"layout": "signs"}
@@ -163,7 +163,7 @@ def delete(path: Path) -> None:
     ("damage", "named"),
     [
         (cut_short_of, f"{FILE} has "),
-        (alter_a_byte_of, f"{FILE} was altered"),
+        (alter_a_byte_of, f"{FILE} has sha256 "),
         (delete, f"{FILE} is missing"),
     ],
 )
@@ -262,15 +262,15 @@ def exchange_rows(columns: Columns) -> None:
         (a_sign_of_another_size, f"{FILE} holds an image of another size"),
         (lose_an_attack, f"{FILE}: the attacks of a row are not the run's 2"),
         (lose_all_attacks, f"{FILE}: the attacks of a row are not the run's 2"),
-        (exchange_attacks, f"{FILE} at 2/255 has another epsilon than 2/255"),
-        (lose_an_entry, f"{FILE} at 8/255 has another epsilon than 8/255"),
-        (another_attack, f"{FILE} at 8/255 has another attack than fgsm"),
-        (another_model, f"{FILE} at 2/255 has another model than make"),
-        (lose_the_clean_prediction, f"{FILE} at 0/255 has a prediction that is null in other rows than it should be"),
-        (lose_a_flag, f"{FILE} at 8/255 has a fooled that is null in other rows than it should be"),
-        (another_flag, f"has other counts than the rows of {FILE} at 8/255"),
-        (another_clean_flag, f"has other counts than the rows of {FILE} at 0/255"),
-        (exchange_rows, f"{FILE} holds other source rows than the plan says"),
+        (exchange_attacks, f"{FILE} at 2/255 has other values in epsilon"),
+        (lose_an_entry, f"{FILE} at 8/255 has other values in epsilon"),
+        (another_attack, f"{FILE} at 8/255 has other values in attack"),
+        (another_model, f"{FILE} at 2/255 has other values in model"),
+        (lose_the_clean_prediction, f"{FILE} at 0/255 has other values in prediction"),
+        (lose_a_flag, f"{FILE} at 8/255 has other values in fooled"),
+        (another_flag, f"{FILE} at 8/255 has other values in fooled"),
+        (another_clean_flag, f"{FILE} at 0/255 has other values in correct"),
+        (exchange_rows, f"{FILE} at 0/255 has other values in source_index"),
     ],
 )
 def test_forged_rows_are_found_without_the_victim(
@@ -282,12 +282,14 @@ def test_forged_rows_are_found_without_the_victim(
 
 
 def another_prediction(columns: Columns) -> None:
-    entry = columns["attacks"][5][1]
-    entry["prediction"] = (entry["prediction"] + 1) % 3
+    predictions = [entries[1]["prediction"] for entries in columns["attacks"]]
+    another_mistake(predictions, columns["label"])
+    for entries, prediction in zip(columns["attacks"], predictions, strict=True):
+        entries[1]["prediction"] = prediction
 
 
 def another_clean_prediction(columns: Columns) -> None:
-    columns["clean_prediction"][5] = (columns["clean_prediction"][5] + 1) % 3
+    another_mistake(columns["clean_prediction"], columns["label"])
 
 
 def another_confidence(columns: Columns) -> None:
@@ -306,8 +308,8 @@ def turn_the_signs(columns: Columns) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (another_prediction, f"{FILE} at 8/255 records 1 predictions that its pixels do not give"),
-        (another_clean_prediction, f"{FILE} at 0/255 records 1 predictions that its pixels do not give"),
+        (another_prediction, f"{FILE} at 8/255 has 1 predictions that its pixels do not give"),
+        (another_clean_prediction, f"{FILE} at 0/255 has 1 predictions that its pixels do not give"),
         (another_confidence, f"{FILE} at 2/255 has a confidence that its pixels do not give"),
         (another_clean_label_confidence, f"{FILE} at 0/255 has a label_confidence that its pixels do not give"),
         (turn_the_signs, f"{FILE} at "),

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.core.images import decode_image, encode_images
 from tests.conftest import WriteConfig, fgsm, generate, pixels, rows, shard_path
-from tests.support.forgery import SHARD, assert_found, forge
+from tests.support.forgery import SHARD, another_mistake, assert_found, forge
 
 FILE = f"wide/{SHARD}.parquet"
 Columns = dict[str, list[Any]]
@@ -87,9 +87,11 @@ def test_forged_rows_are_found_without_the_victim(out: Path, edit: Callable[[Col
 
 def test_recompute_finds_a_prediction_that_the_pixels_do_not_give(out: Path) -> None:
     def another(columns: Columns) -> None:
-        entry = columns["attacks"][5][1]
-        entry["prediction"] = (entry["prediction"] + 1) % 3
+        predictions = [entries[1]["prediction"] for entries in columns["attacks"]]
+        another_mistake(predictions, columns["label"])
+        for entries, prediction in zip(columns["attacks"], predictions, strict=True):
+            entries[1]["prediction"] = prediction
 
     forge(out, another, FILE)
     assert fgsm("verify", out).exit_code == 0
-    assert_found(f"{FILE} at 8/255 records 1 predictions that its pixels do not give", out, "--recompute")
+    assert_found(f"{FILE} at 8/255 has 1 predictions that its pixels do not give", out, "--recompute")

@@ -21,7 +21,7 @@ from pipeline.sources.digits import digits_split
 from tests.conftest import LABELS, LAYOUTS, ROOM, WriteConfig, digests, generate, kept_parquet, manifest, rows
 from tests.conftest import fgsm_without_run as fgsm
 from tests.support.configs import section
-from tests.support.forgery import FILE, SHARD, assert_found, forge
+from tests.support.forgery import FILE, SHARD, another_mistake, assert_found, forge
 
 LEVELS = (0, 2, 8)
 
@@ -237,7 +237,7 @@ def test_an_evaluator_that_produces_no_numbers_stops_the_run(
 
 
 def another_prediction(columns: dict[str, list[Any]]) -> None:
-    columns["prediction_sums"][3] = (columns["prediction_sums"][3] + 1) % 3
+    another_mistake(columns["prediction_sums"], columns["label"])
 
 
 def another_flag(columns: dict[str, list[Any]]) -> None:
@@ -259,12 +259,12 @@ def exchange_two_flags(columns: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("edit", "options", "named"),
     [
-        (another_flag, [], f"has other counts than the rows of {FILE}"),
-        (lose_a_prediction, [], f"{FILE} has a prediction_sums that is null in other rows than it should be"),
+        (another_flag, [], f"{FILE} has other values in correct_sums"),
+        (lose_a_prediction, [], f"{FILE} has other values in prediction_sums"),
         (
             another_prediction,
             ["--recompute"],
-            f"{FILE} records 1 predictions in prediction_sums that its pixels do not give",
+            f"{FILE} has 1 predictions in prediction_sums that its pixels do not give",
         ),
     ],
 )
@@ -302,7 +302,7 @@ def test_an_evaluator_that_has_changed_is_not_asked_again(
     path.write_text(path.read_text().replace("mean((2, 3))", "amax((2, 3))"))
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 2
-    assert "evaluators, sums: it has changed since the run" in result.stderr
+    assert "evaluators, sums: the model that the config names has changed since the run" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------- transfer

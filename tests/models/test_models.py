@@ -175,13 +175,13 @@ class Returning(nn.Module):
         (nn.Flatten(0), {}, (3, 2, 2), "shape (12,); logits (images, classes)"),
         (nn.Flatten(0, 1), {}, (3, 2, 2), "shape (3, 2, 2); logits (images, classes)"),
         (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), "shape (1, 3, 2, 1, 2); logits (images, classes)"),
-        (Returning(lambda logits: (logits, logits)), {}, (3, 2, 2), "model: it returned a tuple of Tensor, Tensor;"),
-        (Returning(lambda logits: [logits]), {}, (3, 2, 2), "model: it returned a list of Tensor;"),
-        (Returning(lambda logits: {"out": logits, "aux": 3}), {}, (3, 2, 2), "a dict with the keys 'out', 'aux';"),
-        (Returning(lambda _: {"logits": None}), {}, (3, 2, 2), "a dict with the keys 'logits';"),
+        (Returning(lambda logits: (logits, logits)), {}, (3, 2, 2), "model: it returned an object of type tuple;"),
+        (Returning(lambda logits: [logits]), {}, (3, 2, 2), "an object of type list;"),
+        (Returning(lambda logits: {"out": logits, "aux": 3}), {}, (3, 2, 2), "an object of type dict;"),
+        (Returning(lambda _: {"logits": None}), {}, (3, 2, 2), "an object of type dict;"),
         (Returning(lambda logits: SimpleNamespace(scores=logits)), {}, (3, 2, 2), "an object of type SimpleNamespace;"),
         (Returning(lambda logits: logits.numpy(force=True)), {}, (3, 2, 2), "an object of type ndarray;"),
-        (Returning(lambda _: None), {}, (3, 2, 2), "model: it returned None;"),
+        (Returning(lambda _: None), {}, (3, 2, 2), "an object of type NoneType;"),
         (Returning(lambda logits: logits.long()), {}, (3, 2, 2), "model: it returned torch.int64 values;"),
         (Returning(lambda logits: logits > 0), {}, (3, 2, 2), "model: it returned torch.bool values;"),
         (Returning(lambda logits: logits + 1j), {}, (3, 2, 2), "model: it returned torch.complex64 values;"),
@@ -255,11 +255,11 @@ def test_an_untrained_model_comes_from_the_seed_alone(factory_file: Path) -> Non
         ("{folder}/victim.py:not_callable", {}, "model.name: {folder}/victim.py has no callable not_callable."),
         ("{folder}/victim.py:torch.nn.ReLU", {}, "has no callable torch.nn.ReLU"),
         ("{folder}/victim.py:make", {"colour": "red"}, "unexpected keyword argument 'colour'"),
-        ("{folder}/broken.py:make", {}, "broken.py cannot be imported: ModuleNotFoundError: No module named 'no_such"),
-        ("{folder}/syntax.py:make", {}, "syntax.py cannot be imported: SyntaxError: "),
+        ("{folder}/broken.py:make", {}, "broken.py cannot be imported: No module named 'no_such"),
+        ("{folder}/syntax.py:make", {}, "syntax.py cannot be imported: "),
         ("{folder}/odd.py:text", {}, "odd.py:text returned str, not a torch.nn.Module."),
         ("{folder}/odd.py:fails", {}, "odd.py:fails: the weather is bad"),
-        ("no_such_package.nets:make", {}, "model.name: no_such_package.nets cannot be imported: ModuleNotFoundError"),
+        ("no_such_package.nets:make", {}, "model.name: no_such_package.nets cannot be imported: "),
         ("math:sqrt", {"x": 4}, "math:sqrt"),
     ],
 )
@@ -364,7 +364,10 @@ def test_untrained_torchvision_models() -> None:
     ("config", "sentence"),
     [
         ({"name": "resnet51"}, "model: torchvision cannot make resnet51: Unknown model resnet51"),
-        ({"name": "resnet51", "weights": "IMAGENET1K_V1"}, "model.name: torchvision has no model resnet51"),
+        (
+            {"name": "resnet51", "weights": "IMAGENET1K_V1"},
+            "model: torchvision cannot make resnet51: Unknown model resnet51",
+        ),
         ({"name": "resnet50", "weights": "IMAGENET1K_V3"}, "torchvision knows IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
         ({"name": "resnet50", "weights": "weights.ckpt"}, "a checkpoint ends in .safetensors, .pt or .pth"),
         ({"name": "squeezenet1_1", "kwargs": {"depth": 3}}, "unexpected keyword argument 'depth'"),
@@ -570,7 +573,7 @@ def test_the_model_sees_what_its_image_processor_would_give_it(
 def test_published_statistics_that_cannot_be_are_refused(vit: tuple[Any, Path]) -> None:
     _, folder = vit
     preprocessing("ViTImageProcessor", {"image_mean": [123.675, 116.28, 103.53]}, folder)
-    assert "model.weights: as " in refused(kind="transformers", name="vit", weights=str(folder))
+    assert "published with cannot be used" in refused(kind="transformers", name="vit", weights=str(folder))
 
 
 def test_untrained_transformers_models(tmp_path: Path) -> None:

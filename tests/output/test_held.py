@@ -242,14 +242,9 @@ def test_a_readme_of_the_user_is_not_replaced(
 
 
 def test_overwriting_removes_a_dataset_of_another_version(write_config: WriteConfig, tmp_path: Path) -> None:
-    """Until format 4 no name of a file ended in the run's id."""
     out = tmp_path / "out"
     generate(write_config(output={"images_per_shard": 20}))
-    run_id = manifest(out)["run_id"]
-    for path in list(out.rglob("*-of-*")):
-        path.write_bytes(path.read_bytes().replace(f"-{run_id}".encode(), b""))
-        path.rename(path.with_name(path.name.replace(f"-{run_id}", "")))
-    content = {**manifest(out), "format": 4}
+    content = {**manifest(out), "format": 5}
     (out / "manifest.json").write_text(json.dumps(content))
     refused = fgsm("generate", write_config())
     assert refused.exit_code == 1

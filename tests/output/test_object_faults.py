@@ -187,7 +187,7 @@ def test_a_store_that_cannot_be_used_is_one_sentence(
         expected, code = r"output\.path: s3://no-such-bucket is not there, or these credentials may not see it; ", 2
     elif kind == "forbidden":
         s3.fail(".*", "", 403)
-        expected = rf"{out} is refused to these credentials \(.+\)\. What was committed is kept; use others, "
+        expected = rf"{out}: access denied \(.+\)\. What was committed is kept; use other credentials, "
     else:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@127.0.0.1:9")
         expected = rf"{out}: the store failed \(it cannot be reached: .+\)\. What was committed"
@@ -219,11 +219,9 @@ def test_an_address_with_credentials_is_refused_without_quoting_them(write_confi
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(_registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    for place, mend in (("s3://b/x", r"pip install 'fgsm-pipeline\[s3\]'"), ("gs://b/x", "pip install gcsfs")):
-        with pytest.raises(ConfigError, match=rf"^output\.path: ..?:// needs a package .* installed: {mend}\.$"):
+    for place, named in (("s3://b/x", "s3fs"), ("gs://b/x", "gcsfs"), ("s4://b/x", "Protocol not known")):
+        with pytest.raises(ConfigError, match=rf"^output\.path: ..:// cannot be used: .*{named}"):
             open_store(place)
-    with pytest.raises(ConfigError, match=r"^output\.path: fsspec knows no protocol s4://"):
-        open_store("s4://b/x")
 
 
 def test_only_the_shards_in_flight_need_room_on_the_disk(
