@@ -171,22 +171,23 @@ def test_decay(decay: float) -> None:
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("kind", ["bim", "pgd"])
 def test_the_images_are_those_of_foolbox(kind: str, targeted: bool) -> None:
-    import foolbox
-    from foolbox.attacks import LinfBasicIterativeAttack, LinfProjectedGradientDescentAttack
+    from eagerpy.astensor import astensor
+    from foolbox.attacks.basic_iterative_method import LinfBasicIterativeAttack
+    from foolbox.attacks.projected_gradient_descent import LinfProjectedGradientDescentAttack
+    from foolbox.criteria import Misclassification, TargetedMisclassification
+    from foolbox.models.pytorch import PyTorchModel
 
-    class FromOurStart(LinfProjectedGradientDescentAttack):  # type: ignore[misc]
+    class FromOurStart(LinfProjectedGradientDescentAttack):
         def get_random_start(self, x0: Any, epsilon: float) -> Any:
             del x0
-            return foolbox.devutils.ep.astensor(starts(IMAGES, round(255 * epsilon)).double() / 255)
+            return astensor(starts(IMAGES, round(255 * epsilon)).double() / 255)
 
     net = conv_net(3)
     attack, schedule = made(kind)
     found = attacked(attack, Model(copy.deepcopy(net)), goal=Goal(target=2 if targeted else None))
     theirs = {"bim": LinfBasicIterativeAttack, "pgd": FromOurStart}[kind]
-    criterion = (
-        foolbox.TargetedMisclassification(torch.full_like(LABELS, 2)) if targeted else foolbox.Misclassification(LABELS)
-    )
-    model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    criterion = TargetedMisclassification(torch.full_like(LABELS, 2)) if targeted else Misclassification(LABELS)
+    model = PyTorchModel(net, bounds=(0, 1), device="cpu")
     for level, images in zip(LEVELS, found, strict=True):
         steps, size = schedule[level]
         run = theirs(abs_stepsize=size / 255, steps=steps, random_start=kind == "pgd").run

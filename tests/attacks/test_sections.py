@@ -107,7 +107,7 @@ def test_a_dump_parses_back_to_an_equal_config(kind: str) -> None:
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_a_config_is_checked_without_torch(kind: str) -> None:
     loaded = loaded_by(f"from pipeline.config.load import parse_config; parse_config({whole(kind=kind)!r})")
-    assert not {"torch", "numpy"} & loaded
+    assert "torch" not in loaded
 
 
 def test_what_decides_the_bytes_is_in_the_identity() -> None:
