@@ -76,24 +76,28 @@ def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: T
 
     Raises:
         ConfigError: its images are none, leave the ball of their epsilon, do not lie along its direction, or are others
-            the second time.
+            the second time; or it changes what it is given in place.
         torch.OutOfMemoryError: so many images do not fit.
     """
-    draws, before = torch.arange(len(images_u8), device=images_u8.device), images_u8.clone()
+    draws = torch.arange(len(images_u8), device=images_u8.device)
 
     def perturb() -> Perturbed:
         attacked = AttackedModel(model, images_u8, targeted=attack.goal.target is not None)
         classes = attack.goal.classes(attacked.logits, labels, draws) if attack.asks_model else labels
+        given = {"images": images_u8, "classes": classes, "draws": draws, "logits": attacked.logits}
+        before = {name: values.clone() for name, values in given.items()}
         try:
-            return attack.attack.perturb(attacked, images_u8, classes, attack.levels, draws)
+            perturbed = attack.attack.perturb(attacked, images_u8, classes, attack.levels, draws)
         except (torch.OutOfMemoryError, PipelineError):
             raise
         except Exception as error:  # the attack may be the user's code
             raise ConfigError(f"{attack.key}.kind: it fails: {type(error).__name__}: {first_line(error)}") from error
+        for name, values in given.items():
+            if not torch.equal(before[name].nan_to_num(), values.nan_to_num()):
+                raise ConfigError(f"{attack.key}.kind: it changes the {name} that it is given; work on a copy.")
+        return perturbed
 
     one, other = perturb(), perturb()
-    if not torch.equal(before, images_u8):
-        raise ConfigError(f"{attack.key}.kind: it changes the images that it is given; make new ones in their place.")
     for perturbed in (one, other):
         _check_perturbed(perturbed, attack, images_u8)
     moved = max(float((a != b).double().mean()) for a, b in zip(one.images, other.images, strict=True))

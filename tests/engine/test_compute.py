@@ -234,7 +234,7 @@ def test_a_compiled_run_resumes_and_verifies_exactly(
     shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     result = fgsm("generate", config)
     assert result.exit_code == 1
-    assert "the run was begun with a compiled victim. Mend the compiler" in result.stderr
+    assert "the run was begun with compiled models. Fix the compiler" in result.stderr
 
 
 @pytest.mark.drill
