@@ -22,7 +22,7 @@ from pipeline.core.variants import Variant, at_levels
 from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, columns_of, kept_columns
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
-from pipeline.output.folder import OutputFolder, local_folder, split_of
+from pipeline.output.folder import OutputFolder, local_folder, shard_file
 from pipeline.output.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
 from pipeline.output.objects import storage_options
 from pipeline.read.repository import manifest_folder
@@ -159,13 +159,17 @@ def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[st
     """The files of a subset by split, `subset/split-00000-of-00004-RUN.parquet`.
 
     Raises:
-        ConfigError: none is there yet.
+        ConfigError: none is there yet, or the manifest lists one that is none of its shards.
     """
-    paths = [entry.path for entry in manifest.files if entry.path.startswith(f"{subset}/")]
-    if not paths:
+    files: dict[str, list[str]] = {split: [] for split in manifest.split_rows}
+    splits = {shard_file(subset, shard, manifest.edition): shard.split for shard in manifest.plan.shards}
+    for path in (entry.path for entry in manifest.files if entry.path.startswith(f"{subset}/")):
+        if path not in splits:
+            raise ConfigError(f"{place}: its manifest.json lists {path}, which is no shard of this run.")
+        files[splits[path]].append(f"{place.rstrip('/')}/{path}")
+    if not any(files.values()):
         raise ConfigError(f"{place} holds no shards yet; run fgsm generate to its end.")
-    files = {split: [path for path in paths if split_of(path) == split] for split in manifest.split_rows}
-    return {split: [f"{place.rstrip('/')}/{path}" for path in own] for split, own in files.items() if own}
+    return {split: listed for split, listed in files.items() if listed}
 
 
 def _in_variants(
