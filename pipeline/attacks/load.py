@@ -6,7 +6,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.attacks.base import Attack
-from pipeline.attacks.sections import OwnAttackConfig
+from pipeline.attacks.own import OwnAttackConfig
 from pipeline.config.kinds import ATTACKS
 from pipeline.config.schema import AttackConfig
 from pipeline.core.errors import ConfigError, first_line

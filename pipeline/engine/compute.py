@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
+from pipeline.attacks.base import Attack, Goal, direction_sign
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line
 from pipeline.core.lanes import Lanes, chunk_images, to_host
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 
 # Source images from which `compile: auto` compiles. On 2 CPU cores compiling ResNet-20 took 35 s, and saved

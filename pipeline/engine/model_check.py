@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.attacks.base import AttackedModel, Goal, Perturbed, direction_sign
+from pipeline.attacks.base import Goal, Perturbed, direction_sign
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.lattice import step
 from pipeline.engine.compute import ModelAttack
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 
 # How far numbers may be apart, as a share of the largest: from call to call, where only the order of sums differs, in
