@@ -95,7 +95,7 @@ class Attack(Protocol):
 
     on_ray: whether the image at every epsilon k follows from the clean one and one direction, clip(x + k * s). If so,
     one sign map is enough to store all of them, and readers can make those of any other epsilon.
-    needs_draws: whether `perturb` looks at its random numbers, which are drawn only then.
+    needs_draws: whether `perturb` looks at its random numbers. They are drawn only then; else `draws` is None.
 
     Equal arguments give equal images, and those of a row depend on that row alone: a run that is resumed, or verified,
     makes the same batches again, in chunks of one size that may hold other rows.
@@ -115,6 +115,6 @@ class Attack(Protocol):
             classes: (N,) int64 model indices, whose loss is changed.
             levels: K epsilons in grey levels, rising, each in 1..255.
             draws: (N,) int64, 0 or more: a random number for each row, which depends on the run's seed and the source
-                row alone.
+                row alone. None without `needs_draws`.
         """
         ...

@@ -30,6 +30,10 @@ def load_attack(config: AttackConfig) -> LoadedAttack:
     if not isinstance(config, OwnAttackConfig):
         return LoadedAttack(resolve_name(ATTACKS[config.kind].make)(**config.arguments))
     make = import_own(config.kind, "attack.kind")
+    if not isinstance(make, type):
+        raise ConfigError(
+            f"attack.kind: {config.kind} is no class, but {type(make).__name__}; name the attack's class."
+        )
     try:
         made = make(**config.arguments)
     except Exception as error:  # the user's own code

@@ -137,7 +137,7 @@ def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
     for index, (each, sign) in enumerate(zip(attacker.attacks, signs, strict=True)):
         attacked = AttackedModel(models[each.model], images[0], targeted=each.goal.target is not None)
         own = classes[:, index].contiguous()
-        perturbed = each.attack.perturb(attacked, images[0], own, each.levels, draws)
+        perturbed = each.perturb(attacked, images[0], own, draws)
         if perturbed.direction is None:
             stored = images[first : first + len(each.levels)]
             differs = torch.stack([*map(torch.ne, perturbed.images, stored)]).any(0).flatten(1)

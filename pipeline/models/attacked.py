@@ -41,7 +41,13 @@ class AttackedModel:
         return self._logits
 
     def predict(self, images_u8: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted."""
+        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted.
+
+        Raises:
+            TypeError: the images are not uint8.
+        """
+        if images_u8.dtype != torch.uint8:
+            raise TypeError(f"model.predict takes images of type uint8, and was given {_described(images_u8)}")
         return self._model.predict(images_u8)
 
     def gradient(self, images_u8: Tensor, classes: Tensor) -> Tensor:
@@ -56,7 +62,15 @@ class AttackedModel:
         Args:
             images_u8: (N, C, H, W) uint8.
             classes: (N,) int64, whose loss is changed.
+
+        Raises:
+            TypeError: the images are not uint8, or not as many and of the same shape as the clean ones.
         """
+        if images_u8.dtype != torch.uint8 or images_u8.shape != self._clean.shape:
+            raise TypeError(
+                f"model.gradient takes images of type uint8 and shape {tuple(self._clean.shape)}, like the clean ones, "
+                f"and was given {_described(images_u8)}"
+            )
         clean = images_u8 is self._clean
         if clean and self._gradient is not None:
             before, direction, version = self._gradient
@@ -73,6 +87,10 @@ class AttackedModel:
         if clean:
             self._gradient = classes, direction, direction._version
         return direction
+
+
+def _described(images: Tensor) -> str:
+    return f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
 
 
 def _margin(logits: Tensor, classes: Tensor) -> Tensor:
