@@ -85,11 +85,9 @@ def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: T
             are not the rows' own.
         torch.OutOfMemoryError: so many images do not fit.
     """
-    key, before = f"{attack.key}.kind: {source_file(type(attack.attack))}", images_u8.clone()
+    key = f"{attack.key}.kind: {source_file(type(attack.attack))}"
     draws, state = torch.arange(len(images_u8), device=images_u8.device), _random_state(images_u8.device)
     one, other = (_perturb(attack, model, images_u8, labels, draws) for _ in range(2))
-    if not torch.equal(before, images_u8):
-        raise ConfigError(f"{key} changes the images that it is given; make new ones in their place.")
     moved = _other_values(one, other)
     if moved > OTHER_VALUES:
         raise ConfigError(
@@ -120,6 +118,7 @@ def _perturb(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tenso
     key, file = f"{attack.key}.kind", source_file(type(attack.attack))
     attacked = AttackedModel(model, images_u8, targeted=attack.goal.target is not None)
     classes = attack.goal.classes(attacked.logits, labels, draws) if attack.asks_model else labels
+    before = images_u8.clone()
     try:
         perturbed = attack.perturb(attacked, images_u8, classes, draws)
     except (torch.OutOfMemoryError, PipelineError):
@@ -130,6 +129,8 @@ def _perturb(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tenso
         raise ConfigError(
             f"{key}: {frame.filename} fails in line {frame.lineno}: {type(error).__name__}: {first_line(error)}"
         ) from error
+    if not torch.equal(before, images_u8):
+        raise ConfigError(f"{key}: {file} changes the images that it is given; make new ones in their place.")
     if not isinstance(perturbed, Perturbed):
         raise ConfigError(
             f"{key}: perturb in {file} returns {type(perturbed).__name__}; return Perturbed(images), or "
