@@ -15,9 +15,8 @@ import yaml
 from pydantic import ValidationError, create_model
 
 from pipeline.config.kinds import ATTACKS, MODELS, OWN_ATTACK, OWN_ATTACK_SECTION, SOURCES
-from pipeline.config.schema import AttackConfig, Config, ModelConfig
+from pipeline.config.schema import AttackConfig, Config, ModelConfig, SourceConfig
 from pipeline.config.section import Section
-from pipeline.config.sources import SourceConfig
 from pipeline.core.errors import ConfigError, first_line, shortened
 from pipeline.core.redaction import find_secret, printable
 from pipeline.core.variants import plain_id

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core.variants import CLEAN, Variant, group_variants
+from pipeline.core.variants import CLEAN, Variant, by_attack, group_variants
 from pipeline.layouts.base import (
     ATTACK,
     ATTACKS,
@@ -36,10 +36,6 @@ class PerImage(Layout):
 
     per_image = True
 
-    def subset(self, variant: Variant) -> str:
-        del variant
-        return self.subsets
-
     def features(self, contents: Contents) -> dict[str, Any]:
         import datasets
 
@@ -49,8 +45,10 @@ class PerImage(Layout):
         def clean(columns: Sequence[Column]) -> dict[str, Any]:
             return {column.clean_name: contents.feature(column) for column in columns if column.clean_name}
 
-        attacks = {c.name: contents.feature(c) for c in columns if c.per_variant and not c.of_clean}
-        shared = {column.name: contents.feature(column) for column in columns if not column.per_variant}
+        once = len(by_attack(contents.variants)) == 1
+        beside = [c for c in columns if not c.per_variant or (c.of_attack and once)]
+        shared = {column.name: contents.feature(column) for column in beside}
+        attacks = {c.name: contents.feature(c) for c in columns if c not in beside and not c.of_clean}
         return {
             **dict.fromkeys(picture_columns(self, contents.variants), datasets.Image()),
             LABEL: shared[LABEL],
@@ -72,12 +70,12 @@ class PerImage(Layout):
         for column in _columns(schema):
             if column.of_clean:
                 continue
-            if column.value is None:
-                entries[column.name] = pa.array(map(column.of_variant, attacked), column.type).take(order)
+            if column.of_variant:
+                entries[column.name] = pa.array([getattr(v, column.name) for v in attacked], column.type).take(order)
                 continue
-            values = column.value(scores, batch)
-            if not column.per_variant:
-                columns[column.name] = values
+            values = column.values(scores, batch)
+            if column.name in schema.names:
+                columns[column.name] = values[1] if column.per_variant else values
                 continue
             if column.clean_name:
                 columns[column.clean_name] = values[0]
@@ -108,10 +106,10 @@ class PerImage(Layout):
             answers = dict(zip([field.name for field in entries.type], entries.flatten(), strict=True))
 
         def value(column: Column) -> Any:
-            if not column.per_variant:
-                return rows.column(column.name)
             if column.of_clean:
                 return of_own[column.of_clean]
+            if column.name in rows.column_names and (variant != CLEAN or not column.per_variant):
+                return rows.column(column.name)
             return answers[column.name] if column.name in answers else column.blank(variant, len(rows))
 
         table = pa.table({column.name: value(column) for column in columns})

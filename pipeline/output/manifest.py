@@ -1,5 +1,6 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -196,7 +197,7 @@ class Manifest(SealedRecord):
                 raise ValueError("subsets lists others than its splits, variants, models and layout make")
         return self
 
-    @property
+    @functools.cached_property
     def resolved(self) -> Config:
         """The config with every `auto` resolved."""
         return parse_config(self.config)

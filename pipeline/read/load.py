@@ -150,10 +150,9 @@ def _columns(layout: Layout, stored: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         AttributeError, KeyError, ValueError: there are others.
     """
-    answers = stored[ATTACKS].feature if layout.per_image else stored
-    names = list(stored)
-    ours = {column.name: (answers if column.per_variant else stored)[column.name] for column in columns_of(names)}
-    return {**ours, **{name: stored[name] for name in kept_columns(names)}}
+    answers = {**stored[ATTACKS].feature, **stored} if layout.per_image else stored
+    names = list(answers)
+    return {name: answers[name] for name in [*(column.name for column in columns_of(names)), *kept_columns(names)]}
 
 
 def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[str]]:
