@@ -1,7 +1,7 @@
 """What holds for every layout: nobody else knows its name, and a column is one declaration."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from torch import Tensor
 
 import pipeline
 from pipeline.config.schema import OutputConfig
-from pipeline.core.variants import CLEAN, at_levels
+from pipeline.core.variants import CLEAN, Variant, at_levels
 from pipeline.layouts import base
-from pipeline.layouts.base import Column, subsets_of
+from pipeline.layouts.base import Column, Picture, subsets_of
+from pipeline.layouts.per_image import PerImage
 from pipeline.layouts.registry import LAYOUTS as REGISTRY
 from tests.conftest import (
     KINDS,
@@ -32,6 +34,7 @@ from tests.conftest import (
     subset_of,
     write_parquet,
 )
+from tests.support.forgery import SHARD, assert_found, forge
 from tests.support.variants import fgsm_at
 
 LEVELS = (0, 2, 8)
@@ -95,6 +98,59 @@ def test_a_column_is_one_declaration(
     np.testing.assert_allclose(loaded["margin"], expected, atol=1e-6)
     assert set(pipeline.load(tmp_path / "out", ["3/255"], split="test")["margin"]) == {None}
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+    def forged(columns: dict[str, list[Any]]) -> None:
+        of_row = columns["attacks"][5][-1] if "attacks" in columns else {"margin": columns["margin"][5]}
+        of_row["margin"] += 0.5
+        columns.get("margin", [None] * 6)[5] = of_row["margin"]
+
+    forge(tmp_path / "out", forged, f"{subset_of(layout, 8)}/{SHARD}.parquet")
+    assert_found("other values in margin", tmp_path / "out")
+
+
+class Largest(PerImage):
+    """The clean image and the one at the largest epsilon, from which the others follow."""
+
+    subsets = "wide"
+
+    def picture(self, variant: Variant) -> Picture:
+        return Picture(self.subsets, "image" if variant == CLEAN else "attacked")
+
+    def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        return (self.picture(variant),) if variant in (CLEAN, variants[-1]) else self.ray(variant, variants)
+
+    def stored(self, images: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        del directions
+        return images[0], images[-1]
+
+    def summary(self, subset: str, variants: Sequence[Variant]) -> str:
+        del subset, variants
+        return "Clean images, each beside the one at the largest epsilon"
+
+
+def test_a_layout_may_store_some_images_and_make_the_others(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(write_config())
+    plain = pipeline.load(tmp_path / "out", ["0", "2/255", "3/255", "8/255"], split="test")
+    monkeypatch.setitem(REGISTRY, "wide", Largest())
+    out = tmp_path / "largest"
+    generate(write_config(output={"layout": "wide", "path": str(out)}))
+    result = fgsm("verify", out, "--recompute")
+    assert result.exit_code == 0, result.output
+    assert "120 predictions re-derived" in result.stdout
+    largest = pipeline.load(out, ["0", "2/255", "3/255", "8/255"], split="test")
+    pixels = [[np.asarray(image).tobytes() for image in rows["image"]] for rows in (plain, largest)]
+    assert sorted(pixels[0]) == sorted(pixels[1])
+    result = fgsm("generate", write_config(output={"layout": "wide"}, attack={"kind": "pgd"}), "--overwrite")
+    assert result.exit_code == 2
+    assert "output.layout: wide" in result.stderr
+
+    def smaller(columns: dict[str, list[Any]]) -> None:
+        columns["attacked"][5] = columns["image"][5]
+
+    forge(out, smaller, f"wide/{SHARD}.parquet")
+    assert_found("predictions that its pixels do not give", out, "--recompute")
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if REGISTRY[name].per_image])

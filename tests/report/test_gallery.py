@@ -1,5 +1,6 @@
 """The contact sheet of a dataset of several attacks: no picture of it is one that is not stored."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_pictures_of_attacks_that_lie_on_no_ray_are_the_stored_ones(
     content = yaml.safe_load(config.read_text())
     attack = content.pop("attack")
     kinds = [first, *{"fgsm", "mifgsm"} - {first}]
-    config.write_text(yaml.safe_dump({**content, "attacks": {kind: {**attack, "kind": kind} for kind in kinds}}))
+    config.write_text(json.dumps({**content, "attacks": {kind: {**attack, "kind": kind} for kind in kinds}}))
     generate(config)
     folder = OutputFolder(tmp_path / "out")
     manifest = require_manifest(folder)
