@@ -146,11 +146,11 @@ def test_a_layout_may_store_some_images_and_make_the_others(
     assert result.exit_code == 2
     assert "output.layout: wide" in result.stderr
 
-    def smaller(columns: dict[str, list[Any]]) -> None:
-        columns["attacked"][5] = columns["image"][5]
+    def another(columns: dict[str, list[Any]]) -> None:
+        columns["attacked"][5] = columns["attacked"][6]
 
-    forge(out, smaller, f"wide/{SHARD}.parquet")
-    assert_found("predictions that its pixels do not give", out, "--recompute")
+    forge(out, another, f"wide/{SHARD}.parquet")
+    assert_found("images outside the epsilon ball of 8/255", out)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if REGISTRY[name].per_image])
