@@ -7,7 +7,7 @@ itself, the floor under figures of transfer.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -27,7 +27,7 @@ class NoiseConfig(AttackConfig):
     """Noise, which asks no model: it has no label to lead away from, needs none in the source, and has no target."""
 
     kind: Literal["noise"] = "noise"
-    asks_model = False
+    asks_model: ClassVar[bool] = False
     # They are what runs without labels have. Left out where a config is written down, as it may not say them.
     label: Literal["prediction"] = Field("prediction", exclude=True)
     target: None = Field(None, exclude=True)

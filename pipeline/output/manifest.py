@@ -377,6 +377,8 @@ def identity_of(
     }
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     flat |= {f"models.{name}.label_map": label_map for name, label_map in label_maps.items()}
+    # Their order is that of columns and subsets, and the first model looks at what is of none.
+    flat |= {"models": models, "attacks": tuple(config.all_attacks)}
     identity: dict[str, Any] = _plain({"format": FORMAT_VERSION, **flat})
     return identity
 

@@ -77,7 +77,7 @@ def value_at(config: Config, key: str) -> Any:
         ),
         ({"model": {"kind": "resnet"}}, r"^model\.kind: got 'resnet'; allowed: 'torchvision', .* or 'digits'\.$"),
         ({"model": {"kind": ["digits"]}}, r"^model\.kind: got \['digits'\]; allowed"),
-        ({"attack": {"kind": "fgm"}}, r"^attack\.kind: got 'fgm'; allowed: 'fgsm', .*'path/to/file\.py:Attack'\.$"),
+        ({"attack": {"kind": "fgm"}}, r"^attack\.kind: got 'fgm'; allowed: 'fgsm', .*or 'path/to/file\.py:Attack'\.$"),
         (
             {"attack": {"kwargs": {"steps": 3}}},
             r"^attack\.kwargs is an unknown key with kind fgsm; known keys: kind, epsilons",
