@@ -332,7 +332,8 @@ def _example_level(manifest: Manifest) -> int | None:
     bound = [attack.levels for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
     if not bound:
         return next(level for level in (3, 5, 7, *range(1, 256)) if level not in manifest.levels or level == 255)
-    return max(set(bound[0]).intersection(*bound), default=None)
+    shared: set[int] = set(bound[0]).intersection(*bound)
+    return max(shared, default=None)
 
 
 def _all_requested(attacks: Iterable[AttackConfig]) -> list[tuple[int, str | float]]:

@@ -523,7 +523,7 @@ LARGE = {"torch", "datasets", "torchvision", "timm", "transformers", "sklearn"}
 
 def test_a_config_is_checked_without_large_libraries() -> None:
     kinds = [{"kind": kind, "name": "a:b"} for kind in ("torchvision", "timm", "transformers", "factory")]
-    models = [{"model": model} for model in [*kinds, {"kind": "digits"}]]
+    models: list[dict[str, Any]] = [{"model": model} for model in [*kinds, {"kind": "digits"}]]
     for changed in [*models, *({"attack": {"kind": kind, "epsilons": ["8/255"]}} for kind in [*ATTACKS, "a.py:B"])]:
         raw = {**small(source=HUB), **changed}
         loaded = loaded_by(f"from pipeline.config.load import parse_config; parse_config({raw!r})")
