@@ -332,8 +332,8 @@ def _example_level(manifest: Manifest) -> int | None:
     bound = [attack.levels for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
     if not bound:
         return next(level for level in (3, 5, 7, *range(1, 256)) if level not in manifest.levels or level == 255)
-    shared: set[int] = set(bound[0]).intersection(*bound)
-    return max(shared, default=None)
+    shared = [level for level in bound[0] if all(level in levels for levels in bound)]
+    return shared[-1] if shared else None
 
 
 def _all_requested(attacks: Iterable[AttackConfig]) -> list[tuple[int, str | float]]:
