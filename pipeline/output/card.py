@@ -331,9 +331,10 @@ def _example_level(manifest: Manifest) -> int | None:
     """An epsilon in grey levels at which images of each attack can be read: if possible one that is not recorded."""
     bound = [attack.levels for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
     if not bound:
-        return next(level for level in (3, 5, 7, *range(1, 256)) if level not in manifest.levels or level == 255)
+        wanted: list[int] = [3, 5, 7, *range(1, 256)]
+        return next(level for level in wanted if level not in manifest.levels or level == 255)
     shared = [level for level in bound[0] if all(level in levels for levels in bound)]
-    return shared[-1] if shared else None
+    return max(shared) if shared else None
 
 
 def _all_requested(attacks: Iterable[AttackConfig]) -> list[tuple[int, str | float]]:
