@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks.base import AttackedModel, Goal
+from pipeline.attacks.base import Goal
 from pipeline.attacks.fgsm import FGSM
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.lattice import step
 from pipeline.engine.compute import Attacked, attack_images
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from tests.conftest import random_pixels
 
