@@ -19,6 +19,7 @@ from pipeline.layouts.base import (
     LAST,
     MODEL,
     Column,
+    ColumnReader,
     Contents,
     Layout,
     Scores,
@@ -92,19 +93,15 @@ class PerImage(Layout):
 
     def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
         rows = tables[self.subsets]
-        lists, recorded = rows.column(ATTACKS), variants[1:]
-        # A null list has no length, and `equal` says null of it.
-        if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), len(recorded)), min_count=0).as_py():
-            raise ValueError(f"the attacks of a row are not the run's {len(recorded)}")
+        by_variant = _by_variant(rows.column(ATTACKS), variants[1:])
         columns = _columns(rows.schema)
         # What is said of the clean image: by the own model of this variant's rows, where several have columns.
         own = {column.of_clean: f"clean_{column.of_clean}_{variant.model}" for column in columns if column.of_clean}
         clean = {c.name: rows.column(c.clean_name) for c in columns if c.clean_name}
         of_own = {name: rows.column(own[name]) if own.get(name) in rows.column_names else clean[name] for name in own}
         answers: dict[str, Any] = clean if variant == CLEAN else {}
-        if variant in recorded:
-            # Row after row, each with all variants: every len(recorded)-th entry is of this one.
-            entries = lists.combine_chunks().flatten()[recorded.index(variant) :: len(recorded)]
+        if variant in by_variant:
+            entries = by_variant[variant]
             answers = dict(zip([field.name for field in entries.type], entries.flatten(), strict=True))
 
         def value(column: Column) -> Any:
@@ -119,6 +116,12 @@ class PerImage(Layout):
             table = table.append_column(name, rows.column(name))
         return table
 
+    def answers(
+        self, name: str, variants: Sequence[Variant], recorded: Sequence[Variant], read: ColumnReader
+    ) -> list[pa.Array]:
+        by_variant = _by_variant(read(self.subsets, f"{ATTACKS}.list.element.{name}"), recorded[1:])
+        return [by_variant[variant].field(name) for variant in variants]
+
     def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
         if self.subsets not in subsets:
             return None
@@ -126,6 +129,20 @@ class PerImage(Layout):
         # Rows of another format do not say what made them.
         said = [(round(255 * entry[EPSILON]), entry.get(ATTACK) or "", entry.get(MODEL)) for entry in entries]
         return group_variants(said)
+
+
+def _by_variant(lists: pa.ChunkedArray, attacked: Sequence[Variant]) -> dict[Variant, pa.StructArray]:
+    """The entries of N lists `attacks`, (N,) for each of the variants but clean that are recorded.
+
+    Raises:
+        ValueError: a list does not have one entry for each of them.
+    """
+    # A null list has no length, and `equal` says null of it.
+    if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), len(attacked)), min_count=0).as_py():
+        raise ValueError(f"the attacks of a row are not the run's {len(attacked)}")
+    entries = lists.combine_chunks().flatten()
+    # Row after row, each with all variants.
+    return {variant: entries[index :: len(attacked)] for index, variant in enumerate(attacked)}
 
 
 def _columns(schema: pa.Schema) -> list[Column]:

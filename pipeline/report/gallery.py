@@ -176,7 +176,9 @@ def _read_images(
     ray = layout.ray(variants[-1], recorded)
     # Two pictures give all images on a ray. Of others each is stored.
     sources = [
-        ray[: 1 if one == CLEAN else 2] if manifest.on_ray(manifest.variants[1].attack) else layout.source(one, recorded)
+        ray[: 1 if one == CLEAN else 2]
+        if manifest.on_ray(manifest.variants[1].attack)
+        else layout.source(one, recorded)
         for one in variants
     ]
     cells = {where: read_picture(folder, shard, where, row) for where in dict.fromkeys(sum(sources, ray))}
