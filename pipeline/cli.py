@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -141,19 +141,23 @@ def verify(
         for problem in damage_report(findings):
             _say(problem, err=True, keep="")
         if findings.problems:
-            mends = "; run the generate command that made it" if findings.damaged or findings.missing else ""
+            again = "; run the generate command that made it" if findings.damaged or findings.missing else ""
             first = " after fgsm verify --repair" if findings.damaged and not repair else ""
             dropped = f", {len(findings.damaged)} damaged shards dropped" if repair else ""
-            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{mends}{first}.")
+            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
 
 
 @app.command()
-def inspect(output: Output, debug: Debug = False) -> None:
-    """Show a table: per epsilon rows, accuracy, mean confidence, fooled, bytes."""
+def inspect(
+    output: Output,
+    as_json: Annotated[bool, typer.Option("--json", help="The counts and the transfer matrix as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show a table: per subset rows, accuracy, mean confidence, fooled, bytes; of several models who fools whom."""
     with _boundary(debug):
-        from pipeline.output.summary import inspect as table
+        from pipeline.output import summary
 
-        _say(table(output))
+        _say(json.dumps(summary.inspect_json(output), indent=1) if as_json else summary.inspect(output))
 
 
 @app.command()
@@ -274,42 +278,27 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
 
 
-class _Output(io.TextIOWrapper):
-    """A standard stream of this process. A write that fails ends in what `failed` does, and the stream is silent then.
+class _Descriptor(io.FileIO):
+    """Where a standard stream of this process writes to. A write that fails ends in what `failed` does, and what
+    follows goes nowhere.
 
     What writes there is not only ours: typer prints help, libraries print what they like.
     """
 
-    def __init__(self, descriptor: int, failed: Callable[[OSError], None]) -> None:
-        # Kept: one that is collected may close the descriptor.
-        self._former = former = sys.stdout if descriptor == 1 else sys.stderr
-        super().__init__(
-            open(descriptor, "wb", closefd=False),  # noqa: SIM115 (it lives as long as the process)
-            encoding=former.encoding if former else "utf-8",
-            errors="backslashreplace",
-            line_buffering=descriptor == 2 or os.isatty(descriptor),
-        )
+    def __init__(self, number: int, failed: Callable[[OSError], None]) -> None:
+        super().__init__(number, "wb", closefd=False)
         self._failed = failed
 
-    def write(self, text: str) -> int:
-        with self._watched():
-            super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._watched():
-            super().flush()
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
+    def write(self, content: Any) -> int:
         try:
-            yield
+            return super().write(content)
         except OSError as error:
             # What is left in the buffers must go somewhere, or Python complains of it at its end.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             self._failed(error)
+            return len(content)
 
 
 def _stdout_failed(error: OSError) -> None:
@@ -329,7 +318,12 @@ def _watch_streams() -> None:
             # Closed: the next file to be opened, such as one of the dataset, would take its number, and get what is
             # printed. Opened for reading, so that writing still fails.
             os.open(os.devnull, os.O_RDONLY)
-    sys.stdout, sys.stderr = _Output(1, _stdout_failed), _Output(2, lambda _: None)
+    # The streams as they were are kept in sys.__stdout__: one that is collected may close its descriptor.
+    for name, number, failed in (("stdout", 1, _stdout_failed), ("stderr", 2, lambda _: None)):
+        encoding = getattr(getattr(sys, name), "encoding", "utf-8")
+        raw = io.BufferedWriter(_Descriptor(number, failed))
+        lines = number == 2 or os.isatty(number)
+        setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=lines))
 
 
 def main() -> None:

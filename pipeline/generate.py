@@ -47,8 +47,8 @@ def generate(
 
     Args:
         config: the run.
-        overwrite: remove the run that is in the output folder first: the files that its receipts and its manifest
-            list, and those that bear its id. All else stays.
+        overwrite: remove the run that is in the output folder first: the files whose names end in its id. All else
+            stays.
         executor: a name of `EXECUTORS`: `local` works in this process, `ray` on a cluster; the bytes are the same.
         part: (i, n), to write only part i of n, counted from 0, while other processes write the others; see
             executors/part.py.

@@ -1,6 +1,7 @@
 """The main job in this process: what it writes, what it skips, how it resumes and what it refuses."""
 
 import errno
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -11,6 +12,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -887,7 +889,8 @@ def test_a_file_system_without_locks_is_one_sentence(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("pipeline.output.local.fcntl.flock", no_locks)
+    # Only there: `datasets` locks its cache.
+    monkeypatch.setattr("pipeline.output.local.fcntl", SimpleNamespace(**{**vars(fcntl), "flock": no_locks}))
     result = fgsm("generate", write_config())
     assert result.exit_code == 2
     assert "No locks available" in result.stderr

@@ -67,12 +67,11 @@ def imagefolder(folder: Path) -> dict[str, Any]:
     return {
         "source": {"kind": "imagefolder", "path": f"{folder}/source", "split": "train"},
         "preprocess": {"resize": 232, "crop": 224},
-        "model": {"kind": "factory", "name": _factory(folder)},
         "models": {
             "victim": {"kind": "factory", "name": _factory(folder)},
             "other": {"kind": "factory", "name": _factory(folder, "other")},
         },
-        "attack": {"epsilons": ["4/255"]},
+        "attack": {"epsilons": ["4/255"], "models": ["victim"]},
         "output": {"images_per_shard": 6},
     }
 

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,7 +34,7 @@ class NoiseConfig(AttackConfig):
     """Noise, which asks no model: it has no label to lead away from, needs none in the source, and has no target."""
 
     kind: Literal["noise"] = "noise"
-    asks_model = False
+    asks_model: ClassVar[bool] = False
     # They are what runs without labels have. Left out where a config is written down, as it may not say them.
     label: Literal["prediction"] = Field("prediction", exclude=True)
     target: None = Field(None, exclude=True)

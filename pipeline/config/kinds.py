@@ -11,9 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import create_model
 
-from pipeline.config.schema import AttackConfig, ModelConfig
+from pipeline.config.schema import AttackConfig, ModelConfig, SourceConfig
 from pipeline.config.section import Section
-from pipeline.config.sources import SourceConfig
 
 
 class Kind(NamedTuple):
@@ -24,10 +23,16 @@ class Kind(NamedTuple):
 
 
 SOURCES = {
-    "huggingface": Kind("pipeline.config.sources:HuggingFaceConfig", "pipeline.sources.arrow:open_arrow"),
-    "imagefolder": Kind("pipeline.config.sources:ImageFolderConfig", "pipeline.sources.imagefolder:open_imagefolder"),
-    "torchvision": Kind("pipeline.config.sources:TorchvisionConfig", "pipeline.sources.torchvision:open_torchvision"),
-    "digits": Kind("pipeline.config.sources:DigitsConfig", "pipeline.sources.digits:open_digits"),
+    "huggingface": Kind(
+        "pipeline.sources.huggingface:HuggingFaceConfig", "pipeline.sources.huggingface:open_huggingface"
+    ),
+    "imagefolder": Kind(
+        "pipeline.sources.imagefolder:ImageFolderConfig", "pipeline.sources.imagefolder:open_imagefolder"
+    ),
+    "torchvision": Kind(
+        "pipeline.sources.torchvision:TorchvisionConfig", "pipeline.sources.torchvision:open_torchvision"
+    ),
+    "digits": Kind("pipeline.sources.digits:DigitsConfig", "pipeline.sources.digits:open_digits"),
 }
 MODELS = {
     "torchvision": Kind("pipeline.models.torchvision:TorchvisionConfig", "pipeline.models.torchvision:load"),

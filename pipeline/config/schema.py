@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from pipeline.config.section import Count, Section, anchored, home
-from pipeline.config.sources import SourceConfig
 from pipeline.core.addresses import check_address, is_address
 from pipeline.core.epsilon import epsilon_level
 from pipeline.core.variants import ID, Variant, make_variants, plain_id
@@ -23,6 +22,52 @@ from pipeline.core.variants import ID, Variant, make_variants, plain_id
 MOST_PIXELS = 100_000_000
 # Images in [0, 1] have a std of 0.5 at most. Four grey levels, the least that photographs could have, are above it too.
 MOST_STD = 4
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _check_split(name: str) -> str:
+    # Split names become file names and Hub split names, so slices such as `train[:10%]` cannot pass.
+    if not re.fullmatch(r"\w+([.-]\w+)*", name):
+        raise ValueError(f"{name!r} is not a split name; to take a part of a split use source.limit")
+    return name
+
+
+class SourceConfig(Section):
+    """Where images come from: what every kind has."""
+
+    kind: str
+    split: Annotated[tuple[Annotated[str, AfterValidator(_check_split)], ...] | None, BeforeValidator(_as_tuple)] = None
+    shuffle: bool = True
+    limit: Count | None = None
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> "SourceConfig":
+        if self.split is not None and (not self.split or len(set(self.split)) < len(self.split)):
+            raise ValueError("split needs at least one name, each once")
+        return self
+
+    @property
+    def streams(self) -> bool:
+        """Whether its rows are read in the source's own order, and nothing is downloaded ahead."""
+        return False
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The columns that are carried through unchanged."""
+        return ()
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of its classes, where the source has none."""
+        return None
+
+    @property
+    def folder(self) -> Path | None:
+        """Its path, if that may be a folder of this machine."""
+        return None
 
 
 def _check_size(value: Any) -> Any:

@@ -1,14 +1,17 @@
 """Batches: rows of one shard on their way from a source to a layout."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.core.left_out import LeftOut, Skipped
 from pipeline.core.plan import Shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The label of a row that has none.
 UNLABELLED = -1
@@ -25,9 +28,9 @@ class Batch:
 
     shard: Shard
     place: slice
-    images: Tensor
-    labels: Tensor
-    valid: Tensor
+    images: "Tensor"
+    labels: "Tensor"
+    valid: "Tensor"
     source_index: NDArray[np.int64]
     kept: pa.Table
     skipped: tuple[Skipped, ...]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class PipelineError(Exception):
-    """A failure that the user can understand: one sentence, naming the key or file and the mend."""
+    """A failure that the user can understand: one sentence, naming the key or file and what to do."""
 
     exit_code = 1
 
@@ -73,8 +73,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's message, or its type's name."""
+    """The first non-empty line of an exception's message; without one what a time-out means, or its type's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines and isinstance(error, TimeoutError):
+        return "there was no answer in time"
     return lines[0] if lines else type(error).__name__
 
 
@@ -125,27 +127,23 @@ def write_failure(path: Path, error: OSError) -> PipelineError:
     )
 
 
-# What the system refuses, as it or a library says it, and what helps.
-_REFUSALS = {
-    **dict.fromkeys(
-        ("Cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment"),
-        "lower runtime.batch_size, runtime.workers or runtime.max_pixels",
+# What helps where the system refuses something, and the words of the system or of a library by which it is known.
+_REFUSALS: Mapping[str, Sequence[str]] = {
+    "lower runtime.batch_size, runtime.workers or runtime.max_pixels": (
+        *("Cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment"),
     ),
-    **dict.fromkeys(map(os.strerror, (errno.EMFILE, errno.ENFILE)), "allow more open files (`ulimit -n`)"),
-    **dict.fromkeys(
-        (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "No usable temporary directory found"),
-        "free some space, or name another disk with TMPDIR or HF_HOME",
+    "allow more open files (`ulimit -n`)": [os.strerror(number) for number in (errno.EMFILE, errno.ENFILE)],
+    "free some space, or name another disk with TMPDIR or HF_HOME": (
+        *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "No usable temporary directory found"),
     ),
-    os.strerror(errno.EFBIG): "allow larger files (`ulimit -f`)",
-    **dict.fromkeys(
-        (os.strerror(errno.EAGAIN), "can't start new thread"),
-        "allow more processes (`ulimit -u`), or set a smaller runtime.workers",
+    "allow larger files (`ulimit -f`)": [os.strerror(errno.EFBIG)],
+    "allow more processes (`ulimit -u`), or set a smaller runtime.workers": (
+        *(os.strerror(errno.EAGAIN), "can't start new thread"),
     ),
-    **dict.fromkeys(
-        map(os.strerror, (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)),
-        "correct the path or its permissions (TMPDIR, HF_HOME)",
+    "correct the path or its permissions (TMPDIR, HF_HOME)": (
+        *map(os.strerror, (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)),
     ),
-    os.strerror(errno.EIO): "check the disk",
+    "check the disk": [os.strerror(errno.EIO)],
 }
 
 
@@ -157,8 +155,8 @@ def system_refusal(error: BaseException) -> PipelineError | None:
     """
     for cause in causes(error):
         said = "Cannot allocate memory" if isinstance(cause, MemoryError) else str(cause)
-        for reason, fix in _REFUSALS.items():
-            if reason in said:
+        for fix, reasons in _REFUSALS.items():
+            for reason in filter(said.__contains__, reasons):
                 name = getattr(cause, "filename", None)
                 where = f" for {name}" if isinstance(name, str | Path) else ""
                 return PipelineError(

@@ -3,12 +3,14 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Fetchers:
@@ -43,6 +45,35 @@ class Fetchers:
             self.submit(last)
         for _ in range(self._count):
             self._calls.put(None)
+
+
+def in_order(
+    items: Iterable[Item],
+    submit: Callable[[Item], "Future[Result]"],
+    most: float,
+    size: Callable[[Item], float] = lambda _: 1,
+) -> Iterator[tuple[Item, "Future[Result]"]]:
+    """Work on items in other threads, a bounded number of them ahead of use.
+
+    Args:
+        items: what to work on.
+        submit: begins with an item.
+        most: what the sizes of the items ahead may sum up to. One is ahead in any case.
+        size: the size of an item; by default items are counted.
+
+    Returns:
+        Each item with its future, in order.
+    """
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    held = 0.0
+    for item in items:
+        while waiting and held + size(item) > most:
+            yield waiting[0]
+            held -= size(waiting.popleft()[0])
+        waiting.append((item, submit(item)))
+        held += size(item)
+    while waiting:
+        yield waiting.popleft()
 
 
 def ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:

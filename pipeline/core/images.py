@@ -10,16 +10,17 @@ import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from pipeline.core.errors import PipelineError, first_line
 from pipeline.core.redaction import redact
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The largest side of a WebP image: its header holds 14 bits.
 WEBP_MAX_SIDE = 16_383
@@ -85,8 +86,10 @@ def reason_of(error: Exception) -> str:
     return redact(f"{type(error).__name__}: {first_line(error)}")
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> "Tensor":
     """(C, H, W) uint8, a view of pixels that lie channels last, as Pillow and the victims have them."""
+    import torch  # here, as configs of sources are checked without it
+
     pixels = np.array(image)
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
@@ -96,7 +99,7 @@ def choose_format(channels: int, height: int, width: int) -> ImageFormat:
     return "webp" if channels == 3 and max(height, width) <= WEBP_MAX_SIDE else "png"
 
 
-def encode_images(images_u8: Tensor, image_format: ImageFormat) -> list[bytes]:
+def encode_images(images_u8: "Tensor", image_format: ImageFormat) -> list[bytes]:
     """Encode images losslessly.
 
     Args:
@@ -141,7 +144,7 @@ def open_stored(
     return image
 
 
-def decode_image(data: bytes, shape: Sequence[int] | None = None) -> Tensor:
+def decode_image(data: bytes, shape: Sequence[int] | None = None) -> "Tensor":
     """Read a stored image back, exactly.
 
     Args:

@@ -74,33 +74,25 @@ def picture_to_sign_array(picture_u8: NDArray[np.uint8]) -> NDArray[np.int8]:
     return sign.astype(np.int8) - np.int8(1)
 
 
-def sign_between(images_u8: NDArray[np.uint8], attacked_u8: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """A sign map that makes of x what x_k is, at k and at every other level.
-
-    It is s but where clipping kept x_k at x, on 0 or 255; there every other step ends as well.
-
-    Args:
-        images_u8: x, uint8, any shape.
-        attacked_u8: x_k of any k but 0, the same shape.
-
-    Returns:
-        int8 in -1, 0, 1.
-    """
-    return (attacked_u8 > images_u8).astype(np.int8) - (attacked_u8 < images_u8)
-
-
 def stored_sign(images_u8: NDArray[np.uint8], direction_u8: NDArray[np.uint8], *, is_map: bool) -> NDArray[np.int8]:
     """The sign map along which images move, from the pictures that are stored beside them.
+
+    From an attacked image it is s but where clipping kept x_k at x, on 0 or 255; there every other step ends as well.
 
     Args:
         images_u8: x, uint8, any shape.
         direction_u8: the same shape: the sign map as a picture, or x_k of any k but 0.
         is_map: which of them.
 
+    Returns:
+        int8 in -1, 0, 1.
+
     Raises:
         ValueError: the picture is no sign map.
     """
-    return picture_to_sign_array(direction_u8) if is_map else sign_between(images_u8, direction_u8)
+    if is_map:
+        return picture_to_sign_array(direction_u8)
+    return (direction_u8 > images_u8).astype(np.int8) - (direction_u8 < images_u8)
 
 
 def common_sign(images: Sequence[Tensor], levels: Sequence[int]) -> Tensor:

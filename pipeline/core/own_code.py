@@ -32,7 +32,7 @@ def import_own(name: str, key: str) -> Callable[..., Any]:
     where, _, attribute = name.rpartition(":")
     with explained(f"{key}: {where} cannot be imported", kind=ConfigError):  # the user's module runs on import
         if names_file(name):
-            module = _import_file(Path(where).expanduser())
+            module = _import_file(Path(where).expanduser(), key)
         else:
             # As with `python -m`: a module in the working folder counts, which a console script's path lacks.
             if str(Path.cwd()) not in sys.path:
@@ -44,7 +44,9 @@ def import_own(name: str, key: str) -> Callable[..., Any]:
     return found
 
 
-def _import_file(path: Path) -> ModuleType:
+def _import_file(path: Path, key: str) -> ModuleType:
+    if not path.is_file():  # though it was imported before
+        raise ConfigError(f"{key}: there is no file {path}.")
     name = f"_fgsm_own_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         loader = SourceFileLoader(name, str(path))

@@ -8,9 +8,8 @@ is a masked row of zeros. Images cross the bus as uint8, a quarter of the bytes 
 import contextlib
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from pipeline.config.schema import MOST_PIXELS, PreprocessConfig
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, PipelineError, RowError
-from pipeline.core.fetchers import ahead
+from pipeline.core.fetchers import ahead, in_order
 from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import available_cores
 from pipeline.core.left_out import LeftOut, Skipped
@@ -36,6 +35,9 @@ MAX_WORKERS = 16
 SIZE_SAMPLES = 1000
 
 Shape = tuple[int, int, int]
+# The rows of a batch: their shard, with its length if they are its last; where they lie in it; the table of them, as
+# the source gives it; what of the source was left out where they are.
+Rows = tuple[Shard, slice, pa.Table, tuple[LeftOut, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,23 +50,15 @@ class Reader:
     shape: Shape
     classes: int | None = None
 
-    def read(
-        self, plan: Plan, shard: Shard, place: slice, table: pa.Table, left_out: tuple[LeftOut, ...] = ()
-    ) -> Batch:
+    def read(self, plan: Plan, rows_of_batch: Rows) -> Batch:
         """Decode one batch.
-
-        Args:
-            plan: the run's plan.
-            shard: with its length, if this is the last batch.
-            place: of the rows within it.
-            table: the rows, as the source gives them.
-            left_out: of the source where they are.
 
         Raises:
             ConfigError: an image has another size than the first one, and nothing resizes it.
             PipelineError: a label is missing, or is no class; or an image cannot be read.
         """
         started = time.thread_time()
+        shard, place, table, left_out = rows_of_batch
         count = table.num_rows
         known = table.column(1).to_numpy()
         self._check_labels(shard, place, known)
@@ -215,56 +209,29 @@ def load_batches(
     """
     threads = min(available_cores(), MAX_WORKERS) if workers == "auto" else int(workers)
     tables = reader.source.tables(plan, shards)
-    with contextlib.closing(ahead(tables) if threads else tables) as fetched:
-        for batch in _in_order(_jobs(reader, plan, fetched), threads):
+    with contextlib.ExitStack() as stack:
+        fetched = stack.enter_context(contextlib.closing(ahead(tables) if threads else tables))
+        rows, read = _cut(fetched, plan.batch_size), partial(reader.read, plan)
+        batches: Iterator[Batch] = map(read, rows)
+        if threads:
+            decoders = ThreadPoolExecutor(threads, "decode")
+            stack.callback(decoders.shutdown, cancel_futures=True)
+            batches = (coming.result() for _, coming in in_order(rows, partial(decoders.submit, read), threads + 1))
+        for batch in batches:
             yield batch.pin_memory() if pin else batch
 
 
-def _jobs(reader: Reader, plan: Plan, fetched: Iterable[Read]) -> Iterator[Callable[[], Batch]]:
-    """What decodes each batch."""
+def _cut(fetched: Iterable[Read], size: int) -> Iterator[Rows]:
+    """The rows of shards in batches; with the last one of a shard it has a length, if it is of no rows at all."""
     for shard, own in itertools.groupby(fetched, lambda read: read[0]):
-        left_out: list[LeftOut] = []
-        for ended, place, table in _cut(shard, _noting(own, left_out), plan.batch_size):
-            yield partial(reader.read, plan, ended, place, table, tuple(left_out))
-            left_out.clear()
-
-
-def _in_order(jobs: Iterator[Callable[[], Batch]], threads: int) -> Iterator[Batch]:
-    """What some jobs return, in their order; a bounded number of them is done ahead."""
-    if not threads:
-        yield from (job() for job in jobs)
-        return
-    decoders = ThreadPoolExecutor(threads, "decode")
-    waiting: deque[Future[Batch]] = deque()
-    try:
-        for job in jobs:
-            waiting.append(decoders.submit(job))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        decoders.shutdown(cancel_futures=True)
-
-
-def _noting(fetched: Iterable[Read], left_out: list[LeftOut]) -> Iterator[pa.Table]:
-    """The tables alone; what was left out where they are goes into the list."""
-    for _, table, left in fetched:
-        left_out += left
-        yield table
-
-
-def _cut(shard: Shard, tables: Iterable[pa.Table], size: int) -> Iterator[tuple[Shard, slice, pa.Table]]:
-    """The rows of a shard in batches; with the last one the shard has a length, if it is of no rows at all."""
-    waiting: pa.Table | None = None
-    start = 0
-    for table in tables:
-        waiting = table if waiting is None else pa.concat_tables([waiting, table])
-        # One row at least is left over: only what follows says whether a batch is the last.
-        while waiting.num_rows > size:
-            yield shard, slice(start, start + size), waiting.slice(0, size)
-            start, waiting = start + size, waiting.slice(size)
-    if waiting is None:
-        raise RuntimeError(f"{shard.name}: nothing was read, not even an empty table")
-    stop = start + waiting.num_rows
-    yield shard.with_rows(stop), slice(start, stop), waiting
+        waiting, start = pa.table({}), 0
+        left_out: tuple[LeftOut, ...] = ()
+        for _, table, left in own:
+            waiting = pa.concat_tables([waiting, table]) if waiting.num_rows else table
+            left_out += left
+            # One row at least is left over: only what follows says whether a batch is the last.
+            while waiting.num_rows > size:
+                yield shard, slice(start, start + size), waiting.slice(0, size), left_out
+                waiting, left_out, start = waiting.slice(size), (), start + size
+        stop = start + waiting.num_rows
+        yield shard.with_rows(stop), slice(start, stop), waiting, left_out

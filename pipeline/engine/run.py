@@ -352,7 +352,10 @@ def naming(config: Config, section: str, name: str) -> Iterator[None]:
 
 def _named(sentence: str, config: Config, section: str, name: str) -> str:
     key = config.key(section, name)
-    return f"{key}{sentence.removeprefix(section)}" if re.match(rf"{section}[.:]", sentence) else sentence
+    if key == section:
+        return sentence
+    named = re.sub(rf"\b{section}(?=\.\w|: )", key, sentence)
+    return named if named.startswith(key) else f"{key}: {named}"
 
 
 def load_run_model(name: str, config: Config, device: torch.device) -> Model:

@@ -157,7 +157,8 @@ def share_out(runtime: RuntimeConfig, nodes: Sequence[Mapping[str, float]]) -> R
         beside = [node["GPU"] // gpus if gpus else -(-(most or 1) // len(usable)) for node in usable]
         shares = [max(1, int(node["CPU"] // workers)) for node, workers in zip(usable, beside, strict=True)] or [1]
         # One size has to do for all nodes: with GPUs none of these is left over for want of CPUs.
-        cpus = min(shares) if gpus else statistics.median_low(shares)
+        size: int = min(shares) if gpus else statistics.median_low(shares)
+        cpus = size
     resources = Resources(cpus, gpus, most)
     if not resources.room(nodes):
         has = "; ".join(sorted({f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes}))

@@ -16,7 +16,6 @@ import json
 import logging
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,8 +24,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names httpx only by importing it
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names them only by importing them
+    build_hf_headers,
     disable_progress_bars,
+    hf_raise_for_status,
+    http_backoff,
     httpx,
     validate_repo_id,
 )
@@ -36,7 +38,7 @@ from pipeline.check.verify import verify
 from pipeline.core.errors import ConfigError, PipelineError, causes, explained, first_line, listing
 from pipeline.core.redaction import redact_answer
 from pipeline.output.card import moved_card
-from pipeline.output.folder import SUBSETS, Claim, OutputFolder, report_files, reported_receipts
+from pipeline.output.folder import SUBSETS, OutputFolder, report_files, reported_receipts
 from pipeline.output.manifest import Manifest, published, require_manifest
 from pipeline.output.summary import human_bytes
 
@@ -213,12 +215,15 @@ def _listed(api: HfApi, repo_id: str) -> dict[str, RepoFile] | None:
 
 def _published_run(api: HfApi, repo_id: str, manifest: str) -> str | None:
     """The run of the manifest that a repository holds; None where that is not one of ours."""
-    with tempfile.TemporaryDirectory() as folder, disable_progress_bars():
-        path = api.hf_hub_download(repo_id, manifest, repo_type="dataset", local_dir=folder)
-        try:
-            return Claim.model_validate_json(Path(path).read_bytes()).run_id
-        except ValueError:
-            return None
+    address = f"{api.endpoint}/datasets/{repo_id}/resolve/main/{manifest}"
+    answer = http_backoff("GET", address, headers=build_hf_headers(token=api.token))
+    hf_raise_for_status(answer)
+    try:
+        content = json.loads(answer.content)
+    except ValueError:
+        return None
+    run_id = content.get("run_id") if isinstance(content, dict) else None
+    return run_id if isinstance(run_id, str) else None
 
 
 def _move_card(folder: OutputFolder, manifest: Manifest, repo_id: str) -> None:

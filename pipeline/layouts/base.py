@@ -12,16 +12,17 @@ Nothing here needs torch or `datasets` before a run is made, so that `fgsm inspe
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.variants import Variant
+from pipeline.core.variants import CLEAN, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,24 +83,27 @@ class Scores:
 class Column:
     """One column of a dataset.
 
-    value: (V, M) from scores and the batch that they are of, or (M,) where it is not `per_variant`; masked is null.
-    None where it is the same in all rows of a variant, and `of_variant` says what.
     meaning: for the card. clean_meaning: that of `clean_...`, None where a clean image has no such value of its own.
+    value: from scores and the batch that they are of; without it, what the scores have under the column's name. (V, M),
+    or (M,) where it is not `per_variant`; masked is null. of_variant: it is the same in all rows of a variant, which
+    has it under the column's name.
     dtype: of the values; `classes`: whose classes they are, LABEL for the dataset's or a model's id, if they are some.
     optional: not every run has it. of_clean: the column whose value for the clean image, by the row's own model, it
-    repeats; where a row is of a source image, that stands in `clean_...` already.
+    repeats; where a row is of a source image, that stands in `clean_...` already. of_attack: the same at each epsilon
+    of one attack on one model; where a run has one such pair and a row is of a source image, it stands there once.
     """
 
     name: str
-    value: "Callable[[Scores, Batch], Any] | None"
     meaning: str
     clean_meaning: str | None = None
+    value: "Callable[[Scores, Batch], Any] | None" = None
     dtype: str = "int64"
     classes: str | None = None
     per_variant: bool = True
+    of_variant: bool = False
     optional: bool = False
     of_clean: str | None = None
-    of_variant: Callable[[Variant], Any] = lambda _: None
+    of_attack: bool = False
 
     @property
     def clean_name(self) -> str | None:
@@ -111,85 +115,63 @@ class Column:
         """The Arrow type of its values."""
         return pa.type_for_alias(self.dtype)
 
+    def values(self, scores: Scores, batch: "Batch") -> Any:
+        """Its values in a batch; see `value`."""
+        return getattr(scores, self.name) if self.value is None else self.value(scores, batch)
+
     def blank(self, variant: Variant, rows: int) -> pa.Array:
         """Its values in rows of which only the variant is known: null but where it follows from that."""
-        return pa.repeat(pa.scalar(self.of_variant(variant), self.type), rows)
+        value = getattr(variant, self.name) if self.of_variant else None
+        return pa.repeat(pa.scalar(value, self.type), rows)
 
 
 COLUMNS = (
-    Column(LABEL, lambda scores, _: scores.label, "null where the source has none", classes=LABEL, per_variant=False),
-    Column(EPSILON, None, "k/255; 0 is clean", dtype="float64", of_variant=lambda variant: variant.epsilon),
-    Column(
-        ATTACK,
-        None,
-        "what made the image; null on clean images",
-        dtype="string",
-        of_variant=lambda variant: variant.attack,
-    ),
-    Column(
-        MODEL,
-        None,
-        "the model that was attacked; null on clean images, and of an attack that asks no model",
-        dtype="string",
-        of_variant=lambda variant: variant.model,
-    ),
+    Column(LABEL, "null where the source has none", classes=LABEL, per_variant=False),
+    Column(EPSILON, "k/255; 0 is clean", dtype="float64", of_variant=True),
+    Column(ATTACK, "what made the image; null on clean images", dtype="string", of_variant=True),
+    Column(MODEL, "the model that was attacked; null where none was", dtype="string", of_variant=True),
     Column(
         "prediction",
-        lambda scores, _: scores.of_own(scores.prediction),
         "the model's, of these pixels",
         "the model's, of the clean image",
+        lambda scores, _: scores.of_own(scores.prediction),
         classes=OWN,
     ),
+    Column("confidence", "probability of the prediction", "probability of that prediction", dtype="float32"),
     Column(
-        "confidence",
-        lambda scores, _: scores.confidence,
-        "probability of the prediction",
-        "probability of that prediction",
-        dtype="float32",
-    ),
-    Column(
-        "label_confidence",
-        lambda scores, _: scores.label_confidence,
-        "probability of the label",
-        "probability of the label, of the clean image",
-        dtype="float32",
+        "label_confidence", "probability of the label", "probability of the label, of the clean image", dtype="float32"
     ),
     Column(
         "correct",
-        lambda scores, _: scores.of_own(scores.correct),
         "whether the prediction is the label",
         "whether the clean prediction is the label",
+        lambda scores, _: scores.of_own(scores.correct),
         dtype="bool",
     ),
     Column(
         "clean_prediction",
-        lambda scores, _: scores.prediction[scores.own, 0],
         "the model's, of the clean image",
+        value=lambda scores, _: scores.prediction[scores.own, 0],
         classes=OWN,
         of_clean="prediction",
     ),
-    Column(
-        "fooled",
-        lambda scores, _: scores.fooled,
-        "whether it was right when clean and is wrong now; null on clean images",
-        dtype="bool",
-    ),
+    Column("fooled", "whether it was right when clean and is wrong now; null on clean images", dtype="bool"),
     Column(
         "target",
-        lambda scores, _: scores.target,
         "the class that the attack aimed at; null where it aimed at none",
         classes=OWN,
         optional=True,
+        of_attack=True,
     ),
     Column(
         FILE,
-        lambda _, batch: np.full(len(batch.source_index), batch.shard.file),
         "the file of the source that the row is in",
+        value=lambda _, batch: np.full(len(batch.source_index), batch.shard.file),
         dtype="string",
         per_variant=False,
         optional=True,
     ),
-    Column(LAST, lambda _, batch: batch.source_index, "row in the source's split", per_variant=False),
+    Column(LAST, "row in the source's split", value=lambda _, batch: batch.source_index, per_variant=False),
 )
 
 
@@ -200,24 +182,15 @@ def model_columns(name: str) -> tuple[str, str]:
 
 def _of_model(model: str) -> tuple[Column, Column]:
     """The columns of one of several models."""
-    prediction, correct = model_columns(model)
 
-    return (
-        Column(
-            prediction,
-            lambda scores, _: scores.prediction[scores.models.index(model)],
-            f"as prediction, of model {model}",
-            f"as clean_prediction, of model {model}",
-            classes=model,
-        ),
-        Column(
-            correct,
-            lambda scores, _: scores.correct[scores.models.index(model)],
-            f"as correct, of model {model}",
-            f"as clean_correct, of model {model}",
-            dtype="bool",
-        ),
-    )
+    def column(name: str, **options: Any) -> Column:
+        def value(scores: Scores, _: "Batch") -> Any:
+            return getattr(scores, name)[scores.models.index(model)]
+
+        same, clean = f"as {name}, of model {model}", f"as clean_{name}, of model {model}"
+        return Column(f"{name}_{model}", same, clean, value, **options)
+
+    return column("prediction", classes=model), column("correct", dtype="bool")
 
 
 def columns_of(names: Sequence[str]) -> list[Column]:
@@ -262,9 +235,9 @@ class Contents:
     def columns(self) -> list[Column]:
         """Our own and those of several models, in the order of layout images."""
         optional = {"target": self.targeted, FILE: self.streamed}
-        names = [column.name for column in COLUMNS if optional.get(column.name, True)]
+        ours = [column for column in COLUMNS if optional.get(column.name, True)]
         models = self.models if len(self.models) > 1 else ()
-        return columns_of([*names, *(name for model in models for name in model_columns(model))])
+        return [*ours, *(column for model in models for column in _of_model(model))]
 
     def feature(self, column: Column) -> Any:
         """The feature of `datasets` that a column has."""
@@ -273,7 +246,7 @@ class Contents:
         return datasets.Value(column.dtype) if column.classes is None else self.classes[column.classes]
 
 
-class Layout(Protocol):
+class Layout(ABC):
     """How a dataset is stored, and read back.
 
     subsets: a regular expression of the names of subsets that it may have. per_image: whether a row is of a source
@@ -283,28 +256,35 @@ class Layout(Protocol):
 
     subsets: str
     per_image: bool
-    stores_sign: bool
+    stores_sign = False
 
     def subset(self, variant: Variant) -> str:
         """The subset in which the rows of a recorded variant are."""
-        ...
+        return self.picture(variant).subset
+
+    @abstractmethod
+    def picture(self, variant: Variant) -> Picture:
+        """The image of a recorded variant, or with `stores_sign` the sign map that leads to it."""
 
     def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
         """All pictures of a source image, the clean image first."""
-        ...
+        return tuple(dict.fromkeys(map(self.picture, variants)))
 
     def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
         """The clean image, and a picture that says in which direction a variant's attack moves it: from these any x_k
         follows. `variants` are those that are recorded."""
-        ...
+        # Any image of the same attack on the same model says in which direction.
+        attacked = next(other for other in variants if variant.at(other.level) == other)
+        return self.picture(CLEAN), self.picture(attacked)
 
     def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
         """From what the image of a variant, recorded or not, is read: the picture itself, or the two of its `ray`."""
-        ...
+        stored = variant == CLEAN or (variant in variants and not self.stores_sign)
+        return (self.picture(variant),) if stored else self.ray(variant, variants)
 
+    @abstractmethod
     def features(self, contents: Contents) -> dict[str, Any]:
         """The columns of every subset as features of `datasets`, in order."""
-        ...
 
     def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         """What is encoded, (N, C, H, W) uint8, one for each of `pictures`.
@@ -313,14 +293,16 @@ class Layout(Protocol):
             images: V times (N, C, H, W) uint8, clean first.
             directions: (N, C, H, W) int8 in -1, 0, 1, one for each attack on each model, in the order of the variants.
         """
-        ...
+        del directions
+        return tuple(images)
 
+    @abstractmethod
     def tables(
         self, batch: "Batch", scores: Scores, pictures: Sequence[pa.ChunkedArray], schema: pa.Schema
     ) -> list[pa.Table]:
         """A batch as it is written: a table of the schema for each subset; `pictures` are the encoded ones."""
-        ...
 
+    @abstractmethod
     def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
         """What is recorded of N source images in one variant: the columns of layout images but the image.
 
@@ -332,8 +314,8 @@ class Layout(Protocol):
         Raises:
             ValueError: the rows are not those of a dataset with these variants.
         """
-        ...
 
+    @abstractmethod
     def answers(
         self, name: str, variants: Sequence[Variant], recorded: Sequence[Variant], read: ColumnReader
     ) -> list[pa.Array]:
@@ -351,8 +333,8 @@ class Layout(Protocol):
         Raises:
             ValueError: the rows are not those of a dataset with these variants.
         """
-        ...
 
+    @abstractmethod
     def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
         """The recorded variants, clean first, of a dataset that has no manifest; None where it is not of this layout.
 
@@ -362,19 +344,20 @@ class Layout(Protocol):
             subsets: the names of its subsets.
             first: reads the first value of a column in a subset; None where there is none.
         """
-        ...
 
     def describe(self, picture: Picture) -> str:
         """What the card says of a picture."""
-        ...
+        del picture
+        return "lossless"
 
+    @abstractmethod
     def summary(self, subset: str, variants: Sequence[Variant]) -> str:
         """What the card says of a subset."""
-        ...
 
     def example(self, variants: Sequence[Variant]) -> str:
         """Markdown for the card: how attacked images are read from a row without this package; empty if plainly."""
-        ...
+        del variants
+        return ""
 
 
 def subsets_of(layout: Layout, variants: Sequence[Variant]) -> tuple[str, ...]:

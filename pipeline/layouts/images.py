@@ -10,21 +10,28 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.core.variants import CLEAN, SUBSET, Variant
-from pipeline.layouts.base import ATTACK, IMAGE, MODEL, Column, ColumnReader, Contents, Picture, Scores, columns_of
-from pipeline.layouts.every_image import EveryImage
+from pipeline.layouts.base import (
+    ATTACK,
+    IMAGE,
+    MODEL,
+    Column,
+    ColumnReader,
+    Contents,
+    Layout,
+    Picture,
+    Scores,
+    columns_of,
+)
 
 if TYPE_CHECKING:
     from pipeline.core.batches import Batch
 
 
-class Images(EveryImage):
+class Images(Layout):
     """Layout images; see `base.Layout`."""
 
     subsets = SUBSET
     per_image = False
-
-    def subset(self, variant: Variant) -> str:
-        return variant.subset
 
     def picture(self, variant: Variant) -> Picture:
         return Picture(variant.subset, IMAGE)
@@ -39,7 +46,7 @@ class Images(EveryImage):
     ) -> list[pa.Table]:
         kept = {name: batch.kept.column(name) for name in batch.kept.column_names}
         columns = columns_of(schema.names)
-        values = {column: column.value(scores, batch) for column in columns if column.value}
+        values = {column: column.values(scores, batch) for column in columns if not column.of_variant}
 
         def at(column: Column, index: int) -> Any:
             if column not in values:
@@ -58,7 +65,8 @@ class Images(EveryImage):
             rows = rows.drop_columns([IMAGE])
         # Rows at another level of the same attack say which it is.
         for column in columns_of(rows.column_names) if variant not in variants else ():
-            if column.per_variant and column.name not in (ATTACK, MODEL):
+            kept = column.of_clean or column.of_attack or column.name in (ATTACK, MODEL)
+            if column.per_variant and not kept:
                 index = rows.schema.get_field_index(column.name)
                 rows = rows.set_column(index, column.name, column.blank(variant, len(rows)))
         return rows
@@ -78,17 +86,9 @@ class Images(EveryImage):
         attacked = [Variant(int(name.rpartition("-")[2]), None, None, name) for name in parted or own]
         return (CLEAN, *attacked) if CLEAN.subset in subsets and attacked else None
 
-    def describe(self, picture: Picture) -> str:
-        del picture
-        return "lossless"
-
     def summary(self, subset: str, variants: Sequence[Variant]) -> str:
         variant = next(variant for variant in variants if variant.subset == subset)
         if variant == CLEAN:
             return "Clean images"
         on = f" on {variant.model}" if variant.model else ""
         return f"{variant.attack}{on} at epsilon {variant.level}/255"
-
-    def example(self, variants: Sequence[Variant]) -> str:
-        del variants
-        return ""

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core.variants import CLEAN, Variant, group_variants
+from pipeline.core.variants import CLEAN, Variant, by_attack, group_variants
 from pipeline.layouts.base import (
     ATTACK,
     ATTACKS,
@@ -37,10 +37,6 @@ class PerImage(Layout):
 
     per_image = True
 
-    def subset(self, variant: Variant) -> str:
-        del variant
-        return self.subsets
-
     def features(self, contents: Contents) -> dict[str, Any]:
         import datasets
 
@@ -50,8 +46,10 @@ class PerImage(Layout):
         def clean(columns: Sequence[Column]) -> dict[str, Any]:
             return {column.clean_name: contents.feature(column) for column in columns if column.clean_name}
 
-        attacks = {c.name: contents.feature(c) for c in columns if c.per_variant and not c.of_clean}
-        shared = {column.name: contents.feature(column) for column in columns if not column.per_variant}
+        once = len(by_attack(contents.variants)) == 1
+        beside = [c for c in columns if not c.per_variant or (c.of_attack and once)]
+        shared = {column.name: contents.feature(column) for column in beside}
+        attacks = {c.name: contents.feature(c) for c in columns if c not in beside and not c.of_clean}
         return {
             **dict.fromkeys(picture_columns(self, contents.variants), datasets.Image()),
             LABEL: shared[LABEL],
@@ -73,12 +71,12 @@ class PerImage(Layout):
         for column in _columns(schema):
             if column.of_clean:
                 continue
-            if column.value is None:
-                entries[column.name] = pa.array(map(column.of_variant, attacked), column.type).take(order)
+            if column.of_variant:
+                entries[column.name] = pa.array([getattr(v, column.name) for v in attacked], column.type).take(order)
                 continue
-            values = column.value(scores, batch)
-            if not column.per_variant:
-                columns[column.name] = values
+            values = column.values(scores, batch)
+            if column.name in schema.names:
+                columns[column.name] = values[1] if column.per_variant else values
                 continue
             if column.clean_name:
                 columns[column.clean_name] = values[0]
@@ -93,22 +91,23 @@ class PerImage(Layout):
 
     def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
         rows = tables[self.subsets]
-        by_variant = _by_variant(rows.column(ATTACKS), variants[1:])
+        recorded = variants[1:]
+        entries = _entries(rows.column(ATTACKS), len(recorded))
         columns = _columns(rows.schema)
         # What is said of the clean image: by the own model of this variant's rows, where several have columns.
         own = {column.of_clean: f"clean_{column.of_clean}_{variant.model}" for column in columns if column.of_clean}
         clean = {c.name: rows.column(c.clean_name) for c in columns if c.clean_name}
         of_own = {name: rows.column(own[name]) if own.get(name) in rows.column_names else clean[name] for name in own}
         answers: dict[str, Any] = clean if variant == CLEAN else {}
-        if variant in by_variant:
-            entries = by_variant[variant]
-            answers = dict(zip([field.name for field in entries.type], entries.flatten(), strict=True))
+        if variant in recorded:
+            own_entries = entries[recorded.index(variant) :: len(recorded)]
+            answers = dict(zip([field.name for field in entries.type], own_entries.flatten(), strict=True))
 
         def value(column: Column) -> Any:
-            if not column.per_variant:
-                return rows.column(column.name)
             if column.of_clean:
                 return of_own[column.of_clean]
+            if column.name in rows.column_names and (variant != CLEAN or not column.per_variant):
+                return rows.column(column.name)
             return answers[column.name] if column.name in answers else column.blank(variant, len(rows))
 
         table = pa.table({column.name: value(column) for column in columns})
@@ -119,8 +118,9 @@ class PerImage(Layout):
     def answers(
         self, name: str, variants: Sequence[Variant], recorded: Sequence[Variant], read: ColumnReader
     ) -> list[pa.Array]:
-        by_variant = _by_variant(read(self.subsets, f"{ATTACKS}.list.element.{name}"), recorded[1:])
-        return [by_variant[variant].field(name) for variant in variants]
+        attacked = recorded[1:]
+        entries = _entries(read(self.subsets, f"{ATTACKS}.list.element.{name}"), len(attacked))
+        return [entries.field(name)[attacked.index(variant) :: len(attacked)] for variant in variants]
 
     def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
         if self.subsets not in subsets:
@@ -131,18 +131,16 @@ class PerImage(Layout):
         return group_variants(said)
 
 
-def _by_variant(lists: pa.ChunkedArray, attacked: Sequence[Variant]) -> dict[Variant, pa.StructArray]:
-    """The entries of N lists `attacks`, (N,) for each of the variants but clean that are recorded.
+def _entries(lists: pa.ChunkedArray, count: int) -> pa.StructArray:
+    """The entries of N lists `attacks`, (N * count,): row after row, each with all variants but clean.
 
     Raises:
-        ValueError: a list does not have one entry for each of them.
+        ValueError: a list does not have so many.
     """
     # A null list has no length, and `equal` says null of it.
-    if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), len(attacked)), min_count=0).as_py():
-        raise ValueError(f"the attacks of a row are not the run's {len(attacked)}")
-    entries = lists.combine_chunks().flatten()
-    # Row after row, each with all variants.
-    return {variant: entries[index :: len(attacked)] for index, variant in enumerate(attacked)}
+    if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), count), min_count=0).as_py():
+        raise ValueError(f"the attacks of a row are not the run's {count}")
+    return lists.combine_chunks().flatten()
 
 
 def _columns(schema: pa.Schema) -> list[Column]:

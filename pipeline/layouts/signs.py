@@ -32,16 +32,9 @@ class Signs(PerImage):
     subsets = "signs"
     stores_sign = True
 
-    def pictures(self, variants: Sequence[Variant]) -> tuple[Picture, ...]:
-        signs = dict.fromkeys(self.ray(variant, variants)[1] for variant in variants[1:])
-        return Picture(self.subsets, IMAGE), *signs
-
-    def ray(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, Picture]:
-        del variants
-        return Picture(self.subsets, IMAGE), Picture(self.subsets, f"{SIGN}_{variant.pair}" if variant.pair else SIGN)
-
-    def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
-        return self.ray(variant, variants)[: 1 if variant == CLEAN else 2]
+    def picture(self, variant: Variant) -> Picture:
+        column = f"{SIGN}_{variant.pair}" if variant.pair else SIGN
+        return Picture(self.subsets, IMAGE if variant == CLEAN else column)
 
     def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         from pipeline.core.lattice import sign_to_picture
@@ -56,4 +49,4 @@ class Signs(PerImage):
         return "Clean images, and the sign that leads to every epsilon"
 
     def example(self, variants: Sequence[Variant]) -> str:
-        return EXAMPLE.format(level=variants[-1].level, sign=self.ray(variants[-1], variants)[1].column)
+        return EXAMPLE.format(level=variants[-1].level, sign=self.picture(variants[-1]).column)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from pipeline.core.variants import CLEAN, Variant
 from pipeline.layouts.base import IMAGE, Picture
-from pipeline.layouts.every_image import EveryImage
 from pipeline.layouts.per_image import PerImage
 
 EXAMPLE = """A row has the image at every recorded epsilon in a column of its own, here at {level}/255:
@@ -16,7 +15,7 @@ clean, attacked = row["image"], row["{column}"]
 """
 
 
-class Wide(EveryImage, PerImage):
+class Wide(PerImage):
     """Layout wide; see `base.Layout`."""
 
     subsets = "wide"

@@ -98,20 +98,20 @@ class Model(nn.Module):
 
         # On a CPU: code that is called from C++ lets go of the GIL; called from Python, one lane holds up the others.
         options: dict[str, Any] = {"cpp_wrapper": True} if self.mean.device.type == "cpu" else {}
-        differentiable = torch.compile(self._logits, dynamic=False, options=options)
-        inferred = torch.compile(self._logits_of_pixels, dynamic=False, options=options)
 
-        # Settings of the compiler do not reach other threads, so they are made for each call.
-        def patient(images: Tensor) -> Tensor:
-            with dynamo.patch(recompile_limit=COMPILED_FORMS):
-                return differentiable(images)
+        def compiled(function: Callable[[Tensor], Tensor], freezing: bool) -> Callable[[Tensor], Tensor]:
+            run = torch.compile(function, dynamic=False, options=options)
 
-        def frozen(images_u8: Tensor) -> Tensor:
-            # As an option of torch.compile `freezing` does not reach the tracer.
-            with dynamo.patch(recompile_limit=COMPILED_FORMS), inductor.patch(freezing=True):
-                return inferred(images_u8)
+            def call(images: Tensor) -> Tensor:
+                # Settings of the compiler do not reach other threads, so they are made for each call; as an option of
+                # torch.compile `freezing` does not reach the tracer.
+                with dynamo.patch(recompile_limit=COMPILED_FORMS), inductor.patch(freezing=freezing):
+                    return run(images)
 
-        self._differentiable, self._inferred = patient, frozen
+            return call
+
+        self._differentiable = compiled(self._logits, freezing=False)
+        self._inferred = compiled(self._logits_of_pixels, freezing=True)
         try:
             yield
             self.compiled = True

@@ -170,10 +170,10 @@ def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None
     # A homonym is no other order: of ImageNet's 1,000 classes the Hub and torchvision call different ones `crane`.
     # But where both sides know both names of a place, or many have moved, it is one.
     if any(names[index] in others for index in moved) or len(moved) > count / 100:
-        here, there = classes[moved[0]], (model_classes or ())[moved[0]]
+        ours, other = classes[moved[0]], (model_classes or ())[moved[0]]
         raise ConfigError(
-            f"The dataset and the model name their classes in another order (class {moved[0]} is {here!r} in the "
-            f"dataset, {there!r} in the model); say how they meet in model.label_map."
+            f"The dataset and the model name their classes in another order (class {moved[0]} is {ours!r} in the "
+            f"dataset, {other!r} in the model); say how they meet in model.label_map."
         )
 
 

@@ -226,12 +226,11 @@ class VariantCounts(Record):
 
     @model_validator(mode="after")
     def _check_sound(self) -> Self:
-        sound = self.correct <= self.labelled <= self.rows >= self.fooled and (
-            self.confidence_sum <= self.rows + 1  # it is rounded
-        )
-        if not sound or any(
-            counts.correct > self.labelled or counts.transferred > counts.exposed for counts in self.models.values()
-        ):
+        sound = self.correct <= self.labelled <= self.rows >= self.fooled
+        sound &= self.confidence_sum <= self.rows + 1  # it is rounded
+        for counts in self.models.values():
+            sound &= counts.correct <= self.labelled and counts.transferred <= counts.exposed
+        if not sound:
             raise ValueError("more answers are counted than images")
         return self
 
@@ -320,7 +319,7 @@ class OutputFolder:
 
     def is_ours(self) -> bool:
         """Whether there is a manifest or a receipt that this package wrote, in any version."""
-        return bool(self.editions())
+        return self._claim() is not None or bool(self.receipt_names())
 
     def receipt_names(self) -> list[str]:
         """The names of the receipts of all runs."""
@@ -329,10 +328,14 @@ class OutputFolder:
     def editions(self) -> set[str]:
         """The editions of all of which there is something here."""
         found = {_edition(name) for name in self.receipt_names()}
-        with contextlib.suppress(OSError, ValueError):
-            claim = Claim.model_validate_json(self.store.read(self.manifest))
+        if claim := self._claim():
             found |= {name_edition(claim.run_id, claim.generation), *claim.supersedes}
         return found
+
+    def _claim(self) -> Claim | None:
+        with contextlib.suppress(OSError, ValueError):
+            return Claim.model_validate_json(self.store.read(self.manifest))
+        return None
 
     def generation(self, *, over: bool) -> int:
         """The generation of a run that begins here, above all that the names of files show where it starts over.

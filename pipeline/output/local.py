@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pipeline.core.errors import ConfigError, PipelineError, first_line, write_failure
-from pipeline.output.locks import LOCK, in_use, part_locks
+from pipeline.output.locks import LOCK, in_use, no_locks, part_locks
 from pipeline.output.store import Store
 
 RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
@@ -180,13 +180,13 @@ class LocalStore(Store):
         with writing(self.disk):
             self.disk.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.disk, os.O_DIRECTORY)
-        self._handle = handle
+        outer, self._handle = self._handle, handle
         try:
             with writing(self.disk), self._folder_of(f"{RECEIPTS}/lock"):
                 pass  # makes the folder of receipts, by which the output is known as ours
             yield
         finally:
-            self._handle = None
+            self._handle = outer
             os.close(handle)
 
     @contextlib.contextmanager
@@ -259,11 +259,7 @@ class LocalStore(Store):
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
-            raise ConfigError(
-                f"output.path: {self.root}: nothing there keeps a second run out, as the file system has no "
-                f"locks ({error.strerror}); see to it yourself that no other run writes there, and say so with "
-                "--unlocked."
-            ) from None
+            raise no_locks(self.root, f"the file system has no locks ({error.strerror})") from None
         return True
 
 
@@ -290,16 +286,16 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove a temporary folder that a process of this user has made and that no process uses any more.
+    """Remove a folder if it is a temporary one that a process of this user has made.
 
     Raises:
-        OSError: it is in use, or is no such folder.
+        OSError: it is in use, or has no marker.
     """
     if re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name) and folder.lstat().st_uid == os.getuid():
         with os.fdopen(os.open(folder / MARKER, os.O_RDONLY | os.O_NOFOLLOW), "rb") as marker:
             if marker.read() == MARK:
                 fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -84,10 +84,7 @@ class StoreLock:
             self._version = self._take(patience)
             self._probe()
         except UnsupportedError as error:
-            raise ConfigError(
-                f"output.path: {objects.root}: nothing there keeps a second run out, as {error}; see to it yourself "
-                "that no other run writes there, and say so with --unlocked."
-            ) from None
+            raise no_locks(objects.root, str(error)) from None
         self._confirmed = time.clock_gettime(CLOCK)
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lock")
         self._thread.start()
@@ -213,6 +210,14 @@ def part_locks(names: Iterable[str], part: str = "") -> list[str]:
     """
     beside = f"-of-{part.partition('-of-')[2]}" if part else None
     return [name for name in names if name.startswith(PART) and not (beside and name.endswith(beside))]
+
+
+def no_locks(root: str, why: str) -> ConfigError:
+    """The sentence for an output of which no lock can be had."""
+    return ConfigError(
+        f"output.path: {root}: nothing there keeps a second run out, as {why}; see to it yourself that no other run "
+        "writes there, and say so with --unlocked."
+    )
 
 
 def in_use(root: str, holder: str) -> PipelineError:

@@ -1,5 +1,6 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -196,7 +197,7 @@ class Manifest(SealedRecord):
                 raise ValueError("subsets lists others than its splits, variants, models and layout make")
         return self
 
-    @property
+    @functools.cached_property
     def resolved(self) -> Config:
         """The config with every `auto` resolved."""
         return parse_config(self.config)
@@ -376,6 +377,8 @@ def identity_of(
     }
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     flat |= {f"models.{name}.label_map": label_map for name, label_map in label_maps.items()}
+    # Their order is that of columns and subsets, and the first model looks at what is of none.
+    flat |= {"models": models, "attacks": tuple(config.all_attacks)}
     identity: dict[str, Any] = _plain({"format": FORMAT_VERSION, **flat})
     return identity
 

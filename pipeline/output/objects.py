@@ -358,8 +358,7 @@ class ObjectStore(Store):
         again = "What was committed is kept"
         if "PermissionError" in kinds:
             return PipelineError(
-                f"{self.root} is refused to these credentials ({said}). {again}; use others, then run the same command "
-                "again."
+                f"{self.root}: access denied ({said}). {again}; use other credentials, then run the same command again."
             )
         if any("Timeout" in kind for kind in kinds):
             said = "it does not answer"

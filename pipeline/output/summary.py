@@ -40,14 +40,8 @@ def summary_table(manifest: Manifest) -> str:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns, the first three to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index < 3 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return [line.rstrip() for line in lines]
+    line = "  ".join(f"{{:{'<' if index < 3 else '>'}{width}}}" for index, width in enumerate(widths))
+    return [line.format(*row).rstrip() for row in rows]
 
 
 def _transfer_cells(row: Sequence[Transfer]) -> tuple[str, ...]:
@@ -61,8 +55,13 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def as_json(manifest: Manifest) -> dict[str, Any]:
-    """What `inspect` says, as values for JSON: the manifest's own names, without what a run alone needs."""
+def inspect_json(path: str | Path) -> dict[str, Any]:
+    """What `inspect` says, as values for JSON, under the manifest's names.
+
+    Raises:
+        ConfigError: there is no dataset in the folder.
+    """
+    manifest = current_manifest(OutputFolder(path))
     names = ("run_id", "complete", "rows", "skipped_rows", "dataset_classes", "subsets", "transfer", "versions")
     return manifest.model_dump(mode="json", include=set(names))
 

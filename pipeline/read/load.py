@@ -172,13 +172,9 @@ def _columns(layout: Layout, stored: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         AttributeError, KeyError, ValueError: there are others.
     """
-    answers = stored[ATTACKS].feature if layout.per_image else stored
-    ours = {
-        # What repeats the clean image's answer stands beside the list.
-        column.name: (answers if column.per_variant and not column.of_clean else stored)[column.name]
-        for column in columns_of([*answers, *stored])
-    }
-    return {**ours, **{name: stored[name] for name in kept_columns(list(stored))}}
+    answers = {**stored[ATTACKS].feature, **stored} if layout.per_image else stored
+    names = list(answers)
+    return {name: answers[name] for name in [*(column.name for column in columns_of(names)), *kept_columns(names)]}
 
 
 def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from pipeline.output.folder import ModelCounts
 from pipeline.output.manifest import Manifest, Subset
 from pipeline.report.sample import Sample
 
-# Variants that pictures show, spread over those there are; the first to succeed comes on top.
+# Variants that pictures show, spread over those there are; the first and the last to succeed come on top.
 SHOWN_VARIANTS = 5
 
 
@@ -58,8 +58,9 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
     half = np.flatnonzero(2 * reached >= _started(sample).sum())
     most = int(reached.argmax()) or len(reached) - 1
     spread = {1 + int(index) for index in np.linspace(0, len(sample.variants) - 2, SHOWN_VARIANTS).round()}
-    # Examples are of the images that give in first: so they must be seen to.
-    spread |= {int(sample.onset.min())} if sample.success.any() else set()
+    # Examples are of the images that give in first and of those that give in last: so they must be seen to.
+    onset = sample.onset[sample.success.any(0)]
+    spread |= {int(onset.min()), int(onset.max())} if len(onset) else set()
     return Focus(
         sample=sample,
         index=int(half[0]) if reached.any() and len(half) else most,

@@ -102,7 +102,7 @@ def choose_rows(sample: Sample, shown: Sequence[Variant]) -> list[tuple[str, str
     beaten, held = np.flatnonzero(first < never), np.flatnonzero((first == never) & resists)
     groups = []
     if len(beaten):
-        soonest = int(first[beaten].min())
+        soonest, latest = int(first[beaten].min()), int(first[beaten].max())
         text = f"{variant_name(variants[soonest])} is enough. The network was surest of these when they were clean."
         easiest = _ranked(beaten[first[beaten] == soonest], doubt)
         groups.append((f"{sample.aim.capitalize()} by the smallest step", text, easiest))
@@ -115,6 +115,9 @@ def choose_rows(sample: Sample, shown: Sequence[Variant]) -> list[tuple[str, str
     if len(held):
         text = f"Up to {variant_name(variants[-1])}, the largest epsilon. The network is then surest of these."
         groups.append(("Those that resist", text, _ranked(held, -sample.confidence[-1])))
+    elif len(beaten) and latest > soonest:
+        text = f"None resists every epsilon; these give in at {variant_name(variants[latest])} only."
+        groups.append(("Those that resist", text, _ranked(beaten[first[beaten] == latest], doubt)))
     if not groups:
         text = "The attack succeeds on none of the images, and of none can it be said that it resists."
         groups.append(("The surest answers", text, _ranked(np.arange(len(sample)), doubt)))
@@ -142,11 +145,7 @@ def _varied(order: Sequence[int], sample: Sample, taken: set[int]) -> list[int]:
 def _example(folder: OutputFolder, manifest: Manifest, sample: Sample, row: int, name: Names) -> tuple[Cell, ...]:
     """A row with its images, made as `pipeline.load` makes them: exactly the stored ones."""
     shard, place = sample.shards[sample.shard[row]], int(sample.place[row])
-    # A broken file can raise anything from Pillow's parsers.
-    broken = (Exception, PipelineError)
-    picture = f"A picture in row {place} of {shard}"
-    with explained(f"{picture} cannot be decoded", "fgsm verify says what is damaged", errors=broken):
-        images, sign_map = _read_images(folder, manifest, sample.variants, shard, place)
+    images, sign_map = _read_images(folder, manifest, sample.variants, shard, place)
     cells = []
     for index, (variant, image) in enumerate(zip(sample.variants, images, strict=True)):
         answer = name(int(sample.prediction[index, row]))
@@ -182,15 +181,19 @@ def _read_images(
         for one in variants
     ]
     cells = {where: read_picture(folder, shard, where, row) for where in dict.fromkeys(sum(sources, ray))}
-    for cell in cells.values():  # before any of it is decoded
-        open_stored(cell, manifest.shape).close()
     stepped = SteppedImage(attacked=not layout.stores_sign)
     images = []
-    for variant, (picture, *direction) in zip(variants, sources, strict=True):
-        along = cells[direction[0]] if direction else None
-        images.append(stepped.decode_example({"picture": cells[picture], "direction": along, "level": variant.level}))
-    with open_stored(cells[ray[1]]) as opened:
-        sign_map = np.asarray(opened).astype(np.int16)
+    # A broken file can raise anything from Pillow's parsers.
+    broken, what = (Exception, PipelineError), f"A picture in row {row} of {shard} cannot be decoded"
+    with explained(what, "fgsm verify says what is damaged", errors=broken):
+        for cell in cells.values():  # before any of it is decoded
+            open_stored(cell, manifest.shape).close()
+        for variant, (picture, *direction) in zip(variants, sources, strict=True):
+            along = cells[direction[0]] if direction else None
+            value = {"picture": cells[picture], "direction": along, "level": variant.level}
+            images.append(stepped.decode_example(value))
+        with open_stored(cells[ray[1]]) as opened:
+            sign_map = np.asarray(opened).astype(np.int16)
     if stepped.attacked:
         sign_map = (np.sign(sign_map - np.asarray(images[0])) + 1) * SIGN_UNIT
     return images, Image.fromarray(sign_map.astype(np.uint8))

@@ -4,7 +4,7 @@ import functools
 import json
 import re
 import stat
-from collections import deque
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
-from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.errors import ConfigError, explained
 from pipeline.core.images import image_suffixes, is_image_name
 from pipeline.core.left_out import Tally
 from pipeline.sources.base import (
@@ -30,14 +29,17 @@ from pipeline.sources.base import (
     chosen_splits,
     class_names,
     digest_of,
+    joined,
     spread,
 )
-from pipeline.sources.cells import file_digest, open_cell
+from pipeline.sources.cells import file_digest, image_cells, open_cell
 from pipeline.sources.columns import (
-    check_kept,
+    Fields,
+    cast_kept,
+    classes_of,
     find_columns,
-    find_image_column,
-    find_label_column,
+    is_text,
+    label_indices,
     plain_type,
 )
 from pipeline.sources.files import (
@@ -45,14 +47,13 @@ from pipeline.sources.files import (
     as_text,
     existing_folder,
     is_litter,
-    literal_folders,
-    local_builder,
     of_two_classes,
+    opening,
     origin_of,
     own_files,
     sampled,
-    stated_features,
 )
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import revision_of
 from pipeline.sources.tar import check_unstreamed
 
@@ -62,17 +63,9 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 DIGEST_BATCH = 1000
 
 
-@dataclass(frozen=True)
-class ArrowRows:
-    """The image column of a split, and the columns that are carried through, as `datasets` formats them for Arrow."""
-
-    images: Any
-    carried: Any | None
-
-
 @dataclass(frozen=True, kw_only=True)
-class ArrowSource(IndexedSource[ArrowRows]):
-    """Rows of a `datasets.Dataset`; images stay encoded bytes until they are opened.
+class ArrowSource(IndexedSource[Any]):
+    """Rows of `datasets.Dataset`s, of image and kept columns; images stay encoded bytes until they are opened.
 
     Images given as a path are opened only below `allowed`: a dataset must not be able to read other files
     of the machine into a dataset that is published.
@@ -80,12 +73,10 @@ class ArrowSource(IndexedSource[ArrowRows]):
 
     allowed: tuple[Path, ...]
 
-    def cells(self, split: str, rows: Sequence[int]) -> pa.ChunkedArray:
-        return self.rows[split].images[list(rows)].column(0)
-
-    def kept_columns(self, split: str, rows: Sequence[int]) -> pa.Table:
-        carried = self.rows[split].carried
-        return pa.table({}) if carried is None else carried[list(rows)].replace_schema_metadata(None)
+    def table(self, split: str, rows: Sequence[int]) -> pa.Table:
+        found = self.rows[split][list(rows)]
+        kept = cast_kept(found.select([*self.kept]), self.kept)
+        return joined(image_cells(found.column(0)), self.labels[split][rows], kept)
 
     def open(self, cell: Any) -> Image.Image:
         return open_cell(cell, self.allowed)
@@ -107,18 +98,16 @@ def open_arrow(config: HuggingFaceConfig, *, need_labels: bool) -> ArrowSource:
     tally = Tally()
     opened, allowed = _load_splits(config, need_labels, tally)
     first = next(iter(opened.values()))
-    image_column = find_image_column(first.features, config)
-    label_column = find_label_column(first.features, config, need_labels)
-    check_kept(first.features, config)
-    _check_alike(opened, [image_column, *([label_column] if label_column else []), *config.keep_columns])
-    labels, classes = _read_labels(opened, label_column, config)
+    schemas = {name: dataset.features.arrow_schema for name, dataset in opened.items()}
+    fields, features = find_columns(schemas, None, config, need_labels)
+    labels, classes = _read_labels(opened, fields.label, config)
     source = ArrowSource(
         labels=labels,
-        rows={name: _arrow_rows(dataset, image_column, config) for name, dataset in opened.items()},
+        rows={name: _rows(dataset, fields) for name, dataset in opened.items()},
         allowed=allowed,
         classes=classes,
         digest="",
-        kept={name: first.features[name] for name in config.keep_columns},
+        kept={name: features[name] for name in fields.kept},
         origin=origin_of(str(config.path), first.info, revision_of(first.cache_files)),
         left_out=tally.left_out(),
         need_labels=need_labels,
@@ -127,27 +116,12 @@ def open_arrow(config: HuggingFaceConfig, *, need_labels: bool) -> ArrowSource:
     return checked(replace(source, digest=digest_of([*content, json.dumps(sorted(config.keep_columns))])))
 
 
-def _arrow_rows(dataset: Any, image_column: str, config: HuggingFaceConfig) -> ArrowRows:
-    import datasets
-
-    try:
-        undecoded = dataset.cast_column(image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(f"source.image_column: {image_column} does not hold images: {first_line(error)}") from None
-    images = undecoded.select_columns([image_column]).with_format("arrow")
-    keep = list(config.keep_columns)
-    return ArrowRows(images, dataset.select_columns(keep).with_format("arrow") if keep else None)
-
-
-def _check_alike(opened: dict[str, Any], columns: Sequence[str]) -> None:
-    """Splits that were saved together may still differ in a column, or in the order of its class names."""
-    first = next(iter(opened.values()))
-    for name, dataset in opened.items():
-        for column in columns:
-            if dataset.features.get(column) != first.features[column]:
-                raise ConfigError(
-                    f"source.split: column {column} of split {name} is missing or differs from the first split's."
-                )
+def _rows(dataset: Any, fields: Fields) -> Any:
+    rows = dataset.select_columns(list(dict.fromkeys([fields.image, *fields.kept]))).with_format("arrow")
+    refused = (TypeError, ValueError, pa.ArrowException)
+    with explained(f"source.image_column: {fields.image} does not hold images", errors=refused, kind=ConfigError):
+        image_cells(rows[:1].column(0))
+    return rows
 
 
 def _load_splits(config: HuggingFaceConfig, need_labels: bool, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
@@ -159,37 +133,27 @@ def _load_splits(config: HuggingFaceConfig, need_labels: bool, tally: Tally) -> 
     from huggingface_hub import constants
 
     path = str(config.path)
-    folder = Path(path).expanduser()
     if "://" in path:
         raise ConfigError("source.path: a URL can be streamed only; set source.streaming: true.")
-    existing_folder(path)
-    allowed: tuple[Path, ...] = (folder.resolve(),) if folder.is_dir() else ()
-    try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    folder = existing_folder(path)
+    cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
+    hub = Path(constants.HF_HUB_CACHE).resolve() / f"datasets--{path.replace('/', '--')}"
+    allowed = (folder,) if folder else (cache / "downloads", cache / path.replace("/", "___"), hub)
+    with opening(path, folder):
+        if folder is None:
+            where = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
+            loaded = _load_own(where, config, need_labels).as_dataset()
+        elif (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             if not any(folder.rglob("*.arrow")):
                 raise ConfigError(f"source.path: {folder} has no rows.")
             _check_saved(folder)
             loaded = datasets.load_from_disk(str(folder))
-        elif folder.is_dir():
-            cache = Path(datasets.config.HF_DATASETS_CACHE) / f"fgsm-folder-{_listing_digest(folder)}"
-            where = functools.partial(_folder_builder, folder.resolve(), config.name, cache_dir=str(cache))
+        else:
+            own_cache = str(cache / f"fgsm-folder-{_listing_digest(folder)}")
+            where = functools.partial(_folder_builder, folder, config.name, cache_dir=own_cache)
             builder = _load_own(where, config, need_labels)
             loaded = builder.as_dataset()
-            _count_unread(builder, loaded, folder.resolve(), tally)
-        else:
-            cache, hub = Path(datasets.config.HF_DATASETS_CACHE).resolve(), Path(constants.HF_HUB_CACHE).resolve()
-            own = path.replace("/", "--")
-            allowed = (cache / "downloads", cache / path.replace("/", "___"), hub / f"datasets--{own}")
-            where = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
-            loaded = _load_own(where, config, need_labels).as_dataset()
-    except PipelineError:
-        raise
-    except Exception as error:  # a dozen exception types of three libraries; all mean the same here
-        if "corresponds to no data" in str(error):
-            raise ConfigError(f"source.path: {path} is empty: it has no rows.") from None
-        looked = "" if folder.is_dir() else " (no such local folder, so it was looked up on the Hub)"
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        raise ConfigError(f"source.path: {path} cannot be opened{looked}: {first_line(cause or error)}") from error
+            _count_unread(builder, loaded, folder, tally)
     if isinstance(loaded, datasets.Dataset):
         # A saved slice is called `train[:10%]`, or `train+test`.
         loaded = {re.split(r"[^\w.-]", str(loaded.split or "train"))[0]: loaded}
@@ -212,26 +176,33 @@ def _load_own(load: Callable[..., Any], config: HuggingFaceConfig, need_labels: 
     if files and isinstance(builder, Parquet | Arrow):
         read_schema = pq.read_schema if isinstance(builder, Parquet) else _arrow_schema
         schemas: dict[str, pa.Schema] = {}
-        sizes: dict[str, int] = {}
+        options: dict[str, Any] = {}
         wanted = chosen_splits(config, list(files))
         for split in wanted:
             # Of the Hub's files these are the copies in its cache, which the builder reads too.
-            places = datasets.DownloadManager().download([place for _, place in files[split]])
-            schemas |= {name: read_schema(place) for (name, _), place in zip(files[split], places, strict=True)}
-            if isinstance(builder, Parquet) and not all(map(_begins_with_rows, places)):
-                sizes = {"batch_size": DIGEST_BATCH}  # or it would take the rows of that row group, which are none
-        stated = stated_features(builder, load)
-        columns = find_columns(schemas, stated, config, need_labels)
+            names, urls = zip(*files[split], strict=True)
+            paths = datasets.DownloadManager().download(list(urls))
+            schemas |= dict(zip(names, map(read_schema, paths), strict=True))
+            if isinstance(builder, Parquet) and not all(map(_begins_with_rows, paths)):
+                options["batch_size"] = DIGEST_BATCH  # or it would take the rows of that row group, which are none
+        # A builder may have the features of its cache, which may be of other files.
+        with tempfile.TemporaryDirectory() as empty:
+            stated = builder.info.features and load(cache_dir=empty).info.features
+        _, features = find_columns(schemas, stated, config, need_labels)
         alike = all(_is_of_datasets(schema) and schema == next(iter(schemas.values())) for schema in schemas.values())
         if isinstance(builder, Parquet) and not (alike and (stated is not None or next(iter(files)) in wanted)):
-            builder = load(columns=list(columns.features), features=datasets.Features(columns.features), **sizes)
-        elif sizes:
-            builder = load(**sizes)
+            options |= {"columns": list(features), "features": datasets.Features(features)}
+        if options:
+            builder = load(**options)
     if isinstance(builder, WebDataset):
-        listed = [file for own in files.values() for file in own]
-        places = datasets.DownloadManager().download([place for _, place in listed])
-        check_unstreamed((name, place) for (name, _), place in zip(listed, places, strict=True))
-    builder.download_and_prepare()
+        names, urls = zip(*(file for own in files.values() for file in own), strict=True)
+        check_unstreamed(zip(names, datasets.DownloadManager().download(list(urls)), strict=True))
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error  # noqa: B904  # of itself it says nothing
+    if not builder.info.splits.total_num_examples:
+        raise ConfigError(f"source.path: {config.path} is empty: it has no rows.")
     return builder
 
 
@@ -249,21 +220,18 @@ def _folder_builder(folder: Path, name: str | None, **options: Any) -> Any:
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    builder, failure = None, None
     try:
-        builder = local_builder(folder, name, **options)
+        builder = datasets.load_dataset_builder(str(folder), name, **options)
+        found = [Path(file).name for files in builder.config.data_files.values() for file in files]
+        failure = None
     except (datasets.exceptions.DataFilesNotFoundError, ValueError) as error:
-        failure = error
-    found = builder.config.data_files.values() if builder is not None else ()
-    described = any(Path(file).name in ImageFolder.METADATA_FILENAMES for files in found for file in files)
-    if builder is None or (described and not isinstance(builder, ImageFolder)):
+        builder, found, failure = None, [], error
+    if builder is None or (not isinstance(builder, ImageFolder) and {*found} & {*ImageFolder.METADATA_FILENAMES}):
         # A split may be of images alone whose endings its own list lacks, such as AVIF's.
-        with literal_folders():
-            images = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), **options)
+        images = datasets.load_dataset_builder("imagefolder", name, data_dir=str(folder), **options)
         if all(any(map(is_image_name, files)) for files in images.config.data_files.values()):
-            builder = images
-    if builder is None:
-        assert failure is not None
+            builder, failure = images, None
+    if failure is not None:
         raise failure
     if isinstance(builder, ImageFolder):
         _take_images(builder, folder)
@@ -275,9 +243,8 @@ def _take_images(builder: Any, folder: Path) -> None:
     from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 
     builder.EXTENSIONS = sorted(image_suffixes())
-    found, place = builder.config.data_files, folder.as_posix()
-    with literal_folders():
-        every = DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
+    found = builder.config.data_files
+    every = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
     for split, files in found.items():
         # Where a card says which files there are, it is left at that.
         more = every.get(split, [])
@@ -318,25 +285,21 @@ def _count_unread(builder: Any, loaded: Mapping[str, Any], folder: Path, tally: 
     if any(Path(file).name in getattr(builder, "METADATA_FILENAMES", ()) for file in read):
         # Then only images that it names are rows.
         read = {file for file in read if not is_image_name(file)} | _named_images(loaded)
-    waiting = deque([folder])
-    while waiting:
-        current = waiting.popleft()
-        inside = sorted(current.iterdir())
-        if not inside:
-            tally.add("empty folders", as_text(str(current.relative_to(folder))))
-        for path in inside:
-            name = as_text(str(path.relative_to(folder)))
-            if str(path) in read or path == folder / "README.md":
-                continue
-            if is_litter(path.name):
-                tally.add(LITTER_REASON, name)
-            elif stat.S_ISDIR(path.stat().st_mode):
-                if path.is_symlink():
-                    tally.add("links to folders, which `datasets` does not follow", name)
-                else:
-                    waiting.append(path)
-            else:
-                tally.add("files that `datasets` reads for no split", name)
+    for path in sorted(folder.rglob("*"), key=lambda path: (len(path.parts), path)):
+        name = path.relative_to(folder)
+        if str(path) in read or str(name) == "README.md" or any(map(is_litter, name.parts[:-1])):
+            continue
+        if is_litter(path.name):
+            reason = LITTER_REASON
+        elif not stat.S_ISDIR(path.stat().st_mode):
+            reason = "files that `datasets` reads for no split"
+        elif path.is_symlink():
+            reason = "links to folders, which `datasets` does not follow"
+        elif not any(path.iterdir()):
+            reason = "empty folders"
+        else:
+            continue
+        tally.add(reason, as_text(str(name)))
 
 
 def _named_images(loaded: Mapping[str, Any]) -> set[str]:
@@ -399,40 +362,19 @@ def _is_of_datasets(schema: pa.Schema) -> bool:
     return len(set(schema.names)) == len(schema.names) and all(plain_type(kind) == kind for kind in schema.types)
 
 
-# How the two meanings begin that a card does not replace.
-
-
 def _read_labels(
     opened: dict[str, Any], column: str | None, config: HuggingFaceConfig
 ) -> tuple[dict[str, Labels], tuple[str, ...] | None]:
     """Labels of each split as class indices, and the class names if there are any."""
-    import datasets
-
     if column is None:
         return {name: np.full(len(rows), UNLABELLED) for name, rows in opened.items()}, class_names(config, None)
-    feature = next(iter(opened.values())).features[column]
-    values = {
-        name: rows.select_columns([column]).with_format("arrow")[:].column(0).combine_chunks()
-        for name, rows in opened.items()
-    }
-    kind = next(iter(values.values())).type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        found = sorted({text for array in values.values() for text in array.unique().to_pylist() if text is not None})
-        classes = config.classes or tuple(found)
-        unknown = [text for text in found if text not in classes]
-        if unknown:
-            raise ConfigError(f"source.classes: the label {unknown[0]!r} in column {column} is not among them.")
-        indices = {name: pc.index_in(array, pa.array(classes, array.type)) for name, array in values.items()}
-        return {name: _index_array(array) for name, array in indices.items()}, classes
-    if not pa.types.is_integer(kind):
-        raise ConfigError(f"source.label_column: {column} holds {kind}; labels are integers or strings.")
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    return {name: _index_array(array) for name, array in values.items()}, class_names(config, names)
-
-
-def _index_array(array: pa.Array) -> Labels:
-    filled = pc.fill_null(array.cast(pa.int64()), UNLABELLED)
-    return np.array(filled.to_numpy(zero_copy_only=False), dtype=np.int64)
+    values = {name: rows.select_columns([column]).with_format("arrow")[:].column(0) for name, rows in opened.items()}
+    first = next(iter(opened.values()))
+    classes = class_names(config, classes_of(first.features[column]))
+    if classes is None and any(is_text(texts.type) for texts in values.values()):
+        classes = tuple(sorted({text for texts in values.values() for text in texts.unique().to_pylist()} - {None}))
+    where = f"column {column}"
+    return {name: label_indices(own, classes, where, ConfigError) for name, own in values.items()}, classes
 
 
 def _content(source: ArrowSource, split: str) -> Iterable[bytes | str]:
@@ -440,14 +382,15 @@ def _content(source: ArrowSource, split: str) -> Iterable[bytes | str]:
     rows, count = source.rows[split], len(source.labels[split])
     yield split
     yield source.labels[split].tobytes()
-    stored = pc.struct_field(rows.images.data.table.column(0), "bytes")
+    stored = pc.struct_field(image_cells(rows.data.table.column(0)), "bytes")
     yield pc.fill_null(pc.binary_length(stored), UNLABELLED).to_numpy().astype(np.int64).tobytes()
-    for cell in source.cells(split, spread(count, DIGEST_SAMPLES)).to_pylist():
+    for cell in source.table(split, spread(count, DIGEST_SAMPLES)).column(0).to_pylist():
         if cell and cell["bytes"] is not None:
             yield cell["bytes"]
         else:
             yield from sampled([partial(file_digest, cell, source.allowed)])
     # Carried-through columns are copied as they are, so all of them count.
-    for start in range(0, count if rows.carried is not None else 0, DIGEST_BATCH):
-        table = source.kept_columns(split, range(start, min(start + DIGEST_BATCH, count))).combine_chunks()
+    kept = rows.select_columns([*source.kept])
+    for start in range(0, count if source.kept else 0, DIGEST_BATCH):
+        table = cast_kept(kept[start : start + DIGEST_BATCH], source.kept).combine_chunks()
         yield from (batch.serialize().to_pybytes() for batch in table.to_batches())

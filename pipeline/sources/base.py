@@ -17,9 +17,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.sources import SourceConfig
+from pipeline.config.schema import MOST_PIXELS, SourceConfig
 from pipeline.core.batches import UNLABELLED
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.left_out import LeftOut
 from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.plan import Plan, Shard
@@ -54,7 +54,7 @@ class Source(ABC):
     when the content does, and not when the dataset moves. kept: carried-through columns and their `datasets` features.
     origin: for the card. left_out: what of it is no row, as far as that is known before rows are read. labels: of each
     split whose rows are known before they are read, (N,) int64, -1 for unlabelled. need_labels: whether a row without
-    a label is an error.
+    a label is an error. max_pixels: of an image, where one is read before it is known to be one.
     """
 
     classes: tuple[str, ...] | None
@@ -64,6 +64,7 @@ class Source(ABC):
     left_out: tuple[LeftOut, ...] = ()
     labels: Mapping[str, Labels] = field(default_factory=dict)
     need_labels: bool = False
+    max_pixels: int = MOST_PIXELS
 
     @property
     @abstractmethod
@@ -128,18 +129,10 @@ class IndexedSource(Source, Generic[Rows]):
     def splits(self) -> Mapping[str, int]:
         return {name: len(labels) for name, labels in self.labels.items()}
 
-    def cells(self, split: str, rows: Sequence[int]) -> Any:
-        """The image cells of some rows, as Arrow's column; {split, row} unless a kind has its own."""
-        return pa.array([{"split": split, "row": row} for row in rows])
-
-    def kept_columns(self, split: str, rows: Sequence[int]) -> pa.Table:
-        """The carried-through columns of some rows; most kinds have none."""
-        del split, rows
-        return pa.table({})
-
     def table(self, split: str, rows: Sequence[int]) -> pa.Table:
-        """Some rows of a split, as `tables` has them."""
-        return joined(self.cells(split, rows), self.labels[split][rows], self.kept_columns(split, rows))
+        """Some rows of a split, as `tables` has them; cells are {split, row} unless a kind has its own."""
+        cells = pa.array([{"split": split, "row": row} for row in rows])
+        return joined(cells, self.labels[split][rows], pa.table({}))
 
     def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
         for shard in shards:
@@ -173,16 +166,18 @@ def checked(source: Indexed) -> Indexed:
     for name, labels in source.labels.items():
         if len(labels) == 0:
             raise ConfigError(f"source: split {name} is empty.")
-        if labels.min() < UNLABELLED:
-            raise ConfigError(
-                f"source: split {name} has a label {labels.min()}; labels are 0 or more, and -1 or null for unlabelled."
-            )
+        check_labels(labels, f"split {name}", ConfigError)
         if source.need_labels and (labels == UNLABELLED).any():
             raise ConfigError(
                 f"source: split {name} has {int((labels == UNLABELLED).sum())} unlabelled rows, and "
                 "attack.label: dataset needs every label; drop those rows, or set attack.label=prediction."
             )
     return source
+
+
+def check_labels(labels: Labels, where: str, kind: type[PipelineError]) -> None:
+    if len(labels) and labels.min() < UNLABELLED:
+        raise kind(f"source: {where} has a label {labels.min()}; labels are 0 or more, and -1 or null for unlabelled.")
 
 
 def file_names(splits: Mapping[str, Item]) -> dict[str, Item]:

@@ -16,6 +16,14 @@ from pipeline.core.images import UndecodableError, open_image
 CELL = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
+def image_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The cells of a column of images, of whatever type that `datasets` takes for one."""
+    import datasets
+
+    # Not combined: a row group may hold more bytes than one array of them can.
+    return pa.chunked_array([datasets.Image().cast_storage(chunk) for chunk in column.chunks], CELL)
+
+
 def open_cell(cell: Mapping[str, Any] | None, allowed: tuple[Path, ...]) -> Image.Image:
     """Open an image as `datasets` stores it, {bytes, path}; a path only below the folders that are allowed.
 

@@ -3,89 +3,142 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.config.sources import HuggingFaceConfig
-from pipeline.core.errors import ConfigError, shortened
+from pipeline.core.batches import UNLABELLED
+from pipeline.core.errors import ConfigError, PipelineError, shortened
+from pipeline.sources.base import Labels
+from pipeline.sources.huggingface import HuggingFaceConfig
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which columns of a table become what, and the features of `datasets` that they have."""
+class Fields:
+    """Which columns of a file, or fields of a sample, become what; `image` is None for any image of a tar."""
 
-    image: str
+    image: str | None
     label: str | None
     kept: tuple[str, ...]
-    features: Mapping[str, Any]
 
 
 def find_columns(
     schemas: Mapping[str, pa.Schema], stated: Mapping[str, Any] | None, config: HuggingFaceConfig, need_labels: bool
-) -> Columns:
-    """The columns of a dataset's files that are used; they must mean the same in each file.
+) -> tuple[Fields, dict[str, Any]]:
+    """The columns of a dataset's files or splits that are used, and their features of `datasets`.
 
     Args:
-        schemas: of the files, by their names.
+        schemas: of the files or splits, by their names.
         stated: the features that the dataset's card states, if it does.
         config: the `source` section.
         need_labels: whether a dataset without a label column is an error.
 
     Raises:
-        ConfigError: a column is not there, or differs between two files: the same numbers would mean other classes.
+        ConfigError: a column is not there, or differs between two files: the same numbers would mean other classes;
+            or it holds no labels.
     """
-    first, schema = next(iter(schemas.items()))
-    features = {**column_features(schema), **(stated or {})}
-    image = find_image_column(features, config)
-    label = find_label_column(features, config, need_labels)
-    check_kept(features, config)
-    used = dict.fromkeys((image, *([label] if label else []), *config.keep_columns))
-    for name in used:
-        if isinstance(features[name], pa.DataType):
-            raise ConfigError(f"source: column {name} holds {features[name]}, of which `datasets` has no type.")
+    import datasets
+
+    features = {**column_features(next(iter(schemas.values()))), **(stated or {})}
+    listing = f"the columns are {', '.join(features)}"
+    image = _column_of("image_column", config.image_column, features, datasets.Image)
+    if image is None:
+        raise ConfigError(f"source.image_column: no column holds images; {listing}.")
+    label = _column_of("label_column", config.label_column, features, datasets.ClassLabel)
+    if label is None and need_labels:
+        raise ConfigError(
+            f"source.label_column: no column is a ClassLabel; name one of integers or strings ({listing}), or set "
+            "attack.label=prediction."
+        )
+    for name in config.keep_columns:
+        _column_of("keep_columns", name, features, None)
+    fields = Fields(image, label, config.keep_columns)
+    features = {name: features[name] for name in (image, *([label] if label else []), *fields.kept)}
+    _check_types(schemas, features, stated or {}, fields)
+    return fields, features
+
+
+def _check_types(
+    schemas: Mapping[str, pa.Schema], features: Mapping[str, Any], stated: Mapping[str, Any], fields: Fields
+) -> None:
+    """Refuse columns that do not mean the same in each file, or not what they must.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, feature in features.items():
+        if isinstance(feature, pa.DataType):
+            raise ConfigError(f"source: column {name} holds {feature}, of which `datasets` has no type.")
+    first = next(iter(schemas))
     for file, other in schemas.items():
-        own = column_features(other, used)
-        for name in used:
-            role = "image" if name == image else "label" if name == label else "kept"
+        own = column_features(other, features)
+        for name in features:
+            role = "image" if name == fields.image else "label" if name == fields.label else "kept"
             expected, here = (_meaning(features.get(name), role), _meaning(own.get(name), role))
             # A card may give a meaning to what files hold; but no other one than they state themselves.
-            by_card = name in (stated or {}) and not here.startswith((CLASSES_OF, MISSING))
+            by_card = name in stated and not here.startswith((CLASSES_OF, MISSING))
             if expected != here and not by_card:
                 raise ConfigError(
                     f"source: column {name} holds {shortened(here)} in {file} and {shortened(expected)} in "
-                    f"{'the card' if name in (stated or {}) else first}; the files of a dataset must agree, so write "
+                    f"{'the card' if name in stated else first}; files and splits of a dataset must agree, so write "
                     "one of them anew, or read them as two datasets."
                 )
-    return Columns(image, label, config.keep_columns, {name: features[name] for name in used})
+        kind = plain_type(other.field(fields.label).type) if fields.label else pa.int64()
+        if not (is_text(kind) or pa.types.is_integer(kind)):
+            raise ConfigError(f"source.label_column: {fields.label} holds {kind}; labels are integers or strings.")
 
 
-def check_kept(features: Mapping[str, Any], config: HuggingFaceConfig) -> None:
-    for name in config.keep_columns:
-        if name not in features:
-            raise ConfigError(f"source.keep_columns: there is no column {name}; {column_listing(features)}.")
+def classes_of(feature: Any) -> Sequence[str] | None:
+    """The class names that a column's feature states."""
+    import datasets
+
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def label_indices(
+    column: pa.ChunkedArray, classes: Sequence[str] | None, where: str, kind: type[PipelineError]
+) -> Labels:
+    """Integers or texts as labels, (N,) int64 with -1 for null.
+
+    Raises:
+        PipelineError: of that kind: a text is none of the classes.
+    """
+    if is_text(column.type):
+        indices = pc.index_in(column, pa.array(classes or (), column.type))
+        unknown = column.filter(pc.and_(pc.is_null(indices), pc.is_valid(column)))
+        if len(unknown):
+            raise kind(f"source.classes: the label {unknown[0].as_py()!r} in {where} is not among them.")
+        column = indices
+    return pc.fill_null(column.cast(pa.int64()), UNLABELLED).to_numpy()  # type: ignore[no-any-return]
+
+
+def cast_kept(table: pa.Table, features: Mapping[str, Any]) -> pa.Table:
+    """Carried-through columns in the types of their features: texts may be large in one file and not in another."""
+    import datasets
+    from datasets.table import table_cast
+
+    return table_cast(table, datasets.Features(features).arrow_schema).replace_schema_metadata(None)
 
 
 def column_features(schema: pa.Schema, names: Iterable[str] | None = None) -> dict[str, Any]:
     """The features of `datasets` that some columns have, all by default; of a type without one, the type itself."""
     import datasets
 
-    try:
-        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        told = None
+    told: dict[str, Any] = {}
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        told = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     features: dict[str, Any] = {}
     for name in schema.names if names is None else names:
         if (index := schema.get_field_index(name)) < 0:
             continue  # not there, or there twice
         kind = plain_type(schema.field(index).type)
-        stated = told.get(name) if isinstance(told, dict) else None
-        metadata = {"huggingface": json.dumps({"info": {"features": {name: stated}}})}
+        metadata = {"huggingface": json.dumps({"info": {"features": {name: told.get(name)}}})}
         features[name] = kind
         # What the metadata says may be of a version to come: then the type alone tells.
-        for known in ([metadata] if stated else []) + [None]:
+        for known in (metadata, None) if told.get(name) else (None,):
             with contextlib.suppress(Exception):  # the library has an error of its own for each case
                 features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, kind)], known))[name]
                 break
@@ -122,56 +175,26 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.binary()
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
-    if pa.types.is_large_list(kind):
-        return pa.large_list(plain_type(kind.value_type))
     if pa.types.is_list(kind):
         return pa.list_(plain_type(kind.value_type))
     return kind
 
 
-def column_listing(names: Iterable[str]) -> str:
-    return f"the columns are {', '.join(names)}"
+def is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _only(features: Mapping[str, Any], key: str, kind: Callable[[Any], bool], what: str) -> str | None:
-    """The only column of that kind, None where there is none; several are an error."""
-    found = [name for name, feature in features.items() if kind(feature)]
-    if len(found) > 1:
-        raise ConfigError(f"source.{key}: there are several {what} columns ({', '.join(found)}); name one.")
-    return found[0] if found else None
-
-
-def _named(features: Mapping[str, Any], key: str, name: str) -> str:
-    """A column that the config names.
+def _column_of(key: str, named: str | None, features: Mapping[str, Any], kind: Any) -> str | None:
+    """The column that a key of the config names, else the only one of that kind, None where there is none.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or there are several of the kind.
     """
-    if name not in features:
-        raise ConfigError(f"source.{key}: there is no column {name}; {column_listing(features)}.")
-    return name
-
-
-def find_image_column(features: Mapping[str, Any], config: HuggingFaceConfig) -> str:
-    import datasets
-
-    if config.image_column is not None:
-        return _named(features, "image_column", config.image_column)
-    found = _only(features, "image_column", lambda feature: isinstance(feature, datasets.Image), "image")
-    if found is None:
-        raise ConfigError(f"source.image_column: no column holds images; {column_listing(features)}.")
-    return found
-
-
-def find_label_column(features: Mapping[str, Any], config: HuggingFaceConfig, need_labels: bool) -> str | None:
-    import datasets
-
-    if config.label_column is not None:
-        return _named(features, "label_column", config.label_column)
-    found = _only(features, "label_column", lambda feature: isinstance(feature, datasets.ClassLabel), "ClassLabel")
-    if found is None and need_labels:
-        raise ConfigError(
-            "source.label_column: no column is a ClassLabel; name one of integers or strings "
-            f"({column_listing(features)}), or set attack.label=prediction."
-        )
-    return found
+    if named is not None:
+        if named not in features:
+            raise ConfigError(f"source.{key}: there is no column {named}; the columns are {', '.join(features)}.")
+        return named
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(found) > 1:
+        raise ConfigError(f"source.{key}: there are several {kind.__name__} columns ({', '.join(found)}); name one.")
+    return found[0] if found else None

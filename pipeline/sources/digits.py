@@ -5,15 +5,15 @@ stratified split.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config.sources import DigitsConfig
+from pipeline.config.schema import SourceConfig
 from pipeline.core.origin import Origin
-from pipeline.sources.base import IndexedSource, check_splits, checked, class_names, digest_of
+from pipeline.sources.base import IndexedSource, check_splits, checked, digest_of
 
 SIDE = 64
 CLASSES = tuple("0123456789")
@@ -23,6 +23,12 @@ DIGITS = Origin(
     credit="E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49; "
     "its test part as scikit-learn carries it, enlarged from 8x8 to 64x64 pixels",
 )
+
+
+class DigitsConfig(SourceConfig):
+    """Handwritten digits that come with scikit-learn."""
+
+    kind: Literal["digits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ def open_digits(config: DigitsConfig, *, need_labels: bool) -> ArraySource:
         ArraySource(
             labels={name: labels for name, (_, labels) in splits.items()},
             rows={name: images for name, (images, _) in splits.items()},
-            classes=class_names(config, CLASSES),
+            classes=CLASSES,
             digest=digest_of(
                 part for images, labels in splits.values() for part in (images.tobytes(), labels.tobytes())
             ),

@@ -2,24 +2,22 @@
 
 import contextlib
 import functools
-import glob
 import os
 import re
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
-from pipeline.config.sources import HuggingFaceConfig
-from pipeline.core.errors import ConfigError, PipelineError, first_line, shortened
+from pipeline.core.errors import ConfigError, PipelineError, explained, first_line, shortened
 from pipeline.core.fetchers import Fetchers
 from pipeline.core.images import is_of_the_machine
 from pipeline.core.origin import Origin
 from pipeline.sources.base import chosen_splits
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import card_license
 
 # Seconds after which a server that says nothing has failed: it may have accepted, and hang.
@@ -28,18 +26,16 @@ SILENT_SECONDS = 300.0
 GLOB_SIGNS = "*?["
 # Folders that systems and tools leave among the files of others, in lower case. What begins with a dot is hidden.
 LITTER = (
-    *(
-        "__macosx",
-        "@eadir",
-        "#recycle",
-        "@recycle",
-        "@recently-snapshot",
-        "#snapshot",
-        "$recycle.bin",
-        "system volume information",
-        "lost+found",
-    ),
+    "__macosx",
     "__pycache__",
+    "@eadir",
+    "#recycle",
+    "@recycle",
+    "@recently-snapshot",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
 )
 
 
@@ -72,7 +68,7 @@ def as_text(name: str) -> str:
 def unread(error: Exception) -> PipelineError:
     """The sentence for an image that the machine failed to read, or that is gone, before a run."""
     return PipelineError(
-        f"source: an image or a folder cannot be read: {shortened(first_line(error))}; mend that first."
+        f"source: an image or a folder cannot be read: {shortened(first_line(error))}; fix that first."
     )
 
 
@@ -93,61 +89,6 @@ def of_two_classes(link: str, first: str) -> ConfigError:
     return ConfigError(
         f"source.path: {link} leads to {first}, whose images would then be of two classes; remove the link."
     )
-
-
-def stated_features(builder: Any, load: Callable[..., Any]) -> Mapping[str, Any] | None:
-    """The features that a dataset's card states; a builder may have those of its cache, which may be of other files.
-
-    Args:
-        builder: of the dataset.
-        load: makes another one.
-    """
-    features: Mapping[str, Any] | None = builder.info.features
-    if features is not None and Path(builder.cache_dir).exists():
-        with tempfile.TemporaryDirectory() as empty:
-            features = load(cache_dir=empty).info.features
-    return features
-
-
-# Held while `datasets` looks for the files of a local folder.
-_LISTING = threading.Lock()
-
-
-@contextlib.contextmanager
-def literal_folders() -> Iterator[None]:
-    """Have `datasets` take local folders literally.
-
-    It makes a folder's own name a part of the pattern of its files: of `run[1]` it finds none, and of `run*` those of
-    other folders. So within this the function that resolves its patterns escapes the folder.
-    """
-    from datasets import data_files
-
-    resolve = data_files.resolve_pattern
-
-    @functools.wraps(resolve)
-    def escaped(pattern: str, base_path: str, *arguments: Any, **keywords: Any) -> Any:
-        return resolve(pattern, glob.escape(base_path), *arguments, **keywords)
-
-    with _LISTING:
-        data_files.resolve_pattern = escaped
-        try:
-            yield
-        finally:
-            data_files.resolve_pattern = resolve
-
-
-def local_builder(folder: Path, name: str | None, **options: Any) -> Any:
-    """The builder that `datasets` has for a local folder.
-
-    Raises:
-        ConfigError: its path can be none for `datasets`.
-    """
-    import datasets
-
-    if "::" in str(folder.resolve()):
-        raise ConfigError(f"source.path: `datasets` takes :: in a path for a chain of addresses; rename {folder}.")
-    with literal_folders():
-        return datasets.load_dataset_builder(str(folder.resolve()), name, **options)
 
 
 def own_files(builder: Any, config: HuggingFaceConfig) -> dict[str, list[tuple[str, str]]]:
@@ -196,11 +137,9 @@ def _listed(url: str) -> list[tuple[str, str]]:
     """The files that a URL or a glob names, sorted, each with its name relative to what the glob has no choice in."""
     if re.search(r"\{[^{}]*(,|\.\.)[^{}]*\}", url):
         raise ConfigError(f"source.path: braces are not expanded, as in {url}; write * in their place.")
-    try:
+    with explained(f"source.path: {url} cannot be listed", kind=ConfigError):
         system, path = system_of(url)
         found = sorted(answered(lambda: system.glob(path))) if set(GLOB_SIGNS) & set(path) else [path]
-    except Exception as error:  # a dozen file systems, each with errors of its own
-        raise ConfigError(f"source.path: {url} cannot be listed: {reason_of_failure(error)}") from error
     if not found:
         raise ConfigError(f"source.path: {url} names no file.")
     folder = _url_folder(path)
@@ -229,11 +168,6 @@ def answered(call: Callable[[], Item]) -> Item:
         return pool.submit(call).result(SILENT_SECONDS)
 
 
-def reason_of_failure(error: BaseException) -> str:
-    """What went wrong, for a person: of time that is over clients say nothing."""
-    return "the server does not answer" if isinstance(error, TimeoutError) else first_line(error)
-
-
 def _url_folder(path: str) -> str:
     """The part of a path or URL before its file name, or before the first part with a glob in it."""
     fixed = re.split(f"[{re.escape(GLOB_SIGNS)}]", path)[0]
@@ -241,15 +175,27 @@ def _url_folder(path: str) -> str:
 
 
 def existing_folder(path: str) -> Path | None:
-    """The local folder that a path names, None where it is the id of a dataset of the Hub.
+    """The local folder that a path names, resolved; None where it is the id of a dataset of the Hub.
 
     Raises:
-        ConfigError: it can be none, and there is no such folder.
+        ConfigError: there is no such folder, or `datasets` would look for its files elsewhere.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir() and (path.startswith((".", "~", "/")) or path.count("/") > 1):
-        raise ConfigError(f"source.path: there is no folder {folder}.")
-    return folder if folder.is_dir() else None
+    if not folder.is_dir():
+        if path.startswith((".", "~", "/")) or path.count("/") > 1:
+            raise ConfigError(f"source.path: there is no folder {folder}.")
+        return None
+    # It makes the folder's own name a part of the pattern of its files, and :: is a chain of addresses to it.
+    folder = folder.resolve()
+    if sign := re.search(r"[*?\[]|::", str(folder)):
+        raise ConfigError(f"source.path: `datasets` takes {sign[0]} in a path for a pattern; rename {folder}.")
+    return folder
+
+
+def opening(path: str, folder: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Explains why `datasets` cannot open a dataset; what three libraries raise all means the same here."""
+    looked = "" if folder else " (no such local folder, so it was looked up on the Hub)"
+    return explained(f"source.path: {path} cannot be opened{looked}", kind=ConfigError)
 
 
 def _found_by_datasets(config: HuggingFaceConfig, path: str) -> Listing:
@@ -257,24 +203,17 @@ def _found_by_datasets(config: HuggingFaceConfig, path: str) -> Listing:
     import datasets
 
     folder = existing_folder(path)
-    load = functools.partial(datasets.load_dataset_builder, path, config.name, revision=config.revision)
-    if folder is not None:
-        load = functools.partial(local_builder, folder, config.name)
-    try:
-        builder = answered(load) if folder is None else load()
-        features = stated_features(builder, load)
-    except ConfigError:
-        raise
-    except Exception as error:  # of three libraries; all mean the same here
-        looked = "" if folder else " (no such local folder, so it was looked up on the Hub)"
-        raise ConfigError(f"source.path: {path} cannot be opened{looked}: {reason_of_failure(error)}") from error
+    where, load = str(folder or path), datasets.load_dataset_builder
+    # With an empty cache, the features are those that the card states and not of files that were there before.
+    with opening(path, folder), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+        builder = answered(functools.partial(load, where, config.name, revision=config.revision, cache_dir=empty))
     own = own_files(builder, config)
     if not own:
         raise ConfigError(f"source.path: {path} is not made of files that can be streamed; leave out source.streaming.")
     found = {split: own[split] for split in chosen_splits(config, list(own))}
     url = next(iter(found.values()))[0][1]
     commit = None if folder else next((match[1] for match in re.finditer(r"@([0-9a-f]{40})/", url)), None)
-    return Listing(found, features, origin_of(path, builder.info, commit), (folder.resolve(),) if folder else ())
+    return Listing(found, builder.info.features, origin_of(path, builder.info, commit), (folder,) if folder else ())
 
 
 def origin_of(path: str, info: Any, revision: str | None) -> Origin:

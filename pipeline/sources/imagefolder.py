@@ -5,18 +5,35 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from pipeline.config.sources import ImageFolderConfig
+from pipeline.config.schema import SourceConfig
+from pipeline.config.section import anchored
 from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name, open_image
 from pipeline.core.left_out import Tally
 from pipeline.core.origin import Origin
-from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, class_names, digest_of, spread
+from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, digest_of, spread
 from pipeline.sources.files import LITTER_REASON, as_text, is_litter, of_two_classes, unread
+
+
+class ImageFolderConfig(SourceConfig):
+    """A folder with a folder of images for each class."""
+
+    kind: Literal["imagefolder"]
+    path: str
+
+    @classmethod
+    def anchor(cls, values: dict[str, Any], folder: Path) -> None:
+        if isinstance(path := values.get("path"), str):
+            values["path"] = anchored(path, folder)
+
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +56,9 @@ def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderS
         ConfigError: there is no such folder, or it is none of class folders.
         PipelineError: a part of it cannot be read.
     """
-    root = _existing_folder(config)
+    root = Path(config.path).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"source.path: there is no folder {root}.")
     tally = Tally()
     try:
         folders = _split_folders(root, config)
@@ -58,7 +77,7 @@ def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderS
             labels={name: np.repeat(np.arange(len(own)), own).astype(np.int64) for name, own in counts.items()},
             rows=paths,
             root=str(root),
-            classes=class_names(config, classes),
+            classes=tuple(classes),
             digest=digest,
             origin=Origin(name=as_text(root.resolve().name)),
             left_out=tally.left_out(),
@@ -76,9 +95,6 @@ def _digest(paths: Mapping[str, Sequence[str]], folders: Mapping[str, Path]) -> 
     )
     sampled = (Path(own[row]).read_bytes() for own in paths.values() for row in spread(len(own), DIGEST_SAMPLES))
     return digest_of([*listing, *sampled])
-
-
-NO_IMAGE = "files that are no image by their name"
 
 
 def _common_classes(listed: Mapping[str, Mapping[str, Sequence[str]]], root: Path, tally: Tally) -> list[str]:
@@ -135,19 +151,10 @@ class _ClassFolders:
         self._root, self._tally = root, tally
         # The class and the path of each folder that was read, by its real path.
         self._read: dict[Path, tuple[str, str]] = {}
-        # What is still to be read: class, path and real path.
-        self._folders: deque[tuple[str, str, Path]] = deque()
+        # What is still to be read: class, path and real path; the folder of class folders has no class.
+        self._folders: deque[tuple[str | None, str, Path]] = deque([(None, str(folder), folder.resolve())])
         self._links: deque[tuple[str, str, Path]] = deque()
         self._file_links: list[tuple[str, str]] = []
-        # The real paths of folders that links to files lead into.
-        self._resolved: dict[Path, Path] = {}
-        top = folder.resolve()
-        for entry in self._entries(str(folder)):
-            if entry.is_dir():
-                self._found_folder(entry.name, entry, top)
-            else:
-                what = "images in no class folder" if is_image_name(entry.name) else NO_IMAGE
-                self._leave_out(what, entry.path)
         while self._folders or self._links:
             self._read_folder(*(self._folders or self._links).popleft())
         for kind, path in self._file_links:
@@ -184,16 +191,19 @@ class _ClassFolders:
             self._links.append((kind, entry.path, target))
         self.images.setdefault(kind, [])
 
-    def _read_folder(self, kind: str, path: str, real: Path) -> None:
-        if real in self._read:
-            self._leave_out_second(kind, path, *self._read[real])
-            return
-        self._read[real] = kind, path
+    def _read_folder(self, kind: str | None, path: str, real: Path) -> None:
+        if kind is not None:
+            if real in self._read:
+                self._leave_out_second(kind, path, *self._read[real])
+                return
+            self._read[real] = kind, path
         for entry in self._entries(path):
             if entry.is_dir():
-                self._found_folder(kind, entry, real)
+                self._found_folder(kind or entry.name, entry, real)
             elif not is_image_name(entry.name):
-                self._leave_out(NO_IMAGE, entry.path)
+                self._leave_out("files that are no image by their name", entry.path)
+            elif kind is None:
+                self._leave_out("images in no class folder", entry.path)
             elif not entry.is_file():
                 self._leave_out("pipes, sockets or devices", entry.path)  # opening a pipe would wait for ever
             elif entry.is_symlink():
@@ -202,13 +212,7 @@ class _ClassFolders:
                 self.images[kind].append(entry.path)
 
     def _take_link(self, kind: str, path: str) -> None:
-        # To resolve each link by itself would take most of the time of a folder of links alone.
-        linked = Path(path).parent / Path(path).readlink()
-        if linked.parent not in self._resolved:
-            self._resolved[linked.parent] = linked.parent.resolve()
-        target = self._resolved[linked.parent] / linked.name
-        if target.is_symlink():
-            target = target.resolve()
+        target = Path(path).resolve()
         if target.parent in self._read and is_image_name(target.name) and not is_litter(target.name):
             owner, its_path = self._read[target.parent]
             self._leave_out_second(kind, path, owner, f"{its_path}/{target.name}")
@@ -222,24 +226,17 @@ class _ClassFolders:
         self._leave_out("links to what is read already", path)
 
 
-def _existing_folder(config: ImageFolderConfig) -> Path:
-    root = Path(str(config.path)).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"source.path: there is no folder {root}.")
-    return root
-
-
 def _split_folders(root: Path, config: ImageFolderConfig) -> dict[str, Path]:
     """Where each split's class folders are: `root/<split>` if that holds folders, else `root` itself."""
     names = config.split or ("train",)
     folders = {name: root / name for name in names}
-    nested = [name for name, folder in folders.items() if folder.is_dir() and _subfolders(folder)]
-    if len(nested) == len(names):
+    missing = [folder for folder in folders.values() if not (folder.is_dir() and _subfolders(folder))]
+    if not missing:
         return folders
-    if len(names) > 1:
-        missing = next(name for name in names if name not in nested)
-        raise ConfigError(f"source.split: there is no folder {root / missing} with class folders in it.")
     inside = [path for folder in _subfolders(root) for path in folder.iterdir() if not is_litter(path.name)]
-    if any(map(Path.is_dir, inside)) and not any(is_image_name(path.name) and path.is_file() for path in inside):
-        raise ConfigError(f"source.split: there is no folder {root / names[0]} with class folders in it.")
+    of_splits = any(map(Path.is_dir, inside)) and not any(
+        is_image_name(path.name) and path.is_file() for path in inside
+    )
+    if len(names) > 1 or of_splits:
+        raise ConfigError(f"source.split: there is no folder {missing[0]} with class folders in it.")
     return {names[0]: root}

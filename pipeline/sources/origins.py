@@ -1,5 +1,6 @@
 """Origins: what the files of a dataset say of where it comes from: its revision on the Hub, the licence in its card."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,8 +31,9 @@ def card_license(card: Path) -> str | None:
     return ", ".join(name for name in names if isinstance(name, str)) or None
 
 
+@functools.lru_cache(maxsize=4)
 def front_matter(card: bytes) -> dict[str, Any] | None:
-    """The YAML at the head of a card; None where there is none that can be read."""
+    """The YAML at the head of a card; None where there is none that can be read. Not to be changed: it is kept."""
     try:
         head: Any = next(iter(yaml.load_all(card.decode(), BoundedLoader)))  # a SafeLoader
     except (ValueError, RecursionError, yaml.YAMLError, StopIteration):  # a date that is none is a ValueError

@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.core.fetchers import Fetchers
+from pipeline.core.errors import ConfigError, explained
+from pipeline.core.fetchers import Fetchers, in_order
 from pipeline.core.plan import Plan, Shard
 from pipeline.sources import files
 from pipeline.sources.base import SampleRow, Source, digest_of
 from pipeline.sources.cells import open_cell
-from pipeline.sources.files import reason_of_failure, system_of
+from pipeline.sources.columns import Fields
+from pipeline.sources.files import Listing, system_of
 
 # Threads that read footers while planning: each waits for its server most of the time.
 PLANNERS = 32
@@ -60,15 +61,6 @@ class SourceFile:
                 start = stop
             stop += rows
         return (*ends, self.rows)
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Which columns of a file, or fields of a sample, become what; `image` is None for any image of a tar."""
-
-    image: str | None
-    label: str | None
-    kept: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,45 +112,46 @@ def total_rows(listed: Iterable[SourceFile]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def digest_of_files(listed: Mapping[str, Sequence[SourceFile]], fields: Fields) -> str:
-    """Of the names, sizes and marks of all files, and what is read of them."""
-    marks = (f"{split}/{file.name}:{file.size}:{file.mark}:{file.rows}" for split in listed for file in listed[split])
-    return digest_of([*marks, repr(fields)])
+Streamed = TypeVar("Streamed", bound=StreamedSource)
 
 
-def check_rows(listed: Mapping[str, Sequence[SourceFile]]) -> None:
-    """Refuse a split that is known to have no row.
+def make_streamed(
+    kind: type[Streamed], listing: Listing, listed: Mapping[str, tuple[SourceFile, ...]], fields: Fields, **more: Any
+) -> Streamed:
+    """The source of some files that were looked at; `more` is what only its kind knows.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: a split is known to have no row.
     """
     for split, own in listed.items():
         if total_rows(own) == 0:
             raise ConfigError(f"source: split {split} is empty.")
+    marks = (f"{split}/{file.name}:{file.size}:{file.mark}:{file.rows}" for split in listed for file in listed[split])
+    return kind(
+        digest=digest_of([*marks, repr(fields)]),
+        origin=listing.origin,
+        listed=listed,
+        fields=fields,
+        allowed=listing.allowed,
+        **more,
+    )
 
 
 def measured(
-    found: Sequence[tuple[str, str]], limit: int | None, look: Callable[[SourceFile], tuple[SourceFile, Found]]
+    found: Sequence[tuple[str, str]], look: Callable[[SourceFile], tuple[SourceFile, Found]]
 ) -> Iterator[tuple[SourceFile, Found]]:
     """The files of a split, by name and URL, with their sizes, marks and what a look into each has found.
 
     Raises:
         ConfigError: one cannot be read, or its size is not known.
     """
-    # A limit is met by a few files as a rule, of which no more are looked at than there are threads.
-    for start in range(0, len(found), PLANNERS if limit else len(found)):
-        some = found[start : start + PLANNERS] if limit else found
-        with contextlib.closing(Fetchers(min(PLANNERS, len(some)))) as pool:
-            futures = [pool.submit(functools.partial(_measure, name, url, look)) for name, url in some]
-            for (name, _), future in zip(some, futures, strict=True):
-                with planning(name):
-                    measurement = future.result(files.SILENT_SECONDS)
-                yield measurement
-
-
-def _measure(name: str, url: str, look: Callable[[SourceFile], tuple[SourceFile, Found]]) -> tuple[SourceFile, Found]:
-    with planning(name):
-        return look(measure(name, url))
+    with contextlib.closing(Fetchers(min(PLANNERS, len(found)))) as pool:
+        # With a limit who asks stops after a few: no more than PLANNERS are looked at in vain.
+        looks = in_order(found, lambda file: pool.submit(lambda: look(measure(*file))), PLANNERS)
+        for (name, _), future in looks:
+            with planning(name):
+                measurement = future.result(files.SILENT_SECONDS)
+            yield measurement
 
 
 def measure(name: str, url: str) -> SourceFile:
@@ -206,26 +199,12 @@ def opened(file: SourceFile, **options: Any) -> Any:
     return system.open(path, "rb", **options)
 
 
-@contextlib.contextmanager
-def planning(name: str) -> Iterator[None]:
-    """What goes wrong with a file before a run, as one sentence that names it."""
-    try:
-        yield
-    except PipelineError:
-        raise
-    except Exception as error:  # a dozen file systems, each with errors of its own
-        raise ConfigError(f"source: {name} cannot be read: {reason_of_failure(error)}") from error
+def planning(name: str) -> contextlib.AbstractContextManager[None]:
+    """Explains what goes wrong with a file before a run: a dozen file systems have errors of their own."""
+    return explained(f"source: {name} cannot be read", kind=ConfigError)
 
 
-@contextlib.contextmanager
-def reading(file: SourceFile) -> Iterator[None]:
-    """What goes wrong in a file during a run, as one sentence that names it."""
-    try:
-        yield
-    except PipelineError:
-        raise
-    except Exception as error:  # as in planning
-        raise PipelineError(
-            f"source: {file.name} cannot be read ({reason_of_failure(error)}); what was committed is kept, and the "
-            "same command goes on from there."
-        ) from error
+def reading(file: SourceFile) -> contextlib.AbstractContextManager[None]:
+    """Explains what goes wrong in a file during a run."""
+    kept = "what was committed is kept, and the same command goes on from there"
+    return explained(f"source: {file.name} cannot be read", kept)

@@ -19,7 +19,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.images import is_image_name
@@ -28,14 +27,14 @@ from pipeline.core.plan import Plan, Shard
 from pipeline.core.redaction import printable
 from pipeline.sources.base import Read, class_names, joined
 from pipeline.sources.cells import CELL
+from pipeline.sources.columns import Fields
 from pipeline.sources.files import LITTER_REASON, Listing, is_litter
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.streams import (
     MARK_BYTES,
-    Fields,
     SourceFile,
     StreamedSource,
-    check_rows,
-    digest_of_files,
+    make_streamed,
     measure,
     measured,
     opened,
@@ -58,8 +57,6 @@ PIXEL_BYTES = 4
 MOST_UNPACKED = 2**34
 # Characters of a member's name that are kept.
 NAME_LENGTH = 200
-# Links that lead to links.
-MOST_LINKS = 40
 # Samples at the head of a tar that are looked at for what samples hold.
 HEAD_SAMPLES = 64
 # How a compressed file begins, whatever it is called, and what reads it.
@@ -78,7 +75,7 @@ TAR_LITTER = ("thumbs.db", "desktop.ini")
 SIDE_BY_SIDE = "(The files of a sample must lie side by side in a tar, as `tar --sort=name` puts them.)"
 
 
-def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool, max_pixels: int) -> "TarSource":
+def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool) -> "TarSource":
     """Find what the samples of tars hold. With a limit they are counted, one tar after another, so that none is read
     that is not taken.
 
@@ -87,24 +84,14 @@ def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool,
     """
 
     def counted(found: Sequence[tuple[str, str]]) -> Iterator[SourceFile]:
-        for file, _ in measured(found, config.limit, lambda file: (file, None)):
+        for file, _ in measured(found, lambda file: (file, None)):
             with planning(file.name):
                 yield file if config.limit is None else replace(file, rows=_count_samples(file))
 
     listed = {split: up_to(config.limit, counted(found)) for split, found in listing.files.items()}
-    check_rows(listed)
     fields, kept = _find_fields(itertools.chain(*listed.values()), config, need_labels)
-    return TarSource(
-        classes=class_names(config, None),
-        digest=digest_of_files(listed, fields),
-        kept=kept,
-        origin=listing.origin,
-        need_labels=need_labels,
-        listed=listed,
-        fields=fields,
-        allowed=listing.allowed,
-        most_bytes=TEXT_BYTES + PIXEL_BYTES * max_pixels,
-    )
+    classes = class_names(config, None)
+    return make_streamed(TarSource, listing, listed, fields, classes=classes, kept=kept, need_labels=need_labels)
 
 
 def _find_fields(
@@ -116,31 +103,22 @@ def _find_fields(
     """
     import datasets
 
-    label: str | None = config.label_column or CLASS_FIELD
-    wanted = {
-        config.label_column or CLASS_FIELD,
-        *config.keep_columns,
-        *([config.image_column] if config.image_column else []),
-    }
-    file, there, images = _head_of_tars(files, wanted, config)
-    fields = f"the fields of {file.name} are {', '.join(there)}"
+    label = config.label_column or CLASS_FIELD
+    wanted = [("label_column", label), *(("keep_columns", name) for name in config.keep_columns)]
+    if config.image_column is not None:
+        wanted.append(("image_column", config.image_column))
+    file, found, images = _head_of_tars(files, {name for _, name in wanted}, config)
+    fields = f"the fields of {file.name} are {', '.join(found)}. {SIDE_BY_SIDE}"
     if config.image_column is None and images != 1:
-        if images:
-            raise ConfigError(f"source.image_column: a sample has {images} images; name one ({fields}).")
-        raise ConfigError(f"source.image_column: a sample has 0 images; name one ({fields}). {SIDE_BY_SIDE}")
-    if config.label_column is None and label not in there:
-        if need_labels:
-            raise ConfigError(
-                f"source.label_column: there is no field {CLASS_FIELD}; name one ({fields}), or set "
-                f"attack.label=prediction. {SIDE_BY_SIDE}"
-            )
-        label = None
-    named = {"image_column": config.image_column, "label_column": config.label_column}
-    for key, name in [*named.items(), *(("keep_columns", name) for name in config.keep_columns)]:
-        if name is not None and name not in there:
-            raise ConfigError(f"source.{key}: there is no field {name}; {fields}. {SIDE_BY_SIDE}")
+        raise ConfigError(f"source.image_column: a sample has {images} images; name one; {fields}")
+    if label not in found and config.label_column is None and not need_labels:
+        del wanted[0]
+    for key, name in wanted:
+        if name not in found:
+            other = " (without labels set attack.label=prediction)" if key == "label_column" else ""
+            raise ConfigError(f"source.{key}: there is no field {name}{other}; {fields}")
     kept = {name: datasets.Value("string") for name in config.keep_columns}
-    return Fields(config.image_column, label, config.keep_columns), kept
+    return Fields(config.image_column, label if label in found else None, config.keep_columns), kept
 
 
 def _head_of_tars(
@@ -148,16 +126,16 @@ def _head_of_tars(
 ) -> tuple[SourceFile, list[str], int]:
     """The first tar that has samples, the fields at its head, and how many images the first sample with one has."""
     for file in files:
-        there: dict[str, None] = {}
+        fields: dict[str, None] = {}
         images = 0
         with planning(file.name), contextlib.closing(_Tar(file, MARK_BYTES)) as tar:
             for sample in itertools.islice(tar.samples(), HEAD_SAMPLES):
-                there |= dict.fromkeys(sample)
+                fields |= dict.fromkeys(sample)
                 images = images or sum(map(_is_image, sample))
-                if wanted <= set(there) and (images or config.image_column):
+                if wanted <= fields.keys() and (images or config.image_column):
                     break
-        if there:
-            return file, list(there), images
+        if fields:
+            return file, list(fields), images
     raise ConfigError("source: its tars have no samples: files whose names have an extension.")
 
 
@@ -167,11 +145,13 @@ def _is_image(name: str) -> bool:
     return is_image_name(f"x.{name}")
 
 
+def _is_the_image(fields: Fields, name: str) -> bool:
+    return name == fields.image if fields.image else _is_image(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TarSource(StreamedSource):
-    """Tars of samples; `most_bytes` is what an image in one may have."""
-
-    most_bytes: int
+    """Tars of samples."""
 
     def head(self, shard: Shard) -> Iterator[pa.Table]:
         yield from (table for table, _ in self._tables(self.file_of(shard), HEAD_ROWS))
@@ -180,9 +160,12 @@ class TarSource(StreamedSource):
         del plan  # rows come as the files have them
         for shard in shards:
             rows, file = 0, self.file_of(shard)
-            for table, left_out in _until(shard.stop, self._tables(file, TABLE_ROWS)):
+            for table, left_out in self._tables(file, TABLE_ROWS):
+                table = table if shard.stop is None else table.slice(0, shard.stop - rows)
                 rows += table.num_rows
                 yield shard, table, left_out
+                if rows == shard.stop:
+                    break  # what follows is not read
             if file.rows is not None and rows != shard.rows:
                 raise PipelineError(
                     f"source: {file.name} has changed since the run was planned: it has {rows} rows where "
@@ -191,7 +174,7 @@ class TarSource(StreamedSource):
 
     def _tables(self, file: SourceFile, rows: int) -> Iterator[tuple[pa.Table, tuple[LeftOut, ...]]]:
         """The rows of a tar, at least one table, each with what was left out since the one before."""
-        with reading(file), contextlib.closing(_Tar(file, TAR_BLOCK, self.most_bytes)) as tar:
+        with reading(file), contextlib.closing(_Tar(file, TAR_BLOCK, self.max_pixels)) as tar:
             waiting: list[dict[str, bytes | None]] = []
             size = 0
             for sample in _side_by_side(self, file, tar.samples(self._wants)):
@@ -203,20 +186,7 @@ class TarSource(StreamedSource):
             yield _table_of(self, file, waiting), tar.take_left_out()
 
     def _wants(self, name: str) -> bool:
-        fields = self.fields
-        return name in (fields.label, *fields.kept) or (name == fields.image if fields.image else _is_image(name))
-
-
-def _until(
-    stop: int | None, tables: Iterator[tuple[pa.Table, tuple[LeftOut, ...]]]
-) -> Iterator[tuple[pa.Table, tuple[LeftOut, ...]]]:
-    """The rows before the stop, None for all; what follows is not read."""
-    for table, left_out in tables:
-        if stop is not None and table.num_rows >= stop:
-            yield table.slice(0, stop), left_out
-            return
-        stop = None if stop is None else stop - table.num_rows
-        yield table, left_out
+        return name in (self.fields.label, *self.fields.kept) or _is_the_image(self.fields, name)
 
 
 class _Member(tarfile.TarInfo):
@@ -237,8 +207,6 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-# What a name in a tar stands for: where a file is and its bytes, or the name that a link leads to.
-Target = str | tuple[int, int] | None
 # Headers with something behind them: long names and the like. Labels of a tar, of which nothing is a file.
 LONG_HEADERS = (b"L", b"K", b"x", b"g", b"X")
 LABELS_OF_TARS = (b"V", b"D")
@@ -247,11 +215,11 @@ LABELS_OF_TARS = (b"V", b"D")
 class _Tar:
     """One tar while it is read, front to back.
 
-    most_bytes: that an image may have.
+    max_pixels: that an image may have; its bytes are bounded by them.
     """
 
-    def __init__(self, file: SourceFile, block: int, most_bytes: int = 0) -> None:
-        self.file, self.most_bytes = file, most_bytes
+    def __init__(self, file: SourceFile, block: int, max_pixels: int = 0) -> None:
+        self.file, self.max_pixels = file, max_pixels
         self._tally = Tally()
         self._stack = contextlib.ExitStack()
         handle = self._stack.enter_context(opened(file, cache_type="readahead", block_size=block))
@@ -260,8 +228,6 @@ class _Tar:
         unpack = next((unpack for magic, unpack in UNPACK.items() if packed.peek(8).startswith(magic)), None)
         self._handle = packed if unpack is None else self._stack.enter_context(unpack(packed))
         self._most = file.size if unpack is None else MOST_UNPACKED
-        self._compressed = unpack is not None
-        self._targets: dict[str, Target] | None = None
 
     def close(self) -> None:
         self._stack.close()
@@ -298,7 +264,7 @@ class _Tar:
             yield sample
 
     def members(self) -> Iterator[tarfile.TarInfo]:
-        """What in the tar may be part of a sample: files, and links within it."""
+        """The files in the tar, which may be parts of samples."""
         try:
             archive = tarfile.open(fileobj=self._handle, mode="r|", bufsize=2**16, tarinfo=_Member)  # noqa: SIM115
             self._archive = self._stack.enter_context(archive)
@@ -310,9 +276,12 @@ class _Tar:
                 continue
             if member.type in LABELS_OF_TARS:
                 self._leave_out(member, "labels of a tar")
-            elif member.issparse() or not (member.isfile() or member.issym() or member.islnk()):
-                kind = "a sparse file" if member.issparse() else "no file but a device, a pipe or the like"
-                raise self.refused(member, f"is {kind}; pack the images as plain files")
+            elif member.issparse() or not member.isfile():
+                # Those who read tars of samples leave links out, and say nothing.
+                link = member.issym() or member.islnk()
+                kind = "a link" if link else "a sparse file" if member.issparse() else "a device, a pipe or the like"
+                options = " (`tar --dereference --hard-dereference`)" if link else ""
+                raise self.refused(member.name, f"is {kind} and no plain file; pack it as one{options}")
             elif member.size > self._most:
                 raise tarfile.ReadError(f"{printable(member.name)} claims {member.size:,} bytes, more than there are")
             else:
@@ -325,36 +294,15 @@ class _Tar:
     def _leave_out(self, member: tarfile.TarInfo, reason: str) -> None:
         self._tally.add(reason, printable(member.name)[:NAME_LENGTH])
 
-    def refused(self, member: tarfile.TarInfo, why: str) -> PipelineError:
-        return PipelineError(f"source: {printable(member.name)} in {self.file.name} {why}.")
+    def refused(self, member: str, why: str) -> PipelineError:
+        return PipelineError(f"source: {printable(member)} in {self.file.name} {why}.")
 
     def _content(self, member: tarfile.TarInfo, image: bool) -> bytes:
-        linked = None if member.isfile() else self._linked(member)
-        size, most = linked[1] if linked else member.size, self.most_bytes if image else TEXT_BYTES
-        if size > most:
+        most = TEXT_BYTES + (PIXEL_BYTES * self.max_pixels if image else 0)
+        if member.size > most:
             what = "an image of runtime.max_pixels" if image else "a label or a text"
-            raise self.refused(member, f"has {size:,} bytes, and {what} has at most {most:,}")
-        if linked is None:
-            return self._archive.extractfile(member).read()  # type: ignore[union-attr]
-        with opened(self.file) as handle:
-            handle.seek(linked[0])
-            content: bytes = handle.read(size)
-        return content
-
-    def _linked(self, member: tarfile.TarInfo) -> tuple[int, int]:
-        """Where in the tar the file is that a link leads to: its first byte, and its bytes."""
-        if self._compressed:
-            raise self.refused(member, "is a link, and in a compressed tar none is followed; decompress the tar")
-        if self._targets is None:
-            self._targets = _targets(self.file)
-        target: Target = _link_target(member)
-        for _ in range(MOST_LINKS):
-            if not isinstance(target, str):
-                break
-            target = self._targets.get(target)
-        if isinstance(target, tuple):
-            return target
-        raise self.refused(member, f"is a link to {printable(member.linkname)}, which is no file in the same tar")
+            raise self.refused(member.name, f"has {member.size:,} bytes, and {what} has at most {most:,}")
+        return self._archive.extractfile(member).read()  # type: ignore[union-attr]
 
 
 def check_unstreamed(files: Iterable[tuple[str, str]]) -> None:
@@ -363,28 +311,26 @@ def check_unstreamed(files: Iterable[tuple[str, str]]) -> None:
     Raises:
         PipelineError: a tar is damaged, or has an image that only a stream reads.
     """
-    first: str | None = None
-    fields: set[str] = set()
+    first: Mapping[str, Any] = {}
     for name, url in files:
         with planning(name), contextlib.closing(_Tar(measure(name, url), TAR_BLOCK)) as tar:
-            for member in tar.members():
-                found = MEMBER.fullmatch(member.name)
-                if found is None or _is_tar_litter(member.name):
-                    continue
-                first = first or found[1]
-                if found[1] == first:
-                    fields.add(found[2])
-                if not member.isfile():
-                    why = "is a link"
-                elif posixpath.basename(member.name).startswith("__"):
-                    why = "has a name that begins with __"
-                elif _is_image(found[2]) and found[2] not in fields:
-                    why = f"is a .{found[2]}, which the first sample has not"
-                else:
-                    continue
-                raise tar.refused(member, f"{why}, and `datasets` leaves it out; set source.streaming: true")
-        if first is None:
+            for sample in tar.samples():
+                first = first or sample
+                images = [field for field in sample if _is_image(field)]
+                hidden = posixpath.basename(_key_of(sample)).startswith("__")
+                for field in images:
+                    if hidden or field not in first:
+                        why = "has a name that begins with __" if hidden else "is of a kind that the first sample lacks"
+                        raise tar.refused(
+                            f"{_key_of(sample)}.{field}",
+                            f"{why}, and `datasets` leaves it out; set source.streaming: true",
+                        )
+        if not first:
             raise ConfigError(f"source: {name} has no samples; set source.streaming: true, or remove it.")
+
+
+def _key_of(sample: Mapping[str, bytes | None]) -> str:
+    return printable((sample[KEY] or b"").decode("utf-8", "replace"))
 
 
 def _is_tar_litter(name: str) -> bool:
@@ -397,35 +343,6 @@ def _is_tar_litter(name: str) -> bool:
 def _is_litter_folder(path: str) -> bool:
     parts = [part for part in path.split("/") if part not in (".", "..")]
     return any(is_litter(part) or re.fullmatch(r"PaxHeaders?(\.\d+)?", part) for part in parts)
-
-
-def _targets(file: SourceFile) -> dict[str, Target]:
-    """What links in a tar may lead to, by name: where a file is in it, or the target of another link.
-
-    Only asked for a tar with links, which is then read a second time: all names of any other would be kept for nothing.
-    None stands for a name that is there twice.
-    """
-    targets: dict[str, Target] = {}
-    with (
-        opened(file, cache_type="readahead", block_size=TAR_BLOCK) as handle,
-        tarfile.open(fileobj=handle, mode="r:", tarinfo=_Member) as archive,
-    ):
-        for member in archive:
-            archive.members = []  # type: ignore[attr-defined]
-            name = posixpath.normpath(member.name)
-            if member.issym() or member.islnk():
-                target: Target = _link_target(member)
-            else:
-                plain = member.isfile() and not member.issparse()
-                target = (member.offset_data, member.size) if plain else None
-            targets[name] = None if name in targets else target
-    return targets
-
-
-def _link_target(member: tarfile.TarInfo) -> str:
-    """The name that a link leads to: a symbolic one from its own folder, a hard one from the top of the tar."""
-    folder = posixpath.dirname(member.name) if member.issym() else ""
-    return posixpath.normpath(posixpath.join(folder, member.linkname))
 
 
 def _count_samples(file: SourceFile) -> int:
@@ -447,16 +364,15 @@ def _side_by_side(
     for sample in samples:
         name = hash(sample[KEY])
         if name in parts:
-            shown = printable((sample[KEY] or b"").decode("utf-8", "replace"))
-            raise PipelineError(f"source: {file.name} has files of the sample {shown} apart. {SIDE_BY_SIDE}")
-        if not needed <= sample.keys() or _image_of(file, sample, fields.image) is None:
+            raise PipelineError(f"source: {file.name} has files of the sample {_key_of(sample)} apart. {SIDE_BY_SIDE}")
+        if not needed <= sample.keys() or _image_of(file, sample, fields) is None:
             parts.add(name)
         yield sample
 
 
 def _table_of(source: TarSource, file: SourceFile, samples: Sequence[Mapping[str, bytes | None]]) -> pa.Table:
     fields = source.fields
-    cells = [{"bytes": _image_of(file, sample, fields.image), "path": None} for sample in samples]
+    cells = [{"bytes": _image_of(file, sample, fields), "path": None} for sample in samples]
     labels = [_label_of(source, file, sample) for sample in samples]
     kept = {
         name: pa.array([_text_of(file, name, sample.get(name)) for sample in samples], pa.string())
@@ -465,20 +381,19 @@ def _table_of(source: TarSource, file: SourceFile, samples: Sequence[Mapping[str
     return joined(pa.array(cells, CELL), pa.array(labels, pa.int64()), pa.table(kept))
 
 
-def _image_of(file: SourceFile, sample: Mapping[str, bytes | None], name: str | None) -> bytes | None:
+def _image_of(file: SourceFile, sample: Mapping[str, bytes | None], fields: Fields) -> bytes | None:
     """The image of a sample: the one that the config names, or the only one.
 
     Raises:
         RowError: there are several.
     """
-    images = [field for field in sample if _is_image(field)] if name is None else [name]
+    images = [field for field in sample if _is_the_image(fields, field)]
     if len(images) > 1:
-        key = printable((sample[KEY] or b"").decode("utf-8", "replace"))
         raise RowError(
-            f"source.image_column: the sample {key} in {file.name} has {len(images)} images ({', '.join(images)}); "
-            "name one."
+            f"source.image_column: the sample {_key_of(sample)} in {file.name} has {len(images)} images "
+            f"({', '.join(images)}); name one."
         )
-    return sample.get(images[0]) if images else None
+    return sample[images[0]] if images else None
 
 
 def _label_of(source: TarSource, file: SourceFile, sample: Mapping[str, bytes | None]) -> int:

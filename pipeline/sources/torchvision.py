@@ -5,13 +5,16 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
-from pipeline.config.sources import TorchvisionConfig
-from pipeline.core.errors import ConfigError, first_line
+from pipeline.config.schema import SourceConfig
+from pipeline.config.section import anchored
+from pipeline.core.errors import ConfigError, explained
 from pipeline.core.images import PILLOW_PIXELS, Opener
 from pipeline.core.origin import Origin
 from pipeline.sources.base import (
@@ -29,6 +32,25 @@ from pipeline.sources.files import sampled
 # Where torchvision's classification datasets keep the labels of all rows.
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 SAMPLE_ATTRIBUTES = ("_samples", "samples", "imgs")
+
+
+class TorchvisionConfig(SourceConfig):
+    """A dataset class of torchvision; `path` is its name."""
+
+    kind: Literal["torchvision"]
+    path: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+
+    @classmethod
+    def anchor(cls, values: dict[str, Any], folder: Path) -> None:
+        kwargs = values.get("kwargs")
+        if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
+            kwargs["root"] = anchored(kwargs["root"], folder)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +98,7 @@ def _digest(source: TorchvisionSource, config: TorchvisionConfig) -> str:
     options = {key: value for key, value in config.kwargs.items() if key not in ("root", "download")}
     content: list[bytes | str] = [str(config.path), json.dumps(options, sort_keys=True, default=str)]
     for name, labels in source.labels.items():
-        cells = source.cells(name, spread(len(labels), DIGEST_SAMPLES)).to_pylist()
+        cells = ({"split": name, "row": row} for row in spread(len(labels), DIGEST_SAMPLES))
         content += [name, labels.tobytes(), *sampled(partial(_pixels, partial(source.open, cell)) for cell in cells)]
     return digest_of(content)
 
@@ -86,18 +108,12 @@ def _make_torchvision(kind: Any, split: str, config: TorchvisionConfig) -> Any:
     chooses = next((key for key in ("train", "split") if key in accepted), None)
     if chooses in config.kwargs:
         raise ConfigError(f"source.kwargs.{chooses}: name the split with source.split instead.")
-    if chooses == "train":
-        check_splits([split], ("train", "test"))
-        arguments: dict[str, Any] = {"train": split == "train"}
-    elif chooses == "split":
-        arguments = {"split": split}
-    else:
-        check_splits([split], ("train",))
-        arguments = {}
-    try:
+    if chooses != "split":
+        check_splits([split], ("train", "test") if chooses else ("train",))
+    arguments = {chooses: split == "train" if chooses == "train" else split} if chooses else {}
+    refused = (RuntimeError, ValueError, TypeError, OSError, ImportError)
+    with explained(f"source: torchvision's {config.path} cannot be opened", errors=refused, kind=ConfigError):
         return kind(**arguments, **config.kwargs)
-    except (RuntimeError, ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        raise ConfigError(f"source: torchvision's {config.path} cannot be opened: {first_line(error)}") from None
 
 
 def _torchvision_labels(dataset: Any, config: TorchvisionConfig) -> Labels:

@@ -152,11 +152,7 @@ def _identity(example: Path, kind: str | None = None, **attack: Any) -> dict[str
     config["attack"] |= {**({"kind": kind} if kind else {}), **attack}
     path = example.with_name("identity.yaml")
     path.write_text(yaml.safe_dump(config))
-    shutil.rmtree(example.parent / "out", ignore_errors=True)
-    generate(path)
-    found: dict[str, Any] = manifest(example.parent / "out")["identity"]
-    shutil.rmtree(example.parent / "out")
-    return found
+    return open_run(load_config(str(path))).manifest().identity
 
 
 def test_recompute_refuses_code_that_has_changed(example: Path) -> None:
@@ -253,9 +249,9 @@ def test_an_attack_that_does_not_keep_its_promise(example: Path, how: str, sente
 @pytest.mark.parametrize(
     ("attack", "sentence"),
     [
-        ({"kind": "gone.py:Attack"}, r"attack\.kind: .*gone\.py cannot be imported"),
+        ({"kind": "gone.py:Attack"}, r"attack\.kind: there is no file .*gone\.py"),
         ({"kind": "steps.py:Nobody"}, r"attack\.kind: .*steps\.py has no callable Nobody"),
-        ({"kind": "steps.py"}, r"attack\.kind: got 'steps\.py'; allowed: 'fgsm' or 'path/to/file\.py:Attack'"),
+        ({"kind": "steps.py"}, r"attack\.kind: got 'steps\.py'; allowed: 'fgsm', .*or 'path/to/file\.py:Attack'"),
         ({"kind": "steps.py:Unsaid"}, r"attack\.kind: .* does not say on_ray"),
         ({"kind": "steps.py:Without"}, r"attack\.kind: .* has no method perturb"),
         ({"kind": "steps.py:Steps", "kwargs": {"x": 1}}, r"attack\.kwargs: .* TypeError: .*'x'"),

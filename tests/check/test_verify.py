@@ -313,7 +313,7 @@ def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, 
     assert result.exit_code == 2
     assert "has changed since the run" in result.stderr
     (moved / "victim.py").unlink()
-    assert "cannot be imported" in fgsm("verify", tmp_path / "out", "--recompute").stderr
+    assert "there is no file" in fgsm("verify", tmp_path / "out", "--recompute").stderr
 
 
 def test_elsewhere_only_near_ties_are_forgiven(

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config.schema import PreprocessConfig
-from pipeline.config.sources import HuggingFaceConfig
 from pipeline.core.batches import Batch
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.left_out import Skipped
@@ -27,6 +26,7 @@ from pipeline.core.plan import Plan, Shard, make_plan
 from pipeline.engine.loader import Reader, find_shape, load_batches
 from pipeline.sources.base import IndexedSource, Source
 from pipeline.sources.digits import ArraySource
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.imagefolder import FolderSource
 from pipeline.sources.registry import open_source
 from tests.conftest import CLASSES, png_bytes, random_pixels, write_parquet

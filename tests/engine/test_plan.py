@@ -260,8 +260,7 @@ def test_a_few_broken_images_do_not_stop_the_plan(write_config: WriteConfig, tmp
     assert fgsm("plan", config).exit_code == 0
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("images_per_shard", [1, 7, 480])
+@pytest.mark.parametrize(("images_per_shard", "shuffle"), [(1, True), (7, False), (480, True)])
 def test_calibration_spreads_over_the_shards(
     slow_config: Path, images_per_shard: int, shuffle: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,9 @@ from tests.support.files import images, stream, write_files, write_tar
 from tests.support.processes import GATED, driver_of, lose_a_node, receipts, run_fgsm, wait_for
 from tests.support.s3 import S3, lock_of, running_s3
 
+# A worker imports torch, which takes long where all else is tested at the same time.
+pytestmark = pytest.mark.timeout(240)
+
 # A victim that does what files beside it say, and notes which processes load it, with how many cores. It fails no
 # earlier than when the run has begun, of which the opening looks at images too.
 WATCHED = """

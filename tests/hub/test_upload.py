@@ -102,7 +102,8 @@ READ_BACK = """
 import json, sys
 import datasets, numpy
 import pipeline
-from pipeline.config.sources import HuggingFaceConfig, SourceConfig
+from pipeline.config.schema import SourceConfig
+from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.registry import open_source
 
 datasets.config.USE_PARQUET_EXPORT = False  # it would ask a second host
@@ -127,55 +128,54 @@ print(json.dumps(found))
 """
 
 
-def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_path: Path) -> None:
-    """Three processes: one dies in the middle, one meets every fault and finishes, one reads rows and pixels back."""
+def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_path: Path, hub: Hub) -> None:
+    """A process dies in the middle, this one meets every fault and finishes, another reads rows and pixels back."""
     card = out / "README.md"
     card.write_text(card.read_text().replace("configs:", "license: cc0-1.0\nconfigs:", 1) + "\nThanks to Ian.\n")
     command = [sys.executable, "-m", "pipeline", "publish", str(out), ID, "--debug"]
-    with running_hub() as hub:
-        known = environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET="1")
-        hub.fail("PUT", "/lfs/", "hang", times=99, after=2)
-        with (tmp_path / "log").open("wb") as log:
-            first = subprocess.Popen(command, env=known, stdout=log, stderr=log)
-            assert hub.hanging.wait(60), (tmp_path / "log").read_text()
-            wait_for(lambda: len(hub.objects) == 2)  # they are sent side by side
-            first.send_signal(signal.SIGKILL)
-            assert first.wait() == -signal.SIGKILL
-        assert there(hub) == set(), "nothing may be loaded before all is there"
-        before = set(hub.objects)
-        hub.faults.clear()
-        hub.released.set()
-        hub.requests.clear()
+    known = environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET="1")
+    hub.fail("PUT", "/lfs/", "hang", times=99, after=2)
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(command, env=known, stdout=log, stderr=log)
+        assert hub.hanging.wait(60), (tmp_path / "log").read_text()
+        wait_for(lambda: len(hub.objects) == 2)  # they are sent side by side
+        first.send_signal(signal.SIGKILL)
+        assert first.wait() == -signal.SIGKILL
+    assert there(hub) == set(), "nothing may be loaded before all is there"
+    before = set(hub.objects)
+    hub.faults.clear()
+    hub.released.set()
+    hub.requests.clear()
 
-        hub.fail("PUT", "/lfs/", 503)
-        hub.fail("PUT", "/lfs/", "drop")
-        hub.fail("POST", "/commit/", "lose", after=1)
-        second = subprocess.run(command, env=known, capture_output=True, text=True, timeout=110, check=False)
-        assert second.returncode == 0, second.stderr
-        assert all(not fault.times for fault in hub.faults), "every fault must have been met"
-        assert second.stdout == f"Published: {hub.endpoint}/datasets/{ID}\n"
-        assert there(hub) == local(out)
-        assert hub.repositories[ID].private
-        sent = {re.sub(r"/lfs/(\w+).*", r"\1", path) for path in hub.asked("PUT")}
-        assert not sent & before, "what had arrived is not sent again"
-        assert len(sent) == sum(name.endswith(LFS_SUFFIXES) for name in local(out)) - 2
-        for secret in (TOKEN, "signed"):
-            assert secret not in second.stdout + second.stderr + (tmp_path / "log").read_text()
-        assert_token_is_nowhere(out)
+    hub.fail("PUT", "/lfs/", 503)
+    hub.fail("PUT", "/lfs/", "drop")
+    hub.fail("POST", "/commit/", "lose", after=1)
+    second = fgsm("publish", out, ID)
+    assert second.exit_code == 0, second.output
+    assert all(not fault.times for fault in hub.faults), "every fault must have been met"
+    assert second.stdout == f"Published: {hub.endpoint}/datasets/{ID}\n"
+    assert there(hub) == local(out)
+    assert hub.repositories[ID].private
+    sent = {re.sub(r"/lfs/(\w+).*", r"\1", path) for path in hub.asked("PUT")}
+    assert not sent & before, "what had arrived is not sent again"
+    assert len(sent) == sum(name.endswith(LFS_SUFFIXES) for name in local(out)) - 2
+    for secret in (TOKEN, "signed"):
+        assert secret not in second.output + (tmp_path / "log").read_text()
+    assert_token_is_nowhere(out)
 
-        names = ["label", "epsilon", "prediction", "confidence", "clean_prediction", "fooled", "source_index"]
-        script = [sys.executable, "-c", READ_BACK, json.dumps(names)]
-        # In a folder of its own: here `user/images` must not be one.
-        read = subprocess.run(
-            script,
-            env={**known, "PYTHONPATH": str(Path.cwd())},
-            capture_output=True,
-            text=True,
-            timeout=110,
-            check=False,
-            cwd=tmp_path,
-        )
-        assert read.returncode == 0, read.stderr
+    names = ["label", "epsilon", "prediction", "confidence", "clean_prediction", "fooled", "source_index"]
+    script = [sys.executable, "-c", READ_BACK, json.dumps(names)]
+    # In a folder of its own: here `user/images` must not be one.
+    read = subprocess.run(
+        script,
+        env={**known, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert read.returncode == 0, read.stderr
     found = json.loads(read.stdout.splitlines()[-1])
     frame = rows(out, "eps-8")
     images = pixels(frame).transpose(0, 2, 3, 1)

@@ -89,7 +89,7 @@ def test_no_layout_takes_another_s_subsets_for_its_own() -> None:
 def test_a_column_is_one_declaration(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    margin = Column("margin", lambda scores, _: scores.confidence - scores.label_confidence, "a", "b", dtype="float32")
+    margin = Column("margin", "a", "b", lambda scores, _: scores.confidence - scores.label_confidence, dtype="float32")
     monkeypatch.setattr(base, "COLUMNS", (*base.COLUMNS[:-1], margin, base.COLUMNS[-1]))
     generate(write_config(output={"layout": layout}))
     loaded = pipeline.load(tmp_path / "out", split="test")

@@ -17,12 +17,12 @@ from pipeline.config.load import parse_config
 from pipeline.core.batches import Batch
 from pipeline.core.errors import ConfigError
 from pipeline.core.plan import Shard
-from pipeline.engine.scores import contents_of, score
+from pipeline.engine.scores import contents_of
 from pipeline.layouts.base import Scores, encode_column, make_features
 from pipeline.layouts.images import Images
 from pipeline.models.label_space import LabelSpace
 from tests.conftest import CLASSES, random_pixels
-from tests.support.scores import MANY_TO_ONE, SAME, TURNED, UNNAMED, one_hot
+from tests.support.scores import MANY_TO_ONE, SAME, TURNED, UNNAMED, one_hot, scored
 from tests.support.variants import fgsm_at
 
 IMAGES = Images()
@@ -32,7 +32,7 @@ def features_of(space: LabelSpace, *, targeted: bool, kept: Mapping[str, Any]) -
     attack = {"epsilons": ["4/255", "16/255"], "target": "random" if targeted else None}
     sections = {"source": {"kind": "digits"}, "model": {"kind": "digits"}, "output": {"path": "out"}}
     features: datasets.Features = make_features(
-        IMAGES, contents_of(parse_config({**sections, "attack": attack}), space, {}, kept)
+        IMAGES, contents_of(parse_config({**sections, "attack": attack}), {"digits": space}, kept)
     )
     return features
 
@@ -142,7 +142,7 @@ def tables(
     kept: Mapping[str, Any] | None = None,
 ) -> list[pa.Table]:
     """The clean table, then one for each level."""
-    schema = features_of(space, targeted=scores.target is not None, kept=kept or {}).arrow_schema
+    schema = features_of(space, targeted=not np.ma.getmaskarray(scores.target).all(), kept=kept or {}).arrow_schema
     pixels = torch.from_numpy(random_pixels(len(scores.label), side=2)).permute(0, 3, 1, 2)
     pictures = [pa.chunked_array([encode_column(pixels, "png")])] * len(scores.variants)
     made = IMAGES.tables(batch, scores, pictures, schema)
@@ -155,7 +155,7 @@ def tables(
 def test_a_table_holds_one_row_for_each_valid_image() -> None:
     labels, valid = torch.tensor([0, 1, 2, 1]), torch.tensor([True, False, True, True])
     logits = one_hot([[0, 0, 2, 2], [1, 1, 2, 1], [1, 2, 0, 0]], 3)
-    scores = score(fgsm_at(0, 4, 16), logits[:, valid], labels[valid], None, SAME)
+    scores = scored(fgsm_at(0, 4, 16), logits[:, valid], labels[valid], None, SAME)
     caption = {"caption": pa.chunked_array([["a"], ["b", "c"]])}
     clean, low, high = tables(scores, batch_of(labels, valid, caption), kept={"caption": datasets.Value("string")})
 
@@ -187,7 +187,7 @@ def test_a_table_holds_one_row_for_each_valid_image() -> None:
 
 def test_unlabelled_rows_have_nulls_where_the_label_is_needed() -> None:
     labels = torch.tensor([0, -1, -1, 1])
-    scores = score(fgsm_at(0, 8), one_hot([[0, 0, 1, 1], [1, 1, 1, 1]], 3), labels, None, SAME)
+    scores = scored(fgsm_at(0, 8), one_hot([[0, 0, 1, 1], [1, 1, 1, 1]], 3), labels, None, SAME)
     clean, attacked = tables(scores, batch_of(labels, ALL))
     for table in (clean, attacked):
         assert table["label"].to_pylist() == [0, None, None, 1]
@@ -201,7 +201,7 @@ def test_unlabelled_rows_have_nulls_where_the_label_is_needed() -> None:
 
 def test_a_targeted_table_names_the_target_but_not_on_clean() -> None:
     labels, target = torch.tensor([0, 0, -1, 1]), torch.tensor([2, 1, 2, 0])
-    scores = score(fgsm_at(0, 8), one_hot([[0, 0, 2, 1], [2, 0, 2, 1]], 3), labels, target, SAME)
+    scores = scored(fgsm_at(0, 8), one_hot([[0, 0, 2, 1], [2, 0, 2, 1]], 3), labels, target, SAME)
     clean, attacked = tables(scores, batch_of(labels, ALL))
     assert clean["target"].to_pylist() == [None] * 4
     assert clean["fooled"].to_pylist() == [None] * 4
@@ -211,7 +211,7 @@ def test_a_targeted_table_names_the_target_but_not_on_clean() -> None:
 
 def test_a_batch_without_a_valid_row_gives_empty_tables() -> None:
     labels, valid = torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool)
-    scores = score(fgsm_at(0, 8), torch.randn(2, 0, 3), labels[valid], labels[valid], SAME)
+    scores = scored(fgsm_at(0, 8), torch.randn(2, 0, 3), labels[valid], labels[valid], SAME)
     for table in tables(scores, batch_of(labels, valid)):
         assert table.num_rows == 0
 
@@ -219,7 +219,7 @@ def test_a_batch_without_a_valid_row_gives_empty_tables() -> None:
 def test_datasets_reads_a_table_as_images_and_classes() -> None:
     pixels = random_pixels(4, side=2)
     labels = torch.tensor([0, 2, -1, 1])
-    scores = score(fgsm_at(0, 8), one_hot([[0, 0, 2, 1], [2, 0, 2, 1]], 3), labels, None, SAME)
+    scores = scored(fgsm_at(0, 8), one_hot([[0, 0, 2, 1], [2, 0, 2, 1]], 3), labels, None, SAME)
     _, table = tables(scores, batch_of(labels, ALL))
     read = datasets.Dataset(table)
     assert read.features["prediction"].int2str(read["prediction"][:]) == ["eel", "cat", "eel", "dog"]

@@ -163,7 +163,7 @@ def delete(path: Path) -> None:
     ("damage", "named"),
     [
         (cut_short_of, f"{FILE} has "),
-        (alter_a_byte_of, f"{FILE} was altered"),
+        (alter_a_byte_of, f"{FILE} has sha256 "),
         (delete, f"{FILE} is missing"),
     ],
 )

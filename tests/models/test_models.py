@@ -250,7 +250,7 @@ def test_an_untrained_model_comes_from_the_seed_alone(factory_file: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "kwargs", "sentence"),
     [
-        ("{folder}/missing.py:make", {}, "model.name: {folder}/missing.py cannot be imported: "),
+        ("{folder}/missing.py:make", {}, "model.name: there is no file {folder}/missing.py."),
         ("{folder}/victim.py:missing", {}, "model.name: {folder}/victim.py has no callable missing."),
         ("{folder}/victim.py:not_callable", {}, "model.name: {folder}/victim.py has no callable not_callable."),
         ("{folder}/victim.py:torch.nn.ReLU", {}, "has no callable torch.nn.ReLU"),

@@ -77,14 +77,14 @@ def test_a_run_into_a_store_equals_a_local_one(
     assert "All 3 shards are already there" in generate(config, "--output", out)
     assert not s3.asked("PUT|POST|DELETE")
     # Rows as from the folder, read ahead or as they come, at an epsilon of which nothing is stored too.
-    for streaming in (False, True):
-        for epsilons in (None, ["0", "3/255"]):
-            rows, expected = (
-                list(pipeline.load(place, epsilons, split="test", streaming=streaming)) for place in (out, local)
-            )
-            assert [{**row, "image": row["image"].tobytes()} for row in rows] == [
-                {**row, "image": row["image"].tobytes()} for row in expected
-            ]
+    epsilons: list[str] | None
+    for streaming, epsilons in ((False, None), (True, ["0", "3/255"])):
+        rows, expected = (
+            list(pipeline.load(place, epsilons, split="test", streaming=streaming)) for place in (out, local)
+        )
+        assert [{**row, "image": row["image"].tobytes()} for row in rows] == [
+            {**row, "image": row["image"].tobytes()} for row in expected
+        ]
     assert set(pipeline.load(out)) == {"test"}
     with pytest.raises(ConfigError, match=r"^split: s3://.* has no split 'train'; it has test\.$"):
         pipeline.load(out, split="train")
@@ -92,7 +92,7 @@ def test_a_run_into_a_store_equals_a_local_one(
 
 def test_to_find_what_is_done_is_one_listing_however_many_shards(s3: S3, out: str, write_config: WriteConfig) -> None:
     listings = []
-    for images in (20, 4):
+    for images in (20, 8):
         place = f"{out}/{images}"
         config = write_config(output={"path": place, "images_per_shard": images})
         generate(config)

@@ -1,42 +1,29 @@
-"""The report: what it says, what it reads, and what a person sees of it in a real browser."""
+"""The report: the page, and what it says."""
 
 import base64
-import html
 import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
 import pandas
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torch.nn import functional as F
 
 import pipeline
 import pipeline.core.errors
-from pipeline.output.folder import EvaluatorCounts, OutputFolder, report_files, reported_receipts
-from pipeline.output.manifest import Manifest, require_manifest
-from pipeline.report.findings import by_interest, focus_on, model_name, share_of_surer, source_name, sureness
+from pipeline.output.folder import OutputFolder, report_files, reported_receipts
+from pipeline.report.findings import focus_on
 from pipeline.report.gallery import choose_rows, make_groups, web_image
 from pipeline.report.page import report, write_report
-from pipeline.report.plots import RIGHT, SOFT, Curve, draw_curves, model_curve, shortened
-from pipeline.report.sample import Sample, read_sample
+from pipeline.report.sample import read_sample
 from tests.conftest import (
     FACTORY,
     KINDS,
     LAYOUTS,
-    REPOSITORY,
     ROOM,
     WriteConfig,
     fgsm,
@@ -48,131 +35,8 @@ from tests.conftest import (
     without_run,
     write_parquet,
 )
+from tests.support.page import Page, make, opened, self_labelled, with_evaluators
 from tests.support.variants import fgsm_at
-
-# ------------------------------------------------------------------------------------------------- helpers
-
-NASTY = (
-    "<script>document.title = 'pwned'</script>",
-    "\"'><img src=x onerror=\"document.title = 'pwned'\">",
-    "long " * 40,
-    "unbroken" * 40,
-    "🐢 turtle",
-    "\u202eقطة",
-    "",
-    "$\\nope{1}$ {{ 7 * 7 }}\n%",
-)
-
-
-class Page(HTMLParser):
-    """What a page says: its tables as rows of texts by caption, its images, and the elements in order."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.text = path.read_text()
-        self.tables: dict[str, list[list[str]]] = {}
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self._rows: list[list[str]] = []
-        self._into: list[str] | None = None
-        self._caption: list[str] = []
-        self.feed(self.text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "table":
-            self._rows = []
-        elif tag == "tr":
-            self._rows.append([])
-        elif tag in ("td", "th"):
-            self._into = []
-        elif tag == "caption":
-            self._caption = self._into = []
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
-            self._rows[-1].append(" ".join("".join(self._into or ()).split()))
-        elif tag == "table":
-            self.tables["".join(self._caption)] = self._rows
-        if tag in ("td", "th", "caption"):
-            self._into = None
-
-    def handle_data(self, data: str) -> None:
-        if self._into is not None:
-            self._into.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def words(self) -> str:
-        """All text, its spaces made one, without markup."""
-        body = self.text[self.text.index("<body>") :]
-        return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
-
-
-def opened(folder: Path) -> tuple[OutputFolder, Manifest]:
-    output = OutputFolder(folder)
-    return output, require_manifest(output)
-
-
-def make(folder: Path) -> Page:
-    return Page(Path(report(folder)))
-
-
-LINEAR = """
-import torch
-from torch import nn
-
-
-class Linear(nn.Module):
-    # Of a coarse image, around grey: it takes images of all colours for all classes.
-    def __init__(self, classes):
-        super().__init__()
-        self.linear = nn.Linear(48, classes, bias=False)
-
-    def forward(self, x):
-        return 20 * self.linear(nn.functional.adaptive_avg_pool2d(x - 0.5, 4).flatten(1))
-"""
-
-
-def self_labelled(folder: Path, names: Sequence[str], count: int = 60, side: int = 16) -> dict[str, dict[str, Any]]:
-    """A dataset of noise of all colours, and a victim that reads it all right: it is labelled as the victim says.
-
-    Returns:
-        The sections of a config for both.
-    """
-    namespace: dict[str, Any] = {}
-    exec(LINEAR, namespace)
-    torch.manual_seed(0)  # runtime.seed
-    model = namespace["Linear"](len(names)).eval()
-    colours = np.random.RandomState(1).randint(0, 256, (count, 4, 4, 3)).repeat(side // 4, 1).repeat(side // 4, 2)
-    pixels = (random_pixels(count, side) // 4 + 3 * (colours // 4)).astype(np.uint8)
-    with torch.inference_mode():
-        labels = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float() / 255).argmax(1).tolist()
-    label = (datasets.ClassLabel(names=list(names)), labels)
-    source = write_parquet(folder / "own", [png_bytes(image) for image in pixels], None, label=label)
-    victim = folder / "linear.py"
-    victim.write_text(LINEAR)
-    model_section = {"name": f"{victim}:Linear", "kwargs": {"classes": len(names)}}
-    return {"source": {"path": str(source)}, "model": model_section}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 digits of each split, attacked and reported."""
-    folder = tmp_path_factory.mktemp("report") / "digits"
-    generate(Path("digits"), "--limit", "120", "--output", str(folder), "--set", "runtime.workers=0")
-    report(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def page(digits: Path) -> Page:
-    """Its page."""
-    return Page(digits / "report.html")
-
-
-# ------------------------------------------------------------------------------------------------- the command
 
 
 def test_generate_ends_with_a_report_and_makes_it_once(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -321,7 +185,7 @@ def test_a_folder_that_is_no_output_is_one_sentence(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------- what it says
+# -------------------------------------------------------------------------------------------------------- what it says
 
 
 def test_the_counts_are_those_of_the_manifest(digits: Path, page: Page) -> None:
@@ -423,7 +287,7 @@ def test_more_skipped_rows_than_a_page_lists(write_config: WriteConfig, tmp_path
     assert len(page.tables["Rows of the source that are not in the dataset"]) == 21
 
 
-# ------------------------------------------------------------------------------------------------- odd datasets
+# -------------------------------------------------------------------------------------------------------- odd datasets
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -448,11 +312,31 @@ def test_a_sample_is_what_the_rows_say(kind: str, layout: str, write_config: Wri
         np.testing.assert_array_equal(sample.target, by_level[1]["target"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
+# The smaller step goes up, the larger one down: along no one direction.
+BENT = """
+from pipeline.attacks.base import Perturbed
+
+
+class Bent:
+    on_ray = False
+    needs_draws = False
+
+    def perturb(self, model, images, classes, levels, draws):
+        return Perturbed((images.clamp(max=253) + 2, images.clamp(min=8) - 8))
+"""
+
+
+@pytest.mark.parametrize(
+    ("layout", "on_ray"), [*((layout, True) for layout in LAYOUTS), ("images", False), ("wide", False)]
+)
+def test_the_pictures_of_the_sheet_are_the_stored_ones(
+    layout: str, on_ray: bool, write_config: WriteConfig, tmp_path: Path
+) -> None:
     """Pixel for pixel, as the page carries them."""
     own = self_labelled(tmp_path, "abc")
-    generate(write_config(**own, output={"layout": layout, "images_per_shard": 16}))
+    (tmp_path / "bent.py").write_text(BENT)
+    kind = "fgsm" if on_ray else f"{tmp_path}/bent.py:Bent"
+    generate(write_config(**own, attack={"kind": kind}, output={"layout": layout, "images_per_shard": 16}))
     folder, manifest = opened(tmp_path / "out")
     sample = read_sample(folder, manifest, "test", 10_000)
     assert sample is not None
@@ -470,9 +354,11 @@ def test_the_pictures_of_the_sheet_are_the_stored_ones(layout: str, write_config
         source_index = stored["source_index"][row]
         for variant, cell in zip(sample.variants, [example[0], *example[2:]], strict=True):
             expected = stored[order.index((source_index, variant.epsilon))]["image"]
-            shown, kind = web_image(cell.image)
-            assert kind == "png"
+            shown, form = web_image(cell.image)
+            assert form == "png"
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(shown))), np.asarray(expected))
+        if not on_ray:
+            continue
         clean, sign = (np.asarray(cell.image).astype(int) for cell in example[:2])
         largest = np.asarray(example[-1].image).astype(int)
         np.testing.assert_array_equal(np.clip(clean + 8 * (sign // 127 - 1), 0, 255), largest)
@@ -628,24 +514,7 @@ def test_large_images_are_shown_smaller(write_config: WriteConfig, tmp_path: Pat
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (256, 256)
 
 
-# ------------------------------------------------------------------------------------------------- transfer
-
-
-def with_evaluators(manifest: Manifest, **rates: float) -> Manifest:
-    """The manifest as if there had been evaluators that so many of the fooled images transfer to."""
-    subsets = []
-    for subset in manifest.subsets:
-        evaluators = {
-            name: EvaluatorCounts(
-                correct=subset.labelled - round(rate * subset.fooled),
-                fooled=round(rate * subset.fooled),
-                exposed=subset.fooled,
-                transferred=round(rate * subset.fooled),
-            )
-            for name, rate in rates.items()
-        }
-        subsets.append(subset.model_copy(update={"evaluators": evaluators}))
-    return manifest.model_copy(update={"subsets": tuple(subsets)})
+# ------------------------------------------------------------------------------------------------------------ transfer
 
 
 def test_transfer_is_a_matrix(digits: Path, tmp_path: Path) -> None:
@@ -708,246 +577,7 @@ def test_evaluators_that_nothing_exposes_have_no_matrix(digits: Path, tmp_path: 
     assert "Transfer" not in page.words
 
 
-# ------------------------------------------------------------------------------------------------- what it reads
-
-
-def damage(path: Path, groups: range) -> None:
-    """Overwrite the pages of some row groups of a file; its footer stays."""
-    file, data = pq.ParquetFile(path), bytearray(path.read_bytes())
-    for group in groups:
-        columns = [file.metadata.row_group(group).column(index) for index in range(file.metadata.num_columns)]
-        start = min(column.dictionary_page_offset or column.data_page_offset for column in columns)
-        end = start + sum(column.total_compressed_size for column in columns)
-        data[start:end] = bytes([0xEE]) * (end - start)
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_more_is_read_than_the_sample_needs(
-    layout: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All files but three, and all row groups but the first of those, are destroyed: whoever read them would fail."""
-    monkeypatch.setattr("pipeline.output.shards.ROW_GROUP_ROWS", 6)
-    for module in ("sample", "page"):
-        monkeypatch.setattr(f"pipeline.report.{module}.SAMPLE_SHARDS", 3)
-    monkeypatch.setattr("pipeline.report.page.SAMPLE_ROWS", 12)
-    generate(write_config(output={"layout": layout, "images_per_shard": 12}, runtime={"batch_size": 6}))
-    assert len(list((tmp_path / "out").glob("*/test-00000-*"))) == (3 if layout == "images" else 1)
-    for path in (tmp_path / "out").rglob("*.parquet"):
-        groups = pq.ParquetFile(path).num_row_groups
-        damage(path, range(0 if "test-00003" in path.name else 1, groups))
-    page = make(tmp_path / "out")
-    assert "a sample of 12 of 40 test images" in page.words
-    assert "A sample is the first rows of up to 3 shards, which are cut from a permutation of the split." in page.words
-    assert page.tables["Counts at each epsilon"][1][1] == "40"
-    # The damage is one that a reader notices.
-    monkeypatch.setattr("pipeline.report.page.SAMPLE_ROWS", 40)
-    result = fgsm("report", tmp_path / "out")
-    assert result.exit_code == 1
-    assert re.search(r"Error: \S+\.parquet cannot be read \(.*\); fgsm verify says what is damaged\.\n$", result.stderr)
-
-
-def test_a_sample_is_filled_from_the_shards_there_are() -> None:
-    from pipeline.report.sample import SAMPLE_SHARDS, _shares
-
-    assert _shares({"a": 5, "b": 100, "c": 100}, 1000) == {"a": 5, "b": 100, "c": 100}
-    assert _shares({"b": 100, "a": 5, "c": 0, "d": 100}, 40) == {"b": 10, "a": 5, "d": 10}
-    many = _shares({f"{index:04d}": 4096 for index in range(1000)}, 10_000)
-    assert sum(many.values()) == 10_000
-    assert len(many) == SAMPLE_SHARDS
-    assert list(many) == [f"{1000 * index // SAMPLE_SHARDS:04d}" for index in range(SAMPLE_SHARDS)]
-    assert _shares({}, 10) == {}
-
-
-def test_a_sample_in_the_source_s_order_may_not_be_fair(
-    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.report.page.SAMPLE_ROWS", 12)
-    own = self_labelled(tmp_path, "abc")
-    generate(write_config(**{**own, "source": {**own["source"], "shuffle": False}}))
-    page = make(tmp_path / "out")
-    assert "which are cut from the source in its own order, so it may not be a fair one." in page.words
-
-
-def test_a_picture_that_cannot_be_decoded_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**self_labelled(tmp_path, "abc")))
-    path = next((tmp_path / "out/clean").glob("*.parquet"))
-    table = pq.read_table(path)
-    broken = pa.array([{"bytes": b"RIFF", "path": None}] * len(table), table.schema.field("image").type)
-    folder, manifest = opened(tmp_path / "out")
-    pq.write_table(table.set_column(0, table.schema.field("image"), broken), path)
-    place = rf"test-0000\d-of-00004-{manifest.run_id}"
-    with pytest.raises(pipeline.core.errors.PipelineError, match=rf"A picture in row \d+ of {place} cannot be"):
-        write_report(folder, manifest)
-
-
-@pytest.mark.parametrize("change", ["rows", "column", "gone"])
-def test_files_that_do_not_fit_are_one_sentence(change: str, write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
-    folder, manifest = opened(tmp_path / "out")
-    path = shard_path(tmp_path, "out/eps-8/test-00001-of-00003.parquet")
-    table = pq.read_table(path)
-    if change == "rows":
-        pq.write_table(table.slice(1), path)
-    elif change == "column":
-        pq.write_table(table.drop_columns(["source_index"]), path)
-    else:
-        path.unlink()
-    with pytest.raises(pipeline.core.errors.PipelineError, match=r"parquet cannot be read \(.+\); fgsm verify says"):
-        write_report(folder, manifest)
-
-
-# ------------------------------------------------------------------------------------------------- what it chooses
-
-
-def sample_of(success: Sequence[Sequence[int]], confidence: Sequence[Sequence[float]], **fields: Any) -> Sample:
-    """A sample of two classes from its flips; clean first, all right when clean."""
-    flipped = np.array(success, dtype=bool)
-    count = flipped.shape[1]
-    classes = np.arange(count) % 2
-    values: dict[str, Any] = {
-        "split": "test",
-        "rows": count,
-        "labelled": True,
-        "variants": fgsm_at(0, 2, 8, 16)[: len(flipped)],
-        "prediction": np.where(flipped, 1 - classes, classes),
-        "confidence": np.array(confidence, dtype=np.float32),
-        "right": ~flipped,
-        "success": flipped,
-        "target": None,
-        "shards": ("test-00000-of-00001",),
-        "shard": np.zeros(count, dtype=np.int64),
-        "place": np.arange(count),
-    }
-    return Sample(**{**values, **fields})
-
-
-def test_the_most_instructive_rows_are_chosen() -> None:
-    none = [0] * 8
-    success = [none, [0, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
-    clean = [0.9, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9]
-    small = [0.9, 0.6, 0.6, 0.6, 0.6, 0.9, 0.9, 0.9]
-    large = [0.9, 0.6, 0.6, 0.6, 0.6, 0.998, 0.7, 0.8]
-    largest = [0.999, 0.6, 0.6, 0.6, 0.6, 0.999, 0.7, 0.8]
-    sample = sample_of(success, [clean, small, large, largest])
-    (easy, text, first), (_, _, second), (_, held, third) = choose_rows(sample, sample.variants)
-    assert easy == "Fooled by the smallest step"
-    assert text.startswith("2/255 is enough.")
-    # One of each class first, the surest when clean: 4 is of class 0, 3 of class 1.
-    assert first == [4, 3, 2]
-    # 0 and 5 are equally sure mistakes in whole percents; that of 5 needs the smaller step.
-    assert second == [5, 0, 1]  # and 4, 3 and 2 are shown already
-    assert third == [7, 6]
-    assert held.startswith("Up to 16/255")
-
-
-def test_where_none_resists_there_is_no_such_group() -> None:
-    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), fgsm_at(0, 2))
-    assert [title for title, _, _ in together] == ["Fooled by the smallest step", "The most confident when fooled"]
-
-
-def test_who_is_called_the_target_when_clean_resists_nothing() -> None:
-    sample = sample_of([[0] * 4, [0] * 4], [[0.9] * 4] * 2, target=np.array([0, 0, 0, 0]))
-    assert [chosen for _, _, chosen in choose_rows(sample, sample.variants)] == [[1, 3]]
-
-
-def test_what_is_said_of_a_row_holds_at_the_epsilons_that_are_not_shown(digits: Path) -> None:
-    """Row 0 is fooled from the second of ten epsilons on, 1 at the sixth only, 2 from the last but one."""
-    _, manifest = opened(digits)
-    levels = tuple(range(11))
-    fooled = {0: range(2, 11), 1: [6], 2: range(9, 11), 3: []}
-    success = [[level in fooled[row] for row in fooled] for level in levels]
-    sure = [[0.9, 0.99 if level == 6 else 0.9, 0.9, 0.9] for level in levels]
-    focus = focus_on(manifest, sample_of(success, sure, variants=fgsm_at(*levels)))
-    assert focus.shown == fgsm_at(0, 1, 2, 3, 5, 8, 10)  # 2: where the first gives in
-    groups = {title: (text, chosen) for title, text, chosen in choose_rows(focus.sample, focus.shown)}
-    text, chosen = groups["Fooled by the smallest step"]
-    assert (text[:16], chosen) == ("2/255 is enough.", [0])
-    assert groups["The most confident when fooled"][1] == [2]  # that of 1 could not be seen
-    assert groups["Those that resist"][1] == [3]
-
-
-def test_no_row_is_shown_twice(digits: Path) -> None:
-    folder, manifest = opened(digits)
-    sample = read_sample(folder, manifest, "test", 10_000)
-    assert sample is not None
-    groups = choose_rows(sample, sample.variants)
-    chosen = [row for _, _, own in groups for row in own]
-    assert len(groups) == 3
-    assert len(chosen) == len(set(chosen)) == 9
-
-
-def test_the_focus_is_the_smallest_epsilon_that_reaches_half(digits: Path) -> None:
-    _, manifest = opened(digits)
-    sure = [[0.9] * 4] * 4
-    for flips, level in [
-        ([[0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]], 8),
-        ([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]], 8),
-        ([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]], 16),
-    ]:
-        assert focus_on(manifest, sample_of([[0] * 4, *flips], sure)).variant.level == level
-    assert by_interest(["train", "test"]) == ["test", "train"]
-    assert by_interest(["train", "validation", "test"]) == ["test", "validation", "train"]
-    assert by_interest(["a", "b"]) == ["b", "a"]
-
-
-def test_surer_counts_those_that_gain_confidence(digits: Path) -> None:
-    sample = sample_of([[0, 0, 0], [1, 1, 0]], [[0.6, 0.8, 0.9], [0.9, 0.7, 1.0]])
-    assert share_of_surer(focus_on(opened(digits)[1], sample)) == 0.5
-    right, wrong = sureness(sample)
-    assert right == pytest.approx((2.3 / 3, 1.0))
-    assert wrong[0] is None
-    assert wrong[1] == pytest.approx(0.8)
-
-
-def test_models_and_sources_have_the_names_that_people_use() -> None:
-    assert model_name({"kind": "factory", "name": "/home/me/resnet20.py:make"}) == "resnet20.py:make"
-    assert model_name({"kind": "transformers", "name": "google/vit"}) == "google/vit"
-    assert model_name({"kind": "digits", "name": None}) == "digits"
-    assert source_name({"kind": "huggingface", "path": "uoft-cs/cifar10"}) == "uoft-cs/cifar10"
-    assert source_name({"kind": "imagefolder", "path": "/data/my photos/cats"}) == "cats"
-    assert source_name({"kind": "digits", "path": None}) == "digits"
-
-
-# ------------------------------------------------------------------------------------------------- plots
-
-
-def opened_png(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
-
-
-def test_plots_have_no_traces_of_when(digits: Path) -> None:
-    curves = [Curve("a", (1.0, None, 0.0), RIGHT, "o"), Curve("b", (0.5, 0.5, 0.5), SOFT, "s", dashed=True)]
-    plot, again = (draw_curves(fgsm_at(0, 2, 8), curves, "it") for _ in range(2))
-    assert plot == again
-    image = opened_png(plot)
-    assert image.convert("RGB").getpixel((0, 0)) == (0xFF, 0xFF, 0xFF)
-    assert set(image.info) == {"dpi"}
-    assert set(opened_png((digits / "assets/examples.png").read_bytes()).info) == {"dpi"}
-
-
-def test_models_of_the_same_colour_have_other_markers() -> None:
-    curves = [model_curve("a", (0.1, 0.2), index) for index in range(35)]
-    assert len({(curve.colour, curve.marker) for curve in curves}) == 35
-
-
-@pytest.mark.parametrize("name", NASTY)
-def test_a_model_of_any_name_can_be_drawn(name: str) -> None:
-    plot = draw_curves(fgsm_at(0, 1), [model_curve(name, (0.5, None), 7)], name)
-    assert opened_png(plot).width < 1500
-
-
-def test_names_are_shortened_in_the_middle() -> None:
-    assert shortened("automobile") == "automobile"
-    assert shortened("a very long name of a class", 11) == "a ver…class"
-    assert shortened(" \n\u202e ") == "(no name)"
-    assert shortened("a\nb") == "a b"
-    assert all(len(shortened(name)) <= 14 for name in NASTY)
-
-
-# ------------------------------------------------------------------------------------------------- for everyone
+# -------------------------------------------------------------------------------------------------------- for everyone
 
 
 def contrast(first: str, second: str) -> float:
@@ -996,238 +626,3 @@ def test_nothing_points_outside(page: Page) -> None:
     for attributes in (attributes for _, attributes in page.tags):
         for key in ("src", "srcset"):
             assert (attributes.get(key) or "data:").startswith("data:")
-
-
-# ------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A real headless Chromium."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium is installed: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-Look = Callable[..., Any]
-
-
-@pytest.fixture
-def look(browser: Any) -> Iterator[Look]:
-    """Open a page; what goes wrong in it fails the test at its end."""
-    wrong: list[str] = []
-    contexts = []
-
-    def open_page(path: Path, width: int = 1280, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("requestfailed", lambda request: wrong.append(request.url[:100]))
-        page.on("dialog", lambda dialog: wrong.append(dialog.message))
-        page.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-FITS = "document.documentElement.scrollWidth <= window.innerWidth"
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_person_sees_it(width: int, scheme: str, digits: Path, look: Look) -> None:
-    page = look(digits / "report.html", width, scheme)
-    assert page.evaluate(FITS)
-    images = page.evaluate(
-        "Promise.all([...document.images].map(image => image.decode().then(() => {"
-        "  const box = image.getBoundingClientRect();"
-        "  return [image.naturalWidth, box.width, box.height, image.currentSrc.length] })))"
-    )
-    assert len(images) == 2 + 9 * 6
-    assert all(natural > 0 and shown > 80 and height > 80 for natural, shown, height, _ in images)
-    plot = opened_png(page.query_selector(".accuracy img").screenshot()).convert("RGB")
-    drawn = {f"#{red:02x}{green:02x}{blue:02x}" for _, (red, green, blue) in plot.getcolors(1 << 20)}  # type: ignore[misc,union-attr]
-    assert {"#ffffff", RIGHT} <= drawn
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert paper == ("rgb(245, 246, 248)" if scheme == "light" else "rgb(15, 18, 23)")
-    # What a plot shows must be large enough to read.
-    smallest = page.evaluate("Math.min(...[...document.querySelectorAll('.plot img')].map(i => i.clientWidth))")
-    assert smallest >= 320
-    rendering = page.evaluate("getComputedStyle(document.querySelector('.strip img')).imageRendering")
-    assert rendering == "pixelated"
-
-
-def test_the_marked_epsilon_is_so_without_colour(digits: Path, look: Look) -> None:
-    page = look(digits / "report.html")
-    marks = page.evaluate(
-        "[...document.querySelectorAll('tbody th[scope=row]')].map(cell => ["
-        "  cell.parentElement.getAttribute('aria-current'), getComputedStyle(cell, '::before').content])"
-    )
-    marked = [mark for mark in marks if mark != [None, "none"]]
-    assert marked == [["true", '"▸ "']]
-
-
-def test_the_first_tab_reaches_the_skip_link(digits: Path, look: Look) -> None:
-    page = look(digits / "report.html")
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
-    assert page.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
-    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.id") == "main"
-    order = []
-    for _ in range(2):
-        page.keyboard.press("Tab")
-        order.append(page.evaluate("document.activeElement.getAttribute('aria-label')"))
-    assert order == ["Counts at each epsilon", "Sessions"]
-
-
-def test_names_of_classes_stay_text(write_config: WriteConfig, tmp_path: Path, look: Look) -> None:
-    generate(write_config(**self_labelled(tmp_path, NASTY), attack={"epsilons": ["4/255", "32/255"]}))
-    made = make(tmp_path / "out")
-    assert "<script" not in made.text
-    assert "onerror=" not in made.text.replace("onerror=&#34;", "")
-    assert look(tmp_path / "out/report.html", 390).evaluate(FITS)
-    page = look(tmp_path / "out/report.html", 1280)
-    assert page.evaluate(FITS)
-    assert "under FGSM" in page.title()
-    shown = page.evaluate("[...document.querySelectorAll('.says bdi')].map(name => name.textContent)")
-    assert {*shown} <= {name.strip() or "(no name)" for name in NASTY}
-    assert len({*shown}) >= 5
-
-
-def test_a_page_with_everything_fits(digits: Path, tmp_path: Path, look: Look) -> None:
-    shutil.copytree(digits, tmp_path / "copy")
-    folder, manifest = opened(tmp_path / "copy")
-    names = {f"a-rather-long-name-of-an-evaluator-{index}": index / 8 for index in range(5)}
-    write_report(folder, with_evaluators(manifest, **names).model_copy(update={"complete": False}))
-    for width in (1280, 390):
-        page = look(Path(folder.store.at(folder.report)), width)
-        assert page.evaluate(FITS)
-        assert page.is_visible("text=Incomplete:")
-        assert page.is_visible("text=Transfer rate, and the images")
-
-
-def test_a_page_without_rows_fits(write_config: WriteConfig, tmp_path: Path, look: Look) -> None:
-    generate(write_config())
-    for path in (tmp_path / "out").rglob("*.parquet"):
-        path.unlink()
-    make(tmp_path / "out")
-    page = look(tmp_path / "out/report.html", 390)
-    assert page.evaluate(FITS)
-    assert page.is_visible("text=There is nothing to see yet")
-    assert list((tmp_path / "out").glob("assets/*")) == []
-
-
-# ------------------------------------------------------------------------------------------------- on real images
-
-DATA = REPOSITORY.parent / "shared/data"
-CIFAR, RESNET20 = DATA / "cifar10-test-2000", DATA / "cifar10-resnet20.safetensors"
-PLAIN = """
-from torch import nn
-
-
-def plain():
-    return nn.Sequential(
-        nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.ReLU(),
-        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48 * 16, 10),
-    )
-"""
-ATTACKED = 256
-
-
-def train_plain(folder: Path) -> dict[str, Any]:
-    """A small plain network, trained for seconds on rows that are not attacked; as an evaluator of a config."""
-    unseen = datasets.load_dataset(str(CIFAR), split="test").select(range(ATTACKED, 2000))
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in unseen["img"]])
-    images, labels = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float() / 255, torch.tensor(unseen["label"])
-    namespace: dict[str, Any] = {}
-    exec(PLAIN, namespace)
-    model = namespace["plain"]()
-    # By hand: the first optimizer of torch.optim imports its compiler, which takes seconds.
-    weights = list(model.parameters())
-    speeds = [torch.zeros_like(weight) for weight in weights]
-    for _ in range(6):
-        for batch in torch.randperm(len(images)).split(64):
-            slopes = torch.autograd.grad(F.cross_entropy(model(2 * images[batch] - 1), labels[batch]), weights)
-            with torch.no_grad():
-                for weight, speed, slope in zip(weights, speeds, slopes, strict=True):
-                    weight -= 0.05 * speed.mul_(0.9).add_(slope)
-    (folder / "plain.py").write_text(PLAIN)
-    save_file(model.state_dict(), folder / "plain.safetensors")
-    return {
-        "id": "plain",
-        "kind": "factory",
-        "name": f"{folder}/plain.py:plain",
-        "weights": f"{folder}/plain.safetensors",
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-    }
-
-
-@pytest.mark.skipif(not (CIFAR.is_dir() and RESNET20.is_file()), reason=f"there is no CIFAR-10 in {DATA}")
-def test_real_images_a_trained_victim_and_what_transfers_of_it(
-    write_config: WriteConfig, tmp_path: Path, look: Look
-) -> None:
-    victim = {
-        "name": f"{REPOSITORY}/scripts/resnet20.py:resnet20",
-        "weights": str(RESNET20),
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-    }
-    config = write_config(
-        # In its own order: the evaluator has seen none of these.
-        source={"path": str(CIFAR), "shuffle": False, "limit": ATTACKED},
-        model=victim,
-        attack={"epsilons": ["8/255", "32/255"]},
-        output={"images_per_shard": 128},
-        runtime={"batch_size": 64},
-    )
-    config.write_text(config.read_text() + f"evaluators: {json.dumps([train_plain(tmp_path)])}\n")
-    assert fgsm("generate", config).exit_code == 0
-    folder, manifest = opened(tmp_path / "out")
-    clean, *attacked = manifest.subsets
-    # The victim's published accuracy is 81 % clean and 7 % at 8/255; the evaluator must know more than to guess.
-    assert clean.correct / ATTACKED > 0.7
-    assert attacked[0].correct / ATTACKED < 0.2
-    assert clean.evaluators["plain"].correct / ATTACKED > 0.3
-    frames = {level: rows(Path(folder.root), subset) for level, subset in ((0, "clean"), (8, "eps-8"), (32, "eps-32"))}
-    page = Page(Path(folder.store.at(folder.report)))
-    transfer = page.tables["Transfer rate, and the images it is a share of, from the manifest"]
-    assert transfer[0] == ["epsilon", "fooled", "plain"]
-    known = frames[0]["correct_plain"].to_numpy(dtype=bool)
-    for subset, row in zip(attacked, transfer[1:], strict=True):
-        fooled, correct = (frames[subset.level][name].to_numpy(dtype=bool) for name in ("fooled", "correct_plain"))
-        exposed, transferred = int((fooled & known).sum()), int((fooled & known & ~correct).sum())
-        expected = EvaluatorCounts(
-            correct=int(correct.sum()), fooled=int((known & ~correct).sum()), exposed=exposed, transferred=transferred
-        )
-        assert subset.evaluators == {"plain": expected}
-        rate = f"{100 * transferred / exposed:.1f}%{transferred} of {exposed}"
-        assert row == [f"{subset.level}/255", str(fooled.sum()), rate]
-    # A step that a person sees carries further.
-    small, large = (subset.evaluators["plain"] for subset in attacked)
-    assert small.transferred / small.exposed < large.transferred / large.exposed
-    for width in (1280, 390):
-        seen = look(Path(folder.store.at(folder.report)), width)
-        assert seen.evaluate(FITS)
-        widths = seen.evaluate(
-            "Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth)))"
-        )
-        # How many rows resist every epsilon is the victim's affair: two groups at least, of three examples each.
-        strips = sum(attributes.get("class") == "strip" for attributes in page.all("ol"))
-        assert strips >= 6
-        assert len(widths) == 2 + strips * 4  # two plots; clean, sign map and two epsilons of each example
-        assert all(widths)

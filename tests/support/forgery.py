@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.output.card import write_summaries
 from pipeline.output.folder import OutputFolder
-from pipeline.output.manifest import read_manifest
+from pipeline.output.manifest import read_manifest, run_id_of
 from tests.conftest import fgsm_without_run as fgsm
 from tests.conftest import (
     shard_path,
@@ -97,3 +97,29 @@ def agree(out: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest is not None
     write_summaries(folder, manifest)
+
+
+class Payload:
+    """What a pickle runs when it is opened: it makes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.canary,))
+
+
+def with_own_id(content: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest holds, with the run id that follows from its identity, in the names of its files too."""
+    renamed: dict[str, Any] = json.loads(json.dumps(content).replace(content["run_id"], run_id_of(content["identity"])))
+    return renamed
+
+
+def make_consistent(out: Path, content: dict[str, Any]) -> None:
+    """Write an altered manifest, and receipts, with the run id, the names and the digests that they would have."""
+    former, run_id = content["run_id"], run_id_of(content["identity"])
+    write_sealed(out / "manifest.json", with_own_id(content))
+    for path in (out / ".run/receipts").iterdir():
+        write_sealed(path, json.loads(path.read_text().replace(former, run_id)))
+    for path in list(out.rglob(f"*-{former}.*")):
+        path.rename(path.with_name(path.name.replace(former, run_id)))

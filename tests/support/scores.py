@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.core.variants import Variant
+from pipeline.engine.scores import score
+from pipeline.layouts.base import Scores
 from pipeline.models.label_space import LabelSpace, join_labels
 from pipeline.sources.digits import ArraySource
 from tests.conftest import CLASSES
@@ -32,6 +35,22 @@ MANY_TO_ONE = space_of(
     label_map={"cat": "mammal", "dog": "mammal", "eel": "fish"},
 )
 UNNAMED = space_of(model_classes=None, count=4, label_map={"cat": 1, "dog": 1, "eel": 0})
+
+
+def scored(
+    variants: tuple[Variant, ...], logits: Tensor, labels: Tensor, target: Tensor | None, space: LabelSpace
+) -> Scores:
+    """What one model says of images in some variants.
+
+    Args:
+        variants: V of them, clean first.
+        logits: (V, M, classes).
+        labels: (M,) classes of the dataset, -1 for unlabelled.
+        target: (M,) indices of the model, None without.
+        space: of the model.
+    """
+    targets = [None, *[target] * (len(variants) - 1)]
+    return score(variants, list(logits), logits.argmax(-1).unsqueeze(0), labels, targets, {"make": space})
 
 
 def one_hot(predictions: Sequence[Sequence[int]], classes: int) -> Tensor:

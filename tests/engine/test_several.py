@@ -1,0 +1,263 @@
+"""One run of several models and attacks: what its rows record, what they add up to, and that nothing else decides."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import pipeline
+from pipeline.config.load import load_config
+from pipeline.core import lanes
+from pipeline.core.errors import NonFiniteError
+from pipeline.core.images import decode_image
+from pipeline.models.load import load_model
+from tests.conftest import LAYOUTS, WriteConfig, digests, generate, manifest, pixels, rows
+from tests.conftest import fgsm_without_run as fgsm
+from tests.support.forgery import assert_found, forge
+from tests.support.several import ATTACKS, write_several
+
+SUBSETS = {
+    "clean": (None, None, 0),
+    "fgsm-net-eps-2": ("fgsm", "net", 2),
+    "fgsm-net-eps-8": ("fgsm", "net", 8),
+    "fgsm-sums-eps-2": ("fgsm", "sums", 2),
+    "fgsm-sums-eps-8": ("fgsm", "sums", 8),
+    "noise-eps-8": ("noise", None, 8),
+    "pgd-net-eps-8": ("pgd", "net", 8),
+}
+MODELS = ("net", "sums", "turned")
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    """What a module's tests read of one run is made once."""
+    return {}
+
+
+@pytest.fixture
+def out(write_config: WriteConfig, tmp_path: Path, made: Any) -> Path:
+    if not made:
+        generate(write_several(write_config, tmp_path))
+        made["out"] = tmp_path / "out"
+    folder: Path = made["out"]
+    return folder
+
+
+def answers(folder: Path, model: str, images: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """What a model says of stored images, one at a time, in the dataset's classes."""
+    section = load_config(str(folder.parent / "config.yaml")).all_models[model]
+    module = load_model(section, seed=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        found = np.array([int(module(decode_image(image["bytes"])[None] / 255).argmax()) for image in images])
+    return np.array([2, 0, 1])[found] if model == "turned" else found
+
+
+def test_every_row_says_what_made_it_and_what_each_model_makes_of_it(out: Path) -> None:
+    clean = {model: answers(out, model, rows(out, "clean")["image"]) for model in MODELS}
+    assert any(len(set(said)) > 1 for said in clean.values())
+    for subset, (attack, model, level) in SUBSETS.items():
+        table = rows(out, subset)
+        assert set(table["attack"].fillna("")) == {attack or ""}
+        assert set(table["model"].fillna("")) == {model or ""}
+        assert set(table["epsilon"]) == {level / 255}
+        own = model or "net"
+        for name in MODELS:
+            said = answers(out, name, table["image"])
+            assert table[f"prediction_{name}"].tolist() == said.tolist()
+            assert table[f"correct_{name}"].tolist() == (said == table["label"]).tolist()
+            if name == own:
+                assert table["prediction"].tolist() == said.tolist()
+                assert table["correct"].tolist() == (said == table["label"]).tolist()
+        assert table["clean_prediction"].tolist() == clean[own].tolist()
+        if attack:
+            fooled = (clean[own] == table["label"]) & (table["prediction"] != table["label"])
+            assert table["fooled"].tolist() == fooled.tolist()
+    names = list(rows(out, "clean").columns)
+    expected = [name for model in MODELS for name in (f"prediction_{model}", f"correct_{model}")]
+    assert names[names.index("source_index") + 1 :] == expected
+
+
+def test_images_of_each_attack_lie_where_it_says(out: Path) -> None:
+    clean = pixels(rows(out, "clean"))
+    for subset, (attack, _, level) in SUBSETS.items():
+        moved = pixels(rows(out, subset)) - clean
+        assert abs(moved).max() == level
+        if attack == "fgsm":
+            # One sign a model for both epsilons; it is 0, or all of the epsilon but where that is clipped.
+            other = pixels(rows(out, subset.replace(f"eps-{level}", f"eps-{10 - level}"))) - clean
+            inside = (clean > 8) & (clean < 247)
+            assert (np.sign(moved) == np.sign(other))[inside].all()
+            assert set(np.unique(abs(moved[inside]))) <= {0, level}
+    # Of two models they are not the same, nor is noise a gradient.
+    images = [pixels(rows(out, subset)) for subset in ("fgsm-net-eps-8", "fgsm-sums-eps-8", "noise-eps-8")]
+    assert all((a != b).mean() > 0.2 for a, b in itertools.pairwise(images))
+
+
+def test_the_matrix_is_what_the_rows_add_up_to(out: Path) -> None:
+    query = ", ".join(
+        f"count_if(a.correct_{name}), count_if(c.correct_{name}), count_if(c.correct_{name} and not a.correct_{name})"
+        for name in MODELS
+    )
+    keys = ("attack", "model", "level", "looking")
+    cells = {tuple(cell[key] for key in keys): cell for cell in manifest(out)["transfer"]}
+    assert len(cells) == (len(SUBSETS) - 1) * len(MODELS)
+    for subset, (attack, model, level) in SUBSETS.items():
+        if attack is None:
+            continue
+        files = f"'{out}/{subset}/*.parquet' a join '{out}/clean/*.parquet' c using (source_index)"
+        (found,) = duckdb.sql(f"select count(*), {query} from {files}").fetchall()
+        for index, name in enumerate(MODELS):
+            cell = cells[attack, model, level, name]
+            correct, before, lost = found[1 + 3 * index : 4 + 3 * index]
+            assert (cell["images"], cell["correct"]) == (found[0], correct)
+            assert (cell["clean_correct"], cell["lost"]) == (before, lost)
+    shown = json.loads(fgsm("inspect", out, "--json").stdout)
+    assert shown["transfer"] == manifest(out)["transfer"]
+    assert shown["subsets"] == manifest(out)["subsets"]
+
+
+def test_it_is_verified_and_forgeries_of_each_model_s_answers_are_found(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    generate(write_several(write_config, tmp_path))
+    out = tmp_path / "out"
+    result = fgsm("verify", out, "--recompute")
+    assert result.exit_code == 0, result.stderr
+    assert f"{40 * len(SUBSETS) * len(MODELS)} predictions re-derived" in result.stdout
+
+    def other_answer(columns: dict[str, list[Any]]) -> None:
+        columns["prediction_turned"][3] = (columns["prediction_turned"][3] + 1) % 3
+
+    file = "pgd-net-eps-8/test-00001-of-00003"
+    forge(out, other_answer, f"{file}.parquet")
+    assert_found("prediction_turned", out, "--recompute")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_rows(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    attacks = {**ATTACKS, "pgd": {**ATTACKS["pgd"], "kind": "fgsm", "target": "random", "steps": None}}
+    generate(write_several(write_config, tmp_path, attacks))
+    config = write_several(write_config, tmp_path, attacks, output={"layout": layout})
+    generate(config, "--output", str(tmp_path / layout))
+    plain, other = (pipeline.load(tmp_path / name, split="test") for name in ("out", layout))
+    assert other.remove_columns("image").to_list() == plain.remove_columns("image").to_list()
+    for a, b in zip(plain["image"], other["image"], strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    aimed = {subset["subset"]: subset for subset in manifest(tmp_path / layout)["subsets"]}
+    assert [name for name in aimed if "pgd" in name] == ["pgd-net-eps-8"]
+    targets = [row["target"] for row in plain.select_columns(["target", "attack"]) if row["attack"] == "pgd"]
+    assert set(targets) == {0, 1, 2}
+    assert {row["target"] for row in plain.select_columns(["target", "attack"]) if row["attack"] != "pgd"} == {None}
+    assert fgsm("verify", tmp_path / layout, "--recompute").exit_code == 0
+
+
+def test_neither_lanes_nor_a_resumed_run_change_a_byte(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_several(write_config, tmp_path)
+    generate(config)
+    before = digests(tmp_path / "out")
+    monkeypatch.setattr(lanes, "available_cores", lambda: 1)
+    generate(config, "--output", str(tmp_path / "alone"))
+    assert digests(tmp_path / "alone") == before
+    for file in [*(tmp_path / "out").glob(".run/receipts/*-00000-*"), *(tmp_path / "out").glob("*/*-00000-*")]:
+        file.unlink()
+    generate(config)
+    assert digests(tmp_path / "out") == before
+
+
+def test_the_batch_size_changes_no_pixel_of_a_model_in_float64(write_config: WriteConfig, tmp_path: Path) -> None:
+    (tmp_path / "exact.py").write_text(
+        (tmp_path / "victim.py").read_text() + "\n\ndef exact():\n    return Net().double()\n"
+    )
+    images = []
+    for size in (4, 16):
+        model = {"name": f"{tmp_path / 'exact.py'}:exact"}
+        config = write_several(write_config, tmp_path, model=model, runtime={"batch_size": size})
+        generate(config, "--output", str(tmp_path / f"of-{size}"))
+        images.append({subset: pixels(rows(tmp_path / f"of-{size}", subset)) for subset in SUBSETS})
+    for subset in SUBSETS:
+        np.testing.assert_array_equal(images[0][subset], images[1][subset])
+
+
+def test_another_model_attack_or_order_is_another_run(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_several(write_config, tmp_path)
+    generate(path)
+    config = yaml.safe_load(path.read_text())
+    for change, key in (
+        ({"attacks": {**ATTACKS, "noise": {**ATTACKS["noise"], "epsilons": ["4/255"]}}}, "attacks.noise.epsilons"),
+        ({"attacks": {**ATTACKS, "pgd": {**ATTACKS["pgd"], "models": ["sums"]}}}, "attacks.pgd.models"),
+        ({"attacks": {**ATTACKS, "pgd": {**ATTACKS["pgd"], "steps": 4}}}, "attacks.pgd.steps"),
+        ({"models": {**config["models"], "turned": dict(config["models"]["sums"])}}, "models.turned.kwargs"),
+        ({"models": dict(reversed(config["models"].items()))}, "models"),
+    ):
+        path.write_text(yaml.safe_dump({**config, **change}, sort_keys=False))
+        result = fgsm("generate", path)
+        assert result.exit_code == 2
+        assert key in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "start"),
+    [
+        ({"kwargs": {"order": [0, 1]}}, "models.sums"),
+        ({"weights": "nowhere.safetensors"}, "models.sums.weights"),
+        ({"name": "sums.py:mkae"}, "models.sums.name"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_named(
+    write_config: WriteConfig, tmp_path: Path, model: dict[str, Any], start: str
+) -> None:
+    path = write_several(write_config, tmp_path)
+    config = yaml.safe_load(path.read_text())
+    config["models"]["sums"] |= model
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    result = fgsm("generate", path)
+    assert result.exit_code == 2
+    assert start in result.stderr
+
+
+def test_a_model_that_only_looks_need_not_let_a_gradient_through(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_several(write_config, tmp_path)
+    config = yaml.safe_load(path.read_text())
+    config["models"]["turned"] = {"kind": "factory", "name": str(tmp_path / "sums.py:detached")}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    generate(path)
+    config["attacks"]["fgsm"]["models"] = ["turned"]
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    result = fgsm("generate", path, "--output", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "models.turned: no gradient" in result.stderr
+
+
+def test_a_model_that_gives_no_numbers_stops_the_run_and_is_named(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_several(write_config, tmp_path)
+    config = yaml.safe_load(path.read_text())
+    config["models"]["turned"] |= {"kwargs": {"scale": 1.5e39}, "label_map": None}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    result = fgsm("generate", path)
+    assert result.exit_code == NonFiniteError.exit_code
+    assert "turned" in result.stderr
+    assert not list((tmp_path / "out/.run/receipts").iterdir())
+
+
+def test_a_layout_of_signs_names_the_attack_that_it_cannot_hold(write_config: WriteConfig, tmp_path: Path) -> None:
+    result = fgsm("generate", write_several(write_config, tmp_path, output={"layout": "signs"}))
+    assert result.exit_code == 2
+    assert "output.layout" in result.stderr
+    assert "attacks.pgd" in result.stderr
+
+
+def test_a_model_or_an_attack_that_has_changed_is_not_asked_again(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_several(write_config, tmp_path))
+    path = tmp_path / "sums.py"
+    path.write_text(path.read_text().replace("mean((2, 3))", "amax((2, 3))"))
+    result = fgsm("verify", tmp_path / "out", "--recompute")
+    assert result.exit_code == 2
+    assert "models.sums" in result.stderr
