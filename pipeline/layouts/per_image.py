@@ -99,9 +99,12 @@ class PerImage(Layout):
         clean = {c.name: rows.column(c.clean_name) for c in columns if c.clean_name}
         of_own = {name: rows.column(own[name]) if own.get(name) in rows.column_names else clean[name] for name in own}
         answers: dict[str, Any] = clean if variant == CLEAN else {}
-        if variant in recorded:
-            own_entries = entries[recorded.index(variant) :: len(recorded)]
-            answers = dict(zip([field.name for field in entries.type], own_entries.flatten(), strict=True))
+        if variant != CLEAN:
+            # At a level that is not recorded, what is the same at each level of the attack is known, and nothing else.
+            other = variant if variant in recorded else next(one for one in recorded if variant.at(one.level) == one)
+            own_entries = entries[recorded.index(other) :: len(recorded)]
+            said = dict(zip([field.name for field in entries.type], own_entries.flatten(), strict=True))
+            answers = {c.name: said[c.name] for c in columns if c.name in said and (other == variant or c.of_attack)}
 
         def value(column: Column) -> Any:
             if column.of_clean:

@@ -74,7 +74,7 @@ def plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_every_layout_gives_the_rows_of_the_attacks_and_models_asked_for(several: Path, choice: Any) -> None:
     options, expected = choice
-    stored = {one: [] for one in EVERY}
+    stored: dict[Made, list[dict[str, Any]]] = {one: [] for one in EVERY}
     for row in plain(datasets.load_dataset(str(several / "images"), "all", split="test")):
         stored[made([row])[0]].append(row)
     read = {
@@ -91,6 +91,8 @@ def test_every_layout_gives_the_rows_of_the_attacks_and_models_asked_for(several
             assert own == stored[one]
         else:
             assert {row["prediction"] for row in own} == {row["fooled"] for row in own} == {None}
+            # The class that an attack aims at is the same at each epsilon.
+            assert [row["target"] for row in own] == [row["target"] for row in stored.get((*one[:2], 8), own)]
 
 
 @pytest.mark.parametrize(
@@ -161,13 +163,13 @@ def test_without_a_manifest_names_and_rows_say_what_there_is(several: Path, tmp_
         assert made(pipeline.load(copy, split="test", models="sums")) == [
             one for one in (CLEAN, EVERY[2], EVERY[4], EVERY[5]) for _ in range(40)
         ]
-        with pytest.raises(ConfigError, match="^attacks: got 'pgd'"):
+        with pytest.raises(ConfigError, match=r"^attacks: got 'pgd'"):
             pipeline.load(copy, split="test", attacks="pgd")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_in_an_object_store_are_chosen_alike(
-    several: Path, out: str, write_config: WriteConfig, tmp_path: Path, layout: str
+    out: str, write_config: WriteConfig, tmp_path: Path, layout: str
 ) -> None:
     config = write_several(write_config, tmp_path, ON_RAYS, source={"limit": 10}, output={"layout": layout})
     generate(config, "--output", out)
@@ -175,7 +177,7 @@ def test_rows_in_an_object_store_are_chosen_alike(
     for streaming in (False, True):
         rows = pipeline.load(out, ["8/255", "3/255"], streaming=streaming, **options)
         assert Counter(made(rows)) == {(*one, k): 10 for one in (("fgsm", "sums"), ("noise", None)) for k in (8, 3)}
-        with pytest.raises(ConfigError, match="^models: got 'vgg'"):
+        with pytest.raises(ConfigError, match=r"^models: got 'vgg'"):
             pipeline.load(out, streaming=streaming, models="vgg")
 
 
@@ -295,6 +297,6 @@ def test_without_models_noise_is_drawn_alone() -> None:
     ids=str,
 )
 def test_weights_that_cannot_be_are_named(weights: Any, named: str) -> None:
-    with pytest.raises(ConfigError, match="^weights: ") as caught:
+    with pytest.raises(ConfigError, match=r"^weights: ") as caught:
         draw_shares(GRID, weights)
     assert named in str(caught.value)
