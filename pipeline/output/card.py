@@ -304,7 +304,7 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
         "title": _title(manifest),
         "epsilons": [f"{level}/255" for level in levels[1:]],
         "requested": [_requested(level, epsilon) for level, epsilon in _all_requested(attacks.values())],
-        "another": next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255),
+        "example": _example_level(manifest),
         "location": location,
         "here": location == HERE,
         "address": is_address(location),
@@ -325,6 +325,16 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
         "columns": list(_describe(manifest, features)),
         "fields": list(_describe(manifest, listed["feature"])) if listed else [],
     }
+
+
+def _example_level(manifest: Manifest) -> int | None:
+    """An epsilon in grey levels at which images of each attack can be read: if possible one that is not recorded."""
+    bound = [attack.levels for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
+    if not bound:
+        wanted: list[int] = [3, 5, 7, *range(1, 256)]
+        return next(level for level in wanted if level not in manifest.levels or level == 255)
+    shared = [level for level in bound[0] if all(level in levels for levels in bound)]
+    return max(shared) if shared else None
 
 
 def _all_requested(attacks: Iterable[AttackConfig]) -> list[tuple[int, str | float]]:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks.base import AttackedModel, Goal
+from pipeline.attacks.base import Goal
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.lattice import step
 from pipeline.engine.compute import Attacked
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from tests.conftest import random_pixels
 from tests.support.attacks import attack_one, attacker_of

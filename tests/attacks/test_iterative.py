@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks.base import Attack, AttackedModel, Goal
+from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.fgsm import FGSM
 from pipeline.attacks.iterative import BIM, MIFGSM, PGD, _normalised
 from pipeline.attacks.load import load_attack
 from pipeline.attacks.noise import Noise
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from pipeline.models.load import load_model
 from pipeline.sources.digits import digits_split

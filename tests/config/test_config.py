@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.config.kinds import ATTACKS
 from pipeline.config.load import load_config, packaged_configs, parse_config
 from pipeline.config.schema import Config
 from pipeline.core.epsilon import epsilon_level, stored_just_below
@@ -522,9 +523,9 @@ LARGE = {"torch", "datasets", "torchvision", "timm", "transformers", "sklearn"}
 
 def test_a_config_is_checked_without_large_libraries() -> None:
     kinds = [{"kind": kind, "name": "a:b"} for kind in ("torchvision", "timm", "transformers", "factory")]
-    for model in [*kinds, {"kind": "digits"}]:
-        raw = small(source=HUB)
-        raw["model"] = model
+    models: list[dict[str, Any]] = [{"model": model} for model in [*kinds, {"kind": "digits"}]]
+    for changed in [*models, *({"attack": {"kind": kind, "epsilons": ["8/255"]}} for kind in [*ATTACKS, "a.py:B"])]:
+        raw = {**small(source=HUB), **changed}
         loaded = loaded_by(f"from pipeline.config.load import parse_config; parse_config({raw!r})")
         assert not LARGE & loaded
     for source in ({"kind": "imagefolder", "path": "a"}, {"kind": "torchvision", "path": "MNIST"}, {"kind": "digits"}):

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner, Result
 
 import pipeline
-from pipeline.attacks.base import AttackedModel, direction_sign
+from pipeline.attacks.base import direction_sign
 from pipeline.core.lattice import step
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.digits_net import DigitsNet
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
