@@ -115,14 +115,15 @@ def test_any_value_of_any_key_is_a_config_or_a_sentence(tmp_path: Path, examples
     path = tmp_path / "config.yaml"
 
     @often(examples * 2)
-    @given(place=st.sampled_from(KEYS), value=VALUES, evaluator=st.booleans())
-    def check(place: tuple[str, str], value: Any, evaluator: bool) -> None:
+    @given(place=st.sampled_from(KEYS), value=VALUES, several=st.booleans())
+    def check(place: tuple[str, str], value: Any, several: bool) -> None:
         section, key = place
         raw: dict[str, Any] = {name: dict(keys) for name, keys in PLAIN.items()}
         raw.setdefault(section, {})
         raw[section][key] = value
-        if evaluator:
-            raw["evaluators"] = [{"id": "other", **raw["model"]}, value]
+        if several:
+            raw["models"] = {"one": raw.pop("model"), "other": value}
+            raw["attacks"] = {"one": raw.pop("attack"), "other": value}
         check_load(lambda: parse_config(raw))
         path.write_text(yaml.safe_dump(raw, allow_unicode=False), encoding="utf-8")
         check_load(lambda: load_config(str(path)))
@@ -392,7 +393,7 @@ SKIPPED = {"split": "test", "source_index": 11, "reason": "cannot identify image
         (("subsets", 1, "model"), "../x", "subsets.1.model: "),
         (("subsets", 1, "subset"), "../x", "subsets.1.subset: "),
         (("subsets", 0, "split"), "train", "subsets lists others"),
-        (("subsets", 0, "evaluators"), {"x": {}}, "subsets lists others"),
+        (("subsets", 0, "models"), {"x": {}}, "subsets lists others"),
         (("subsets", 1, "bytes"), None, "subsets lists others"),
         (("subsets", 1, "rows"), 1, "subsets.1: more answers are counted than images"),
         (("subsets", 0, "confidence_sum"), float("nan"), "subsets.0.confidence_sum: "),
@@ -487,7 +488,9 @@ def renamed(manifest: Manifest, names: list[str]) -> Manifest:
         return [rename(inside) for inside in value] if isinstance(value, list) else value
 
     content["features"] = rename(content["features"])
-    content["dataset_classes"] = content["recorded_classes"] = names
+    content["dataset_classes"] = names
+    for space in content["spaces"].values():
+        space["recorded_classes"] = names
     return Manifest.model_validate(content)
 
 

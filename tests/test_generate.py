@@ -202,12 +202,12 @@ def test_a_moved_source_and_model_are_the_same_run(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("attack.epsilons=[2/255]", 'attack.epsilons (["2/255", "8/255"] there, ["2/255"] here)'),
+        ("attack.epsilons=[2/255]", 'attacks.fgsm.epsilons (["2/255", "8/255"] there, ["2/255"] here)'),
         ("runtime.seed=1", "runtime.seed (0 there, 1 here)"),
         ("output.image_format=png", 'output.image_format ("webp" there, "png" here)'),
         ("runtime.batch_size=5", "runtime.batch_size (6 there, 5 here)"),
         ("source.limit=10", "source.limit (null there, 10 here)"),
-        ("model.mean=[0.5]", "model.mean ([0.0] there, [0.5] here)"),
+        ("model.mean=[0.5]", "models.make.mean ([0.0] there, [0.5] here)"),
     ],
 )
 def test_another_run_in_the_folder_is_refused_and_what_differs_is_named(
@@ -228,7 +228,7 @@ def test_other_weights_are_another_run(write_config: WriteConfig, factory_file: 
     copy = shutil.copy(factory_file, tmp_path / "second/victim.py")
     result = fgsm("generate", write_config(model={"name": f"{copy}:make"}))
     assert result.exit_code == 2
-    assert "model.content" in result.stderr
+    assert "models.make.content" in result.stderr
 
 
 def test_every_auto_is_resolved_once_and_kept(

@@ -446,6 +446,8 @@ def test_broken_config_file(tmp_path: Path, text: bytes, sentence: str) -> None:
     assert "\n" not in str(error.value)
 
 
+# What a config may hold: no path has a null byte.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 CONFIGS = st.fixed_dictionaries(
     {
         "source": st.one_of(
@@ -457,8 +459,8 @@ CONFIGS = st.fixed_dictionaries(
                     "kind": st.just("huggingface"),
                     "path": st.just("uoft-cs/cifar10"),
                     "limit": st.none() | st.integers(1, 10**9),
-                    "classes": st.none() | st.lists(st.text(), min_size=1),
-                    "keep_columns": st.lists(st.text(), unique=True),
+                    "classes": st.none() | st.lists(TEXT, min_size=1),
+                    "keep_columns": st.lists(TEXT, unique=True),
                 }
             ),
         ),
@@ -475,7 +477,7 @@ CONFIGS = st.fixed_dictionaries(
                 "mean": st.none() | st.lists(st.floats(0, 1), min_size=3, max_size=3),
                 "label_map": st.none()
                 | st.just("identity")
-                | st.dictionaries(st.text(), st.integers(0, 9) | st.text(), min_size=1),
+                | st.dictionaries(TEXT, st.integers(0, 9) | TEXT, min_size=1),
             }
         ),
         "attack": st.fixed_dictionaries(
@@ -484,7 +486,7 @@ CONFIGS = st.fixed_dictionaries(
                     lambda levels: [f"{level}/255" if level % 2 else level / 255 for level in levels]
                 ),
                 "label": st.sampled_from(["dataset", "prediction"]),
-                "target": st.none() | st.sampled_from(["random", "least_likely"]) | st.text() | st.integers(0, 9),
+                "target": st.none() | st.sampled_from(["random", "least_likely"]) | TEXT | st.integers(0, 9),
                 "rounding": st.sampled_from(["down", "nearest"]),
             }
         ),

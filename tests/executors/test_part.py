@@ -261,7 +261,7 @@ def test_a_part_of_another_config_is_refused(place: Place, config: Path) -> None
     result = fgsm("generate", config, "--output", place.out, "--part", "1/2", "--set", "attack.epsilons=[4/255]")
     assert result.exit_code == 2
     assert "holds another run" in result.stderr
-    assert "attack.epsilons" in result.stderr
+    assert "attacks.fgsm.epsilons" in result.stderr
     assert place.shards() == before
 
 
@@ -276,7 +276,7 @@ def test_a_part_that_finds_the_run_begun_meanwhile_resolves_nothing_anew(
         opened = opening(job)
         monkeypatch.setattr(Job, "open", opening)
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline.engine.run, "_settle", lambda *_: (False, 2))
+            patch.setattr(pipeline.engine.run, "_resolve_compile", lambda *_: (False, 2))
             seed = ["--set", "runtime.seed=1"] if other else []
             generate(config, "--output", place.out, "--part", "1/2", *seed)
         return opened

@@ -332,7 +332,8 @@ def test_a_module_in_the_dataset_never_runs(out: Path, canary: Path, monkeypatch
     (out / "evil_module.py").write_text(f"from pathlib import Path\nPath({str(canary)!r}).touch()\n")
     monkeypatch.chdir(out)
     content = json.loads((out / "manifest.json").read_text())
-    content["config"]["model"]["name"] = content["identity"]["model.name"] = "evil_module:make"
+    content["config"]["model"]["name"] = "evil_module:make"
+    content["identity"]["models.make.name"] = "evil_module:make"
     make_consistent(out, content)
     assert fgsm("verify", out, "--recompute").exit_code == 2
     assert not canary.exists()

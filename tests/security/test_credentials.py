@@ -69,7 +69,7 @@ def test_no_part_of_a_chain_of_addresses_has_a_query(write_config: WriteConfig, 
 def test_classes_may_be_named_as_credentials_are() -> None:
     classes = {"password": "token", "api_key": 3}
     model = {"label_map": classes}
-    assert find_secret({"model": model, "evaluators": [model]}) is None
+    assert find_secret({"model": model, "models": {"other": model}}) is None
     assert find_secret({"model": {"label_map": {**classes, "cat": SECRET}}}) == "model.label_map.cat"
     assert find_secret({"model": {"label_map": {SECRET: 3}}}) == "model.label_map"
     assert find_secret({"model": {"kwargs": model}}) == "model.kwargs.label_map.password"

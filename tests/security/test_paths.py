@@ -131,7 +131,7 @@ def test_files_that_a_manifest_lists_beside_its_plan_are_not_read(finished: Path
 
 def test_features_are_those_of_the_config(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
-    content["config"]["attack"]["target"] = content["identity"]["attack.target"] = 1
+    content["config"]["attack"]["target"] = content["identity"]["attacks.fgsm.target"] = 1
     make_consistent(out, content)
     with pytest.raises(PipelineError, match="its features are not those that a run of its config writes"):
         verify(out)
@@ -139,9 +139,10 @@ def test_features_are_those_of_the_config(out: Path) -> None:
 
 def test_what_cannot_be_asked_again_is_a_sentence(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
-    del content["identity"]["model.content"]
+    (key,) = [key for key in content["identity"] if key.startswith("models.") and key.endswith(".content")]
+    del content["identity"][key]
     make_consistent(out, content)
-    with pytest.raises(ConfigError, match="the victim that the config names has changed since the run"):
+    with pytest.raises(ConfigError, match="^model: .*has changed since the run"):
         verify(out, recompute=True)
 
 
@@ -304,7 +305,7 @@ def test_an_identity_names_no_folders(write_config: WriteConfig, tmp_path: Path)
         kwargs = {"file": f"/home/{folder}/net.bin", "note": float("inf")}
         run = open_run(load_config(str(write_config(model={"name": f"{code}:load", "kwargs": kwargs}))))
         identities.append(run.identity)
-    assert identities[0]["model.kwargs"] == {"file": "net.bin", "note": "Infinity"}
+    assert identities[0]["models.load.kwargs"] == {"file": "net.bin", "note": "Infinity"}
     assert identities[0] == identities[1]
 
 
@@ -312,7 +313,9 @@ def test_a_published_manifest_can_be_read(finished: Path, tmp_path: Path) -> Non
     names = ["/m/01yrx", "~", "./dog"]
     content = json.loads((finished / "manifest.json").read_text())
     content["config"]["source"]["classes"] = content["identity"]["source.classes"] = names
-    content["dataset_classes"] = content["recorded_classes"] = names
+    content["dataset_classes"] = names
+    for space in content["spaces"].values():
+        space["recorded_classes"] = names
     manifest = Manifest.model_validate(with_own_id(content))
     assert contradictions(manifest) == []
     shown = published(manifest)
