@@ -313,6 +313,10 @@ class ShardCheck:
             known = {"confidence_sum": said.confidence_sum, "zero_signs": said.zero_signs}
             if not close or said != here.model_copy(update=known):
                 raise DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
+        for indices in self.attacks:
+            # Along one direction the same values stay at every epsilon, those that clipping hides too.
+            if self.on_ray[indices[0]] and len({receipt.counts[index].zero_signs for index in indices}) > 1:
+                raise DamageError(f"{self._receipt(shard)} has a zero_signs of one epsilon that is not the others'.")
 
     def _count_zero_signs(self, variant: int, images: Sequence[Tensor], signs: Sequence[Tensor]) -> tuple[int, int]:
         """How many values of a batch the attack did not move: the least and the most that there can be."""
