@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.attacks.load import load_attack
 from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, refuse_rows
 from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
@@ -50,7 +51,7 @@ from pipeline.output.folder import (
     committed,
     shard_file,
 )
-from pipeline.output.manifest import Manifest, altered_manifest, contradictions, summarise
+from pipeline.output.manifest import ON_RAY, Manifest, altered_manifest, contradictions, summarise
 from pipeline.output.shards import FOOTER_KEY
 
 
@@ -67,6 +68,12 @@ def check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
         f"models.{name}.label_map"
         for name, model in config.all_models.items()
         if name in spaces and not _fits(model.label_map, spaces[name])
+    ]
+    # What code of the user's own says of itself only `recompute` asks, which may run it.
+    wrong += [
+        f"attacks.{name}.{ON_RAY}"
+        for name, attack in config.all_attacks.items()
+        if attack.own_code is None and load_attack(attack).attack.on_ray != manifest.on_ray(name)
     ]
     if wrong:
         raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
