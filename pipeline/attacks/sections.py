@@ -41,6 +41,10 @@ class NoiseConfig(AttackConfig):
     models: None = Field(None, exclude=True)
 
     @property
+    def title(self) -> str:
+        return "noise"
+
+    @property
     def how(self) -> str:
         return "moves each value by the whole epsilon, up or down at random: the control for the others"
 

@@ -340,7 +340,7 @@ class ShardCheck:
         files = [shard_file(self.layout.subset(variant), shard, self.edition) for variant in self.variants]
         if not self.layout.per_image:
             return files
-        made = [f" of {one.attack} on {one.model}" if one.pair else "" for one in self.variants]
+        made = [f" of {one.maker}" if one.pair else "" for one in self.variants]
         return [f"{file} at {k}/255{of}" for file, k, of in zip(files, self.levels, made, strict=True)]
 
     def _read(self, shard: Shard, subset: str, root: Path, counts: Sequence[int]) -> Iterator[pa.Table]:
