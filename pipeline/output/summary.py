@@ -30,10 +30,10 @@ def summary_table(manifest: Manifest) -> str:
     and of those that it gets right when clean the share that it loses.
     """
     lines = _aligned([HEAD, *map(_cells, manifest.subsets)])
-    if len(manifest.spaces) > 1 and manifest.transfer:
+    if len(manifest.spaces) > 1 and (matrix := by_epsilon(manifest.transfer)):
         head = ("split", "images of", "epsilon", *(f"{name}: right, lost" for name in manifest.spaces))
         lines += ["", "Transfer: what each model gets right, and what it loses of what it gets right when clean"]
-        lines += _aligned([head, *map(_transfer_cells, by_epsilon(manifest.transfer))])
+        lines += _aligned([head, *map(_transfer_cells, matrix)])
     return "\n".join([*lines, "", *_notes(manifest)])
 
 
