@@ -137,9 +137,9 @@ def noise_levels(focus: Focus) -> dict[int, Subset]:
 
 
 def by_split(manifest: Manifest) -> dict[str, list[list[Subset]]]:
-    """The counts of each split that has rows: those of clean images, then of each attack on each model."""
+    """The counts of splits that have rows, by interest: those of clean images, then of each attack on each model."""
     splits: dict[str, list[list[Subset]]] = {}
-    for split in manifest.split_rows:
+    for split in by_interest(list(manifest.split_rows)):
         own = [subset for subset in manifest.subsets if subset.split == split]
         if any(subset.rows for subset in own):
             groups = itertools.groupby(own, key=lambda subset: (subset.attack, subset.model))
@@ -171,12 +171,14 @@ def who_travels(rows: Sequence[Sequence[Transfer]], level: int) -> str:
     nearest = min((row[0].level for row in made), key=lambda other: (abs(other - level), other))
     best = max((row for row in made if row[0].level == nearest), key=lambda row: lost[id(row)] or 0)
     others = [cell.looking for cell in best if cell.looking != best[0].model]
-    who = f"{others[0]} loses" if len(others) == 1 else f"the {len(others)} other models together lose"
+    who, they = (
+        (f"{others[0]} loses", "it predicts") if len(others) == 1 else ("the others together lose", "they predict")
+    )
     floor = _lost_by_others(noise[nearest], best[0].model) if nearest in noise else None
     against = "the run has no noise of that epsilon to compare with" if floor is None else f"on noise {percent(floor)}"
     return (
         f"At {nearest}/255 no images travel further than those of {made_by(best[0])}: {who} {percent(lost[id(best)])} "
-        f"of what is predicted right when clean; {against}."
+        f"of what {they} right when clean; {against}."
     )
 
 

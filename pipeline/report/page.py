@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
+from markupsafe import Markup, escape
 from pydantic import BaseModel, ValidationError
 
 from pipeline.core.errors import PipelineError
@@ -25,7 +26,6 @@ from pipeline.output.summary import human_bytes
 from pipeline.report.findings import (
     Focus,
     accuracy,
-    by_interest,
     by_split,
     focus_on,
     headline,
@@ -125,7 +125,7 @@ def _write_page(folder: OutputFolder, view: Mapping[str, Any], receipts: str, li
 def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the page shows, and the pictures by the names of their files."""
     counts, matrix = by_split(manifest), matrices(manifest)
-    samples = (read_sample(folder, manifest, split, SAMPLE_ROWS) for split in by_interest(list(counts)))
+    samples = (read_sample(folder, manifest, split, SAMPLE_ROWS) for split in counts)
     sample = next((sample for sample in samples if sample), None)
     view: dict[str, Any] = {
         "manifest": manifest,
@@ -170,6 +170,8 @@ def _template() -> jinja2.Template:
     environment.filters |= {function.__name__: function for function in named}
     environment.filters |= {
         "thousands": lambda number: f"{number:,}",
+        # A long name breaks where people would break it.
+        "breakable": lambda name: Markup(escape(name).replace("_", Markup("_<wbr>"))),
         "data": lambda image, kind: f"data:image/{kind};base64,{base64.b64encode(image).decode()}",
     }
     return environment.get_template("report.html.jinja")

@@ -117,11 +117,15 @@ def draw_matrix(rows: Sequence[Sequence[Transfer]], split: str) -> bytes:
     models, across = [cell.looking for cell in rows[0]], 2 if len(blocks) > 1 and len(rows[0]) <= SIDE_BY_SIDE else 1
     lines = [blocks[start : start + across] for start in range(0, len(blocks), across)]
     heights = [max(map(len, line)) for line in lines]
-    size = across * (NAMES_WIDTH + CELL_WIDTH * len(models)), CELL_HEIGHT * (sum(heights) + 2.5 * len(lines) + 1)
+    size = (
+        max(WIDTH, across * (NAMES_WIDTH + CELL_WIDTH * len(models))),
+        CELL_HEIGHT * (sum(heights) + 2.5 * len(lines) + 1),
+    )
     heat = LinearSegmentedColormap.from_list("lost", HEAT)
     with paper():
         figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(f"{shortened(split, 40)}: share lost of what is right when clean, accuracy below", fontsize=9)
+        says = "share lost of those right when clean\nand accuracy below; bold: the attacked model"
+        figure.suptitle(f"{shortened(split)} images: {says}", fontsize=9)
         grid = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
         for axes in grid.flat:
             axes.set_axis_off()

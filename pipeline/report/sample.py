@@ -34,9 +34,9 @@ class Sample:
     of its rows has one.
 
     prediction (1 + K, M), in recorded indices; confidence (1 + K, M) in [0, 1], NaN where it is not stored; right
-    (1 + K, M): predicted as labelled, or, without labels, as when clean; success (1 + K, M): fooled, on target or, where
-    there are neither labels nor targets, changed, and not so when clean; target (M,) in recorded indices, None in other
-    runs; shard (M,) into `shards`, and place (M,) within it.
+    (1 + K, M): predicted as labelled, or, without labels, as when clean; success (1 + K, M): fooled, on target or,
+    where there are neither labels nor targets, changed, and not so when clean; target (M,) in recorded indices, None in
+    other runs; shard (M,) into `shards`, and place (M,) within it.
     """
 
     split: str
