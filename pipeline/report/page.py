@@ -187,7 +187,7 @@ def _accuracy(focus: Focus) -> tuple[list[Curve], str]:
         noise = noise_levels(focus)
         floor = [noise.get(subset.level) for subset in subsets[1:]]
         if any(floor):
-            values = (subset and accuracy(subset, focus.model) for subset in floor)
+            values = (accuracy(subset, focus.model) if subset else None for subset in floor)
             curves.append(Curve(f"{focus.model} on noise", (shares[0][0], *values), SOFT, "d", dashed=True))
     else:
         curves = [model_curve(focus.model, tuple(sample.right.mean(1).tolist()), 0)]
@@ -203,8 +203,8 @@ def _confidence(focus: Focus) -> tuple[list[Curve], str]:
     clean, *attacked = (focus.subsets[variant] for variant in focus.sample.variants)
     # Of clean images the first model's is counted.
     known = not np.isnan(focus.sample.confidence[0]).any()
-    every = (ratio(subset.confidence_sum, subset.rows) for subset in attacked)
-    every = (ratio(clean.confidence_sum, clean.rows) if known else None, *every)
+    means = (ratio(subset.confidence_sum, subset.rows) for subset in attacked)
+    every = (ratio(clean.confidence_sum, clean.rows) if known else None, *means)
     names = focus.sample.words
     curves = [Curve(names[0], right, RIGHT, "o"), Curve(names[1], wrong, WRONG, "X")]
     return [*curves, Curve("all", every, SOFT, "s", dashed=True)], "mean confidence"
