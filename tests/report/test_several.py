@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pipeline
 from pipeline.output.transfer import Transfer
 from pipeline.report.findings import focus_on, who_travels
 from pipeline.report.gallery import make_groups
 from pipeline.report.page import report
 from pipeline.report.sample import read_sample
-from tests.conftest import WriteConfig, generate, rows
+from tests.conftest import WriteConfig, generate, pixels, png_bytes, random_pixels, rows, write_parquet
 from tests.support.page import Page, make, opened, opened_png
 from tests.support.several import ATTACKS, write_several
 
@@ -23,7 +22,7 @@ FGSM, NOISE, PGD = ATTACKS["fgsm"], ATTACKS["noise"], ATTACKS["pgd"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made() -> dict[str, Path]:
     """What a module's tests read of one run is made once."""
     return {}
 
@@ -111,49 +110,35 @@ def test_the_page_looks_closely_at_the_first_attack_on_the_first_model(out: Path
 def test_a_sample_and_its_pictures_are_what_is_stored(
     attacks: Mapping[str, Any], subsets: list[str], layout: str, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    generate(write_several(write_config, tmp_path, dict(attacks), output={"layout": layout}))
-    folder, manifest = opened(tmp_path / "out")
+    for each in ("images", layout):
+        output = {"layout": each, "path": str(tmp_path / each)}
+        generate(write_several(write_config, tmp_path, dict(attacks), output=output))
+    folder, manifest = opened(tmp_path / layout)
     sample = read_sample(folder, manifest, "test", 10_000)
     assert sample is not None
     assert [variant.subset for variant in sample.variants] == ["clean", *subsets]
-    own = sample.variants[1].model or "net"
-    loaded = pipeline.load(tmp_path / "out", split="test")
-    frame = loaded.remove_columns("image").to_pandas()
-    of = [
-        frame["attack"].isna()
-        if variant.attack is None
-        else (frame["attack"] == variant.attack)
-        & (frame["epsilon"] == variant.epsilon)
-        & ((frame["model"] == variant.model) if variant.model else frame["model"].isna())
-        for variant in sample.variants
-    ]
-    for index, chosen in enumerate(of):
-        table = frame[chosen]
+    own = focus_on(manifest, sample).models[0]
+    assert own == (sample.variants[1].model or "net")
+    stored = [rows(tmp_path / "images", variant.subset) for variant in sample.variants]
+    for index, table in enumerate(stored):
         np.testing.assert_array_equal(sample.prediction[index], table[f"prediction_{own}"])
         np.testing.assert_array_equal(sample.right[index], table[f"correct_{own}"].astype(bool))
         if index:
             np.testing.assert_array_equal(sample.success[index], table["fooled"].astype(bool))
-        if index or own == "net":
-            np.testing.assert_array_equal(sample.confidence[index], table["confidence"])
-        else:
-            assert np.isnan(sample.confidence[0]).all()
-    focus = focus_on(manifest, sample)
-    assert focus.models[0] == own
-    stored = [[np.asarray(image) for image in loaded.select(np.flatnonzero(chosen))["image"]] for chosen in of]
-    shown = 0
-    for group in make_groups(folder, manifest, sample, sample.variants, str):
-        for cells in group.examples:
-            pictures = [np.asarray(cell.image) for cell in (cells[0], *cells[2:])]
-            (row,) = (row for row, image in enumerate(stored[0]) if np.array_equal(image, pictures[0]))
-            for index, picture in enumerate(pictures):
-                np.testing.assert_array_equal(picture, stored[index][row])
-            moved = np.sign(pictures[1].astype(int) - pictures[0])
-            # Where clipping held the smallest step, nobody sees which way it went.
-            np.testing.assert_array_equal(
-                (np.asarray(cells[1].image).astype(int) // 127 - 1)[moved != 0], moved[moved != 0]
-            )
-            shown += 1
-    assert shown > 0
+        sure = table["confidence"] if index or own == "net" else np.full(len(table), np.nan)
+        np.testing.assert_array_equal(sample.confidence[index], sure)
+    images = [pixels(table).transpose(0, 2, 3, 1) for table in stored]
+    shown = [cells for group in make_groups(folder, manifest, sample, sample.variants, str) for cells in group.examples]
+    assert shown
+    for cells in shown:
+        pictures = [np.asarray(cell.image).astype(int) for cell in (cells[0], *cells[2:])]
+        (row,) = (row for row, image in enumerate(images[0]) if np.array_equal(image, pictures[0]))
+        for picture, own_images in zip(pictures, images, strict=True):
+            np.testing.assert_array_equal(picture, own_images[row])
+        # Where clipping held the smallest step, nobody sees which way it went.
+        direction = np.sign(pictures[1] - pictures[0])
+        moved, sign = direction != 0, np.asarray(cells[1].image).astype(int) // 127 - 1
+        np.testing.assert_array_equal(sign[moved], direction[moved])
 
 
 def test_what_is_not_known_of_clean_images_is_not_said(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -170,8 +155,9 @@ def test_what_is_not_known_of_clean_images_is_not_said(write_config: WriteConfig
 
 
 def test_without_labels_there_is_no_matrix(write_config: WriteConfig, tmp_path: Path) -> None:
-    attacks = {"fgsm": {**FGSM, "label": "prediction"}}
-    generate(write_several(write_config, tmp_path, attacks, source={"label_column": None}))
+    source = write_parquet(tmp_path / "bare", [png_bytes(image) for image in random_pixels(20)], None)
+    sections = {"path": str(source), "classes": ["cat", "dog", "eel"]}
+    generate(write_several(write_config, tmp_path, {"fgsm": {**FGSM, "label": "prediction"}}, source=sections))
     page = make(tmp_path / "out")
     assert "Transfer" not in page.words
     assert not (tmp_path / "out/assets/transfer.png").exists()
