@@ -3,7 +3,6 @@
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,10 +35,10 @@ def noise(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
 
 
-def joined(parts: list[Part]) -> tuple[list[Tensor], Tensor, Tensor, Any]:
+def joined(parts: list[Part]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     pictures = [torch.cat([part.pictures[index] for part in parts]) for index in range(1 + len(LEVELS))]
     logits = torch.stack([torch.cat(own) for own in zip(*(part.logits for part in parts), strict=True)])
-    return pictures, logits, torch.cat([part.classes[0] for part in parts]), sum(part.zero_signs for part in parts)
+    return pictures, logits, torch.cat([part.classes[0] for part in parts]), torch.stack([part.zero_signs for part in parts]).sum(0)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,7 @@ def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
         expected_logits = torch.cat([torch.stack(part.logits) for part in plain], 1).cpu()[:, valid]
         torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-3)
         assert torch.equal(classes, torch.cat([part.classes[0] for part in plain]).cpu()[valid])
-        assert zero_signs.tolist() == sum(part.zero_signs for part in plain).tolist()
+        assert zero_signs.tolist() == torch.stack([part.zero_signs for part in plain]).sum(0).tolist()
 
 
 @pytest.mark.parametrize("cores", [1, 3])

@@ -12,10 +12,10 @@ from pipeline.attacks.base import Goal, Perturbed
 from pipeline.attacks.fgsm import FGSM
 from pipeline.attacks.load import load_attack
 from pipeline.core.errors import ConfigError
+from pipeline.core.images import open_image
 from pipeline.engine.compute import Attacked, ModelAttack, attack_images
 from pipeline.engine.model_check import check_attack
 from pipeline.models.base import Model
-from pipeline.sources import cells
 from tests.conftest import WriteConfig, generate, manifest
 from tests.support.attacks import on_model
 from tests.support.configs import section
@@ -155,11 +155,11 @@ def test_an_image_is_decoded_once_whatever_looks_at_it_and_attacks_it(
 ) -> None:
     opened: list[int] = []
 
-    def counted(file: Any, opening: Callable[[Any], Any] = cells.open_image) -> Any:
+    def counted(file: Any, opening: Callable[[Any], Any] = open_image) -> Any:
         opened.append(1)
         return opening(file)
 
-    monkeypatch.setattr(cells, "open_image", counted)
+    monkeypatch.setattr("pipeline.sources.cells.open_image", counted)
     counts = []
     for name, attacks in (("one", {"noise": ATTACKS["noise"]}), ("all", ATTACKS)):
         del opened[:]
