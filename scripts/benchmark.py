@@ -310,7 +310,10 @@ class Bench:
         """The config of a case: what our user would write, and the others read the same from."""
         work, variant = self.workload, VARIANTS[case.variant]
         weights = {"weights": str(self.weights.resolve())} if self.weights else {}
+        model = {**work.model, **weights}
+        models = {"models": {"resnet20": model, **work.more_models}} if work.more_models else {"model": model}
         return {
+            **models,
             "source": {
                 "kind": "huggingface",
                 "path": str(self.source),
@@ -319,7 +322,6 @@ class Bench:
                 "limit": case.images,
             },
             "preprocess": work.preprocess,
-            "model": {**work.model, **weights},
             "attack": {"epsilons": [f"{level}/255" for level in case.levels]},
             "output": {
                 "path": str(output),
