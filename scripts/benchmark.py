@@ -350,7 +350,7 @@ class Bench:
         seen = receipt_marks(output) if case.contender == "ours" else json.loads(marks.read_text())
         rate, startup = steady(seen, launched)
         said = log.read_text()
-        compiled = re.search(r"Compiled the victim in ([\d.]+) s", said)
+        compiled = re.search(r"Compiled the models in ([\d.]+) s", said)
         busy = re.search(r"Busy: (.*)", said)
         stored = sum(file.stat().st_size for file in output.glob("**/*.parquet"))
         shutil.rmtree(output, ignore_errors=True)
@@ -405,7 +405,11 @@ def run_rounds(
 
 
 def list_cases(workload: Workload, contenders: Sequence[str], variants: Sequence[str]) -> list[Case]:
-    """Who runs on a workload: ours in each variant, a bound for each way to compute, and the others once."""
+    """Who runs on a workload: ours in each variant, a bound for each way to compute, and the others once.
+
+    Of several models the others make no dataset.
+    """
+    contenders = [name for name in contenders if name in ("ours", "bound") or not workload.more_models]
     computed = dict.fromkeys(variant.removesuffix(SIGNS) for variant in variants)
     named = {"ours": variants, "bound": list(computed)}
     # The bound is as fast as ours, and in memory from its first image on.

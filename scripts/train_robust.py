@@ -324,8 +324,8 @@ def check_writable(option: str, path: Path) -> None:
 def main(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder of a dataset, either layout.")],
     model: Annotated[
-        str | None, typer.Option(help="path/to/file.py:callable or package.module:callable [the dataset's first model,
-        untrained]")
+        str | None,
+        typer.Option(help="path/to/file.py:callable or package.module:callable [the dataset's first model, untrained]"),
     ] = None,
     train_split: Annotated[str, typer.Option(help="What is learnt from.")] = "train",
     test_split: Annotated[str, typer.Option(help="What is tested on.")] = "test",
