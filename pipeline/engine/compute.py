@@ -104,9 +104,9 @@ def attack_images(
     images, own, directions, classes, zero_signs = [images_u8], [order[0]], [], [], []
     finite, in_ball = [], []
     # Attacks with one goal on one model share its forward pass of the clean images, and their gradient.
-    attacked: dict[tuple[str, Goal], tuple[AttackedModel, Tensor]] = {}
+    attacked: dict[tuple[str, Goal, bool], tuple[AttackedModel, Tensor]] = {}
     for each in attacks:
-        key = each.model, each.goal
+        key = each.model, each.goal, each.asks_model
         if key not in attacked:
             model = AttackedModel(models[each.model], images_u8, targeted=each.goal.target is not None)
             wanted = labels[:, order.index(each.model)]
@@ -127,7 +127,7 @@ def attack_images(
             last = perturbed.images[-1]
             directions.append((last > images_u8).to(torch.int8) - (last < images_u8).to(torch.int8))
             zero_signs += [((moved == images_u8) & rows).sum() for moved in perturbed.images]
-    clean = {name: model.logits for (name, _), (model, _) in reversed(attacked.items()) if model.went_forward}
+    clean = {name: model.logits for (name, *_), (model, _) in reversed(attacked.items()) if model.went_forward}
     logits: dict[int, Tensor] = {}
     predictions, finite_logits = [], []
     for name, looking in models.items():

@@ -122,7 +122,8 @@ def _perturb(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tenso
     key, file = f"{attack.key}.kind", source_file(type(attack.attack))
     attacked = AttackedModel(model, images_u8, targeted=attack.goal.target is not None)
     classes = attack.goal.classes(attacked.logits, labels, draws) if attack.asks_model else labels
-    before = images_u8.clone()
+    given = {"images": images_u8, "classes": classes, "draws": draws, "logits": attacked.logits}
+    before = {name: values.clone() for name, values in given.items()}
     try:
         perturbed = attack.perturb(attacked, images_u8, classes, draws)
     except (torch.OutOfMemoryError, PipelineError):
@@ -133,8 +134,9 @@ def _perturb(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tenso
         raise ConfigError(
             f"{key}: {frame.filename} fails in line {frame.lineno}: {type(error).__name__}: {first_line(error)}"
         ) from error
-    if not torch.equal(before, images_u8):
-        raise ConfigError(f"{key}: {file} changes the images that it is given; make new ones in their place.")
+    for name, values in given.items():
+        if not torch.equal(before[name].nan_to_num(), values.nan_to_num()):
+            raise ConfigError(f"{key}: {file} changes the {name} that it is given; make new ones in their place.")
     if not isinstance(perturbed, Perturbed):
         raise ConfigError(
             f"{key}: perturb in {file} returns {type(perturbed).__name__}; return Perturbed(images), or "

@@ -153,7 +153,7 @@ def test_every_image_comes_once_and_alike_in_every_layout(several: Path, known: 
         assert made == {("fgsm", "sums"), ("noise", None)}
     if mix.get("clean") == 0:
         assert made == {("fgsm", "net"), ("fgsm", "sums"), ("aimed", "net")}
-        assert len(data.shards.columns) == 6  # of wide: four attacked images are drawn, and no clean one
+        assert len(data.shards.columns) == 5  # of wide: no clean image is drawn, and none of noise
 
 
 def test_draws_are_even_over_models_then_attacks_then_epsilons(several: Path) -> None:
