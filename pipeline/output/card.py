@@ -352,7 +352,8 @@ def _readable(manifest: Manifest) -> int | None:
     off_ray = [name for name in manifest.resolved.all_attacks if not manifest.on_ray(name)]
     levels = manifest.levels
     if not off_ray:
-        return next(level for level in (3, 5, 7, *range(1, 256)) if level not in levels or level == 255)
+        wanted: list[int] = [3, 5, 7, *range(1, 256)]
+        return next(level for level in wanted if level not in levels or level == 255)
     recorded = [{variant.level for variant in manifest.variants if variant.attack == name} for name in off_ray]
     return max(set.intersection(*recorded), default=None)
 
