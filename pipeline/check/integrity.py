@@ -32,7 +32,7 @@ from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
-from pipeline.core.lattice import common_sign, picture_to_sign, step
+from pipeline.core.lattice import common_sign, step, stored_sign
 from pipeline.core.plan import Plan, Shard
 from pipeline.core.variants import by_attack
 from pipeline.engine.execute import draw_numbers
@@ -543,20 +543,25 @@ class ShardCheck:
             picture: self._pictures(stored[picture.subset].column(picture.column), files[picture.subset])
             for picture in layout.pictures(variants)
         }
+        images, signs = [pictures[layout.pictures(variants)[0]]], []
         try:
             tables = [layout.rows(stored, variant, variants) for variant in variants]
-            if layout.stores_sign:
-                rays = [layout.ray(variants[indices[0]], variants) for indices in self.attacks]
-                signs = [picture_to_sign(pictures[direction]) for _, direction in rays]
-                images = [pictures[rays[0][0]]]
-                for indices, sign in zip(self.attacks, signs, strict=True):
-                    images += [step(images[0], sign, self.levels[index]) for index in indices]
-                return images, signs, tables
+            for indices in self.attacks:
+                levels = [self.levels[index] for index in indices]
+                sources = [[pictures[one] for one in layout.source(variants[index], variants)] for index in indices]
+                # An image that is not stored follows from two pictures, the same ones for all levels of an attack.
+                ray = next(([each.numpy() for each in source] for source in sources if source[1:]), None)
+                if ray is None:
+                    own = [source[0] for source in sources]
+                    sign = common_sign([images[0], *own], [0, *levels])
+                else:
+                    sign = torch.from_numpy(stored_sign(*ray, is_map=layout.stores_sign))
+                    pairs = zip(sources, levels, strict=True)
+                    own = [step(images[0], sign, level) if source[1:] else source[0] for source, level in pairs]
+                images += own
+                signs.append(sign)
         except ValueError as error:
             raise DamageError(f"{files[self.stored[0]]}: {error}.") from None
-        images = [pictures[picture] for variant in variants for picture in layout.source(variant, variants)]
-        of_attacks = ([0, *indices] for indices in self.attacks)
-        signs = [common_sign([images[i] for i in own], [self.levels[i] for i in own]) for own in of_attacks]
         return images, signs, tables
 
     def _pictures(self, column: pa.ChunkedArray, name: str) -> Tensor:

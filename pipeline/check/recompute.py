@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.attacks.base import AttackedModel, direction_sign
+from pipeline.attacks.base import direction_sign
 from pipeline.check.findings import DamageError, Findings, refuse_rows
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError
@@ -35,6 +35,7 @@ from pipeline.engine.run import (
 )
 from pipeline.engine.scores import own_models, score
 from pipeline.layouts.base import Scores, model_columns
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.label_space import LabelSpace
 from pipeline.output.folder import Receipt
 from pipeline.output.manifest import Manifest
@@ -139,7 +140,7 @@ def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
     for index, (each, sign) in enumerate(zip(attacker.attacks, signs, strict=True)):
         attacked = AttackedModel(models[each.model], images[0], targeted=each.goal.target is not None)
         own = classes[:, index].contiguous()
-        perturbed = each.attack.perturb(attacked, images[0], own, each.levels, draws)
+        perturbed = each.perturb(attacked, images[0], own, draws)
         if perturbed.direction is None:
             stored = images[first : first + len(each.levels)]
             differs = torch.stack([*map(torch.ne, perturbed.images, stored)]).flatten(2)

@@ -105,7 +105,7 @@ def at_levels(recorded: Sequence[Variant], levels: Iterable[int]) -> tuple[Varia
         recorded: the variants of a run, clean first.
         levels: in grey levels; 0 is clean.
     """
-    attacked = {(variant.attack, variant.model): variant for variant in recorded[1:] or recorded}
+    attacked = {variant.pair: variant for variant in recorded[1:] or recorded}
     return tuple(
         variant for level in levels for variant in ([one.at(level) for one in attacked.values()] if level else [CLEAN])
     )

@@ -33,13 +33,13 @@ def summary_table(manifest: Manifest) -> str:
     and of those that it gets right when clean the share that it loses.
     """
     lines = _aligned([HEAD, *map(_cells, manifest.subsets)])
-    if len(manifest.spaces) > 1 and manifest.transfer:
+    if len(manifest.spaces) > 1 and (matrix := by_epsilon(manifest.transfer)):
         lines += [
             "",
             "Transfer, in percent: what each model gets right, and what it loses of what",
             "it gets right when clean",
         ]
-        for (split, level), rows in itertools.groupby(by_epsilon(manifest.transfer), _split_and_level):
+        for (split, level), rows in itertools.groupby(matrix, _split_and_level):
             lines += ["", *_transfer_block(f"{split} {level}/255", list(rows))]
     return "\n".join([*lines, "", *_notes(manifest)])
 
