@@ -327,6 +327,7 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
         "names": [attack.title for attack in attacks.values()],
         "on_ray": [name for name in attacks if manifest.on_ray(name)],
         "off_ray": [name for name in attacks if not manifest.on_ray(name)],
+        "of_own": any(attack.own_code for attack in attacks.values()),
         "of_label": any(a.asks_model and a.label == "dataset" and a.target is None for a in attacks.values()),
         "of_no_label": any(a.asks_model and (a.label, a.target) != ("dataset", None) for a in attacks.values()),
         "targeted": any(attack.target is not None for attack in attacks.values()),
@@ -345,17 +346,12 @@ def _gathers(config: Mapping[str, Any], manifest: Manifest) -> bool:
 
 
 def _readable(manifest: Manifest) -> int | None:
-    """A level at which `pipeline.load` gives images of every attack: one that shows what it can make, if it can.
-
-    None where there is none.
-    """
-    off_ray = [name for name in manifest.resolved.all_attacks if not manifest.on_ray(name)]
-    levels = manifest.levels
-    if not off_ray:
-        wanted: list[int] = [3, 5, 7, *range(1, 256)]
-        return next(level for level in wanted if level not in levels or level == 255)
-    recorded = [{variant.level for variant in manifest.variants if variant.attack == name} for name in off_ray]
-    return max(set.intersection(*recorded), default=None)
+    """A level at which `pipeline.load` gives images of every attack, if possible one that is not recorded."""
+    bound = [set(attack.levels) for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
+    if not bound:
+        recorded = set(manifest.levels)
+        return next(level for level in [3, 5, 7, *range(1, 256)] if level not in recorded or level == 255)
+    return max(set.intersection(*bound), default=None)
 
 
 def _all_requested(attacks: Iterable[AttackConfig]) -> list[tuple[int, str | float]]:

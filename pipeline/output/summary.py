@@ -36,7 +36,8 @@ def summary_table(manifest: Manifest) -> str:
     if len(manifest.spaces) > 1 and (matrix := by_epsilon(manifest.transfer)):
         lines += [
             "",
-            "Transfer, in percent: what each model gets right, and what it loses of what it gets right when clean",
+            "Transfer, in percent: what each model gets right, and what it loses of what",
+            "it gets right when clean",
         ]
         for (split, level), rows in itertools.groupby(matrix, _split_and_level):
             lines += ["", *_transfer_block(f"{split} {level}/255", list(rows))]

@@ -53,7 +53,8 @@ def found(out: Path, **options: bool) -> str:
 
 
 def rows(out: Path, subset: str) -> Columns:
-    return pq.read_table(shard_path(out, f"{subset}/{SHARD}.parquet")).to_pydict()
+    columns: Columns = pq.read_table(shard_path(out, f"{subset}/{SHARD}.parquet")).to_pydict()
+    return columns
 
 
 def test_it_is_sound(out: Path) -> None:
@@ -67,8 +68,8 @@ def test_it_is_sound(out: Path) -> None:
 
 def other_value(column: str) -> Callable[[Columns], None]:
     def edit(columns: Columns) -> None:
-        values = columns[column]
-        values[2] = {bool: lambda: not values[2], int: lambda: (values[2] + 1) % 3}[type(values[2])]()
+        value = columns[column][2]
+        columns[column][2] = not value if isinstance(value, bool) else (value + 1) % 3
 
     return edit
 
