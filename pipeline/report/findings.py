@@ -199,12 +199,6 @@ def class_names(manifest: Manifest, model: str) -> Callable[[int], str]:
     return lambda index: (classes[index].strip() or "(no name)") if index < len(classes) else str(index)
 
 
-def model_name(model: Mapping[str, Any]) -> str:
-    """What people call a model of a config: without the folder of a factory's file."""
-    name = str(model.get("name") or model["kind"])
-    return name.rpartition("/")[2] if model["kind"] == "factory" else name
-
-
 def source_name(source: Mapping[str, Any]) -> str:
     """What people call the source of a config: a Hub id, or the last folder of a path."""
     path = str(source.get("path") or source["kind"])
