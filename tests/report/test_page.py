@@ -389,6 +389,7 @@ def test_a_targeted_run_is_about_its_target(write_config: WriteConfig, tmp_path:
     reached = frame["fooled"].sum()
     assert 0 < reached < 60
     assert f" {reached / 0.6:.1f}% are on target." in page.words
+    assert page.tables["Counts at each epsilon"][0][4] == "on target"
     assert "towards dog" in page.words
     assert "◎ the target: dog" in page.words
 
