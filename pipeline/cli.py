@@ -54,7 +54,7 @@ def generate(
     executor: Annotated[
         str,
         typer.Option(
-            "--executor", metavar="|".join(EXECUTORS), help="Who does the work: this process, or a Ray cluster."
+            "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this process."
         ),
     ] = "local",
     part: Annotated[

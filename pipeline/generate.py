@@ -227,7 +227,8 @@ def _write(
 
     Raises:
         ShardsFailedError: some failed each time they were tried; all others were committed.
-        PipelineError: too many rows were skipped, what was written is not in the folder, or what ends the run.
+        PipelineError: too many rows were skipped, what was written is not in the folder, the executor ended before all
+            was written, or what ends the run.
     """
     by_name, here, failed, busy = {shard.name: shard for shard in shards}, list[Receipt](), None, Busy()
     skipped, read = sum(len(receipt.skipped) for receipt in done), sum(receipt.planned for receipt in done)
@@ -262,6 +263,13 @@ def _write(
         reasons = {name: reason for name, reason in failed.reasons.items() if name not in there}
         if reasons:
             raise ShardsFailedError(reasons, failed.total, failed.retries) from failed
+    elif untold := by_name.keys() - {receipt.shard for receipt in here}:
+        lost = sorted(untold - committed(folder, opened.edition, shards).keys())
+        if lost:
+            raise PipelineError(
+                f"{type(executor).__name__} ended without writing {len(lost)} of {len(shards)} shards "
+                f"({listing(lost)}); run the same command again to write them."
+            )
     return progress, busy.shares(dict.fromkeys(busy.seconds, executor.workers))
 
 

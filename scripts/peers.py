@@ -84,19 +84,20 @@ def run_bound(config: Config, images: int) -> Marks:
 def victim(config: Config, device: torch.device) -> nn.Module:
     """The model with its normalisation in front, as PyTorch users wrap it."""
     torch.manual_seed(config.runtime.seed)
-    if config.model.kind == "digits":
+    (section,) = config.all_models.values()
+    if section.kind == "digits":
         model: nn.Module = DigitsNet()
         load_checkpoint(model, WEIGHTS)
-    elif config.model.kind == "factory":
+    elif section.kind == "factory":
         from resnet20 import resnet20
 
         model = resnet20()
-        if config.model.weights is not None:
-            load_checkpoint(model, Path(config.model.weights))
+        if section.weights is not None:
+            load_checkpoint(model, Path(section.weights))
     else:
-        model = models.get_model(str(config.model.call[0]), weights=None)
-    if config.model.mean is not None and config.model.std is not None:
-        model = nn.Sequential(transforms.Normalize(config.model.mean, config.model.std), model)
+        model = models.get_model(str(section.call[0]), weights=None)
+    if section.mean is not None and section.std is not None:
+        model = nn.Sequential(transforms.Normalize(section.mean, section.std), model)
     return model.eval().to(device)
 
 
@@ -133,13 +134,14 @@ def run_plain(config: Config, images: int) -> Marks:
     model = victim(config, device).requires_grad_(False)
     batch = next(iter(load_images(config, config.runtime.batch_size)))
     pixels, labels = batch["image"].to(device), batch["label"].to(device)
+    (section,) = config.all_attacks.values()
     watch = Stopwatch()
     while watch.images < images:
         clean = pixels.clone().requires_grad_()
         logits = model(clean)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), clean)
         predictions = [logits.argmax(1)]
-        for level in config.attack.levels:
+        for level in section.levels:
             predictions.append(predict(model, (pixels + level / 255 * gradient.sign()).clamp(0, 1)))
         torch.stack(predictions).cpu()
         watch.finished(len(pixels))
@@ -222,7 +224,8 @@ def run_peer(name: str, config: Config, images: int) -> Marks:
     folder.mkdir(parents=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = victim(config, device)
-    epsilons = [level / 255 for level in config.attack.levels]
+    (section,) = config.all_attacks.values()
+    epsilons = [level / 255 for level in section.levels]
     attack: Attack | None = None
     watch = Stopwatch()
     for index, batch in enumerate(load_images(config, images)):

@@ -9,12 +9,12 @@ sees them all clean, the other a part of them at an epsilon drawn anew in each e
 what either gets right:
 
 - clean:  the clean images of the test split;
-- stored: its adversarial images as they are in the dataset. They were made against the dataset's victim, so for a newly
+- stored: its adversarial images as they are in the dataset. They were made against the dataset's models, so for a newly
           trained model they are transferred attacks, and improvement on them alone would flatter;
 - fresh:  FGSM made against the very model that is tested, which sees its weights (white-box), with the project's own
           attack on the 8-bit lattice.
 
-The architecture is that of the dataset's victim, untrained, unless --model names another.
+The architecture is that of the dataset's first model, untrained, unless --model names another.
 """
 
 import json
@@ -40,7 +40,7 @@ from pipeline.check.verify import announce_factories
 from pipeline.config.schema import ModelConfig
 from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.engine.compute import attack_images
+from pipeline.engine.compute import Attacker, ModelAttack
 from pipeline.models.base import Model
 from pipeline.models.factory import FactoryConfig
 from pipeline.models.load import load_model
@@ -155,19 +155,12 @@ def evaluate(model: Model, output: Path, split: str, levels: Sequence[int], work
     """
     right: dict[str, int] = {}
     clean = training_dataset(output, split, clean=1, shuffle=False)
+    attack = ModelAttack(FGSM(), "attack", "trained", asks_model=True, levels=tuple(levels), goal=Goal())
+    attacker = Attacker({"trained": model}, (attack,), stored=lambda *_: ())
     for images, labels in _batches(clean, workers, model):
-        attacked = attack_images(
-            FGSM(),
-            model,
-            images,
-            labels,
-            torch.ones_like(labels, dtype=torch.bool),
-            levels=levels,
-            goal=Goal(),
-            draws=torch.zeros_like(labels),
-        )
-        attacked.check_finite()
-        counts = (attacked.logits.argmax(-1) == labels).sum(1).tolist()
+        draws = torch.zeros_like(labels)
+        predictions = attacker(images, labels.unsqueeze(1), draws, valid=draws == 0).predictions[0]
+        counts = (predictions == labels.cpu()).sum(1).tolist()
         for name, count in zip(["clean", *(f"fresh {level}/255" for level in levels)], counts, strict=True):
             right[name] = right.get(name, 0) + count
     for level in levels:
@@ -331,7 +324,8 @@ def check_writable(option: str, path: Path) -> None:
 def main(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder of a dataset, either layout.")],
     model: Annotated[
-        str | None, typer.Option(help="path/to/file.py:callable or package.module:callable [the victim's architecture]")
+        str | None,
+        typer.Option(help="path/to/file.py:callable or package.module:callable [the dataset's first model, untrained]"),
     ] = None,
     train_split: Annotated[str, typer.Option(help="What is learnt from.")] = "train",
     test_split: Annotated[str, typer.Option(help="What is tested on.")] = "test",
@@ -357,7 +351,7 @@ def main(
                 check_writable(option, path)
         manifest = require_manifest(OutputFolder(output))
         recorded = manifest.levels[1:]
-        config = manifest.resolved.model
+        config = next(iter(manifest.resolved.all_models.values()))
         if model is not None:
             config = FactoryConfig(kind="factory", name=model, mean=config.mean, std=config.std)
         else:

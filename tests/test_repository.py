@@ -34,7 +34,7 @@ def test_the_readme_s_config_is_valid(tmp_path: Path) -> None:
     path.write_text("".join(examples))
     config = load_config(str(path))
     assert [evaluator.id for evaluator in config.evaluators] == ["vit", "robust"]
-    assert config.attack.levels == (1, 2, 4, 8)
+    assert config.all_attacks["fgsm"].levels == (1, 2, 4, 8)
     assert config.model.call[0] == f"{tmp_path}/resnet20.py:make"
 
 

@@ -6,10 +6,32 @@ and epsilons in whole grey levels. The arithmetic is exact, so what is predicted
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from pipeline.attacks.base import Perturbed
+from pipeline.config.schema import AttackConfig
 
-from pipeline.attacks.base import AttackedModel, Perturbed
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.attacked import AttackedModel
+
+
+class FGSMConfig(AttackConfig):
+    """FGSM, which has no settings of its own."""
+
+    kind: Literal["fgsm"] = "fgsm"
+    paper = """@inproceedings{goodfellow2015explaining,
+  title={Explaining and Harnessing Adversarial Examples},
+  author={Goodfellow, Ian J. and Shlens, Jonathon and Szegedy, Christian},
+  booktitle={International Conference on Learning Representations},
+  year={2015},
+  url={https://arxiv.org/abs/1412.6572}
+}"""
+
+    @property
+    def how(self) -> str:
+        return "by one step along the sign of its gradient"
 
 
 class FGSM:
@@ -19,7 +41,7 @@ class FGSM:
     needs_draws = False
 
     def perturb(
-        self, model: AttackedModel, images: Tensor, classes: Tensor, levels: Sequence[int], draws: Tensor
+        self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
     ) -> Perturbed:
         del draws
         return Perturbed.along(images, model.gradient(images, classes), levels)

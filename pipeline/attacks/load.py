@@ -6,7 +6,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.attacks.base import Attack
-from pipeline.attacks.sections import OwnAttackConfig
+from pipeline.attacks.own import OwnAttackConfig
 from pipeline.config.kinds import ATTACKS
 from pipeline.config.schema import AttackConfig
 from pipeline.core.errors import ConfigError, first_line
@@ -30,6 +30,10 @@ def load_attack(config: AttackConfig) -> LoadedAttack:
     if not isinstance(config, OwnAttackConfig):
         return LoadedAttack(resolve_name(ATTACKS[config.kind].make)(**config.arguments))
     make = import_own(config.kind, "attack.kind")
+    if not isinstance(make, type):
+        raise ConfigError(
+            f"attack.kind: {config.kind} is no class, but {type(make).__name__}; name the attack's class."
+        )
     try:
         made = make(**config.arguments)
     except Exception as error:  # the user's own code

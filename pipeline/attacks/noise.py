@@ -7,15 +7,46 @@ itself, the floor under figures of transfer.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field, field_validator
 
-from pipeline.attacks.base import AttackedModel, Perturbed
-from pipeline.core.draws import draw_words
+from pipeline.attacks.base import Perturbed
+from pipeline.config.schema import AttackConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.attacked import AttackedModel
 
 # Any number that is no other attack's.
 SALT = 0x6E6F6973
+
+
+class NoiseConfig(AttackConfig):
+    """Noise, which asks no model: it has no label to lead away from, needs none in the source, and has no target."""
+
+    kind: Literal["noise"] = "noise"
+    asks_model: ClassVar[bool] = False
+    # They are what runs without labels have. Left out where a config is written down, as it may not say them.
+    label: Literal["prediction"] = Field("prediction", exclude=True)
+    target: None = Field(None, exclude=True)
+    models: None = Field(None, exclude=True)
+
+    @property
+    def title(self) -> str:
+        return "noise"
+
+    @property
+    def how(self) -> str:
+        return "moves each value by the whole epsilon, up or down at random: the control for the others"
+
+    @field_validator("label", "target", "models", mode="before")
+    @classmethod
+    def _asks_no_model(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError(f"{value!r} has no meaning with kind noise, which asks no model; leave the key out")
+        return value
 
 
 class Noise:
@@ -25,8 +56,10 @@ class Noise:
     needs_draws = True
 
     def perturb(
-        self, model: AttackedModel, images: Tensor, classes: Tensor, levels: Sequence[int], draws: Tensor
+        self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
     ) -> Perturbed:
+        from pipeline.core.draws import draw_words
+
         del model, classes
         signs = 2 * (draw_words(draws, images.shape[1:], SALT) % 2) - 1
-        return Perturbed.along(images, signs.to(torch.float32), levels)
+        return Perturbed.along(images, signs.float(), levels)

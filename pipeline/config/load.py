@@ -6,14 +6,16 @@
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from pkgutil import resolve_name
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
-from pipeline.config.kinds import BASES, section_class, without_empty
-from pipeline.config.schema import Config
+from pipeline.config.kinds import ATTACKS, MODELS, OWN_ATTACK, OWN_ATTACK_SECTION, SOURCES
+from pipeline.config.schema import AttackConfig, Config, ModelConfig, SourceConfig
 from pipeline.config.section import Section
 from pipeline.core.errors import ConfigError, first_line, shortened
 from pipeline.core.redaction import find_secret, printable
@@ -23,6 +25,10 @@ from pipeline.core.variants import plain_id
 MOST_DEPTH = 50
 # Characters of a value that a message quotes, and of a message that quotes.
 MOST_QUOTED, MOST_SAID = 200, 500
+
+KINDS = {"source": SOURCES, "model": MODELS, "attack": ATTACKS}
+# What all kinds of a section have.
+BASES: dict[str, type[Section]] = {"source": SourceConfig, "model": ModelConfig, "attack": AttackConfig}
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -90,11 +96,49 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
             raise ConfigError(_without_evaluators(raw))
         values: dict[str, Any] = dict(raw)
         for key, where, section in _sections(raw):
-            checked = _checked(section_class(key, section), without_empty(key, section), where)
+            checked = _checked(section_class(key, section), _without_empty(key, section), where)
             values |= {where[0]: checked} if len(where) == 1 else {where[0]: {**values[where[0]], where[1]: checked}}
         return _checked(Config, values, ())
     except RecursionError:
         raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
+
+
+def section_class(key: str, values: Any) -> type[Section]:
+    """The section that a kind has.
+
+    Args:
+        key: `source`, `model` or `attack`.
+        values: the section, not yet checked. Where they name no kind, the section that is returned refuses them.
+    """
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if key == "attack" and kind is None:
+        kind = "fgsm"
+    if not isinstance(kind, str):
+        return _no_kind(key)
+    if key == "attack" and ":" in kind:
+        return resolve_name(OWN_ATTACK_SECTION)  # type: ignore[no-any-return]
+    return resolve_name(KINDS[key][kind].section) if kind in KINDS[key] else _no_kind(key)
+
+
+@cache
+def _no_kind(key: str) -> type[Section]:
+    kinds = (*KINDS[key], *([OWN_ATTACK] if key == "attack" else []))
+    known: Any = (Literal[kinds], ...)
+    return create_model("NoKind", __base__=BASES[key], kind=known)
+
+
+def _without_empty(key: str, values: Any) -> Any:
+    """A section without keys of other kinds that hold nothing: `--set model.name=` takes away what a file says."""
+    known = section_class(key, values).model_fields
+    if not isinstance(values, Mapping) or known.keys() >= values.keys():
+        return values
+    others = {field for kind in KINDS[key].values() for field in resolve_name(kind.section).model_fields}
+    others |= set(resolve_name(OWN_ATTACK_SECTION).model_fields) if key == "attack" else set()
+    return {
+        name: value
+        for name, value in values.items()
+        if name in known or name not in others or not (value is None or value is False or value in ([], (), {}))
+    }
 
 
 def _check_recordable(value: Any, key: str = "the config") -> None:

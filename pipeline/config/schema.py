@@ -8,10 +8,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
+from pipeline.config.kinds import LAYOUTS
 from pipeline.config.section import Count, Section, anchored, home
 from pipeline.core.addresses import check_address, is_address
 from pipeline.core.epsilon import epsilon_level
@@ -258,11 +259,18 @@ def _refuse_jpeg(value: Any) -> Any:
     return value
 
 
+# A type checker cannot know what a registry holds.
+if TYPE_CHECKING:
+    LayoutName = str
+else:
+    LayoutName = Literal[tuple(LAYOUTS)]
+
+
 class OutputConfig(Section):
     """Where the dataset goes, and in what form."""
 
     path: str
-    layout: Literal["images", "signs", "wide"] = "images"
+    layout: LayoutName = "images"
     image_format: Annotated[Literal["auto", "webp", "png"], BeforeValidator(_refuse_jpeg)] = "auto"
     images_per_shard: Count = 4096
 

@@ -37,15 +37,6 @@ def sign_to_picture(sign: Tensor) -> Tensor:
     return ((sign + 1).to(torch.uint8)) * SIGN_UNIT
 
 
-def picture_to_sign(picture_u8: Tensor) -> Tensor:
-    """A stored sign map on the CPU back to int8 in -1, 0, 1.
-
-    Raises:
-        ValueError: the picture holds another value than 0, 127 and 254.
-    """
-    return torch.from_numpy(picture_to_sign_array(picture_u8.numpy()))
-
-
 def step_array(
     images_u8: NDArray[np.uint8], sign: NDArray[np.int8], levels: int | NDArray[np.int16]
 ) -> NDArray[np.uint8]:
@@ -62,8 +53,8 @@ def step_array(
     return np.clip(moved, 0, 255, out=moved).astype(np.uint8)
 
 
-def picture_to_sign_array(picture_u8: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """`picture_to_sign`, in NumPy.
+def picture_to_sign(picture_u8: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """A stored sign map back to int8 in -1, 0, 1.
 
     Raises:
         ValueError: the picture holds another value than 0, 127 and 254.
@@ -91,7 +82,7 @@ def stored_sign(images_u8: NDArray[np.uint8], direction_u8: NDArray[np.uint8], *
         ValueError: the picture is no sign map.
     """
     if is_map:
-        return picture_to_sign_array(direction_u8)
+        return picture_to_sign(direction_u8)
     return (direction_u8 > images_u8).astype(np.int8) - (direction_u8 < images_u8)
 
 

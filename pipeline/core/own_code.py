@@ -73,9 +73,13 @@ def own_files(name: str, found: Callable[..., Any]) -> list[Path]:
     """
     where = name.rpartition(":")[0]
     named = where if names_file(name) else sys.modules[where].__file__
-    try:
-        written = inspect.getsourcefile(inspect.unwrap(found))
-    except TypeError:  # a partial or an instance is written nowhere
-        written = None
-    files = {Path(file).expanduser().resolve() for file in (named, written) if file}
+    files = {Path(file).expanduser().resolve() for file in (named, source_file(found)) if file}
     return sorted(files, key=lambda file: file.name)
+
+
+def source_file(found: Callable[..., Any]) -> str | None:
+    """The file that a function or a class is written in; None of a partial or an instance, which is written nowhere."""
+    try:
+        return inspect.getsourcefile(inspect.unwrap(found))
+    except TypeError:
+        return None

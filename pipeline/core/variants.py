@@ -37,6 +37,11 @@ class Variant:
         return self.subset.replace("-", "_")
 
     @property
+    def maker(self) -> str:
+        """What made it, for people: "fgsm on resnet20", or "noise", which asks no model. Not of clean."""
+        return f"{self.attack} on {self.model}" if self.model else str(self.attack)
+
+    @property
     def pair(self) -> str:
         """What parts its attack and its model from others of the run, in names of columns; empty if there is one."""
         return re.sub(r"-?(clean|eps-[0-9]+)$", "", self.subset).replace("-", "_")
@@ -100,7 +105,7 @@ def at_levels(recorded: Sequence[Variant], levels: Iterable[int]) -> tuple[Varia
         recorded: the variants of a run, clean first.
         levels: in grey levels; 0 is clean.
     """
-    attacked = {(variant.attack, variant.model): variant for variant in recorded[1:] or recorded}
+    attacked = {variant.pair: variant for variant in recorded[1:] or recorded}
     return tuple(
         variant for level in levels for variant in ([one.at(level) for one in attacked.values()] if level else [CLEAN])
     )

@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.attacks.base import Attack, AttackedModel, Goal, direction_sign
+from pipeline.attacks.base import Attack, Goal, Perturbed, direction_sign
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line
 from pipeline.core.lanes import Lanes, chunk_images, to_host
+from pipeline.core.own_code import source_file
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 
 # Source images from which `compile: auto` compiles. On 2 CPU cores compiling ResNet-20 took 35 s, and saved
@@ -47,6 +50,11 @@ class ModelAttack:
     levels: tuple[int, ...]
     goal: Goal
 
+    def perturb(self, model: AttackedModel, images_u8: Tensor, classes: Tensor, draws: Tensor) -> Perturbed:
+        """Attack a batch; see `Attack.perturb`. An attack that does not say it needs random numbers is given none."""
+        given: Any = draws if self.attack.needs_draws else None
+        return self.attack.perturb(model, images_u8, classes, self.levels, given)
+
 
 @dataclass(frozen=True)
 class Attacked:
@@ -57,7 +65,9 @@ class Attacked:
     those images, by the row's own model. predictions: (E, V, N) int64, of every model. classes: (A, N) int64, the
     model's class whose loss was changed. zero_signs: (V,) int64, how many values of valid rows the attack does not
     move: that direction is 0 there or, on no ray, the image is the clean one. finite_logits: (E,) bool, and
-    finite_gradient: (A,) bool: whether those of valid rows are numbers. Nothing here has waited for the device.
+    finite_gradient: (A,) bool, of the gradients and of the direction: whether those of valid rows are numbers.
+    in_ball: (A,) bool: whether no value of a valid row is further than its level from the clean one. Nothing here has
+    waited for the device.
     """
 
     images: tuple[Tensor, ...]
@@ -68,6 +78,7 @@ class Attacked:
     zero_signs: Tensor
     finite_logits: Tensor
     finite_gradient: Tensor
+    in_ball: Tensor
 
 
 def attack_images(
@@ -90,29 +101,33 @@ def attack_images(
     """
     order = list(models)
     rows, of_rows = valid.view(-1, 1, 1, 1), valid.view(-1, 1)
-    images, own, directions, classes, zero_signs, finite = [images_u8], [order[0]], [], [], [], []
+    images, own, directions, classes, zero_signs = [images_u8], [order[0]], [], [], []
+    finite, in_ball = [], []
     # Attacks with one goal on one model share its forward pass of the clean images, and their gradient.
-    attacked: dict[tuple[str, Goal], tuple[AttackedModel, Tensor]] = {}
+    attacked: dict[tuple[str, Goal, bool], tuple[AttackedModel, Tensor]] = {}
     for each in attacks:
-        key = each.model, each.goal
+        key = each.model, each.goal, each.asks_model
         if key not in attacked:
             model = AttackedModel(models[each.model], images_u8, targeted=each.goal.target is not None)
             wanted = labels[:, order.index(each.model)]
             attacked[key] = model, each.goal.classes(model.logits, wanted, draws) if each.asks_model else wanted
         model, own_classes = attacked[key]
-        perturbed = each.attack.perturb(model, images_u8, own_classes, each.levels, draws)
+        perturbed = each.perturb(model, images_u8, own_classes, draws)
         images += perturbed.images
         own += [each.model] * len(each.levels)
         classes.append(own_classes)
         finite.append((model.finite | ~valid).all())
+        far = [(_distance(moved, images_u8) > k) & rows for moved, k in zip(perturbed.images, each.levels, strict=True)]
+        in_ball.append(~torch.stack([values.any() for values in far]).any())
         if perturbed.direction is not None:
+            finite[-1] &= all_finite(perturbed.direction, rows)
             directions.append(direction_sign(perturbed.direction))
             zero_signs += [((directions[-1] == 0) & rows).sum()] * len(each.levels)
         else:
             last = perturbed.images[-1]
             directions.append((last > images_u8).to(torch.int8) - (last < images_u8).to(torch.int8))
             zero_signs += [((moved == images_u8) & rows).sum() for moved in perturbed.images]
-    clean = {name: model.logits for (name, _), (model, _) in reversed(attacked.items()) if model.went_forward}
+    clean = {name: model.logits for (name, *_), (model, _) in reversed(attacked.items()) if model.went_forward}
     logits: dict[int, Tensor] = {}
     predictions, finite_logits = [], []
     for name, looking in models.items():
@@ -129,7 +144,13 @@ def attack_images(
         zero_signs=torch.stack([torch.zeros_like(zero_signs[0]), *zero_signs]),
         finite_logits=torch.stack(finite_logits),
         finite_gradient=torch.stack(finite),
+        in_ball=torch.stack(in_ball),
     )
+
+
+def _distance(images_u8: Tensor, others_u8: Tensor) -> Tensor:
+    """How far each value is from the other's, uint8."""
+    return torch.maximum(images_u8, others_u8) - torch.minimum(images_u8, others_u8)
 
 
 def all_finite(values: Tensor, valid: Tensor) -> Tensor:
@@ -176,27 +197,35 @@ class Attacker:
 
         Raises:
             NonFiniteError: logits or a loss gradient of a valid row hold NaN or infinity.
+            PipelineError: an attack made an image outside the ball of its epsilon.
         """
         models = {name: own_copy(model) for name, model in self.models.items()}
         attacked = attack_images(models, self.attacks, images_u8, labels, valid, draws)
         pictures = self.stored(attacked.images, attacked.directions)
         small = [attacked.predictions, attacked.classes, attacked.zero_signs]
-        checks = [attacked.finite_logits, attacked.finite_gradient, valid]
+        checks = [attacked.finite_logits, attacked.finite_gradient, attacked.in_ball, valid]
         copies = to_host([*pictures, *attacked.logits, *small, *checks])
-        *copies, predictions, classes, zero_signs, finite_logits, finite_gradient, kept = copies
-        self._check_finite(finite_logits, finite_gradient)
+        *copies, predictions, classes, zero_signs, finite_logits, finite_gradient, in_ball, kept = copies
+        self._check(finite_logits, finite_gradient, in_ball)
         stored, logits = copies[: len(pictures)], copies[len(pictures) :]
         if not bool(kept.all()):
             stored, logits = ([copy[kept] for copy in copies] for copies in (stored, logits))
         return Part(tuple(stored), tuple(logits), predictions[:, :, kept], classes[:, kept], zero_signs)
 
-    def _check_finite(self, logits: Tensor, gradient: Tensor) -> None:
+    def _check(self, logits: Tensor, gradient: Tensor, in_ball: Tensor) -> None:
         for name, finite in zip(self.models, logits.tolist(), strict=True):
             if not finite:
                 raise NonFiniteError(f"The logits of the model {name} hold NaN or infinity")
-        for each, finite in zip(self.attacks, gradient.tolist(), strict=True):
+        for each, finite, inside in zip(self.attacks, gradient.tolist(), in_ball.tolist(), strict=True):
             if not finite:
-                raise NonFiniteError(f"The loss gradient of the model {each.model} holds NaN or infinity")
+                raise NonFiniteError(
+                    f"The loss gradient of the model {each.model}, as {each.key} follows it, holds NaN or infinity"
+                )
+            if not inside:
+                raise PipelineError(
+                    f"{each.key}.kind: {source_file(type(each.attack))} made images that are further from the clean "
+                    "ones than their epsilon; clamp them to clean - level and clean + level."
+                )
 
 
 # Each lane's copies of models; they go with its thread.
@@ -228,7 +257,7 @@ def rehearse(
 ) -> None:
     """Attack batches of noise in all lanes at once, as the run will, or in a few.
 
-    NaN is no failure here: what noise brings out need not be in the data.
+    What the attacker refuses, such as NaN, is no failure here: what noise brings out need not be in the data.
 
     Raises:
         Exception: whatever the model raises; torch.OutOfMemoryError where the batch is too large.
@@ -245,7 +274,7 @@ def rehearse(
             for _ in range(REHEARSED_BATCHES * pool.count)
         ]
         for future in [future for futures in batches for future in futures]:
-            with contextlib.suppress(NonFiniteError):
+            with contextlib.suppress(PipelineError):
                 future.result()
 
 

@@ -1,15 +1,20 @@
 """Model check: a look at what models and attacks make of images of the source, before a run writes anything."""
 
 import math
+import random
+import traceback
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.attacks.base import AttackedModel, Goal, Perturbed, direction_sign
+from pipeline.attacks.base import Goal, Perturbed, direction_sign
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.lattice import step
+from pipeline.core.own_code import source_file
 from pipeline.engine.compute import ModelAttack
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 
 # How far numbers may be apart, as a share of the largest: from call to call, where only the order of sums differs, in
@@ -75,55 +80,118 @@ def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: T
         labels: (N,) int64 model indices on the same device, -1 for unlabelled.
 
     Raises:
-        ConfigError: its images are none, leave the ball of their epsilon, do not lie along its direction, or are others
-            the second time.
+        ConfigError: what it returns is no `Perturbed` of such images, leaves the ball of their epsilon, does not lie
+            along its direction, is another the second time or among other rows, or follows from random numbers that
+            are not the rows' own.
         torch.OutOfMemoryError: so many images do not fit.
     """
-    draws, before = torch.arange(len(images_u8), device=images_u8.device), images_u8.clone()
-
-    def perturb() -> Perturbed:
-        attacked = AttackedModel(model, images_u8, targeted=attack.goal.target is not None)
-        classes = attack.goal.classes(attacked.logits, labels, draws) if attack.asks_model else labels
-        try:
-            return attack.attack.perturb(attacked, images_u8, classes, attack.levels, draws)
-        except (torch.OutOfMemoryError, PipelineError):
-            raise
-        except Exception as error:  # the attack may be the user's code
-            raise ConfigError(f"{attack.key}.kind: it fails: {type(error).__name__}: {first_line(error)}") from error
-
-    one, other = perturb(), perturb()
-    if not torch.equal(before, images_u8):
-        raise ConfigError(f"{attack.key}.kind: it changes the images that it is given; make new ones in their place.")
-    for perturbed in (one, other):
-        _check_perturbed(perturbed, attack, images_u8)
-    moved = max(float((a != b).double().mean()) for a, b in zip(one.images, other.images, strict=True))
+    key = f"{attack.key}.kind: {source_file(type(attack.attack))}"
+    draws = torch.arange(len(images_u8), device=images_u8.device)
+    before = _random_state(images_u8.device)
+    model.predict(images_u8)
+    state = _random_state(images_u8.device)
+    one, other = (_perturb(attack, model, images_u8, labels, draws) for _ in range(2))
+    moved = _other_values(one, other)
     if moved > OTHER_VALUES:
         raise ConfigError(
-            f"{attack.key}.kind: it is not deterministic: {moved:.1%} of the values of its images are others the "
-            "second time; draw random numbers from `draws`, with needs_draws = True."
+            f"{key} is not deterministic: {moved:.1%} of the values of its images are others the second time; draw "
+            "random numbers from `draws`, with needs_draws = True."
         )
+    # A model may draw numbers that change nothing in what it says.
+    if before == state != _random_state(images_u8.device):
+        raise ConfigError(
+            f"{key} draws or seeds the random numbers that the whole process shares, as torch.rand and "
+            "torch.manual_seed do, so images would depend on which others are attacked beside them; make them follow "
+            "from `draws`, with needs_draws = True."
+        )
+    some = (len(images_u8) + 1) // 2
+    if some < len(images_u8):
+        # Other rows beside them, black and white ones in turn.
+        beside = images_u8.clone()
+        beside[some::2], beside[some + 1 :: 2] = 0, 255
+        moved = _other_values(one, _perturb(attack, model, beside, labels, draws), some)
+        if moved > OTHER_VALUES:
+            raise ConfigError(
+                f"{key} makes other images of a row when other rows are beside it ({moved:.1%} of the values); what it "
+                "computes must not mix rows, as a mean over the batch does."
+            )
+
+
+def _perturb(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tensor, draws: Tensor) -> Perturbed:
+    """What an attack returns, which has the form that it must have."""
+    key, file = f"{attack.key}.kind", source_file(type(attack.attack))
+    attacked = AttackedModel(model, images_u8, targeted=attack.goal.target is not None)
+    classes = attack.goal.classes(attacked.logits, labels, draws) if attack.asks_model else labels
+    given = {"images": images_u8, "classes": classes, "draws": draws, "logits": attacked.logits}
+    before = {name: values.clone() for name, values in given.items()}
+    try:
+        perturbed = attack.perturb(attacked, images_u8, classes, draws)
+    except (torch.OutOfMemoryError, PipelineError):
+        raise
+    except Exception as error:  # the attack may be the user's code
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+        raise ConfigError(
+            f"{key}: {frame.filename} fails in line {frame.lineno}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    for name, values in given.items():
+        if not torch.equal(before[name].nan_to_num(), values.nan_to_num()):
+            raise ConfigError(f"{key}: {file} changes the {name} that it is given; make new ones in their place.")
+    if not isinstance(perturbed, Perturbed):
+        raise ConfigError(
+            f"{key}: perturb in {file} returns {type(perturbed).__name__}; return Perturbed(images), or "
+            "Perturbed.along(images, direction, levels)."
+        )
+    _check_perturbed(perturbed, attack, images_u8)
+    return perturbed
+
+
+def _other_values(these: Perturbed, those: Perturbed, rows: int | None = None) -> float:
+    """The largest share of values, at any epsilon, that are not the same in the first rows of both."""
+    pairs = zip(these.images, those.images, strict=True)
+    return max(float((one[:rows] != other[:rows]).double().mean()) for one, other in pairs)
+
+
+def _random_state(device: torch.device) -> list[str]:
+    """The state of every generator that the process shares, in a form that can be compared."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return [*(str(state.tolist()) for state in states), str(random.getstate()), str(np.random.get_state(legacy=False))]
 
 
 def _check_perturbed(perturbed: Perturbed, attack: ModelAttack, images_u8: Tensor) -> None:
     """Whether the images of an attack are such, and lie where it says."""
-    key, levels = f"{attack.key}.kind", attack.levels
-    shapes = [(tuple(images.shape), images.dtype) for images in perturbed.images]
-    if shapes != [(tuple(images_u8.shape), torch.uint8)] * len(levels):
+    key, levels = f"{attack.key}.kind: {source_file(type(attack.attack))}", attack.levels
+    tensors = [images for images in perturbed.images if isinstance(images, Tensor)]
+    shapes = [(tuple(images.shape), images.dtype) for images in tensors]
+    if shapes != [(tuple(images_u8.shape), torch.uint8)] * len(levels) or len(perturbed.images) != len(levels):
+        returned = [f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in shapes]
         raise ConfigError(
-            f"{key}: it must return {len(levels)} times images of shape {tuple(images_u8.shape)} and type uint8, one "
-            "for each epsilon."
+            f"{key} must return {len(levels)} times images of shape {tuple(images_u8.shape)} and type uint8, one for "
+            f"each epsilon; it returns {', '.join(returned) or 'none'}."
         )
     if attack.attack.on_ray != (perturbed.direction is not None):
-        raise ConfigError(f"{key}: with on_ray = True it must return a direction, and without it none.")
+        does = "returns no direction; use Perturbed.along" if attack.attack.on_ray else "returns a direction"
+        raise ConfigError(f"{key} says on_ray = {attack.attack.on_ray}, and {does}, or set on_ray the other way.")
+    if perturbed.direction is not None:
+        if perturbed.direction.shape != images_u8.shape:
+            raise ConfigError(
+                f"{key} returns a direction of shape {tuple(perturbed.direction.shape)}; its images have "
+                f"{tuple(images_u8.shape)}, and so must it."
+            )
+        if not bool(torch.isfinite(perturbed.direction).all()):
+            raise ConfigError(f"{key} returns a direction that holds NaN or infinity; see what it divides by.")
     for level, images in zip(levels, perturbed.images, strict=True):
         farthest = int((images.to(torch.int16) - images_u8.to(torch.int16)).abs().amax())
         if farthest > level:
-            raise ConfigError(f"{key}: its images at {level}/255 are up to {farthest} grey levels from the clean ones.")
+            raise ConfigError(
+                f"{key} makes images at {level}/255 that are up to {farthest} grey levels from the clean ones; clamp "
+                "them to clean - level and clean + level."
+            )
         if perturbed.direction is not None and not torch.equal(
             step(images_u8, direction_sign(perturbed.direction), level), images
         ):
             raise ConfigError(
-                f"{key}: its images at {level}/255 do not lie along the sign of its direction; make them with "
+                f"{key} makes images at {level}/255 that do not lie along the sign of its direction; make them with "
                 "Perturbed.along, or set on_ray = False."
             )
 

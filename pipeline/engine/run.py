@@ -237,14 +237,17 @@ def load_attacks(config: Config) -> dict[str, LoadedAttack]:
     Raises:
         ConfigError: as `load_attack`, or the layout cannot hold the images of one.
     """
-    loaded = {}
+    loaded, variants = {}, config.variants
     for name, section in config.all_attacks.items():
         with naming(config, "attack", name):
             loaded[name] = load_attack(section)
-        if not loaded[name].attack.on_ray and LAYOUTS[config.output.layout].stores_sign:
+        own = [variant for variant in variants if variant.attack == name]
+        fits = [one for one, layout in LAYOUTS.items() if all(len(layout.source(v, variants)) == 1 for v in own)]
+        if not loaded[name].attack.on_ray and config.output.layout not in fits:
             raise ConfigError(
-                f"output.layout: {config.output.layout} stores one direction for all epsilons, and the images of "
-                f"{section.kind} ({config.key('attack', name)}) do not lie along one; use layout images or wide."
+                f"output.layout: {config.output.layout} does not store each image, and those of {section.kind} "
+                f"({config.key('attack', name)}) cannot be made from others, as they do not lie along one direction; "
+                f"use layout {' or '.join(fits)}."
             )
     return loaded
 

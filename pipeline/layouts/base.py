@@ -48,6 +48,10 @@ class Picture(NamedTuple):
     column: str
 
 
+# Reads a column of a subset, given the names of both.
+ColumnReader = Callable[[str, str], pa.ChunkedArray]
+
+
 @dataclass(frozen=True)
 class Scores:
     """What E models say of the M valid rows of a batch in V variants, clean first.
@@ -306,6 +310,25 @@ class Layout(ABC):
             tables: N rows each of the subsets that `source` names; pictures may be left out.
             variant: which. Of one that is not recorded the models' answers are null.
             variants: those that are recorded, clean first.
+
+        Raises:
+            ValueError: the rows are not those of a dataset with these variants.
+        """
+
+    @abstractmethod
+    def answers(
+        self, name: str, variants: Sequence[Variant], recorded: Sequence[Variant], read: ColumnReader
+    ) -> list[pa.Array]:
+        """What one column of layout images, not of pictures, says of N source images in some recorded variants.
+
+        Args:
+            name: of the column, one that is `per_variant` and in `attacks` where rows are of a source image.
+            variants: which, without clean.
+            recorded: all that are recorded, clean first.
+            read: reads a column, of N rows, of one of the subsets; a dotted name is one field of it, as in Parquet.
+
+        Returns:
+            (N,) for each of `variants`.
 
         Raises:
             ValueError: the rows are not those of a dataset with these variants.

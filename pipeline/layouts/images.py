@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.core.variants import CLEAN, SUBSET, Variant
-from pipeline.layouts.base import ATTACK, IMAGE, MODEL, Column, Contents, Layout, Picture, Scores, columns_of
+from pipeline.layouts.base import (
+    ATTACK,
+    IMAGE,
+    MODEL,
+    Column,
+    ColumnReader,
+    Contents,
+    Layout,
+    Picture,
+    Scores,
+    columns_of,
+)
 
 if TYPE_CHECKING:
     from pipeline.core.batches import Batch
@@ -60,18 +71,23 @@ class Images(Layout):
                 rows = rows.set_column(index, column.name, column.blank(variant, len(rows)))
         return rows
 
+    def answers(
+        self, name: str, variants: Sequence[Variant], recorded: Sequence[Variant], read: ColumnReader
+    ) -> list[pa.Array]:
+        del recorded
+        return [read(self.subset(variant), name).combine_chunks() for variant in variants]
+
     def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
         # Not the first rows: a subset that nobody asks for would be downloaded for them.
         del first
-        # The card lists them together, too, as `all`.
+        # The card lists them together, too: as `all`, and where there are several attacks or models as `eps-K`.
         own = [name for name in subsets if name != CLEAN.subset and re.fullmatch(self.subsets, name)]
-        levels = {name: int(name.rpartition("-")[2]) for name in own}
-        attacked = [Variant(levels[name], None, None, name) for name in sorted(own, key=levels.__getitem__)]
+        parted = [name for name in own if name.count("-") > 1]
+        attacked = [Variant(int(name.rpartition("-")[2]), None, None, name) for name in parted or own]
         return (CLEAN, *attacked) if CLEAN.subset in subsets and attacked else None
 
     def summary(self, subset: str, variants: Sequence[Variant]) -> str:
         variant = next(variant for variant in variants if variant.subset == subset)
         if variant == CLEAN:
             return "Clean images"
-        on = f" on {variant.model}" if variant.model else ""
-        return f"{variant.attack}{on} at epsilon {variant.level}/255"
+        return f"{variant.maker} at epsilon {variant.level}/255"

@@ -19,6 +19,7 @@ from pipeline.layouts.base import (
     LAST,
     MODEL,
     Column,
+    ColumnReader,
     Contents,
     Layout,
     Scores,
@@ -90,20 +91,20 @@ class PerImage(Layout):
 
     def rows(self, tables: Mapping[str, pa.Table], variant: Variant, variants: Sequence[Variant]) -> pa.Table:
         rows = tables[self.subsets]
-        lists, recorded = rows.column(ATTACKS), variants[1:]
-        # A null list has no length, and `equal` says null of it.
-        if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), len(recorded)), min_count=0).as_py():
-            raise ValueError(f"the attacks of a row are not the run's {len(recorded)}")
+        recorded = variants[1:]
+        entries = _entries(rows.column(ATTACKS), len(recorded))
         columns = _columns(rows.schema)
         # What is said of the clean image: by the own model of this variant's rows, where several have columns.
         own = {column.of_clean: f"clean_{column.of_clean}_{variant.model}" for column in columns if column.of_clean}
         clean = {c.name: rows.column(c.clean_name) for c in columns if c.clean_name}
         of_own = {name: rows.column(own[name]) if own.get(name) in rows.column_names else clean[name] for name in own}
         answers: dict[str, Any] = clean if variant == CLEAN else {}
-        if variant in recorded:
-            # Row after row, each with all variants: every len(recorded)-th entry is of this one.
-            entries = lists.combine_chunks().flatten()[recorded.index(variant) :: len(recorded)]
-            answers = dict(zip([field.name for field in entries.type], entries.flatten(), strict=True))
+        if variant != CLEAN:
+            # At a level that is not recorded, what is the same at each level of the attack is known, and nothing else.
+            other = variant if variant in recorded else next(one for one in recorded if variant.at(one.level) == one)
+            own_entries = entries[recorded.index(other) :: len(recorded)]
+            said = dict(zip([field.name for field in entries.type], own_entries.flatten(), strict=True))
+            answers = {c.name: said[c.name] for c in columns if c.name in said and (other == variant or c.of_attack)}
 
         def value(column: Column) -> Any:
             if column.of_clean:
@@ -117,6 +118,13 @@ class PerImage(Layout):
             table = table.append_column(name, rows.column(name))
         return table
 
+    def answers(
+        self, name: str, variants: Sequence[Variant], recorded: Sequence[Variant], read: ColumnReader
+    ) -> list[pa.Array]:
+        attacked = recorded[1:]
+        entries = _entries(read(self.subsets, f"{ATTACKS}.list.element.{name}"), len(attacked))
+        return [entries.field(name)[attacked.index(variant) :: len(attacked)] for variant in variants]
+
     def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
         if self.subsets not in subsets:
             return None
@@ -124,6 +132,18 @@ class PerImage(Layout):
         # Rows of another format do not say what made them.
         said = [(round(255 * entry[EPSILON]), entry.get(ATTACK) or "", entry.get(MODEL)) for entry in entries]
         return group_variants(said)
+
+
+def _entries(lists: pa.ChunkedArray, count: int) -> pa.StructArray:
+    """The entries of N lists `attacks`, (N * count,): row after row, each with all variants but clean.
+
+    Raises:
+        ValueError: a list does not have so many.
+    """
+    # A null list has no length, and `equal` says null of it.
+    if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), count), min_count=0).as_py():
+        raise ValueError(f"the attacks of a row are not the run's {count}")
+    return lists.combine_chunks().flatten()
 
 
 def _columns(schema: pa.Schema) -> list[Column]:

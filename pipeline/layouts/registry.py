@@ -1,12 +1,8 @@
-"""The layouts that there are, by the names that configs give them: a new one is one line here."""
+"""The layouts that there are, by the names that configs give them: those of `config/kinds.py`, each made once."""
 
+from pkgutil import resolve_name
+
+from pipeline.config import kinds
 from pipeline.layouts.base import Layout
-from pipeline.layouts.images import Images
-from pipeline.layouts.signs import Signs
-from pipeline.layouts.wide import Wide
 
-LAYOUTS: dict[str, Layout] = {
-    "images": Images(),
-    "signs": Signs(),
-    "wide": Wide(),
-}
+LAYOUTS: dict[str, Layout] = {name: resolve_name(where)() for name, where in kinds.LAYOUTS.items()}

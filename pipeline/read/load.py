@@ -18,13 +18,14 @@ from pipeline.core.addresses import is_address
 from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, explained, first_line
 from pipeline.core.redaction import redact_answer
-from pipeline.core.variants import Variant, at_levels
+from pipeline.core.variants import Variant
 from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, columns_of, kept_columns
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
-from pipeline.output.folder import OutputFolder, local_folder, split_of
+from pipeline.output.folder import OutputFolder, local_folder, shard_file
 from pipeline.output.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
 from pipeline.output.objects import storage_options
+from pipeline.read.choice import Ids, choose_variants
 from pipeline.read.repository import manifest_folder
 
 # Rows that a streaming view holds at a time.
@@ -42,17 +43,29 @@ def load(
     split: str | None = None,
     streaming: bool = False,
     *,
+    models: Ids | None = None,
+    attacks: Ids | None = None,
     allow_incomplete: bool = False,
 ) -> Any:
     """Load a dataset of any layout: a row per image and variant, with the columns of layout images.
 
+        pipeline.load("out/cifar10", ["8/255"], split="test")
+        pipeline.load("out/cifar10", [0, "8/255"], split="test", models="resnet20", attacks=["fgsm", "pgd"])
+
     Args:
         path_or_repo: an output folder, its address in an object store, or a Hub id.
         epsilons: `k/255`, a decimal as in the config (rounded down), or 0 for clean; rows come in this order.
-            None: clean and every recorded epsilon, rising. At an epsilon that is not recorded the images are made
-            exactly, and what the models would say of them is null.
+            None: clean and every recorded epsilon, rising. Every attack that is chosen gives rows at each of them. At
+            an epsilon that is not recorded the images are made exactly, and what the models would say of them is null.
+            That needs an attack whose images lie along one direction (fgsm, noise); name others in `attacks` only at
+            their own epsilons.
         split: one of the dataset's; None loads all.
         streaming: read ahead of use only, in bounded memory.
+        models: the id of an attacked model, or a list of them: only rows whose images were made by attacks on these.
+            Clean rows are of no model and stay, and so do those of an attack that asks no model (noise), unless
+            `attacks` leaves it out. None: all. Within an epsilon rows come in the dataset's own order of attacks and
+            models.
+        attacks: the id of an attack, or a list of them: only clean rows and theirs. None: all.
         allow_incomplete: do not warn where shards of an output folder are missing.
 
     Returns:
@@ -60,7 +73,8 @@ def load(
         a `DatasetDict` or `IterableDatasetDict` of them.
 
     Raises:
-        ConfigError: there is no such dataset or split, it is not of ours, or an epsilon cannot be stored.
+        ConfigError: there is no such dataset, split, model or attack, it is not of ours, an epsilon cannot be stored,
+            or one is not recorded of an attack of which it cannot be made.
     """
     asked = None if epsilons is None else reading_levels(epsilons)
     stored, local = None, None
@@ -68,7 +82,6 @@ def load(
         place = str(path_or_repo)
         folder = OutputFolder(place)
         stored = require_manifest(folder)
-        stored.check_recorded(at_levels(stored.variants, asked or ()))
         if not allow_incomplete:
             warn_if_incomplete(folder, stored)
     else:
@@ -78,10 +91,12 @@ def load(
             warn_if_incomplete(OutputFolder(local), manifest)
     opened = cache(partial(_open, place, stored, streaming))
     layout, recorded = _recorded(place, opened) if stored is None else (stored.layout, stored.variants)
-    wanted = recorded if asked is None else at_levels(recorded, asked)
-    if stored is None and any(variant not in recorded for variant in wanted):
-        # Whether other epsilons follow from the images that are stored, only the manifest says.
-        require_manifest(OutputFolder(local or manifest_folder(place))).check_recorded(wanted)
+    chosen = partial(choose_variants, levels=asked, models=models, attacks=attacks)
+    if stored or not _suffices(recorded, asked, by_id=models is not None or attacks is not None):
+        manifest = stored or require_manifest(OutputFolder(local or manifest_folder(place)))
+        recorded = manifest.variants
+        manifest.check_recorded(chosen(recorded))
+    wanted = chosen(recorded)
     subsets: dict[str, Mapping[str, Any]] = {}
     for subset, column in dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded)):
         subsets[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
@@ -119,6 +134,13 @@ def _recorded(place: str, opened: Callable[[str], Mapping[str, Any]]) -> tuple[L
     raise ConfigError(
         f"{place} is no dataset of fgsm-pipeline: its card lists {', '.join(names)}, and no layout has these subsets."
     )
+
+
+def _suffices(recorded: Sequence[Variant], levels: Sequence[int] | None, *, by_id: bool) -> bool:
+    """Whether what subsets and rows show of the recorded variants is enough to choose some: what made each of them may
+    not be among it, and whether other epsilons follow from the images that are stored, only the manifest says."""
+    named = recorded[-1].attack is not None or not by_id
+    return named and set(choose_variants(recorded, levels)) <= set(recorded)
 
 
 def _open(place: str, stored: Manifest | None, streaming: bool, subset: str) -> Mapping[str, Any]:
@@ -159,13 +181,17 @@ def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[st
     """The files of a subset by split, `subset/split-00000-of-00004-RUN.parquet`.
 
     Raises:
-        ConfigError: none is there yet.
+        ConfigError: none is there yet, or the manifest lists one that is none of its shards.
     """
-    paths = [entry.path for entry in manifest.files if entry.path.startswith(f"{subset}/")]
-    if not paths:
+    files: dict[str, list[str]] = {split: [] for split in manifest.split_rows}
+    splits = {shard_file(subset, shard, manifest.edition): shard.split for shard in manifest.plan.shards}
+    for path in (entry.path for entry in manifest.files if entry.path.startswith(f"{subset}/")):
+        if path not in splits:
+            raise ConfigError(f"{place}: its manifest.json lists {path}, which is no shard of this run.")
+        files[splits[path]].append(f"{place.rstrip('/')}/{path}")
+    if not any(files.values()):
         raise ConfigError(f"{place} holds no shards yet; run fgsm generate to its end.")
-    files = {split: [path for path in paths if split_of(path) == split] for split in manifest.split_rows}
-    return {split: [f"{place.rstrip('/')}/{path}" for path in own] for split, own in files.items() if own}
+    return {split: listed for split, listed in files.items() if listed}
 
 
 def _in_variants(

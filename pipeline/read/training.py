@@ -1,6 +1,6 @@
 """Train on a dataset: uint8 images and labels in an order of their own each epoch, clean or attacked by lot.
 
-Every epoch shows every source image once: clean with a given probability, else at an epsilon drawn for it. What is
+Every epoch shows every source image once: clean with a given probability, else in a variant drawn for it. What is
 drawn for a row depends on seed, epoch and row alone, so neither workers nor ranks change what an epoch holds.
 
 Files are read front to back, a piece at a time: a piece is the rows between two places where a row group ends in
@@ -12,12 +12,14 @@ Nothing here can make a dataset: reading needs neither the attack nor a victim, 
 """
 
 import hashlib
+import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -32,10 +34,11 @@ from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, explained
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
 from pipeline.core.lattice import step_array, stored_sign
-from pipeline.core.variants import at_levels
+from pipeline.core.variants import CLEAN, Variant
 from pipeline.layouts.base import LABEL, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
+from pipeline.read.choice import Ids, choose_variants, draw_shares
 from pipeline.read.repository import manifest_folder
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
@@ -49,10 +52,15 @@ BLOCK_VALUES = 2**18
 UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 # What is drawn from a seed, each from a stream of its own.
-LEVELS, ORDER, WITHIN = range(3)
+VARIANTS, ORDER, WITHIN = range(3)
+
+# Columns by which variants can be chosen row by row.
+Only = Literal["fooled", "correct"]
 
 # A stored picture, and for an image that is made on reading the one that says in which direction its values move.
 Cell = list[bytes]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,22 +79,31 @@ class Piece:
 
 
 class Shards:
-    """The files of one split, and where in them the images at each level are.
+    """The files of one split, and where in them the images of some variants are.
 
     It holds paths and row counts, no image: that is what a worker process is given.
+
+    Args:
+        root: the dataset's folder.
+        manifest: the dataset's.
+        variants: (V,) of them, by whose index all else names them.
+        shows_clean: whether the clean image is ever shown as it is.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, sources: Mapping[int, Sequence[Picture]]) -> None:
+    def __init__(self, root: Path, manifest: Manifest, variants: Sequence[Variant], *, shows_clean: bool) -> None:
         output = manifest.resolved.output
-        layout = manifest.layout
-        self.root, self.shape, self.stores_sign = root, manifest.shape, layout.stores_sign
+        layout, recorded = manifest.layout, manifest.variants
+        self.root, self.shape, self.layout = root, manifest.shape, layout
+        self.variants, self.recorded = tuple(variants), recorded
+        self.levels = np.array([variant.level for variant in variants], dtype=np.int16)
         self.image_format: ImageFormat = "webp" if output.image_format == "webp" else "png"
-        needed = {picture for pictures in sources.values() for picture in pictures}
+        sources = [layout.source(one, recorded) if one != CLEAN or shows_clean else () for one in variants]
         # A clean image comes before what says where it moves to.
-        self.columns = [picture for picture in layout.pictures(manifest.variants) if picture in needed]
+        pictures = [picture for picture in layout.pictures(recorded) if any(picture in source for source in sources)]
+        self.columns: list[Picture] = pictures
         self.subsets = tuple(dict.fromkeys(column.subset for column in self.columns))
-        # Whether a column is read for an image at a level.
-        self.used = np.array([[column in sources.get(level, ()) for level in range(256)] for column in self.columns])
+        # Whether a column is read for an image of a variant.
+        self.used = np.array([[column in source for source in sources] for column in self.columns])
         self.pieces: tuple[Piece, ...] = ()
 
     def open(self, entries: Mapping[str, int]) -> None:
@@ -125,24 +142,44 @@ class Shards:
             pieces.append(Piece(name, shard, start, stop - start, largest, groups))
         return pieces
 
-    def read(self, piece: Piece, rows: NDArray[np.int64], levels: NDArray[np.int64]) -> tuple[list[Cell], list[int]]:
+    def read(self, piece: Piece, rows: NDArray[np.int64], drawn: NDArray[np.int64]) -> tuple[list[Cell], list[int]]:
         """The encoded pictures and the labels of some rows of a piece.
 
         Args:
             piece: one of `pieces`.
             rows: (N,) which of its rows.
-            levels: (N,) the epsilon of each, in grey levels.
+            drawn: (N,) the variant of each, by its index.
         """
         cells: list[Cell] = [[] for _ in rows]
         # A column at a time, of which only what was drawn is kept.
         for column, used in zip(self.columns, self.used, strict=True):
-            wanted = np.flatnonzero(used[levels])
+            wanted = np.flatnonzero(used[drawn])
             if len(wanted):
                 pictures = self._column(piece, *column, "bytes").take(pa.array(rows[wanted]))
                 for index, picture in zip(wanted.tolist(), pictures.to_pylist(), strict=True):
                     cells[index].append(picture)
         labels = self._column(piece, self.subsets[0], LABEL).take(pa.array(rows)).to_pylist()
         return cells, labels
+
+    def flags(self, piece: Piece, name: Only) -> NDArray[np.bool_]:
+        """(rows, V) of a piece: whether a column is true of a row's image in each variant; false on clean."""
+        flags = np.zeros((piece.rows, len(self.variants)), dtype=np.bool_)
+        with explained(f"{piece.file} in {self.root} cannot be read", "see fgsm verify", errors=UNREADABLE):
+            answers = self.layout.answers(name, self.variants[1:], self.recorded, partial(self._column, piece))
+            for index, answer in enumerate(answers, start=1):
+                flags[:, index] = answer.fill_null(False).to_numpy(zero_copy_only=False)
+        return flags
+
+    def without(self, name: Only) -> int:
+        """For how many rows a column is true in no variant."""
+        found = 0
+        # A file at a time, which is faster than by pieces.
+        for _, pieces in groupby(self.pieces, key=lambda piece: piece.file):
+            first, *_, last = [*pieces] * 2
+            groups = {subset: (start, last.groups[subset][1]) for subset, (start, _) in first.groups.items()}
+            whole = Piece(first.file, first.shard, 0, last.start + last.rows, 0, groups)
+            found += int((~self.flags(whole, name).any(axis=1)).sum())
+        return found
 
     def _column(self, piece: Piece, subset: str, name: str, field: str | None = None) -> pa.ChunkedArray:
         path = self.root / subset / piece.file
@@ -153,11 +190,11 @@ class Shards:
             # Threads of Arrow's would be one more pool in every worker, for a column that has no use for them.
             column = file.read_row_groups(
                 range(*piece.groups[subset]), [f"{name}.{field}" if field else name], use_threads=False
-            ).column(name)
+            ).column(0)
         return pa.chunked_array([chunk.field(field) for chunk in column.chunks]) if field else column
 
-    def decode(self, cells: Sequence[Cell], levels: NDArray[np.int64]) -> Tensor:
-        """Images (N, C, H, W) uint8, channels last in memory, from N cells and the level of each.
+    def decode(self, cells: Sequence[Cell], drawn: NDArray[np.int64]) -> Tensor:
+        """Images (N, C, H, W) uint8, channels last in memory, from N cells and the variant of each, by its index.
 
         Raises:
             PipelineError: a picture is damaged.
@@ -168,8 +205,8 @@ class Shards:
             made = [index for index, cell in enumerate(cells) if len(cell) > 1]
             if made:
                 directions = decode_images([cells[index][1] for index in made], self.image_format, self.shape)
-                pictures, steps = images[made], levels[made].astype(np.int16)[:, None, None, None]
-                sign = stored_sign(pictures, directions, is_map=self.stores_sign)
+                pictures, steps = images[made], self.levels[drawn[made]][:, None, None, None]
+                sign = stored_sign(pictures, directions, is_map=self.layout.stores_sign)
                 images[made] = step_array(pictures, sign, steps)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
@@ -185,18 +222,23 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         shards: Shards,
         manifest: Manifest,
         *,
-        levels: Sequence[int],
+        shares: NDArray[np.float64],
         clean: float,
+        only: Only | None,
         shuffle: bool,
         seed: int,
         place: tuple[int, int] | None,
     ) -> None:
-        self.shards, self.levels, self.clean, self.shuffle, self.seed = shards, levels, clean, shuffle, seed
+        # shares: (V,) how often each of the variants of `shards` is drawn where no clean image is shown, in proportion.
+        self.shards, self.shares, self.clean, self.only = shards, shares, clean, only
+        self.shuffle, self.seed = shuffle, seed
         self.classes, self.shape = manifest.dataset_classes, manifest.shape
         self.rows = sum(piece.rows for piece in shards.pieces)
         # What decides the order and content of an epoch: a state belongs to it.
-        decides = (manifest.receipts, self.rows, [piece.file for piece in shards.pieces], levels, clean, shuffle, seed)
-        self.digest = hashlib.sha256(repr((*decides, WINDOW_ROWS, WINDOW_BYTES)).encode()).hexdigest()[:16]
+        files = [piece.file for piece in shards.pieces]
+        order = (manifest.receipts, self.rows, files, shuffle, seed, WINDOW_ROWS, WINDOW_BYTES)
+        drawn = (shards.variants, shares.tolist(), clean, only)
+        self.digest = hashlib.sha256(repr((order, drawn)).encode()).hexdigest()[:16]
         # Shared, so that workers that outlive an epoch hear of the next one, and of a state that cannot reach them: one
         # that was loaded in the main process, and that no iteration there has taken yet.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -258,7 +300,10 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
             ConfigError: the state is that of another dataset, mix, seed, number of ranks or of workers.
         """
         if state["of"] != self.digest:
-            raise ConfigError("The state is that of another dataset, or of another split, epsilons, clean or seed.")
+            raise ConfigError(
+                "The state is that of another dataset, or of another split, models, attacks, epsilons, clean, weights, "
+                "only, shuffle or seed."
+            )
         rank, world, _, workers = self._consumer()
         there, here = state["consumers"], [rank, world, workers]
         if there != here:
@@ -315,11 +360,11 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
 
     def _shown(self, epoch: int, window: Sequence[Piece], chosen: NDArray[np.int64]) -> Iterator[tuple[Tensor, int]]:
         """The chosen rows of a window, decoded a block at a time. What was gathered is let go of with the window."""
-        cells, levels, labels = self._gather(epoch, window, chosen)
+        cells, drawn, labels = self._gather(epoch, window, chosen)
         block = max(1, BLOCK_VALUES // int(np.prod(self.shape)))
         for first in range(0, len(cells), block):
             part = slice(first, first + block)
-            yield from zip(self.shards.decode(cells[part], levels[part]), labels[part], strict=True)
+            yield from zip(self.shards.decode(cells[part], drawn[part]), labels[part], strict=True)
 
     def _windows(self, epoch: int) -> Iterator[list[Piece]]:
         """The pieces in the order of an epoch, neighbours together."""
@@ -338,26 +383,33 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
     def _gather(
         self, epoch: int, window: Sequence[Piece], chosen: NDArray[np.int64]
     ) -> tuple[list[Cell], NDArray[np.int64], list[int]]:
-        """Cells, levels and labels of the chosen rows of a window, in the order in which they are chosen."""
+        """Cells, variants and labels of the chosen rows of a window, in the order in which they are chosen."""
         cells: list[Cell] = [[] for _ in chosen]
-        levels, labels = np.zeros(len(chosen), dtype=np.int64), np.zeros(len(chosen), dtype=np.int64)
+        drawn, labels = np.zeros(len(chosen), dtype=np.int64), np.zeros(len(chosen), dtype=np.int64)
         first = 0
         for piece in window:
             there = np.flatnonzero((chosen >= first) & (chosen < first + piece.rows))
             rows = chosen[there] - first
             first += piece.rows
             if len(there):
-                levels[there] = self._drawn(epoch, piece)[rows]
-                read, labels[there] = self.shards.read(piece, rows, levels[there])
+                drawn[there] = self._drawn(epoch, piece)[rows]
+                read, labels[there] = self.shards.read(piece, rows, drawn[there])
                 for index, cell in zip(there.tolist(), read, strict=True):
                     cells[index] = cell
-        return cells, levels, labels.tolist()
+        return cells, drawn, labels.tolist()
 
     def _drawn(self, epoch: int, piece: Piece) -> NDArray[np.int64]:
-        """The level of each row of a piece, (rows,); a shard's rows are the same in every layout, and so are these."""
-        lots = self._random(epoch, LEVELS, piece.shard, skip=2 * piece.start).random_sample((piece.rows, 2))
-        attacked = np.array(self.levels, dtype=np.int64)[(lots[:, 1] * len(self.levels)).astype(np.int64)]
-        return np.where(lots[:, 0] < self.clean, 0, attacked)
+        """The variant of each row of a piece, (rows,), 0 for clean; a shard's rows are the same in every layout, and so
+        are these."""
+        lots = self._random(epoch, VARIANTS, piece.shard, skip=2 * piece.start).random_sample((piece.rows, 2))
+        shares = self.shares[None]
+        if self.only is not None:
+            shares = shares * self.shards.flags(piece, self.only)
+        # Each variant is a stretch of 0..total, as long as its share.
+        ends = np.cumsum(shares, axis=1)
+        total = ends[:, -1]
+        attacked = (ends[:, :-1] <= (lots[:, 1] * total)[:, None]).sum(axis=1)
+        return np.where((lots[:, 0] < self.clean) | (total == 0), 0, attacked)
 
     def _random(self, epoch: int, *stream: int, skip: int = 0) -> np.random.RandomState:
         # RandomState's streams are frozen for good, those of Generator are not.
@@ -375,8 +427,12 @@ def training_dataset(
     path_or_repo: str | Path,
     split: str = "train",
     *,
+    models: Ids | None = None,
+    attacks: Ids | None = None,
     epsilons: Sequence[str | float] | None = None,
     clean: float = 0.5,
+    weights: Mapping[str, float] | None = None,
+    only: Only | None = None,
     shuffle: bool = True,
     seed: SupportsIndex = 0,
     rank: int | None = None,
@@ -395,6 +451,15 @@ def training_dataset(
     Every epoch has every source image once. An order and a draw belong to a seed and an epoch; they do not depend on
     workers, ranks or machine.
 
+    An image that is not shown clean is shown in a variant that is drawn for it: first a model among those that are
+    attacked, then an attack among those on that model and those that ask no model (noise), then one of the attack's
+    epsilons. At each of these draws all are as likely, or as `weights` says:
+
+        # Images that fool their model, those of pgd drawn twice as often as those of any other attack on a model.
+        pipeline.training_dataset("out/cifar10", "train", clean=0.2, weights={"pgd": 2}, only="fooled")
+        # Adversarial images of one model only, and none of noise.
+        pipeline.training_dataset("out/cifar10", "train", models="resnet20", attacks=["fgsm", "pgd"])
+
     Distributed: every rank constructs the same dataset. Ranks differ by one image at most, so DDP, which needs as many
     steps on each of them, takes the first `data.rows // (world_size * batch_size)` batches of its loader
     (`itertools.islice`); every rank has at least that many, unless `drop_last` takes them away.
@@ -409,23 +474,34 @@ def training_dataset(
     Resuming in the middle of an epoch is exact with the `state_dict` of torchdata's StatefulDataLoader, workers or not,
     and without workers with the dataset's own. Images that were given are neither read nor decoded again.
 
-    Layouts images and wide read a row group of each epsilon to show one image of it; layout signs reads what it shows.
-    So where reading, not decoding, is the bottleneck, name few epsilons or take signs. A reader (a worker, or the
+    Layouts images and wide read a row group of each variant to show one image of it; layout signs reads what it shows.
+    So where reading, not decoding, is the bottleneck, name few variants or take signs. A reader (a worker, or the
     process itself without any) holds the encoded images of a window, 64 MB and one row group more.
 
     Args:
         path_or_repo: an output folder, or a Hub id, of which the files needed are downloaded first.
         split: one of the dataset's.
-        epsilons: to draw from, each as likely: `k/255` or a decimal as in the config (rounded down). Those that are not
-            recorded are made exactly. None: all that are recorded.
+        models, attacks: the id of one, or a list of them: variants of these only. What is of no model is left out by
+            `attacks` alone. None: all.
+        epsilons: to draw from: `k/255` or a decimal as in the config (rounded down), of every attack that is chosen.
+            Those that are not recorded are made exactly, where an attack's images lie along one direction. None: all
+            that are recorded.
         clean: share of images that are shown clean, 0..1.
+        weights: how much more likely than others something is where it is drawn, by the id of a model or of an attack
+            (of both, where they have the same) or by an epsilon, `k/255`: 2 for twice. What is missing weighs 1. What
+            weighs 0 is never shown.
+        only: "fooled": an image is drawn among its variants that fool the model which they attack (noise: the dataset's
+            first), as column `fooled` says, or "correct": among those that it gets right. The shares of those that are
+            left stay in proportion. An image that has none is shown clean; for how many that holds is logged when the
+            dataset is opened. None: among all.
         shuffle: in an order of each epoch's own; else as stored.
         seed: of order and draws, 0 or more.
         rank, world_size: which part of how many; None: torch.distributed's where it is initialised, else all.
         allow_incomplete: do not warn where shards of an output folder are missing.
 
     Raises:
-        ConfigError: there is no such dataset or split, an argument is out of range, or images have no label.
+        ConfigError: there is no such dataset, split, model or attack, an argument is out of range, an epsilon cannot be
+            made, or images have no label.
         PipelineError: a file is missing or damaged.
     """
     if not isinstance(seed, SupportsIndex) or operator.index(seed) < 0:
@@ -446,15 +522,20 @@ def training_dataset(
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
-    manifest.check_recorded(at_levels(manifest.variants, asked or ()))
+    variants = choose_variants(manifest.variants, asked, models=models, attacks=attacks)
+    manifest.check_recorded(variants)
+    attacked = [variant for variant in variants if variant != CLEAN]
+    shares = draw_shares(attacked, weights or {})
+    if only is not None:
+        _check_only(only, attacked, manifest)
     if local and not allow_incomplete:
         warn_if_incomplete(OutputFolder(root), manifest)
     _check_split(manifest, split, name)
-    levels = manifest.levels[1:] if asked is None else tuple(asked)
     # What is never drawn is not looked for.
-    wanted = [*([0] if clean > 0 else []), *(levels if clean < 1 else [])]
-    layout, recorded = manifest.layout, manifest.variants
-    shards = Shards(root, manifest, {one.level: layout.source(one, recorded) for one in at_levels(recorded, wanted)})
+    drawn = [index for index, share in enumerate(shares) if share and clean < 1]
+    only = only if drawn else None
+    shown = [CLEAN, *(attacked[index] for index in drawn)]
+    shards = Shards(root, manifest, shown, shows_clean=clean > 0 or only is not None)
     files = (entry for entry in manifest.files if split_of(entry.path) == split)
     entries = {entry.path: entry.bytes for entry in files if entry.path.split("/")[0] in shards.subsets}
     if local is None:
@@ -463,9 +544,35 @@ def training_dataset(
         with explained(f"{name} cannot be read from the Hub"):
             snapshot_download(name, repo_type="dataset", revision=root.name, allow_patterns=list(entries))
     shards.open(entries)
-    return TrainingDataset(
-        shards, manifest, levels=levels, clean=float(clean), shuffle=shuffle, seed=operator.index(seed), place=place
+    data = TrainingDataset(
+        shards,
+        manifest,
+        shares=np.array([0, *shares[drawn]]),
+        clean=float(clean),
+        only=only,
+        shuffle=shuffle,
+        seed=operator.index(seed),
+        place=place,
     )
+    if only is not None:
+        none = shards.without(only)
+        logger.log(
+            logging.WARNING if none else logging.INFO,
+            "only=%r: %s of %s images in %r have no such variant%s.",
+            *(only, f"{none:,}", f"{data.rows:,}", split, " and are always shown clean" if none else ""),
+        )
+    return data
+
+
+def _check_only(only: str, attacked: Sequence[Variant], manifest: Manifest) -> None:
+    if only not in get_args(Only):
+        raise ConfigError(f"only: got {only!r}; it is one of {', '.join(get_args(Only))}, or None.")
+    made = [variant for variant in attacked if variant not in manifest.variants]
+    if made:
+        raise ConfigError(
+            f"only: {made[0].level}/255 is not recorded of attack {made[0].attack}, so what its images do is unknown; "
+            "leave it out of epsilons."
+        )
 
 
 def _check_split(manifest: Manifest, split: str, name: str) -> None:

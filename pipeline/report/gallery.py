@@ -12,8 +12,8 @@ from PIL import Image
 
 from pipeline.core.errors import PipelineError, explained
 from pipeline.core.images import open_stored
-from pipeline.core.lattice import SIGN_UNIT
-from pipeline.core.variants import CLEAN, Variant
+from pipeline.core.lattice import SIGN_UNIT, stored_sign
+from pipeline.core.variants import Variant
 from pipeline.layouts.stepped import SteppedImage
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest
@@ -176,16 +176,13 @@ def _read_images(
 ) -> tuple[list[Image.Image], Image.Image]:
     """A row's image in each variant, clean first, and the sign map: -1, 0 and 1 as 0, 127 and 254.
 
-    Where the direction is an attacked image, the sign is 0 also where clipping held it.
+    Where no sign map is stored, it is the sign of how the last image differs from the clean one: 0 also where clipping
+    held it.
     """
     layout, recorded = manifest.layout, manifest.variants
-    ray = layout.ray(variants[-1], recorded)
-    # Two pictures give all images on a ray. Of others each is stored.
-    sources = [
-        ray[: 1 if one == CLEAN else 2] if manifest.on_ray(variants[-1].attack) else layout.source(one, recorded)
-        for one in variants
-    ]
-    cells = {where: read_picture(folder, shard, where, row) for where in dict.fromkeys(sum(sources, ray))}
+    sources = [layout.source(one, recorded) for one in variants]
+    pictures = dict.fromkeys(picture for source in sources for picture in source)
+    cells = {picture: read_picture(folder, shard, picture, row) for picture in pictures}
     stepped = SteppedImage(attacked=not layout.stores_sign)
     images = []
     # A broken file can raise anything from Pillow's parsers.
@@ -197,11 +194,11 @@ def _read_images(
             along = cells[direction[0]] if direction else None
             value = {"picture": cells[picture], "direction": along, "level": variant.level}
             images.append(stepped.decode_example(value))
-        with open_stored(cells[ray[1]]) as opened:
-            sign_map = np.asarray(opened).astype(np.int16)
-    if stepped.attacked:
-        sign_map = (np.sign(sign_map - np.asarray(images[0])) + 1) * SIGN_UNIT
-    return images, Image.fromarray(sign_map.astype(np.uint8))
+        if layout.stores_sign:
+            with open_stored(cells[layout.ray(variants[-1], recorded)[1]]) as opened:
+                return images, opened.copy()
+    sign = stored_sign(np.asarray(images[0]), np.asarray(images[-1]), is_map=False)
+    return images, Image.fromarray(((sign + 1) * SIGN_UNIT).astype(np.uint8))
 
 
 def web_image(image: Image.Image) -> tuple[bytes, str]:

@@ -14,47 +14,34 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attacks.base import AttackedModel, Goal
-from pipeline.attacks.fgsm import FGSM
+from pipeline.attacks.base import Goal
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.lattice import step
-from pipeline.engine.compute import Attacked, attack_images
+from pipeline.engine.compute import Attacked
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from tests.conftest import random_pixels
+from tests.support.attacks import attack_one, attacker_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def run(
-    victim: Model,
-    images: Tensor,
-    labels: Tensor | None = None,
-    *,
-    levels: tuple[int, ...] = (1, 8),
-    goal: Goal | None = None,
-    valid: Tensor | None = None,
-    draws: Tensor | None = None,
-) -> Attacked:
-    """Attack with every row valid, labelled 0 and drawn 0, unless said otherwise."""
-    count, device = len(images), images.device
-    zeros = torch.zeros(count, dtype=torch.int64, device=device)
-    attacked = attack_images(
-        FGSM(),
-        victim,
-        images,
-        zeros if labels is None else labels,
-        torch.ones(count, dtype=torch.bool, device=device) if valid is None else valid,
-        levels=levels,
-        goal=goal or Goal(),
-        draws=zeros if draws is None else draws,
-    )
-    attacked.check_finite()
+def run(*arguments: Any, **settings: Any) -> Attacked:
+    """As `attack_one`; all logits and gradients are numbers."""
+    attacked = attack_one(*arguments, **settings)
+    assert attacked.finite_logits.all()
+    assert attacked.finite_gradient.all()
     return attacked
 
 
 def pixels(attacked: Attacked) -> Tensor:
     """(1 + K, N, C, H, W) uint8."""
     return torch.stack(attacked.images)
+
+
+def logits_of(attacked: Attacked) -> Tensor:
+    """(1 + K, N, classes)."""
+    return torch.stack(attacked.logits)
 
 
 def noise(count: int, side: int = 16, seed: int = 0) -> Tensor:
@@ -109,8 +96,8 @@ def test_exact_pixels_where_the_gradient_is_known(goal: Goal, label: int, expect
     attacked = run(victim, BY_HAND, torch.tensor([label]), levels=tuple(expected), goal=goal)
     assert all(images.dtype == torch.uint8 for images in attacked.images)
     assert [images.flatten().tolist() for images in attacked.images] == [BY_HAND.flatten().tolist(), *expected.values()]
-    assert attacked.classes.tolist() == [label if goal.target is None else goal.target]
-    assert int(attacked.zero_signs) == 1
+    assert attacked.classes.tolist() == [[label if goal.target is None else goal.target]]
+    assert attacked.zero_signs.tolist() == [0, *[1] * len(expected)]
 
 
 # --------------------------------------------------------------------------- an independent implementation
@@ -218,8 +205,8 @@ def test_batch_size_does_not_matter(size: int, goal: Goal) -> None:
         rows = slice(start, start + size)
         part = run(victim, images[rows], labels[rows], levels=(1, 8, 64), goal=goal, draws=draws[rows])
         assert torch.equal(pixels(part), pixels(whole)[:, rows])
-        assert torch.equal(part.classes, whole.classes[rows])
-        torch.testing.assert_close(part.logits, whole.logits[:, rows], rtol=0, atol=1e-12)
+        assert torch.equal(part.classes, whole.classes[:, rows])
+        torch.testing.assert_close(logits_of(part), logits_of(whole)[:, rows], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("garbage", ["black", "white", "noise"])
@@ -236,17 +223,17 @@ def test_neighbours_and_masked_rows_do_not_change_a_row(garbage: str) -> None:
     labels[~valid] = -1
     together = run(victim, images, labels, valid=valid)
     assert torch.equal(pixels(together)[:, valid], pixels(alone))
-    torch.testing.assert_close(together.logits[:, valid], alone.logits, rtol=0, atol=1e-12)
-    assert int(together.zero_signs) == int(alone.zero_signs)
+    torch.testing.assert_close(logits_of(together)[:, valid], logits_of(alone), rtol=0, atol=1e-12)
+    assert torch.equal(together.zero_signs, alone.zero_signs)
 
 
 def test_zero_signs_are_counted_in_valid_rows_only() -> None:
     # The second pixel has no influence, so each row has one zero sign.
     victim = linear([[1.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     images = torch.randint(0, 256, (5, 1, 1, 3), dtype=torch.uint8)
-    assert int(run(victim, images).zero_signs) == 5
-    assert int(run(victim, images, valid=torch.tensor([True, False, True, False, False])).zero_signs) == 2
-    assert int(run(victim, images, valid=torch.zeros(5, dtype=torch.bool)).zero_signs) == 0
+    assert run(victim, images).zero_signs.tolist() == [0, 5, 5]
+    assert run(victim, images, valid=torch.tensor([True, False, True, False, False])).zero_signs.tolist() == [0, 2, 2]
+    assert run(victim, images, valid=torch.zeros(5, dtype=torch.bool)).zero_signs.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("levels", [(4,), (1, 2, 8, 255)])
@@ -255,12 +242,13 @@ def test_what_comes_back_belongs_to_the_stored_pixels(levels: tuple[int, ...]) -
     before = images.clone()
     attacked = run(victim, images, levels=levels)
     assert [images.shape for images in attacked.images] == [(4, 3, 16, 16)] * (1 + len(levels))
-    assert attacked.logits.shape == (1 + len(levels), 4, 7)
+    assert logits_of(attacked).shape == (1 + len(levels), 4, 7)
+    assert torch.equal(attacked.predictions, logits_of(attacked).argmax(-1).unsqueeze(0))
     assert torch.equal(images, before)
     assert torch.equal(attacked.images[0], before)
     for stored, logits in zip(attacked.images, attacked.logits, strict=True):
         torch.testing.assert_close(logits, victim(victim.unit(stored)), rtol=0, atol=1e-6)
-    assert not attacked.logits.requires_grad
+    assert not any(logits.requires_grad for logits in attacked.logits)
 
 
 # ------------------------------------------------------------------------------------------- one gradient
@@ -315,7 +303,7 @@ def test_the_loss_is_summed() -> None:
     assert not mean.any(), "the test needs a mean that underflows"
 
     attacked = run(victim, images, labels, levels=(1,))
-    assert int(attacked.zero_signs) == 0
+    assert not attacked.zero_signs.any()
     moved = attacked.images[1].to(torch.int16) - images.to(torch.int16)
     assert torch.equal(moved, torch.tensor([1, -1] * 4, dtype=torch.int16).expand(1024, 1, 1, 8))
 
@@ -389,11 +377,11 @@ class Scaled(nn.Module):
 def test_the_sign_is_the_direction_of_the_attack() -> None:
     victim, images, labels = random_linear(48), noise(3, side=4), torch.tensor([0, 1, 2])
     raised, lowered = run(victim, images, labels), run(victim, images, labels, goal=Goal(target=1))
-    assert raised.sign.dtype == torch.int8
-    assert raised.sign.shape == images.shape
-    assert raised.classes.tolist() == [0, 1, 2]
-    assert torch.equal(lowered.sign[1], -raised.sign[1]), "lowering a loss is the opposite of raising it"
-    assert not raised.logits.requires_grad
+    (up,), (down,) = raised.directions, lowered.directions
+    assert up.dtype == torch.int8
+    assert up.shape == images.shape
+    assert raised.classes.tolist() == [[0, 1, 2]]
+    assert torch.equal(down[1], -up[1]), "lowering a loss is the opposite of raising it"
 
 
 # -------------------------------------------------------------------------------------- labels and targets
@@ -404,12 +392,12 @@ def test_prediction_ignores_the_labels_and_unlabelled_rows_fall_back_to_it() -> 
     predictions = victim(victim.unit(images)).argmax(1)
     labels = (predictions + 1) % 5
     by_prediction = run(victim, images, labels, goal=Goal(label="prediction"))
-    assert torch.equal(by_prediction.classes, predictions)
+    assert torch.equal(by_prediction.classes[0], predictions)
     assert torch.equal(pixels(by_prediction), pixels(run(victim, images, predictions)))
 
     half = torch.where(torch.arange(20) % 2 == 0, labels, -1)
     mixed = run(victim, images, half)
-    assert torch.equal(mixed.classes, torch.where(half >= 0, labels, predictions))
+    assert torch.equal(mixed.classes[0], torch.where(half >= 0, labels, predictions))
     assert torch.equal(pixels(mixed)[:, 1::2], pixels(by_prediction)[:, 1::2])
     assert not torch.equal(pixels(mixed)[:, 0::2], pixels(by_prediction)[:, 0::2])
 
@@ -419,7 +407,7 @@ def test_a_target_becomes_more_likely(goal: Goal) -> None:
     victim, images = Model(conv_net(1), mean=MEAN, std=STD), noise(16)
     draws = torch.arange(16) * 31
     attacked = run(victim, images, torch.arange(16) % 7, levels=(1, 2), goal=goal, draws=draws)
-    losses = [F.cross_entropy(logits, attacked.classes, reduction="none") for logits in attacked.logits]
+    losses = [F.cross_entropy(logits, attacked.classes[0], reduction="none") for logits in attacked.logits]
     assert (losses[1] < losses[0]).all()
     assert (losses[2] < losses[1]).all()
 
@@ -507,16 +495,17 @@ def test_nan_and_infinity_stop_the_run_in_valid_rows_only(
     images = torch.full((3, 1, 2, 2), 100, dtype=torch.uint8)
     images[1] = bad
     labels = torch.ones(3, dtype=torch.int64)
-    with pytest.raises(NonFiniteError, match=f"^The victim's {what} hold NaN or infinity$"):
-        run(victim, images, labels, levels=(4, 5))
-    others = run(victim, images, labels, levels=(4, 5), valid=torch.tensor([True, False, True]))
-    assert torch.isfinite(others.logits[:, [0, 2]]).all()
+    attack, zeros = attacker_of(victim, levels=(4, 5)), torch.zeros_like(labels)
+    with pytest.raises(NonFiniteError, match=f"^The {what} of the model net.* holds? NaN"):
+        attack(images, labels.unsqueeze(1), zeros, zeros == 0)
+    others = attack(images, labels.unsqueeze(1), zeros, torch.tensor([True, False, True]))
+    assert torch.isfinite(torch.stack(others.logits)).all()
 
 
 def test_infinite_logits_are_found_at_the_epsilon_that_makes_them() -> None:
     victim = Model(Logits(infinite_on_white))
     images = torch.full((1, 1, 2, 2), 250, dtype=torch.uint8)
-    assert torch.isfinite(run(victim, images, torch.ones(1, dtype=torch.int64), levels=(4,)).logits).all()
+    run(victim, images, torch.ones(1, dtype=torch.int64), levels=(4,))
 
 
 # --------------------------------------------------------------------------------------------------- CUDA
@@ -544,5 +533,5 @@ def test_cuda_attacks_as_the_cpu_does(dtype: str, noise_floor: float, tolerance:
     assert clear.float().mean() > 0.95
     for found, expected in zip(there.images, here.images, strict=True):
         assert torch.equal(found.cpu()[clear], expected[clear])
-    for stored, logits in zip(there.images, there.logits.cpu(), strict=True):
-        torch.testing.assert_close(logits, host(host.unit(stored.cpu())), rtol=tolerance, atol=tolerance)
+    for stored, logits in zip(there.images, there.logits, strict=True):
+        torch.testing.assert_close(logits.cpu(), host(host.unit(stored.cpu())), rtol=tolerance, atol=tolerance)

@@ -54,9 +54,11 @@ class Broken(Steps):
     def __init__(self, how):
         super().__init__()
         self.how = how
-        self.on_ray = how in ("off the ray", "no direction")
+        self.on_ray = how in ("off the ray", "no direction", "NaN", "small")
+        self.calls = 0
 
     def perturb(self, model, images, classes, levels, draws):
+        self.calls += 1
         made = super().perturb(model, images, classes, levels, draws).images
         match self.how:
             case "too far":
@@ -73,6 +75,28 @@ class Broken(Steps):
                 images += 1
             case "raises":
                 raise RuntimeError("no such thing")
+            case "NaN":
+                return Perturbed.along(images, images.float() / images.float(), levels)
+            case "small":
+                return Perturbed.along(images, images[:1].float(), levels)
+            case "list":
+                return list(made)
+            case "float gradient":
+                model.gradient(images / 255, classes)
+            case "fewer":
+                model.gradient(images[:1], classes[:1])
+            case "float prediction":
+                model.predict(images / 255)
+            case "undeclared draws":
+                draws % 2
+            case "seeded":
+                torch.manual_seed(0)
+                return Perturbed(tuple(torch.where(torch.rand(i.shape) < 0.5, i, images) for i in made))
+            case "whole batch":
+                bright = images > images.float().mean()
+                return Perturbed(tuple(torch.where(bright, i, images) for i in made))
+            case "later" if self.calls > 3:
+                return Perturbed(tuple(image ^ 128 for image in made))
         return Perturbed(made)
 
 
@@ -83,6 +107,10 @@ class Unsaid:
 
 class Without:
     on_ray = needs_draws = True
+
+
+def make():
+    return Steps()
 """
 
 
@@ -133,11 +161,9 @@ def test_the_example_of_the_page_runs_and_is_verified(example: Path) -> None:
 def test_code_and_arguments_are_part_of_the_run(example: Path) -> None:
     """Where the file lies is not."""
     identity = _identity(example)
-    assert {key for key in identity if key not in _identity(other(example, "fgsm"))} == {
-        "attack.kind",
-        "attack.kwargs",
-        "attack.content",
-    }
+    own = {key.removeprefix("attacks.Blurred.") for key in identity if key.startswith("attacks.")}
+    others = {key.removeprefix("attacks.fgsm.") for key in _identity(example, "fgsm", kwargs=None)}
+    assert own - others == {"kwargs", "content"}
     (example.parent / "moved").mkdir()
     shutil.copy(example.parent / "blurred.py", example.parent / "moved/blurred.py")
     assert _identity(example, "moved/blurred.py:Blurred") == identity
@@ -159,7 +185,7 @@ def test_recompute_refuses_code_that_has_changed(example: Path) -> None:
     generate(example)
     assert manifest(example.parent / "out")["config"]["attack"]["kind"] == f"{example.parent}/blurred.py:Blurred"
     (example.parent / "blurred.py").write_text((example.parent / "blurred.py").read_text() + "# changed\n")
-    with pytest.raises(ConfigError, match=r"attack\.kind: the code that the config names has changed since the run"):
+    with pytest.raises(ConfigError, match=r"attack: what the config names has changed since the run"):
         verify(example.parent / "out", recompute=True)
     assert verify(example.parent / "out").problems == []
 
@@ -190,9 +216,9 @@ def test_an_attack_that_takes_steps(example: Path, target: str | None) -> None:
     generate(config)
     recomputed(example)
     out = example.parent / "out"
-    assert manifest(out)["identity"]["attack.on_ray"] is False
+    assert manifest(out)["identity"]["attacks.Steps.on_ray"] is False
     for read in (pipeline.load, pipeline.training_dataset):
-        with pytest.raises(ConfigError, match=r"epsilons: 6/255 is not recorded, .* recorded: 4/255, 8/255\.$"):
+        with pytest.raises(ConfigError, match=r"epsilons: 6/255 is not recorded of attack Steps, .* recorded: 4/255, 8/255\.$"):
             read(out, epsilons=["6/255"], split="test")
     assert len(pipeline.load(out, ["8/255"], "test")) == 12
 
@@ -218,21 +244,30 @@ def test_what_is_drawn_follows_from_seed_and_row(example: Path) -> None:
 def test_one_sign_cannot_hold_an_attack_that_takes_steps(example: Path) -> None:
     result = fgsm("generate", other(example, "steps.py:Steps", output={"layout": "signs"}))
     assert result.exit_code == 2
-    assert re.search(r"Error: output\.layout: signs .*steps\.py:Steps do not lie along one; use", result.stderr)
+    assert re.search(r"Error: output\.layout: signs .*steps\.py:Steps .* use layout images or wide", result.stderr)
     generate(other(example, "steps.py:Drawn", output={"layout": "signs"}))
 
 
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("too far", r"attack\.kind: its images at 4/255 are up to \d+ grey levels from the clean ones"),
-        ("random", r"attack\.kind: it is not deterministic"),
-        ("float", r"attack\.kind: it must return 2 times images of shape .* and type uint8"),
-        ("one short", r"attack\.kind: it must return 2 times images"),
-        ("off the ray", r"attack\.kind: its images at 4/255 do not lie along the sign of its direction"),
-        ("no direction", r"attack\.kind: with on_ray = True it must return a direction"),
-        ("in place", r"attack\.kind: it changes the images that it is given"),
-        ("raises", r"attack\.kind: it fails: RuntimeError: no such thing"),
+        ("too far", r"attack\.kind: .*steps\.py makes images at 4/255 .* up to \d+ grey levels .* clamp"),
+        ("random", r"attack\.kind: .*steps\.py is not deterministic"),
+        ("float", r"attack\.kind: .*steps\.py must return 2 times images of shape .* uint8, .* returns .* float32"),
+        ("one short", r"attack\.kind: .*steps\.py must return 2 times images"),
+        ("off the ray", r"attack\.kind: .*steps\.py makes images at 4/255 that do not lie along the sign"),
+        ("no direction", r"attack\.kind: .*steps\.py says on_ray = True, and returns no direction"),
+        ("in place", r"attack\.kind: .*steps\.py changes the images that it is given"),
+        ("raises", r"attack\.kind: .*steps\.py fails in line \d+: RuntimeError: no such thing"),
+        ("NaN", r"attack\.kind: .*steps\.py returns a direction that holds NaN"),
+        ("small", r"attack\.kind: .*steps\.py returns a direction of shape \(1, 1, 64, 64\)"),
+        ("list", r"attack\.kind: perturb in .*steps\.py returns list"),
+        ("float gradient", r"attack\.kind: .*model\.gradient takes images of type uint8 .* given float32"),
+        ("fewer", r"attack\.kind: .*model\.gradient takes images .* given uint8 of shape \(1, 1, 64, 64\)"),
+        ("float prediction", r"attack\.kind: .*model\.predict takes images of type uint8"),
+        ("undeclared draws", r"attack\.kind: .*steps\.py fails in line \d+: TypeError: .*NoneType"),
+        ("seeded", r"attack\.kind: .*steps\.py draws or seeds the random numbers"),
+        ("whole batch", r"attack\.kind: .*steps\.py makes other images of a row when other rows are beside it"),
     ],
 )
 def test_an_attack_that_does_not_keep_its_promise(example: Path, how: str, sentence: str) -> None:
@@ -246,12 +281,25 @@ def test_an_attack_that_does_not_keep_its_promise(example: Path, how: str, sente
     assert not (example.parent / "out/manifest.json").exists()
 
 
+def test_an_attack_that_leaves_the_ball_later_ends_the_run(example: Path) -> None:
+    """Not in the images that are looked at before, but in a batch of the run."""
+    config = other(example, "steps.py:Broken")
+    content = yaml.safe_load(config.read_text())
+    content["attack"]["kwargs"] = {"how": "later"}
+    config.write_text(yaml.safe_dump(content))
+    result = fgsm("generate", config)
+    assert result.exit_code == 1
+    assert re.search(r"Error: attack\.kind: .*steps\.py made images .* than their epsilon; clamp", result.stderr)
+    assert not list((example.parent / "out").glob("*/*.parquet"))
+
+
 @pytest.mark.parametrize(
     ("attack", "sentence"),
     [
         ({"kind": "gone.py:Attack"}, r"attack\.kind: there is no file .*gone\.py"),
         ({"kind": "steps.py:Nobody"}, r"attack\.kind: .*steps\.py has no callable Nobody"),
-        ({"kind": "steps.py"}, r"attack\.kind: got 'steps\.py'; allowed: 'fgsm', .*or 'path/to/file\.py:Attack'"),
+        ({"kind": "steps.py"}, r"attack\.kind: got 'steps\.py'; allowed: 'fgsm', .* or 'path/to/file\.py:Attack'"),
+        ({"kind": "steps.py:make"}, r"attack\.kind: .*steps\.py:make is no class, but function"),
         ({"kind": "steps.py:Unsaid"}, r"attack\.kind: .* does not say on_ray"),
         ({"kind": "steps.py:Without"}, r"attack\.kind: .* has no method perturb"),
         ({"kind": "steps.py:Steps", "kwargs": {"x": 1}}, r"attack\.kwargs: .* TypeError: .*'x'"),

@@ -61,8 +61,8 @@ def test_steps_as_they_are_set() -> None:
     ],
 )
 def test_a_step_is_stored_as_an_epsilon_is(step: str | float, rounding: str, level: int) -> None:
-    attack = section("attack", kind="pgd", epsilons=["8/255"], step=step, rounding=rounding)
-    assert attack.schedule == {8: (10, level)}
+    attack = section("attack", kind="pgd", epsilons=["1"], step=step, rounding=rounding)
+    assert attack.schedule == {255: (10, level)}
 
 
 @pytest.mark.parametrize("kind", ITERATIVE)
@@ -70,7 +70,10 @@ def test_a_step_is_stored_as_an_epsilon_is(step: str | float, rounding: str, lev
     ("key", "value"),
     [
         *(("steps", value) for value in (0, -1, 1001, 2.5, True, "10", float("inf"))),
-        *(("step", value) for value in (0, 0.001, 8, "8", "2/254", "x", "0/255", True, float("nan"), float("inf"))),
+        *(
+            ("step", value)
+            for value in (0, 0.001, 8, "8", "9/255", "2/254", "x", "0/255", True, float("nan"), float("inf"))
+        ),
         ("size", 1),
     ],
 )

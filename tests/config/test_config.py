@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.config.kinds import ATTACKS
 from pipeline.config.load import load_config, packaged_configs, parse_config
 from pipeline.config.schema import Config
 from pipeline.core.epsilon import epsilon_level, stored_just_below
@@ -178,7 +179,7 @@ def test_what_fixes_the_size(size: dict[str, Any], fixed: bool) -> None:
 
 
 def levels(epsilons: Sequence[str | float], rounding: str = "down") -> tuple[int, ...]:
-    return parse_config(small(attack={"epsilons": list(epsilons), "rounding": rounding})).attack.levels
+    return parse_config(small(attack={"epsilons": list(epsilons), "rounding": rounding})).all_attacks["fgsm"].levels
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_epsilons_need_one_and_each_level_once() -> None:
 
 
 def test_epsilons_come_in_rising_order_with_what_was_asked_for() -> None:
-    attack = parse_config(small(attack={"epsilons": ["16/255", 0.031, "2/255"]})).attack
+    attack = parse_config(small(attack={"epsilons": ["16/255", 0.031, "2/255"]})).all_attacks["fgsm"]
     assert list(attack.requested.items()) == [(2, "2/255"), (7, 0.031), (16, "16/255")]
 
 
@@ -390,7 +391,7 @@ def test_relative_paths_of_overrides_stay(tmp_path: Path) -> None:
     config = load_config(path, ["source.path=photos", "model.weights=victim.pt"], output="photos")
     here = Path.cwd()
     assert config.source.folder == here / "photos"
-    assert config.model.weights == str(here / "victim.pt")
+    assert config.all_models["digits"].weights == str(here / "victim.pt")
     assert config.output.path == "photos"
 
 
@@ -522,9 +523,9 @@ LARGE = {"torch", "datasets", "torchvision", "timm", "transformers", "sklearn"}
 
 def test_a_config_is_checked_without_large_libraries() -> None:
     kinds = [{"kind": kind, "name": "a:b"} for kind in ("torchvision", "timm", "transformers", "factory")]
-    for model in [*kinds, {"kind": "digits"}]:
-        raw = small(source=HUB)
-        raw["model"] = model
+    models: list[dict[str, Any]] = [{"model": model} for model in [*kinds, {"kind": "digits"}]]
+    for changed in [*models, *({"attack": {"kind": kind, "epsilons": ["8/255"]}} for kind in [*ATTACKS, "a.py:B"])]:
+        raw = {**small(source=HUB), **changed}
         loaded = loaded_by(f"from pipeline.config.load import parse_config; parse_config({raw!r})")
         assert not LARGE & loaded
     for source in ({"kind": "imagefolder", "path": "a"}, {"kind": "torchvision", "path": "MNIST"}, {"kind": "digits"}):
@@ -535,14 +536,14 @@ def test_a_config_is_checked_without_large_libraries() -> None:
 def test_config_is_frozen() -> None:
     config = parse_config(small())
     with pytest.raises(ValidationError, match="frozen"):
-        config.attack.label = "prediction"  # type: ignore[misc]
+        config.all_attacks["fgsm"].label = "prediction"  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         config.runtime = config.runtime  # type: ignore[misc]
 
 
 def test_digits_victim_is_trained_unless_weights_are_null() -> None:
-    assert parse_config(small()).model.weights == "digits"
-    assert parse_config(small(model={"weights": None})).model.weights is None
+    assert parse_config(small()).all_models["digits"].weights == "digits"
+    assert parse_config(small(model={"weights": None})).all_models["digits"].weights is None
 
 
 def test_a_section_without_values_stands_for_its_defaults() -> None:

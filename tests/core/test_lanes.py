@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.attacks.base import Goal
-from pipeline.attacks.fgsm import FGSM
 from pipeline.core.lanes import Lanes, available_cores, chunk_images, given_cores, lane_count, to_host
-from pipeline.engine.compute import Attacker, Part, attack_images
+from pipeline.engine.compute import Part
 from pipeline.models.base import Model
 from tests.conftest import WriteConfig, digests, generate
+from tests.support.attacks import LEVELS, attack_one, attacker_of
 
 CPU = torch.device("cpu")
-LEVELS = (1, 8)
 DEVICES = [
     "cpu",
     pytest.param(
@@ -36,10 +35,10 @@ def noise(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
 
 
-def joined(parts: list[Part]) -> tuple[list[Tensor], Tensor, Tensor, int]:
+def joined(parts: list[Part]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     pictures = [torch.cat([part.pictures[index] for part in parts]) for index in range(1 + len(LEVELS))]
-    logits = torch.cat([part.logits for part in parts], 1)
-    return pictures, logits, torch.cat([part.classes for part in parts]), sum(part.zero_signs for part in parts)
+    logits = torch.stack([torch.cat(own) for own in zip(*(part.logits for part in parts), strict=True)])
+    return pictures, logits, torch.cat([part.classes[0] for part in parts]), torch.stack([part.zero_signs for part in parts]).sum(0)
 
 
 @pytest.mark.parametrize(
@@ -99,17 +98,16 @@ def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
     valid = torch.arange(32) % 5 != 1
     chunk = 8 if name == "cpu" else 32
     with Lanes(device, chunk) as lanes:
-        attacker = Attacker(FGSM(), victim, goal, LEVELS, lambda images, _: tuple(images))
-        waiting = [lanes.submit(attacker, images, labels, draws, valid=valid) for images in batches]
+        attacker = attacker_of(victim, goal=goal)
+        waiting = [lanes.submit(attacker, images, labels.unsqueeze(1), draws, valid=valid) for images in batches]
         found = [joined([future.result() for future in futures]) for futures in waiting]
     for images, (pictures, logits, classes, zero_signs) in zip(batches, found, strict=True):
         plain = [
-            attack_images(
-                FGSM(),
+            attack_one(
                 victim,
-                *(tensor[rows].to(device) for tensor in (images, labels, valid)),
-                levels=LEVELS,
+                *(tensor[rows].to(device) for tensor in (images, labels)),
                 goal=goal,
+                valid=valid[rows].to(device),
                 draws=draws[rows].to(device),
             )
             for rows in (slice(start, start + chunk) for start in range(0, 32, chunk))
@@ -117,10 +115,10 @@ def test_lanes_attack_as_a_plain_call_does(name: str) -> None:
         for index, picture in enumerate(pictures):
             expected = torch.cat([part.images[index] for part in plain]).cpu()[valid]
             assert (picture != expected).float().mean() < 1e-3, "but for signs of gradients next to nothing"
-        expected_logits = torch.cat([part.logits for part in plain], 1).cpu()[:, valid]
+        expected_logits = torch.cat([torch.stack(part.logits) for part in plain], 1).cpu()[:, valid]
         torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-3)
-        assert torch.equal(classes, torch.cat([part.classes for part in plain]).cpu()[valid])
-        assert zero_signs == sum(int(part.zero_signs) for part in plain)
+        assert torch.equal(classes, torch.cat([part.classes[0] for part in plain]).cpu()[valid])
+        assert zero_signs.tolist() == torch.stack([part.zero_signs for part in plain]).sum(0).tolist()
 
 
 @pytest.mark.parametrize("cores", [1, 3])

@@ -9,18 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.attacks.base import Goal
-from pipeline.attacks.fgsm import FGSM
 from pipeline.config.load import load_config
 from pipeline.core.errors import ConfigError
 from pipeline.core.lanes import Lanes
-from pipeline.engine.compute import COMPILE_FROM, Attacker, fit_batch_size, own_copy, rehearse, repays
+from pipeline.engine.compute import COMPILE_FROM, fit_batch_size, own_copy, rehearse, worth_compiling
 from pipeline.engine.run import choose_device, open_run
-from pipeline.layouts.registry import LAYOUTS
 from pipeline.models.base import Model
 from pipeline.models.factory import FactoryConfig
 from pipeline.models.load import load_model
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
+from tests.support.attacks import LEVELS, attacker_of
 
 CPU = torch.device("cpu")
 # A victim whose memory ends: torch raises the same error where a device's does.
@@ -159,7 +157,7 @@ def test_a_rehearsal_asks_nothing_of_its_images(tmp_path: Path, constant: bool) 
     path.write_text(STANDARDISED.replace("std((1, 2, 3), keepdim=True)", "std() * 0") if constant else STANDARDISED)
     config = FactoryConfig(kind="factory", name=f"{path}:Standardised")
     victim = load_model(config, seed=0, device=CPU)
-    rehearse(Attacker(FGSM(), victim, Goal(), (8,), LAYOUTS["images"].stored), CPU, (3, 16, 16), 8)
+    rehearse(attacker_of(victim), CPU, (3, 16, 16), 8)
 
 
 def test_each_lane_has_its_own_copy_of_a_victim_and_all_share_its_weights() -> None:
@@ -180,12 +178,11 @@ def test_each_lane_has_its_own_copy_of_a_victim_and_all_share_its_weights() -> N
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
     zeros = torch.zeros(64, dtype=torch.int64)
     with Lanes(CPU, 4, count=4) as lanes:
-        attacker = Attacker(FGSM(), victim, Goal(), (8,), LAYOUTS["images"].stored)
-        parts = [future.result() for future in lanes.submit(attacker, images, zeros, zeros, valid=zeros == 0)]
-    logits = torch.cat([part.logits for part in parts], 1)
-    for index, level_logits in enumerate(logits):
+        futures = lanes.submit(attacker_of(victim), images, zeros.unsqueeze(1), zeros, valid=zeros == 0)
+        parts = [future.result() for future in futures]
+    for index in range(1 + len(LEVELS)):
         stored = torch.cat([part.pictures[index] for part in parts])
-        torch.testing.assert_close(level_logits, victim(victim.unit(stored)))
+        torch.testing.assert_close(torch.cat([part.logits[index] for part in parts]), victim(victim.unit(stored)))
     copy = own_copy(victim)
     assert copy is not victim
     assert [p.data_ptr() for p in copy.parameters()] == [p.data_ptr() for p in victim.parameters()]
@@ -196,9 +193,9 @@ def test_each_lane_has_its_own_copy_of_a_victim_and_all_share_its_weights() -> N
 
 @pytest.mark.parametrize(("device", "images"), COMPILE_FROM.items())
 def test_auto_compiles_where_the_run_is_long_enough(device: str, images: int) -> None:
-    assert repays(torch.device(device), images)
-    assert not repays(torch.device(device), images - 1)
-    assert not repays(torch.device("mps"), 10**12)
+    assert worth_compiling(torch.device(device), images)
+    assert not worth_compiling(torch.device(device), images - 1)
+    assert not worth_compiling(torch.device("mps"), 10**12)
 
 
 @pytest.mark.drill
@@ -210,21 +207,21 @@ def test_a_compiled_run_resumes_and_verifies_exactly(
     monkeypatch.setattr("pipeline.engine.compute.COMPILE_FROM", {"cpu": 40})
     config, out = write_config(), tmp_path / "out"
     generate(config)
-    assert sum("Compiled the victim in" in record.message for record in caplog.records) == 1
+    assert sum("Compiled the models in" in record.message for record in caplog.records) == 1
     assert resolved(out)["compile"] is True
     before = digests(out)
     # Nothing is compiled where nothing is written.
     generate(config)
-    assert sum("Compiled the victim in" in record.message for record in caplog.records) == 1
+    assert sum("Compiled the models in" in record.message for record in caplog.records) == 1
     shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     # A shorter run would not compile; this one has decided.
     monkeypatch.setattr("pipeline.engine.compute.COMPILE_FROM", {})
     generate(config)
-    assert sum("Compiled the victim in" in record.message for record in caplog.records) == 2
+    assert sum("Compiled the models in" in record.message for record in caplog.records) == 2
     assert digests(out) == before
     result = fgsm("verify", out, "--recompute")
     assert "120 predictions re-derived from the stored pixels, 0 differ; compared in the recorded" in result.stdout
-    assert sum("Compiled the victim in" in record.message for record in caplog.records) == 3
+    assert sum("Compiled the models in" in record.message for record in caplog.records) == 3
     # The same run uncompiled is another run: last digits differ.
     result = fgsm("generate", config, "--set", "runtime.compile=false")
     assert result.exit_code == 2
@@ -237,7 +234,7 @@ def test_a_compiled_run_resumes_and_verifies_exactly(
     shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     result = fgsm("generate", config)
     assert result.exit_code == 1
-    assert "the run was begun with a compiled victim. Mend the compiler" in result.stderr
+    assert "the run was begun with compiled models. Fix the compiler" in result.stderr
 
 
 @pytest.mark.drill
@@ -267,7 +264,7 @@ def test_auto_goes_on_without_a_compiler_and_says_so_once(
     monkeypatch.setattr("pipeline.engine.compute.COMPILE_FROM", {"cpu": 1})
     generate(config)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    (sentence,) = [warning for warning in warnings if "torch.compile fails on this victim" in warning]
+    (sentence,) = [warning for warning in warnings if "torch.compile fails on the models" in warning]
     assert sentence.endswith("the run goes on without.")
     assert "\n" not in sentence
     assert resolved(tmp_path / "out")["compile"] is False
@@ -280,7 +277,7 @@ def test_compilation_that_was_asked_for_must_work(
     break_compiler(monkeypatch, tmp_path)
     result = fgsm("generate", write_config(runtime={"compile": True}))
     assert result.exit_code == 2
-    assert "runtime.compile: torch.compile fails on this victim" in result.stderr
+    assert "runtime.compile: torch.compile fails on the models" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -303,7 +300,7 @@ def test_bf16_is_near_fp32(write_config: WriteConfig) -> None:
     runs = [
         open_run(load_config(str(write_config(runtime={"precision": precision})))) for precision in ("fp32", "bf16")
     ]
-    full, half = (run.victim.predict(images) for run in runs)
+    full, half = (run.models["make"].predict(images) for run in runs)
     assert half.dtype == torch.float32
     assert 0 < (full - half).abs().max() < 0.2
 

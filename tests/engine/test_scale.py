@@ -51,7 +51,6 @@ def receipt_of(run: Run, shard: Shard, skipped: Sequence[Skipped] = ()) -> Recei
         planned=len(shard),
         rows=rows,
         skipped=tuple(skipped),
-        zero_sign_share=0.25,
         counts=tuple(
             VariantCounts(**vars(variant), rows=rows, labelled=rows, correct=rows, fooled=0, confidence_sum=0.5 * rows)
             for variant in run.variants

@@ -136,7 +136,7 @@ def test_it_is_verified_and_forgeries_of_each_model_s_answers_are_found(
 
     file = "pgd-net-eps-8/test-00001-of-00003"
     forge(out, other_answer, f"{file}.parquet")
-    assert_found("prediction_turned", out, "--recompute")
+    assert_found("_turned", out, "--recompute")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

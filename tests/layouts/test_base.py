@@ -1,20 +1,22 @@
 """What holds for every layout: nobody else knows its name, and a column is one declaration."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from torch import Tensor
 
 import pipeline
 from pipeline.config.schema import OutputConfig
-from pipeline.core.variants import CLEAN, at_levels
+from pipeline.core.variants import CLEAN, Variant, at_levels
 from pipeline.layouts import base
-from pipeline.layouts.base import Column, subsets_of
+from pipeline.layouts.base import Column, Picture, subsets_of
+from pipeline.layouts.per_image import PerImage
 from pipeline.layouts.registry import LAYOUTS as REGISTRY
 from tests.conftest import (
     KINDS,
@@ -32,6 +34,7 @@ from tests.conftest import (
     subset_of,
     write_parquet,
 )
+from tests.support.forgery import SHARD, assert_found, forge
 from tests.support.variants import fgsm_at
 
 LEVELS = (0, 2, 8)
@@ -50,11 +53,8 @@ def test_no_other_room_knows_a_layout_by_its_name() -> None:
         if path.parent.name != "layouts"
         for match in quoted.finditer(path.read_text())
     }
-    assert found - NO_LAYOUT == {("config/schema.py", name) for name in REGISTRY}
-
-
-def test_the_config_names_those_that_there_are() -> None:
-    assert get_args(OutputConfig.model_fields["layout"].annotation) == tuple(REGISTRY)
+    default = ("config/schema.py", OutputConfig.model_fields["layout"].default)
+    assert found - NO_LAYOUT == {default, *(("config/kinds.py", name) for name in REGISTRY)}
 
 
 @pytest.mark.parametrize("layout", REGISTRY.values(), ids=REGISTRY)
@@ -98,6 +98,59 @@ def test_a_column_is_one_declaration(
     np.testing.assert_allclose(loaded["margin"], expected, atol=1e-6)
     assert set(pipeline.load(tmp_path / "out", ["3/255"], split="test")["margin"]) == {None}
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+    def forged(columns: dict[str, list[Any]]) -> None:
+        of_row = columns["attacks"][5][-1] if "attacks" in columns else {"margin": columns["margin"][5]}
+        of_row["margin"] += 0.5
+        columns.get("margin", [None] * 6)[5] = of_row["margin"]
+
+    forge(tmp_path / "out", forged, f"{subset_of(layout, 8)}/{SHARD}.parquet")
+    assert_found("other values in margin", tmp_path / "out")
+
+
+class Largest(PerImage):
+    """The clean image and the one at the largest epsilon, from which the others follow."""
+
+    subsets = "wide"
+
+    def picture(self, variant: Variant) -> Picture:
+        return Picture(self.subsets, "image" if variant == CLEAN else "attacked")
+
+    def source(self, variant: Variant, variants: Sequence[Variant]) -> tuple[Picture, ...]:
+        return (self.picture(variant),) if variant in (CLEAN, variants[-1]) else self.ray(variant, variants)
+
+    def stored(self, images: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        del directions
+        return images[0], images[-1]
+
+    def summary(self, subset: str, variants: Sequence[Variant]) -> str:
+        del subset, variants
+        return "Clean images, each beside the one at the largest epsilon"
+
+
+def test_a_layout_may_store_some_images_and_make_the_others(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(write_config())
+    plain = pipeline.load(tmp_path / "out", ["0", "2/255", "3/255", "8/255"], split="test")
+    monkeypatch.setitem(REGISTRY, "wide", Largest())
+    out = tmp_path / "largest"
+    generate(write_config(output={"layout": "wide", "path": str(out)}))
+    result = fgsm("verify", out, "--recompute")
+    assert result.exit_code == 0, result.output
+    assert "120 predictions re-derived" in result.stdout
+    largest = pipeline.load(out, ["0", "2/255", "3/255", "8/255"], split="test")
+    pixels = [[np.asarray(image).tobytes() for image in rows["image"]] for rows in (plain, largest)]
+    assert sorted(pixels[0]) == sorted(pixels[1])
+    result = fgsm("generate", write_config(output={"layout": "wide"}, attack={"kind": "pgd"}), "--overwrite")
+    assert result.exit_code == 2
+    assert "output.layout: wide" in result.stderr
+
+    def another(columns: dict[str, list[Any]]) -> None:
+        columns["attacked"][5] = columns["attacked"][6]
+
+    forge(out, another, f"wide/{SHARD}.parquet")
+    assert_found("images outside the epsilon ball of 8/255", out)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if REGISTRY[name].per_image])

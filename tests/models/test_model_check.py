@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.attacks.base import Goal
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.engine.compute import _check_accuracy, check_model
+from pipeline.engine.model_check import _check_accuracy, check_model
 from pipeline.models.base import Model
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
 
@@ -236,6 +237,15 @@ def models(tmp_path: Path) -> Path:
     return path
 
 
+def with_another(write_config: WriteConfig, name: str) -> Path:
+    """A config with another model, `other`, that no attack names."""
+    path = write_config(attack={"models": ["net"]})
+    config = yaml.safe_load(path.read_text())
+    config["models"] = {"net": config.pop("model"), "other": {"kind": "factory", "name": name}}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
 def test_a_run_is_refused_before_anything_is_written(write_config: WriteConfig, models: Path, tmp_path: Path) -> None:
     result = fgsm("generate", write_config(model={"name": f"{models}:Softmax"}))
     assert result.exit_code == ConfigError.exit_code
@@ -243,12 +253,14 @@ def test_a_run_is_refused_before_anything_is_written(write_config: WriteConfig, 
     assert not (tmp_path / "out").exists()
 
 
-def test_an_evaluator_is_looked_at_too(write_config: WriteConfig, models: Path) -> None:
-    config = write_config()
-    config.write_text(config.read_text() + f"evaluators: [{{id: soft, kind: factory, name: '{models}:Softmax'}}]\n")
-    result = fgsm("generate", config)
+def test_a_model_that_no_attack_names_is_looked_at_too(write_config: WriteConfig, models: Path, tmp_path: Path) -> None:
+    result = fgsm("generate", with_another(write_config, f"{models}:Softmax"))
     assert result.exit_code == ConfigError.exit_code
-    assert "Error: evaluators, soft: model: it returns probabilities" in result.stderr
+    assert "Error: models.other: it returns probabilities" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+LEFT = "left 75.0% of the pixel values as they are"
 
 
 def test_a_run_that_moves_little_says_so_at_both_ends(
@@ -257,14 +269,14 @@ def test_a_run_that_moves_little_says_so_at_both_ends(
     output = generate(write_config(model={"name": f"{models}:Corner"}))
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert sum("gradient of the loss is 0 on 75.0%" in sentence for sentence in said) == 1
-    assert sum("left 75.0% of the pixel values as they are" in sentence for sentence in said) == 1
-    assert "WARNING: the attack left 75.0%" in output
-    assert "WARNING: the attack left 75.0%" in fgsm("inspect", tmp_path / "out").stdout
+    assert sum(LEFT in sentence for sentence in said) == 1
+    assert f"WARNING: the attack fgsm on Corner {LEFT}" in output
+    assert f"WARNING: the attack fgsm on Corner {LEFT}" in fgsm("inspect", tmp_path / "out").stdout
 
 
 def test_a_run_that_moves_most_does_not(write_config: WriteConfig, tmp_path: Path) -> None:
-    assert "the attack left" not in generate(write_config())
-    assert "the attack left" not in fgsm("inspect", tmp_path / "out").stdout
+    assert "of the pixel values as they are" not in generate(write_config())
+    assert "of the pixel values as they are" not in fgsm("inspect", tmp_path / "out").stdout
 
 
 def test_a_run_that_is_resumed_has_been_looked_at(
@@ -293,21 +305,18 @@ def test_so_many_images_are_looked_at_as_fit(
     assert result.exit_code == PipelineError.exit_code, "on a CPU the run does not halve its batch"
 
 
-@pytest.mark.parametrize("judged", ["model", "evaluators"])
+@pytest.mark.parametrize("key", ["model", "models.other"])
 def test_verify_does_not_take_a_model_s_moods_for_damage(
-    write_config: WriteConfig, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: str
+    write_config: WriteConfig, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    moody = {"kind": "factory", "name": f"{models}:Moody"}
-    config = write_config(**({"model": moody} if judged == "model" else {}))
-    if judged == "evaluators":
-        config.write_text(config.read_text() + f"evaluators: [{{id: moody, kind: factory, name: '{models}:Moody'}}]\n")
-    generate(config)
+    moody = f"{models}:Moody"
+    generate(write_config(model={"name": moody}) if key == "model" else with_another(write_config, moody))
     before = digests(tmp_path / "out")
     monkeypatch.setenv("MOODY", "1")
     result = fgsm("verify", tmp_path / "out", "--recompute", "--repair")
     assert result.exit_code == PipelineError.exit_code
     assert "not deterministic" in result.stderr
-    assert ("evaluators, moody" in result.stderr) == (judged == "evaluators")
+    assert f"{key}: it is not deterministic" in result.stderr
     assert digests(tmp_path / "out") == before
     assert manifest(tmp_path / "out")["complete"]
     monkeypatch.delenv("MOODY")

@@ -18,11 +18,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.attacks.base import Goal
-from pipeline.attacks.fgsm import FGSM
 from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError
-from pipeline.engine.compute import attack_images
 from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
 from pipeline.models.digits_net import WEIGHTS, DigitsNet
@@ -30,6 +27,7 @@ from pipeline.models.load import load_model
 from pipeline.models.transformers import _processor_sizes
 from pipeline.sources.digits import digits_split
 from tests.conftest import FACTORY
+from tests.support.attacks import attack_one
 from tests.support.configs import section
 
 CPU = torch.device("cpu")
@@ -141,12 +139,8 @@ def test_frozen_and_in_eval_mode() -> None:
     assert not any(parameter.requires_grad for parameter in victim.parameters())
 
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    labels, valid = torch.arange(5) % 3, torch.ones(5, dtype=torch.bool)
-    first, second = (
-        attack_images(FGSM(), victim, images, labels, valid, levels=(8,), goal=Goal(), draws=torch.zeros_like(labels))
-        for _ in range(2)
-    )
-    assert torch.equal(first.logits, second.logits), "dropout would differ"
+    first, second = (torch.stack(attack_one(victim, images, torch.arange(5) % 3).logits) for _ in range(2))
+    assert torch.equal(first, second), "dropout would differ"
     for key, value in victim.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert all(parameter.grad is None for parameter in victim.parameters())

@@ -240,6 +240,40 @@ def test_attacks_without_the_true_label_cite_their_source(
     assert "label leaking" not in text
 
 
+OWN_ATTACK = """
+from pipeline.attacks.base import Perturbed
+
+
+class Darker:
+    on_ray = False
+    needs_draws = False
+
+    def perturb(self, model, images, classes, levels, draws):
+        return Perturbed(tuple(images - images.clamp(max=level) for level in levels))
+"""
+
+
+def test_an_attack_of_ones_own_is_not_cited_as_another(write_config: WriteConfig, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_ATTACK)
+    generate(write_config(attack={"kind": f"{tmp_path}/own.py:Darker"}))
+    text = card_of(tmp_path / "out")
+    assert "@inproceedings" not in text
+    assert "own is published in, this card does not know" in text
+
+
+@pytest.mark.parametrize(("kind", "epsilons"), [("fgsm", {0.0, 3 / 255}), ("pgd", {0.0, 8 / 255})])
+def test_the_card_offers_epsilons_that_can_be_read(
+    write_config: WriteConfig, tmp_path: Path, kind: str, epsilons: set[float]
+) -> None:
+    """Of an attack whose images lie on no ray, the recorded ones alone."""
+    generate(write_config(attack={"kind": kind}))
+    text = card_of(tmp_path / "out")
+    assert ("recorded or not" in text) == (kind == "fgsm")
+    names: dict[str, Any] = {}
+    exec(examples(text.replace(HERE, str(tmp_path / "out")))[-1], names)
+    assert {*names["rows"]["epsilon"]} == epsilons
+
+
 def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     manifest = manifest_of(tmp_path / "out")

@@ -199,7 +199,10 @@ def test_all_clean_and_none(outputs: Path, known: Known, name: str, clean: int) 
 def test_draws_are_those_of_the_ratio_and_all_epsilons_are_as_likely(outputs: Path) -> None:
     data = opened(outputs / "color-signs", epsilons=["2/255", "3/255", "8/255"], clean=0.25)
     levels = Counter(
-        level for epoch in range(200) for piece in data.shards.pieces for level in data._drawn(epoch, piece).tolist()
+        data.shards.variants[index].level
+        for epoch in range(200)
+        for piece in data.shards.pieces
+        for index in data._drawn(epoch, piece).tolist()
     )
     total = 200 * ROWS
     assert sorted(levels) == [0, 2, 3, 8]

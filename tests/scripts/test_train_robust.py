@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner, Result
 
 import pipeline
-from pipeline.attacks.base import AttackedModel, direction_sign
+from pipeline.attacks.base import direction_sign
 from pipeline.core.lattice import step
+from pipeline.models.attacked import AttackedModel
 from pipeline.models.digits_net import DigitsNet
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
@@ -49,7 +50,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def untrained(output: Path, seed: int = 0) -> Any:
     manifest = require_manifest(OutputFolder(output))
-    return train_robust.new_model(manifest.resolved.model, manifest, seed, torch.device("cpu"))
+    return train_robust.new_model(next(iter(manifest.resolved.all_models.values())), manifest, seed, torch.device("cpu"))
 
 
 def run(*arguments: str | Path) -> Result:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from pipeline.config.kinds import section_class
+from pipeline.config.load import section_class
 
 
 def section(key: str, **values: Any) -> Any:
-    """The `source`, `model`, `attack` or one of the `evaluators`, of the kind that the values name."""
+    """The `source`, `model` or `attack`, of the kind that the values name."""
     return section_class(key, values)(**values)

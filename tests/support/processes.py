@@ -82,7 +82,8 @@ def run_fgsm(cache: str, log: str, arguments: list[str], prepare: Callable[[], N
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    # Not closed with the streams, which the command replaces.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["fgsm", *arguments]
     if prepare:
         prepare()

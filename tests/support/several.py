@@ -13,6 +13,11 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "noise": {"kind": "noise", "epsilons": ["8/255"]},
     "pgd": {"kind": "pgd", "epsilons": ["8/255"], "models": ["net"], "steps": 3},
 }
+# All on rays, so that every layout holds them; the last looks for a class of its own, on one model alone.
+ON_RAYS: dict[str, dict[str, Any]] = {
+    **{name: ATTACKS[name] for name in ("fgsm", "noise")},
+    "aimed": {"epsilons": ["8/255"], "models": ["net"], "target": "random"},
+}
 TURNED = {"kwargs": {"order": [2, 0, 1]}, "label_map": {"cat": 1, "dog": 2, "eel": 0}}
 
 

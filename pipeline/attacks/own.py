@@ -1,0 +1,37 @@
+"""The section of an attack of the user's own: a class in a file, or in a module, that the config names."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.config.schema import AttackConfig
+from pipeline.config.section import anchored
+from pipeline.core.own_code import names_file
+
+
+class OwnAttackConfig(AttackConfig):
+    """A class of the user's own, `path/to/file.py:Attack`; `kwargs` are its arguments."""
+
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def anchor(cls, values: dict[str, Any], folder: Path) -> None:
+        if names_file(values["kind"]):
+            values["kind"] = anchored(values["kind"], folder)
+
+    @property
+    def own_code(self) -> str | None:
+        return self.kind
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.kwargs
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.title, "kwargs": self.kwargs}
+
+    @property
+    def title(self) -> str:
+        return self.kind.rpartition(":")[2]

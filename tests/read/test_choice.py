@@ -1,0 +1,302 @@
+"""Some attacks and models of a dataset: which rows a reader gives, and how often training draws each variant."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+import pipeline
+from pipeline.core.errors import ConfigError
+from pipeline.core.variants import make_variants
+from pipeline.read.choice import draw_shares
+from tests.conftest import LAYOUTS, WriteConfig, generate
+from tests.support.hub import Repository, git_blob, running_hub
+from tests.support.s3 import bucket as bucket
+from tests.support.s3 import out as out
+from tests.support.s3 import s3 as s3
+from tests.support.s3 import server as server
+from tests.support.several import ON_RAYS, write_several
+
+# What made a row, and at which level.
+Made = tuple[str | None, str | None, int]
+
+CLEAN: Made = (None, None, 0)
+# In the order in which `load` gives them: by epsilon, within one as the dataset has them.
+EVERY: list[Made] = [
+    CLEAN,
+    ("fgsm", "net", 2),
+    ("fgsm", "sums", 2),
+    ("fgsm", "net", 8),
+    ("fgsm", "sums", 8),
+    ("noise", None, 8),
+    ("aimed", "net", 8),
+]
+CHOICES: list[tuple[dict[str, Any], list[Made]]] = [
+    ({}, EVERY),
+    ({"models": "net"}, [CLEAN, *(made for made in EVERY if made[1] == "net" or made[0] == "noise")]),
+    ({"models": ["sums", "net"]}, EVERY),
+    ({"attacks": "fgsm"}, EVERY[:5]),
+    ({"attacks": ["aimed", "noise"]}, [CLEAN, *EVERY[5:]]),
+    ({"attacks": ["aimed", "fgsm"], "models": "sums"}, [CLEAN, EVERY[2], EVERY[4]]),
+    ({"attacks": "noise", "models": "sums"}, [CLEAN, EVERY[5]]),
+    ({"epsilons": [0], "models": "sums"}, [CLEAN]),
+    ({"epsilons": ["8/255"]}, [EVERY[i] for i in (3, 4, 5, 6)]),
+    ({"epsilons": ["8/255", 0], "models": ["sums"]}, [EVERY[4], EVERY[5], CLEAN]),
+    (
+        {"epsilons": ["3/255", "2/255"], "models": ["sums"]},
+        [("fgsm", "sums", 3), ("noise", None, 3), ("fgsm", "sums", 2), ("noise", None, 2)],
+    ),
+    ({"epsilons": ["9/255"], "attacks": "aimed"}, [("aimed", "net", 9)]),
+]
+
+
+def made(rows: Iterable[dict[str, Any]]) -> list[Made]:
+    """What made each of the rows."""
+    return [(row["attack"], row["model"], round(255 * row["epsilon"])) for row in rows]
+
+
+def plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "image": row["image"].tobytes()} for row in rows]
+
+
+# --------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_every_layout_gives_the_rows_of_the_attacks_and_models_asked_for(several: Path, choice: Any) -> None:
+    options, expected = choice
+    stored: dict[Made, list[dict[str, Any]]] = {one: [] for one in EVERY}
+    for row in plain(datasets.load_dataset(str(several / "images"), "all", split="test")):
+        stored[made([row])[0]].append(row)
+    read = {
+        (layout, streaming): plain(pipeline.load(several / layout, split="test", streaming=streaming, **options))
+        for layout in LAYOUTS
+        for streaming in (False, True)
+    }
+    first = read["images", False]
+    assert all(rows == first for rows in read.values())
+    assert made(first) == [one for one in expected for _ in range(40)]
+    for index, one in enumerate(expected):
+        own = first[40 * index : 40 * (index + 1)]
+        if one in stored:
+            assert own == stored[one]
+        else:
+            assert {row["prediction"] for row in own} == {row["fooled"] for row in own} == {None}
+            # The class that an attack aims at is the same at each epsilon.
+            assert [row["target"] for row in own] == [row["target"] for row in stored.get((*one[:2], 8), own)]
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "named"),
+    [
+        ({"models": "vgg"}, "models", ["'vgg'", "net, sums."]),
+        # It only looks: there are no images of it.
+        ({"models": ["net", "turned"]}, "models", ["'turned'", "net, sums."]),
+        ({"models": []}, "models", ["net, sums."]),
+        ({"attacks": "pgd"}, "attacks", ["'pgd'", "fgsm, noise, aimed."]),
+        ({"attacks": ["fgsm", "net"]}, "attacks", ["'net'", "fgsm, noise, aimed."]),
+        ({"attacks": "aimed", "models": "sums"}, "models, attacks", ["aimed", "sums"]),
+        ({"epsilons": [0], "models": "vgg"}, "models", ["'vgg'", "net, sums."]),
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_there_names_the_key_and_what_is(
+    several: Path, layout: str, options: dict[str, Any], key: str, named: list[str]
+) -> None:
+    for read in (pipeline.load, pipeline.training_dataset):
+        if read is pipeline.training_dataset and "epsilons" in options:
+            continue
+        with pytest.raises(ConfigError, match=f"^{key}: ") as caught:
+            read(several / layout, split="test", **options)
+        assert all(text in str(caught.value) for text in named)
+
+
+def test_other_epsilons_are_only_of_attacks_on_a_ray(several: Path) -> None:
+    for read in (pipeline.load, pipeline.training_dataset):
+        for options in ({}, {"attacks": ["fgsm", "pgd"]}, {"models": "net"}):
+            with pytest.raises(ConfigError, match=r"^epsilons: 3/255 is not recorded of attack pgd"):
+                read(several / "stepped", split="test", epsilons=["3/255"], **options)
+    rows = pipeline.load(several / "stepped", ["3/255"], "test", models="sums")
+    assert Counter(made(rows)) == {("fgsm", "sums", 3): 40, ("noise", None, 3): 40}
+    rows = pipeline.load(several / "stepped", ["8/255"], "test", attacks="pgd")
+    assert Counter(made(rows)) == {("pgd", "net", 8): 40}
+    data = pipeline.training_dataset(several / "stepped", "test", epsilons=["3/255"], attacks=["fgsm", "noise"])
+    assert len(list(data)) == 40
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_model_and_one_attack_can_be_named_too(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    generate(write_config(source={"limit": 8}, output={"layout": layout}))
+    read = [
+        plain(pipeline.load(tmp_path / "out", split="test", **options))
+        for options in ({}, {"models": "make"}, {"attacks": ["fgsm"]}, {"models": ["make"], "attacks": "fgsm"})
+    ]
+    assert len(read[0]) == 24
+    assert all(rows == read[0] for rows in read)
+    with pytest.raises(ConfigError, match=r"^models: got 'other'; .* make\.$"):
+        pipeline.load(tmp_path / "out", split="test", models="other")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_a_manifest_names_and_rows_say_what_there_is(several: Path, tmp_path: Path, layout: str) -> None:
+    expected = plain(pipeline.load(several / layout, split="test"))
+    copy = tmp_path / "copy"
+    shutil.copytree(several / layout, copy)
+    (copy / "manifest.json").unlink()
+    assert plain(pipeline.load(copy, split="test")) == expected
+    assert made(pipeline.load(copy, [0], "test")) == [CLEAN] * 40
+    assert made(pipeline.load(copy, ["8/255", 0], "test")) == [one for one in [*EVERY[3:], CLEAN] for _ in range(40)]
+    if layout == "images":
+        # Names of subsets do not tell which part of them is a model's.
+        with pytest.raises(ConfigError, match=r"manifest\.json"):
+            pipeline.load(copy, split="test", models="net")
+    else:
+        assert made(pipeline.load(copy, split="test", models="sums")) == [
+            one for one in (CLEAN, EVERY[2], EVERY[4], EVERY[5]) for _ in range(40)
+        ]
+        with pytest.raises(ConfigError, match=r"^attacks: got 'pgd'"):
+            pipeline.load(copy, split="test", attacks="pgd")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_in_an_object_store_are_chosen_alike(
+    out: str, write_config: WriteConfig, tmp_path: Path, layout: str
+) -> None:
+    config = write_several(write_config, tmp_path, ON_RAYS, source={"limit": 10}, output={"layout": layout})
+    generate(config, "--output", out)
+    options: dict[str, Any] = {"models": "sums", "attacks": ["fgsm", "noise"], "split": "test"}
+    for streaming in (False, True):
+        rows = pipeline.load(out, ["8/255", "3/255"], streaming=streaming, **options)
+        assert Counter(made(rows)) == {(*one, k): 10 for one in (("fgsm", "sums"), ("noise", None)) for k in (8, 3)}
+        with pytest.raises(ConfigError, match=r"^models: got 'vgg'"):
+            pipeline.load(out, streaming=streaming, models="vgg")
+
+
+FROM_HUB = """
+import json
+import datasets
+import pipeline
+
+datasets.config.USE_PARQUET_EXPORT = False  # it would ask a second host
+for streaming in (False, True):
+    options = {"models": "sums", "attacks": ["fgsm", "noise"], "split": "test", "streaming": streaming}
+    rows = pipeline.load("user/name", ["8/255"], **options)
+    print(json.dumps([(row["attack"], row["model"], row["source_index"]) for row in rows]))
+print(len(pipeline.load("user/name", [0], split="test")))
+"""
+
+
+@pytest.mark.parametrize("layout", ["images", "wide"])
+def test_rows_on_the_hub_are_chosen_alike(several: Path, tmp_path: Path, layout: str) -> None:
+    files = {path.relative_to(several / layout): path for path in (several / layout).rglob("*.*") if path.is_file()}
+    with running_hub() as hub:
+        hub.repositories["user/name"] = Repository(private=False)
+        hub.repositories["user/name"].commits.append(
+            {str(name): git_blob(path.read_bytes()) for name, path in files.items() if name.parts[0] != ".run"}
+        )
+        known = {
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(Path.cwd()),
+        }
+        # In a folder of its own: here `user/name` must not be one.
+        read = subprocess.run(
+            [sys.executable, "-c", FROM_HUB],
+            env=known,
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert read.returncode == 0, read.stderr
+        indices = pipeline.load(several / layout, [0], "test")["source_index"][:]
+        expected = [[*one, index] for one in (["fgsm", "sums"], ["noise", None]) for index in indices]
+        *chosen, clean = read.stdout.splitlines()
+        assert [json.loads(line) for line in chosen] == [expected, expected]
+        assert clean == "40"
+        # What is not asked for is not fetched; where rows say what made them, nor is the manifest.
+        asked = {path.split("/resolve/")[1].split("/")[1] for path in hub.asked("GET", "/resolve/")}
+        subsets = {"clean", "fgsm-sums-eps-8", "noise-eps-8", "manifest.json"} if layout == "images" else {"wide"}
+        assert asked - {"README.md"} == subsets
+
+
+# --------------------------------------------------------------------------------------------------- drawing
+
+GRID = make_variants(
+    {"fgsm": (["a", "b"], [2, 8]), "noise": ([None], [8]), "pgd": (["a"], [4, 8, 16])},
+)[1:]
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        # a: fgsm, noise, pgd; b: fgsm, noise.
+        ({}, {"fgsm-a": 1 / 12, "fgsm-b": 1 / 8, "noise": 1 / 6 + 1 / 4, "pgd-a": 1 / 18}),
+        # An attack's weight says how often it is drawn among those on its model, and models stay as likely.
+        ({"pgd": 2}, {"fgsm-a": 1 / 16, "fgsm-b": 1 / 8, "noise": 1 / 8 + 1 / 4, "pgd-a": 1 / 12}),
+        ({"a": 3}, {"fgsm-a": 1 / 8, "fgsm-b": 1 / 16, "noise": 1 / 4 + 1 / 8, "pgd-a": 1 / 12}),
+        ({"noise": 0}, {"fgsm-a": 1 / 8, "fgsm-b": 1 / 4, "noise": 0, "pgd-a": 1 / 12}),
+        # What nothing is left of is not drawn: not b, whose images of fgsm are gone and whose noise is everybody's.
+        ({"fgsm": 0}, {"fgsm-a": 0, "fgsm-b": 0, "noise": 1 / 2, "pgd-a": 1 / 6}),
+        ({"a": 0, "b": 0}, {"fgsm-a": 0, "fgsm-b": 0, "noise": 1, "pgd-a": 0}),
+        ({"pgd": 1e308, "fgsm": 1e308}, {"fgsm-a": 1 / 8, "fgsm-b": 1 / 4, "noise": 0, "pgd-a": 1 / 12}),
+    ],
+    ids=str,
+)
+def test_shares_are_even_over_models_then_attacks_then_epsilons(
+    weights: dict[str, float], expected: dict[str, float]
+) -> None:
+    shares = draw_shares(GRID, weights)
+    assert shares.max() == 1
+    wanted = np.array([expected[variant.subset.partition("-eps")[0]] for variant in GRID])
+    np.testing.assert_allclose(shares / shares.sum(), wanted, rtol=1e-12, atol=1e-300)
+
+
+def test_an_epsilon_weighs_among_those_of_its_attack() -> None:
+    shares = dict(zip((one.subset for one in GRID), draw_shares(GRID, {"8/255": 4, "4/255": 0}), strict=True))
+    total = sum(shares.values())
+    assert shares["fgsm-a-eps-8"] / shares["fgsm-a-eps-2"] == pytest.approx(4)
+    assert shares["fgsm-b-eps-8"] / total == pytest.approx(1 / 4 * 4 / 5)
+    assert shares["noise-eps-8"] / total == pytest.approx(1 / 6 + 1 / 4)
+    assert shares["pgd-a-eps-4"] == 0
+    assert shares["pgd-a-eps-8"] / total == pytest.approx(1 / 6 * 4 / 5)
+
+
+def test_without_models_noise_is_drawn_alone() -> None:
+    noise = make_variants({"noise": ([None], [2, 8])})[1:]
+    assert draw_shares(noise, {}).tolist() == [1, 1]
+    assert draw_shares(noise, {"2/255": 0.5}).tolist() == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "named"),
+    [
+        ({"vgg": 1}, "'vgg'"),
+        ({"3/255": 1}, "'3/255'"),
+        ({"pgd": -1}, "pgd"),
+        ({"pgd": float("inf")}, "pgd"),
+        ({"pgd": float("nan")}, "pgd"),
+        ({"pgd": "2"}, "pgd"),
+        ({"pgd": True}, "pgd"),
+        ({"fgsm": 0, "noise": 0, "pgd": 0}, "nothing is left"),
+    ],
+    ids=str,
+)
+def test_weights_that_cannot_be_are_named(weights: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=r"^weights: ") as caught:
+        draw_shares(GRID, weights)
+    assert named in str(caught.value)

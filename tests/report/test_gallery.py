@@ -1,0 +1,39 @@
+"""The contact sheet of a dataset of several attacks: no picture of it is one that is not stored."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import pipeline
+from pipeline.output.folder import OutputFolder
+from pipeline.output.manifest import require_manifest
+from pipeline.report.gallery import make_groups
+from pipeline.report.sample import read_sample
+from tests.conftest import WriteConfig, generate
+
+
+@pytest.mark.parametrize("layout", ["images", "wide"])
+@pytest.mark.parametrize("first", ["fgsm", "mifgsm"])
+def test_pictures_of_attacks_that_lie_on_no_ray_are_the_stored_ones(
+    layout: str, first: str, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = write_config(output={"layout": layout})
+    content = yaml.safe_load(config.read_text())
+    attack = content.pop("attack")
+    kinds = [first, *{"fgsm", "mifgsm"} - {first}]
+    config.write_text(json.dumps({**content, "attacks": {kind: {**attack, "kind": kind} for kind in kinds}}))
+    generate(config)
+    folder = OutputFolder(tmp_path / "out")
+    manifest = require_manifest(folder)
+    sample = read_sample(folder, manifest, "test", 10_000)
+    assert sample is not None
+    groups = make_groups(folder, manifest, sample, sample.variants, str)
+    stored = pipeline.load(tmp_path / "out", split="test")
+    pixels = {np.asarray(image).tobytes() for image in stored["image"]}
+    for group in groups:
+        for clean, _, *attacked in group.examples:
+            assert len(attacked) == 4
+            assert all(np.asarray(cell.image).tobytes() in pixels for cell in (clean, *attacked))
