@@ -350,7 +350,8 @@ def _readable(manifest: Manifest) -> int | None:
     bound = [set(attack.levels) for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
     if not bound:
         recorded = set(manifest.levels)
-        return next(level for level in [3, 5, 7, *range(1, 256)] if level not in recorded or level == 255)
+        wanted: list[int] = [3, 5, 7, *range(1, 256)]
+        return next(level for level in wanted if level not in recorded or level == 255)
     return max(set.intersection(*bound), default=None)
 
 
