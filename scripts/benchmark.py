@@ -41,7 +41,6 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-import yaml
 from workloads import ROOT, WORKLOADS, Workload, encoded_images, write_source
 
 from pipeline.core.lanes import available_cores
@@ -310,7 +309,10 @@ class Bench:
         """The config of a case: what our user would write, and the others read the same from."""
         work, variant = self.workload, VARIANTS[case.variant]
         weights = {"weights": str(self.weights.resolve())} if self.weights else {}
+        model = {**work.model, **weights}
+        models = {"models": {"resnet20": model, **work.more_models}} if work.more_models else {"model": model}
         return {
+            **models,
             "source": {
                 "kind": "huggingface",
                 "path": str(self.source),
@@ -319,7 +321,6 @@ class Bench:
                 "limit": case.images,
             },
             "preprocess": work.preprocess,
-            "model": {**work.model, **weights},
             "attack": {"epsilons": [f"{level}/255" for level in case.levels]},
             "output": {
                 "path": str(output),
@@ -336,7 +337,7 @@ class Bench:
             BenchmarkError: it failed.
         """
         output, config, marks = (self.folder / name for name in ("output", "config.yaml", "marks.json"))
-        config.write_text(yaml.safe_dump(self.config(case, output)))
+        config.write_text(json.dumps(self.config(case, output)))  # YAML without aliases
         if case.contender == "ours":
             command = ["-m", "pipeline", "generate", str(config), "--overwrite", "--output", str(output)]
         else:
@@ -348,7 +349,7 @@ class Bench:
         seen = receipt_marks(output) if case.contender == "ours" else json.loads(marks.read_text())
         rate, startup = steady(seen, launched)
         said = log.read_text()
-        compiled = re.search(r"Compiled the victim in ([\d.]+) s", said)
+        compiled = re.search(r"Compiled the models in ([\d.]+) s", said)
         busy = re.search(r"Busy: (.*)", said)
         stored = sum(file.stat().st_size for file in output.glob("**/*.parquet"))
         shutil.rmtree(output, ignore_errors=True)
@@ -403,7 +404,11 @@ def run_rounds(
 
 
 def list_cases(workload: Workload, contenders: Sequence[str], variants: Sequence[str]) -> list[Case]:
-    """Who runs on a workload: ours in each variant, a bound for each way to compute, and the others once."""
+    """Who runs on a workload: ours in each variant, a bound for each way to compute, and the others once.
+
+    Of several models the others make no dataset.
+    """
+    contenders = [name for name in contenders if name in ("ours", "bound") or not workload.more_models]
     computed = dict.fromkeys(variant.removesuffix(SIGNS) for variant in variants)
     named = {"ours": variants, "bound": list(computed)}
     # The bound is as fast as ours, and in memory from its first image on.

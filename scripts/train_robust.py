@@ -156,7 +156,7 @@ def evaluate(model: Model, output: Path, split: str, levels: Sequence[int], work
     right: dict[str, int] = {}
     clean = training_dataset(output, split, clean=1, shuffle=False)
     attack = ModelAttack(FGSM(), "attack", "trained", asks_model=True, levels=tuple(levels), goal=Goal())
-    attacker = Attacker({"trained": model}, (attack,), stored=lambda images, directions: ())
+    attacker = Attacker({"trained": model}, (attack,), stored=lambda *_: ())
     for images, labels in _batches(clean, workers, model):
         draws = torch.zeros_like(labels)
         predictions = attacker(images, labels.unsqueeze(1), draws, valid=draws == 0).predictions[0]
@@ -324,7 +324,8 @@ def check_writable(option: str, path: Path) -> None:
 def main(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder of a dataset, either layout.")],
     model: Annotated[
-        str | None, typer.Option(help="path/to/file.py:callable or package.module:callable [the dataset's first model, untrained]")
+        str | None,
+        typer.Option(help="path/to/file.py:callable or package.module:callable [the dataset's first model, untrained]"),
     ] = None,
     train_split: Annotated[str, typer.Option(help="What is learnt from.")] = "train",
     test_split: Annotated[str, typer.Option(help="What is tested on.")] = "test",

@@ -1,11 +1,11 @@
-"""What the benchmark runs on: four workloads, each a victim and a Parquet file of encoded images.
+"""What the benchmark runs on: workloads, each one or several models and a Parquet file of encoded images.
 
 Every contender reads the same file, through the same config; the images are repeated until there are enough.
 """
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ Encoded = tuple[bytes, int]
 
 @dataclass(frozen=True)
 class Workload:
-    """A victim, and how much of what it is shown.
+    """A model, or several, and how much of what it is shown.
 
-    model and preprocess are sections of the config; `images` of our own contender and its bound, `peer_images` of
-    the others, whose rates are as steady and lower.
+    model and preprocess are sections of the config; more_models are further ones by their ids, which attack as well.
+    `images` of our own contender and its bound, `peer_images` of the others, whose rates are as steady and lower.
     """
 
     name: str
@@ -44,11 +44,19 @@ class Workload:
     batch_size: int
     images: int
     peer_images: int
+    more_models: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def photographs(self) -> bool:
         """Whether images are large, so that what is stored of them counts."""
         return "crop" in self.preprocess
+
+
+def _factory(script: str, name: str) -> dict[str, Any]:
+    return {"kind": "factory", "name": f"{ROOT / 'scripts' / script}.py:{name}", **IMAGENET}
+
+
+RESNET20 = _factory("resnet20", "resnet20")
 
 
 def _imagenet(name: str, batch_size: int, images: int, peer_images: int) -> Workload:
@@ -71,12 +79,23 @@ WORKLOADS = {
         Workload(
             name="cifar",
             title="CIFAR ResNet-20, 32 px",
-            model={"kind": "factory", "name": f"{ROOT / 'scripts/resnet20.py'}:resnet20", **IMAGENET},
+            model=RESNET20,
             preprocess={},
             levels=(1, 2, 4, 8),
             batch_size=256,
             images=20_000,
             peer_images=2_048,
+        ),
+        Workload(
+            name="three-models",
+            title="CIFAR ResNet-20, a plain CNN and an MLP, 32 px: each attacked, each looking at all images",
+            model=RESNET20,
+            preprocess={},
+            levels=(2, 8),
+            batch_size=256,
+            images=8_192,
+            peer_images=2_048,
+            more_models={name: _factory("small_models", name) for name in ("cnn", "mlp")},
         ),
         _imagenet("resnet18", batch_size=64, images=512, peer_images=192),
         _imagenet("resnet50", batch_size=32, images=256, peer_images=96),

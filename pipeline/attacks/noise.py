@@ -35,7 +35,7 @@ class NoiseConfig(AttackConfig):
 
     @property
     def title(self) -> str:
-        return "Noise"
+        return "noise"
 
     @property
     def how(self) -> str:

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.attacks.load import load_attack
 from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, refuse_rows
 from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
@@ -50,7 +51,7 @@ from pipeline.output.folder import (
     committed,
     shard_file,
 )
-from pipeline.output.manifest import Manifest, altered_manifest, contradictions, summarise
+from pipeline.output.manifest import ON_RAY, Manifest, altered_manifest, contradictions, summarise
 from pipeline.output.shards import FOOTER_KEY
 
 
@@ -67,6 +68,12 @@ def check_manifest(manifest: Manifest, folder: OutputFolder) -> None:
         f"models.{name}.label_map"
         for name, model in config.all_models.items()
         if name in spaces and not _fits(model.label_map, spaces[name])
+    ]
+    # What code of the user's own says of itself only `recompute` asks, which may run it.
+    wrong += [
+        f"attacks.{name}.{ON_RAY}"
+        for name, attack in config.all_attacks.items()
+        if attack.own_code is None and load_attack(attack).attack.on_ray != manifest.on_ray(name)
     ]
     if wrong:
         raise altered_manifest(folder, f"it contradicts itself in {', '.join(wrong)}")
@@ -313,6 +320,10 @@ class ShardCheck:
             known = {"confidence_sum": said.confidence_sum, "zero_signs": said.zero_signs}
             if not close or said != here.model_copy(update=known):
                 raise DamageError(f"{self._receipt(shard)} has other counts than the rows of {name}.")
+        for indices in self.attacks:
+            # Along one direction the same values stay at every epsilon, those that clipping hides too.
+            if self.on_ray[indices[0]] and len({receipt.counts[index].zero_signs for index in indices}) > 1:
+                raise DamageError(f"{self._receipt(shard)} has a zero_signs of one epsilon that is not the others'.")
 
     def _count_zero_signs(self, variant: int, images: Sequence[Tensor], signs: Sequence[Tensor]) -> tuple[int, int]:
         """How many values of a batch the attack did not move: the least and the most that there can be."""
@@ -329,7 +340,7 @@ class ShardCheck:
         files = [shard_file(self.layout.subset(variant), shard, self.edition) for variant in self.variants]
         if not self.layout.per_image:
             return files
-        made = [f" of {one.attack} on {one.model}" if one.pair else "" for one in self.variants]
+        made = [f" of {one.maker}" if one.pair else "" for one in self.variants]
         return [f"{file} at {k}/255{of}" for file, k, of in zip(files, self.levels, made, strict=True)]
 
     def _read(self, shard: Shard, subset: str, root: Path, counts: Sequence[int]) -> Iterator[pa.Table]:

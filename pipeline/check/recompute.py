@@ -77,7 +77,10 @@ def open_recomputation(manifest: Manifest, plan: Plan, findings: Findings) -> It
         device = choose_device("auto")
     loaded = load_attacks(config)
     for name, attack in loaded.items():
-        _check_unchanged(manifest, f"attacks.{name}", config.key("attack", name), attack.digest)
+        key = config.key("attack", name)
+        _check_unchanged(manifest, f"attacks.{name}", key, attack.digest)
+        if attack.attack.on_ray != manifest.on_ray(name):
+            raise ConfigError(f"{key}: manifest.json was altered: it says of on_ray what the attack does not.")
     models, spaces = {name: load_run_model(name, config, device) for name in config.all_models}, manifest.label_spaces
     for name, model in models.items():
         _check_unchanged(manifest, f"models.{name}", config.key("model", name), model.digest)
@@ -108,15 +111,15 @@ def _check_unchanged(manifest: Manifest, name: str, key: str, digest: str | None
 class _Answer:
     """What E models say of M rows in V variants, and what A attacks make of them.
 
-    logits: E times (V, M, classes). differing (A, M) int64: values of a row that an attack does not give again: whose
-    stored sign is not its direction's or, of an attack that is not on a ray, that are another at some epsilon. share
-    (A, M): the part of the row's squared direction that lies there, 0 where all of the gradient is rounding; or the
-    share of all values.
+    logits: E times (V, M, classes). differing: A times (K, M) int64, values of a row that an attack does not give
+    again: with K = 1 those whose stored sign is not its direction's or, of an attack that is not on a ray, at each of
+    its K epsilons those that are another. share: A times (K, M), the part of the row's squared direction that lies
+    there, 0 where all of the gradient is rounding; or the share of all values.
     """
 
     logits: list[Tensor]
-    differing: Tensor
-    share: Tensor
+    differing: list[Tensor]
+    share: list[Tensor]
 
 
 def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
@@ -140,14 +143,15 @@ def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
         perturbed = each.perturb(attacked, images[0], own, draws)
         if perturbed.direction is None:
             stored = images[first : first + len(each.levels)]
-            differs = torch.stack([*map(torch.ne, perturbed.images, stored)]).any(0).flatten(1)
-            share = differs.float().mean(1)
+            differs = torch.stack([*map(torch.ne, perturbed.images, stored)]).flatten(2)
+            share = differs.float().mean(2)
         else:
             again = direction_sign(perturbed.direction)
             if clipped:
                 again = again * (step(images[0], again, 1) != images[0])
             differs = (again != sign).flatten(1)
-            share = _squares(perturbed.direction, differs)
+            share = _squares(perturbed.direction, differs).unsqueeze(0)
+            differs = differs.unsqueeze(0)
         if each.asks_model:
             # The clean logits of the run came with the gradient, and some layers (attention) have another kernel for
             # that, with other last digits.
@@ -155,14 +159,13 @@ def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
             if perturbed.direction is not None:
                 chosen = attacked.logits.log_softmax(1).gather(1, own.unsqueeze(1)).squeeze(1)
                 share = share.where(-chosen.expm1() > SATURATED, 0.0)
-        found.append((differs.sum(1)[valid].cpu(), share[valid].cpu()))
+        found.append((differs.sum(2)[:, valid].cpu(), share[:, valid].cpu()))
         first += len(each.levels)
     logits = []
     for name, model in models.items():
         of_clean = clean[name] if name in clean else model.predict(images[0])
         logits.append(torch.stack([of_clean, *map(model.predict, images[1:])])[:, valid].cpu())
-    differing, shares = (torch.stack(values) for values in zip(*found, strict=True))
-    return _Answer(logits, differing, shares)
+    return _Answer(logits, *map(list, zip(*found, strict=True)))
 
 
 def _squares(direction: Tensor, chosen: Tensor) -> Tensor:
@@ -252,7 +255,8 @@ class Recomputation:
                 if target is not None:
                     expected = each.goal.classes(of_clean, owned[index], random)
                     self._compare_target(each, expected, target, of_clean, names[indices[-1]], clean, strict)
-                self._compare_signs(each, answer, index, names[indices[0]], clean, strict)
+                own_names = [names[variant] for variant in indices]
+                self._compare_images(each, answer.differing[index], answer.share[index], own_names, clean, strict)
         except DamageError:
             second = self._ask(rows, valid)
             for name, before, now in zip(self.spaces, answer.logits, second.logits, strict=True):
@@ -279,11 +283,12 @@ class Recomputation:
                 f"A batch of {self.plan.batch_size}, as the run had it, does not fit in this device's memory; free "
                 "what else uses it, or verify on the machine of the run."
             ) from error
-        logits = [torch.cat(chunks, 1) for chunks in zip(*(part.logits for part in parts), strict=True)]
-        share = torch.cat([part.share for part in parts], 1)
-        if not all(bool(torch.isfinite(values).all()) for values in (*logits, share)):
+        # What each lane says of its own rows, side by side.
+        chunks = zip(*((part.logits, part.differing, part.share) for part in parts), strict=True)
+        whole = _Answer(*([torch.cat(own, 1) for own in zip(*lists, strict=True)] for lists in chunks))
+        if not all(bool(torch.isfinite(values).all()) for values in (*whole.logits, *whole.share)):
             raise NonFiniteError("The model gives NaN or infinity here, which it did not in the run.")
-        return _Answer(logits, torch.cat([part.differing for part in parts], 1), share)
+        return whole
 
     def _own_classes(self, attack: ModelAttack, labels: Tensor, recorded: Scores) -> Tensor:
         """Each row's own class, by which an attack goes, (M,) the model's indices.
@@ -315,7 +320,7 @@ class Recomputation:
         self, answer: _Answer, again: Scores, recorded: Scores, names: Sequence[str], clean: pa.Table, strict: bool
     ) -> None:
         """The models predict what is recorded, but on near ties. In an environment like the recorded one, where the
-        victim's confidences are the same to the last digit, nothing is excused (`strict`)."""
+        confidences are the same to the last digit, nothing is excused (`strict`)."""
         asked = zip(answer.logits, recorded.prediction, self.spaces.values(), strict=True)
         close = np.stack([self._near_ties(logits, said, space) for logits, said, space in asked])
         differs = recorded.prediction != again.prediction
@@ -355,17 +360,24 @@ class Recomputation:
             wrong &= ~ties
         refuse_rows(name, wrong, "targets that are not the attack's", clean)
 
-    def _compare_signs(
-        self, attack: ModelAttack, answer: _Answer, index: int, name: str, clean: pa.Table, strict: bool
+    def _compare_images(
+        self,
+        attack: ModelAttack,
+        differing: Tensor,
+        share: Tensor,
+        names: Sequence[str],
+        clean: pa.Table,
+        strict: bool,
     ) -> None:
-        """The images of an attack lie along the sign of its direction, but where that is rounding.
+        """The images of an attack are those that it makes, or lie along the sign of its direction, but for rounding.
 
         A CPU gives each gradient again to the last digit; of CUDA some backward passes (of adaptive pooling and
-        resizing) add in any order.
+        resizing) add in any order. What asks no model is the same everywhere.
         """
-        exact, on_ray = strict and self.lanes.device.type == "cpu", attack.attack.on_ray
-        differing, share = answer.differing[index], answer.share[index]
+        exact, on_ray = not attack.asks_model or (strict and self.lanes.device.type == "cpu"), attack.attack.on_ray
         wrong = (differing > 0 if exact else share > (self.sign_tolerance if on_ray else VALUE_TOLERANCE)).numpy()
         self.findings.near_tie_signs += int(differing.numpy()[~wrong].sum())
         they = "do not lie along the sign of the attack's direction" if on_ray else "the attack does not make again"
-        refuse_rows(name, wrong, f"images that {they}", clean)
+        # With one direction the first name stands for all.
+        for name, own in zip(names, wrong, strict=False):
+            refuse_rows(name, own, f"images that {they}", clean)

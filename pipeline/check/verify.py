@@ -1,10 +1,10 @@
 """Verify: does the dataset hold what its receipts and its manifest say, down to the pixel?
 
 Always: every file's digest, schema, row count and columns, every source row accounted for, and every image the
-clean one moved by its epsilon along one sign. With `recompute`: the victim looks at the stored bytes again, in the
-batches of the run, and every recorded prediction and sign is derived anew. With `source`: labels and clean images are
-compared with the source's. From any layout a batch is first read back as its images at every epsilon, and a table
-for each of what is recorded of them.
+clean one moved by its epsilon, along one sign if its attack has one. With `recompute`: the models look at the stored
+bytes again, in the batches of the run, and every recorded prediction, target and attacked image is derived anew. With
+`source`: labels and clean images are compared with the source's. From any layout a batch is first read back as its
+images in every variant, and a table for each of what is recorded of them.
 
 Damage is only what was read and is wrong, or what the listing does not have. What cannot be read now is a problem, and
 no reason to drop anything.
@@ -40,13 +40,13 @@ def verify(
 
     Args:
         path: the output folder.
-        recompute: derive every prediction and every sign anew from the stored bytes.
+        recompute: derive every prediction and every attacked image anew from the stored bytes.
         source: open the source that the manifest names, and compare labels and clean images with it.
         repair: drop the receipts and files of damaged shards, so that `generate` writes them again.
         unlocked: of a repair; as in `generate`.
 
     Raises:
-        PipelineError: there is no run in the folder, or its victim cannot be loaded again.
+        PipelineError: there is no run in the folder, or one of its models cannot be loaded again.
     """
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
@@ -73,7 +73,7 @@ def verify(
     check_listing(manifest, plan, receipts, sizes, findings)
     with contextlib.ExitStack() as stack:
         shards = [shard for shard in plan.shards if shard.name in receipts and shard.name not in findings.damaged]
-        # Loading a victim may run code that the manifest names: never for a dataset of which nothing was made here.
+        # Loading a model may run code that the manifest names: never for a dataset of which nothing was made here.
         recomputation = None
         if recompute and shards:
             announce_factories(folder, manifest)

@@ -37,6 +37,11 @@ class Variant:
         return self.subset.replace("-", "_")
 
     @property
+    def maker(self) -> str:
+        """What made it, for people: "fgsm on resnet20", or "noise", which asks no model. Not of clean."""
+        return f"{self.attack} on {self.model}" if self.model else str(self.attack)
+
+    @property
     def pair(self) -> str:
         """What parts its attack and its model from others of the run, in names of columns; empty if there is one."""
         return re.sub(r"-?(clean|eps-[0-9]+)$", "", self.subset).replace("-", "_")

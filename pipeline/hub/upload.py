@@ -126,7 +126,7 @@ def _check_id(repo_id: str) -> None:
 
 
 def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
-    """The dataset in a folder, all of it checked but for what the victim would say again."""
+    """The dataset in a folder, all of it checked but for what the models would say again."""
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
     folder.store.refuse_links()

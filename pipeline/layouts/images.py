@@ -90,5 +90,4 @@ class Images(Layout):
         variant = next(variant for variant in variants if variant.subset == subset)
         if variant == CLEAN:
             return "Clean images"
-        on = f" on {variant.model}" if variant.model else ""
-        return f"{variant.attack}{on} at epsilon {variant.level}/255"
+        return f"{variant.maker} at epsilon {variant.level}/255"

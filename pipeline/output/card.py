@@ -25,6 +25,7 @@ from markupsafe import Markup
 from pipeline.config.schema import AttackConfig
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import PipelineError
+from pipeline.core.variants import by_attack
 from pipeline.layouts.base import ATTACKS, COLUMNS
 from pipeline.output.folder import OutputFolder, Receipt, committed
 from pipeline.output.manifest import Manifest, summarise, without_folders
@@ -39,7 +40,7 @@ SIZES = (
     *("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B"),
     *("100B<n<1T", "n>1T"),
 )
-TAGS = ("adversarial", "adversarial-examples", "fgsm", "robustness")
+TAGS = ("adversarial", "adversarial-examples", "robustness")
 # Licences of datasets that the Hub knows by these names. Any other is `other` there, and stands in the text.
 HUB_LICENSES = (
     *("cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "pddl"),
@@ -158,12 +159,17 @@ def _front(manifest: Manifest) -> dict[str, Any]:
         "task_categories": ["image-classification"],
         # Rows of the default config, which holds all subsets.
         "size_categories": [size_category(manifest.rows * len(manifest.stored))],
-        "tags": list(TAGS),
+        "tags": [*TAGS, *_kinds(manifest)],
         # Of the default config; all have the same features, and of a thousand classes one list is long enough.
         "dataset_info": _dataset_info(configs[0]["config_name"], manifest),
         "configs": configs,
     }
     return {key: value for key, value in front.items() if value}
+
+
+def _kinds(manifest: Manifest) -> list[str]:
+    """The kinds of the attacks that have a name in the literature."""
+    return list(dict.fromkeys(attack.kind for attack in manifest.resolved.all_attacks.values() if attack.paper))
 
 
 def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
@@ -304,7 +310,9 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
         "title": _title(manifest),
         "epsilons": [f"{level}/255" for level in levels[1:]],
         "requested": [_requested(level, epsilon) for level, epsilon in _all_requested(attacks.values())],
-        "example": _example_level(manifest),
+        "readable": _readable(manifest),
+        "groups": ["attack", "model", "epsilon"] if len(by_attack(manifest.variants)) > 1 else ["epsilon"],
+        "gathered": next((one["config_name"] for one in make_configs(manifest)[::-1] if _gathers(one, manifest)), None),
         "location": location,
         "here": location == HERE,
         "address": is_address(location),
@@ -313,13 +321,18 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
         "models": {name: model.model_dump(mode="json") for name, model in models.items()},
-        "attacked": {variant.model for variant in manifest.variants},
+        "attacked": [name for name in models if any(variant.model == name for variant in manifest.variants)],
+        "of_none": any(variant.model is None for variant in manifest.variants[1:]),
         "attacks": attacks,
         "names": [attack.title for attack in attacks.values()],
-        "on_ray": all(map(manifest.on_ray, attacks)),
+        "on_ray": [name for name in attacks if manifest.on_ray(name)],
+        "off_ray": [name for name in attacks if not manifest.on_ray(name)],
+        "of_own": any(attack.own_code for attack in attacks.values()),
+        "of_label": any(a.asks_model and a.label == "dataset" and a.target is None for a in attacks.values()),
+        "of_no_label": any(a.asks_model and (a.label, a.target) != ("dataset", None) for a in attacks.values()),
         "targeted": any(attack.target is not None for attack in attacks.values()),
         "matrix": by_epsilon(manifest.transfer) if len(models) > 1 else [],
-        "unmoved": manifest.zero_shares() if subsets else {},
+        "unmoved": manifest.unmoved() if subsets else [],
         "papers": list(dict.fromkeys(attack.paper for attack in attacks.values() if attack.paper)),
         "classes": manifest.dataset_classes,
         "columns": list(_describe(manifest, features)),
@@ -327,14 +340,19 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
     }
 
 
-def _example_level(manifest: Manifest) -> int | None:
-    """An epsilon in grey levels at which images of each attack can be read: if possible one that is not recorded."""
-    bound = [attack.levels for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
+def _gathers(config: Mapping[str, Any], manifest: Manifest) -> bool:
+    """Whether a config of the card holds all subsets at one epsilon."""
+    return config["config_name"].startswith("eps-") and config["config_name"] not in manifest.stored
+
+
+def _readable(manifest: Manifest) -> int | None:
+    """A level at which `pipeline.load` gives images of every attack, if possible one that is not recorded."""
+    bound = [set(attack.levels) for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
     if not bound:
+        recorded = set(manifest.levels)
         wanted: list[int] = [3, 5, 7, *range(1, 256)]
-        return next(level for level in wanted if level not in manifest.levels or level == 255)
-    shared = [level for level in bound[0] if all(level in levels for levels in bound)]
-    return max(shared) if shared else None
+        return next(level for level in wanted if level not in recorded or level == 255)
+    return max(set.intersection(*bound), default=None)
 
 
 def _all_requested(attacks: Iterable[AttackConfig]) -> list[tuple[int, str | float]]:
@@ -353,11 +371,10 @@ def _describe(manifest: Manifest, features: Mapping[str, Any]) -> Iterator[dict[
     layout, config = manifest.layout, manifest.resolved
     pictures = {picture.column: layout.describe(picture) for picture in layout.pictures(manifest.variants)}
     meanings = {**MEANINGS, **pictures}
-    if any(attack.target is not None for attack in config.all_attacks.values()):
-        meanings["fooled"] = (
-            "whether the prediction is the target or, of an attack without one, is wrong and was right when clean; "
-            "null on clean images"
-        )
+    targeted = [attack.target is not None for attack in config.all_attacks.values()]
+    if any(targeted):
+        otherwise = "" if all(targeted) else " or, of an attack without one, is wrong and was right when clean"
+        meanings["fooled"] = f"whether the prediction is the target{otherwise}; null on clean images"
     if manifest.streamed:
         meanings["source_index"] = "row in that file"
     for model in config.all_models:

@@ -30,7 +30,7 @@ from pipeline.core.origin import UNKNOWN, Origin
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan, make_plan, stream_plan
 from pipeline.core.redaction import printable
-from pipeline.core.variants import Variant
+from pipeline.core.variants import Variant, by_attack
 from pipeline.layouts.base import Layout, subsets_of
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.folder import (
@@ -273,6 +273,15 @@ class Manifest(SealedRecord):
             for variant, parts in zeros.items()
         }
 
+    def unmoved(self) -> list[str]:
+        """Of each attack on each model, in words, the share of pixel values that it leaves as they are."""
+        shares, said = self.zero_shares(), []
+        for indices in by_attack(self.variants):
+            own = sorted({shares[self.variants[index]] for index in indices})
+            least, most = f"{own[0]:.2%}", f"{own[-1]:.2%}"
+            said.append(f"{self.variants[indices[0]].maker} {least if least == most else f'{least} to {most}'}")
+        return said
+
     @property
     def zero_gradient_warning(self) -> str | None:
         """A sentence for a dataset of which an attack changed less than half, None for others."""
@@ -281,7 +290,7 @@ class Manifest(SealedRecord):
         if shares[worst] <= MANY_ZERO:
             return None
         return (
-            f"the attack {worst.attack} on {worst.model} left {shares[worst]:.1%} of the pixel values as they are, as "
+            f"the attack {worst.maker} left {shares[worst]:.1%} of the pixel values as they are, as "
             "the model's gradient is 0 there; it may be of half precision, rounded or cut off, or so sure that its "
             "softmax is 0 or 1"
         )

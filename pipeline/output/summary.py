@@ -1,5 +1,6 @@
 """`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest, Subset, current_manifest
 from pipeline.output.transfer import Transfer, by_epsilon
 
+# Of a terminal.
+WIDTH = 80
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
 
 
@@ -30,29 +33,49 @@ def summary_table(manifest: Manifest) -> str:
     and of those that it gets right when clean the share that it loses.
     """
     lines = _aligned([HEAD, *map(_cells, manifest.subsets)])
-    if len(manifest.spaces) > 1 and manifest.transfer:
-        head = ("split", "images of", "epsilon", *(f"{name}: right, lost" for name in manifest.spaces))
-        lines += ["", "Transfer: what each model gets right, and what it loses of what it gets right when clean"]
-        lines += _aligned([head, *map(_transfer_cells, by_epsilon(manifest.transfer))])
+    if len(manifest.spaces) > 1 and (matrix := by_epsilon(manifest.transfer)):
+        lines += [
+            "",
+            "Transfer, in percent: what each model gets right, and what it loses of what",
+            "it gets right when clean",
+        ]
+        for (split, level), rows in itertools.groupby(matrix, _split_and_level):
+            lines += ["", *_transfer_block(f"{split} {level}/255", list(rows))]
     return "\n".join([*lines, "", *_notes(manifest)])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns, the first three to the left."""
+def _aligned(rows: Sequence[Sequence[str]], left: int = 3) -> list[str]:
+    """Lines of columns, the first ones to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = "  ".join(f"{{:{'<' if index < 3 else '>'}{width}}}" for index, width in enumerate(widths))
+    line = "  ".join(f"{{:{'<' if index < left else '>'}{width}}}" for index, width in enumerate(widths))
     return [line.format(*row).rstrip() for row in rows]
 
 
-def _transfer_cells(row: Sequence[Transfer]) -> tuple[str, ...]:
-    first = row[0]
-    made = f"{first.attack} on {first.model}" if first.model else first.attack
-    answers = (f"{_percent(cell.accuracy)}, {_percent(cell.share_lost)}" for cell in row)
-    return (first.split, made, f"{first.level}/255", *answers)
+def _split_and_level(row: Sequence[Transfer]) -> tuple[str, int]:
+    return row[0].split, row[0].level
+
+
+def _transfer_block(title: str, rows: Sequence[Sequence[Transfer]]) -> list[str]:
+    """The matrix at one epsilon: a line for each attack on each model, a column for each model that looks.
+
+    Where the columns do not fit on a line, the rest of them stands below.
+    """
+    made = [f"{row[0].attack} on {row[0].model}" if row[0].model else row[0].attack for row in rows]
+    columns = [
+        [cells[0].looking, *(f"{_percent(cell.accuracy)}, {_percent(cell.share_lost)}" for cell in cells)]
+        for cells in zip(*rows, strict=True)
+    ]
+    lines, shown = [], [[title, *made]]
+    for column in columns:
+        if len(shown) > 1 and len(_aligned([*zip(*shown, column, strict=True)], 1)[0]) > WIDTH:
+            lines += _aligned([*zip(*shown, strict=True)], 1)
+            shown = shown[:1]
+        shown.append(column)
+    return lines + _aligned([*zip(*shown, strict=True)], 1)
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def inspect_json(path: str | Path) -> dict[str, Any]:
@@ -84,7 +107,7 @@ def _notes(manifest: Manifest) -> list[str]:
     notes = [
         f"run {manifest.run_id}, {state}; {manifest.rows:,} of {manifest.planned} source images, "
         f"{manifest.skipped_rows:,} skipped",
-        f"not moved: {_unmoved(manifest)} of the pixel values",
+        f"not moved of the pixel values: {', '.join(manifest.unmoved())}",
     ]
     if warning := manifest.zero_gradient_warning:
         notes.append(f"WARNING: {warning}")
@@ -96,14 +119,6 @@ def _notes(manifest: Manifest) -> list[str]:
         notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}{file}: {row.reason}"))
     notes += [printable(f"left out of tars: {part}") for part in manifest.members_left_out]
     return notes
-
-
-def _unmoved(manifest: Manifest) -> str:
-    """The share of pixel values that each attack leaves as they are: at one epsilon if that is the same at each."""
-    shares = {variant: f"{share:.2%}" for variant, share in manifest.zero_shares().items()}
-    if len(set(shares.values())) == 1:
-        return next(iter(shares.values()))
-    return ", ".join(f"{share} ({variant.subset})" for variant, share in shares.items())
 
 
 def _split_sizes(manifest: Manifest) -> str:

@@ -68,10 +68,13 @@ def transfer_matrix(counts: Iterable[tuple[str, VariantCounts]]) -> tuple[Transf
 def by_epsilon(matrix: Sequence[Transfer]) -> list[list[Transfer]]:
     """The rows of the matrix, each the cells of one variant in one split, in the order of the models that look.
 
-    Rows at one epsilon stand together, those of attacks that ask no model, against which others are measured, last.
+    Without labelled images there are none. Rows at one epsilon stand together, those of attacks that ask no model,
+    against which others are measured, last.
     """
     rows: dict[tuple[str, int, bool, str, str], list[Transfer]] = {}
     for cell in matrix:
+        if not cell.images:
+            continue
         key = cell.split, cell.level, cell.model is None, cell.attack, cell.model or ""
         rows.setdefault(key, []).append(cell)
     order = list(dict.fromkeys(cell.split for cell in matrix))

@@ -1,9 +1,10 @@
 """Findings: what a report says of a dataset, as numbers and sentences.
 
-Counts are the manifest's, and exact. What only rows can say follows from a sample of one split: a page that looked
-at every split and variant as closely would show nothing.
+Counts are the manifest's, and exact. What only rows can say follows from a sample of one split, of one attack on one
+model: a page that looked at every split and variant as closely would show nothing.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.variants import CLEAN, Variant
-from pipeline.output.folder import ModelCounts
 from pipeline.output.manifest import Manifest, Subset
-from pipeline.report.sample import Sample
+from pipeline.output.transfer import Transfer, by_epsilon
+from pipeline.report.sample import Sample, own_model
 
 # Variants that pictures show, spread over those there are; the first and the last to succeed come on top.
 SHOWN_VARIANTS = 5
@@ -26,25 +27,30 @@ SHOWN_VARIANTS = 5
 class Focus:
     """What the page looks at closely: the sample of one split, and one variant, the `index`-th of it.
 
-    `shown` are the variants with pictures, clean first; `subsets` the exact counts of the split by variant; `victim`
-    and `evaluators` names of models; `name` gives that of a recorded class.
+    `shown` are the variants with pictures, clean first; `subsets` the exact counts of the split by variant; `model` is
+    the one that the sample is about, the first of `models`; `attacks` are all of the run; `name` gives that of a
+    recorded class.
     """
 
     sample: Sample
     index: int
     shown: tuple[Variant, ...]
     subsets: Mapping[Variant, Subset]
-    victim: str
-    evaluators: tuple[str, ...]
+    models: tuple[str, ...]
+    attacks: tuple[str, ...]
     name: Callable[[int], str]
 
     @property
     def variant(self) -> Variant:
         return self.sample.variants[self.index]
 
+    @property
+    def model(self) -> str:
+        return self.models[0]
+
 
 def by_interest(splits: Sequence[str]) -> list[str]:
-    """Splits in the order in which they are worth a close look: held-out images say more than a victim's own."""
+    """Splits in the order in which they are worth a close look: held-out images say more than those of training."""
     held_out = [split for split in ("test", "validation") if split in splits]
     return [*held_out, *(split for split in reversed(splits) if split not in held_out)]
 
@@ -54,7 +60,7 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
 
     Larger ones show more noise and nothing new. Where none does, it is the one that reaches most.
     """
-    reached = sample.success.sum(1)
+    model, reached = own_model(manifest, sample.variants[1]), sample.success.sum(1)
     half = np.flatnonzero(2 * reached >= _started(sample).sum())
     most = int(reached.argmax()) or len(reached) - 1
     spread = {1 + int(index) for index in np.linspace(0, len(sample.variants) - 2, SHOWN_VARIANTS).round()}
@@ -66,33 +72,38 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
         index=int(half[0]) if reached.any() and len(half) else most,
         shown=(CLEAN, *(sample.variants[index] for index in sorted(spread))),
         subsets={subset.variant: subset for subset in manifest.subsets if subset.split == sample.split},
-        victim=next(iter(manifest.spaces)),
-        evaluators=evaluator_names(manifest),
-        name=class_names(manifest),
+        models=(model, *(name for name in manifest.spaces if name != model)),
+        attacks=tuple(manifest.resolved.all_attacks),
+        name=class_names(manifest, model),
     )
 
 
 def headline(focus: Focus) -> str:
     """What the attack did, in a few sentences."""
     sample, (_, _, share) = focus.sample, focus.sample.words
-    reads = f"The {share} of {focus.victim} on {sample.split} images is {percent(right_share(focus, 0))} clean"
+    reads = f"The {share} of {focus.model} on {sample.split} images is {percent(right_share(focus, 0))} clean"
+    with_it = f"with {focus.variant.attack}, " if len(focus.attacks) > 1 else ""
     success, confidence = sample.success[focus.index], sample.confidence[focus.index]
     if not success.any():
-        return f"{reads}; no step up to {sample.variants[-1].level} of 255 grey levels succeeds on any of them."
+        return (
+            f"{reads}; {with_it}no step up to {sample.variants[-1].level} of 255 grey levels succeeds on any of them."
+        )
     counts = focus.subsets[focus.variant]
     reached = f" {percent(ratio(counts.fooled, counts.rows))} are on target." if sample.target is not None else ""
+    surer = share_of_surer(focus)
+    compared = "" if surer is None else f", and surer than when the image was clean in {percent(surer, 0)} of the cases"
     return (
-        f"{reads}; moving every pixel value by at most {focus.variant.level} of 255 grey levels leaves "
+        f"{reads}; {with_it}moving every pixel value by at most {focus.variant.level} of 255 grey levels leaves "
         f"{percent(right_share(focus, focus.index))}.{reached} Where the attack succeeds, the model is "
-        f"{percent(mean(confidence[success]), 0)} sure of its answer on average, and surer than when the image was "
-        f"clean in {percent(share_of_surer(focus), 0)} of the cases."
+        f"{percent(mean(confidence[success]), 0)} sure of its answer on average{compared}."
     )
 
 
 def share_of_surer(focus: Focus) -> float | None:
-    """Of the images where the attack succeeds: those whose answer is surer than when they were clean."""
+    """Of the images where the attack succeeds: those whose answer is surer than when clean; None where nobody knows."""
     sample, success = focus.sample, focus.sample.success[focus.index]
-    return mean(sample.confidence[focus.index][success] > sample.confidence[0][success])
+    gained = sample.confidence[focus.index][success] - sample.confidence[0][success]
+    return None if np.isnan(gained).any() else mean(gained > 0)
 
 
 def sureness(sample: Sample) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
@@ -111,41 +122,81 @@ def right_share(focus: Focus, index: int) -> float | None:
     """Accuracy at an epsilon, exact; without labels the share of answers that stayed, in the sample."""
     if not focus.sample.labelled:
         return mean(focus.sample.right[index])
-    return accuracies(focus.subsets[focus.sample.variants[index]])[0]
+    return accuracy(focus.subsets[focus.sample.variants[index]], focus.model)
 
 
-def accuracies(subset: Subset) -> list[float | None]:
-    """The accuracy of the victim and of each evaluator, in order."""
-    correct = [counts.correct for counts in subset.models.values()]
-    return [ratio(count, subset.labelled) for count in correct]
+def accuracy(subset: Subset, model: str) -> float | None:
+    """Of the labelled images the share that a model predicts right."""
+    return ratio(subset.models[model].correct, subset.labelled)
 
 
-def transfer_rate(counts: ModelCounts) -> float | None:
-    """Of the images that fool the victim and that an evaluator reads right when clean: the share that fools both."""
-    return ratio(counts.transferred, counts.exposed)
+def noise_levels(focus: Focus) -> dict[int, Subset]:
+    """The counts of random noise in the split, the control of any other attack, by its epsilon in grey levels."""
+    made = ((variant, subset) for variant, subset in focus.subsets.items() if variant not in focus.sample.variants)
+    return {variant.level: subset for variant, subset in made if variant.model is None}
 
 
-def by_split(manifest: Manifest) -> dict[str, list[Subset]]:
-    """The counts of every variant, clean first, of each split that has rows."""
-    splits = {split: [there for there in manifest.subsets if there.split == split] for split in manifest.split_rows}
-    return {split: subsets for split, subsets in splits.items() if any(subset.rows for subset in subsets)}
+def by_split(manifest: Manifest) -> dict[str, list[list[Subset]]]:
+    """The counts of splits that have rows, by interest: those of clean images, then of each attack on each model."""
+    splits: dict[str, list[list[Subset]]] = {}
+    for split in by_interest(list(manifest.split_rows)):
+        own = [subset for subset in manifest.subsets if subset.split == split]
+        if any(subset.rows for subset in own):
+            groups = itertools.groupby(own, key=lambda subset: (subset.attack, subset.model))
+            splits[split] = [list(group) for _, group in groups]
+    return splits
 
 
-def evaluator_names(manifest: Manifest) -> tuple[str, ...]:
-    """The ids of the evaluators, in order."""
-    return tuple(manifest.spaces)[1:]
+def matrices(manifest: Manifest) -> dict[str, list[list[Transfer]]]:
+    """The rows of the transfer matrix by split, the one most worth a look first; empty with one model or no labels."""
+    rows = by_epsilon(manifest.transfer) if len(manifest.spaces) > 1 else []
+    splits = by_interest(list(dict.fromkeys(row[0].split for row in rows)))
+    return {split: [row for row in rows if row[0].split == split] for split in splits}
 
 
-def class_names(manifest: Manifest) -> Callable[[int], str]:
-    """What a recorded class is called: its index where it has no name."""
-    classes = next(iter(manifest.spaces.values())).recorded_classes or ()
+def who_travels(rows: Sequence[Sequence[Transfer]], level: int) -> str:
+    """Whose images other models lose most on, against noise of the same epsilon, in a sentence; empty if none can say.
+
+    Args:
+        rows: of the matrix of one split.
+        level: in grey levels; of those at which it can be said, the nearest is spoken of.
+    """
+    noise = {row[0].level: row for row in rows if row[0].model is None}
+    shares = ((_lost_by_others(row, row[0].model), row) for row in rows if row[0].model is not None)
+    made = [(share, row) for share, row in shares if share is not None]
+    # Without noise anywhere, there is nothing to prefer.
+    made = [(share, row) for share, row in made if row[0].level in noise] or made
+    if not made:
+        return ""
+    nearest = min((row[0].level for _, row in made), key=lambda other: (abs(other - level), other))
+    share, best = max((each for each in made if each[1][0].level == nearest), key=lambda each: each[0])
+    others = [cell.looking for cell in best if cell.looking != best[0].model]
+    who, they = "the others together lose", "they predict"
+    if len(others) == 1:
+        who, they = f"{others[0]} loses", "it predicts"
+    floor = _lost_by_others(noise[nearest], best[0].model) if nearest in noise else None
+    against = "the run has no noise of that epsilon to compare with" if floor is None else f"on noise {percent(floor)}"
+    return (
+        f"At {nearest}/255 no images travel further than those of {made_by(best[0])}: {who} {percent(share)} "
+        f"of what {they} right when clean; {against}."
+    )
+
+
+def _lost_by_others(row: Sequence[Transfer], model: str | None) -> float | None:
+    """The share that all models but one lose of what they predict right when clean."""
+    others = [cell for cell in row if cell.looking != model]
+    return ratio(sum(cell.lost for cell in others), sum(cell.clean_correct for cell in others))
+
+
+def made_by(images: Variant | Subset | Transfer) -> str:
+    """What made images, in words: an attack on a model, or one that asks none."""
+    return f"{images.attack} on {images.model}" if images.model else str(images.attack)
+
+
+def class_names(manifest: Manifest, model: str) -> Callable[[int], str]:
+    """What a class that is recorded of a model's answer is called: its index where it has no name."""
+    classes = manifest.spaces[model].recorded_classes or ()
     return lambda index: (classes[index].strip() or "(no name)") if index < len(classes) else str(index)
-
-
-def model_name(model: Mapping[str, Any]) -> str:
-    """What people call a model of a config: without the folder of a factory's file."""
-    name = str(model.get("name") or model["kind"])
-    return name.rpartition("/")[2] if model["kind"] == "factory" else name
 
 
 def source_name(source: Mapping[str, Any]) -> str:
@@ -163,4 +214,5 @@ def ratio(part: float, whole: float) -> float | None:
 
 
 def mean(values: NDArray[Any]) -> float | None:
-    return float(values.mean(dtype=np.float64)) if len(values) else None
+    """The mean, None where there are no values or where one is not known (NaN)."""
+    return float(values.mean(dtype=np.float64)) if len(values) and not np.isnan(values).any() else None

@@ -35,6 +35,7 @@ SHEET_EXAMPLES_PER_GROUP = 2
 class Cell:
     """One image of an example: `title` says which. The sign map, of which nobody says anything, has no `answer`.
 
+    `confidence` in that answer is None where it is not stored.
     `sign` and `verdict` say whether the answer is right, the former in a letter; `wrong` is for the colour; `target`
     is what the sign map of a targeted run leads to.
     """
@@ -42,7 +43,7 @@ class Cell:
     title: str
     image: Image.Image
     answer: str = ""
-    confidence: float = 0.0
+    confidence: float | None = None
     sign: str = ""
     verdict: str = ""
     wrong: bool = False
@@ -96,14 +97,17 @@ def choose_rows(sample: Sample, shown: Sequence[Variant]) -> list[tuple[str, str
     """
     variants, first, seen = sample.variants, sample.onset, sample.at(shown)
     never = len(variants)
-    doubt = 1 - sample.confidence[0]
+    # Without the confidence in clean images, the order in which the rows are stored is as good as any.
+    told = not np.isnan(sample.confidence[0]).any()
+    doubt = 1 - sample.confidence[0] if told else np.zeros(len(sample))
     # Who is called the target when clean resists nothing.
     resists = sample.right[0] if sample.target is None else sample.right[0] & (sample.prediction[0] != sample.target)
     beaten, held = np.flatnonzero(first < never), np.flatnonzero((first == never) & resists)
     groups = []
     if len(beaten):
         soonest, latest = int(first[beaten].min()), int(first[beaten].max())
-        text = f"{variant_name(variants[soonest])} is enough. The network was surest of these when they were clean."
+        text = f"{variant_name(variants[soonest])} is enough."
+        text += " The network was surest of these when they were clean." if told else ""
         easiest = _ranked(beaten[first[beaten] == soonest], doubt)
         groups.append((f"{sample.aim.capitalize()} by the smallest step", text, easiest))
         # In whole percents, so that among equals the smaller epsilon comes first.
@@ -120,7 +124,9 @@ def choose_rows(sample: Sample, shown: Sequence[Variant]) -> list[tuple[str, str
         groups.append(("Those that resist", text, _ranked(beaten[first[beaten] == latest], doubt)))
     if not groups:
         text = "The attack succeeds on none of the images, and of none can it be said that it resists."
-        groups.append(("The surest answers", text, _ranked(np.arange(len(sample)), doubt)))
+        groups.append(
+            ("The surest answers" if told else "The first images", text, _ranked(np.arange(len(sample)), doubt))
+        )
     taken: set[int] = set()
     return [(title, text, rows) for title, text, order in groups if (rows := _varied(order, sample, taken))]
 
@@ -151,7 +157,8 @@ def _example(folder: OutputFolder, manifest: Manifest, sample: Sample, row: int,
         answer = name(int(sample.prediction[index, row]))
         sign, verdict = _verdict(sample, index, row)
         confidence, wrong = float(sample.confidence[index, row]), not sample.right[index, row]
-        cells.append(Cell(variant_name(variant), image, answer, confidence, sign, verdict, bool(wrong)))
+        told = None if np.isnan(confidence) else confidence
+        cells.append(Cell(variant_name(variant), image, answer, told, sign, verdict, bool(wrong)))
     target = None if sample.target is None else name(int(sample.target[row]))
     return (cells[0], Cell("sign map", sign_map, target=target), *cells[1:])
 
@@ -222,6 +229,7 @@ def draw_sheet(groups: Sequence[Group]) -> bytes:
                 axes.set(xticks=[], yticks=[])
                 axes.set_frame_on(False)
                 axes.set_title(cell.title, fontsize=9, pad=2)
-                says = f"{cell.sign} {shortened(cell.answer)}\n{cell.confidence:.0%}" if cell.answer else ""
+                sure = "" if cell.confidence is None else f"\n{cell.confidence:.0%}"
+                says = f"{cell.sign} {shortened(cell.answer)}{sure}" if cell.answer else ""
                 axes.set_xlabel(says, color=WRONG if cell.wrong else RIGHT)
         return png(figure)

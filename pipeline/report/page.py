@@ -14,7 +14,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import jinja2
+import numpy as np
 import yaml
+from markupsafe import Markup, escape
 from pydantic import BaseModel, ValidationError
 
 from pipeline.core.errors import PipelineError
@@ -23,20 +25,21 @@ from pipeline.output.manifest import Manifest, current_manifest, without_folders
 from pipeline.output.summary import human_bytes
 from pipeline.report.findings import (
     Focus,
-    accuracies,
-    by_interest,
+    accuracy,
     by_split,
-    evaluator_names,
     focus_on,
     headline,
+    made_by,
+    matrices,
+    noise_levels,
     percent,
     ratio,
     source_name,
     sureness,
-    transfer_rate,
+    who_travels,
 )
 from pipeline.report.gallery import draw_sheet, make_groups, web_image
-from pipeline.report.plots import RIGHT, SOFT, WRONG, Curve, draw_curves, model_curve, variant_name
+from pipeline.report.plots import RIGHT, SOFT, WRONG, Curve, draw_curves, draw_matrix, model_curve, variant_name
 from pipeline.report.sample import SAMPLE_SHARDS, is_labelled, read_sample
 
 # Rows of each split that are looked at: a share of them is known to within one percent, and they are read in a second.
@@ -121,19 +124,17 @@ def _write_page(folder: OutputFolder, view: Mapping[str, Any], receipts: str, li
 
 def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the page shows, and the pictures by the names of their files."""
-    counts = by_split(manifest)
-    samples = (read_sample(folder, manifest, split, SAMPLE_ROWS) for split in by_interest(list(counts)))
+    counts, matrix = by_split(manifest), matrices(manifest)
+    samples = (read_sample(folder, manifest, split, SAMPLE_ROWS) for split in counts)
     sample = next((sample for sample in samples if sample), None)
     view: dict[str, Any] = {
         "manifest": manifest,
-        "victim": next(iter(manifest.spaces)),
-        "attack": next(iter(manifest.resolved.all_attacks.values())).title,
+        "attack": ", ".join(dict.fromkeys(attack.title for attack in manifest.resolved.all_attacks.values())),
         "source": source_name(manifest.config["source"]),
-        "evaluators": evaluator_names(manifest),
         "labelled": is_labelled(manifest),
         "counts": counts,
-        "transfers": len(manifest.spaces) > 1
-        and any(there.exposed for subset in manifest.subsets for there in subset.models.values()),
+        "pairs": [group[0] for group in next(iter(counts.values()), [])[1:]],
+        "matrix": matrix,
         "most_shards": SAMPLE_SHARDS,
         "skipped": manifest.skipped[:MOST_SKIPPED],
         "config": yaml.safe_dump(without_folders(manifest.config), sort_keys=False, allow_unicode=True),
@@ -150,6 +151,8 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
     view |= {"focus": focus, "groups": groups, "plots": plots}
     pictures = {f"{name}.png": data for name, (data, _) in plots.items()}
     pictures["examples.png"] = draw_sheet(groups)
+    if matrix:
+        pictures["transfer.png"] = draw_matrix(matrix[sample.split], sample.split)
     return view, pictures
 
 
@@ -163,25 +166,31 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    named = (accuracies, headline, human_bytes, percent, ratio, transfer_rate, variant_name, web_image)
+    named = (headline, human_bytes, made_by, percent, ratio, variant_name, web_image, who_travels)
     environment.filters |= {function.__name__: function for function in named}
     environment.filters |= {
         "thousands": lambda number: f"{number:,}",
+        # A long name breaks where people would break it.
+        "breakable": lambda name: Markup(escape(name).replace("_", Markup("_<wbr>"))),
         "data": lambda image, kind: f"data:image/{kind};base64,{base64.b64encode(image).decode()}",
     }
     return environment.get_template("report.html.jinja")
 
 
 def _accuracy(focus: Focus) -> tuple[list[Curve], str]:
-    """A line for each model, from the manifest; without labels, the share of answers that stay, from the sample."""
+    """A line for each model and for noise, from the manifest; without labels the answers that stay, from the sample."""
     sample = focus.sample
     subsets = [focus.subsets[variant] for variant in sample.variants]
     if sample.labelled:
-        shares = zip(*map(accuracies, subsets), strict=True)
-        models = zip([focus.victim, *focus.evaluators], shares, strict=True)
-        curves = [model_curve(name, values, index) for index, (name, values) in enumerate(models)]
+        shares = [tuple(accuracy(subset, model) for subset in subsets) for model in focus.models]
+        curves = [model_curve(name, shares[index], index) for index, name in enumerate(focus.models)]
+        noise = noise_levels(focus)
+        floor = [noise.get(subset.level) for subset in subsets[1:]]
+        if any(floor):
+            values = (accuracy(subset, focus.model) if subset else None for subset in floor)
+            curves.append(Curve(f"{focus.model} on noise", (shares[0][0], *values), SOFT, "d", dashed=True))
     else:
-        curves = [model_curve(focus.victim, tuple(sample.right.mean(1).tolist()), 0)]
+        curves = [model_curve(focus.model, tuple(sample.right.mean(1).tolist()), 0)]
     if sample.target is not None:
         reached = (ratio(subset.fooled, subset.rows) if subset.level else None for subset in subsets)
         curves.append(Curve("called the target", tuple(reached), WRONG, "X", dashed=True))
@@ -189,10 +198,13 @@ def _accuracy(focus: Focus) -> tuple[list[Curve], str]:
 
 
 def _confidence(focus: Focus) -> tuple[list[Curve], str]:
-    """How sure the victim is: of all answers, from the manifest, of right and of wrong ones, from the sample."""
+    """How sure the model is: of all answers, from the manifest, of right and of wrong ones, from the sample."""
     right, wrong = sureness(focus.sample)
-    subsets = (focus.subsets[variant] for variant in focus.sample.variants)
-    every = tuple(ratio(subset.confidence_sum, subset.rows) for subset in subsets)
+    clean, *attacked = (focus.subsets[variant] for variant in focus.sample.variants)
+    # Of clean images the first model's is counted.
+    known = not np.isnan(focus.sample.confidence[0]).any()
+    means = (ratio(subset.confidence_sum, subset.rows) for subset in attacked)
+    every = (ratio(clean.confidence_sum, clean.rows) if known else None, *means)
     names = focus.sample.words
     curves = [Curve(names[0], right, RIGHT, "o"), Curve(names[1], wrong, WRONG, "X")]
     return [*curves, Curve("all", every, SOFT, "s", dashed=True)], "mean confidence"

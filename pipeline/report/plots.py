@@ -1,4 +1,4 @@
-"""The report's plots: shares against epsilon, a line for each model.
+"""The report's plots: shares against epsilon, a line for each model, and the transfer matrix.
 
 Each is a PNG on white paper, for the page and for the card. Colours follow Okabe and Ito, so that the colour-blind tell
 them apart: blue is right, orange is wrong, as everywhere in the report, and a marker says what a colour says. Equal
@@ -6,6 +6,8 @@ numbers give equal bytes.
 """
 
 import io
+import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,21 +15,29 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from pipeline.core.variants import CLEAN, Variant
+from pipeline.output.transfer import Transfer
+from pipeline.report.findings import made_by
 
 # Inches. On a phone's 360 px a point is then a pixel.
-WIDTH, HEIGHT = 4.8, 3.6
+WIDTH, HEIGHT, LEGEND_LINE = 4.8, 3.6, 0.2
 DPI = 180
 LABEL_LENGTH = 14
 
 INK, SOFT, LINE = "#1b1f24", "#57606a", "#d5dbe1"
 RIGHT, WRONG = "#0b62b0", "#c24e00"
-# The victim's first.
+# That of the model that the page looks at first.
 MODELS = (RIGHT, "#007a5a", "#a8497f", "#7a6a00", "#2f8fc4")
 # Two more than there are colours: as the numbers have no common factor, only the 36th model looks as the first.
 MARKERS = "osD^vPX"
+
+# Of the transfer matrix: what a share of 0 and of 1 looks like. The text on either is INK.
+HEAT = ("#ffffff", "#e8965a")
+# Inches of a cell and of the names beside it. Blocks of up to so many columns of cells stand side by side.
+CELL_WIDTH, CELL_HEIGHT, NAMES_WIDTH, SIDE_BY_SIDE = 0.62, 0.36, 1.7, 6
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Curve:
 
 
 def model_curve(name: str, values: tuple[float | None, ...], index: int) -> Curve:
-    """The curve of the index-th model, the victim's first."""
+    """The curve of the index-th model."""
     return Curve(name, values, MODELS[index % len(MODELS)], MARKERS[index % len(MARKERS)])
 
 
@@ -72,8 +82,13 @@ def draw_curves(variants: Sequence[Variant], curves: Sequence[Curve], says: str)
         says: what the shares are of, for the axis.
     """
     levels = [variant.level for variant in variants]
+    names = [shortened(curve.name, 40) for curve in curves]
+    longest = max(map(len, names))
+    columns = 3 if longest <= 10 else 2 if longest <= 20 else 1
     with paper():
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        # Further lines of the legend take nothing from the plot.
+        height = HEIGHT + LEGEND_LINE * max(0, math.ceil(len(names) / columns) - 2)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
             axes.plot(
@@ -90,11 +105,56 @@ def draw_curves(variants: Sequence[Variant], curves: Sequence[Curve], says: str)
         axes.set(xlabel="epsilon (grey levels, k/255)", ylabel=f"{says} (%)")
         axes.locator_params("x", integer=True)
         axes.grid(axis="y")
-        names = [shortened(curve.name, 40) for curve in curves]
-        longest = max(map(len, names))
-        columns = 3 if longest <= 10 else 2 if longest <= 20 else 1
         figure.legend(axes.lines, names, loc="outside lower left", ncols=columns)
         return png(figure)
+
+
+def draw_matrix(rows: Sequence[Sequence[Transfer]], split: str) -> bytes:
+    """The transfer matrix of a split as a heat map, a block for each epsilon, as a PNG.
+
+    Args:
+        rows: each of the cells of one variant, one for each model that looks; rows of one epsilon together.
+        split: for the title.
+    """
+    blocks = [list(block) for _, block in itertools.groupby(rows, key=lambda row: row[0].level)]
+    models, across = [cell.looking for cell in rows[0]], 2 if len(blocks) > 1 and len(rows[0]) <= SIDE_BY_SIDE else 1
+    lines = [blocks[start : start + across] for start in range(0, len(blocks), across)]
+    heights = [max(map(len, line)) for line in lines]
+    size = (
+        max(WIDTH, across * (NAMES_WIDTH + CELL_WIDTH * len(models))),
+        CELL_HEIGHT * (sum(heights) + 2.5 * len(lines) + 1),
+    )
+    heat = LinearSegmentedColormap.from_list("lost", HEAT)
+    with paper():
+        figure = Figure(figsize=size, layout="constrained")
+        says = "share lost of those right when clean\nand accuracy below; bold: the attacked model"
+        figure.suptitle(f"{shortened(split)} images: {says}", fontsize=9)
+        grid = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for place, (line, height) in enumerate(zip(lines, heights, strict=True)):
+            for axes, block in zip(grid[place], line, strict=False):
+                axes.set_axis_on()
+                shares = [[np.nan if cell.share_lost is None else cell.share_lost for cell in row] for row in block]
+                axes.pcolormesh(np.array(shares), cmap=heat, vmin=0, vmax=1, edgecolor="white", linewidth=2)
+                # Blocks beside each other have cells of one height.
+                axes.set(xlim=(0, len(models)), ylim=(height, 0))
+                axes.set_title(f"{block[0][0].level}/255", fontsize=9, weight="bold", loc="left")
+                axes.set_xticks(np.arange(len(models)) + 0.5, [shortened(name, 9) for name in models], fontsize=7)
+                names = [shortened(made_by(row[0]), 24) for row in block]
+                axes.set_yticks(np.arange(len(block)) + 0.5, names, fontsize=8)
+                axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
+                axes.spines[:].set_visible(False)
+                for (y, x), cell in np.ndenumerate(np.array(block, dtype=object)):
+                    own = "bold" if cell.looking == cell.model else "normal"
+                    axes.text(x + 0.5, y + 0.36, whole(cell.share_lost), ha="center", va="center", size=8, weight=own)
+                    axes.text(x + 0.5, y + 0.74, whole(cell.accuracy), ha="center", va="center", size=6)
+        return png(figure)
+
+
+def whole(share: float | None) -> str:
+    """A share in whole percents."""
+    return "-" if share is None else f"{share:.0%}"
 
 
 def png(figure: Figure) -> bytes:

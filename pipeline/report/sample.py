@@ -1,4 +1,4 @@
-"""A bounded sample of a dataset: what the victim says of some rows in every variant, and the pictures of a few.
+"""A bounded sample of a dataset: what one model says of rows that one attack made of it, and the pictures of a few.
 
 Nothing here grows with the dataset: scores are read by column from the first rows of a few shards, pictures from
 the row groups that hold them. Shards are cut from a permutation, so the first rows of each are a fair sample of
@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.errors import explained
-from pipeline.core.variants import CLEAN, Variant
-from pipeline.layouts.base import LABEL, LAST, Picture, picture_columns
+from pipeline.core.variants import CLEAN, Variant, by_attack
+from pipeline.layouts.base import LABEL, LAST, Picture, kept_columns, model_columns, picture_columns
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest
 
@@ -28,15 +28,15 @@ SAMPLE_SHARDS = 16
 
 @dataclass(frozen=True)
 class Sample:
-    """What the victim says of M rows of a split in every variant, clean first.
+    """What a model says of M rows of a split: clean, and as one attack on it made them at each of K epsilons.
 
     `rows` is how many of the split could be in it: those with a label, if the dataset is `labelled`, as it is if any
     of its rows has one.
 
-    prediction (1 + K, M), in recorded indices; confidence (1 + K, M) in [0, 1]; right (1 + K, M): predicted as
-    labelled, or, without labels, as when clean; success (1 + K, M): fooled, on target or, where there are neither
-    labels nor targets, changed, and not so when clean; target (M,) in recorded indices, None in other runs; shard (M,)
-    into `shards`, and place (M,) within it.
+    prediction (1 + K, M), in recorded indices; confidence (1 + K, M) in [0, 1], NaN where it is not stored; right
+    (1 + K, M): predicted as labelled, or, without labels, as when clean; success (1 + K, M): fooled, on target or,
+    where there are neither labels nor targets, changed, and not so when clean; target (M,) in recorded indices, None in
+    other runs; shard (M,) into `shards`, and place (M,) within it.
     """
 
     split: str
@@ -88,14 +88,23 @@ def is_labelled(manifest: Manifest) -> bool:
     return any(subset.labelled for subset in manifest.subsets)
 
 
-def is_targeted(manifest: Manifest) -> bool:
-    """Whether the attack that is looked at aims at a class."""
-    attack = manifest.variants[1].attack
-    return attack is not None and manifest.resolved.all_attacks[attack].target is not None
+def shown_variants(manifest: Manifest) -> tuple[Variant, ...]:
+    """Clean, and one attack on one model at every epsilon: the first attack on the first model.
+
+    Where no attack names the first model it is the first on any, and where none asks a model the first there is.
+    """
+    groups = [[manifest.variants[index] for index in group] for group in by_attack(manifest.variants)]
+    first = next(iter(manifest.spaces))
+    return CLEAN, *min(groups, key=lambda group: (group[0].model is None, group[0].model != first))
+
+
+def own_model(manifest: Manifest, variant: Variant) -> str:
+    """The model that the rows of a variant are about: the first, where they are of none."""
+    return variant.model or next(iter(manifest.spaces))
 
 
 def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int) -> Sample | None:
-    """Read the scores of about so many rows of a split; None where it has none.
+    """Read the scores of about so many rows of a split in the `shown_variants`; None where it has none.
 
     Args:
         folder: of the dataset.
@@ -106,11 +115,13 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int)
     Raises:
         PipelineError: a file cannot be read, or holds other rows than the manifest says.
     """
-    labelled, targeted = is_labelled(manifest), is_targeted(manifest)
+    labelled, variants = is_labelled(manifest), shown_variants(manifest)
+    attack, model = variants[1].attack or "", own_model(manifest, variants[1])
+    targeted = manifest.resolved.all_attacks[attack].target is not None
     shares = _shares(_shard_rows(manifest, split), most)
     if not shares:
         return None
-    scores = [_read_scores(folder, manifest, name, rows) for name, rows in shares.items()]
+    scores = [_read_scores(folder, manifest, variants, name, rows) for name, rows in shares.items()]
     tables = [pa.concat_tables(parts) for parts in zip(*scores, strict=True)]
     known = np.full(tables[0].num_rows, True)
     if labelled:
@@ -120,17 +131,21 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int)
         """One column, (1 + K, M), with a stand-in for null, as `fooled` and `target` are on clean rows."""
         return np.stack([table.column(name).fill_null(null).to_numpy()[known] for table in tables])
 
-    prediction = stacked("prediction", 0)
+    # Among several, each model has columns of its own: those without its name are the first model's on clean rows.
+    answer, correct = model_columns(model) if len(manifest.spaces) > 1 else ("prediction", "correct")
+    prediction, confidence = stacked(answer, 0), stacked("confidence", 0.0)
+    if model != next(iter(manifest.spaces)):
+        confidence[0] = np.nan
     same = prediction == prediction[:1]
     clean = next(subset for subset in manifest.subsets if subset.split == split and subset.variant == CLEAN)
     return Sample(
         split=split,
         rows=clean.labelled if labelled else clean.rows,
         labelled=labelled,
-        variants=manifest.variants,
+        variants=variants,
         prediction=prediction,
-        confidence=stacked("confidence", 0.0),
-        right=stacked("correct", False).astype(bool) if labelled else same,
+        confidence=confidence,
+        right=stacked(correct, False).astype(bool) if labelled else same,
         success=~same & stacked("fooled", False).astype(bool) if labelled or targeted else ~same,
         target=stacked("target", 0)[-1] if targeted else None,
         shards=tuple(shares),
@@ -154,14 +169,16 @@ def _shares(rows: Mapping[str, int], most: int) -> dict[str, int]:
     return {name: min(rows[name], -(-most // len(names))) for name in names if rows[name]}
 
 
-def _read_scores(folder: OutputFolder, manifest: Manifest, shard: str, rows: int) -> list[pa.Table]:
-    """For each variant, what the columns of layout images but the pictures say of a shard's first rows."""
+def _read_scores(
+    folder: OutputFolder, manifest: Manifest, shown: Sequence[Variant], shard: str, rows: int
+) -> list[pa.Table]:
+    """For each variant shown, what the columns of layout images but the pictures say of a shard's first rows."""
     layout, variants = manifest.layout, manifest.variants
     pictures = picture_columns(layout, variants)
-    files = {subset: f"{subset}/{shard}.parquet" for subset in manifest.stored}
+    files = {subset: f"{subset}/{shard}.parquet" for subset in dict.fromkeys(map(layout.subset, shown))}
     stored = {subset: _first_rows(folder, file, rows, pictures) for subset, file in files.items()}
     with _readable(folder, next(iter(files.values()))):
-        tables = [layout.rows(stored, variant, variants) for variant in variants]
+        tables = [layout.rows(stored, variant, variants) for variant in shown]
         if any(table.num_rows != rows or table.column(LAST) != tables[0].column(LAST) for table in tables):
             raise ValueError("its rows are not those of the other epsilons")
     return tables
@@ -171,8 +188,9 @@ def _first_rows(folder: OutputFolder, name: str, rows: int, pictures: Sequence[s
     """The first rows of a file without its pictures and kept columns; of the row groups that hold them, no more."""
     with _opened(folder, name) as file:
         names = file.schema_arrow.names
-        ours = [name for name in names[: names.index(LAST) + 1] if name not in pictures]
+        left_out = {*pictures, *kept_columns(names)}
         starts = _group_starts(file)
+        ours = [name for name in names if name not in left_out]
         return file.read_row_groups(np.flatnonzero(starts[:-1] < rows).tolist(), ours).slice(0, rows)
 
 

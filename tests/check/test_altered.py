@@ -21,7 +21,7 @@ from pipeline.check.verify import verify
 from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder, read_receipts
 from pipeline.output.manifest import require_manifest
-from tests.conftest import CLASSES, FACTORY, fgsm, png_bytes, random_pixels, write_parquet, write_sealed
+from tests.conftest import CLASSES, FACTORY, ROOM, fgsm, png_bytes, random_pixels, write_parquet, write_sealed
 from tests.support.forgery import agree
 
 Place = tuple[str | int, ...]
@@ -30,7 +30,7 @@ Place = tuple[str | int, ...]
 FREE = {
     "manifest.json": (
         *(f"config.source.{key}" for key in ("path", "name", "revision", "image_column", "label_column")),
-        *("config.model.weights", "config.evaluators.*.weights", "config.output.path"),
+        *("config.model.weights", "config.models.*.weights", "config.output.path"),
         *("config.runtime.workers", "asked_batch_size", "origin.*"),
     ),
     # The manifest's digest of all receipts tells that one of them is altered, but not which.
@@ -49,11 +49,23 @@ def make_rows(folder: Path, split: str, count: int, seed: int, broken: int | Non
     pq.write_table(pq.read_table(path), path, row_group_size=2)
 
 
-EVALUATOR = {"id": "other", "kind": "factory", "kwargs": {"channels": 3}}
 LABEL_MAP = {"label_map": dict(zip(CLASSES, (1, 2, 0), strict=True))}
 KINDS: dict[str, dict[str, Any]] = {
-    "images": {"evaluators": [{**EVALUATOR, **LABEL_MAP}], "source": {"keep_columns": ["note"]}},
-    "signs": {"evaluators": [EVALUATOR], "output": {"layout": "signs"}, "model": LABEL_MAP},
+    # Two attacked models and one that only looks; an attack on a ray, one on none with a target, and noise.
+    "images": {
+        "models": {"net": {}, "sums": {"file": "sums.py"}, "other": {"kwargs": {"channels": 3}, **LABEL_MAP}},
+        "attacks": {
+            "fgsm": {"epsilons": ["2/255", 0.031], "models": ["net", "sums"]},
+            "noise": {"kind": "noise", "epsilons": ["2/255", "9/255"]},
+            "pgd": {"kind": "pgd", "epsilons": ["2/255", 0.031], "steps": 2, "models": ["net"], "target": "random"},
+        },
+        "source": {"keep_columns": ["note"]},
+    },
+    "signs": {
+        "models": {"net": LABEL_MAP, "other": {"file": "sums.py", "kwargs": {"order": [2, 0, 1]}}},
+        "attack": {"epsilons": ["2/255", 0.3], "models": ["net"]},
+        "output": {"layout": "signs"},
+    },
     "targeted": {"attack": {"target": "random"}, "source": {"split": ["train", "test"], "limit": 6}},
     "streamed": {"source": {"streaming": True}},
 }
@@ -66,15 +78,25 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     make_rows(folder, "train", 7, 1)
     make_rows(folder, "test", 8, 2, broken=3)
     (folder / "victim.py").write_text(FACTORY)
-    name = f"{folder}/victim.py:make"
+    (folder / "sums.py").write_text(ROOM)
+
+    def model(section: dict[str, Any]) -> dict[str, Any]:
+        section = dict(section)
+        return {"kind": "factory", "name": f"{folder}/{section.pop('file', 'victim.py')}:make", **section}
+
     config = {
         "source": {"kind": "huggingface", "path": f"{folder}/source", "split": "test", **sections.get("source", {})},
-        "model": {"kind": "factory", "name": name, **sections.get("model", {})},
-        "attack": {"epsilons": ["2/255", 0.031], **sections.get("attack", {})},
-        "evaluators": [{"name": name, **other} for other in sections.get("evaluators", [])],
         "output": {"path": f"{folder}/out", "images_per_shard": 5, **sections.get("output", {})},
         "runtime": {"device": "cpu", "workers": 0, "batch_size": 4, "max_skipped": 0.5},
     }
+    if "models" in sections:
+        config["models"] = {name: model(section) for name, section in sections["models"].items()}
+    else:
+        config["model"] = model({})
+    if "attacks" in sections:
+        config["attacks"] = sections["attacks"]
+    else:
+        config["attack"] = {"epsilons": ["2/255", 0.031], **sections.get("attack", {})}
     (folder / "config.yaml").write_text(json.dumps(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
@@ -201,11 +223,16 @@ def another_split(receipt: Any) -> None:
 
 
 def more_zeros(receipt: Any) -> None:
-    receipt["zero_sign_share"] = 0.5
+    receipt["counts"][-1]["zero_signs"] += 10**4
 
 
-def a_share_of_no_count(receipt: Any) -> None:
-    receipt["zero_sign_share"] += 1e-6
+def more_zeros_at_one_epsilon(receipt: Any) -> None:
+    """Of layout images the rows do not tell one that is clipped from one that is not moved."""
+    receipt["counts"][1]["zero_signs"] += 1
+
+
+def zeros_of_clean(receipt: Any) -> None:
+    receipt["counts"][0]["zero_signs"] += 1
 
 
 def other_versions(receipt: Any) -> None:
@@ -242,21 +269,45 @@ def an_epsilon_less(receipt: Any) -> None:
 
 
 def another_attack_counted(receipt: Any) -> None:
-    receipt["counts"][-1]["attack"] = "pgd"
+    receipt["counts"][-1]["attack"] = "mine"
 
 
 def another_model_counted(receipt: Any) -> None:
     receipt["counts"][-1]["model"] = "other"
 
 
-def an_evaluator_more(receipt: Any) -> None:
-    receipt["counts"][0]["evaluators"]["x"] = {"correct": 0, "fooled": 0, "exposed": 0, "transferred": 0}
+def a_model_more(receipt: Any) -> None:
+    receipt["counts"][0]["models"]["x"] = {"correct": 0, "lost": 0, "exposed": 0, "transferred": 0}
+
+
+def a_model_less(receipt: Any) -> None:
+    del receipt["counts"][-1]["models"]["other"]
+
+
+def models_exchanged(receipt: Any) -> None:
+    counts = next(count["models"] for count in receipt["counts"] if count["models"]["net"] != count["models"]["other"])
+    counts["net"], counts["other"] = counts["other"], counts["net"]
+
+
+def one_less_lost(receipt: Any) -> None:
+    counts = (counts for count in receipt["counts"] for counts in count["models"].values())
+    next(own for own in counts if own["lost"])["lost"] -= 1
+
+
+def another_subset_counted(receipt: Any) -> None:
+    receipt["counts"][-1]["subset"] = "eps-9"
+
+
+def counts_in_another_order(receipt: Any) -> None:
+    receipt["counts"][1:3] = receipt["counts"][2:0:-1]
 
 
 EDITS = [
-    *(less_confidence, another_split, more_zeros, a_share_of_no_count, other_versions, fewer_versions),
-    *(no_skipped_row, another_row_skipped, one_row_more, skipped_twice, an_epsilon_less, an_evaluator_more),
-    *(another_attack_counted, another_model_counted),
+    *(less_confidence, another_split, more_zeros, more_zeros_at_one_epsilon, zeros_of_clean, other_versions),
+    fewer_versions,
+    *(no_skipped_row, another_row_skipped, one_row_more, skipped_twice, an_epsilon_less, a_model_more, a_model_less),
+    *(another_attack_counted, another_model_counted, models_exchanged, one_less_lost, another_subset_counted),
+    counts_in_another_order,
 ]
 
 

@@ -63,7 +63,7 @@ def swap_a_receipt(out: Path) -> None:
 
 def alter_a_receipt(out: Path) -> None:
     path = shard_path(out, f".run/receipts/{SHARD}.json")
-    path.write_text(path.read_text().replace('"zero_sign_share": 0', '"zero_sign_share": 1'))
+    path.write_text(path.read_text().replace('"zero_signs": 0', '"zero_signs": 1'))
 
 
 def copy_a_receipt(out: Path) -> None:

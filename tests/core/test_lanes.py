@@ -38,7 +38,12 @@ def noise(count: int) -> Tensor:
 def joined(parts: list[Part]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     pictures = [torch.cat([part.pictures[index] for part in parts]) for index in range(1 + len(LEVELS))]
     logits = torch.stack([torch.cat(own) for own in zip(*(part.logits for part in parts), strict=True)])
-    return pictures, logits, torch.cat([part.classes[0] for part in parts]), torch.stack([part.zero_signs for part in parts]).sum(0)
+    return (
+        pictures,
+        logits,
+        torch.cat([part.classes[0] for part in parts]),
+        torch.stack([part.zero_signs for part in parts]).sum(0),
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,10 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 from pipeline.hub.upload import _client_that_gives_up, list_files, redact
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
-from tests.conftest import CLASSES, fgsm, pixels, rows, shard_path, without_run
+from tests.conftest import CLASSES, WriteConfig, fgsm, generate, pixels, rows, shard_path, without_run
 from tests.support.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
 from tests.support.processes import wait_for
+from tests.support.several import ATTACKS, write_several
 
 # The client's own way to send a file through LFS, which its HTTP library would have otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -95,6 +96,18 @@ def local(out: Path) -> set[str]:
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     return {name for name in names if not name.startswith(".run/")}
 
+
+OWN = """
+from pipeline.attacks.base import Perturbed
+
+
+class Mine:
+    on_ray = True
+    needs_draws = False
+
+    def perturb(self, model, images, classes, levels, draws):
+        return Perturbed.along(images, model.gradient(images, classes).roll(1, -1), levels)
+"""
 
 # ------------------------------------------------------------------------------------------- from end to end
 
@@ -249,6 +262,34 @@ def test_what_arrives_names_no_folder_of_this_machine(out: Path, finished: Path,
     arrived = hub.repositories[ID].files
     assert not [name for name, blob in arrived.items() if here in (blob.content or b"")]
     assert json.loads(arrived["manifest.json"].content or b"")["config"]["model"]["name"] == "victim.py:make"
+
+
+def test_a_run_of_several_models_and_attacks(write_config: WriteConfig, tmp_path: Path, hub: Hub) -> None:
+    """Every subset arrives; nothing that arrives names a folder, of whichever model or attack."""
+    (tmp_path / "mine.py").write_text(OWN)
+    attacks = {**ATTACKS, "mine": {"kind": f"{tmp_path}/mine.py:Mine", "epsilons": ["8/255"], "models": ["net"]}}
+    generate(write_several(write_config, tmp_path, attacks, source={"limit": 6}))
+    several = tmp_path / "out"
+    published(several, ID)
+    assert there(hub) == local(several)
+    arrived = {name: blob.content or b"" for name, blob in hub.repositories[ID].files.items()}
+    assert str(tmp_path).encode() in (several / "manifest.json").read_bytes()
+    assert not [name for name, content in arrived.items() if str(tmp_path).encode() in content]
+    config = json.loads(arrived["manifest.json"])["config"]
+    assert {name: model["name"] for name, model in config["models"].items()} == {
+        "net": "victim.py:make",
+        "sums": "sums.py:make",
+        "turned": "sums.py:make",
+    }
+    assert config["attacks"]["mine"]["kind"] == "mine.py:Mine"
+    # What was published is a dataset of ours as it is.
+    copy = tmp_path / "copy"
+    for name, content in arrived.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    shown = json.loads(fgsm("inspect", copy, "--json").stdout)
+    assert shown == json.loads(fgsm("inspect", several, "--json").stdout)
+    assert len(shown["transfer"]) == 7 * 3
 
 
 def test_only_what_changed_goes(out: Path, hub: Hub) -> None:

@@ -1,6 +1,5 @@
 """The card: what it says is so, what it shows runs, and no name breaks out of it."""
 
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -21,9 +20,11 @@ from pipeline.core.origin import Origin
 from pipeline.output.card import HERE, code, moved_card, plain, read_configs, render_card, size_category
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, read_manifest
+from pipeline.output.transfer import by_epsilon
 from pipeline.sources.digits import DIGITS
 from pipeline.sources.origins import card_license
 from tests.conftest import KINDS, LAYOUTS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.support.several import ATTACKS, write_several
 
 NASTY = [
     "a|b",
@@ -118,11 +119,13 @@ def test_every_example_of_the_card_runs(write_config: WriteConfig, tmp_path: Pat
 def test_the_table_is_that_of_inspect(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     lines = [line.split() for line in fgsm("inspect", tmp_path / "out").stdout.splitlines()[1:4]]
-    _, rule, *cells = next(table for table in tables(card_of(tmp_path / "out")) if "accuracy" in table[0][3])
-    assert rule == ["---", "---", "---:", "---:", "---:", "---:"]
-    for line, row in zip(lines, cells, strict=True):
-        split, epsilon, *numbers = (cell.strip() for cell in row)
-        assert split == "`test`"
+    _, rule, *cells = next(table for table in tables(card_of(tmp_path / "out")) if " accuracy " in table[0])
+    assert rule == ["---"] * 5 + ["---:"] * 4
+    made = [("-", "-"), *[("fgsm", "make")] * 2]
+    for line, row, (attack, model) in zip(lines, cells, made, strict=True):
+        split, subset, *by, epsilon, images, accuracy, confidence, fooled = (cell.strip() for cell in row)
+        numbers = [images, accuracy, confidence, fooled]
+        assert [split, subset, *by] == ["`test`", f"`{line[1]}`", attack, model]
         assert epsilon.split()[0] == line[2]
         assert numbers == line[3:7]
 
@@ -224,7 +227,7 @@ def test_a_reader_is_told_what_it_is_not(write_config: WriteConfig, tmp_path: Pa
     generate(write_config())
     text = card_of(tmp_path / "out")
     assert "not a robustness evaluation on their own" in text
-    assert "against one victim" in text
+    assert "against one model" in text
     assert "label leaking" in text
     assert "Goodfellow, Ian J." in text
     assert "Kurakin, Alexey" not in text
@@ -258,7 +261,6 @@ def test_an_attack_of_ones_own_is_not_cited_as_another(write_config: WriteConfig
     generate(write_config(attack={"kind": f"{tmp_path}/own.py:Darker"}))
     text = card_of(tmp_path / "out")
     assert "@inproceedings" not in text
-    assert "own is published in, this card does not know" in text
 
 
 @pytest.mark.parametrize(("kind", "epsilons"), [("fgsm", {0.0, 3 / 255}), ("pgd", {0.0, 8 / 255})])
@@ -288,25 +290,78 @@ def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     assert "as it states it, is Ask Ian &#124; first." in text
 
 
+# ------------------------------------------------------------------------------------- several models and attacks
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_evaluators_have_their_columns(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
-    config = write_config(output={"layout": layout})
-    judge = {"id": "an_other", "kind": "factory", "name": f"{tmp_path}/victim.py:make"}
-    config.write_text(config.read_text() + f"evaluators: {json.dumps([judge])}\n")
-    generate(config)
-    text, manifest = card_of(tmp_path / "out"), manifest_of(tmp_path / "out")
-    head, rule, *body = next(table for table in tables(text) if "accuracy" in table[0][3])
-    assert [cell.strip() for cell in head[6:]] == ["accuracy of `an_other`", "transfer to `an_other`"]
-    assert {len(row) for row in (head, rule, *body)} == {8}
-    for row, subset in zip(body, manifest.subsets, strict=True):
-        counts = subset.evaluators["an_other"]
-        rate = f"{counts.transferred / counts.exposed:.2%}" if counts.exposed else "-"
-        assert [cell.strip() for cell in row[6:]] == [f"{counts.correct / 40:.2%}", rate if subset.level else "-"]
-    assert "**Evaluator** `an_other`: factory `victim.py:make`, as its callable makes it." in text
-    assert "| `prediction_an_other` | ClassLabel | as prediction, of evaluator an_other |" in text
-    assert "| `correct_an_other` | bool | as correct, of evaluator an_other |" in text
-    clean = "| `clean_correct_an_other` | bool | as clean_correct, of evaluator an_other |"
-    assert (clean in text) == (layout != "images")
+def test_a_card_of_several_models_and_attacks(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    attacks = {name: attack for name, attack in ATTACKS.items() if layout != "signs" or name != "pgd"}
+    generate(write_several(write_config, tmp_path, attacks, output={"layout": layout}))
+    out = tmp_path / "out"
+    text, manifest = card_of(out), manifest_of(out)
+    names: dict[str, Any] = {}
+    for example in examples(text.replace(HERE, str(out))):
+        exec(example, names)
+    made = {(attack, model, level / 255) for attack, model, level in made_by(manifest)}
+    assert {row[:3] for row in names["table"].fetchall()} == (
+        made if layout != "images" else {(None, None, 0.0), *made}
+    )
+    shown = set(names["rows"]["epsilon"])
+    assert shown == ({0.0, 3 / 255} if layout == "signs" else {0.0, 8 / 255})
+    assert ("recorded or not" in text) == (layout == "signs")
+    if layout != "images":
+        # The first row of the last variant, of 40 rows each.
+        ours = names["pipeline"].load(out, ["8/255"], split="test")[-40]["image"]
+        np.testing.assert_array_equal(np.asarray(names["attacked"]), np.asarray(ours))
+    head, _, *body = next(table for table in tables(text) if " images of " in table[0])
+    assert [cell.strip() for cell in head[4:]] == ["`net`", "`sums`", "`turned`"]
+    for row, cells in zip(body, by_epsilon(manifest.transfer), strict=True):
+        _, _, attack, model, *answers = (cell.strip() for cell in row)
+        assert (attack, model) == (cells[0].attack, cells[0].model or "no model")
+        assert answers == [f"{cell.accuracy:.1%} ({cell.share_lost or 0:.1%})" for cell in cells]
+    assert re.search(r"\*\*Model\*\* `turned`, which only looks: factory `sums.py:make`", text)
+    assert "made against `net` and `sums`. To another" in text
+    assert "| `prediction_turned` | ClassLabel | as prediction, of model turned |" in text
+    assert ("| `clean_correct_turned` | bool | as clean_correct, of model turned |" in text) == (layout != "images")
+    assert ("Madry" in text) == (layout != "signs")
+    assert "Kurakin, Alexey" not in text, "no attack does without the true label"
+    assert {"fgsm", "pgd"} & set(front_of(text)["tags"]) == set(attacks) - {"noise"}
+
+
+def made_by(manifest: Manifest) -> list[tuple[str | None, str | None, int]]:
+    return [(variant.attack, variant.model, variant.level) for variant in manifest.variants[1:]]
+
+
+def test_one_epsilon_of_several_subsets_is_a_config(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_several(write_config, tmp_path))
+    out, whole = tmp_path / "out", {}
+    for name in ("eps-2", "eps-8", "all", "clean"):
+        whole[name] = datasets.load_dataset(str(out), name, split="test").to_pandas()
+    made = {name: set(zip(rows["attack"], rows["model"].fillna(""), strict=True)) for name, rows in whole.items()}
+    assert made["eps-2"] == {("fgsm", "net"), ("fgsm", "sums")}
+    assert made["eps-8"] == {("fgsm", "net"), ("fgsm", "sums"), ("noise", ""), ("pgd", "net")}
+    assert {name: len(rows) for name, rows in whole.items()} == {"eps-2": 80, "eps-8": 160, "all": 280, "clean": 40}
+    for level in (2, 8):
+        assert set(whole[f"eps-{level}"]["epsilon"]) == {level / 255}
+
+
+def test_noise_alone_has_no_paper_and_no_model(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate(write_config(attack={"kind": "noise"}))
+    text = card_of(tmp_path / "out")
+    for claim in ("bibtex", "Citation", "Kurakin", "They were made against", "wrong direction", "true label"):
+        assert claim not in text, claim
+    assert set(front_of(text)["tags"]) == {"adversarial", "adversarial-examples", "robustness"}
+
+
+@pytest.mark.parametrize(("target", "cited"), [(None, 1), ("eel", 2)])
+def test_noise_beside_it_does_not_cite_attacks_without_the_label(
+    write_config: WriteConfig, tmp_path: Path, target: str | None, cited: int
+) -> None:
+    attacks = {"pgd": {**ATTACKS["pgd"], "target": target}, "noise": ATTACKS["noise"]}
+    generate(write_several(write_config, tmp_path, attacks))
+    text = card_of(tmp_path / "out")
+    assert text.count("@inproceedings") == cited
+    assert ("wrong direction" in text) == (target is None)
 
 
 # ------------------------------------------------------------------------------------------- names from elsewhere
@@ -386,7 +441,7 @@ def test_nasty_names_stay_inside(write_config: WriteConfig, tmp_path: Path) -> N
     assert seen.texts["h1"] == [f"{folder.name} under FGSM"]
     assert seen.texts["h2"] == [
         "Load it",
-        "What the victim makes of it",
+        "What the model makes of it",
         "Columns",
         "How it was made",
         "Intended use and limits",

@@ -10,10 +10,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pipeline.output.folder import EvaluatorCounts
+from pipeline.output.folder import ModelCounts
 from pipeline.report.page import write_report
 from pipeline.report.plots import RIGHT
 from tests.conftest import (
@@ -23,7 +24,8 @@ from tests.conftest import (
     generate,
     rows,
 )
-from tests.support.page import NASTY, Page, make, opened, opened_png, self_labelled, with_evaluators
+from tests.support.page import NASTY, Page, make, opened, opened_png, self_labelled
+from tests.support.several import write_several
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +135,25 @@ def test_names_of_classes_stay_text(write_config: WriteConfig, tmp_path: Path, l
     assert len({*shown}) >= 5
 
 
-def test_a_page_with_everything_fits(digits: Path, tmp_path: Path, look: Look) -> None:
-    shutil.copytree(digits, tmp_path / "copy")
-    folder, manifest = opened(tmp_path / "copy")
-    names = {f"a-rather-long-name-of-an-evaluator-{index}": index / 8 for index in range(5)}
-    write_report(folder, with_evaluators(manifest, **names).model_copy(update={"complete": False}))
-    for width in (1280, 390):
+def test_a_page_with_everything_fits(write_config: WriteConfig, tmp_path: Path, look: Look) -> None:
+    config = yaml.safe_load(write_several(write_config, tmp_path).read_text())
+    config["models"] |= {f"a_rather_long_name_of_a_model_{index}": config["models"]["net"] for index in range(3)}
+    everything = {"epsilons": ["2/255", "4/255", "8/255", "16/255"]}
+    config["attacks"] = {name: {"kind": name, **everything} for name in ("bim", "fgsm", "noise")}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    generate(tmp_path / "config.yaml")
+    folder, manifest = opened(tmp_path / "out")
+    write_report(folder, manifest.model_copy(update={"complete": False}))
+    for width, whole in ((1280, 0.98), (390, 0.55)):
         page = look(Path(folder.store.at(folder.report)), width)
         assert page.evaluate(FITS)
         assert page.is_visible("text=Incomplete:")
-        assert page.is_visible("text=Transfer rate, and the images")
+        assert page.locator(".matrix:visible").count() == 4
+        # What of a block is seen without scrolling.
+        seen = page.evaluate(
+            "[...document.querySelectorAll('.matrix')].map(m => m.parentElement.clientWidth / m.offsetWidth)"
+        )
+        assert min(seen) > whole
 
 
 def test_a_page_without_rows_fits(write_config: WriteConfig, tmp_path: Path, look: Look) -> None:
@@ -175,7 +186,7 @@ ATTACKED = 256
 
 
 def train_plain(folder: Path) -> dict[str, Any]:
-    """A small plain network, trained for seconds on rows that are not attacked; as an evaluator of a config."""
+    """A small plain network, trained for seconds on rows that are not attacked; as a model of a config."""
     unseen = datasets.load_dataset(str(CIFAR), split="test").select(range(ATTACKED, 2000))
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in unseen["img"]])
     images, labels = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float() / 255, torch.tensor(unseen["label"])
@@ -194,7 +205,6 @@ def train_plain(folder: Path) -> dict[str, Any]:
     (folder / "plain.py").write_text(PLAIN)
     save_file(model.state_dict(), folder / "plain.safetensors")
     return {
-        "id": "plain",
         "kind": "factory",
         "name": f"{folder}/plain.py:plain",
         "weights": f"{folder}/plain.safetensors",
@@ -204,55 +214,60 @@ def train_plain(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(not (CIFAR.is_dir() and RESNET20.is_file()), reason=f"there is no CIFAR-10 in {DATA}")
-def test_real_images_a_trained_victim_and_what_transfers_of_it(
+def test_real_images_a_trained_model_and_what_transfers_of_it(
     write_config: WriteConfig, tmp_path: Path, look: Look
 ) -> None:
-    victim = {
+    trained = {
+        "kind": "factory",
         "name": f"{REPOSITORY}/scripts/resnet20.py:resnet20",
         "weights": str(RESNET20),
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }
     config = write_config(
-        # In its own order: the evaluator has seen none of these.
+        # In its own order: the plain network has seen none of these.
         source={"path": str(CIFAR), "shuffle": False, "limit": ATTACKED},
-        model=victim,
-        attack={"epsilons": ["8/255", "32/255"]},
+        attack={"epsilons": ["8/255", "32/255"], "models": ["resnet20"]},
         output={"images_per_shard": 128},
         runtime={"batch_size": 64},
     )
-    config.write_text(config.read_text() + f"evaluators: {json.dumps([train_plain(tmp_path)])}\n")
+    sections = yaml.safe_load(config.read_text())
+    del sections["model"]
+    sections["models"] = {"resnet20": trained, "plain": train_plain(tmp_path)}
+    config.write_text(yaml.safe_dump(sections, sort_keys=False))
     assert fgsm("generate", config).exit_code == 0
     folder, manifest = opened(tmp_path / "out")
     clean, *attacked = manifest.subsets
-    # The victim's published accuracy is 81 % clean and 7 % at 8/255; the evaluator must know more than to guess.
+    # The published accuracy is 81 % clean and 7 % at 8/255; the plain network must know more than to guess.
     assert clean.correct / ATTACKED > 0.7
     assert attacked[0].correct / ATTACKED < 0.2
-    assert clean.evaluators["plain"].correct / ATTACKED > 0.3
+    assert clean.models["plain"].correct / ATTACKED > 0.3
     frames = {level: rows(Path(folder.root), subset) for level, subset in ((0, "clean"), (8, "eps-8"), (32, "eps-32"))}
     page = Page(Path(folder.store.at(folder.report)))
-    transfer = page.tables["Transfer rate, and the images it is a share of, from the manifest"]
-    assert transfer[0] == ["epsilon", "fooled", "plain"]
     known = frames[0]["correct_plain"].to_numpy(dtype=bool)
-    for subset, row in zip(attacked, transfer[1:], strict=True):
+    for subset in attacked:
+        (row,) = page.tables[f"{subset.level}/255, test images"][1:]
         fooled, correct = (frames[subset.level][name].to_numpy(dtype=bool) for name in ("fooled", "correct_plain"))
-        exposed, transferred = int((fooled & known).sum()), int((fooled & known & ~correct).sum())
-        expected = EvaluatorCounts(
-            correct=int(correct.sum()), fooled=int((known & ~correct).sum()), exposed=exposed, transferred=transferred
+        lost = known & ~correct
+        expected = ModelCounts(
+            correct=int(correct.sum()),
+            lost=int(lost.sum()),
+            exposed=int((fooled & known).sum()),
+            transferred=int((fooled & lost).sum()),
         )
-        assert subset.evaluators == {"plain": expected}
-        rate = f"{100 * transferred / exposed:.1f}%{transferred} of {exposed}"
-        assert row == [f"{subset.level}/255", str(fooled.sum()), rate]
+        assert subset.models["plain"] == expected
+        assert row[0] == "fgsm on resnet20"
+        assert row[2] == f"{100 * lost.sum() / known.sum():.1f}%{100 * correct.mean():.1f}%"
     # A step that a person sees carries further.
-    small, large = (subset.evaluators["plain"] for subset in attacked)
-    assert small.transferred / small.exposed < large.transferred / large.exposed
+    small, large = (subset.models["plain"].lost for subset in attacked)
+    assert small < large
     for width in (1280, 390):
         seen = look(Path(folder.store.at(folder.report)), width)
         assert seen.evaluate(FITS)
         widths = seen.evaluate(
             "Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth)))"
         )
-        # How many rows resist every epsilon is the victim's affair: two groups at least, of three examples each.
+        # How many rows resist every epsilon is the model's affair: two groups at least, of three examples each.
         strips = sum(attributes.get("class") == "strip" for attributes in page.all("ol"))
         assert strips >= 6
         assert len(widths) == 2 + strips * 4  # two plots; clean, sign map and two epsilons of each example

@@ -50,7 +50,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def untrained(output: Path, seed: int = 0) -> Any:
     manifest = require_manifest(OutputFolder(output))
-    return train_robust.new_model(next(iter(manifest.resolved.all_models.values())), manifest, seed, torch.device("cpu"))
+    return train_robust.new_model(
+        next(iter(manifest.resolved.all_models.values())), manifest, seed, torch.device("cpu")
+    )
 
 
 def run(*arguments: str | Path) -> Result:

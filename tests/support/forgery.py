@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.engine.scores import count
 from pipeline.output.card import write_summaries
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import read_manifest, run_id_of
@@ -44,7 +45,7 @@ def assert_found(named: str, out: Path, *arguments: str) -> None:
     assert named in result.stderr
 
 
-def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = FILE, **counts: int) -> None:
+def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = FILE, **changed: int) -> None:
     """Rewrite rows of a file and make receipt and manifest agree, as a bug or a liar would.
 
     Keyword arguments are other counts of the largest epsilon.
@@ -59,9 +60,40 @@ def forge(out: Path, edit: Callable[[dict[str, list[Any]]], None], file: str = F
     receipt = json.loads(receipt_path.read_text())
     entry = next(entry for entry in receipt["files"] if without_run(entry["path"]) == file)
     entry.update(bytes=size, sha256=digest)
-    receipt["counts"][-1].update(counts)
-    for count in receipt["counts"]:
-        count["confidence_sum"] = confidence_sum(columns, count["level"]) or count["confidence_sum"]
+    receipt["counts"][-1].update(changed)
+    for counts in receipt["counts"]:
+        if "attacks" in columns or counts["subset"] == file.partition("/")[0]:
+            counts["confidence_sum"] = confidence_sum(columns, counts) or counts["confidence_sum"]
+    write_sealed(receipt_path, receipt)
+    agree(out)
+
+
+def forge_run(out: Path, edits: Mapping[str, Callable[[dict[str, list[Any]]], None]]) -> None:
+    """Rewrite rows of several subsets of layout images, by their names, and make all else follow from the rows.
+
+    The rows' own columns follow from what their own models are said to predict, and so do the counts of the receipt.
+    """
+    manifest = read_manifest(OutputFolder(out))
+    assert manifest is not None
+    models, several = [*manifest.spaces], len(manifest.spaces) > 1
+    receipt_path = shard_path(out, f".run/receipts/{SHARD}.json")
+    receipt, tables = json.loads(receipt_path.read_text()), []
+    for index, variant in enumerate(manifest.variants):
+        path = shard_path(out, f"{variant.subset}/{SHARD}.parquet")
+        table = pq.read_table(path)
+        if variant.subset in edits:
+            columns = table.to_pydict()
+            edits[variant.subset](columns)
+            own = variant.model or models[0]
+            if several:
+                columns |= {name: columns[f"{name}_{own}"] for name in ("prediction", "correct")}
+            table = pa.table(columns, schema=table.schema)
+            rewrite(path, table)
+            size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+            receipt["files"][index].update(bytes=size, sha256=digest)
+        tables.append(table)
+        zeros = receipt["counts"][index]["zero_signs"]
+        receipt["counts"][index] = count(variant, table, tables[0], models, zeros).model_dump()
     write_sealed(receipt_path, receipt)
     agree(out)
 
@@ -72,15 +104,16 @@ def another_mistake(predictions: list[int], labels: list[int]) -> None:
     predictions[row] = 3 - labels[row] - predictions[row]
 
 
-def confidence_sum(columns: dict[str, list[Any]], level: int) -> float:
-    """The sum of a file's confidences at one epsilon, 0 where it has none of it; layout signs has them all."""
+def confidence_sum(columns: dict[str, list[Any]], counts: dict[str, Any]) -> float:
+    """The sum of a file's confidences in one variant, 0 where it has none of it; layout signs has them all."""
     if "attacks" not in columns:
         values = np.array(columns["confidence"], dtype=np.float32)  # as they are stored
-        return float(np.nansum(values, dtype=np.float64)) if columns["epsilon"][-1] == level / 255 else 0.0
-    if not level:
+        return float(np.nansum(values, dtype=np.float64)) if columns["epsilon"][-1] == counts["level"] / 255 else 0.0
+    if not counts["level"]:
         return float(sum(columns["clean_confidence"]))
     entries = [entry for attacks in columns["attacks"] for entry in attacks or () if entry]
-    return float(sum(entry["confidence"] for entry in entries if entry["epsilon"] == level / 255))
+    own = (counts["level"] / 255, counts["attack"], counts["model"])
+    return float(sum(e["confidence"] for e in entries if (e["epsilon"], e["attack"], e["model"]) == own))
 
 
 def rewrite(path: Path, table: pa.Table) -> None:

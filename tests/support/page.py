@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.output.folder import EvaluatorCounts, OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, require_manifest
 from pipeline.report.page import report
 from tests.conftest import (
@@ -125,23 +125,6 @@ def self_labelled(folder: Path, names: Sequence[str], count: int = 60, side: int
     victim.write_text(LINEAR)
     model_section = {"name": f"{victim}:Linear", "kwargs": {"classes": len(names)}}
     return {"source": {"path": str(source)}, "model": model_section}
-
-
-def with_evaluators(manifest: Manifest, **rates: float) -> Manifest:
-    """The manifest as if there had been evaluators that so many of the fooled images transfer to."""
-    subsets = []
-    for subset in manifest.subsets:
-        evaluators = {
-            name: EvaluatorCounts(
-                correct=subset.labelled - round(rate * subset.fooled),
-                fooled=round(rate * subset.fooled),
-                exposed=subset.fooled,
-                transferred=round(rate * subset.fooled),
-            )
-            for name, rate in rates.items()
-        }
-        subsets.append(subset.model_copy(update={"evaluators": evaluators}))
-    return manifest.model_copy(update={"subsets": tuple(subsets)})
 
 
 def opened_png(data: bytes) -> Image.Image:
