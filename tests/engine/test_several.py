@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import duckdb
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import pipeline
 from pipeline.config.load import load_config
@@ -17,7 +19,8 @@ from pipeline.core import lanes
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.images import decode_image
 from pipeline.models.load import load_model
-from tests.conftest import LAYOUTS, WriteConfig, digests, generate, manifest, pixels, rows
+from pipeline.sources.digits import digits_split
+from tests.conftest import LABELS, LAYOUTS, WriteConfig, digests, generate, kept_parquet, manifest, pixels, rows
 from tests.conftest import fgsm_without_run as fgsm
 from tests.support.forgery import assert_found, forge
 from tests.support.several import ATTACKS, write_several
@@ -261,3 +264,106 @@ def test_a_model_or_an_attack_that_has_changed_is_not_asked_again(write_config: 
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 2
     assert "models.sums" in result.stderr
+
+
+class Perceptron(nn.Sequential):
+    """Another architecture than the digits model's: no convolution at all."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def trained(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    model = Perceptron()
+    pool, flatten, *layers = model
+    pooled, learning = flatten(pool(images / 255)), nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(30):
+        for some in torch.randperm(len(labels)).split(128):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(learning(pooled[some]), labels[some]).backward()
+            optimizer.step()
+    return model
+
+
+def test_the_same_images_fool_another_architecture_and_noise_does_not(tmp_path: Path) -> None:
+    """Made on the digits CNN, seen by a perceptron that was trained here: not made for it, and it falls."""
+    images, labels = digits_split("train")
+    model = trained(torch.from_numpy(images)[:, None].float(), torch.from_numpy(labels))
+    torch.save(model.state_dict(), tmp_path / "perceptron.pt")
+    other = {"kind": "factory", "name": f"{__name__}:Perceptron", "weights": str(tmp_path / "perceptron.pt")}
+    config = {
+        "source": {"kind": "digits", "split": "test"},
+        "preprocess": {"mode": "L"},
+        "models": {"cnn": {"kind": "digits"}, "perceptron": other},
+        "attacks": {
+            "fgsm": {"epsilons": ["64/255"], "models": ["cnn"]},
+            "noise": {"kind": "noise", "epsilons": ["64/255"]},
+        },
+        "output": {"path": str(tmp_path / "out")},
+        "runtime": {"workers": 0},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    generate(tmp_path / "config.yaml")
+    clean, fgsm_rows, _ = manifest(tmp_path / "out")["subsets"]
+    assert clean["models"]["perceptron"]["correct"] > 0.9 * clean["labelled"]
+    fell = fgsm_rows["models"]["perceptron"]
+    assert fell["exposed"] > 300
+    cells = manifest(tmp_path / "out")["transfer"]
+    lost = {cell["attack"]: cell["lost"] / cell["clean_correct"] for cell in cells if cell["looking"] == "perceptron"}
+    assert fell["transferred"] / fell["exposed"] > 0.1 + 2 * lost["noise"]
+    assert lost["fgsm"] > 0.1 + 2 * lost["noise"]
+
+
+@pytest.mark.parametrize("levels", [["0", "2/255", "8/255"], ["8/255", "5/255"]])
+def test_all_layouts_hold_kept_columns_and_load_the_same_at_any_epsilon(
+    write_config: WriteConfig, tmp_path: Path, levels: list[str]
+) -> None:
+    kept = kept_parquet(tmp_path / "kept", [None, *LABELS[1:]])
+    attacks = {"fgsm": {**ATTACKS["fgsm"], "label": "prediction"}}
+    for layout in LAYOUTS:
+        source = {"path": str(kept), "keep_columns": ["caption"]}
+        config = write_several(write_config, tmp_path, attacks, source=source, output={"layout": layout})
+        generate(config, "--output", str(tmp_path / layout))
+        assert fgsm("verify", tmp_path / layout, "--recompute").exit_code == 0
+    tables = [pipeline.load(tmp_path / layout, levels, split="test") for layout in LAYOUTS]
+    plain = [table.remove_columns("image").to_list() for table in tables]
+    assert tables[0].column_names[-1] == "caption"
+    for table, found in zip(tables, plain, strict=True):
+        assert table.column_names == tables[0].column_names
+        assert found == plain[0]
+    recorded = [round(row["epsilon"] * 255) in (0, 2, 8) for row in plain[0]]
+    assert all(recorded) == ("5/255" not in levels)
+    for row, known in zip(plain[0], recorded, strict=True):
+        for name in MODELS:
+            assert (row[f"prediction_{name}"] is None) == (not known)
+            assert (row[f"correct_{name}"] is None) == (row["label"] is None or not known)
+
+
+def test_a_kept_column_cannot_be_taken_for_a_model_s(write_config: WriteConfig, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_parquet(str(kept_parquet(tmp_path / "kept", LABELS) / "test-00000-of-00001.parquet"))
+    table.rename_column("caption", "prediction_of_age").to_parquet(str(tmp_path / "named/test-00000-of-00001.parquet"))
+    source = {"path": str(tmp_path / "named"), "keep_columns": ["prediction_of_age"]}
+    result = fgsm("generate", write_several(write_config, tmp_path, source=source))
+    assert result.exit_code == 2
+    assert "prediction_of_age" in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--recompute"]])
+def test_forged_flags_of_a_model_that_looks_are_found(
+    write_config: WriteConfig, tmp_path: Path, options: list[str]
+) -> None:
+    """One flag changes what is counted; two that are exchanged change no count."""
+    generate(write_several(write_config, tmp_path))
+
+    def another(columns: dict[str, list[Any]]) -> None:
+        flags = columns["correct_turned"]
+        flags[flags.index(True)] = False
+        if options:
+            flags[flags.index(False, flags.index(False) + 1)] = True
+
+    forge(tmp_path / "out", another, "noise-eps-8/test-00001-of-00003.parquet")
+    result = fgsm("verify", tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert "correct_turned" in result.stderr or "other counts" in result.stderr

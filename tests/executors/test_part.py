@@ -32,6 +32,7 @@ from tests.support.s3 import S3, run_there, there
 from tests.support.s3 import bucket as bucket
 from tests.support.s3 import s3 as s3
 from tests.support.s3 import server as server
+from tests.support.several import write_several
 
 # A victim that does what files beside it say, in all processes but the one of the tests: wait until so many processes
 # attack, wait at a gate, or die at the white image, which is in the third shard.
@@ -179,6 +180,17 @@ def test_two_parts_write_what_one_process_writes(place: Place, config: Path, loc
     assert b"<html" in store.read("report.html"), "the last one makes the report"
     assert fgsm("verify", place.out, "--recompute").exit_code == 0
     assert "All 6 shards are already there" in generate(config, "--output", place.out, "--part", "1/2")
+
+
+def test_parts_of_a_run_of_several_models_and_attacks_write_what_one_process_writes(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = write_several(write_config, tmp_path)
+    generate(config, "--output", str(tmp_path / "local"))
+    for part in ("1/2", "0/2"):
+        generate(config, "--part", part)
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+    assert summary(str(tmp_path / "out")) == summary(str(tmp_path / "local"))
 
 
 def begin_here(place: Place, config: Path) -> None:

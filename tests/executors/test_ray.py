@@ -45,6 +45,7 @@ from tests.conftest import (
 from tests.support.files import images, stream, write_files, write_tar
 from tests.support.processes import GATED, driver_of, lose_a_node, receipts, run_fgsm, wait_for
 from tests.support.s3 import S3, lock_of, running_s3
+from tests.support.several import write_several
 
 # A worker imports torch, which takes long where all else is tested at the same time.
 pytestmark = pytest.mark.timeout(240)
@@ -160,6 +161,18 @@ def test_two_workers_write_the_local_executor_s_bytes(cluster: str, watched_conf
     (session,) = map(json.loads, (tmp_path / "out/.run/sessions.jsonl").read_text().splitlines())
     assert session["images"] == 48
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+def test_a_run_of_several_models_and_attacks_is_the_same_there(
+    cluster: str, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = write_several(write_config, tmp_path)
+    generate(config, "--output", str(tmp_path / "local"))
+    generate(config, "--executor", "ray")
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+    kept = ("run_id", "identity", "subsets", "transfer", "spaces", "features", "files")
+    there, here = (manifest(tmp_path / name) for name in ("out", "local"))
+    assert {key: there[key] for key in kept} == {key: here[key] for key in kept}
 
 
 def test_a_local_run_goes_on_there_and_what_is_committed_is_not_written_again(
