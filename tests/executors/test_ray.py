@@ -163,9 +163,8 @@ def test_two_workers_write_the_local_executor_s_bytes(cluster: str, watched_conf
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
 
-def test_a_run_of_several_models_and_attacks_is_the_same_there(
-    cluster: str, write_config: WriteConfig, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_a_run_of_several_models_and_attacks_is_the_same_there(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_several(write_config, tmp_path)
     generate(config, "--output", str(tmp_path / "local"))
     generate(config, "--executor", "ray")

@@ -142,7 +142,7 @@ def test_what_cannot_be_asked_again_is_a_sentence(out: Path) -> None:
     (key,) = [key for key in content["identity"] if key.startswith("models.") and key.endswith(".content")]
     del content["identity"][key]
     make_consistent(out, content)
-    with pytest.raises(ConfigError, match="^model: .*has changed since the run"):
+    with pytest.raises(ConfigError, match=r"^model: .*has changed since the run"):
         verify(out, recompute=True)
 
 
