@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tests.conftest
 import tests.test_drill
@@ -29,13 +30,16 @@ def test_a_shipped_config_is_valid_and_commented(name: str) -> None:
 
 
 def test_the_readme_s_config_is_valid(tmp_path: Path) -> None:
-    examples = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    first, several = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
     path = tmp_path / "config.yaml"
-    path.write_text("".join(examples))
+    path.write_text(yaml.safe_dump(first))
     config = load_config(str(path))
-    assert [evaluator.id for evaluator in config.evaluators] == ["vit", "robust"]
     assert config.all_attacks["fgsm"].levels == (1, 2, 4, 8)
-    assert config.model.call[0] == f"{tmp_path}/resnet20.py:make"
+    assert [model.call[0] for model in config.all_models.values()] == [f"{tmp_path}/resnet20.py:make"]
+    path.write_text(yaml.safe_dump({"source": first["source"], "output": first["output"], **several}))
+    subsets = [variant.subset for variant in load_config(str(path)).variants]
+    assert "fgsm-resnet-eps-8" in subsets
+    assert "noise-eps-8" in subsets
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

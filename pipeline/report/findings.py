@@ -161,23 +161,23 @@ def who_travels(rows: Sequence[Sequence[Transfer]], level: int) -> str:
         rows: of the matrix of one split.
         level: in grey levels; of those at which it can be said, the nearest is spoken of.
     """
-    lost = {id(row): _lost_by_others(row, row[0].model) for row in rows if row[0].model is not None}
-    made = [row for row in rows if lost.get(id(row)) is not None]
     noise = {row[0].level: row for row in rows if row[0].model is None}
+    shares = ((_lost_by_others(row, row[0].model), row) for row in rows if row[0].model is not None)
+    made = [(share, row) for share, row in shares if share is not None]
     # Without noise anywhere, there is nothing to prefer.
-    made = [row for row in made if row[0].level in noise] or made
+    made = [(share, row) for share, row in made if row[0].level in noise] or made
     if not made:
         return ""
-    nearest = min((row[0].level for row in made), key=lambda other: (abs(other - level), other))
-    best = max((row for row in made if row[0].level == nearest), key=lambda row: lost[id(row)] or 0)
+    nearest = min((row[0].level for _, row in made), key=lambda other: (abs(other - level), other))
+    share, best = max((each for each in made if each[1][0].level == nearest), key=lambda each: each[0])
     others = [cell.looking for cell in best if cell.looking != best[0].model]
-    who, they = (
-        (f"{others[0]} loses", "it predicts") if len(others) == 1 else ("the others together lose", "they predict")
-    )
+    who, they = "the others together lose", "they predict"
+    if len(others) == 1:
+        who, they = f"{others[0]} loses", "it predicts"
     floor = _lost_by_others(noise[nearest], best[0].model) if nearest in noise else None
     against = "the run has no noise of that epsilon to compare with" if floor is None else f"on noise {percent(floor)}"
     return (
-        f"At {nearest}/255 no images travel further than those of {made_by(best[0])}: {who} {percent(lost[id(best)])} "
+        f"At {nearest}/255 no images travel further than those of {made_by(best[0])}: {who} {percent(share)} "
         f"of what {they} right when clean; {against}."
     )
 
@@ -197,12 +197,6 @@ def class_names(manifest: Manifest, model: str) -> Callable[[int], str]:
     """What a class that is recorded of a model's answer is called: its index where it has no name."""
     classes = manifest.spaces[model].recorded_classes or ()
     return lambda index: (classes[index].strip() or "(no name)") if index < len(classes) else str(index)
-
-
-def model_name(model: Mapping[str, Any]) -> str:
-    """What people call a model of a config: without the folder of a factory's file."""
-    name = str(model.get("name") or model["kind"])
-    return name.rpartition("/")[2] if model["kind"] == "factory" else name
 
 
 def source_name(source: Mapping[str, Any]) -> str:

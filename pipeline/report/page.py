@@ -129,7 +129,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
     sample = next((sample for sample in samples if sample), None)
     view: dict[str, Any] = {
         "manifest": manifest,
-        "attack": _listed(list(dict.fromkeys(attack.title for attack in manifest.resolved.all_attacks.values()))),
+        "attack": ", ".join(dict.fromkeys(attack.title for attack in manifest.resolved.all_attacks.values())),
         "source": source_name(manifest.config["source"]),
         "labelled": is_labelled(manifest),
         "counts": counts,
@@ -208,10 +208,6 @@ def _confidence(focus: Focus) -> tuple[list[Curve], str]:
     names = focus.sample.words
     curves = [Curve(names[0], right, RIGHT, "o"), Curve(names[1], wrong, WRONG, "X")]
     return [*curves, Curve("all", every, SOFT, "s", dashed=True)], "mean confidence"
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _draw(focus: Focus, curves: list[Curve], says: str) -> tuple[bytes, str]:

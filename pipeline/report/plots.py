@@ -7,6 +7,7 @@ numbers give equal bytes.
 
 import io
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from pipeline.output.transfer import Transfer
 from pipeline.report.findings import made_by
 
 # Inches. On a phone's 360 px a point is then a pixel.
-WIDTH, HEIGHT = 4.8, 3.6
+WIDTH, HEIGHT, LEGEND_LINE = 4.8, 3.6, 0.2
 DPI = 180
 LABEL_LENGTH = 14
 
@@ -81,8 +82,13 @@ def draw_curves(variants: Sequence[Variant], curves: Sequence[Curve], says: str)
         says: what the shares are of, for the axis.
     """
     levels = [variant.level for variant in variants]
+    names = [shortened(curve.name, 40) for curve in curves]
+    longest = max(map(len, names))
+    columns = 3 if longest <= 10 else 2 if longest <= 20 else 1
     with paper():
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        # Further lines of the legend take nothing from the plot.
+        height = HEIGHT + LEGEND_LINE * max(0, math.ceil(len(names) / columns) - 2)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
             axes.plot(
@@ -99,9 +105,6 @@ def draw_curves(variants: Sequence[Variant], curves: Sequence[Curve], says: str)
         axes.set(xlabel="epsilon (grey levels, k/255)", ylabel=f"{says} (%)")
         axes.locator_params("x", integer=True)
         axes.grid(axis="y")
-        names = [shortened(curve.name, 40) for curve in curves]
-        longest = max(map(len, names))
-        columns = 3 if longest <= 10 else 2 if longest <= 20 else 1
         figure.legend(axes.lines, names, loc="outside lower left", ncols=columns)
         return png(figure)
 

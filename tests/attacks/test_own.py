@@ -218,9 +218,7 @@ def test_an_attack_that_takes_steps(example: Path, target: str | None) -> None:
     out = example.parent / "out"
     assert manifest(out)["identity"]["attacks.Steps.on_ray"] is False
     for read in (pipeline.load, pipeline.training_dataset):
-        with pytest.raises(
-            ConfigError, match=r"epsilons: 6/255 is not recorded of attack Steps, .* recorded: 4/255, 8/255\.$"
-        ):
+        with pytest.raises(ConfigError, match=r"epsilons: 6/255 is not recorded .* recorded: 4/255, 8/255\.$"):
             read(out, epsilons=["6/255"], split="test")
     assert len(pipeline.load(out, ["8/255"], "test")) == 12
 

@@ -376,7 +376,7 @@ def test_without_labels_it_counts_answers_that_change(write_config: WriteConfig,
     attacked = pandas.Series(attacks[1]["prediction"] for attacks in frame["attacks"])
     changed = int((attacked != frame["clean_prediction"]).sum())
     assert changed > 0
-    assert "The unchanged share of victim.py:make on test images is 100.0% clean; moving" in page.words
+    assert "The unchanged share of make on test images is 100.0% clean; moving" in page.words
     assert f" of 255 grey levels leaves {100 - changed / 0.6:.1f}%." in page.words
     assert page.tables["Counts at each epsilon"][0] == ["epsilon", "images", "mean confidence"]
     assert "≠ and orange: changed" in page.words
@@ -389,6 +389,7 @@ def test_a_targeted_run_is_about_its_target(write_config: WriteConfig, tmp_path:
     reached = frame["fooled"].sum()
     assert 0 < reached < 60
     assert f" {reached / 0.6:.1f}% are on target." in page.words
+    assert page.tables["Counts at each epsilon"][0][4] == "on target"
     assert "towards dog" in page.words
     assert "◎ the target: dog" in page.words
 
