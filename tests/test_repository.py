@@ -30,9 +30,9 @@ def test_a_shipped_config_is_valid_and_commented(name: str) -> None:
 
 
 def test_the_readme_s_config_is_valid(tmp_path: Path) -> None:
-    first, several = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+    first, several, ray = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(first))
+    path.write_text(yaml.safe_dump({**first, **ray}))
     config = load_config(str(path))
     assert config.all_attacks["fgsm"].levels == (1, 2, 4, 8)
     assert [model.call[0] for model in config.all_models.values()] == [f"{tmp_path}/resnet20.py:make"]

@@ -111,7 +111,7 @@ def test_the_matrix_is_what_the_rows_add_up_to(out: Path) -> None:
         if attack is None:
             continue
         files = f"'{out}/{subset}/*.parquet' a join '{out}/clean/*.parquet' c using (source_index)"
-        (found,) = duckdb.query(f"select count(*), {query} from {files}").fetchall()
+        (found,) = duckdb.execute(f"select count(*), {query} from {files}").fetchall()
         for index, name in enumerate(MODELS):
             cell = cells[attack, model, level, name]
             correct, before, lost = found[1 + 3 * index : 4 + 3 * index]
