@@ -160,11 +160,11 @@ def test_the_most_instructive_rows_are_chosen() -> None:
 
 def test_where_none_resists_those_are_shown_that_hold_out_longest() -> None:
     success = [[0] * 8, [1] * 7 + [0], [1] * 8]
-    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), fgsm_at(0, 2, 8))
+    groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), fgsm_at(0, 2, 8, model="digits"))
     title, text, chosen = groups[-1]
     assert (title, chosen) == ("Those that resist", [7])
     assert text == "None resists every epsilon; these give in at 8/255 only."
-    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), fgsm_at(0, 2))
+    together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), fgsm_at(0, 2, model="digits"))
     assert [title for title, _, _ in together] == ["Fooled by the smallest step", "The most confident when fooled"]
 
 
