@@ -36,7 +36,7 @@ def check_model(model: Model, images_u8: Tensor, labels: Tensor, goal: Goal | No
     Logits and gradients that are not numbers are left to the run, which finds them in every batch and names it.
 
     Args:
-        model: a victim or an evaluator.
+        model: that is attacked, or that looks.
         images_u8: (N, C, H, W) uint8 on the model's device, N at least 1.
         labels: (N,) int64 model indices on the same device, -1 for unlabelled.
         goal: of the attack; None for a model that is not attacked.

@@ -1,8 +1,7 @@
 """Model: a frozen classifier of uint8 images, whatever library it came from.
 
 It takes images in [0, 1] or their pixels and owns everything else: normalisation, eval mode, frozen parameters, memory
-format, and how its classes meet the dataset's. A victim, which is attacked, is one, and so is an evaluator, which only
-looks at the images.
+format, and how its classes meet the dataset's. Whether it is attacked or only looks makes no difference here.
 """
 
 import contextlib
