@@ -142,7 +142,7 @@ def _perturb(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tenso
             f"{key}: perturb in {file} returns {type(perturbed).__name__}; return Perturbed(images), or "
             "Perturbed.along(images, direction, levels)."
         )
-    _check_perturbed(perturbed, attack, images_u8)
+    _check_perturbed(perturbed, attack, images_u8, attacked.finite)
     return perturbed
 
 
@@ -158,8 +158,11 @@ def _random_state(device: torch.device) -> list[str]:
     return [*(str(state.tolist()) for state in states), str(random.getstate()), str(np.random.get_state(legacy=False))]
 
 
-def _check_perturbed(perturbed: Perturbed, attack: ModelAttack, images_u8: Tensor) -> None:
-    """Whether the images of an attack are such, and lie where it says."""
+def _check_perturbed(perturbed: Perturbed, attack: ModelAttack, images_u8: Tensor, sound: Tensor) -> None:
+    """Whether the images of an attack are such, and lie where it says.
+
+    Of rows that are not `sound`, (N,) bool, the model's own gradient is no number: the run finds that and names them.
+    """
     key, levels = f"{attack.key}.kind: {source_file(type(attack.attack))}", attack.levels
     tensors = [images for images in perturbed.images if isinstance(images, Tensor)]
     shapes = [(tuple(images.shape), images.dtype) for images in tensors]
@@ -178,7 +181,7 @@ def _check_perturbed(perturbed: Perturbed, attack: ModelAttack, images_u8: Tenso
                 f"{key} returns a direction of shape {tuple(perturbed.direction.shape)}; its images have "
                 f"{tuple(images_u8.shape)}, and so must it."
             )
-        if not bool(torch.isfinite(perturbed.direction).all()):
+        if not bool(torch.isfinite(perturbed.direction[sound]).all()):
             raise ConfigError(f"{key} returns a direction that holds NaN or infinity; see what it divides by.")
     for level, images in zip(levels, perturbed.images, strict=True):
         farthest = int((images.to(torch.int16) - images_u8.to(torch.int16)).abs().amax())
