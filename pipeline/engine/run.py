@@ -5,6 +5,7 @@ the outcome, so that a resumed run decides nothing anew.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import logging
@@ -316,23 +317,25 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
             found = _look(model, attacks, pixels, own_labels, size)
         for sentence in found:
             logger.warning("%s.", _named(sentence, config, "model", name))
+        check = functools.partial(_look_at_attacks, model, attacks, pixels, own_labels)
+        fit_batch_size(check, size, quiet=True)
 
 
 def _look(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: Tensor, size: int) -> list[str]:
-    """As `check_model` and `check_attack`, of so many images at once as fit."""
+    """As `check_model`, of so many images at once as fit."""
     found: list[str] = []
 
     def look(size: int) -> None:
         goals = dict.fromkeys(each.goal for each in attacks if each.asks_model) or [None]
         found[:] = dict.fromkeys(said for goal in goals for said in check_model(model, images, labels, goal, size))
 
-    def attack(size: int) -> None:
-        for each in attacks:
-            check_attack(each, model, images[:size], labels[:size])
-
     fit_batch_size(look, size, quiet=True)
-    fit_batch_size(attack, size, quiet=True)
     return found
+
+
+def _look_at_attacks(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: Tensor, size: int) -> None:
+    for each in attacks:
+        check_attack(each, model, images[:size], labels[:size])
 
 
 @contextlib.contextmanager
