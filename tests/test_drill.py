@@ -415,7 +415,8 @@ def break_before(folder: Path, nth: int, error: int | None = None) -> Callable[[
 def before_report(found: Sequence[str]) -> int:
     """How many changes come before those of the report, which has a drill of its own."""
     until = next(i for i, change in enumerate(found) if "report.html" in change)
-    while found[until - 1].startswith("os.mkdir "):
+    # It is written aside, and put into its place under its name.
+    while found[until - 1].startswith(("os.mkdir ", "open ")):
         until -= 1
     return until
 
@@ -461,7 +462,7 @@ def test_sigkill_while_repairing(small: Site, drill: Drill, tmp_path: Path) -> N
         return small.start("verify", out, "--repair", prepare=prepare)
 
     found = changes(small, tmp_path / "all", lambda prepare: repair(tmp_path / "all", prepare))
-    assert sum(change.startswith("os.remove") for change in found) > 2 + 4
+    assert sum(change.startswith("os.remove") for change in found) >= 2 + 4
     for nth in range(1, len(found) + 1):
         out = tmp_path / f"out-{nth}"
         assert repair(out, break_before(out, nth)).end() == KILLED, found[nth - 1]
