@@ -165,8 +165,10 @@ def _sections(raw: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Any]]:
     ]
     for key in ("model", "attack"):
         several = raw.get(f"{key}s")
-        if isinstance(several, Mapping):
-            found += [(key, (f"{key}s", str(name)), section) for name, section in several.items()]
+        for name, section in several.items() if isinstance(several, Mapping) else ():
+            if not isinstance(name, str):
+                raise ConfigError(f"{key}s: the id {name!r} is no text; YAML takes it for one in quotes.")
+            found.append((key, (f"{key}s", name), section))
     return found
 
 
@@ -186,10 +188,11 @@ def _without_evaluators(raw: Mapping[str, Any]) -> str:
         models[plain_id(str(model.get("name") or model.get("kind")))] = dict(model)
     attacking = [*models]
     models |= {str(other.get("id")): {key: other[key] for key in other if key != "id"} for other in named}
-    lines = yaml.safe_dump({"models": models, "attack": {"models": attacking}}, default_flow_style=True, width=10_000)
+    # In this order, as the first model looks at clean images.
+    lines = yaml.safe_dump({"models": models}, default_flow_style=True, sort_keys=False, width=10_000).strip()[1:-1]
     return (
         "evaluators is no key any more: a model that no attack names looks on. In place of model and evaluators write "
-        f"{_quoted(lines.strip()[1:-1], MOST_SAID)}."
+        f"{_quoted(lines, MOST_SAID)}, and in attack models: [{', '.join(attacking)}]."
     )
 
 

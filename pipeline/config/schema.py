@@ -393,13 +393,23 @@ class Config(Section):
     def _check_names(self) -> None:
         """Refuse ids that make one name of two."""
         pairs: dict[str, str] = {}
+        unasked: dict[tuple[str, int], str] = {}
         for variant in self.variants[1:]:
             made = f"attack {variant.attack} on model {variant.model}"
-            other = pairs.setdefault(variant.pair, made)
+            # Databases do not tell case in names of columns.
+            other = pairs.setdefault(variant.pair.lower(), made)
             if other != made:
                 raise ValueError(
                     f"attacks: {other} and {made} would both be called {variant.pair} in names of columns; rename one"
                 )
+            if variant.attack is not None and variant.model is None:
+                kind = self.all_attacks[variant.attack].kind
+                twin = unasked.setdefault((kind, variant.level), variant.attack)
+                if twin != variant.attack:
+                    raise ValueError(
+                        f"attacks: {twin} and {variant.attack} are both {kind} at {variant.level}/255, and would be "
+                        "the same images; keep one"
+                    )
 
     def key(self, section: str, name: str) -> str:
         """The key of a model or an attack, for messages.

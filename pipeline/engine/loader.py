@@ -101,8 +101,8 @@ class Reader:
         if self.source.need_labels and (labels == UNLABELLED).any():
             row = shard.start + place.start + int((labels == UNLABELLED).argmax())
             raise RowError(
-                f"source: row {row} of {shard.file} is unlabelled, and attack.label: dataset needs every label; drop "
-                "such rows, or set attack.label=prediction."
+                f"source: row {row} of {shard.file} is unlabelled, and an attack with label: dataset needs every "
+                "label; drop such rows, or set label: prediction in each attack."
             )
         if self.classes is not None and len(labels) and labels.max() >= self.classes:
             raise RowError(

@@ -254,8 +254,17 @@ def load_attacks(config: Config) -> dict[str, LoadedAttack]:
 
 
 def open_run_source(config: Config) -> Source:
-    """The source of a run."""
-    return open_source(config.source, need_labels=config.needs_labels, max_pixels=config.runtime.max_pixels)
+    """The source of a run.
+
+    Raises:
+        ConfigError, PipelineError: as `open_source`.
+    """
+    try:
+        return open_source(config.source, need_labels=config.needs_labels, max_pixels=config.runtime.max_pixels)
+    except ConfigError as error:
+        # What needs labels has another key where there are several attacks.
+        key = config.key("attack", next(iter(config.all_attacks)))
+        raise ConfigError(re.sub(r"\battack\.label", f"{key}.label", str(error))) from error
 
 
 def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> PreprocessConfig:
@@ -287,7 +296,10 @@ def make_attacks(
         for follows in section.attacked(tuple(spaces)):
             model = next(iter(spaces)) if follows is None else follows
             with naming(config, "attack", name):
-                goal = Goal(section.label, _target(section, spaces[model]))
+                try:
+                    goal = Goal(section.label, _target(section, spaces[model]))
+                except ConfigError as error:
+                    raise ConfigError(str(error).replace("of the model", f"of the model {model}")) from error
             key = config.key("attack", name)
             made.append(ModelAttack(loaded[name], key, model, follows is not None, section.levels, goal))
     return tuple(made)

@@ -1,6 +1,7 @@
 """`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
 
 import itertools
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,8 +108,10 @@ def _notes(manifest: Manifest) -> list[str]:
     notes = [
         f"run {manifest.run_id}, {state}; {manifest.rows:,} of {manifest.planned} source images, "
         f"{manifest.skipped_rows:,} skipped",
-        f"not moved of the pixel values: {', '.join(manifest.unmoved())}",
+        textwrap.fill(f"not moved of the pixel values: {', '.join(manifest.unmoved())}", WIDTH),
     ]
+    if len(manifest.spaces) > 1:
+        notes.append(f"The model that was attacked looks at its images; {next(iter(manifest.spaces))} at all others.")
     if warning := manifest.zero_gradient_warning:
         notes.append(f"WARNING: {warning}")
     if any(subset.bytes is None for subset in manifest.subsets):

@@ -107,6 +107,19 @@ PGD = {**FGSM, "kind": "pgd"}
         ({"model": None, "models": {"a b": DIGITS}}, "models: got the id 'a b'"),
         ({"model": None, "models": {"9a": DIGITS}}, "models: got the id '9a'"),
         ({"model": None, "models": {"a": DIGITS, "A": DIGITS}}, "models: the ids a and A"),
+        ({"model": None, "models": {True: DIGITS}}, "models: the id True"),
+        ({"attack": None, "attacks": {1: FGSM}}, "attacks: the id 1"),
+        (
+            {"attack": None, "attacks": {"m": {**FGSM, "kind": "noise"}, "n": {**FGSM, "kind": "noise"}}},
+            "attacks: m and n are both noise",
+        ),
+        (
+            {
+                **{"model": None, "models": {"b_c": DIGITS, "c": DIGITS}},
+                **{"attack": None, "attacks": {"a": {**FGSM, "models": ["b_c"]}, "a_B": {**FGSM, "models": ["c"]}}},
+            },
+            "attacks: attack a on model b_c and attack a_B on model c",
+        ),
         ({"model": None, "models": {"a": {"kind": "timm"}}}, "models.a.name is missing"),
         ({"model": None, "models": {"a": {**DIGITS, "wieghts": 1}}}, "models.a.wieghts is an unknown key"),
         ({"model": None, "models": {"a": 3}}, "models.a must be a mapping"),
@@ -145,8 +158,12 @@ def test_an_id_cannot_stand_twice(tmp_path: Any) -> None:
 def test_evaluators_are_told_the_lines_that_say_the_same_now() -> None:
     with pytest.raises(ConfigError) as refused:
         parsed(evaluators=[{"id": "other", "kind": "timm", "name": "vit"}])
-    lines = "attack: {models: [digits]}, models: {digits: {kind: digits}, other: {kind: timm, name: vit}}"
+    lines = "models: {digits: {kind: digits}, other: {kind: timm, name: vit}}, and in attack models: [digits]"
     assert lines in str(refused.value)
+    # The first model looks at clean images: that is the one that was attacked, whatever the others are called.
+    with pytest.raises(ConfigError) as refused:
+        parsed(evaluators=[{"id": "a", **DIGITS}])
+    assert "models: {digits: {kind: digits}, a: {kind: digits}}" in str(refused.value)
 
 
 def test_a_credential_within_a_model_is_refused_and_not_shown() -> None:
