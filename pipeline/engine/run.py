@@ -299,7 +299,8 @@ def make_attacks(
                 try:
                     goal = Goal(section.label, _target(section, spaces[model]))
                 except ConfigError as error:
-                    raise ConfigError(str(error).replace("of the model", f"of the model {model}")) from error
+                    which = f"of the model {model}" if len(spaces) > 1 else "of the model"
+                    raise ConfigError(str(error).replace("of the model", which)) from error
             key = config.key("attack", name)
             made.append(ModelAttack(loaded[name], key, model, follows is not None, section.levels, goal))
     return tuple(made)
