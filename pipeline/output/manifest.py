@@ -202,6 +202,13 @@ class Manifest(SealedRecord):
         """The config with every `auto` resolved."""
         return parse_config(self.config)
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Manifest":
+        """The same with other values. A copy takes over what was cached, which another config makes false."""
+        copied = super().model_copy(update=update, deep=deep)
+        if update and "config" in update:
+            copied.__dict__.pop("resolved", None)
+        return copied
+
     @property
     def edition(self) -> str:
         """What ends the names of its files."""
