@@ -19,6 +19,7 @@ MI-FGSM, the momentum iterative method: Dong et al., "Boosting Adversarial Attac
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -163,17 +164,16 @@ class MIFGSMConfig(IterativeConfig):
         return "MI-FGSM"
 
 
+@dataclass(frozen=True)
 class BIM:
     """Steps from the clean image.
 
     schedule: of rising levels the number of steps must not fall, and their length must be the same.
     """
 
+    schedule: Schedule
     on_ray = False
     needs_draws = False
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
 
     def perturb(
         self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
@@ -190,14 +190,13 @@ class BIM:
         return Perturbed(tuple(made))
 
 
+@dataclass(frozen=True)
 class PGD:
     """Steps from a random image of the ball."""
 
+    schedule: Schedule
     on_ray = False
     needs_draws = True
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
 
     def perturb(
         self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
@@ -209,14 +208,14 @@ class PGD:
         return Perturbed(tuple(made))
 
 
+@dataclass(frozen=True)
 class MIFGSM:
     """Steps from the clean image along a decayed sum of gradients; `decay` is mu, 0 or more."""
 
+    schedule: Schedule
+    decay: float
     on_ray = False
     needs_draws = False
-
-    def __init__(self, schedule: Schedule, decay: float) -> None:
-        self.schedule, self.decay = schedule, decay
 
     def perturb(
         self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"

@@ -32,7 +32,7 @@ from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
-from pipeline.core.lattice import common_sign, step, stored_sign
+from pipeline.core.lattice import common_sign, distance, step, stored_sign
 from pipeline.core.plan import Plan, Shard
 from pipeline.core.variants import by_attack
 from pipeline.engine.execute import draw_numbers
@@ -504,8 +504,7 @@ class ShardCheck:
         moved = step(images[0], sign, level)
         if on_ray and torch.equal(moved, pixels):
             return
-        distance = (pixels.to(torch.int16) - images[0].to(torch.int16)).abs()
-        outside = (distance > level).flatten(1).any(1).numpy()
+        outside = (distance(pixels, images[0]) > level).flatten(1).any(1).numpy()
         self.findings.outside_ball += int(outside.sum())
         refuse_rows(name, outside, f"images outside the epsilon ball of {level}/255", clean)
         if on_ray:

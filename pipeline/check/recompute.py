@@ -24,7 +24,7 @@ from pipeline.core.lanes import Lanes, chunk_images
 from pipeline.core.lattice import step
 from pipeline.core.plan import Plan
 from pipeline.core.variants import by_attack
-from pipeline.engine.compute import Attacker, ModelAttack, compile_models, own_copy
+from pipeline.engine.compute import Attacker, ModelAttack, compile_models, look, own_copy
 from pipeline.engine.run import (
     choose_device,
     load_attacks,
@@ -161,10 +161,7 @@ def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
                 share = share.where(-chosen.expm1() > SATURATED, 0.0)
         found.append((differs.sum(2)[:, valid].cpu(), share[:, valid].cpu()))
         first += len(each.levels)
-    logits = []
-    for name, model in models.items():
-        of_clean = clean[name] if name in clean else model.predict(images[0])
-        logits.append(torch.stack([of_clean, *map(model.predict, images[1:])])[:, valid].cpu())
+    logits = [torch.stack(answers)[:, valid].cpu() for _, answers in look(models, images, clean)]
     return _Answer(logits, *map(list, zip(*found, strict=True)))
 
 

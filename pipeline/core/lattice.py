@@ -86,6 +86,17 @@ def stored_sign(images_u8: NDArray[np.uint8], direction_u8: NDArray[np.uint8], *
     return (direction_u8 > images_u8).astype(np.int8) - (direction_u8 < images_u8)
 
 
+def distance(images_u8: Tensor, others_u8: Tensor) -> Tensor:
+    """How far each value is from the other's, in grey levels: uint8, of the same shape."""
+    # None of it leaves uint8.
+    return torch.maximum(images_u8, others_u8) - torch.minimum(images_u8, others_u8)
+
+
+def sign_towards(images_u8: Tensor, others_u8: Tensor) -> Tensor:
+    """In which direction each value of the others lies, int8 in -1, 0, 1, of the same shape."""
+    return (others_u8 > images_u8).to(torch.int8) - (others_u8 < images_u8).to(torch.int8)
+
+
 def common_sign(images: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
     """The sign map along which images lie; 0 where clipping hides it.
 
@@ -97,7 +108,7 @@ def common_sign(images: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
         int8 in -1, 0, 1. Where images lie along no one sign, it is what most of those say that are a whole step from x.
     """
     clean, *attacked = images
-    signs = [(pixels > clean).to(torch.int8) - (pixels < clean).to(torch.int8) for pixels in attacked]
+    signs = [sign_towards(clean, pixels) for pixels in attacked]
     if all(torch.equal(sign, signs[0]) for sign in signs[1:]):
         return signs[0]
     votes = [

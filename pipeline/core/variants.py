@@ -38,8 +38,8 @@ class Variant:
 
     @property
     def maker(self) -> str:
-        """What made it, for people: "fgsm on resnet20", or "noise", which asks no model. Not of clean."""
-        return f"{self.attack} on {self.model}" if self.model else str(self.attack)
+        """As `maker`. Not of clean."""
+        return maker(self.attack, self.model)
 
     @property
     def pair(self) -> str:
@@ -52,6 +52,16 @@ class Variant:
 
 
 CLEAN = Variant(level=0, attack=None, model=None, subset="clean")
+
+
+def maker(attack: str | None, model: str | None) -> str:
+    """What made images, for people: "fgsm on resnet20", or "noise", which asks no model."""
+    return f"{attack} on {model}" if model else str(attack)
+
+
+def own_model(variant: Variant, models: Sequence[str]) -> str:
+    """The id of the model that the rows of a variant are about: the first of all, where they are of none."""
+    return variant.model or models[0]
 
 
 def make_variants(attacks: Mapping[str, tuple[Sequence[str | None], Sequence[int]]]) -> tuple[Variant, ...]:

@@ -9,7 +9,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.attacks.base import Attack, Goal, Perturbed, direction_sign
 from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line
 from pipeline.core.lanes import Lanes, chunk_images, to_host
+from pipeline.core.lattice import distance, sign_towards
 from pipeline.core.own_code import source_file
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
@@ -117,21 +118,19 @@ def attack_images(
         own += [each.model] * len(each.levels)
         classes.append(own_classes)
         finite.append((model.finite | ~valid).all())
-        far = [(_distance(moved, images_u8) > k) & rows for moved, k in zip(perturbed.images, each.levels, strict=True)]
+        far = [(distance(moved, images_u8) > k) & rows for moved, k in zip(perturbed.images, each.levels, strict=True)]
         in_ball.append(~torch.stack([values.any() for values in far]).any())
         if perturbed.direction is not None:
             finite[-1] &= all_finite(perturbed.direction, rows)
             directions.append(direction_sign(perturbed.direction))
             zero_signs += [((directions[-1] == 0) & rows).sum()] * len(each.levels)
         else:
-            last = perturbed.images[-1]
-            directions.append((last > images_u8).to(torch.int8) - (last < images_u8).to(torch.int8))
+            directions.append(sign_towards(images_u8, perturbed.images[-1]))
             zero_signs += [((moved == images_u8) & rows).sum() for moved in perturbed.images]
     clean = {name: model.logits for (name, *_), (model, _) in reversed(attacked.items()) if model.went_forward}
     logits: dict[int, Tensor] = {}
     predictions, finite_logits = [], []
-    for name, looking in models.items():
-        answers = [clean[name] if name in clean else looking.predict(images_u8), *map(looking.predict, images[1:])]
+    for name, answers in look(models, images, clean):
         finite_logits.append(torch.stack([all_finite(values, of_rows) for values in answers]).all())
         predictions.append(torch.stack([values.argmax(1) for values in answers]))
         logits |= {index: values for index, values in enumerate(answers) if own[index] == name}
@@ -148,9 +147,21 @@ def attack_images(
     )
 
 
-def _distance(images_u8: Tensor, others_u8: Tensor) -> Tensor:
-    """How far each value is from the other's, uint8."""
-    return torch.maximum(images_u8, others_u8) - torch.minimum(images_u8, others_u8)
+def look(
+    models: Mapping[str, Model], images: Sequence[Tensor], clean: Mapping[str, Tensor]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """What models make of images.
+
+    Args:
+        models: by their ids.
+        images: V times (N, C, H, W) uint8, clean first.
+        clean: the logits of the clean images, of models that were asked for their gradient.
+
+    Yields:
+        Each model's id, and its logits of the V images.
+    """
+    for name, model in models.items():
+        yield name, [clean[name] if name in clean else model.predict(images[0]), *map(model.predict, images[1:])]
 
 
 def all_finite(values: Tensor, valid: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pipeline.attacks.base import Goal, Perturbed, direction_sign
 from pipeline.core.errors import ConfigError, PipelineError, first_line
-from pipeline.core.lattice import step
+from pipeline.core.lattice import distance, step
 from pipeline.core.own_code import source_file
 from pipeline.engine.compute import ModelAttack
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
+from pipeline.output.manifest import MANY_ZERO
 
 # How far numbers may be apart, as a share of the largest: from call to call, where only the order of sums differs, in
 # float32 and in less; and with another number of images in the batch, for which libraries have other code.
@@ -24,8 +25,6 @@ LAST_DIGITS, LOW_LAST_DIGITS, OTHER_BATCH = 1e-3, 3e-2, 3e-2
 SUM_SLACK = 1e-2
 # The share of an attack's values that may be others the second time: those whose gradient is next to nothing.
 OTHER_VALUES = 1e-2
-# The share of values with gradient 0 that is worth a warning.
-MANY_ZERO = 0.5
 # A finding of chance must be so unlikely of a model that is a quarter of the way from chance to perfect.
 UNLIKELY = 0.01
 
@@ -184,7 +183,7 @@ def _check_perturbed(perturbed: Perturbed, attack: ModelAttack, images_u8: Tenso
         if not bool(torch.isfinite(perturbed.direction[sound]).all()):
             raise ConfigError(f"{key} returns a direction that holds NaN or infinity; see what it divides by.")
     for level, images in zip(levels, perturbed.images, strict=True):
-        farthest = int((images.to(torch.int16) - images_u8.to(torch.int16)).abs().amax())
+        farthest = int(distance(images, images_u8).amax())
         if farthest > level:
             raise ConfigError(
                 f"{key} makes images at {level}/255 that are up to {farthest} grey levels from the clean ones; clamp "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config.schema import Config
 from pipeline.core.batches import UNLABELLED
-from pipeline.core.variants import Variant
+from pipeline.core.variants import Variant, own_model
 from pipeline.layouts.base import LABEL, OWN, Contents, Scores, model_columns
 from pipeline.models.label_space import LabelSpace
 from pipeline.output.folder import VariantCounts, count_model
@@ -120,8 +120,8 @@ def complete_scores(
 
 
 def own_models(variants: Sequence[Variant], models: Sequence[str]) -> list[str]:
-    """The id of the own model of each variant's rows; of what is of no model, the first of all."""
-    return [variant.model or models[0] for variant in variants]
+    """`own_model` of each variant."""
+    return [own_model(variant, models) for variant in variants]
 
 
 def _masked(values: NDArray[Any], mask: NDArray[np.bool_]) -> Any:

@@ -61,7 +61,7 @@ def _transfer_block(title: str, rows: Sequence[Sequence[Transfer]]) -> list[str]
 
     Where the columns do not fit on a line, the rest of them stands below.
     """
-    made = [f"{row[0].attack} on {row[0].model}" if row[0].model else row[0].attack for row in rows]
+    made = [row[0].maker for row in rows]
     columns = [
         [cells[0].looking, *(f"{_percent(cell.accuracy)}, {_percent(cell.share_lost)}" for cell in cells)]
         for cells in zip(*rows, strict=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from pipeline.core.variants import maker
 from pipeline.output.folder import Id, Level, Record, Split, VariantCounts, Whole
 
 
@@ -22,6 +23,11 @@ class Transfer(Record):
     correct: Whole
     clean_correct: Whole
     lost: Whole
+
+    @property
+    def maker(self) -> str:
+        """As `variants.maker`."""
+        return maker(self.attack, self.model)
 
     @property
     def accuracy(self) -> float | None:

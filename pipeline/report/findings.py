@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.variants import CLEAN, Variant
+from pipeline.core.variants import CLEAN, Variant, own_model
 from pipeline.output.manifest import Manifest, Subset
 from pipeline.output.transfer import Transfer, by_epsilon
-from pipeline.report.sample import Sample, own_model
+from pipeline.report.sample import Sample
 
 # Variants that pictures show, spread over those there are; the first and the last to succeed come on top.
 SHOWN_VARIANTS = 5
@@ -60,7 +60,7 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
 
     Larger ones show more noise and nothing new. Where none does, it is the one that reaches most.
     """
-    model, reached = own_model(manifest, sample.variants[1]), sample.success.sum(1)
+    model, reached = own_model(sample.variants[1], list(manifest.spaces)), sample.success.sum(1)
     half = np.flatnonzero(2 * reached >= _started(sample).sum())
     most = int(reached.argmax()) or len(reached) - 1
     spread = {1 + int(index) for index in np.linspace(0, len(sample.variants) - 2, SHOWN_VARIANTS).round()}
@@ -177,7 +177,7 @@ def who_travels(rows: Sequence[Sequence[Transfer]], level: int) -> str:
     floor = _lost_by_others(noise[nearest], best[0].model) if nearest in noise else None
     against = "the run has no noise of that epsilon to compare with" if floor is None else f"on noise {percent(floor)}"
     return (
-        f"At {nearest}/255 no images travel further than those of {made_by(best[0])}: {who} {percent(share)} "
+        f"At {nearest}/255 no images travel further than those of {best[0].maker}: {who} {percent(share)} "
         f"of what {they} right when clean; {against}."
     )
 
@@ -186,11 +186,6 @@ def _lost_by_others(row: Sequence[Transfer], model: str | None) -> float | None:
     """The share that all models but one lose of what they predict right when clean."""
     others = [cell for cell in row if cell.looking != model]
     return ratio(sum(cell.lost for cell in others), sum(cell.clean_correct for cell in others))
-
-
-def made_by(images: Variant | Subset | Transfer) -> str:
-    """What made images, in words: an attack on a model, or one that asks none."""
-    return f"{images.attack} on {images.model}" if images.model else str(images.attack)
 
 
 def class_names(manifest: Manifest, model: str) -> Callable[[int], str]:

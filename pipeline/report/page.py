@@ -29,7 +29,6 @@ from pipeline.report.findings import (
     by_split,
     focus_on,
     headline,
-    made_by,
     matrices,
     noise_levels,
     percent,
@@ -166,7 +165,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    named = (headline, human_bytes, made_by, percent, ratio, variant_name, web_image, who_travels)
+    named = (headline, human_bytes, percent, ratio, variant_name, web_image, who_travels)
     environment.filters |= {function.__name__: function for function in named}
     environment.filters |= {
         "thousands": lambda number: f"{number:,}",

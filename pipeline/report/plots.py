@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 
 from pipeline.core.variants import CLEAN, Variant
 from pipeline.output.transfer import Transfer
-from pipeline.report.findings import made_by
 
 # Inches. On a phone's 360 px a point is then a pixel.
 WIDTH, HEIGHT, LEGEND_LINE = 4.8, 3.6, 0.2
@@ -141,7 +140,7 @@ def draw_matrix(rows: Sequence[Sequence[Transfer]], split: str) -> bytes:
                 axes.set(xlim=(0, len(models)), ylim=(height, 0))
                 axes.set_title(f"{block[0][0].level}/255", fontsize=9, weight="bold", loc="left")
                 axes.set_xticks(np.arange(len(models)) + 0.5, [shortened(name, 9) for name in models], fontsize=7)
-                names = [shortened(made_by(row[0]), 24) for row in block]
+                names = [shortened(row[0].maker, 24) for row in block]
                 axes.set_yticks(np.arange(len(block)) + 0.5, names, fontsize=8)
                 axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
                 axes.spines[:].set_visible(False)

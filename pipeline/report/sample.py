@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.errors import explained
-from pipeline.core.variants import CLEAN, Variant, by_attack
+from pipeline.core.variants import CLEAN, Variant, by_attack, own_model
 from pipeline.layouts.base import LABEL, LAST, Picture, kept_columns, model_columns, picture_columns
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest
@@ -98,11 +98,6 @@ def shown_variants(manifest: Manifest) -> tuple[Variant, ...]:
     return CLEAN, *min(groups, key=lambda group: (group[0].model is None, group[0].model != first))
 
 
-def own_model(manifest: Manifest, variant: Variant) -> str:
-    """The model that the rows of a variant are about: the first, where they are of none."""
-    return variant.model or next(iter(manifest.spaces))
-
-
 def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int) -> Sample | None:
     """Read the scores of about so many rows of a split in the `shown_variants`; None where it has none.
 
@@ -116,7 +111,7 @@ def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int)
         PipelineError: a file cannot be read, or holds other rows than the manifest says.
     """
     labelled, variants = is_labelled(manifest), shown_variants(manifest)
-    attack, model = variants[1].attack or "", own_model(manifest, variants[1])
+    attack, model = variants[1].attack or "", own_model(variants[1], list(manifest.spaces))
     targeted = manifest.resolved.all_attacks[attack].target is not None
     shares = _shares(_shard_rows(manifest, split), most)
     if not shares:
