@@ -191,6 +191,12 @@ def processes() -> Any:
 WriteConfig = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    """What the tests of a module share, which the first that needs it makes."""
+    return {}
+
+
 @pytest.fixture
 def write_config(tmp_path: Path, factory_file: Path, image_parquet: Path) -> WriteConfig:
     """Write a config over the small dataset and model; keyword arguments update its sections."""

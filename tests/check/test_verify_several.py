@@ -30,12 +30,6 @@ ATTACKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def made() -> Any:
-    """What is made once for the tests of this module."""
-    return {}
-
-
 @pytest.fixture
 def out(write_config: WriteConfig, tmp_path: Path, made: Any) -> Path:
     """A copy of the run, which a test may forge."""

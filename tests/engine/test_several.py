@@ -37,12 +37,6 @@ SUBSETS = {
 MODELS = ("net", "sums", "turned")
 
 
-@pytest.fixture(scope="module")
-def made() -> Any:
-    """What a module's tests read of one run is made once."""
-    return {}
-
-
 @pytest.fixture
 def out(write_config: WriteConfig, tmp_path: Path, made: Any) -> Path:
     if not made:

@@ -1,7 +1,6 @@
 """Publish: the real client against a Hub on the loopback, which breaks, refuses and forgets to answer."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,7 +20,17 @@ from pipeline.hub.upload import _client_that_gives_up, list_files, redact
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
 from tests.conftest import CLASSES, WriteConfig, fgsm, generate, pixels, rows, shard_path, without_run
-from tests.support.hub import LFS_SUFFIXES, Hub, Repository, User, git_blob, lfs_blob, running_hub
+from tests.support.hub import (
+    LFS_SUFFIXES,
+    Hub,
+    Repository,
+    User,
+    environment,
+    git_blob,
+    lfs_blob,
+    read_back,
+    running_hub,
+)
 from tests.support.processes import wait_for
 from tests.support.several import ATTACKS, write_several
 
@@ -54,20 +63,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield hub
         close_session()
         enable_progress_bars()
-
-
-def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
-    """What a process needs to see no other Hub than this one."""
-    return {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "NO_PROXY": "127.0.0.1",
-        **more,
-    }
 
 
 def refused(*arguments: str | Path, code: int) -> str:
@@ -146,7 +141,7 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
     card = out / "README.md"
     card.write_text(card.read_text().replace("configs:", "license: cc0-1.0\nconfigs:", 1) + "\nThanks to Ian.\n")
     command = [sys.executable, "-m", "pipeline", "publish", str(out), ID, "--debug"]
-    known = environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET="1")
+    known = environment(hub, tmp_path / "home", HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
     hub.fail("PUT", "/lfs/", "hang", times=99, after=2)
     with (tmp_path / "log").open("wb") as log:
         first = subprocess.Popen(command, env=known, stdout=log, stderr=log)
@@ -177,19 +172,8 @@ def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_pa
     assert_token_is_nowhere(out)
 
     names = ["label", "epsilon", "prediction", "confidence", "clean_prediction", "fooled", "source_index"]
-    script = [sys.executable, "-c", READ_BACK, json.dumps(names)]
-    # In a folder of its own: here `user/images` must not be one.
-    read = subprocess.run(
-        script,
-        env={**known, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert read.returncode == 0, read.stderr
-    found = json.loads(read.stdout.splitlines()[-1])
+    tokens = {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    found = json.loads(read_back(READ_BACK, json.dumps(names), hub=hub, folder=tmp_path, **tokens)[-1])
     frame = rows(out, "eps-8")
     images = pixels(frame).transpose(0, 2, 3, 1)
     expected = [
@@ -228,7 +212,7 @@ def test_through_xet_with_progress_in_a_log(out: Path, tmp_path: Path) -> None:
         hub.fail("POST", "/commit/", "wait")
         result = subprocess.run(
             [sys.executable, "-m", "pipeline", "publish", str(out), ID, "--public"],
-            env=environment(hub, tmp_path / "home"),
+            env=environment(hub, tmp_path / "home", HF_TOKEN=TOKEN),
             capture_output=True,
             text=True,
             timeout=110,

@@ -1,5 +1,6 @@
-"""A dataset of several models and attacks in every layout, made once for all tests of reading."""
+"""A dataset of several models and attacks in every layout, made once for all tests of reading, and a Hub."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -8,6 +9,7 @@ import yaml
 
 from pipeline.output import shards
 from tests.conftest import FACTORY, LAYOUTS, generate, png_bytes, random_pixels, write_parquet
+from tests.support.hub import Hub, Repository, running_hub
 from tests.support.several import ON_RAYS, write_several
 
 
@@ -40,3 +42,18 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
             generate(write_several(write, folder, ON_RAYS, output={"layout": layout, "path": str(folder / layout)}))
         generate(write_several(write, folder, output={"path": str(folder / "stepped")}))
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A loopback Hub with an empty dataset, `user/name`, that anybody may read."""
+    from huggingface_hub import constants
+
+    with running_hub() as hub:
+        hub.repositories["user/name"] = Repository(private=False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield hub

@@ -1,10 +1,7 @@
 """Some attacks and models of a dataset: which rows a reader gives, and how often training draws each variant."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +16,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.variants import make_variants
 from pipeline.read.choice import draw_shares
 from tests.conftest import LAYOUTS, WriteConfig, generate
-from tests.support.hub import Repository, git_blob, running_hub
+from tests.support.hub import push, read_back, running_hub
 from tests.support.s3 import bucket as bucket
 from tests.support.s3 import out as out
 from tests.support.s3 import s3 as s3
@@ -197,35 +194,11 @@ print(len(pipeline.load("user/name", [0], split="test")))
 
 @pytest.mark.parametrize("layout", ["images", "wide"])
 def test_rows_on_the_hub_are_chosen_alike(several: Path, tmp_path: Path, layout: str) -> None:
-    files = {path.relative_to(several / layout): path for path in (several / layout).rglob("*.*") if path.is_file()}
     with running_hub() as hub:
-        hub.repositories["user/name"] = Repository(private=False)
-        hub.repositories["user/name"].commits.append(
-            {str(name): git_blob(path.read_bytes()) for name, path in files.items() if name.parts[0] != ".run"}
-        )
-        known = {
-            **os.environ,
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(Path.cwd()),
-        }
-        # In a folder of its own: here `user/name` must not be one.
-        read = subprocess.run(
-            [sys.executable, "-c", FROM_HUB],
-            env=known,
-            capture_output=True,
-            text=True,
-            timeout=110,
-            check=False,
-            cwd=tmp_path,
-        )
-        assert read.returncode == 0, read.stderr
+        push(hub, several / layout)
+        *chosen, clean = read_back(FROM_HUB, hub=hub, folder=tmp_path)
         indices = pipeline.load(several / layout, [0], "test")["source_index"][:]
         expected = [[*one, index] for one in (["fgsm", "sums"], ["noise", None]) for index in indices]
-        *chosen, clean = read.stdout.splitlines()
         assert [json.loads(line) for line in chosen] == [expected, expected]
         assert clean == "40"
         # What is not asked for is not fetched; where rows say what made them, nor is the manifest.

@@ -23,7 +23,7 @@ from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.read import training
 from pipeline.read.training import TrainingDataset
 from tests.conftest import LAYOUTS, manifest, write_sealed
-from tests.support.hub import Repository, git_blob, running_hub
+from tests.support.hub import Hub, push
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
@@ -347,24 +347,10 @@ def test_what_cannot_be_names_the_key(several: Path, options: dict[str, Any], ke
 # ------------------------------------------------------------------------------------------- from the Hub
 
 
-def test_only_what_is_chosen_is_fetched_from_the_hub(
-    several: Path, known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    files = [path for path in (several / "images").rglob("*.*") if path.is_file() and ".run" not in path.parts]
-    with running_hub() as hub:
-        hub.repositories["user/name"] = Repository(private=False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        hub.repositories["user/name"].commits.append(
-            {str(path.relative_to(several / "images")): git_blob(path.read_bytes()) for path in files}
-        )
-        mix: dict[str, Any] = {"models": "sums", "weights": {"noise": 0}, "only": "correct"}
-        shown = known.of(opened(Path("user/name"), **mix))
-        assert shown == known.of(opened(several / "images", **mix))
-        asked = Counter(path.split("/resolve/")[1].split("/")[1] for path in hub.asked("GET", "/resolve/"))
-        assert asked == {"manifest.json": 1, "clean": 3, "fgsm-sums-eps-2": 3, "fgsm-sums-eps-8": 3}
+def test_only_what_is_chosen_is_fetched_from_the_hub(several: Path, known: Known, hub: Hub) -> None:
+    push(hub, several / "images")
+    mix: dict[str, Any] = {"models": "sums", "weights": {"noise": 0}, "only": "correct"}
+    shown = known.of(opened(Path("user/name"), **mix))
+    assert shown == known.of(opened(several / "images", **mix))
+    asked = Counter(path.split("/resolve/")[1].split("/")[1] for path in hub.asked("GET", "/resolve/"))
+    assert asked == {"manifest.json": 1, "clean": 3, "fgsm-sums-eps-2": 3, "fgsm-sums-eps-8": 3}

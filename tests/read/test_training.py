@@ -6,7 +6,7 @@ import math
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from tests.conftest import (
     write_parquet,
     write_sealed,
 )
-from tests.support.hub import Hub, Repository, git_blob, running_hub
+from tests.support.hub import Hub, push
 
 # Workers are a matter of correctness here; that they outnumber this machine's cores is none.
 pytestmark = [
@@ -660,29 +660,6 @@ def test_damaged_pictures_are_one_sentence(outputs: Path, tmp_path: Path, name: 
 
 
 # ------------------------------------------------------------------------------------------------- from the Hub
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A loopback Hub with an empty dataset, `user/name`, that anybody may read."""
-    from huggingface_hub import constants
-
-    with running_hub() as hub:
-        hub.repositories["user/name"] = Repository(private=False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield hub
-
-
-def push(hub: Hub, folder: Path, ignore: str) -> None:
-    """Commit the files of a folder but those below another."""
-    files = {path.relative_to(folder): path for path in folder.rglob("*.*") if path.is_file()}
-    hub.repositories["user/name"].commits.append(
-        {str(name): git_blob(path.read_bytes()) for name, path in files.items() if name.parts[0] != ignore}
-    )
 
 
 def downloads(hub: Hub) -> list[str]:

@@ -8,9 +8,12 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -153,6 +156,43 @@ class Hub(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that are killed and connections that are dropped are what the tests are about."""
+
+
+def push(hub: "Hub", folder: Path, ignore: str = ".run") -> None:
+    """Commit the files of a folder, but those below another, to `user/name`, which is made where it is not there."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*.*") if path.is_file()}
+    repository = hub.repositories.setdefault("user/name", Repository(private=False))
+    repository.commits.append(
+        {str(name): git_blob(path.read_bytes()) for name, path in files.items() if name.parts[0] != ignore}
+    )
+
+
+def environment(hub: "Hub", home: Path, **more: str) -> dict[str, str]:
+    """What a process needs to see no other Hub than this one."""
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "NO_PROXY": "127.0.0.1",
+        **more,
+    }
+
+
+def read_back(script: str, *arguments: str, hub: "Hub", folder: Path, **more: str) -> list[str]:
+    """What a script prints, line by line, that sees this Hub, in a folder where no name of a repository is a folder."""
+    read = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=environment(hub, folder / "home", PYTHONPATH=str(Path.cwd()), **more),
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        cwd=folder,
+    )
+    assert read.returncode == 0, read.stderr
+    return read.stdout.splitlines()
 
 
 @contextlib.contextmanager
