@@ -296,10 +296,12 @@ class Manifest(SealedRecord):
         worst = max(shares, key=shares.__getitem__)
         if shares[worst] <= MANY_ZERO:
             return None
+        left = f"the attack {worst.maker} left {shares[worst]:.1%} of the pixel values as they are"
+        if not self.on_ray(worst.attack):
+            return f"{left}; see whether that is what it should do"
         return (
-            f"the attack {worst.maker} left {shares[worst]:.1%} of the pixel values as they are, as "
-            "the model's gradient is 0 there; it may be of half precision, rounded or cut off, or so sure that its "
-            "softmax is 0 or 1"
+            f"{left}, as the model's gradient is 0 there; it may be of half precision, rounded or cut off, or so sure "
+            "that its softmax is 0 or 1"
         )
 
     @property
