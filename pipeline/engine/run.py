@@ -263,8 +263,7 @@ def open_run_source(config: Config) -> Source:
         return open_source(config.source, need_labels=config.needs_labels, max_pixels=config.runtime.max_pixels)
     except ConfigError as error:
         # What needs labels has another key where there are several attacks.
-        key = config.key("attack", next(iter(config.all_attacks)))
-        raise ConfigError(re.sub(r"\battack\.label", f"{key}.label", str(error))) from error
+        raise ConfigError(_with_key(str(error), config, "attack", next(iter(config.all_attacks)))) from error
 
 
 def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> PreprocessConfig:
@@ -373,8 +372,13 @@ def _named(sentence: str, config: Config, section: str, name: str) -> str:
     key = config.key(section, name)
     if key == section:
         return sentence
-    named = re.sub(rf"\b{section}(?=\.\w|: )", key, sentence)
+    named = _with_key(sentence, config, section, name)
     return named if named.startswith(key) else f"{key}: {named}"
+
+
+def _with_key(sentence: str, config: Config, section: str, name: str) -> str:
+    """A sentence that speaks of `model` or `attack`, with the key that the config has."""
+    return re.sub(rf"\b{section}(?=\.\w|: )", config.key(section, name), sentence)
 
 
 def load_run_model(name: str, config: Config, device: torch.device) -> Model:

@@ -506,9 +506,7 @@ def training_dataset(
     """
     if not isinstance(seed, SupportsIndex) or operator.index(seed) < 0:
         raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
-    place = None if rank is None or world_size is None else (rank, world_size)
-    if (rank, world_size) != (None, None) and (place is None or not 0 <= place[0] < place[1]):
-        raise ConfigError(f"rank, world_size: got {rank} of {world_size}; ranks run from 0 to world_size - 1.")
+    place = _place(rank, world_size)
     if isinstance(clean, bool) or not 0 <= clean <= 1:
         raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
     asked = None if epsilons is None else reading_levels(epsilons)
@@ -539,10 +537,7 @@ def training_dataset(
     files = (entry for entry in manifest.files if split_of(entry.path) == split)
     entries = {entry.path: entry.bytes for entry in files if entry.path.split("/")[0] in shards.subsets}
     if local is None:
-        from huggingface_hub import snapshot_download
-
-        with explained(f"{name} cannot be read from the Hub"):
-            snapshot_download(name, repo_type="dataset", revision=root.name, allow_patterns=list(entries))
+        _download(name, root, list(entries))
     shards.open(entries)
     data = TrainingDataset(
         shards,
@@ -555,13 +550,34 @@ def training_dataset(
         place=place,
     )
     if only is not None:
-        none = shards.without(only)
-        logger.log(
-            logging.WARNING if none else logging.INFO,
-            "only=%r: %s of %s images in %r have no such variant%s.",
-            *(only, f"{none:,}", f"{data.rows:,}", split, " and are always shown clean" if none else ""),
-        )
+        _tell_without(data, only, split)
     return data
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    """Rank and world size, None where neither is given."""
+    place = None if rank is None or world_size is None else (rank, world_size)
+    if (rank, world_size) != (None, None) and (place is None or not 0 <= place[0] < place[1]):
+        raise ConfigError(f"rank, world_size: got {rank} of {world_size}; ranks run from 0 to world_size - 1.")
+    return place
+
+
+def _download(name: str, root: Path, files: list[str]) -> None:
+    """Fetch files of a Hub dataset, at the revision whose manifest lies in the folder."""
+    from huggingface_hub import snapshot_download
+
+    with explained(f"{name} cannot be read from the Hub"):
+        snapshot_download(name, repo_type="dataset", revision=root.name, allow_patterns=files)
+
+
+def _tell_without(data: TrainingDataset, only: Only, split: str) -> None:
+    """Say of how many images `only` leaves no variant."""
+    none = data.shards.without(only)
+    logger.log(
+        logging.WARNING if none else logging.INFO,
+        "only=%r: %s of %s images in %r have no such variant%s.",
+        *(only, f"{none:,}", f"{data.rows:,}", split, " and are always shown clean" if none else ""),
+    )
 
 
 def _check_only(only: str, attacked: Sequence[Variant], manifest: Manifest) -> None:
