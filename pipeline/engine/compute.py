@@ -21,7 +21,7 @@ from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, fir
 from pipeline.core.lanes import Lanes, chunk_images, to_host
 from pipeline.core.lattice import distance, sign_towards
 from pipeline.core.own_code import source_file
-from pipeline.models.attacked import AttackedModel
+from pipeline.models.attacked import AttackedModel, finite_rows
 from pipeline.models.base import Model
 
 # Source images from which `compile: auto` compiles. On 2 CPU cores compiling ResNet-20 took 35 s, and saved
@@ -118,10 +118,11 @@ def attack_images(
         own += [each.model] * len(each.levels)
         classes.append(own_classes)
         finite.append((model.finite | ~valid).all())
-        far = [(distance(moved, images_u8) > k) & rows for moved, k in zip(perturbed.images, each.levels, strict=True)]
-        in_ball.append(~torch.stack([values.any() for values in far]).any())
+        far = [distance(moved, images_u8).amax((1, 2, 3)) for moved in perturbed.images]
+        inside = [(farthest <= k) | ~valid for farthest, k in zip(far, each.levels, strict=True)]
+        in_ball.append(torch.stack(inside).all())
         if perturbed.direction is not None:
-            finite[-1] &= all_finite(perturbed.direction, rows)
+            finite[-1] &= (finite_rows(perturbed.direction) | ~valid).all()
             directions.append(direction_sign(perturbed.direction))
             zero_signs += [((directions[-1] == 0) & rows).sum()] * len(each.levels)
         else:

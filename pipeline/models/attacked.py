@@ -6,6 +6,12 @@ from torch import Tensor
 from pipeline.models.base import Model
 
 
+def finite_rows(values: Tensor) -> Tensor:
+    """Of images (N, C, H, W), floating: (N,) bool, whether all values of a row are numbers."""
+    # NaN and infinity are what they leave as the largest or the smallest; to ask of each value takes 30 times as long.
+    return torch.isfinite(values.amax((1, 2, 3))) & torch.isfinite(values.amin((1, 2, 3)))
+
+
 class AttackedModel:
     """A model as attacks of one goal see it, for one batch.
 
@@ -82,7 +88,7 @@ class AttackedModel:
         forward, self._forward = self._forward, None  # a graph serves one backward pass, and takes memory
         images, logits = forward if clean and forward is not None else self._differentiable(images_u8)
         (gradient,) = torch.autograd.grad(_margin(logits, classes).sum(), images)
-        self.finite &= torch.isfinite(gradient).flatten(1).all(1)
+        self.finite &= finite_rows(gradient)
         direction = -gradient if self._targeted else gradient
         if clean:
             self._gradient = classes, direction, direction._version
