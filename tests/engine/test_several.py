@@ -23,7 +23,7 @@ from pipeline.sources.digits import digits_split
 from tests.conftest import LABELS, LAYOUTS, WriteConfig, digests, generate, kept_parquet, manifest, pixels, rows
 from tests.conftest import fgsm_without_run as fgsm
 from tests.support.forgery import assert_found, forge
-from tests.support.several import ATTACKS, write_several
+from tests.support.several import ATTACKS, EVERY_KIND, write_several
 
 SUBSETS = {
     "clean": (None, None, 0),
@@ -157,7 +157,7 @@ def test_every_layout_gives_the_same_rows(write_config: WriteConfig, tmp_path: P
 def test_neither_lanes_nor_a_resumed_run_change_a_byte(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = write_several(write_config, tmp_path)
+    config = write_several(write_config, tmp_path, EVERY_KIND)
     generate(config)
     before = digests(tmp_path / "out")
     monkeypatch.setattr(lanes, "available_cores", lambda: 1)
@@ -176,10 +176,12 @@ def test_the_batch_size_changes_no_pixel_of_a_model_in_float64(write_config: Wri
     images = []
     for size in (4, 16):
         model = {"name": f"{tmp_path / 'exact.py'}:exact"}
-        config = write_several(write_config, tmp_path, model=model, runtime={"batch_size": size})
+        config = write_several(write_config, tmp_path, EVERY_KIND, model=model, runtime={"batch_size": size})
         generate(config, "--output", str(tmp_path / f"of-{size}"))
-        images.append({subset: pixels(rows(tmp_path / f"of-{size}", subset)) for subset in SUBSETS})
-    for subset in SUBSETS:
+        subsets = [subset["subset"] for subset in manifest(tmp_path / f"of-{size}")["subsets"]]
+        images.append({subset: pixels(rows(tmp_path / f"of-{size}", subset)) for subset in subsets})
+    assert {*images[0]} == {*SUBSETS, "bim-net-eps-8", "mifgsm-net-eps-8"}
+    for subset in images[0]:
         np.testing.assert_array_equal(images[0][subset], images[1][subset])
 
 

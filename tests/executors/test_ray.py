@@ -45,7 +45,7 @@ from tests.conftest import (
 from tests.support.files import images, stream, write_files, write_tar
 from tests.support.processes import GATED, driver_of, lose_a_node, receipts, run_fgsm, wait_for
 from tests.support.s3 import S3, lock_of, running_s3
-from tests.support.several import write_several
+from tests.support.several import EVERY_KIND, write_several
 
 # A worker imports torch, which takes long where all else is tested at the same time.
 pytestmark = pytest.mark.timeout(240)
@@ -165,7 +165,7 @@ def test_two_workers_write_the_local_executor_s_bytes(cluster: str, watched_conf
 
 @pytest.mark.usefixtures("cluster")
 def test_a_run_of_several_models_and_attacks_is_the_same_there(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = write_several(write_config, tmp_path)
+    config = write_several(write_config, tmp_path, EVERY_KIND)
     generate(config, "--output", str(tmp_path / "local"))
     generate(config, "--executor", "ray")
     assert digests(tmp_path / "out") == digests(tmp_path / "local")

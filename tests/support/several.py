@@ -18,6 +18,11 @@ ON_RAYS: dict[str, dict[str, Any]] = {
     **{name: ATTACKS[name] for name in ("fgsm", "noise")},
     "aimed": {"epsilons": ["8/255"], "models": ["net"], "target": "random"},
 }
+# One of each kind, for what must hold of all.
+EVERY_KIND = {
+    **ATTACKS,
+    **{kind: {"kind": kind, "epsilons": ["8/255"], "models": ["net"], "steps": 3} for kind in ("bim", "mifgsm")},
+}
 TURNED = {"kwargs": {"order": [2, 0, 1]}, "label_map": {"cat": 1, "dog": 2, "eel": 0}}
 
 
