@@ -33,7 +33,7 @@ class Arm(_Strict):
     kind: Literal["clean", "noise", "one", "all", "fly", "both"]
 
 
-class Test(_Strict):
+class Outcome(_Strict):
     """What one trained model makes of some images of the test split.
 
     images: clean, stored or noise as the dataset has them, or made anew by an attack. against: whose gradient made
@@ -67,7 +67,7 @@ class Training(_Strict):
     images: NonNegativeInt
     seconds: NonNegativeFloat
     history: tuple[float, ...]
-    tests: tuple[Test, ...]
+    tests: tuple[Outcome, ...]
 
 
 class Defence(_Strict):
@@ -97,7 +97,7 @@ class Defence(_Strict):
         return self._by_seed(arm, images, against, level, lambda test: test.error)
 
     def _by_seed(
-        self, arm: str, images: str, against: Sequence[str | None], level: int, value: Callable[[Test], float]
+        self, arm: str, images: str, against: Sequence[str | None], level: int, value: Callable[[Outcome], float]
     ) -> list[float]:
         means = []
         for training in self.trainings:
