@@ -294,12 +294,9 @@ def make_attacks(
     for name, section in config.all_attacks.items():
         for follows in section.attacked(tuple(spaces)):
             model = next(iter(spaces)) if follows is None else follows
+            called = f"the model {model}" if len(spaces) > 1 else "the model"
             with naming(config, "attack", name):
-                try:
-                    goal = Goal(section.label, _target(section, spaces[model]))
-                except ConfigError as error:
-                    which = f"of the model {model}" if len(spaces) > 1 else "of the model"
-                    raise ConfigError(str(error).replace("of the model", which)) from error
+                goal = Goal(section.label, _target(section, spaces[model], called))
             key = config.key("attack", name)
             made.append(ModelAttack(loaded[name], key, model, follows is not None, section.levels, goal))
     return tuple(made)
@@ -519,12 +516,12 @@ def _image_format(config: Config, shape: tuple[int, int, int]) -> ImageFormat:
     return wanted
 
 
-def _target(section: AttackConfig, space: LabelSpace) -> Any:
-    """An attack's target as `Goal` wants it: a class becomes the model's index."""
+def _target(section: AttackConfig, space: LabelSpace, model: str) -> Any:
+    """An attack's target as `Goal` wants it: a class becomes the index of the model, which messages call `model`."""
     target = section.target
     if target is None or target in ("least_likely", "random"):
         return target
-    return int(np.flatnonzero(space.to_recorded == space.recorded_index(target))[0])
+    return int(np.flatnonzero(space.to_recorded == space.recorded_index(target, model))[0])
 
 
 def _identity(

@@ -45,13 +45,17 @@ class LabelSpace:
         to_model = torch.from_numpy(self.to_model).to(labels.device)
         return torch.where(labels == UNLABELLED, UNLABELLED, to_model[labels.clamp(min=0)])
 
-    def recorded_index(self, target: str | int) -> int:
+    def recorded_index(self, target: str | int, model: str = "the model") -> int:
         """A class named in the config, as it stands in the `prediction` column.
+
+        Args:
+            target: the class.
+            model: what a message calls the model.
 
         Raises:
             ConfigError: there is no such class.
         """
-        return _class_index(target, self.recorded_classes or (), len(self.to_recorded), "attack.target")
+        return _class_index(target, self.recorded_classes or (), len(self.to_recorded), "attack.target", model)
 
 
 def join_labels(
@@ -148,13 +152,13 @@ def map_classes(
     return np.array([translated[name] for name in classes])
 
 
-def _class_index(value: str | int, names: Sequence[str], count: int, key: str) -> int:
+def _class_index(value: str | int, names: Sequence[str], count: int, key: str, model: str = "the model") -> int:
     """The index of one of `count` classes of a model that a key of the config names."""
     if isinstance(value, int) and 0 <= value < count:
         return value
     if isinstance(value, str) and value in names:
         return names.index(value)
-    raise ConfigError(f"{key}: {value!r} is no class of the model{_near(str(value), names)}.")
+    raise ConfigError(f"{key}: {value!r} is no class of {model}{_near(str(value), names)}.")
 
 
 def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None, count: int) -> None:

@@ -222,6 +222,18 @@ def test_a_model_that_cannot_be_used_is_named(
     assert start in result.stderr
 
 
+@pytest.mark.parametrize("target", ["ox", "part of the model"])
+def test_a_target_that_is_no_class_names_the_attack_the_model_and_what_was_asked(
+    write_config: WriteConfig, tmp_path: Path, target: str
+) -> None:
+    attacks = {"aimed": {"epsilons": ["8/255"], "models": ["sums"], "target": target}}
+    result = fgsm("generate", write_several(write_config, tmp_path, attacks))
+    assert result.exit_code == 2
+    assert "attacks.aimed.target: " in result.stderr
+    assert f"{target!r} " in result.stderr
+    assert "the model sums" in result.stderr
+
+
 def test_a_model_that_only_looks_need_not_let_a_gradient_through(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_several(write_config, tmp_path)
     config = yaml.safe_load(path.read_text())
