@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline import __version__
 from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
-from pipeline.config.schema import AttackConfig, Config, ModelConfig, PreprocessConfig
+from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
@@ -288,16 +287,19 @@ def make_attacks(
         spaces: how the classes of each model translate, by its id.
 
     Raises:
-        ConfigError: a target is no class of a model.
+        ConfigError: a target is no class of the dataset or of a model.
     """
-    made = []
+    made, classes = [], next(iter(spaces.values())).dataset_classes
     for name, section in config.all_attacks.items():
         for follows in section.attacked(tuple(spaces)):
             model = next(iter(spaces)) if follows is None else follows
             called = f"the model {model}" if len(spaces) > 1 else "the model"
             with naming(config, "attack", name):
-                goal = Goal(section.label, _target(section, spaces[model], called))
+                target: Any = section.target
+                if target not in (None, "least_likely", "random"):
+                    target = spaces[model].target_index(target, classes, called)
             key = config.key("attack", name)
+            goal = Goal(section.label, target)
             made.append(ModelAttack(loaded[name], key, model, follows is not None, section.levels, goal))
     return tuple(made)
 
@@ -514,14 +516,6 @@ def _image_format(config: Config, shape: tuple[int, int, int]) -> ImageFormat:
             f"{shape[2]}x{shape[1]}; use png."
         )
     return wanted
-
-
-def _target(section: AttackConfig, space: LabelSpace, model: str) -> Any:
-    """An attack's target as `Goal` wants it: a class becomes the index of the model, which messages call `model`."""
-    target = section.target
-    if target is None or target in ("least_likely", "random"):
-        return target
-    return int(np.flatnonzero(space.to_recorded == space.recorded_index(target, model))[0])
 
 
 def _identity(
