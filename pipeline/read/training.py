@@ -38,7 +38,7 @@ from pipeline.core.variants import CLEAN, Variant
 from pipeline.layouts.base import LABEL, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
-from pipeline.read.choice import Ids, choose_variants, draw_shares
+from pipeline.read.choice import Ids, draw_shares, variants_to_read
 from pipeline.read.repository import manifest_folder
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
@@ -484,8 +484,8 @@ def training_dataset(
         models, attacks: the id of one, or a list of them: variants of these only. What is of no model is left out by
             `attacks` alone. None: all.
         epsilons: to draw from: `k/255` or a decimal as in the config (rounded down), of every attack that is chosen.
-            Those that are not recorded are made exactly, where an attack's images lie along one direction. None: all
-            that are recorded.
+            Those that are not recorded are made exactly, where an attack's images lie along one direction; other
+            attacks are left out at them, or refused, as `pipeline.load` does. None: all that are recorded.
         clean: share of images that are shown clean, 0..1.
         weights: how much more likely than others something is where it is drawn, by the id of a model or of an attack
             (of both, where they have the same) or by an epsilon, `k/255`: 2 for twice. What is missing weighs 1. What
@@ -520,8 +520,7 @@ def training_dataset(
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
-    variants = choose_variants(manifest.variants, asked, models=models, attacks=attacks)
-    manifest.check_recorded(variants)
+    variants = variants_to_read(manifest, asked, models=models, attacks=attacks)
     attacked = [variant for variant in variants if variant != CLEAN]
     shares = draw_shares(attacked, weights or {})
     if only is not None:
