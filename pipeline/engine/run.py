@@ -27,7 +27,7 @@ from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
 from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
 from pipeline.core.addresses import is_address
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import CodeError, ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
@@ -313,7 +313,7 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
     """Look once at what the models make of images of the source, and say what should be known.
 
     Raises:
-        ConfigError: as `check_model` and `check_attack`.
+        ConfigError: as `check_model` and `check_attack`, or the code of one raises something.
     """
     size = chunk_images(torch.device("cpu"), plan.batch_size, reader.shape)
     count = max(size, min(SAMPLE_IMAGES, SAMPLE_VALUES // math.prod(reader.shape)))
@@ -324,12 +324,15 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
         attacks = [each for each in attacker.attacks if each.model == name]
         pixels = images.to(model.mean.device)
         own_labels = model.space.model_labels(labels).to(pixels.device)
-        with naming(config, "model", name):
-            found = _look(model, attacks, pixels, own_labels, size)
-        for sentence in found:
-            logger.warning("%s.", _named(sentence, config, "model", name))
         check = functools.partial(_look_at_attacks, model, attacks, pixels, own_labels)
-        fit_batch_size(check, size, quiet=True)
+        try:
+            with naming(config, "model", name):
+                found = _look(model, attacks, pixels, own_labels, size)
+            for sentence in found:
+                logger.warning("%s.", _named(sentence, config, "model", name))
+            fit_batch_size(check, size, quiet=True)
+        except CodeError as error:
+            raise ConfigError(f"{error} (images of the source, before the run)") from error
 
 
 def _look(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: Tensor, size: int) -> list[str]:
@@ -397,6 +400,7 @@ def load_run_model(name: str, config: Config, device: torch.device) -> Model:
             seed=config.runtime.seed,
             device=device,
             bf16=config.runtime.precision == "bf16",
+            key=config.key("model", name),
         )
 
 
