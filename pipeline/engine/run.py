@@ -207,14 +207,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
     decided = {"device": device.type, "compile": compiled, "batch_size": batch_size}
-    normalised = {name: _normalised(config.all_models[name], model) for name, model in models.items()}
-    resolved = config.with_models(normalised).model_copy(
-        update={
-            "preprocess": preprocess,
-            "output": config.output.model_copy(update={"image_format": image_format}),
-            "runtime": config.runtime.model_copy(update=decided),
-        }
-    )
+    resolved = _resolved(config, models, preprocess, image_format, decided)
     return Run(
         config=resolved,
         source=source,
@@ -402,6 +395,24 @@ def load_run_model(name: str, config: Config, device: torch.device) -> Model:
             bf16=config.runtime.precision == "bf16",
             key=config.key("model", name),
         )
+
+
+def _resolved(
+    config: Config,
+    models: Mapping[str, Model],
+    preprocess: PreprocessConfig,
+    image_format: ImageFormat,
+    runtime: Mapping[str, Any],
+) -> Config:
+    """A config with what was decided in place of each `auto`; `runtime` holds those of that section."""
+    normalised = {name: _normalised(config.all_models[name], model) for name, model in models.items()}
+    return config.with_models(normalised).model_copy(
+        update={
+            "preprocess": preprocess,
+            "output": config.output.model_copy(update={"image_format": image_format}),
+            "runtime": config.runtime.model_copy(update=runtime),
+        }
+    )
 
 
 def _normalised(section: ModelSection, model: Model) -> ModelSection:

@@ -6,7 +6,7 @@ far. Reading the cell makes the image, so that columns can be selected, rows shu
 images, and nothing is copied.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, explained, first_line
 from pipeline.core.redaction import redact_answer
 from pipeline.core.variants import Variant
-from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, columns_of, kept_columns
+from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, Picture, columns_of, kept_columns
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
 from pipeline.output.folder import OutputFolder, local_folder, shard_file
@@ -98,14 +98,8 @@ def load(
         wanted = variants_to_read(manifest, asked, models=models, attacks=attacks)
     else:
         wanted = choose_variants(recorded, asked, models=models, attacks=attacks)
-    subsets: dict[str, Mapping[str, Any]] = {}
-    for subset, column in dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded)):
-        subsets[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
-        if None in subsets[subset].values():
-            raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened(subset))}.")
-        for rows in subsets[subset].values():
-            if not _fits(layout, column, rows.features or {}):
-                raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
+    pictures = dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded))
+    subsets = _subsets(place, opened, layout, pictures, split)
     splits = {
         name: _in_variants(layout, {subset: own[name] for subset, own in subsets.items()}, wanted, recorded, streaming)
         for name in next(iter(subsets.values()))
@@ -157,6 +151,29 @@ def _open(place: str, stored: Manifest | None, streaming: bool, subset: str) -> 
         cause = error if stored is None else None  # that of a store may quote secrets
         raise ConfigError(f"{place}: its subset {subset} cannot be read: {said}") from cause
     return opened
+
+
+def _subsets(
+    place: str,
+    opened: Callable[[str], Mapping[str, Any]],
+    layout: Layout,
+    pictures: Iterable[Picture],
+    split: str | None,
+) -> dict[str, Mapping[str, Any]]:
+    """The splits of the subsets that hold some pictures, by the names of these; one split alone, if it is named.
+
+    Raises:
+        ConfigError: there is no such split, or a subset has not the columns that it must have.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for subset, column in pictures:
+        found[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
+        if None in found[subset].values():
+            raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened(subset))}.")
+        for rows in found[subset].values():
+            if not _fits(layout, column, rows.features or {}):
+                raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
+    return found
 
 
 def _fits(layout: Layout, picture: str, stored: Mapping[str, Any]) -> bool:

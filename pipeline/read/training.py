@@ -504,14 +504,9 @@ def training_dataset(
             made, or images have no label.
         PipelineError: a file is missing or damaged.
     """
-    if not isinstance(seed, SupportsIndex) or operator.index(seed) < 0:
-        raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
     place = _place(rank, world_size)
-    if isinstance(clean, bool) or not 0 <= clean <= 1:
-        raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
     asked = None if epsilons is None else reading_levels(epsilons)
-    if asked is not None and 0 in asked:
-        raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
+    _check_numbers(seed, clean, asked)
     if is_address(path_or_repo):
         raise ConfigError(
             f"training_dataset reads its files again in every epoch, so it wants them on a disk: copy {path_or_repo} "
@@ -551,6 +546,16 @@ def training_dataset(
     if only is not None:
         _tell_without(data, only, split)
     return data
+
+
+def _check_numbers(seed: SupportsIndex, clean: float, levels: Sequence[int] | None) -> None:
+    """Refuse numbers that cannot be; the levels are epsilons in grey levels."""
+    if not isinstance(seed, SupportsIndex) or operator.index(seed) < 0:
+        raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
+    if isinstance(clean, bool) or not 0 <= clean <= 1:
+        raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
+    if levels is not None and 0 in levels:
+        raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
