@@ -164,13 +164,7 @@ def _execute(
             if not same:
                 raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
             begun = _begin(folder, recorded or opened, overwrite)
-            sizes = folder.store.sizes()
-            done = committed(folder, begun.edition, shards, sizes)
-            begun = write_summaries(folder, begun, done)
-            if done:
-                logger.info("%d of %d shards are already there.", len(done), len(shards))
-            missing = [shard for shard in own if shard.name not in done]
-            folder.forget(missing, begun.edition, sizes)
+            begun, done, missing = _take_up(folder, begun, shards, own)
         try:
             session = _write(executor, job, folder, opened, missing, list(done.values())) if missing else None
         except BaseException:
@@ -308,6 +302,30 @@ def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Seq
 def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Receipt]) -> bool:
     """Whether manifest and card say what follows from the receipts, and no run has ended half-way through."""
     return summarise(ended(recorded), done) == recorded and card_agrees(folder, recorded)
+
+
+def _take_up(
+    folder: OutputFolder, begun: Manifest, shards: Sequence[Shard], own: Sequence[Shard]
+) -> tuple[Manifest, dict[str, Receipt], list[Shard]]:
+    """Sum up what is there of a run, and remove what is left of shards that were not committed.
+
+    Args:
+        folder: of the dataset, which nobody else changes meanwhile.
+        begun: the manifest of the run.
+        shards: of its plan.
+        own: those that this process is to write.
+
+    Returns:
+        The manifest as it is now, the receipts of the shards that are there, by name, and which of its own are missing.
+    """
+    sizes = folder.store.sizes()
+    done = committed(folder, begun.edition, shards, sizes)
+    begun = write_summaries(folder, begun, done)
+    if done:
+        logger.info("%d of %d shards are already there.", len(done), len(shards))
+    missing = [shard for shard in own if shard.name not in done]
+    folder.forget(missing, begun.edition, sizes)
+    return begun, done, missing
 
 
 def _begin(folder: OutputFolder, manifest: Manifest, overwrite: bool) -> Manifest:

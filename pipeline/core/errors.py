@@ -3,6 +3,7 @@
     PipelineError          1   the run failed: the disk, the data, the numbers
     ├── ConfigError        2   bad usage: the config, its paths, or a dataset and a model that do not fit
     ├── ShardsFailedError  3   some shards failed on a cluster, and the others were committed
+    ├── CodeError          1   the code of a model or of an attack, which may be the user's own, raised something
     ├── NonFiniteError     1   the victim produced NaN or infinity
     └── RowError           1   a row of the source that the config does not let pass
     Interrupted            128 + the signal's number: Ctrl-C or SIGTERM
@@ -46,6 +47,10 @@ class ShardsFailedError(PipelineError):
             f"{len(reasons)} of {total} shards failed after {retries} retries: {listing([*reasons])}; the first: "
             f"{next(iter(reasons.values()))}. The others are committed, and the same command tries these again."
         )
+
+
+class CodeError(PipelineError):
+    """The code of a model or of an attack, which may be the user's own, raised something; that is its cause."""
 
 
 class NonFiniteError(PipelineError):

@@ -1,17 +1,19 @@
 """Code of the user's own that a config names: `package.module:callable` or `path/to/file.py:callable`."""
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Collection, Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.core.errors import ConfigError, explained
+from pipeline.core.errors import CodeError, ConfigError, PipelineError, explained, first_line, system_refusal
 
 
 def names_file(name: str) -> bool:
@@ -83,3 +85,31 @@ def source_file(found: Callable[..., Any]) -> str | None:
         return inspect.getsourcefile(inspect.unwrap(found))
     except TypeError:
         return None
+
+
+@contextlib.contextmanager
+def naming_failure(key: str, files: Collection[str | None]) -> Iterator[None]:
+    """Turn what the code of a model or of an attack raises into one sentence that says where.
+
+    Memory that is too small and what the system refuses pass: they have sentences of their own.
+
+    Args:
+        key: of the config, which the sentence begins with, such as `attack.kind`.
+        files: of the code. The line that is named is the last one in them; where none of them is on the way, as in a
+            model of a library, the line that raised.
+
+    Raises:
+        CodeError: "attack.kind: steps.py fails in line 3: RuntimeError: no such thing".
+    """
+    try:
+        yield
+    except Exception as error:
+        import torch  # whoever runs such code has imported it
+
+        if isinstance(error, PipelineError | torch.OutOfMemoryError) or system_refusal(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if frame.filename in files), frames[-1])
+        raise CodeError(
+            f"{key}: {frame.filename} fails in line {frame.lineno}: {type(error).__name__}: {first_line(error)}"
+        ) from error

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pipeline.attacks.base import Attack, Goal, Perturbed, direction_sign
-from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError, first_line
+from pipeline.core.errors import CodeError, ConfigError, NonFiniteError, PipelineError, first_line
 from pipeline.core.lanes import Lanes, chunk_images, to_host
 from pipeline.core.lattice import distance, sign_towards
-from pipeline.core.own_code import source_file
+from pipeline.core.own_code import naming_failure, source_file
 from pipeline.models.attacked import AttackedModel, finite_rows
 from pipeline.models.base import Model
 
@@ -52,9 +52,14 @@ class ModelAttack:
     goal: Goal
 
     def perturb(self, model: AttackedModel, images_u8: Tensor, classes: Tensor, draws: Tensor) -> Perturbed:
-        """Attack a batch; see `Attack.perturb`. An attack that does not say it needs random numbers is given none."""
+        """Attack a batch; see `Attack.perturb`. An attack that does not say it needs random numbers is given none.
+
+        Raises:
+            CodeError: the attack, or the model that it asks, raises something.
+        """
         given: Any = draws if self.attack.needs_draws else None
-        return self.attack.perturb(model, images_u8, classes, self.levels, given)
+        with naming_failure(f"{self.key}.kind", [source_file(type(self.attack))]):
+            return self.attack.perturb(model, images_u8, classes, self.levels, given)
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,7 @@ class Attacker:
             valid: (N,) bool, the M rows that count.
 
         Raises:
+            CodeError: a model or an attack raises something.
             NonFiniteError: logits or a loss gradient of a valid row hold NaN or infinity.
             PipelineError: an attack made an image outside the ball of its epsilon.
         """
@@ -272,7 +278,8 @@ def rehearse(
     What the attacker refuses, such as NaN, is no failure here: what noise brings out need not be in the data.
 
     Raises:
-        Exception: whatever the model raises; torch.OutOfMemoryError where the batch is too large.
+        CodeError: a model or an attack raises something.
+        torch.OutOfMemoryError: the batch is too large.
     """
     zeros, labels = (
         torch.zeros(shape, dtype=torch.int64) for shape in (batch_size, (batch_size, len(attacker.models)))
@@ -286,8 +293,12 @@ def rehearse(
             for _ in range(REHEARSED_BATCHES * pool.count)
         ]
         for future in [future for futures in batches for future in futures]:
-            with contextlib.suppress(PipelineError):
+            try:
                 future.result()
+            except CodeError:
+                raise
+            except PipelineError:
+                pass
 
 
 def fit_batch_size(attempt: Callable[[int], None], batch_size: int, *, quiet: bool = False) -> int:
@@ -352,7 +363,8 @@ def compile_models(attacker: Attacker, device: torch.device, shape: tuple[int, i
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in their own ways
+        cause = error.__cause__ if isinstance(error, CodeError) and error.__cause__ else error
         raise PipelineError(
-            f"torch.compile fails on the models: {type(error).__name__}: {first_line(error)}"
+            f"torch.compile fails on the models: {type(cause).__name__}: {first_line(cause)}"
         ) from error
     logger.info("Compiled the models in %.1f s.", time.perf_counter() - started)

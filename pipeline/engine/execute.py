@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.batches import Batch
-from pipeline.core.errors import NonFiniteError, PipelineError, RowError
+from pipeline.core.errors import CodeError, NonFiniteError, PipelineError, RowError
 from pipeline.core.lanes import Lanes, available_cores
 from pipeline.core.left_out import LeftOut, Skipped, sum_left_out
 from pipeline.core.plan import Shard
@@ -154,6 +154,7 @@ def attack_ahead(run: Run, batches: Iterable[Batch], busy: Busy) -> Generator[tu
         Each batch, and its valid rows, attacked, in parts that follow each other.
 
     Raises:
+        CodeError: a model or an attack raises something; names the batch.
         NonFiniteError: logits or a gradient hold NaN or infinity; names the batch.
         PipelineError: the device's memory is too small.
     """
@@ -177,6 +178,8 @@ def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[
         return batch, [future.result() for future in futures]
     except NonFiniteError as error:
         raise NonFiniteError(f"{error} in {batch.name}; check the weights, and model.mean and std.") from None
+    except CodeError as error:
+        raise CodeError(f"{error} ({batch.name})") from error
     except torch.OutOfMemoryError as error:
         raise _too_large(batch.name, len(batch.labels)) from error
 

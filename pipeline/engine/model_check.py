@@ -2,7 +2,6 @@
 
 import math
 import random
-import traceback
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.attacks.base import Goal, Perturbed, direction_sign
-from pipeline.core.errors import ConfigError, PipelineError, first_line
+from pipeline.core.errors import ConfigError
 from pipeline.core.lattice import distance, step
 from pipeline.core.own_code import source_file
 from pipeline.engine.compute import ModelAttack
@@ -46,6 +45,7 @@ def check_model(model: Model, images_u8: Tensor, labels: Tensor, goal: Goal | No
 
     Raises:
         ConfigError: the dataset would not be what it says that it is.
+        CodeError: the model raises something.
         torch.OutOfMemoryError: so many images do not fit.
     """
     logits = torch.cat([_logits(model, chunk) for chunk in images_u8.split(size)])
@@ -82,6 +82,7 @@ def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: T
         ConfigError: what it returns is no `Perturbed` of such images, leaves the ball of their epsilon, does not lie
             along its direction, is another the second time or among other rows, or follows from random numbers that
             are not the rows' own.
+        CodeError: the attack raises something.
         torch.OutOfMemoryError: so many images do not fit.
     """
     key = f"{attack.key}.kind: {source_file(type(attack.attack))}"
@@ -123,16 +124,7 @@ def _perturb(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tenso
     classes = attack.goal.classes(attacked.logits, labels, draws) if attack.asks_model else labels
     given = {"images": images_u8, "classes": classes, "draws": draws, "logits": attacked.logits}
     before = {name: values.clone() for name, values in given.items()}
-    try:
-        perturbed = attack.perturb(attacked, images_u8, classes, draws)
-    except (torch.OutOfMemoryError, PipelineError):
-        raise
-    except Exception as error:  # the attack may be the user's code
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
-        raise ConfigError(
-            f"{key}: {frame.filename} fails in line {frame.lineno}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+    perturbed = attack.perturb(attacked, images_u8, classes, draws)
     for name, values in given.items():
         if not torch.equal(before[name].nan_to_num(), values.nan_to_num()):
             raise ConfigError(f"{key}: {file} changes the {name} that it is given; make new ones in their place.")
@@ -208,14 +200,7 @@ def _attacked_as(goal: Goal, model: Model, images_u8: Tensor, labels: Tensor) ->
 def _logits(model: Model, images_u8: Tensor) -> Tensor:
     """(N, classes), of more images than the one that classes were counted with."""
     count = len(images_u8)
-    try:
-        logits = model.predict(images_u8)
-    except (torch.OutOfMemoryError, ConfigError):
-        raise
-    except Exception as error:  # the model is the user's code
-        raise ConfigError(
-            f"model: it takes one black image, and fails on {count} images of the source: {first_line(error)}"
-        ) from error
+    logits = model.predict(images_u8)
     if logits.ndim != 2 or len(logits) != count:
         raise ConfigError(
             f"model: for {count} images it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline import __version__
 from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
-from pipeline.config.schema import AttackConfig, Config, ModelConfig, PreprocessConfig
+from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
 from pipeline.core.addresses import is_address
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import CodeError, ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
@@ -208,14 +207,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
     decided = {"device": device.type, "compile": compiled, "batch_size": batch_size}
-    normalised = {name: _normalised(config.all_models[name], model) for name, model in models.items()}
-    resolved = config.with_models(normalised).model_copy(
-        update={
-            "preprocess": preprocess,
-            "output": config.output.model_copy(update={"image_format": image_format}),
-            "runtime": config.runtime.model_copy(update=decided),
-        }
-    )
+    resolved = _resolved(config, models, preprocess, image_format, decided)
     return Run(
         config=resolved,
         source=source,
@@ -288,19 +280,19 @@ def make_attacks(
         spaces: how the classes of each model translate, by its id.
 
     Raises:
-        ConfigError: a target is no class of a model.
+        ConfigError: a target is no class of the dataset or of a model.
     """
-    made = []
+    made, classes = [], next(iter(spaces.values())).dataset_classes
     for name, section in config.all_attacks.items():
         for follows in section.attacked(tuple(spaces)):
             model = next(iter(spaces)) if follows is None else follows
+            called = f"the model {model}" if len(spaces) > 1 else "the model"
             with naming(config, "attack", name):
-                try:
-                    goal = Goal(section.label, _target(section, spaces[model]))
-                except ConfigError as error:
-                    which = f"of the model {model}" if len(spaces) > 1 else "of the model"
-                    raise ConfigError(str(error).replace("of the model", which)) from error
+                target: Any = section.target
+                if target not in (None, "least_likely", "random"):
+                    target = spaces[model].target_index(target, classes, called)
             key = config.key("attack", name)
+            goal = Goal(section.label, target)
             made.append(ModelAttack(loaded[name], key, model, follows is not None, section.levels, goal))
     return tuple(made)
 
@@ -314,7 +306,7 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
     """Look once at what the models make of images of the source, and say what should be known.
 
     Raises:
-        ConfigError: as `check_model` and `check_attack`.
+        ConfigError: as `check_model` and `check_attack`, or the code of one raises something.
     """
     size = chunk_images(torch.device("cpu"), plan.batch_size, reader.shape)
     count = max(size, min(SAMPLE_IMAGES, SAMPLE_VALUES // math.prod(reader.shape)))
@@ -325,12 +317,15 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
         attacks = [each for each in attacker.attacks if each.model == name]
         pixels = images.to(model.mean.device)
         own_labels = model.space.model_labels(labels).to(pixels.device)
-        with naming(config, "model", name):
-            found = _look(model, attacks, pixels, own_labels, size)
-        for sentence in found:
-            logger.warning("%s.", _named(sentence, config, "model", name))
         check = functools.partial(_look_at_attacks, model, attacks, pixels, own_labels)
-        fit_batch_size(check, size, quiet=True)
+        try:
+            with naming(config, "model", name):
+                found = _look(model, attacks, pixels, own_labels, size)
+            for sentence in found:
+                logger.warning("%s.", _named(sentence, config, "model", name))
+            fit_batch_size(check, size, quiet=True)
+        except CodeError as error:
+            raise ConfigError(f"{error} (images of the source, before the run)") from error
 
 
 def _look(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: Tensor, size: int) -> list[str]:
@@ -398,7 +393,26 @@ def load_run_model(name: str, config: Config, device: torch.device) -> Model:
             seed=config.runtime.seed,
             device=device,
             bf16=config.runtime.precision == "bf16",
+            key=config.key("model", name),
         )
+
+
+def _resolved(
+    config: Config,
+    models: Mapping[str, Model],
+    preprocess: PreprocessConfig,
+    image_format: ImageFormat,
+    runtime: Mapping[str, Any],
+) -> Config:
+    """A config with what was decided in place of each `auto`; `runtime` holds those of that section."""
+    normalised = {name: _normalised(config.all_models[name], model) for name, model in models.items()}
+    return config.with_models(normalised).model_copy(
+        update={
+            "preprocess": preprocess,
+            "output": config.output.model_copy(update={"image_format": image_format}),
+            "runtime": config.runtime.model_copy(update=runtime),
+        }
+    )
 
 
 def _normalised(section: ModelSection, model: Model) -> ModelSection:
@@ -517,14 +531,6 @@ def _image_format(config: Config, shape: tuple[int, int, int]) -> ImageFormat:
             f"{shape[2]}x{shape[1]}; use png."
         )
     return wanted
-
-
-def _target(section: AttackConfig, space: LabelSpace) -> Any:
-    """An attack's target as `Goal` wants it: a class becomes the model's index."""
-    target = section.target
-    if target is None or target in ("least_likely", "random"):
-        return target
-    return int(np.flatnonzero(space.to_recorded == space.recorded_index(target))[0])
 
 
 def _identity(

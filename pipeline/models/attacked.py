@@ -87,7 +87,8 @@ class AttackedModel:
             _ = self.logits  # goes forward, if it has not
         forward, self._forward = self._forward, None  # a graph serves one backward pass, and takes memory
         images, logits = forward if clean and forward is not None else self._differentiable(images_u8)
-        (gradient,) = torch.autograd.grad(_margin(logits, classes).sum(), images)
+        with self._model.naming_failure():
+            (gradient,) = torch.autograd.grad(_margin(logits, classes).sum(), images)
         self.finite &= finite_rows(gradient)
         direction = -gradient if self._targeted else gradient
         if clean:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError, explained
+from pipeline.core.own_code import naming_failure
 from pipeline.models.label_space import Labelled, LabelSpace, join_labels
 
 # The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
@@ -26,8 +27,9 @@ class Model(nn.Module):
     """A frozen classifier of images in [0, 1], which it is given in the type of its first floating-point parameter.
 
     `classes` are the model's own class names, None where unknown; `digest` changes with the weights and with the user's
-    own code that made it; `preprocess` is what its weights were published with, None where they say nothing; `space`,
-    how its classes meet the dataset's, is there once `join` has been called.
+    own code that made it; `preprocess` is what its weights were published with, None where they say nothing; `key`, of
+    its section in the config, and `files`, of the user's own code that made it, are for messages; `space`, how its
+    classes meet the dataset's, is there once `join` has been called.
 
     Activations lie channels last, which every convolution measured liked better: on a CPU ResNet-20 at 32 px and
     ResNet-18 at 224 px gained 8 to 18%, and tensor cores want it.
@@ -47,6 +49,8 @@ class Model(nn.Module):
         digest: str = "",
         preprocess: PreprocessConfig | None = None,
         bf16: bool = False,
+        key: str = "model",
+        files: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.module = module.eval().to(memory_format=torch.channels_last)
@@ -59,6 +63,7 @@ class Model(nn.Module):
         self.digest = digest
         self.preprocess = preprocess
         self.bf16 = bf16
+        self.key, self.files = key, files
         self.compiled = False
         self._differentiable: Callable[[Tensor], Tensor] = self._logits
         self._inferred: Callable[[Tensor], Tensor] = self._logits_of_pixels
@@ -68,13 +73,27 @@ class Model(nn.Module):
         return (images_u8.to(self.mean.dtype) / 255).contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] to logits (N, classes), in float32 or float64."""
-        return self._differentiable(images)
+        """(N, C, H, W) in [0, 1] to logits (N, classes), in float32 or float64.
+
+        Raises:
+            CodeError: the module raises something.
+        """
+        with self.naming_failure():
+            return self._differentiable(images)
 
     @torch.inference_mode()
     def predict(self, images_u8: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted."""
-        return self._inferred(images_u8)
+        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted.
+
+        Raises:
+            CodeError: the module raises something.
+        """
+        with self.naming_failure():
+            return self._inferred(images_u8)
+
+    def naming_failure(self) -> contextlib.AbstractContextManager[None]:
+        """As `own_code.naming_failure`, of its module."""
+        return naming_failure(self.key, self.files)
 
     def _logits(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
@@ -150,7 +169,7 @@ class Model(nn.Module):
         failed = f"model: it does not take images of shape {shape} (channels, height, width)"
         with explained(failed, kind=ConfigError):  # the model is the user's code
             image = self.unit(torch.zeros((1, *shape), dtype=torch.uint8, device=self.mean.device)).requires_grad_()
-            logits = self(image)
+            logits = self._differentiable(image)
         if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
             raise ConfigError(
                 f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "

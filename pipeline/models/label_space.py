@@ -45,13 +45,26 @@ class LabelSpace:
         to_model = torch.from_numpy(self.to_model).to(labels.device)
         return torch.where(labels == UNLABELLED, UNLABELLED, to_model[labels.clamp(min=0)])
 
-    def recorded_index(self, target: str | int) -> int:
-        """A class named in the config, as it stands in the `prediction` column.
+    def target_index(self, target: str | int, classes: Sequence[str], model: str = "the model") -> int:
+        """The model's index of a class that the config names as a target.
+
+        A name is that of a class of the dataset; only where the dataset has none of that name is it one of the model's
+        own. A number is that of a class as it stands in the `prediction` column.
+
+        Args:
+            target: the class.
+            classes: the names of the `label` column. Where the dataset names no classes, these are the first model's,
+                and another model's `dataset_classes` may be its own.
+            model: what a message calls the model.
 
         Raises:
             ConfigError: there is no such class.
         """
-        return _class_index(target, self.recorded_classes or (), len(self.to_recorded), "attack.target")
+        if isinstance(target, str) and target in classes[: len(self.to_model)]:
+            return int(self.to_model[classes.index(target)])
+        names, of = self.recorded_classes or (), f"the dataset or of {model}"
+        recorded = _class_index(target, names, len(self.to_recorded), "attack.target", of)
+        return int(np.flatnonzero(self.to_recorded == recorded)[0])
 
 
 def join_labels(
@@ -148,13 +161,13 @@ def map_classes(
     return np.array([translated[name] for name in classes])
 
 
-def _class_index(value: str | int, names: Sequence[str], count: int, key: str) -> int:
-    """The index of one of `count` classes of a model that a key of the config names."""
+def _class_index(value: str | int, names: Sequence[str], count: int, key: str, of: str = "the model") -> int:
+    """The index of one of `count` classes of a model that a key of the config names; `of` is for the message."""
     if isinstance(value, int) and 0 <= value < count:
         return value
     if isinstance(value, str) and value in names:
         return names.index(value)
-    raise ConfigError(f"{key}: {value!r} is no class of the model{_near(str(value), names)}.")
+    raise ConfigError(f"{key}: {value!r} is no class of {of}{_near(str(value), names)}.")
 
 
 def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None, count: int) -> None:

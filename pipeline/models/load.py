@@ -18,7 +18,9 @@ from pipeline.models.checkpoints import load_checkpoint
 from pipeline.models.loaded import Loaded
 
 
-def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bool = False) -> Model:
+def load_model(
+    config: ModelConfig, *, seed: int, device: torch.device, bf16: bool = False, key: str = "model"
+) -> Model:
     """Load the model that a section of a config names.
 
     Args:
@@ -26,6 +28,7 @@ def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bo
         seed: of the weights of an untrained model.
         device: where it runs.
         bf16: whether PyTorch's autocast takes it to bfloat16.
+        key: of the section, for messages of a run.
 
     Raises:
         ConfigError: the model, its weights, or the extra it needs is not there, or they do not fit.
@@ -51,6 +54,8 @@ def load_model(config: ModelConfig, *, seed: int, device: torch.device, bf16: bo
         digest=_digest(loaded),
         preprocess=loaded.preprocess,
         bf16=bf16,
+        key=key,
+        files=[str(file) for file in loaded.code],
     ).to(device)
 
 

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -227,20 +227,6 @@ class Manifest(SealedRecord):
     def on_ray(self, attack: str | None) -> bool:
         """Whether an attack's images lie along one direction, so that those of any epsilon can be made from them."""
         return bool(self.identity.get(f"attacks.{attack}.{ON_RAY}", True))
-
-    def check_recorded(self, variants: Iterable[Variant]) -> None:
-        """Refuse variants whose images are not stored and cannot be made.
-
-        Raises:
-            ConfigError: there is one.
-        """
-        for variant in variants:
-            if variant not in self.variants and not self.on_ray(variant.attack):
-                own = [other.level for other in self.variants if variant.at(other.level) == other]
-                raise ConfigError(
-                    f"epsilons: {variant.level}/255 is not recorded of attack {variant.attack}, whose images do not "
-                    f"lie along one direction from which others follow; recorded: {', '.join(f'{k}/255' for k in own)}."
-                )
 
     @property
     def layout(self) -> Layout:

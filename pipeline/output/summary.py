@@ -15,6 +15,7 @@ from pipeline.output.transfer import Transfer, by_epsilon
 # Of a terminal.
 WIDTH = 80
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
+SHORT = {"accuracy": "acc.", "confidence": "conf."}
 
 
 def inspect(path: str | Path) -> str:
@@ -33,7 +34,7 @@ def summary_table(manifest: Manifest) -> str:
     targeted run, predicted as the target. Several models have the transfer matrix: of each, the accuracy on the images,
     and of those that it gets right when clean the share that it loses.
     """
-    lines = _aligned([HEAD, *map(_cells, manifest.subsets)])
+    lines = _subset_table(manifest.subsets)
     if len(manifest.spaces) > 1 and (matrix := by_epsilon(manifest.transfer)):
         lines += [
             "",
@@ -45,10 +46,31 @@ def summary_table(manifest: Manifest) -> str:
     return "\n".join([*lines, "", *_notes(manifest)])
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: int = 3) -> list[str]:
+def _subset_table(subsets: Sequence[Subset]) -> list[str]:
+    """A line for each variant of each split. A column without a value is left out.
+
+    Where lines would be longer than WIDTH, so is `epsilon`, in which the names of subsets end; if that is not enough,
+    the columns stand closer under shorter heads.
+    """
+    columns = {
+        head: [head, *cells]
+        for head, *cells in zip(HEAD, *map(_cells, subsets), strict=True)
+        if not cells or set(cells) != {"-"}
+    }
+    lines = _aligned([*zip(*columns.values(), strict=True)], 3)
+    if len(lines[0]) > WIDTH:
+        del columns["epsilon"]
+        lines = _aligned([*zip(*columns.values(), strict=True)], 2)
+    if len(lines[0]) > WIDTH:
+        closer = [[SHORT.get(head, head), *cells] for head, *cells in columns.values()]
+        lines = _aligned([*zip(*closer, strict=True)], 2, gap=1)
+    return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int, gap: int = 2) -> list[str]:
     """Lines of columns, the first ones to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = "  ".join(f"{{:{'<' if index < left else '>'}{width}}}" for index, width in enumerate(widths))
+    line = (gap * " ").join(f"{{:{'<' if index < left else '>'}{width}}}" for index, width in enumerate(widths))
     return [line.format(*row).rstrip() for row in rows]
 
 

@@ -1,6 +1,8 @@
 """Which of a dataset's variants a reader is given, and how often each of them is drawn."""
 
 import math
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.variants import CLEAN, Variant, at_levels
+from pipeline.output.manifest import Manifest
 
 # The id of a model or of an attack, or several.
 Ids = str | Sequence[str]
@@ -45,6 +48,43 @@ def choose_variants(
     if levels is not None:
         return at_levels([CLEAN, *chosen], levels)
     return CLEAN, *sorted(chosen, key=lambda variant: variant.level)
+
+
+def variants_to_read(
+    manifest: Manifest, levels: Iterable[int] | None, *, models: Ids | None = None, attacks: Ids | None = None
+) -> tuple[Variant, ...]:
+    """As `choose_variants`, but only those whose images are stored or can be made.
+
+    An attack that is not on a ray has images at its own epsilons alone. Unless `attacks` names it, it is left out at
+    an epsilon that another attack has recorded, and a warning says so.
+
+    Raises:
+        ConfigError: as `choose_variants`, or such an attack is named in `attacks`, or no attack has that epsilon
+            recorded.
+    """
+    chosen, recorded = choose_variants(manifest.variants, levels, models=models, attacks=attacks), manifest.variants
+    recorded_levels = {variant.level for variant in chosen if variant in recorded} if attacks is None else set()
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    readable = []
+    for variant in chosen:
+        if variant in recorded or manifest.on_ray(variant.attack):
+            readable.append(variant)
+        elif variant.level not in recorded_levels:
+            own = [other.level for other in recorded if variant.at(other.level) == other]
+            raise ConfigError(
+                f"epsilons: {variant.level}/255 is not recorded of attack {variant.attack}, whose images do not "
+                f"lie along one direction from which others follow; recorded: {', '.join(f'{k}/255' for k in own)}."
+            )
+        else:
+            left_out[variant.maker].append(f"{variant.level}/255")
+    if left_out:
+        lacking = ", ".join(f"{maker} at {' and '.join(epsilons)}" for maker, epsilons in left_out.items())
+        warnings.warn(
+            f"epsilons: left out, as these images are neither recorded nor can they be made: {lacking}. Name the "
+            "attacks that you want in `attacks`.",
+            stacklevel=3,
+        )
+    return tuple(readable)
 
 
 def _known(key: str, ids: Ids | None, there: Sequence[str | None]) -> list[str]:

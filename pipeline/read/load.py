@@ -6,7 +6,7 @@ far. Reading the cell makes the image, so that columns can be selected, rows shu
 images, and nothing is copied.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, explained, first_line
 from pipeline.core.redaction import redact_answer
 from pipeline.core.variants import Variant
-from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, columns_of, kept_columns
+from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, Picture, columns_of, kept_columns
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
 from pipeline.output.folder import OutputFolder, local_folder, shard_file
 from pipeline.output.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
 from pipeline.output.objects import storage_options
-from pipeline.read.choice import Ids, choose_variants
+from pipeline.read.choice import Ids, choose_variants, variants_to_read
 from pipeline.read.repository import manifest_folder
 
 # Rows that a streaming view holds at a time.
@@ -55,10 +55,11 @@ def load(
     Args:
         path_or_repo: an output folder, its address in an object store, or a Hub id.
         epsilons: `k/255`, a decimal as in the config (rounded down), or 0 for clean; rows come in this order.
-            None: clean and every recorded epsilon, rising. Every attack that is chosen gives rows at each of them. At
-            an epsilon that is not recorded the images are made exactly, and what the models would say of them is null.
-            That needs an attack whose images lie along one direction (fgsm, noise); name others in `attacks` only at
-            their own epsilons.
+            None: clean and every recorded epsilon, rising. Every attack that is chosen gives rows at each of them.
+            Where it has not recorded one the images are made exactly, and what the models would say of them is null.
+            That needs an attack whose images lie along one direction (fgsm, noise). Others are left out, with a
+            warning, at an epsilon that another attack has recorded; it is an error if `attacks` names them, or if
+            nothing at that epsilon is recorded.
         split: one of the dataset's; None loads all.
         streaming: read ahead of use only, in bounded memory.
         models: the id of an attacked model, or a list of them: only rows whose images were made by attacks on these.
@@ -74,7 +75,7 @@ def load(
 
     Raises:
         ConfigError: there is no such dataset, split, model or attack, it is not of ours, an epsilon cannot be stored,
-            or one is not recorded of an attack of which it cannot be made.
+            or one is neither recorded nor can it be made, as `epsilons` says.
     """
     asked = None if epsilons is None else reading_levels(epsilons)
     stored, local = None, None
@@ -91,20 +92,14 @@ def load(
             warn_if_incomplete(OutputFolder(local), manifest)
     opened = cache(partial(_open, place, stored, streaming))
     layout, recorded = _recorded(place, opened) if stored is None else (stored.layout, stored.variants)
-    chosen = partial(choose_variants, levels=asked, models=models, attacks=attacks)
     if stored or not _suffices(recorded, asked, by_id=models is not None or attacks is not None):
         manifest = stored or require_manifest(OutputFolder(local or manifest_folder(place)))
         recorded = manifest.variants
-        manifest.check_recorded(chosen(recorded))
-    wanted = chosen(recorded)
-    subsets: dict[str, Mapping[str, Any]] = {}
-    for subset, column in dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded)):
-        subsets[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
-        if None in subsets[subset].values():
-            raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened(subset))}.")
-        for rows in subsets[subset].values():
-            if not _fits(layout, column, rows.features or {}):
-                raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
+        wanted = variants_to_read(manifest, asked, models=models, attacks=attacks)
+    else:
+        wanted = choose_variants(recorded, asked, models=models, attacks=attacks)
+    pictures = dict.fromkeys(picture for variant in wanted for picture in layout.source(variant, recorded))
+    subsets = _subsets(place, opened, layout, pictures, split)
     splits = {
         name: _in_variants(layout, {subset: own[name] for subset, own in subsets.items()}, wanted, recorded, streaming)
         for name in next(iter(subsets.values()))
@@ -156,6 +151,29 @@ def _open(place: str, stored: Manifest | None, streaming: bool, subset: str) -> 
         cause = error if stored is None else None  # that of a store may quote secrets
         raise ConfigError(f"{place}: its subset {subset} cannot be read: {said}") from cause
     return opened
+
+
+def _subsets(
+    place: str,
+    opened: Callable[[str], Mapping[str, Any]],
+    layout: Layout,
+    pictures: Iterable[Picture],
+    split: str | None,
+) -> dict[str, Mapping[str, Any]]:
+    """The splits of the subsets that hold some pictures, by the names of these; one split alone, if it is named.
+
+    Raises:
+        ConfigError: there is no such split, or a subset has not the columns that it must have.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for subset, column in pictures:
+        found[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
+        if None in found[subset].values():
+            raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened(subset))}.")
+        for rows in found[subset].values():
+            if not _fits(layout, column, rows.features or {}):
+                raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
+    return found
 
 
 def _fits(layout: Layout, picture: str, stored: Mapping[str, Any]) -> bool:

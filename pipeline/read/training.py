@@ -38,7 +38,7 @@ from pipeline.core.variants import CLEAN, Variant
 from pipeline.layouts.base import LABEL, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
-from pipeline.read.choice import Ids, choose_variants, draw_shares
+from pipeline.read.choice import Ids, draw_shares, variants_to_read
 from pipeline.read.repository import manifest_folder
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
@@ -484,8 +484,8 @@ def training_dataset(
         models, attacks: the id of one, or a list of them: variants of these only. What is of no model is left out by
             `attacks` alone. None: all.
         epsilons: to draw from: `k/255` or a decimal as in the config (rounded down), of every attack that is chosen.
-            Those that are not recorded are made exactly, where an attack's images lie along one direction. None: all
-            that are recorded.
+            Those that are not recorded are made exactly, where an attack's images lie along one direction; other
+            attacks are left out at them, or refused, as `pipeline.load` does. None: all that are recorded.
         clean: share of images that are shown clean, 0..1.
         weights: how much more likely than others something is where it is drawn, by the id of a model or of an attack
             (of both, where they have the same) or by an epsilon, `k/255`: 2 for twice. What is missing weighs 1. What
@@ -504,14 +504,9 @@ def training_dataset(
             made, or images have no label.
         PipelineError: a file is missing or damaged.
     """
-    if not isinstance(seed, SupportsIndex) or operator.index(seed) < 0:
-        raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
     place = _place(rank, world_size)
-    if isinstance(clean, bool) or not 0 <= clean <= 1:
-        raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
     asked = None if epsilons is None else reading_levels(epsilons)
-    if asked is not None and 0 in asked:
-        raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
+    _check_numbers(seed, clean, asked)
     if is_address(path_or_repo):
         raise ConfigError(
             f"training_dataset reads its files again in every epoch, so it wants them on a disk: copy {path_or_repo} "
@@ -520,8 +515,7 @@ def training_dataset(
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or manifest_folder(name)
     manifest = require_manifest(OutputFolder(root))
-    variants = choose_variants(manifest.variants, asked, models=models, attacks=attacks)
-    manifest.check_recorded(variants)
+    variants = variants_to_read(manifest, asked, models=models, attacks=attacks)
     attacked = [variant for variant in variants if variant != CLEAN]
     shares = draw_shares(attacked, weights or {})
     if only is not None:
@@ -552,6 +546,16 @@ def training_dataset(
     if only is not None:
         _tell_without(data, only, split)
     return data
+
+
+def _check_numbers(seed: SupportsIndex, clean: float, levels: Sequence[int] | None) -> None:
+    """Refuse numbers that cannot be; the levels are epsilons in grey levels."""
+    if not isinstance(seed, SupportsIndex) or operator.index(seed) < 0:
+        raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
+    if isinstance(clean, bool) or not 0 <= clean <= 1:
+        raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
+    if levels is not None and 0 in levels:
+        raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:

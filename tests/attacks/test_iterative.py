@@ -204,6 +204,32 @@ def test_the_images_are_those_of_foolbox(kind: str, targeted: bool) -> None:
         torch.testing.assert_close(images.double() / 255, expected, rtol=0, atol=1e-9)
 
 
+# As above.
+@pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
+def test_pgd_from_the_clean_image_is_that_of_foolbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Foolbox as it is: the first step to the pixel, and how many images hold at the end."""
+    from foolbox.attacks.projected_gradient_descent import LinfProjectedGradientDescentAttack
+    from foolbox.criteria import Misclassification
+    from foolbox.models.pytorch import PyTorchModel
+
+    monkeypatch.setattr("pipeline.attacks.iterative._starts", lambda images, levels, _: [images] * len(levels))
+    net, victim = conv_net(3), Model(conv_net(3))
+    labels = victim.predict(IMAGES).argmax(1)
+    model, criterion = PyTorchModel(net, bounds=(0, 1), device="cpu"), Misclassification(labels)
+    _, schedule = made("pgd")
+    held = []
+    for level, (steps, size) in schedule.items():
+        for count in (1, steps):
+            ours = attacked(PGD({level: (count, size)}), victim, labels=labels, levels=(level,))[0]
+            run = LinfProjectedGradientDescentAttack(abs_stepsize=size / 255, steps=count, random_start=False).run
+            theirs = run(model, IMAGES.double() / 255, criterion, epsilon=level / 255)
+            if count == 1:
+                assert torch.equal(ours, (255 * theirs).round().to(torch.uint8))
+        held.append(int((victim.predict(ours).argmax(1) == labels).sum()))
+        assert held[-1] == int((net(theirs).argmax(1) == labels).sum())
+    assert len({*held}) > 2, "levels at which all fall, or none, would show nothing"
+
+
 # ------------------------------------------------------------------------------------------------ the lattice
 
 

@@ -95,6 +95,8 @@ class Broken(Steps):
             case "whole batch":
                 bright = images > images.float().mean()
                 return Perturbed(tuple(torch.where(bright, i, images) for i in made))
+            case "raises later" if self.calls > 3:
+                raise RuntimeError("no such thing")
             case "later" if self.calls > 3:
                 return Perturbed(tuple(image ^ 128 for image in made))
         return Perturbed(made)
@@ -281,15 +283,27 @@ def test_an_attack_that_does_not_keep_its_promise(example: Path, how: str, sente
     assert not (example.parent / "out/manifest.json").exists()
 
 
-def test_an_attack_that_leaves_the_ball_later_ends_the_run(example: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("later", r"attack\.kind: .*steps\.py made images .* than their epsilon; clamp"),
+        (
+            "raises later",
+            r"attack\.kind: .*steps\.py fails in line \d+: RuntimeError: no such thing \(shard test-00000",
+        ),
+    ],
+)
+def test_an_attack_that_fails_later_ends_the_run(example: Path, how: str, sentence: str) -> None:
     """Not in the images that are looked at before, but in a batch of the run."""
     config = other(example, "steps.py:Broken")
     content = yaml.safe_load(config.read_text())
-    content["attack"]["kwargs"] = {"how": "later"}
+    content["attack"]["kwargs"] = {"how": how}
     config.write_text(yaml.safe_dump(content))
-    result = fgsm("generate", config)
-    assert result.exit_code == 1
-    assert re.search(r"Error: attack\.kind: .*steps\.py made images .* than their epsilon; clamp", result.stderr)
+    for options in ([], ["--debug"]):
+        result = fgsm("generate", config, "--overwrite", *options)
+        assert result.exit_code == PipelineError.exit_code
+        assert re.search(f"Error: {sentence}", result.stderr)
+        assert ("Traceback" in result.stderr) == bool(options)
     assert not list((example.parent / "out").glob("*/*.parquet"))
 
 

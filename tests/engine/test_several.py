@@ -222,6 +222,37 @@ def test_a_model_that_cannot_be_used_is_named(
     assert start in result.stderr
 
 
+@pytest.mark.parametrize(("target", "recorded"), [("cat", {"net": 0, "more": 4}), (1, {"net": 1, "more": 1})])
+def test_one_target_is_each_model_s_own_index_of_that_class(
+    write_config: WriteConfig, tmp_path: Path, target: str | int, recorded: dict[str, int]
+) -> None:
+    attacks = {"aimed": {"epsilons": ["8/255"], "models": ["net", "more"], "target": target}}
+    path = write_several(write_config, tmp_path, attacks)
+    config = yaml.safe_load(path.read_text())
+    # Of its five classes three are the dataset's, and it names none of them.
+    more = {"kwargs": {"order": [0, 1, 2, 0, 1]}, "label_map": {"cat": 4, "dog": 2, "eel": 0}}
+    config["models"] = {"net": config["models"]["net"], "more": config["models"]["sums"] | more}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    generate(path)
+    for model, index in recorded.items():
+        table = rows(tmp_path / "out", f"{model}-eps-8")
+        assert set(table["target"]) == {index}
+        assert table["fooled"].tolist() == (table["prediction"] == index).tolist()
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+@pytest.mark.parametrize("target", ["ox", "part of the model"])
+def test_a_target_that_is_no_class_names_the_attack_the_model_and_what_was_asked(
+    write_config: WriteConfig, tmp_path: Path, target: str
+) -> None:
+    attacks = {"aimed": {"epsilons": ["8/255"], "models": ["sums"], "target": target}}
+    result = fgsm("generate", write_several(write_config, tmp_path, attacks))
+    assert result.exit_code == 2
+    assert "attacks.aimed.target: " in result.stderr
+    assert f"{target!r} " in result.stderr
+    assert "the model sums" in result.stderr
+
+
 def test_a_model_that_only_looks_need_not_let_a_gradient_through(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_several(write_config, tmp_path)
     config = yaml.safe_load(path.read_text())

@@ -109,7 +109,8 @@ def test_inspect_counts_epsilons_and_sizes_splits(write_config: WriteConfig, tmp
     generate(write_config(output=SIGNS), "--overwrite")
     signs = fgsm("inspect", tmp_path / "out").stdout.splitlines()
     assert [line.split()[:7] for line in signs[:4]] == [line.split()[:7] for line in images[:4]]
-    assert [line.split()[7] for line in signs[1:4]] == ["-", "-", "-"]
+    assert images[0].split()[7] == "size"
+    assert [len(line.split()) for line in signs[:4]] == [7] * 4
     size = sum(path.stat().st_size for path in (tmp_path / "out/signs").iterdir())
     assert f"files: test {size / 1000:.1f} KB" in signs
     assert not any(line.startswith("files:") for line in images)

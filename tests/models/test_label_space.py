@@ -240,34 +240,54 @@ def test_equal_names_are_made_distinct(names: Sequence[str], distinct: Sequence[
     assert distinct is None or space.dataset_classes == tuple(distinct)
 
 
+WILD = ("wolf", "tiger", "moray", "dog")
+
+
 @pytest.mark.parametrize(
     ("classes", "model_classes", "label_map", "target", "index"),
     [
         (PETS, PETS, None, "dog", 1),
         (PETS, PETS, None, 2, 2),
         # One to one: the dataset's classes are recorded, so its names and numbers count.
-        (PETS, ("wolf", "tiger", "moray"), {"cat": 1, "dog": 0, "eel": 2}, "cat", 0),
-        (PETS, ("wolf", "tiger", "moray"), {"cat": 1, "dog": 0, "eel": 2}, 0, 0),
-        # Otherwise the model's are.
-        (("dog", "eel"), PETS, {"dog": 1, "eel": 2}, "cat", 0),
-        (("dog", "eel"), PETS, {"dog": 1, "eel": 2}, 0, 0),
+        (PETS, WILD[:3], {"cat": 1, "dog": 0, "eel": 2}, "cat", 1),
+        (PETS, WILD[:3], {"cat": 1, "dog": 0, "eel": 2}, 0, 1),
+        # Otherwise the model's numbers are. A name is still the dataset's, though the model has it for another class.
+        (("dog", "eel"), WILD, {"dog": 0, "eel": 2}, "eel", 2),
+        (("dog", "eel"), WILD, {"dog": 0, "eel": 2}, "dog", 0),
+        (("dog", "eel"), WILD, {"dog": 0, "eel": 2}, 1, 1),
+        (PETS, ("dog", *WILD), "identity", "dog", 1),
+        # What only the model knows is its own.
+        (("dog", "eel"), WILD, {"dog": 0, "eel": 2}, "tiger", 1),
+        (("dog", "eel"), None, {"dog": 0, "eel": 2}, "eel", 2),
     ],
 )
-def test_recorded_index_of_a_target(
-    classes: Sequence[str], model_classes: Sequence[str], label_map: LabelMap, target: str | int, index: int
+def test_a_target_is_a_class_of_the_dataset_or_else_of_the_model(
+    classes: Sequence[str], model_classes: Sequence[str] | None, label_map: LabelMap, target: str | int, index: int
 ) -> None:
-    assert join(classes, model_classes, label_map, labels=[0, 1]).recorded_index(target) == index
+    count = len(model_classes or WILD)
+    space = join(classes, model_classes, label_map, count=count, labels=[0, 1])
+    assert space.target_index(target, space.dataset_classes) == index
+
+
+def test_a_target_is_a_class_of_the_label_column_whatever_a_model_calls_its_own() -> None:
+    """A source that names no classes has those of the first model."""
+    first, other = join(None, PETS, None), join(None, None, None, count=2, labels=[0, 1])
+    assert other.target_index("dog", first.dataset_classes) == 1
+    with pytest.raises(ConfigError, match=r"^attack\.target: "):
+        other.target_index("eel", first.dataset_classes)
 
 
 @pytest.mark.parametrize(
-    ("target", "sentence"),
+    ("target", "named"),
     [
-        ("dogs", r"'dogs' is no class of the model; did you mean 'dog'\?"),
-        ("zzz", r"'zzz' is no class of the model \('cat', 'dog', 'eel'\)"),
-        (3, r"3 is no class of the model"),
-        (-1, r"-1 is no class of the model"),
+        ("dogs", "did you mean 'dog'"),
+        ("zzz", "('cat', 'dog', 'eel')"),
+        (3, "3"),
+        (-1, "-1"),
     ],
 )
-def test_target_that_is_no_class(target: Any, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^attack\.target: {sentence}"):
-        join(PETS, PETS).recorded_index(target)
+def test_target_that_is_no_class(target: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=r"^attack\.target: ") as caught:
+        join(PETS, PETS).target_index(target, PETS, "the model vgg")
+    assert named in str(caught.value)
+    assert "the model vgg" in str(caught.value)

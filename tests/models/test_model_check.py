@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.attacks.base import Goal
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import CodeError, ConfigError, PipelineError
 from pipeline.engine.model_check import _check_accuracy, check_model
 from pipeline.models.base import Model
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
@@ -90,7 +90,6 @@ def without_statistics(values: Tensor) -> Tensor:
         (None, lambda pixels: pixels / pixels.amax(), "other images of the batch"),
         (lambda logits: logits.mean(0, keepdim=True), None, r"for 16 images it returned a tensor of shape \(1, 3\)"),
         (lambda logits: logits.reshape(1, -1), None, r"for 16 images it returned a tensor of shape \(1, 48\)"),
-        (lambda logits: logits.view(1, 3), None, "fails on 16 images of the source"),
         (lambda logits: logits.round(), None, "gradient of the loss is 0"),
         (lambda logits: 0 * logits, None, "gradient of the loss is 0"),
         (None, lambda pixels: (255 * pixels).round() / 255, "gradient of the loss is 0"),
@@ -116,6 +115,12 @@ def test_what_no_dataset_could_be_made_with(change: Forward | None, before: Forw
 )
 def test_what_is_right_passes_without_a_word(change: Forward | None, before: Forward | None) -> None:
     assert look(Colours(change, before)) == []
+
+
+def test_a_model_that_raises_is_named_with_the_line() -> None:
+    with pytest.raises(CodeError, match=rf"^model: {__file__} fails in line \d+: RuntimeError: shape") as caught:
+        check_model(Model(Colours(lambda logits: logits.view(1, 3)), files=[__file__]), *images(), PLAIN, 16)
+    assert "\n" not in str(caught.value)
 
 
 def test_logits_that_depend_on_whether_a_gradient_is_wanted_are_refused() -> None:
@@ -199,6 +204,7 @@ MODELS = (
     + """
 
 import os
+import threading
 
 
 class Softmax(Net):
@@ -217,6 +223,15 @@ class Large(Net):
     def forward(self, x):
         if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward(x)
+
+
+class Later(Net):
+    '''Fails in the threads of a run, not in the look before it.'''
+
+    def forward(self, x):
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("no such thing")
         return super().forward(x)
 
 
@@ -303,6 +318,21 @@ def test_so_many_images_are_looked_at_as_fit(
     result = fgsm("generate", write_config(model={"name": f"{models}:Large"}))
     assert sizes == [6, 3, 1]
     assert result.exit_code == PipelineError.exit_code, "on a CPU the run does not halve its batch"
+
+
+@pytest.mark.parametrize("key", ["model", "models.other"])
+def test_a_model_that_fails_in_a_batch_of_the_run_is_named(
+    write_config: WriteConfig, models: Path, tmp_path: Path, key: str
+) -> None:
+    later = f"{models}:Later"
+    path = write_config(model={"name": later}) if key == "model" else with_another(write_config, later)
+    for options in ([], ["--debug"]):
+        result = fgsm("generate", path, *options)
+        assert result.exit_code == PipelineError.exit_code
+        assert f"Error: {key}: {models} fails in line " in result.stderr
+        assert "RuntimeError: no such thing (shard test-00000" in result.stderr
+        assert ("Traceback" in result.stderr) == bool(options)
+    assert not list((tmp_path / "out").glob("*/*.parquet"))
 
 
 @pytest.mark.parametrize("key", ["model", "models.other"])

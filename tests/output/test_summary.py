@@ -5,8 +5,53 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.variants import make_variants
+from pipeline.output.manifest import Subset
+from pipeline.output.summary import _subset_table
 from tests.conftest import WriteConfig, fgsm, generate, manifest
 from tests.support.several import write_several
+
+
+def counted(ids: int, size: int | None = 123_400_000) -> list[Subset]:
+    """What two attacks on two models add up to, each with an id of so many letters."""
+    models, attacks = ([letter * ids for letter in letters] for letters in ("mn", "ab"))
+    return [
+        Subset(
+            split="test",
+            attack=one.attack,
+            model=one.model,
+            level=one.level,
+            subset=one.subset,
+            rows=10_000,
+            labelled=10_000,
+            correct=10_000,
+            fooled=10_000 if one.level else 0,
+            confidence_sum=10_000,
+            bytes=size,
+        )
+        for one in make_variants({attack: (models, [255]) for attack in attacks})
+    ]
+
+
+@pytest.mark.parametrize(("ids", "epsilon"), [(1, True), (3, True), (4, False), (12, False)])
+def test_the_table_of_subsets_fits_a_terminal(ids: int, epsilon: bool) -> None:
+    head, *lines = _subset_table(counted(ids))
+    assert {len(line) for line in (head, *lines)} == {len(head)}
+    assert len(head) <= 80
+    # What is left out is the epsilon, in which a subset's name ends.
+    assert ("epsilon" in head) == epsilon
+    assert lines[-1].split() == [
+        *("test", f"{'b' * ids}-{'n' * ids}-eps-255"),
+        *(["255/255"] if epsilon else []),
+        *("10,000", "100.00%", "1.000", "10,000", "123.4", "MB"),
+    ]
+
+
+def test_a_column_without_a_value_is_left_out() -> None:
+    head, *lines = _subset_table(counted(1, size=None))
+    assert head.split() == ["split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled"]
+    assert len(lines) == 5
+    assert len(_subset_table([])) == 1
 
 
 @pytest.mark.parametrize("prefix", ["m", "a_model_with_a_long_name_"])

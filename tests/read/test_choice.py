@@ -130,6 +130,34 @@ def test_other_epsilons_are_only_of_attacks_on_a_ray(several: Path) -> None:
     assert len(list(data)) == 40
 
 
+def test_what_an_attack_cannot_give_is_left_out_where_another_has_it(several: Path) -> None:
+    for models, expected in (
+        (None, {("fgsm", "net", 2): 40, ("fgsm", "sums", 2): 40, ("noise", None, 2): 40}),
+        ("net", {("fgsm", "net", 2): 40, ("noise", None, 2): 40}),
+    ):
+        with pytest.warns(UserWarning, match="^epsilons: left out") as warned:
+            rows = pipeline.load(several / "stepped", ["2/255"], "test", models=models)
+        assert [str(one.message).count("pgd on net at 2/255") for one in warned] == [1]
+        assert warned[0].filename == __file__
+        assert Counter(made(rows)) == expected
+    with pytest.warns(UserWarning, match="^epsilons: left out") as warned:
+        rows = pipeline.load(several / "stepped", ["2/255", 0, "8/255"], "test")
+    assert len(warned) == 1
+    assert Counter(made(rows)) == dict.fromkeys((*EVERY[:6], ("noise", None, 2), ("pgd", "net", 8)), 40)
+    with pytest.warns(UserWarning, match="^epsilons: left out.*pgd on net at 2/255") as warned:
+        data = pipeline.training_dataset(several / "stepped", "test", epsilons=["2/255", "8/255"], clean=0)
+    assert [(variant.attack, variant.level) for variant in data.shards.variants if variant.attack == "pgd"] == [
+        ("pgd", 8)
+    ]
+    assert len(list(data)) == 40
+    for read in (pipeline.load, pipeline.training_dataset):
+        with pytest.raises(ConfigError, match=r"^epsilons: 2/255 is not recorded of attack pgd"):
+            read(several / "stepped", epsilons=["2/255"], split="test", attacks=["fgsm", "pgd"])
+        # One that nobody has recorded is more likely a slip than a wish.
+        with pytest.raises(ConfigError, match=r"^epsilons: 3/255 is not recorded of attack pgd"):
+            read(several / "stepped", epsilons=["2/255", "3/255"], split="test")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_model_and_one_attack_can_be_named_too(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     generate(write_config(source={"limit": 8}, output={"layout": layout}))
