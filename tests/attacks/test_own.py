@@ -185,7 +185,7 @@ def test_recompute_refuses_code_that_has_changed(example: Path) -> None:
     generate(example)
     assert manifest(example.parent / "out")["config"]["attack"]["kind"] == f"{example.parent}/blurred.py:Blurred"
     (example.parent / "blurred.py").write_text((example.parent / "blurred.py").read_text() + "# changed\n")
-    with pytest.raises(ConfigError, match=r"attack: what the config names has changed since the run"):
+    with pytest.raises(ConfigError, match=r"^attack: "):
         verify(example.parent / "out", recompute=True)
     assert verify(example.parent / "out").problems == []
 
@@ -195,15 +195,15 @@ def test_recompute_warns_of_code_and_runs_none_out_of_the_dataset(
 ) -> None:
     generate(example)
     verify(example.parent / "out")
-    assert "Running code" not in caplog.text
+    assert "blurred.py" not in caplog.text
     verify(example.parent / "out", recompute=True)
-    assert f"Running code that the manifest names: {example.parent}/blurred.py:Blurred." in caplog.text
+    assert f"{example.parent}/blurred.py:Blurred" in caplog.text
     inside = example.parent / "out/blurred.py"
     shutil.copy(example.parent / "blurred.py", inside)
     shutil.rmtree(example.parent / "out/.run/receipts")
     config = other(example, str(inside) + ":Blurred", output={"path": f"{example.parent}/out"})
     assert fgsm("generate", config, "--overwrite").exit_code == 0
-    with pytest.raises(ConfigError, match=r"attack\.kind: .* would be code out of the dataset itself"):
+    with pytest.raises(ConfigError, match=rf"^attack\.kind: {re.escape(str(inside))}"):
         verify(example.parent / "out", recompute=True)
 
 
@@ -218,7 +218,7 @@ def test_an_attack_that_takes_steps(example: Path, target: str | None) -> None:
     out = example.parent / "out"
     assert manifest(out)["identity"]["attacks.Steps.on_ray"] is False
     for read in (pipeline.load, pipeline.training_dataset):
-        with pytest.raises(ConfigError, match=r"epsilons: 6/255 is not recorded .* recorded: 4/255, 8/255\.$"):
+        with pytest.raises(ConfigError, match=r"^epsilons: 6/255 .* 4/255, 8/255\.$"):
             read(out, epsilons=["6/255"], split="test")
     assert len(pipeline.load(out, ["8/255"], "test")) == 12
 
@@ -244,7 +244,7 @@ def test_what_is_drawn_follows_from_seed_and_row(example: Path) -> None:
 def test_one_sign_cannot_hold_an_attack_that_takes_steps(example: Path) -> None:
     result = fgsm("generate", other(example, "steps.py:Steps", output={"layout": "signs"}))
     assert result.exit_code == 2
-    assert re.search(r"Error: output\.layout: signs .*steps\.py:Steps .* use layout images or wide", result.stderr)
+    assert re.search(r"Error: output\.layout: signs .*steps\.py:Steps .* images or wide", result.stderr)
     generate(other(example, "steps.py:Drawn", output={"layout": "signs"}))
 
 
@@ -289,26 +289,26 @@ def test_an_attack_that_leaves_the_ball_later_ends_the_run(example: Path) -> Non
     config.write_text(yaml.safe_dump(content))
     result = fgsm("generate", config)
     assert result.exit_code == 1
-    assert re.search(r"Error: attack\.kind: .*steps\.py made images .* than their epsilon; clamp", result.stderr)
+    assert re.search(r"Error: attack\.kind: .*steps\.py ", result.stderr)
     assert not list((example.parent / "out").glob("*/*.parquet"))
 
 
 @pytest.mark.parametrize(
-    ("attack", "sentence"),
+    ("attack", "named"),
     [
-        ({"kind": "gone.py:Attack"}, r"attack\.kind: there is no file .*gone\.py"),
-        ({"kind": "steps.py:Nobody"}, r"attack\.kind: .*steps\.py has no callable Nobody"),
-        ({"kind": "steps.py"}, r"attack\.kind: got 'steps\.py'; allowed: 'fgsm', .* or 'path/to/file\.py:Attack'"),
-        ({"kind": "steps.py:make"}, r"attack\.kind: .*steps\.py:make is no class, but function"),
-        ({"kind": "steps.py:Unsaid"}, r"attack\.kind: .* does not say on_ray"),
-        ({"kind": "steps.py:Without"}, r"attack\.kind: .* has no method perturb"),
+        ({"kind": "gone.py:Attack"}, r"attack\.kind: .*gone\.py"),
+        ({"kind": "steps.py:Nobody"}, r"attack\.kind: .*steps\.py .* Nobody"),
+        ({"kind": "steps.py"}, r"attack\.kind: .*'steps\.py'.*'fgsm', .*'path/to/file\.py:Attack'"),
+        ({"kind": "steps.py:make"}, r"attack\.kind: .*steps\.py:make .* class\b.* function"),
+        ({"kind": "steps.py:Unsaid"}, r"attack\.kind: .* on_ray"),
+        ({"kind": "steps.py:Without"}, r"attack\.kind: .* perturb"),
         ({"kind": "steps.py:Steps", "kwargs": {"x": 1}}, r"attack\.kwargs: .* TypeError: .*'x'"),
     ],
 )
-def test_attacks_that_cannot_be_loaded(example: Path, attack: dict[str, Any], sentence: str) -> None:
+def test_attacks_that_cannot_be_loaded(example: Path, attack: dict[str, Any], named: str) -> None:
     config = other(example, "fgsm")
     content = yaml.safe_load(config.read_text())
     content["attack"] |= attack
     config.write_text(yaml.safe_dump(content))
-    with pytest.raises(PipelineError, match=sentence):
+    with pytest.raises(PipelineError, match=f"^{named}"):
         open_run(load_config(str(config)))
