@@ -78,7 +78,7 @@ SENTENCES: list[tuple[Cause, str]] = [
     (setting("model.weights=/nowhere.pt"), "model.weights: there is no file /nowhere.pt."),
     (
         setting("model.kwargs={classes: 7}"),
-        "The dataset has 3 classes and the model 7; say how they meet in model.label_map.",
+        "model.label_map: the dataset has 3 classes and the model 7; say how they meet.",
     ),
     (
         no_config,

@@ -335,7 +335,7 @@ def test_exif_that_cannot_be_parsed_does_not_cost_the_image() -> None:
 
 
 def test_a_reason_does_not_name_the_machine_s_own_paths(tmp_path: Path) -> None:
-    with pytest.raises(UndecodableError, match="^IsADirectoryError: ") as caught:
+    with pytest.raises(UndecodableError, match=r"^IsADirectoryError: ") as caught:
         read_image(lambda: Image.open(tmp_path), PreprocessConfig(), 100)
     assert str(tmp_path) not in str(caught.value)
 
@@ -347,7 +347,10 @@ def test_a_reason_does_not_name_the_machine_s_own_paths(tmp_path: Path) -> None:
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), r"\(OSError: Too many"),
         (TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)), r"\(TimeoutError: "),
         (MemoryError(), "memory"),
-        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt/cat.png"), r"/mnt/cat\.png .*\(PermissionError: "),
+        (
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt/cat.png"),
+            r"/mnt/cat\.png .*\(PermissionError: ",
+        ),
         (OSError(errno.EBUSY, os.strerror(errno.EBUSY)), r"\(OSError: "),
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/mnt/cat.png"), r"/mnt/cat\.png "),
         (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/mnt/cat.png"), r"/mnt/cat\.png "),

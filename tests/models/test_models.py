@@ -3,6 +3,7 @@
 import importlib
 import math
 import pickle
+import re
 import shutil
 import sys
 from collections import namedtuple
@@ -253,7 +254,7 @@ def test_an_untrained_model_comes_from_the_seed_alone(factory_file: Path) -> Non
         ("{folder}/syntax.py:make", {}, "syntax.py cannot be imported: "),
         ("{folder}/odd.py:text", {}, "odd.py:text returned str, not a torch.nn.Module."),
         ("{folder}/odd.py:fails", {}, "odd.py:fails: the weather is bad"),
-        ("no_such_package.nets:make", {}, "model.name: no_such_package.nets cannot be imported: "),
+        ("no_such_package.nets:make", {}, "model.name: no_such_package.nets "),
         ("math:sqrt", {"x": 4}, "math:sqrt"),
     ],
 )
@@ -279,7 +280,7 @@ def test_a_file_that_failed_to_import_is_read_again(tmp_path: Path) -> None:
 
 def test_a_factory_takes_checkpoints_only(factory_file: Path) -> None:
     found = refused(kind="factory", name=f"{factory_file}:make", weights="IMAGENET1K_V1")
-    assert "IMAGENET1K_V1 is no checkpoint; kind factory takes a .safetensors, .pt or .pth file." in found
+    assert re.match(r"model\.weights: IMAGENET1K_V1 .*\.safetensors", found)
 
 
 CALLABLES = """
@@ -355,20 +356,20 @@ def test_untrained_torchvision_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "named"),
     [
-        ({"name": "resnet51"}, "model: torchvision cannot make resnet51: Unknown model resnet51"),
+        ({"name": "resnet51"}, "model: .* resnet51: "),
+        ({"name": "resnet51", "weights": "IMAGENET1K_V1"}, "model: .* resnet51: "),
         (
-            {"name": "resnet51", "weights": "IMAGENET1K_V1"},
-            "model: torchvision cannot make resnet51: Unknown model resnet51",
+            {"name": "resnet50", "weights": "IMAGENET1K_V3"},
+            r"model\.weights: resnet50 .*IMAGENET1K_V3;.* IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT",
         ),
-        ({"name": "resnet50", "weights": "IMAGENET1K_V3"}, "torchvision knows IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
-        ({"name": "resnet50", "weights": "weights.ckpt"}, "a checkpoint ends in .safetensors, .pt or .pth"),
-        ({"name": "squeezenet1_1", "kwargs": {"depth": 3}}, "unexpected keyword argument 'depth'"),
+        ({"name": "resnet50", "weights": "weights.ckpt"}, r"model\.weights: .*weights\.ckpt;.* \.safetensors, \.pt"),
+        ({"name": "squeezenet1_1", "kwargs": {"depth": 3}}, "model: .* squeezenet1_1: .*'depth'"),
     ],
 )
-def test_torchvision_models_that_cannot_be_made(config: dict[str, Any], sentence: str) -> None:
-    assert sentence in refused(kind="torchvision", **config)
+def test_torchvision_models_that_cannot_be_made(config: dict[str, Any], named: str) -> None:
+    assert re.match(named, refused(kind="torchvision", **config))
 
 
 @pytest.fixture
@@ -435,21 +436,20 @@ def test_pretrained_timm_weights_bring_their_preprocessing(tmp_path: Path, weigh
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "named"),
     [
-        ({"name": "resnet_51"}, "model: timm cannot make resnet_51: Unknown model (resnet_51)"),
-        ({"name": "test_vit", "weights": "no_such_tag"}, "model: timm cannot make test_vit: "),
+        ({"name": "resnet_51"}, "model: .* resnet_51: "),
+        ({"name": "test_vit", "weights": "no_such_tag"}, "model: .* test_vit: .*no_such_tag"),
     ],
 )
-def test_timm_models_that_cannot_be_made(config: dict[str, Any], sentence: str) -> None:
-    assert sentence in refused(kind="timm", **config)
+def test_timm_models_that_cannot_be_made(config: dict[str, Any], named: str) -> None:
+    assert re.match(named, refused(kind="timm", **config))
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
 def test_an_extra_that_is_not_installed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, kind, None)
-    expected = f"model.kind: {kind} is not installed; it comes with pip install 'fgsm-pipeline[{kind}]'."
-    assert refused(kind=kind, name="any") == expected
+    assert re.match(rf"model\.kind: {kind} .*'fgsm-pipeline\[{kind}\]'", refused(kind=kind, name="any"))
 
 
 # --------------------------------------------------------------------------------------------- transformers
@@ -567,7 +567,7 @@ def test_the_model_sees_what_its_image_processor_would_give_it(
 def test_published_statistics_that_cannot_be_are_refused(vit: tuple[Any, Path]) -> None:
     _, folder = vit
     preprocessing("ViTImageProcessor", {"image_mean": [123.675, 116.28, 103.53]}, folder)
-    assert "published with cannot be used" in refused(kind="transformers", name="vit", weights=str(folder))
+    assert refused(kind="transformers", name="vit", weights=str(folder)).startswith("model.weights: ")
 
 
 def test_untrained_transformers_models(tmp_path: Path) -> None:
@@ -617,7 +617,7 @@ def test_a_digits_victim_may_be_untrained_or_have_other_weights(tmp_path: Path) 
     assert same_weights(untrained, load(5, kind="digits", weights=None))
     shutil.copy(WEIGHTS, tmp_path / "copy.safetensors")
     assert same_weights(trained, load(kind="digits", weights=str(tmp_path / "copy.safetensors")))
-    assert "kind digits has no weights IMAGENET1K_V1" in refused(kind="digits", weights="IMAGENET1K_V1")
+    assert re.match(r"model\.weights: .* IMAGENET1K_V1;", refused(kind="digits", weights="IMAGENET1K_V1"))
 
 
 def test_the_digits_victim_is_trained_without_the_held_out_split(
@@ -723,13 +723,13 @@ def circle() -> dict[str, Any]:
     ("content", "named"),
     [
         # Both could be meant, and neither is taken.
-        (lambda state: {"model": state, "model_ema": state}, ["model, model_ema", "fit the model"]),
+        (lambda state: {"model": state, "model_ema": state}, ["model, model_ema"]),
         (lambda state: {"state_dict": state, "state_dict_ema": prefixed(state)}, ["state_dict, state_dict_ema"]),
-        (lambda state: {"a": {"x": state["0.bias"]}, "b": {"y": state["0.bias"]}}, ["a, b", "none of which fits"]),
-        (lambda _: {"epoch": 3, "arch": "resnet20"}, ["holds no state dict", "'epoch', 'arch'"]),
-        (lambda _: circle(), ["holds no state dict", "'epoch', 'itself'"]),
+        (lambda state: {"a": {"x": state["0.bias"]}, "b": {"y": state["0.bias"]}}, ["a, b", "none"]),
+        (lambda _: {"epoch": 3, "arch": "resnet20"}, ["'epoch', 'arch'"]),
+        (lambda _: circle(), ["'epoch', 'itself'"]),
         # One alone is it, and what does not fit of it is said.
-        (lambda state: {"net": prefixed({**state, "head": state["0.bias"]})}, ["unexpected head."]),
+        (lambda state: {"net": prefixed({**state, "head": state["0.bias"]})}, [" head."]),
     ],
 )
 def test_a_checkpoint_that_leaves_open_what_is_meant(
@@ -755,14 +755,12 @@ def test_keys_that_do_not_fit_are_listed_in_one_sentence(tmp_path: Path) -> None
     torch.save({**kept, **{f"head.{index}": torch.zeros(1) for index in range(6)}}, path)
     module = net()
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^model\.weights: {path} ") as caught:
         load_checkpoint(module, path)
-    assert str(caught.value) == (
-        f"model.weights: {path} does not fit the model: "
-        "missing 0.weight, 1.weight, 1.running_mean, 1.running_var, 3.bias; "
-        "unexpected head.0, head.1, head.2, head.3, head.4 and 1 more; "
-        "of another shape 0.bias, 3.weight."
-    )
+    missing, unexpected, others = str(caught.value).split("; ")
+    assert missing.endswith(" 0.weight, 1.weight, 1.running_mean, 1.running_var, 3.bias")
+    assert " head.0, head.1, head.2, head.3, head.4 and 1 " in unexpected
+    assert others.endswith(" 0.bias, 3.weight.")
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
@@ -770,8 +768,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, factory_fil
     path = tmp_path / "digits.safetensors"
     shutil.copy(WEIGHTS, path)
     sentence = refused(kind="factory", name=f"{factory_file}:make", weights=str(path))
-    assert "missing conv.weight, conv.bias, linear.weight, linear.bias;" in sentence
-    assert "unexpected " in sentence
+    assert re.match(r"model\.weights: .* conv\.weight, conv\.bias, linear\.weight, linear\.bias; ", sentence)
 
 
 class Touch:
@@ -790,7 +787,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path: Path, write: Callable[[Any, 
     target, path = tmp_path / "executed", tmp_path / "weights.pt"
     code = Touch(target)
     write({**net().state_dict(), "extra": code} if nested else code, path)
-    with pytest.raises(ConfigError, match="is not plain weights, and nothing in it was executed"):
+    with pytest.raises(ConfigError, match=rf"^model\.weights: {path} "):
         load_checkpoint(net(), path)
     assert not target.exists()
 
@@ -853,5 +850,5 @@ def test_files_that_are_no_checkpoint(
     ],
 )
 def test_an_image_processor_that_preprocess_cannot_express_is_refused(processor: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"its image processor .* cannot express; wrap the model with kind factory"):
+    with pytest.raises(ConfigError, match=r"^model\.weights: .*preprocess .*factory"):
         _processor_sizes(processor)
