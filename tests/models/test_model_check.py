@@ -269,7 +269,7 @@ def test_a_run_that_moves_little_says_so_at_both_ends(
 ) -> None:
     output = generate(write_config(model={"name": f"{models}:Corner"}))
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert sum("gradient" in sentence and "75.0%" in sentence for sentence in said) == 1
+    assert sum(sentence.startswith("model: ") and "75.0%" in sentence for sentence in said) == 1
     assert sum(LEFT in sentence for sentence in said) == 1
     assert f"fgsm on Corner {LEFT}" in output
     assert f"fgsm on Corner {LEFT}" in fgsm("inspect", tmp_path / "out").stdout

@@ -159,40 +159,39 @@ class Returning(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "shape", "sentence"),
+    ("module", "options", "shape", "named"),
     [
-        (nn.Conv2d(3, 4, 3), {}, (1, 8, 8), "model: it does not take images of shape (1, 8, 8)"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), {}, (3, 8, 8), "model: it does not take images of shape"),
-        (nn.Flatten(), {"mean": (0.5, 0.5)}, (3, 2, 2), "model: it does not take images of shape (3, 2, 2)"),
-        (nn.Flatten(), {"std": (0.5,) * 4}, (3, 2, 2), "model: it does not take images of shape (3, 2, 2)"),
-        (nn.LSTM(2, 5), {}, (1, 2, 2), "model: it does not take images of shape"),
-        (nn.Identity(), {}, (3, 2, 2), "shape (1, 3, 2, 2); logits (images, classes)"),
-        (nn.Flatten(0), {}, (3, 2, 2), "shape (12,); logits (images, classes)"),
-        (nn.Flatten(0, 1), {}, (3, 2, 2), "shape (3, 2, 2); logits (images, classes)"),
-        (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), "shape (1, 3, 2, 1, 2); logits (images, classes)"),
-        (Returning(lambda logits: (logits, logits)), {}, (3, 2, 2), "model: it returned an object of type tuple;"),
-        (Returning(lambda logits: [logits]), {}, (3, 2, 2), "an object of type list;"),
-        (Returning(lambda logits: {"out": logits, "aux": 3}), {}, (3, 2, 2), "an object of type dict;"),
-        (Returning(lambda _: {"logits": None}), {}, (3, 2, 2), "an object of type dict;"),
-        (Returning(lambda logits: SimpleNamespace(scores=logits)), {}, (3, 2, 2), "an object of type SimpleNamespace;"),
-        (Returning(lambda logits: logits.numpy(force=True)), {}, (3, 2, 2), "an object of type ndarray;"),
-        (Returning(lambda _: None), {}, (3, 2, 2), "an object of type NoneType;"),
-        (Returning(lambda logits: logits.long()), {}, (3, 2, 2), "model: it returned torch.int64 values;"),
-        (Returning(lambda logits: logits > 0), {}, (3, 2, 2), "model: it returned torch.bool values;"),
-        (Returning(lambda logits: logits + 1j), {}, (3, 2, 2), "model: it returned torch.complex64 values;"),
-        (Returning(lambda logits: logits[..., None, None]), {}, (3, 2, 2), "shape (1, 12, 1, 1); logits (images"),
-        (Returning(lambda logits: logits.T), {}, (3, 2, 2), "shape (12, 1); logits (images"),
-        (Returning(lambda logits: logits.detach()), {}, (3, 2, 2), "model: no gradient reaches its input"),
+        (nn.Conv2d(3, 4, 3), {}, (1, 8, 8), r"\(1, 8, 8\): "),
+        (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), {}, (3, 8, 8), r"\(3, 8, 8\): "),
+        (nn.Flatten(), {"mean": (0.5, 0.5)}, (3, 2, 2), r"\(3, 2, 2\): "),
+        (nn.Flatten(), {"std": (0.5,) * 4}, (3, 2, 2), r"\(3, 2, 2\): "),
+        (nn.LSTM(2, 5), {}, (1, 2, 2), r"\(1, 2, 2\): "),
+        (nn.Identity(), {}, (3, 2, 2), r"\(1, 3, 2, 2\); "),
+        (nn.Flatten(0), {}, (3, 2, 2), r"\(12,\); "),
+        (nn.Flatten(0, 1), {}, (3, 2, 2), r"\(3, 2, 2\); "),
+        (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), r"\(1, 3, 2, 1, 2\); "),
+        (Returning(lambda logits: (logits, logits)), {}, (3, 2, 2), "tuple;"),
+        (Returning(lambda logits: [logits]), {}, (3, 2, 2), "list;"),
+        (Returning(lambda logits: {"out": logits, "aux": 3}), {}, (3, 2, 2), "dict;"),
+        (Returning(lambda _: {"logits": None}), {}, (3, 2, 2), "dict;"),
+        (Returning(lambda logits: SimpleNamespace(scores=logits)), {}, (3, 2, 2), "SimpleNamespace;"),
+        (Returning(lambda logits: logits.numpy(force=True)), {}, (3, 2, 2), "ndarray;"),
+        (Returning(lambda _: None), {}, (3, 2, 2), "NoneType;"),
+        (Returning(lambda logits: logits.long()), {}, (3, 2, 2), r"torch\.int64 "),
+        (Returning(lambda logits: logits > 0), {}, (3, 2, 2), r"torch\.bool "),
+        (Returning(lambda logits: logits + 1j), {}, (3, 2, 2), r"torch\.complex64 "),
+        (Returning(lambda logits: logits[..., None, None]), {}, (3, 2, 2), r"\(1, 12, 1, 1\); "),
+        (Returning(lambda logits: logits.T), {}, (3, 2, 2), r"\(12, 1\); "),
+        (Returning(lambda logits: logits.detach()), {}, (3, 2, 2), "gradient"),
         # One class: nothing to confuse it with, and a gradient that is always zero.
-        (nn.Flatten(), {}, (1, 1, 1), "shape (1, 1); logits (images, classes) of two classes or more are needed"),
+        (nn.Flatten(), {}, (1, 1, 1), r"\(1, 1\); "),
     ],
 )
 def test_models_whose_classes_cannot_be_counted(
-    module: nn.Module, options: dict[str, Any], shape: tuple[int, int, int], sentence: str
+    module: nn.Module, options: dict[str, Any], shape: tuple[int, int, int], named: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=f"^model: .*{named}") as caught:
         Model(module, **options).count_classes(shape)
-    assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -243,22 +242,22 @@ def test_an_untrained_model_comes_from_the_seed_alone(factory_file: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs", "sentence"),
+    ("name", "kwargs", "named"),
     [
-        ("{folder}/missing.py:make", {}, "model.name: there is no file {folder}/missing.py."),
-        ("{folder}/victim.py:missing", {}, "model.name: {folder}/victim.py has no callable missing."),
-        ("{folder}/victim.py:not_callable", {}, "model.name: {folder}/victim.py has no callable not_callable."),
-        ("{folder}/victim.py:torch.nn.ReLU", {}, "has no callable torch.nn.ReLU"),
-        ("{folder}/victim.py:make", {"colour": "red"}, "unexpected keyword argument 'colour'"),
-        ("{folder}/broken.py:make", {}, "broken.py cannot be imported: No module named 'no_such"),
-        ("{folder}/syntax.py:make", {}, "syntax.py cannot be imported: "),
-        ("{folder}/odd.py:text", {}, "odd.py:text returned str, not a torch.nn.Module."),
-        ("{folder}/odd.py:fails", {}, "odd.py:fails: the weather is bad"),
-        ("no_such_package.nets:make", {}, "model.name: no_such_package.nets "),
+        ("{folder}/missing.py:make", {}, " {folder}/missing.py"),
+        ("{folder}/victim.py:missing", {}, "{folder}/victim.py .* missing"),
+        ("{folder}/victim.py:not_callable", {}, "{folder}/victim.py .* not_callable"),
+        ("{folder}/victim.py:torch.nn.ReLU", {}, "{folder}/victim.py .* torch.nn.ReLU"),
+        ("{folder}/victim.py:make", {"colour": "red"}, ": .*'colour'"),
+        ("{folder}/broken.py:make", {}, "{folder}/broken.py .*: .*'no_such_module'"),
+        ("{folder}/syntax.py:make", {}, "{folder}/syntax.py .*: "),
+        ("{folder}/odd.py:text", {}, "{folder}/odd.py:text .* str, .*torch.nn.Module"),
+        ("{folder}/odd.py:fails", {}, "{folder}/odd.py:fails: the weather is bad$"),
+        ("no_such_package.nets:make", {}, "no_such_package.nets "),
         ("math:sqrt", {"x": 4}, "math:sqrt"),
     ],
 )
-def test_factories_that_cannot_be_used(factory_file: Path, name: str, kwargs: dict[str, Any], sentence: str) -> None:
+def test_factories_that_cannot_be_used(factory_file: Path, name: str, kwargs: dict[str, Any], named: str) -> None:
     folder = factory_file.parent
     (folder / "broken.py").write_text("import no_such_module\n")
     (folder / "syntax.py").write_text("def make(:\n")
@@ -266,8 +265,7 @@ def test_factories_that_cannot_be_used(factory_file: Path, name: str, kwargs: di
         "def text():\n    return 'a model'\n\n\ndef fails():\n    raise RuntimeError('the weather is bad\\nand cold')\n"
     )
     found = refused(kind="factory", name=name.format(folder=folder), kwargs=kwargs)
-    assert sentence.format(folder=folder) in found
-    assert found.startswith("model")
+    assert re.match(rf"model(\.name)?: .*{named.format(folder=folder)}", found)
 
 
 def test_a_file_that_failed_to_import_is_read_again(tmp_path: Path) -> None:
@@ -802,13 +800,13 @@ def cut_safetensors(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-PLAIN = "is not plain weights, and nothing in it was executed"
-SAFE = "is not a safetensors file"
-NO_STATE = "holds no state dict"
+PLAIN = "plain weights"
+SAFE = "safetensors file"
+NO_STATE = "state dict"
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "sentence"),
+    ("name", "write", "named"),
     [
         ("a.pt", Path.touch, PLAIN),
         ("a.pth", cut, PLAIN),
@@ -825,19 +823,15 @@ NO_STATE = "holds no state dict"
         ("a.pt", lambda path: torch.save({"state_dict": "lost"}, path), NO_STATE),
         ("a.pt", lambda path: torch.save({"epoch": 3, "weight": torch.zeros(1)}, path), NO_STATE),
         ("a.pt", lambda path: torch.save({0: torch.zeros(1)}, path), NO_STATE),
-        ("a.pt", lambda path: path.with_suffix(".pth").touch(), "there is no file"),
-        ("a.pt", Path.mkdir, "there is no file"),
+        ("a.pt", lambda path: path.with_suffix(".pth").touch(), "no file"),
+        ("a.pt", Path.mkdir, "no file"),
     ],
 )
-def test_files_that_are_no_checkpoint(
-    tmp_path: Path, name: str, write: Callable[[Path], object], sentence: str
-) -> None:
+def test_files_that_are_no_checkpoint(tmp_path: Path, name: str, write: Callable[[Path], object], named: str) -> None:
     path = tmp_path / name
     write(path)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^model\.weights: (?=.*{path}\b).*{named}") as caught:
         load_checkpoint(net(), path)
-    assert str(caught.value).startswith("model.weights: ")
-    assert f"{path} {sentence}" in str(caught.value) or f"{sentence} {path}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

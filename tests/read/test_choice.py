@@ -265,7 +265,7 @@ def test_without_models_noise_is_drawn_alone() -> None:
         ({"pgd": float("nan")}, "pgd"),
         ({"pgd": "2"}, "pgd"),
         ({"pgd": True}, "pgd"),
-        ({"fgsm": 0, "noise": 0, "pgd": 0}, "nothing is left"),
+        ({"fgsm": 0, "noise": 0, "pgd": 0}, "nothing"),
     ],
     ids=str,
 )

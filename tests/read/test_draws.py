@@ -332,7 +332,7 @@ def test_a_state_of_another_mix_is_refused(several: Path) -> None:
         ({"weights": {"4/255": 2}}, "weights", "'4/255'"),
         ({"weights": {"fgsm": -0.1}}, "weights", "fgsm"),
         ({"weights": {"fgsm": float("nan")}}, "weights", "fgsm"),
-        ({"weights": {"2/255": 0, "8/255": 0}}, "weights", "nothing is left"),
+        ({"weights": {"2/255": 0, "8/255": 0}}, "weights", "nothing"),
         ({"only": "wrong"}, "only", "'wrong'"),
         ({"only": "fooled", "epsilons": ["8/255", "3/255"]}, "only", "3/255"),
     ],

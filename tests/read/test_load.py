@@ -257,21 +257,20 @@ def test_an_overwritten_folder_gives_its_own_rows(write_config: WriteConfig, tmp
 
 
 @pytest.mark.parametrize(
-    ("epsilons", "sentence"),
+    ("epsilons", "named"),
     [
-        (["8"], "epsilons: 8 is above 1, and pixels run from 0 to 1; write 8/255."),
-        ([0.001], "epsilons: 0.001 is below 1/255, the smallest step an 8-bit image can hold."),
-        (["large"], "epsilons: 'large' is neither a number nor of the form k/255."),
-        (["8/255", 0.032], "epsilons: 8/255 and 0.032 are both 8/255; keep one of them."),
-        ([0, "0/255"], "epsilons: 0 and 0/255 are both 0/255; keep one of them."),
-        ([], "epsilons: got []; name them in a list, such as ['8/255']."),
-        ("8/255", "epsilons: got '8/255'; name them in a list, such as ['8/255']."),
+        (["8"], r"epsilons: 8 .* 8/255\.$"),
+        ([0.001], r"epsilons: 0\.001 .*1/255"),
+        (["large"], "epsilons: 'large' .*k/255"),
+        (["8/255", 0.032], r"epsilons: 8/255 and 0\.032 .* 8/255;"),
+        ([0, "0/255"], "epsilons: 0 and 0/255 .* 0/255;"),
+        ([], r"epsilons: .*\[\]; .*'8/255'"),
+        ("8/255", "epsilons: .*'8/255'; .*list"),
     ],
 )
-def test_epsilons_that_cannot_be_are_one_sentence(tmp_path: Path, epsilons: Any, sentence: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_epsilons_that_cannot_be_are_one_sentence(tmp_path: Path, epsilons: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{named}"):
         pipeline.load(tmp_path, epsilons)
-    assert str(caught.value) == sentence
 
 
 def test_decimals_mean_what_they_mean_in_the_config(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -520,30 +520,29 @@ def test_a_state_of_something_else_is_refused(outputs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "named"),
     [
-        ({"epsilons": ["8"]}, "epsilons: 8 is above 1, and pixels run from 0 to 1; write 8/255."),
-        ({"epsilons": [0.001]}, "epsilons: 0.001 is below 1/255, the smallest step an 8-bit image can hold."),
-        ({"epsilons": ["large"]}, "epsilons: 'large' is neither a number nor of the form k/255."),
-        ({"epsilons": ["8/255", 0.032]}, "epsilons: 8/255 and 0.032 are both 8/255; keep one of them."),
-        ({"epsilons": []}, "epsilons: got []; name them in a list, such as ['8/255']."),
-        ({"epsilons": ["8/255", 0]}, "epsilons: 0 is the clean image, whose share is `clean`; leave it out."),
-        ({"clean": 1.5}, "clean: got 1.5; it is the share of clean images, from 0 to 1."),
-        ({"clean": -0.1}, "clean: got -0.1; it is the share of clean images, from 0 to 1."),
-        ({"clean": math.nan}, "clean: got nan; it is the share of clean images, from 0 to 1."),
-        ({"clean": True}, "clean: got True; it is the share of clean images, from 0 to 1."),
-        ({"seed": -1}, "seed: got -1; it is a whole number, 0 or more."),
-        ({"seed": 0.5}, "seed: got 0.5; it is a whole number, 0 or more."),
-        ({"rank": 2, "world_size": 2}, "rank, world_size: got 2 of 2; ranks run from 0 to world_size - 1."),
-        ({"rank": 0}, "rank, world_size: got 0 of None; ranks run from 0 to world_size - 1."),
-        ({"split": "train"}, "split: FOLDER has no split 'train'; it has test."),
+        ({"epsilons": ["8"]}, r"epsilons: 8 .* 8/255\.$"),
+        ({"epsilons": [0.001]}, r"epsilons: 0\.001 .*1/255"),
+        ({"epsilons": ["large"]}, "epsilons: 'large' .*k/255"),
+        ({"epsilons": ["8/255", 0.032]}, r"epsilons: 8/255 and 0\.032 .* 8/255;"),
+        ({"epsilons": []}, r"epsilons: .*\[\]; .*'8/255'"),
+        ({"epsilons": ["8/255", 0]}, "epsilons: 0 .*`clean`"),
+        ({"clean": 1.5}, "clean: .*1.5;"),
+        ({"clean": -0.1}, "clean: .*-0.1;"),
+        ({"clean": math.nan}, "clean: .*nan;"),
+        ({"clean": True}, "clean: .*True;"),
+        ({"seed": -1}, "seed: .*-1;"),
+        ({"seed": 0.5}, "seed: .*0.5;"),
+        ({"rank": 2, "world_size": 2}, "rank, world_size: .* 2 of 2;"),
+        ({"rank": 0}, "rank, world_size: .* 0 of None;"),
+        ({"split": "train"}, r"split: FOLDER .*'train'; .* test\.$"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(outputs: Path, options: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_is_one_sentence(outputs: Path, options: dict[str, Any], named: str) -> None:
     folder = outputs / "color-images"
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=f"^{named.replace('FOLDER', str(folder))}"):
         pipeline.training_dataset(folder, **{"split": "test", **options})
-    assert str(caught.value) == sentence.replace("FOLDER", str(folder))
 
 
 def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp_path: Path) -> None:
