@@ -132,7 +132,7 @@ def test_missing_shards_and_foreign_files_are_named(write_config: WriteConfig, t
     result = fgsm("verify", out)
     assert result.exit_code == 1
     assert re.search(rf"\b1 of 3 shards .*\.run/receipts, {SHARD} ", result.stderr)
-    assert "missing" not in result.stderr
+    assert "are missing" not in result.stderr
     assert "clean/test-00009-of-00003.parquet belongs" in result.stderr
     assert ": clean/mine.parquet" in result.stdout
 

@@ -249,7 +249,7 @@ def test_what_would_stop_the_run_stops_the_plan(write_config: WriteConfig, facto
     planned, generated = fgsm("plan", config), fgsm("generate", config)
     assert planned.exit_code == generated.exit_code == 1
     for result in (planned, generated):
-        assert re.search(r"Error: .*\bmake\b.*\bNaN\b.*model\.mean", result.stderr)
+        assert re.search(r"Error: .*\bBroken\b.*\bNaN\b.*model\.mean", result.stderr)
 
 
 def test_a_few_broken_images_do_not_stop_the_plan(write_config: WriteConfig, tmp_path: Path) -> None:
