@@ -610,7 +610,7 @@ def test_plan_says_what_generate_writes_and_writes_nothing(write_config: WriteCo
     assert not (tmp_path / "out").exists()
     lines = dict(line.split("  ", 1) for line in result.stdout.splitlines())
     assert lines["rows"].strip() == "120"
-    assert "9 Parquet files in 3 shards" in lines["files"]
+    assert re.findall(r"\d+", lines["files"])[:2] == ["9", "3"]
     assert "40 (test 40), 16x16 RGB" in lines["source images"]
     generate(write_config())
     assert manifest(tmp_path / "out")["run_id"] in lines["output"]
