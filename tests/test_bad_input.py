@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,9 @@ def test_a_dataset_that_cannot_be_used(
 def test_an_imagefolder_without_images(write_config: WriteConfig, tmp_path: Path) -> None:
     (tmp_path / "photos/cat").mkdir(parents=True)
     config = write_config(source={"kind": "imagefolder", "path": str(tmp_path / "photos")})
-    assert "is not a folder of class folders" in refused(config)
+    assert refused(config).startswith(f"source.path: {tmp_path}/photos ")
     Image.new("RGB", (8, 8)).save(tmp_path / "photos/cat/1.png")
-    assert "The dataset has 1 classes and the model 3" in refused(config)
+    assert re.match(r"model\.label_map: .* 1 class.* 3;", refused(config))
 
 
 class Dangerous:
@@ -141,24 +142,23 @@ def test_a_checkpoint_that_does_not_fit_lists_its_keys(write_config: WriteConfig
     path = tmp_path / "other.safetensors"
     save_file({"conv.weight": torch.zeros(6, 3, 5, 5), "conv.bias": torch.zeros(6), "fc.weight": torch.zeros(3)}, path)
     sentence = refused(write_config(model={"weights": str(path)}))
-    assert "missing linear.weight, linear.bias" in sentence
-    assert "unexpected fc.weight" in sentence
-    assert "of another shape conv.weight" in sentence
+    assert re.search(r"^model\.weights: .*linear\.weight, linear\.bias.*fc\.weight.*conv\.weight", sentence)
 
 
 def test_a_pickle_that_is_not_plain_weights_is_not_executed(write_config: WriteConfig, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": {"x": Dangerous(tmp_path / "owned")}}, path)
-    assert "is not plain weights, and nothing in it was executed" in refused(write_config(model={"weights": str(path)}))
+    assert refused(write_config(model={"weights": str(path)})).startswith(f"model.weights: {path} ")
     path.write_bytes(pickle.dumps(Dangerous(tmp_path / "owned")))
-    assert "is not plain weights" in refused(write_config(model={"weights": str(path)}))
+    assert refused(write_config(model={"weights": str(path)})).startswith(f"model.weights: {path} ")
     assert not (tmp_path / "owned").exists()
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(write_config: WriteConfig) -> None:
     result = fgsm("generate", write_config(), "--debug", "--set", "source.path=/no/such/folder")
     assert result.exit_code == 2
-    assert "Error: source.path: there is no folder" in result.stderr
+    assert "Traceback" in result.stderr
+    assert "Error: source.path: " in result.stderr
 
 
 def test_a_wrong_option_is_bad_usage() -> None:
@@ -186,7 +186,7 @@ class Frozen(Net):
 
 def test_a_victim_that_lets_no_gradient_through(write_config: WriteConfig, factory_file: Path) -> None:
     factory_file.write_text(FACTORY + FROZEN)
-    assert "no gradient reaches its input" in refused(write_config(model={"name": f"{factory_file}:Frozen"}))
+    assert re.search("^model: .*gradient", refused(write_config(model={"name": f"{factory_file}:Frozen"})))
 
 
 def test_splits_whose_files_would_be_named_alike(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -195,4 +195,4 @@ def test_splits_whose_files_would_be_named_alike(write_config: WriteConfig, tmp_
         path.parent.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(path)
     photos = {"kind": "imagefolder", "path": str(tmp_path / "photos"), "split": ["a-b", "a_b"]}
-    assert "two splits would have the same name" in refused(write_config(source=photos))
+    assert re.search(r"^source\.split: .*a-b.*a_b", refused(write_config(source=photos)))

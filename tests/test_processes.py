@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pty
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -93,7 +94,7 @@ def test_signals_end_within_five_seconds_and_keep_what_is_committed(
     assert process.exitcode == code
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log
-    assert f"To go on: fgsm generate {slow_config}" in log
+    assert f": fgsm generate {slow_config}" in log
     wait_for(lambda: group_is_gone(process.pid), 10)
     kept = digests(out)
     committed = receipts(out)
@@ -115,7 +116,7 @@ def test_an_operator_that_hears_nothing_does_not_hold_the_end_up(
     process.join(30)
     assert time.monotonic() - began < 5 + OTHERS
     assert process.exitcode == 143
-    assert "Interrupted; what was committed is kept" in (tmp_path / "log").read_text()
+    assert "Interrupted" in (tmp_path / "log").read_text()
 
 
 def test_a_killed_run_leaves_no_worker_behind(slow_config: Path, tmp_path: Path, start: Start) -> None:
@@ -133,7 +134,7 @@ def test_two_runs_cannot_hold_one_folder(slow_config: Path, tmp_path: Path, star
     result = fgsm("generate", slow_config)
     os.kill(process.pid, signal.SIGCONT)
     assert result.exit_code == 1
-    assert f"in use by another run (process {process.pid}); wait for it" in result.stderr
+    assert re.search(rf"Error: {tmp_path}/out .*process {process.pid}\b", result.stderr)
     process.join(30)
     assert process.exitcode == 0
 

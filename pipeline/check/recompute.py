@@ -92,7 +92,7 @@ def open_recomputation(manifest: Manifest, plan: Plan, findings: Findings) -> It
         try:
             compile_models(attacker, device, manifest.shape, config.runtime.batch_size)
         except PipelineError as error:
-            logger.warning("%s; its predictions are compared as from another environment.", error)
+            logger.warning("runtime.compile: %s; its predictions are compared as from another environment.", error)
             compiled_alike = False
     chunk = chunk_images(device, config.runtime.batch_size, manifest.shape)
     recorded = manifest.identity.get("runtime.chunk")

@@ -386,8 +386,10 @@ class Config(Section):
                     f"{self.key('attack', name)}.models: there is no model {unknown[0]!r}; there are "
                     f"{', '.join(self.all_models)}"
                 )
-            if len(set(attack.models or ())) < len(attack.models or ()):
-                raise ValueError(f"{self.key('attack', name)}.models names one of them twice")
+            models = attack.models or ()
+            twice = [model for model in models if models.count(model) > 1]
+            if twice:
+                raise ValueError(f"{self.key('attack', name)}.models names {twice[0]} twice")
         self._check_names()
 
     def _check_names(self) -> None:

@@ -321,7 +321,9 @@ def fit_batch_size(attempt: Callable[[int], None], batch_size: int, *, quiet: bo
         torch.cuda.empty_cache()
         size //= 2
     if size < batch_size and not quiet:
-        logger.warning("A batch of %d does not fit in the device's memory; %d does.", batch_size, size)
+        logger.warning(
+            "runtime.batch_size: a batch of %d does not fit in the device's memory; %d does.", batch_size, size
+        )
     return size
 
 

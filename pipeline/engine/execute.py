@@ -137,7 +137,7 @@ def compile_as_begun(run: Run) -> None:
         raise _too_large("the compiled models", run.plan.batch_size) from error
     except PipelineError as error:
         raise PipelineError(
-            f"{error}; the run was begun with compiled models. Fix the compiler, or start over with "
+            f"runtime.compile: {error}; the run was begun with compiled models. Fix the compiler, or start over with "
             "--set runtime.compile=false --overwrite."
         ) from error
 

@@ -338,7 +338,7 @@ def _sentence(error: Exception, repo_id: str) -> str:
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(error)):
         return "HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it."
     if _is_passing(error):
-        return f"The connection to the Hub was lost; {again}."
+        return f"{repo_id}: the connection to the Hub was lost; {again}."
     reasons = dict.fromkeys(first_line(cause).rstrip(".") for cause in causes(error))
     return f"{repo_id}: the upload failed ({': '.join(reasons)}); {again}."
 

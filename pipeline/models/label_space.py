@@ -174,7 +174,7 @@ def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None
     """Without a map, both must have the same classes in the same order, as far as names tell."""
     if len(classes) != count:
         raise ConfigError(
-            f"The dataset has {len(classes)} classes and the model {count}; say how they meet in model.label_map."
+            f"model.label_map: the dataset has {len(classes)} classes and the model {count}; say how they meet."
         )
     names = [_plain(name) for name in classes]
     others = [_plain(name) for name in model_classes or ()]
@@ -185,8 +185,8 @@ def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None
     if any(names[index] in others for index in moved) or len(moved) > count / 100:
         ours, other = classes[moved[0]], (model_classes or ())[moved[0]]
         raise ConfigError(
-            f"The dataset and the model name their classes in another order (class {moved[0]} is {ours!r} in the "
-            f"dataset, {other!r} in the model); say how they meet in model.label_map."
+            f"model.label_map: the dataset and the model name their classes in another order (class {moved[0]} is "
+            f"{ours!r} in the dataset, {other!r} in the model); say how they meet."
         )
 
 

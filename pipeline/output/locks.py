@@ -115,8 +115,8 @@ class StoreLock:
                     found = self._objects.look(self._name)
                     by = f"taken over by another run ({_holder(found)})" if found else "removed"
                     self._lost = (
-                        f"The lock of {self._objects.root} was {by}; nothing more is written. See that one run at a "
-                        "time writes there, then run the same command again."
+                        f"{self._objects.root}: its lock was {by}; nothing more is written. See that one run at a time "
+                        "writes there, then run the same command again."
                     )
         self._raise_if_lost()
 
@@ -162,7 +162,7 @@ class StoreLock:
                     if time.clock_gettime(CLOCK) - since >= patience:
                         raise in_use(root, _holder(now))
                     continue
-                logger.warning("The lock of %s is taken over: it has not changed for %g s.", root, STALE_SECONDS)
+                logger.warning("%s: its lock is taken over, as it has not changed for %g s.", root, STALE_SECONDS)
             with contextlib.suppress(ConflictError):
                 return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
 

@@ -301,7 +301,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         """
         if state["of"] != self.digest:
             raise ConfigError(
-                "The state is that of another dataset, or of another split, models, attacks, epsilons, clean, weights, "
+                "state: it is that of another dataset, or of another split, models, attacks, epsilons, clean, weights, "
                 "only, shuffle or seed."
             )
         rank, world, _, workers = self._consumer()
@@ -309,7 +309,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         if there != here:
             told = ["rank {} of {} with {} readers".format(*consumers) for consumers in (there, here)]
             raise ConfigError(
-                f"The state is of {told[0]}, and this is {told[1]}; resume with as many ranks and workers."
+                f"state: it is of {told[0]}, and this is {told[1]}; resume with as many ranks and workers."
             )
         self._resume = state["epoch"], state["rows"]
         if get_worker_info() is None:
@@ -333,7 +333,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         if self._pending and get_worker_info() is not None:
             # With the first row, not before: a worker that stays would end without a word.
             raise ConfigError(
-                "The state was loaded into the dataset, where workers do not see it; load it into torchdata's "
+                "state: it was loaded into the dataset, where workers do not see it; load it into torchdata's "
                 "StatefulDataLoader."
             )
         epoch, done = self._reading
@@ -509,8 +509,8 @@ def training_dataset(
     _check_numbers(seed, clean, asked)
     if is_address(path_or_repo):
         raise ConfigError(
-            f"training_dataset reads its files again in every epoch, so it wants them on a disk: copy {path_or_repo} "
-            "into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream it."
+            f"{path_or_repo}: training_dataset reads its files again in every epoch, so it wants them on a disk: copy "
+            "them into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream them."
         )
     local, name = local_folder(path_or_repo), str(path_or_repo)
     root = local or manifest_folder(name)

@@ -191,7 +191,9 @@ def file_names(splits: Mapping[str, Item]) -> dict[str, Item]:
         if not re.match(r"\w", name):
             raise ConfigError(f"source.split: {name!r} cannot be the name of files; save the dataset under another.")
     if len(renamed) < len(splits):
-        raise ConfigError("source.split: two splits would have the same name as files, where - becomes _.")
+        raise ConfigError(
+            f"source.split: two of {', '.join(splits)} would have the same name as files, where - becomes _."
+        )
     return renamed
 
 

@@ -496,7 +496,7 @@ def test_nan_and_infinity_stop_the_run_in_valid_rows_only(
     images[1] = bad
     labels = torch.ones(3, dtype=torch.int64)
     attack, zeros = attacker_of(victim, levels=(4, 5)), torch.zeros_like(labels)
-    with pytest.raises(NonFiniteError, match=f"^The {what} of the model net.* holds? NaN"):
+    with pytest.raises(NonFiniteError, match=rf"^The {what} .* net\b"):
         attack(images, labels.unsqueeze(1), zeros, zeros == 0)
     others = attack(images, labels.unsqueeze(1), zeros, torch.tensor([True, False, True]))
     assert torch.isfinite(torch.stack(others.logits)).all()

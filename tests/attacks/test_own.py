@@ -155,7 +155,7 @@ def test_the_example_of_the_page_runs_and_is_verified(example: Path) -> None:
     assert result.exit_code == 0, result.output
     attacked = rows(example.parent / "out", "eps-8")
     assert {*zip(attacked["attack"], attacked["model"], strict=True)} == {("Blurred", "digits")}
-    assert "36 predictions re-derived from the stored pixels, 0 differ" in result.stdout
+    assert re.search(r"\b36 predictions .* 0 differ", result.stdout)
     # Any epsilon can be made of it, as of FGSM.
     assert len(pipeline.load(example.parent / "out", ["16/255"], "test")) == 12
 
@@ -187,7 +187,7 @@ def test_recompute_refuses_code_that_has_changed(example: Path) -> None:
     generate(example)
     assert manifest(example.parent / "out")["config"]["attack"]["kind"] == f"{example.parent}/blurred.py:Blurred"
     (example.parent / "blurred.py").write_text((example.parent / "blurred.py").read_text() + "# changed\n")
-    with pytest.raises(ConfigError, match=r"attack: what the config names has changed since the run"):
+    with pytest.raises(ConfigError, match=r"^attack: "):
         verify(example.parent / "out", recompute=True)
     assert verify(example.parent / "out").problems == []
 
@@ -197,15 +197,15 @@ def test_recompute_warns_of_code_and_runs_none_out_of_the_dataset(
 ) -> None:
     generate(example)
     verify(example.parent / "out")
-    assert "Running code" not in caplog.text
+    assert "blurred.py" not in caplog.text
     verify(example.parent / "out", recompute=True)
-    assert f"Running code that the manifest names: {example.parent}/blurred.py:Blurred." in caplog.text
+    assert f"{example.parent}/blurred.py:Blurred" in caplog.text
     inside = example.parent / "out/blurred.py"
     shutil.copy(example.parent / "blurred.py", inside)
     shutil.rmtree(example.parent / "out/.run/receipts")
     config = other(example, str(inside) + ":Blurred", output={"path": f"{example.parent}/out"})
     assert fgsm("generate", config, "--overwrite").exit_code == 0
-    with pytest.raises(ConfigError, match=r"attack\.kind: .* would be code out of the dataset itself"):
+    with pytest.raises(ConfigError, match=rf"^attack\.kind: {re.escape(str(inside))}"):
         verify(example.parent / "out", recompute=True)
 
 
@@ -220,7 +220,7 @@ def test_an_attack_that_takes_steps(example: Path, target: str | None) -> None:
     out = example.parent / "out"
     assert manifest(out)["identity"]["attacks.Steps.on_ray"] is False
     for read in (pipeline.load, pipeline.training_dataset):
-        with pytest.raises(ConfigError, match=r"epsilons: 6/255 is not recorded .* recorded: 4/255, 8/255\.$"):
+        with pytest.raises(ConfigError, match=r"^epsilons: 6/255 .* 4/255, 8/255\.$"):
             read(out, epsilons=["6/255"], split="test")
     assert len(pipeline.load(out, ["8/255"], "test")) == 12
 
@@ -231,7 +231,7 @@ def test_recompute_finds_images_that_the_attack_does_not_make(example: Path, mon
     monkeypatch.setattr(steps.__init__, "__defaults__", (2, 3))
     findings = verify(example.parent / "out", recompute=True)
     assert len(findings.damaged) == 1
-    assert "images that the attack does not make again" in findings.problems[0]
+    assert re.search("8 images .*attack", findings.problems[0])
 
 
 def test_what_is_drawn_follows_from_seed_and_row(example: Path) -> None:
@@ -246,40 +246,40 @@ def test_what_is_drawn_follows_from_seed_and_row(example: Path) -> None:
 def test_one_sign_cannot_hold_an_attack_that_takes_steps(example: Path) -> None:
     result = fgsm("generate", other(example, "steps.py:Steps", output={"layout": "signs"}))
     assert result.exit_code == 2
-    assert re.search(r"Error: output\.layout: signs .*steps\.py:Steps .* use layout images or wide", result.stderr)
+    assert re.search(r"Error: output\.layout: signs .*steps\.py:Steps .* images or wide", result.stderr)
     generate(other(example, "steps.py:Drawn", output={"layout": "signs"}))
 
 
 @pytest.mark.parametrize(
-    ("how", "sentence"),
+    ("how", "named"),
     [
-        ("too far", r"attack\.kind: .*steps\.py makes images at 4/255 .* up to \d+ grey levels .* clamp"),
-        ("random", r"attack\.kind: .*steps\.py is not deterministic"),
-        ("float", r"attack\.kind: .*steps\.py must return 2 times images of shape .* uint8, .* returns .* float32"),
-        ("one short", r"attack\.kind: .*steps\.py must return 2 times images"),
-        ("off the ray", r"attack\.kind: .*steps\.py makes images at 4/255 that do not lie along the sign"),
-        ("no direction", r"attack\.kind: .*steps\.py says on_ray = True, and returns no direction"),
-        ("in place", r"attack\.kind: .*steps\.py changes the images that it is given"),
-        ("raises", r"attack\.kind: .*steps\.py fails in line \d+: RuntimeError: no such thing"),
-        ("NaN", r"attack\.kind: .*steps\.py returns a direction that holds NaN"),
-        ("small", r"attack\.kind: .*steps\.py returns a direction of shape \(1, 1, 64, 64\)"),
-        ("list", r"attack\.kind: perturb in .*steps\.py returns list"),
-        ("float gradient", r"attack\.kind: .*model\.gradient takes images of type uint8 .* given float32"),
-        ("fewer", r"attack\.kind: .*model\.gradient takes images .* given uint8 of shape \(1, 1, 64, 64\)"),
-        ("float prediction", r"attack\.kind: .*model\.predict takes images of type uint8"),
-        ("undeclared draws", r"attack\.kind: .*steps\.py fails in line \d+: TypeError: .*NoneType"),
-        ("seeded", r"attack\.kind: .*steps\.py draws or seeds the random numbers"),
-        ("whole batch", r"attack\.kind: .*steps\.py makes other images of a row when other rows are beside it"),
+        ("too far", r"attack\.kind: .*steps\.py .* 4/255 .* \d+ grey"),
+        ("random", r"attack\.kind: .*steps\.py .*deterministic"),
+        ("float", r"attack\.kind: .*steps\.py .* 2 .*shape .* uint8, .* float32"),
+        ("one short", r"attack\.kind: .*steps\.py .* 2 .*shape "),
+        ("off the ray", r"attack\.kind: .*steps\.py .* 4/255 .* sign\b"),
+        ("no direction", r"attack\.kind: .*steps\.py .* on_ray = True,.* direction"),
+        ("in place", r"attack\.kind: .*steps\.py changes .*images"),
+        ("raises", r"attack\.kind: .*steps\.py .* line \d+: RuntimeError: "),
+        ("NaN", r"attack\.kind: .*steps\.py .* direction .* NaN"),
+        ("small", r"attack\.kind: .*steps\.py .* direction .* \(1, 1, 64, 64\)"),
+        ("list", r"attack\.kind: perturb .*steps\.py .* list\b"),
+        ("float gradient", r"attack\.kind: .*model\.gradient .* uint8 .* float32"),
+        ("fewer", r"attack\.kind: .*model\.gradient .* uint8 .* \(1, 1, 64, 64\)"),
+        ("float prediction", r"attack\.kind: .*model\.predict .* uint8"),
+        ("undeclared draws", r"attack\.kind: .*steps\.py .* line \d+: TypeError: .*NoneType"),
+        ("seeded", r"attack\.kind: .*steps\.py .*torch\.manual_seed"),
+        ("whole batch", r"attack\.kind: .*steps\.py .* rows .*\d%"),
     ],
 )
-def test_an_attack_that_does_not_keep_its_promise(example: Path, how: str, sentence: str) -> None:
+def test_an_attack_that_does_not_keep_its_promise(example: Path, how: str, named: str) -> None:
     config = other(example, "steps.py:Broken")
     content = yaml.safe_load(config.read_text())
     content["attack"]["kwargs"] = {"how": how}
     config.write_text(yaml.safe_dump(content))
     result = fgsm("generate", config)
     assert result.exit_code == 2
-    assert re.search(f"Error: {sentence}", result.stderr)
+    assert re.search(f"Error: {named}", result.stderr)
     assert not (example.parent / "out/manifest.json").exists()
 
 
@@ -308,21 +308,21 @@ def test_an_attack_that_fails_later_ends_the_run(example: Path, how: str, senten
 
 
 @pytest.mark.parametrize(
-    ("attack", "sentence"),
+    ("attack", "named"),
     [
-        ({"kind": "gone.py:Attack"}, r"attack\.kind: there is no file .*gone\.py"),
-        ({"kind": "steps.py:Nobody"}, r"attack\.kind: .*steps\.py has no callable Nobody"),
-        ({"kind": "steps.py"}, r"attack\.kind: got 'steps\.py'; allowed: 'fgsm', .* or 'path/to/file\.py:Attack'"),
-        ({"kind": "steps.py:make"}, r"attack\.kind: .*steps\.py:make is no class, but function"),
-        ({"kind": "steps.py:Unsaid"}, r"attack\.kind: .* does not say on_ray"),
-        ({"kind": "steps.py:Without"}, r"attack\.kind: .* has no method perturb"),
+        ({"kind": "gone.py:Attack"}, r"attack\.kind: .*gone\.py"),
+        ({"kind": "steps.py:Nobody"}, r"attack\.kind: .*steps\.py .* Nobody"),
+        ({"kind": "steps.py"}, r"attack\.kind: .*'steps\.py'.*'fgsm', .*'path/to/file\.py:Attack'"),
+        ({"kind": "steps.py:make"}, r"attack\.kind: .*steps\.py:make .* class\b.* function"),
+        ({"kind": "steps.py:Unsaid"}, r"attack\.kind: .* on_ray"),
+        ({"kind": "steps.py:Without"}, r"attack\.kind: .* perturb"),
         ({"kind": "steps.py:Steps", "kwargs": {"x": 1}}, r"attack\.kwargs: .* TypeError: .*'x'"),
     ],
 )
-def test_attacks_that_cannot_be_loaded(example: Path, attack: dict[str, Any], sentence: str) -> None:
+def test_attacks_that_cannot_be_loaded(example: Path, attack: dict[str, Any], named: str) -> None:
     config = other(example, "fgsm")
     content = yaml.safe_load(config.read_text())
     content["attack"] |= attack
     config.write_text(yaml.safe_dump(content))
-    with pytest.raises(PipelineError, match=sentence):
+    with pytest.raises(PipelineError, match=f"^{named}"):
         open_run(load_config(str(config)))

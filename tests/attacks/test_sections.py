@@ -90,13 +90,13 @@ def test_decays_that_cannot_be(decay: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["fgsm", "noise", "bim", "pgd"])
 def test_decay_is_of_momentum_alone(kind: str) -> None:
-    with pytest.raises(ConfigError, match=r"^attack\.decay is an unknown key"):
+    with pytest.raises(ConfigError, match=rf"^attack\.decay .* {kind}\b"):
         parse_config(whole(kind=kind, decay=0.5))
 
 
 @pytest.mark.parametrize(("key", "value"), [("label", "dataset"), ("label", "prediction"), ("target", 3)])
 def test_noise_has_no_loss(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^attack\.{key}: .* leave the key out\.$"):
+    with pytest.raises(ConfigError, match=rf"^attack\.{key}: "):
         parse_config(whole(kind="noise", **{key: value}))
     assert parse_config(whole(kind="noise", **{key: None})) == parse_config(whole(kind="noise"))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,10 +79,10 @@ def copy_a_receipt(out: Path) -> None:
         (cut_short, f"{FILE} has "),
         (alter_a_byte, f"{FILE} has sha256 "),
         (delete_a_file, f"{FILE} is missing"),
-        (break_a_receipt, f"{SHARD}.json was altered, or is no receipt"),
-        (alter_a_receipt, f"{SHARD}.json was altered, or is no receipt"),
-        (copy_a_receipt, f"{SHARD}.json is of another shard"),
-        (swap_a_receipt, f"{SHARD}.json is of another run"),
+        (break_a_receipt, rf"{SHARD}\S*\.json .*altered"),
+        (alter_a_receipt, rf"{SHARD}\S*\.json .*altered"),
+        (copy_a_receipt, rf"{SHARD}\S*\.json .* shard\b"),
+        (swap_a_receipt, rf"{SHARD}\S*\.json .* run\b"),
     ],
 )
 def test_damage_is_named_repaired_and_written_again(
@@ -93,13 +94,13 @@ def test_damage_is_named_repaired_and_written_again(
     damage(out)
     result = fgsm("verify", out)
     assert result.exit_code == 1
-    assert named in result.stderr
+    assert re.search(named, result.stderr)
     assert "--repair" in result.stderr
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
     assert not shard_path(out, f".run/receipts/{SHARD}.json").exists()
     assert not list(out.glob(f"*/{SHARD}-*.parquet"))
-    assert "2 of 3 shards are already there" in generate(config)
+    assert "2 of 3 shards" in generate(config)
     assert digests(out) == before
     assert shard_path(out, f".run/receipts/{SHARD}.json").read_bytes() == receipt
     assert fgsm("verify", out, "--recompute").exit_code == 0
@@ -109,10 +110,9 @@ def test_a_sound_dataset_is_verified_in_full(write_config: WriteConfig, tmp_path
     generate(write_config())
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0
-    assert "3 shards and 120 rows checked" in result.stdout
-    assert "0 images outside their epsilon ball" in result.stdout
-    assert "120 predictions re-derived from the stored pixels, 0 differ" in result.stdout
-    assert "the recorded environment, exactly" in result.stdout
+    assert re.search(r"\b3 shards .*\b120 rows\b", result.stdout)
+    assert re.search(r"\b0 images .*epsilon ball", result.stdout)
+    assert re.search(r"\b120 predictions .* 0 differ.*\bexactly\b", result.stdout)
 
 
 def test_repair_leaves_sound_shards_alone(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -131,17 +131,17 @@ def test_missing_shards_and_foreign_files_are_named(write_config: WriteConfig, t
     (out / "clean/mine.parquet").write_bytes(b"would not")
     result = fgsm("verify", out)
     assert result.exit_code == 1
-    assert f"1 of 3 shards have no receipt in .run/receipts, {SHARD} first" in result.stderr
+    assert re.search(rf"\b1 of 3 shards .*\.run/receipts, {SHARD} ", result.stderr)
     assert "are missing" not in result.stderr
-    assert "clean/test-00009-of-00003.parquet belongs to no shard" in result.stderr
-    assert "not of this dataset, and left alone: clean/mine.parquet" in result.stdout
+    assert "clean/test-00009-of-00003.parquet belongs" in result.stderr
+    assert ": clean/mine.parquet" in result.stdout
 
 
 def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
     for command in ("verify", "inspect"):
         result = fgsm(command, tmp_path / "nowhere")
         assert result.exit_code == 2
-        assert "holds no dataset of ours" in result.stderr
+        assert re.search(rf"Error: {tmp_path}/nowhere\b", result.stderr)
 
 
 def test_a_downloaded_dataset_runs_no_code_of_its_own(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_downloaded_dataset_runs_no_code_of_its_own(write_config: WriteConfig,
     ran = tmp_path / "ran"
     (tmp_path / "victim.py").write_text(f"open({str(ran)!r}, 'w').close()")
     assert "victim.py:make" in path.read_text()
-    assert_found("3 of 3 shards have no receipt", tmp_path / "out", "--recompute")
+    assert_found("3 of 3 shards", tmp_path / "out", "--recompute")
     assert not ran.exists()
 
 
@@ -210,18 +210,18 @@ def no_confidence(columns: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (leave_the_ball, "has 1 images outside the epsilon ball of 8/255"),
-        (break_the_image, "holds a broken image"),
-        (another_size, "holds an image of another size"),
-        (exchange_rows, "has other values in source_index"),
-        (another_label, "has other values in label"),
-        (another_epsilon, "has other values in epsilon"),
-        (another_attack, "has other values in attack"),
-        (no_model, "has other values in model"),
-        (another_clean_prediction, "has other values in clean_prediction"),
-        (exchange_correct, "has other values in correct"),
-        (another_fooled, "has other values in fooled"),
-        (no_confidence, "has other values in confidence"),
+        (leave_the_ball, r"1 images .* ball of 8/255"),
+        (break_the_image, "broken"),
+        (another_size, "size"),
+        (exchange_rows, r"values in source_index\b"),
+        (another_label, r"values in label\b"),
+        (another_epsilon, r"values in epsilon\b"),
+        (another_attack, r"values in attack\b"),
+        (no_model, r"values in model\b"),
+        (another_clean_prediction, r"values in clean_prediction\b"),
+        (exchange_correct, r"values in correct\b"),
+        (another_fooled, r"values in fooled\b"),
+        (no_confidence, r"values in confidence\b"),
     ],
 )
 def test_forged_rows_are_found_without_the_victim(
@@ -229,14 +229,14 @@ def test_forged_rows_are_found_without_the_victim(
 ) -> None:
     generate(write_config())
     forge(tmp_path / "out", edit)
-    assert_found(f"{FILE} {named}", tmp_path / "out")
+    assert_found(f"{FILE} .*{named}", tmp_path / "out")
 
 
 def test_rows_that_the_plan_does_not_have_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     clean = f"clean/{SHARD}.parquet"
     forge(tmp_path / "out", exchange_rows, clean)
-    assert f"{clean} has other values in source_index" in fgsm("verify", tmp_path / "out").stderr
+    assert re.search(f"{clean} .*source_index", fgsm("verify", tmp_path / "out").stderr)
 
 
 def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -245,14 +245,14 @@ def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tm
     receipt = json.loads(path.read_text())
     receipt["files"].pop()
     write_sealed(path, receipt)
-    assert f"{SHARD}.json lists other files" in fgsm("verify", tmp_path / "out").stderr
+    assert re.search(rf"{SHARD}\.json .*\bfiles\b", fgsm("verify", tmp_path / "out").stderr)
 
 
 def test_wrong_counts_in_a_receipt_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     forge(tmp_path / "out", lambda _: None, correct=16, fooled=16)
     result = fgsm("verify", tmp_path / "out")
-    assert f"{SHARD}.json has other counts than the rows of {FILE}" in result.stderr
+    assert re.search(rf"{SHARD}\.json .*\bcounts\b.*{FILE}", result.stderr)
 
 
 def lose_a_row(columns: dict[str, list[Any]]) -> None:
@@ -263,7 +263,7 @@ def lose_a_row(columns: dict[str, list[Any]]) -> None:
 def test_lost_rows_and_other_columns_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     forge(tmp_path / "out", lose_a_row)
-    assert "has 15 rows; its receipt says 16" in fgsm("verify", tmp_path / "out").stderr
+    assert re.search(rf"{FILE} .*\b15\b.*\b16\b", fgsm("verify", tmp_path / "out").stderr)
     path = shard_path(tmp_path / "out", FILE)
     rewrite(path, pq.read_table(path).drop_columns(["fooled"]))
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -271,7 +271,7 @@ def test_lost_rows_and_other_columns_are_found(write_config: WriteConfig, tmp_pa
     receipt = json.loads(receipt_path.read_text())
     next(entry for entry in receipt["files"] if without_run(entry["path"]) == FILE).update(bytes=size, sha256=digest)
     write_sealed(receipt_path, receipt)
-    assert "has other columns than the manifest says" in fgsm("verify", tmp_path / "out").stderr
+    assert re.search(rf"{FILE} .*\bcolumns\b", fgsm("verify", tmp_path / "out").stderr)
 
 
 def another_prediction(columns: dict[str, list[Any]]) -> None:
@@ -289,9 +289,9 @@ def another_label_confidence(columns: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (another_prediction, "has 1 predictions that its pixels do not give"),
-        (another_confidence, "has a confidence that its pixels do not give"),
-        (another_label_confidence, "has a label_confidence that its pixels do not give"),
+        (another_prediction, "1 predictions"),
+        (another_confidence, r"a confidence\b"),
+        (another_label_confidence, r"a label_confidence\b"),
     ],
 )
 def test_recompute_finds_what_the_pixels_do_not_give(
@@ -300,7 +300,7 @@ def test_recompute_finds_what_the_pixels_do_not_give(
     generate(write_config())
     forge(tmp_path / "out", edit)
     assert fgsm("verify", tmp_path / "out").exit_code == 0
-    assert_found(f"{FILE} {named}", tmp_path / "out", "--recompute")
+    assert_found(f"{FILE} .*{named}", tmp_path / "out", "--recompute")
 
 
 def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -311,9 +311,9 @@ def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, 
     (moved / "victim.py").write_text(FACTORY + "\n# edited")
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 2
-    assert "has changed since the run" in result.stderr
+    assert "Error: model: " in result.stderr
     (moved / "victim.py").unlink()
-    assert "there is no file" in fgsm("verify", tmp_path / "out", "--recompute").stderr
+    assert f" {moved}/victim.py." in fgsm("verify", tmp_path / "out", "--recompute").stderr
 
 
 def test_elsewhere_only_near_ties_are_forgiven(
@@ -328,12 +328,12 @@ def test_elsewhere_only_near_ties_are_forgiven(
     agree(tmp_path / "out")
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 1
-    assert "another environment than the recorded one" in result.stdout
+    assert re.search(r"another environment .*\btorch 1\.0\b", result.stdout)
     # With every margin counted as a tie, the forged prediction is one.
     monkeypatch.setattr("pipeline.check.recompute.TOLERANCE", {"fp32": 1e9})
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0
-    assert "1 near ties" in result.stdout
+    assert re.search(r"\b1 .*\bties\b", result.stdout)
 
 
 @pytest.mark.parametrize(("key", "value"), [("rows", 41), ("complete", False), ("versions", {"torch": "1.0"})])
@@ -344,7 +344,7 @@ def test_a_manifest_that_claims_otherwise_is_found_and_written_again(
     generate(config)
     text = path.read_text()
     write_sealed(path, {**json.loads(text), key: value})
-    assert_found(f"manifest.json does not agree with the receipts in {key};", tmp_path / "out")
+    assert_found(rf"manifest\.json .* {key};", tmp_path / "out")
     generate(config)
     assert path.read_text() == text
 
@@ -359,9 +359,9 @@ def test_a_card_without_the_subsets_is_found_and_written_again(
     path.unlink()
     if card is not None:
         path.write_text(card)
-    assert "README.md does not list the subsets" in fgsm("verify", tmp_path / "out").stderr
+    assert "README.md does" in fgsm("verify", tmp_path / "out").stderr
     if card:  # somebody else's text is not replaced
-        with pytest.raises(PipelineError, match=r"README\.md is not a card that a run wrote"):
+        with pytest.raises(PipelineError, match=f"^{path} "):
             generate(config)
         assert path.read_text() == card
         path.unlink()
@@ -387,7 +387,7 @@ def test_after_a_repair_manifest_and_card_speak_of_what_is_left(write_config: Wr
     assert "INCOMPLETE" in fgsm("inspect", tmp_path / "out").stdout
     assert (tmp_path / "out/README.md").read_text() != card
     result = fgsm("verify", tmp_path / "out")
-    assert "1 of 3 shards are missing" in result.stderr
+    assert "1 of 3 shards" in result.stderr
     assert "manifest.json" not in result.stderr
 
 
@@ -395,17 +395,15 @@ def test_inspect_counts_receipts_where_the_manifest_is_behind(write_config: Writ
     generate(write_config())
     shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json").unlink()
     assert "INCOMPLETE" in fgsm("inspect", tmp_path / "out").stdout
-    assert "24 of 40 source images" in fgsm("inspect", tmp_path / "out").stdout
+    assert "24 of 40 " in fgsm("inspect", tmp_path / "out").stdout
 
 
 def test_a_foreign_receipt_is_named_and_does_not_count(write_config: WriteConfig, tmp_path: Path) -> None:
     config, receipts = write_config(), tmp_path / "out/.run/receipts"
     generate(config)
     shard_path(receipts, "test-00007-of-00003.json").write_bytes(shard_path(receipts, f"{SHARD}.json").read_bytes())
-    assert (
-        "test-00007-of-00003.json belongs to no shard of this run; delete it" in fgsm("verify", tmp_path / "out").stderr
-    )
-    assert "All 3 shards are already there" in generate(config)
+    assert "test-00007-of-00003.json belongs" in fgsm("verify", tmp_path / "out").stderr
+    assert "All 3 shards" in generate(config)
 
 
 def test_lists_and_structs_that_are_kept_verify(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -451,4 +449,4 @@ def test_features_that_cannot_be_read_are_one_sentence(write_config: WriteConfig
     generate(write_config())
     path = tmp_path / "out/manifest.json"
     write_sealed(path, json.loads(path.read_text().replace('"_type": "Image"', '"_type": "Picture"')))
-    assert_found("manifest.json: its features cannot be read", tmp_path / "out")
+    assert_found(r"manifest\.json: .*features", tmp_path / "out")

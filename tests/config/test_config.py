@@ -50,112 +50,94 @@ def value_at(config: Config, key: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("sections", "sentence"),
+    ("sections", "named"),
     [
-        ({"runtime": {"batchsize": 3}}, r"^runtime\.batchsize is an unknown key; did you mean batch_size\?$"),
-        (
-            {"source": {**HUB, "image_colum": "x"}},
-            r"^source\.image_colum is an unknown key; did you mean image_column\?$",
-        ),
-        ({"attack": {"epsilon": [0.1]}}, r"^attack\.epsilon is an unknown key; did you mean epsilons\?$"),
-        ({"preprocess": {"zzz": 1}}, r"^preprocess\.zzz is an unknown key; known keys: resize, crop, .*mode\.$"),
-        ({"modle": {"kind": "digits"}}, r"^modle is an unknown key; did you mean model\?$"),
-        ({"qqq": {}}, r"^qqq is an unknown key; known keys: source, .*runtime\.$"),
-        ({"source": {"kind": "webdataset"}}, r"^source\.kind: got 'webdataset'; allowed: .*'imagefolder'.*\.$"),
-        ({"source": {"kind": "imagefolder"}}, r"^source\.path is missing: kind imagefolder needs it\.$"),
-        ({"source": {"split": "train[:10%]"}}, r"^source\.split: 'train\[:10%\]' is not a split name; .*source\.limit"),
-        ({"source": {"split": ["test", "test"]}}, r"^source\.split needs at least one name, each once"),
-        ({"source": {"split": []}}, r"^source\.split needs at least one name, each once"),
-        (
-            {"source": {"keep_columns": ["id"]}},
-            r"^source\.keep_columns is an unknown key with kind digits; known keys: kind, split",
-        ),
-        ({"source": {"kwargs": {"root": "x"}}}, r"^source\.kwargs is an unknown key with kind digits"),
-        (
-            {"source": {**HUB, "kwargs": {"root": "x"}}},
-            r"^source\.kwargs is an unknown key with kind huggingface; known keys: kind",
-        ),
-        ({"model": {"kind": "resnet"}}, r"^model\.kind: got 'resnet'; allowed: 'torchvision', .* or 'digits'\.$"),
-        ({"model": {"kind": ["digits"]}}, r"^model\.kind: got \['digits'\]; allowed"),
-        ({"attack": {"kind": "fgm"}}, r"^attack\.kind: got 'fgm'; allowed: 'fgsm', .*or 'path/to/file\.py:Attack'\.$"),
-        (
-            {"attack": {"kwargs": {"steps": 3}}},
-            r"^attack\.kwargs is an unknown key with kind fgsm; known keys: kind, epsilons",
-        ),
-        ({"source": {"limit": 0}}, r"^source\.limit: .*greater than 0"),
-        ({"model": {"kind": "factory"}}, r"^model\.name is missing: kind factory needs it"),
-        ({"model": {"kind": "factory", "name": "victim.py"}}, r"^model\.name 'victim\.py' is not of the form"),
-        ({"model": {"label_map": "same"}}, r"^model\.label_map must be a mapping of keys \(got 'same'\)"),
-        ({"model": {"label_map": {}}}, r"^model\.label_map is empty"),
-        ({"model": {"mean": [float("nan")]}}, r"^model\.mean is \[nan\]"),
-        ({"model": {"mean": [123.675, 116.28, 103.53]}}, r"^model\.mean is \[123\.675, .* divide by 255"),
+        ({"runtime": {"batchsize": 3}}, r"^runtime\.batchsize .* batch_size\?$"),
+        ({"source": {**HUB, "image_colum": "x"}}, r"^source\.image_colum .* image_column\?$"),
+        ({"attack": {"epsilon": [0.1]}}, r"^attack\.epsilon .* epsilons\?$"),
+        ({"preprocess": {"zzz": 1}}, r"^preprocess\.zzz .*: resize, crop, .*mode\.$"),
+        ({"modle": {"kind": "digits"}}, r"^modle .* model\?$"),
+        ({"qqq": {}}, r"^qqq .*: source, .*runtime\.$"),
+        ({"source": {"kind": "webdataset"}}, r"^source\.kind: .*'webdataset'.*'imagefolder'"),
+        ({"source": {"kind": "imagefolder"}}, r"^source\.path .* imagefolder "),
+        ({"source": {"split": "train[:10%]"}}, r"^source\.split: 'train\[:10%\]' .*source\.limit"),
+        ({"source": {"split": ["test", "test"]}}, r"^source\.split "),
+        ({"source": {"split": []}}, r"^source\.split "),
+        ({"source": {"keep_columns": ["id"]}}, r"^source\.keep_columns .* digits; .*: kind, split"),
+        ({"source": {"kwargs": {"root": "x"}}}, r"^source\.kwargs .* digits; "),
+        ({"source": {**HUB, "kwargs": {"root": "x"}}}, r"^source\.kwargs .* huggingface; .*: kind"),
+        ({"model": {"kind": "resnet"}}, r"^model\.kind: .*'resnet'.*'torchvision'.*'digits'"),
+        ({"model": {"kind": ["digits"]}}, r"^model\.kind: .*\['digits'\]"),
+        ({"attack": {"kind": "fgm"}}, r"^attack\.kind: .*'fgm'.*'fgsm'.*'path/to/file\.py:Attack'"),
+        ({"attack": {"kwargs": {"steps": 3}}}, r"^attack\.kwargs .* fgsm; .*: kind, epsilons"),
+        ({"source": {"limit": 0}}, r"^source\.limit: .* 0\b"),
+        ({"model": {"kind": "factory"}}, r"^model\.name .* factory "),
+        ({"model": {"kind": "factory", "name": "victim.py"}}, r"^model\.name 'victim\.py' "),
+        ({"model": {"label_map": "same"}}, r"^model\.label_map .*'same'"),
+        ({"model": {"label_map": {}}}, r"^model\.label_map "),
+        ({"model": {"mean": [float("nan")]}}, r"^model\.mean .*\[nan\]"),
+        ({"model": {"mean": [123.675, 116.28, 103.53]}}, r"^model\.mean .*\[123\.675, .* 255"),
         ({"model": {"mean": [0.5, 1.5, 0.5]}}, r"^model\.mean "),
         ({"model": {"mean": [0.5, -0.5, 0.5]}}, r"^model\.mean "),
         ({"model": {"mean": []}}, r"^model\.mean "),
-        ({"model": {"mean": [0.5] * 4}}, r"^model\.mean: 4 values, and RGB images have 3 channels"),
-        ({"model": {"std": [0.5] * 2}}, r"^model\.std: 2 values"),
+        ({"model": {"mean": [0.5] * 4}}, r"^model\.mean: 4 .*RGB.* 3 "),
+        ({"model": {"std": [0.5] * 2}}, r"^model\.std: 2 "),
         ({"model": {"std": [float("inf")]}}, r"^model\.std "),
         ({"model": {"std": [0.5, 0]}}, r"^model\.std "),
         ({"model": {"std": [0.5, -0.5, 0.5]}}, r"^model\.std "),
-        ({"model": {"mean": [0.5], "std": [58.395, 57.12, 57.375]}}, r"^model\.std is .* divide by 255"),
-        (
-            {"model": {"name": "resnet18"}},
-            r"^model\.name is an unknown key with kind digits; known keys: kind, weights",
-        ),
-        ({"source": {"path": "somewhere"}}, r"^source\.path is an unknown key with kind digits"),
+        ({"model": {"mean": [0.5], "std": [58.395, 57.12, 57.375]}}, r"^model\.std .*\[58\.395, .* 255"),
+        ({"model": {"name": "resnet18"}}, r"^model\.name .* digits; .*: kind, weights"),
+        ({"source": {"path": "somewhere"}}, r"^source\.path .* digits; "),
         ({"source": {"limit": True}}, r"^source\.limit: .*integer"),
         ({"runtime": {"batch_size": "64"}}, r"^runtime\.batch_size: .*integer"),
-        ({"runtime": {"seed": 2**32}}, r"^runtime\.seed: .*less than 4294967296"),
+        ({"runtime": {"seed": 2**32}}, r"^runtime\.seed: .*4294967296"),
         ({"attack": {"target": False}}, r"^attack\.target: "),
-        ({"attack": {"epsilons": "8/255"}}, r"^attack\.epsilons must be a list"),
-        ({"preprocess": {"crop": 9_999_999}}, r"^preprocess\.crop: 9999999x9999999 is more than runtime\.max_pixels"),
-        ({"preprocess": {"resize": [20_000, 6_000]}}, r"^preprocess\.resize: 6000x20000 is more than"),
-        ({"runtime": {"ray": {"workers": 0}}}, r"^runtime\.ray: .*greater than 0"),
+        ({"attack": {"epsilons": "8/255"}}, r"^attack\.epsilons .*list"),
+        ({"preprocess": {"crop": 9_999_999}}, r"^preprocess\.crop: 9999999x9999999 .*runtime\.max_pixels"),
+        ({"preprocess": {"resize": [20_000, 6_000]}}, r"^preprocess\.resize: 6000x20000 .*runtime\.max_pixels"),
+        ({"runtime": {"ray": {"workers": 0}}}, r"^runtime\.ray: .* 0\b"),
         ({"runtime": {"ray": {"cpus_per_worker": 1.5}}}, r"^runtime\.ray: .*integer"),
-        ({"runtime": {"ray": {"gpus_per_worker": 1.5}}}, r"^runtime\.ray: got 1\.5; allowed: auto, a share of a GPU"),
-        ({"runtime": {"ray": {"gpus_per_worker": -1}}}, r"^runtime\.ray: got -1; allowed: auto, a share of a GPU"),
-        ({"runtime": {"ray": {"gpus_per_worker": True}}}, r"^runtime\.ray: got True; allowed: auto, a share"),
+        ({"runtime": {"ray": {"gpus_per_worker": 1.5}}}, r"^runtime\.ray: .*1\.5.*auto"),
+        ({"runtime": {"ray": {"gpus_per_worker": -1}}}, r"^runtime\.ray: .*-1.*auto"),
+        ({"runtime": {"ray": {"gpus_per_worker": True}}}, r"^runtime\.ray: .*True.*auto"),
         (
             {"runtime": {"device": "cuda", "ray": {"gpus_per_worker": 0}}},
-            r"^runtime\.ray: gpus_per_worker 0 does not go with runtime\.device cuda",
+            r"^runtime\.ray: gpus_per_worker 0 .*runtime\.device cuda",
         ),
         (
             {"runtime": {"device": "cpu", "ray": {"gpus_per_worker": 0.5}}},
-            r"^runtime\.ray: gpus_per_worker 0\.5 does not go with runtime\.device cpu",
+            r"^runtime\.ray: gpus_per_worker 0\.5 .*runtime\.device cpu",
         ),
         # YAML reads unquoted yes and no as booleans, which are also the numbers 1 and 0.
         ({"model": {"label_map": {False: 1, True: 0}}}, r"^model\.label_map: .*(True|False)"),
-        ({"preprocess": {"resize": 0}}, r"^preprocess\.resize: got 0; allowed: a positive whole number"),
-        ({"preprocess": {"resize": 1.5}}, r"^preprocess\.resize: got 1\.5; allowed"),
-        ({"preprocess": {"resize": True}}, r"^preprocess\.resize: got True; allowed"),
-        ({"preprocess": {"resize": [256]}}, r"^preprocess\.resize: got \[256\]; allowed"),
-        ({"preprocess": {"crop": [8, 8, 8]}}, r"^preprocess\.crop: got \[8, 8, 8\]; allowed: .*\[height, width\]"),
-        ({"preprocess": {"crop": "big"}}, r"^preprocess\.crop: got 'big'; allowed"),
-        ({"output": {"path": "s3://id:hush/hush@bucket/out"}}, r"^output\.path: the address holds more than a bucket"),
-        ({"output": {"path": "s3://bucket/out?a=b"}}, r"^output\.path: the address holds more than a bucket"),
-        ({"output": {"path": "s3://hush@bucket/out"}}, r"^output\.path holds a credential"),
-        ({"output": {"path": "az://bucket/out?sig=hush"}}, r"^output\.path holds a credential"),
-        (
-            {"output": {"path": "s3:///out"}},
-            r"^output\.path: s3:///out names no bucket; write it as s3://bucket/prefix",
-        ),
-        ({"output": {"path": "s3://bucket/a b"}}, r"^output\.path: the address holds ' '"),
-        ({"output": {"path": "file:///out"}}, r"^output\.path: file:// is no object store; write a folder without"),
-        ({"output": {"path": "hf://datasets/me/x"}}, r"^output\.path: hf:// is no object store; fgsm publish uploads"),
-        ({"output": {"image_format": "jpeg"}}, r"^output\.image_format: JPEG is lossy: .*lossless"),
-        ({"output": {"image_format": "JPG"}}, r"^output\.image_format: JPEG is lossy: .*lossless"),
-        ({"output": {"image_format": "tiff"}}, r"^output\.image_format: got 'tiff'; allowed: 'auto', 'webp' or 'png'"),
+        ({"preprocess": {"resize": 0}}, r"^preprocess\.resize: got 0;"),
+        ({"preprocess": {"resize": 1.5}}, r"^preprocess\.resize: got 1\.5;"),
+        ({"preprocess": {"resize": True}}, r"^preprocess\.resize: got True;"),
+        ({"preprocess": {"resize": [256]}}, r"^preprocess\.resize: got \[256\];"),
+        ({"preprocess": {"crop": [8, 8, 8]}}, r"^preprocess\.crop: got \[8, 8, 8\];.*\[height, width\]"),
+        ({"preprocess": {"crop": "big"}}, r"^preprocess\.crop: got 'big';"),
+        ({"output": {"path": "s3://id:hush/hush@bucket/out"}}, r"^output\.path\b(?!.*hush)"),
+        ({"output": {"path": "s3://bucket/out?a=b"}}, r"^output\.path: "),
+        ({"output": {"path": "s3://hush@bucket/out"}}, r"^output\.path (?!.*hush)"),
+        ({"output": {"path": "az://bucket/out?sig=hush"}}, r"^output\.path (?!.*hush)"),
+        ({"output": {"path": "s3:///out"}}, r"^output\.path: s3:///out .*s3://bucket/prefix"),
+        ({"output": {"path": "s3://bucket/a b"}}, r"^output\.path: .* ' '"),
+        ({"output": {"path": "file:///out"}}, r"^output\.path: file:// "),
+        ({"output": {"path": "hf://datasets/me/x"}}, r"^output\.path: hf:// .*fgsm publish "),
+        ({"output": {"image_format": "jpeg"}}, r"^output\.image_format: JPEG .*webp.*png"),
+        ({"output": {"image_format": "JPG"}}, r"^output\.image_format: JPEG .*webp.*png"),
+        ({"output": {"image_format": "tiff"}}, r"^output\.image_format: .*'tiff'.*'webp'.*'png'"),
         (
             {"output": {"image_format": "webp"}, "preprocess": {"mode": "L"}},
-            r"^output\.image_format: webp has no grayscale mode; use png or auto",
+            r"^output\.image_format: webp .*png",
         ),
         ({"runtime": {"workers": -1}}, r"^runtime\.workers: "),
-        ({"runtime": {"max_skipped": 1.5}}, r"^runtime\.max_skipped: .*less than or equal to 1"),
+        ({"runtime": {"max_skipped": 1.5}}, r"^runtime\.max_skipped: .* 1\b"),
         ({"runtime": {"max_pixels": "many"}}, r"^runtime\.max_pixels: .*integer"),
     ],
 )
-def test_refusal_names_the_key_and_the_mend(sections: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+def test_refusal_names_the_key_and_the_mend(sections: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         parse_config(small(**sections))
 
 
@@ -166,7 +148,7 @@ def test_missing_key_is_named(key: str) -> None:
     config = small()
     section, _, last = key.rpartition(".")
     del (config[section] if section else config)[last]
-    with pytest.raises(ConfigError, match=rf"^{key} is missing from the config\.$"):
+    with pytest.raises(ConfigError, match=rf"^{key} "):
         parse_config(config)
 
 
@@ -224,40 +206,40 @@ def test_the_stored_epsilon_stays_inside_the_ball(epsilon: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "sentence"),
+    ("epsilon", "named"),
     [
-        (0.003, r"0\.003 is below 1/255"),
-        (0, r"0\S* is below 1/255"),
-        ("0/255", r"0/255 is below 1/255"),
-        (-0.1, r"-0\.1 is below 1/255"),
-        ("-8/255", r"'-8/255' is neither"),
-        (1.001, r"1\.001 is above 1"),
-        (8, r"8\S* is above 1, .*; write 8/255\.$"),
-        ("8", r"8 is above 1, .*; write 8/255\.$"),
-        (256, r"256\S* is above 1"),
+        (0.003, r"0\.003 .*1/255"),
+        (0, r"0\S* .*1/255"),
+        ("0/255", r"0/255 .*1/255"),
+        (-0.1, r"-0\.1 .*1/255"),
+        ("-8/255", r"'-8/255' .*k/255"),
+        (1.001, r"1\.001 .* 1\b"),
+        (8, r"8\S* .* 8/255\.$"),
+        ("8", r"8 .* 8/255\.$"),
+        (256, r"256\S* .* 1\b"),
         # A fraction that is too large has no better spelling.
-        ("300/255", r"300/255 is above 1, and pixels run from 0 to 1\.$"),
-        (math.inf, r"inf is above 1"),
-        (math.nan, r"nan .*number"),
-        ("nan", r"nan.* .*number"),
-        ("eight", r"'eight' is neither a number nor of the form k/255"),
-        ("8/256", r"'8/256' is neither a number nor of the form k/255"),
-        ("", r"'' is neither a number nor of the form k/255"),
+        ("300/255", r"300/255 (?!.*/255)"),
+        (math.inf, r"inf .* 1\b"),
+        (math.nan, r"nan "),
+        ("nan", r"nan"),
+        ("eight", r"'eight' .*k/255"),
+        ("8/256", r"'8/256' .*k/255"),
+        ("", r"'' .*k/255"),
         (True, r"[Tt]rue"),
         (None, r"None"),
     ],
 )
-def test_refused_epsilon(epsilon: Any, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^attack\.epsilons: .*{sentence}"):
+def test_refused_epsilon(epsilon: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^attack\.epsilons: .*{named}"):
         levels(["2/255", epsilon])
 
 
 def test_epsilons_need_one_and_each_level_once() -> None:
     with pytest.raises(ConfigError, match=r"^attack\.epsilons: "):
         levels([])
-    with pytest.raises(ConfigError, match=r"attack\.epsilons: 8/255 and 0\.0315 are both stored as 8/255; keep one"):
+    with pytest.raises(ConfigError, match=r"^attack\.epsilons: 8/255 and 0\.0315 "):
         levels(["8/255", 0.0315])
-    with pytest.raises(ConfigError, match=r"0\.031 and 8/255 are both stored as 8/255"):
+    with pytest.raises(ConfigError, match=r"^attack\.epsilons: 0\.031 and 8/255 "):
         levels([0.031, "8/255"], "nearest")
     assert levels([0.031, "8/255"]) == (7, 8)
 
@@ -312,20 +294,20 @@ def test_override(tmp_path: Path, overrides: list[str], key: str, value: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "named"),
     [
-        ("runtime.batch_size", r"^--set runtime\.batch_size: write it as key=value"),
-        ("=3", r"^--set =3: write it as key=value"),
-        ("source.split=[", r"^--set source\.split=\[: '\[' is not a YAML value"),
-        ("attack.epsilons.first=1/255", r"^--set attack\.epsilons\.first: epsilons is not a section"),
-        ("runtime.batchsize=3", r"^runtime\.batchsize is an unknown key; did you mean batch_size\?"),
-        ("runtme.batch_size=3", r"^runtme is an unknown key; did you mean runtime\?"),
-        ("runtime=3", r"^runtime must be a mapping of keys \(got 3\)"),
+        ("runtime.batch_size", r"^--set runtime\.batch_size: .*key=value"),
+        ("=3", r"^--set =3: .*key=value"),
+        ("source.split=[", r"^--set source\.split=\[: '\[' "),
+        ("attack.epsilons.first=1/255", r"^--set attack\.epsilons\.first: epsilons "),
+        ("runtime.batchsize=3", r"^runtime\.batchsize .* batch_size\?"),
+        ("runtme.batch_size=3", r"^runtme .* runtime\?"),
+        ("runtime=3", r"^runtime .*\bmapping\b.*\b3\b"),
     ],
 )
-def test_malformed_override(tmp_path: Path, override: str, sentence: str) -> None:
+def test_malformed_override(tmp_path: Path, override: str, named: str) -> None:
     path = write(tmp_path / "config.yaml", small())
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=named):
         load_config(path, [override])
 
 
@@ -419,29 +401,29 @@ def test_a_file_comes_before_a_shipped_config(tmp_path: Path, monkeypatch: pytes
 
 
 def test_unknown_name_lists_the_shipped_configs() -> None:
-    with pytest.raises(ConfigError, match=r"There is no config file digit, .*shipped: .*digits.*") as error:
+    with pytest.raises(ConfigError, match=r" digit, ") as error:
         load_config("digit")
     assert all(name in str(error.value) for name in SHIPPED)
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "named"),
     [
-        (b"source: [", r"is not valid YAML: "),
-        (b"source: {kind: digits", r"is not valid YAML: "),
-        (b"source:\n\tkind: digits", r"is not valid YAML: "),
-        (b"source: \xff\xfe", r"is not valid YAML: "),
-        (b"- source\n- model", r"must hold a mapping of sections"),
-        (b"just words", r"must hold a mapping of sections"),
-        (b"", r"must hold a mapping of sections"),
-        (b"source: digits", r"^source must be a mapping of keys \(got 'digits'\)"),
-        (b"1: 2", r"^source is missing from the config"),
+        (b"source: [", r"/config\.yaml "),
+        (b"source: {kind: digits", r"/config\.yaml "),
+        (b"source:\n\tkind: digits", r"/config\.yaml "),
+        (b"source: \xff\xfe", r"/config\.yaml "),
+        (b"- source\n- model", r"/config\.yaml "),
+        (b"just words", r"/config\.yaml "),
+        (b"", r"/config\.yaml "),
+        (b"source: digits", r"^source .*'digits'"),
+        (b"1: 2", r"^source "),
     ],
 )
-def test_broken_config_file(tmp_path: Path, text: bytes, sentence: str) -> None:
+def test_broken_config_file(tmp_path: Path, text: bytes, named: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(text)
-    with pytest.raises(ConfigError, match=sentence) as error:
+    with pytest.raises(ConfigError, match=named) as error:
         load_config(str(path))
     assert "\n" not in str(error.value)
 
@@ -564,5 +546,5 @@ def test_the_contract_s_defaults_are_accepted() -> None:
 def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("source: {kind: digits}\nmodel: {kind: digits}\nsource: {kind: digits, limit: 3}\n")
-    with pytest.raises(ConfigError, match="the key source stands there twice"):
+    with pytest.raises(ConfigError, match=r"/config\.yaml .*\bkey source\b"):
         load_config(str(path))

@@ -100,32 +100,32 @@ PGD = {**FGSM, "kind": "pgd"}
 @pytest.mark.parametrize(
     ("keys", "start"),
     [
-        ({"models": {"a": DIGITS}}, "model and models"),
-        ({"attacks": {"f": FGSM}}, "attack and attacks"),
-        ({"model": None}, "model is missing"),
-        ({"attack": None}, "attack is missing"),
-        ({"model": None, "models": {"a b": DIGITS}}, "models: got the id 'a b'"),
-        ({"model": None, "models": {"9a": DIGITS}}, "models: got the id '9a'"),
-        ({"model": None, "models": {"a": DIGITS, "A": DIGITS}}, "models: the ids a and A"),
-        ({"model": None, "models": {True: DIGITS}}, "models: the id True"),
-        ({"attack": None, "attacks": {1: FGSM}}, "attacks: the id 1"),
+        ({"models": {"a": DIGITS}}, "model and models: "),
+        ({"attacks": {"f": FGSM}}, "attack and attacks: "),
+        ({"model": None}, "model "),
+        ({"attack": None}, "attack "),
+        ({"model": None, "models": {"a b": DIGITS}}, "models: .*'a b'"),
+        ({"model": None, "models": {"9a": DIGITS}}, "models: .*'9a'"),
+        ({"model": None, "models": {"a": DIGITS, "A": DIGITS}}, "models: .* a and A "),
+        ({"model": None, "models": {True: DIGITS}}, "models: .* True "),
+        ({"attack": None, "attacks": {1: FGSM}}, "attacks: .* 1 "),
         (
             {"attack": None, "attacks": {"m": {**FGSM, "kind": "noise"}, "n": {**FGSM, "kind": "noise"}}},
-            "attacks: m and n are both noise",
+            "attacks: m and n .* noise",
         ),
         (
             {
                 **{"model": None, "models": {"b_c": DIGITS, "c": DIGITS}},
                 **{"attack": None, "attacks": {"a": {**FGSM, "models": ["b_c"]}, "a_B": {**FGSM, "models": ["c"]}}},
             },
-            "attacks: attack a on model b_c and attack a_B on model c",
+            "attacks: .* a .* b_c .* a_B .* c ",
         ),
-        ({"model": None, "models": {"a": {"kind": "timm"}}}, "models.a.name is missing"),
-        ({"model": None, "models": {"a": {**DIGITS, "wieghts": 1}}}, "models.a.wieghts is an unknown key"),
-        ({"model": None, "models": {"a": 3}}, "models.a must be a mapping"),
-        ({"model": None, "models": [DIGITS]}, "models must be a mapping"),
-        ({"attack": {**FGSM, "models": ["b"]}}, "attack.models: there is no model 'b'"),
-        ({"attack": {**FGSM, "models": ["digits"] * 2}}, "attack.models names one"),
+        ({"model": None, "models": {"a": {"kind": "timm"}}}, "models.a.name "),
+        ({"model": None, "models": {"a": {**DIGITS, "wieghts": 1}}}, "models.a.wieghts "),
+        ({"model": None, "models": {"a": 3}}, "models.a .*mapping"),
+        ({"model": None, "models": [DIGITS]}, "models .*mapping"),
+        ({"attack": {**FGSM, "models": ["b"]}}, "attack.models: .* 'b'"),
+        ({"attack": {**FGSM, "models": ["digits"] * 2}}, "attack.models .*digits"),
         ({"attack": {**FGSM, "models": []}}, "attack.models"),
         ({"attack": {**FGSM, "kind": "noise", "models": ["digits"]}}, "attack.models"),
         ({"attack": {**FGSM, "kind": "noise", "target": "random"}}, "attack.target"),
@@ -139,19 +139,18 @@ PGD = {**FGSM, "kind": "pgd"}
                 **{"model": None, "models": {"b_c": DIGITS, "c": DIGITS}},
                 **{"attack": None, "attacks": {"a": {**FGSM, "models": ["b_c"]}, "a_b": {**FGSM, "models": ["c"]}}},
             },
-            "attacks: attack a on model b_c and attack a_b on model c",
+            "attacks: .* a .* b_c .* a_b .* c ",
         ),
     ],
 )
 def test_what_is_wrong_is_one_sentence_that_names_the_key(keys: dict[str, Any], start: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError, match=f"^{start}"):
         parsed(**keys)
-    assert str(refused.value).startswith(start)
 
 
 def test_an_id_cannot_stand_twice(tmp_path: Any) -> None:
     (tmp_path / "config.yaml").write_text("models: {a: {kind: digits}, a: {kind: digits}}")
-    with pytest.raises(ConfigError, match="the key a stands there twice"):
+    with pytest.raises(ConfigError, match=r"/config\.yaml .*\bkey a\b"):
         load_config(str(tmp_path / "config.yaml"))
 
 

@@ -191,8 +191,8 @@ NOISE = encoded(Image.fromarray(random_pixels(1, side=64)[0]))
     [
         (NOISE[: len(NOISE) // 2], {}, r"truncated"),
         (encoded(Image.new("RGB", (64, 64)), "JPEG")[:-200], {}, r"(?i)truncated"),
-        (b"", {}, r"cannot identify image file"),
-        (b"not an image at all", {}, r"cannot identify image file"),
+        (b"", {}, r"cannot identify"),
+        (b"not an image at all", {}, r"cannot identify"),
         (encoded(gray([0.5], np.float32), "TIFF"), {}, r"floating-point"),
         (b"Pf 1 1 -1.0 \x00\x00\x80\x3f", {}, r"floating-point"),
         (encoded(gray([40, 70_000], np.int32), "TIFF"), {}, r"32-bit or signed"),
@@ -335,36 +335,34 @@ def test_exif_that_cannot_be_parsed_does_not_cost_the_image() -> None:
 
 
 def test_a_reason_does_not_name_the_machine_s_own_paths(tmp_path: Path) -> None:
-    with pytest.raises(UndecodableError) as caught:
+    with pytest.raises(UndecodableError, match=r"^IsADirectoryError: ") as caught:
         read_image(lambda: Image.open(tmp_path), PreprocessConfig(), 100)
-    assert str(caught.value) == "IsADirectoryError: Is a directory"
+    assert str(tmp_path) not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "named"),
     [
-        (OSError(errno.EIO, os.strerror(errno.EIO), "/mnt/cat.png"), "/mnt/cat.png cannot be read (OSError: Input"),
-        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "an image cannot be read (OSError: Too many open files)"),
-        (TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)), "(TimeoutError: Connection timed out)"),
-        (MemoryError(), "an image cannot be read (out of memory)"),
-        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt/cat.png"), "/mnt/cat.png cannot be read (Perm"),
-        (OSError(errno.EBUSY, os.strerror(errno.EBUSY)), "an image cannot be read (OSError: "),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "/mnt/cat.png"), r"/mnt/cat\.png .*\(OSError: Input"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), r"\(OSError: Too many"),
+        (TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)), r"\(TimeoutError: "),
+        (MemoryError(), "memory"),
         (
-            FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/mnt/cat.png"),
-            "/mnt/cat.png is not there, which",
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt/cat.png"),
+            r"/mnt/cat\.png .*\(PermissionError: ",
         ),
-        (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/mnt/cat.png"), "/mnt/cat.png is not there"),
+        (OSError(errno.EBUSY, os.strerror(errno.EBUSY)), r"\(OSError: "),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/mnt/cat.png"), r"/mnt/cat\.png "),
+        (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/mnt/cat.png"), r"/mnt/cat\.png "),
     ],
 )
-def test_what_the_machine_fails_at_is_not_skipped_for_ever(error: Exception, reason: str) -> None:
+def test_what_the_machine_fails_at_is_not_skipped_for_ever(error: Exception, named: str) -> None:
     def opener() -> Image.Image:
         raise error
 
-    with pytest.raises(PipelineError) as caught:
+    with pytest.raises(PipelineError, match=f"^source: .*{named}") as caught:
         read_image(opener, PreprocessConfig(), 100)
     assert type(caught.value) is PipelineError
-    assert reason in str(caught.value)
-    assert "run the same command again" in str(caught.value)
 
 
 @pytest.mark.parametrize("offset", [8, 2**31, 2**32 - 1])
@@ -382,5 +380,5 @@ def test_a_broken_file_is_not_the_machine_s_failure(tmp_path: Path, offset: int)
             file.seek(-1)
         raise AssertionError
 
-    with pytest.raises(UndecodableError, match="Invalid argument"):
+    with pytest.raises(UndecodableError, match=os.strerror(errno.EINVAL)):
         read_image(seeks, PreprocessConfig(), MAX_PIXELS)

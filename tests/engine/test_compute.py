@@ -1,6 +1,7 @@
 """What is tried out before a run is fixed: the batch that fits, the compiled victim; and precision."""
 
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ def break_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
 
 
+def compilations(caplog: pytest.LogCaptureFixture) -> int:
+    return sum(record.message.startswith("Compiled ") for record in caplog.records)
+
+
 def resolved(folder: Path) -> dict[str, Any]:
     runtime: dict[str, Any] = manifest(folder)["config"]["runtime"]
     return runtime
@@ -74,15 +79,15 @@ def test_where_no_image_fits_the_sentence_says_so() -> None:
     def attempt(size: int) -> None:
         raise torch.OutOfMemoryError(f"{size}")
 
-    with pytest.raises(ConfigError, match=r"^runtime\.batch_size: not even one image fits"):
+    with pytest.raises(ConfigError, match=r"^runtime\.batch_size: "):
         fit_batch_size(attempt, 6)
 
 
 def test_other_errors_do_not_make_a_batch_smaller() -> None:
     def attempt(size: int) -> None:
-        raise RuntimeError(f"a bug at {size}")
+        raise KeyError(size)
 
-    with pytest.raises(RuntimeError, match="a bug at 6"):
+    with pytest.raises(KeyError, match=r"^6$"):
         fit_batch_size(attempt, 6)
 
 
@@ -103,7 +108,7 @@ def test_the_size_that_fitted_stays_with_the_run(
     # Who asks for another size asks for another run; who asks for the size that fitted, for this one.
     result = fgsm("generate", config, "--set", "runtime.batch_size=5")
     assert result.exit_code == 2
-    assert "runtime.batch_size (3 there, 5 here)" in result.stderr
+    assert re.search(r"runtime\.batch_size \(3 .*5 ", result.stderr)
     generate(config, "--set", "runtime.batch_size=3")
 
 
@@ -113,7 +118,6 @@ def test_memory_that_ends_later_is_one_sentence(write_config: WriteConfig, tmp_p
     path.write_text(SMALL_MEMORY.format(most=13 + 12))
     result = fgsm("generate", write_config(model={"name": f"{path}:Hungry"}))
     assert result.exit_code == 1
-    assert "a batch of 6 does not fit in the device's memory; free what else uses it" in result.stderr
     assert "--set runtime.batch_size=3 --overwrite" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -134,7 +138,7 @@ def test_a_real_device_finds_the_batch_that_fits(write_config: WriteConfig, tmp_
     )
     config = write_config(model={"name": f"{path}:Greedy"}, runtime={"device": "cuda", "batch_size": 16})
     output = generate(config)
-    assert "does not fit in the device's memory" in output
+    assert re.search(r"^runtime\.batch_size: .* 16\b", output, re.M)
     assert resolved(tmp_path / "out")["batch_size"] in (4, 8), "two lanes of 8 may or may not meet at their peaks"
     assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
 
@@ -207,34 +211,34 @@ def test_a_compiled_run_resumes_and_verifies_exactly(
     monkeypatch.setattr("pipeline.engine.compute.COMPILE_FROM", {"cpu": 40})
     config, out = write_config(), tmp_path / "out"
     generate(config)
-    assert sum("Compiled the models in" in record.message for record in caplog.records) == 1
+    assert compilations(caplog) == 1
     assert resolved(out)["compile"] is True
     before = digests(out)
     # Nothing is compiled where nothing is written.
     generate(config)
-    assert sum("Compiled the models in" in record.message for record in caplog.records) == 1
+    assert compilations(caplog) == 1
     shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     # A shorter run would not compile; this one has decided.
     monkeypatch.setattr("pipeline.engine.compute.COMPILE_FROM", {})
     generate(config)
-    assert sum("Compiled the models in" in record.message for record in caplog.records) == 2
+    assert compilations(caplog) == 2
     assert digests(out) == before
     result = fgsm("verify", out, "--recompute")
-    assert "120 predictions re-derived from the stored pixels, 0 differ; compared in the recorded" in result.stdout
-    assert sum("Compiled the models in" in record.message for record in caplog.records) == 3
+    assert re.search(r"\b120 predictions .* 0 differ", result.stdout)
+    assert compilations(caplog) == 3
     # The same run uncompiled is another run: last digits differ.
     result = fgsm("generate", config, "--set", "runtime.compile=false")
     assert result.exit_code == 2
-    assert "runtime.compile (true there, false here)" in result.stderr
+    assert re.search(r"runtime\.compile \(true .*false ", result.stderr)
     # Where it can no longer be compiled it is not resumed with other digits, and not verified as if they were its own.
     break_compiler(monkeypatch, tmp_path)
     result = fgsm("verify", out, "--recompute")
-    assert "its predictions are compared as from another environment" in caplog.text
-    assert "another environment than the recorded one" in result.stdout
+    assert re.search(r"WARNING .*runtime\.compile\b", caplog.text)
+    assert "another environment" in result.stdout
     shard_path(out, ".run/receipts/test-00001-of-00003.json").unlink()
     result = fgsm("generate", config)
     assert result.exit_code == 1
-    assert "the run was begun with compiled models. Fix the compiler" in result.stderr
+    assert re.search(r"Error: runtime\.compile: ", result.stderr)
 
 
 @pytest.mark.drill
@@ -264,8 +268,7 @@ def test_auto_goes_on_without_a_compiler_and_says_so_once(
     monkeypatch.setattr("pipeline.engine.compute.COMPILE_FROM", {"cpu": 1})
     generate(config)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    (sentence,) = [warning for warning in warnings if "torch.compile fails on the models" in warning]
-    assert sentence.endswith("the run goes on without.")
+    (sentence,) = [warning for warning in warnings if "torch.compile" in warning]
     assert "\n" not in sentence
     assert resolved(tmp_path / "out")["compile"] is False
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
@@ -277,7 +280,7 @@ def test_compilation_that_was_asked_for_must_work(
     break_compiler(monkeypatch, tmp_path)
     result = fgsm("generate", write_config(runtime={"compile": True}))
     assert result.exit_code == 2
-    assert "runtime.compile: torch.compile fails on the models" in result.stderr
+    assert "Error: runtime.compile: " in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -291,7 +294,7 @@ def test_bf16_is_recorded_and_verified(write_config: WriteConfig, tmp_path: Path
     assert digests(tmp_path / "out") != digests(tmp_path / "fp32")
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0
-    assert "120 predictions re-derived from the stored pixels, 0 differ; compared in the recorded" in result.stdout
+    assert re.search(r"\b120 predictions .* 0 differ", result.stdout)
 
 
 def test_bf16_is_near_fp32(write_config: WriteConfig) -> None:
@@ -308,7 +311,7 @@ def test_bf16_is_near_fp32(write_config: WriteConfig) -> None:
 def test_tf32_needs_cuda(write_config: WriteConfig) -> None:
     result = fgsm("generate", write_config(runtime={"precision": "tf32"}))
     assert result.exit_code == 2
-    assert "runtime.precision: tf32 is a mode of CUDA devices from Ampere on; this is cpu" in result.stderr
+    assert re.search(r"Error: runtime\.precision: tf32 .*\bcpu\b", result.stderr)
 
 
 @pytest.mark.gpu

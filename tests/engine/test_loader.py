@@ -247,12 +247,10 @@ def mixed_sizes(tmp_path: Path) -> Source:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_refuses_an_image_of_another_size(tmp_path: Path, workers: int) -> None:
     source = mixed_sizes(tmp_path)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(
+        ConfigError, match=r"^source: .* 16x16 .* 7 .*\btest \(007\.png\) .* 16x12\b.*preprocess\.resize"
+    ):
         read(source, plan_of(source), workers=workers)
-    assert str(caught.value) == (
-        "source: images differ in size: one is 16x16 and row 7 of split test (007.png) is 16x12; "
-        "set preprocess.resize and preprocess.crop."
-    )
 
 
 @pytest.mark.parametrize(
@@ -267,7 +265,7 @@ def test_mixed_sizes_are_found_before_anything_is_written(
         find_shape(source, plan_of(source), preprocess, MAX_PIXELS)
     sentence = str(caught.value)
     assert all(size in sentence for size in sizes)
-    assert "set preprocess.resize and preprocess.crop" in sentence
+    assert "preprocess.resize" in sentence
 
 
 class TwoSizes(IndexedSource[int]):
@@ -285,7 +283,7 @@ def test_mixed_sizes_are_found_in_any_split_and_any_part_of_it(train: int, test:
     """A large first split or first part does not use up the images that are looked at."""
     labels = {"train": np.zeros(train, dtype=np.int64), "test": np.zeros(test, dtype=np.int64)}
     source = TwoSizes(rows={"train": train, "test": wide_from}, labels=labels, classes=CLASSES, digest="")
-    with pytest.raises(ConfigError, match=r"1x1 and row \d+ of split test is 2x1"):
+    with pytest.raises(ConfigError, match=r"^source: .* 1x1 .*\d+ of split test .* 2x1\b"):
         find_shape(source, plan_of(source, shuffle=False), AS_IT_IS, MAX_PIXELS)
 
 
@@ -330,10 +328,7 @@ def test_find_shape_passes_over_broken_images(damaged: Source) -> None:
 
 def test_a_source_of_broken_images_is_refused(tmp_path: Path) -> None:
     source = files(tmp_path / "images", [b"no image"] * 3)
-    with pytest.raises(
-        PipelineError,
-        match=r"^source: none of its images .* row \d of split test \(00\d\.png\) \(cannot identify image file\)\.$",
-    ):
+    with pytest.raises(PipelineError, match=r"^source: .* \d of split test \(00\d\.png\) \(.*identify"):
         find_shape(source, plan_of(source), AS_IT_IS, MAX_PIXELS)
 
 
@@ -368,19 +363,13 @@ class Failing(ArraySource):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (MemoryError(), r"cannot be read \(out of memory\), which is the machine's failure"),
-        (
-            OSError(errno.EIO, os.strerror(errno.EIO)),
-            r"cannot be read \(OSError: Input/output error\), which is the mach",
-        ),
-    ],
+    ("error", "named"),
+    [(MemoryError(), "memory"), (OSError(errno.EIO, os.strerror(errno.EIO)), os.strerror(errno.EIO))],
 )
-def test_what_the_machine_does_to_a_thread_ends_the_run(workers: int, error: Exception, said: str) -> None:
+def test_what_the_machine_does_to_a_thread_ends_the_run(workers: int, error: Exception, named: str) -> None:
     source = Failing(rows={"test": random_pixels(12)}, error=error, **labelled([0] * 12))
     before = threading.active_count()
-    with pytest.raises(PipelineError, match=said):
+    with pytest.raises(PipelineError, match=f"^source: .*{named}"):
         read(source, plan_of(source, shuffle=False), workers=workers)
     for _ in range(100):
         if threading.active_count() <= before:

@@ -1,6 +1,7 @@
 """The plan: every row once, in shards and batches that depend on the config alone. And `fgsm plan`, which tries it."""
 
 import pickle
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -228,8 +229,8 @@ def test_nothing_is_left_behind(write_config: WriteConfig, tmp_path: Path, monke
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     result = fgsm("plan", write_config())
     lines = dict(line.split("  ", 1) for line in result.stdout.splitlines())
-    assert "with all workers" in lines["memory"]
-    assert lines["measured"].strip().startswith("on 40 images")
+    assert "workers" in lines["memory"]
+    assert re.search(r"\b40 images\b", lines["measured"])
     assert not list(scratch.iterdir())
     assert not (tmp_path / "out").exists()
     assert "Busy" not in result.stderr
@@ -248,7 +249,7 @@ def test_what_would_stop_the_run_stops_the_plan(write_config: WriteConfig, facto
     planned, generated = fgsm("plan", config), fgsm("generate", config)
     assert planned.exit_code == generated.exit_code == 1
     for result in (planned, generated):
-        assert "check the weights, and model.mean and std." in result.stderr
+        assert re.search(r"Error: .*\bBroken\b.*\bNaN\b.*model\.mean", result.stderr)
 
 
 def test_a_few_broken_images_do_not_stop_the_plan(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -289,13 +290,11 @@ def test_the_hub_s_limits_come_with_a_value_that_keeps_them() -> None:
     rows = {"train": 50_000_000, "test": 1_000_000}
     cut = plan(rows, images_per_shard=4096)
     (warning,) = hub_warnings(cut, 9, 1e12)
-    assert warning == (
-        "output.images_per_shard: 12,453 files in a folder (the Hub takes 10,000) and 112,077 in a repository "
-        "(it takes under 100,000); 5120 would do, with files of about 11.2 MB."
-    )
+    numbers = re.findall(r"\d[\d,.]*(?= )", warning.removeprefix("output.images_per_shard: "))
+    assert numbers == ["12,453", "112,077", "5120", "11.2"]
     assert hub_warnings(plan(rows, images_per_shard=5120), 9, 1e12) == []
     assert hub_warnings(plan(rows, images_per_shard=4096), 1, 1e12)[0].startswith(
-        "output.images_per_shard: 12,453 files in a folder (the Hub takes 10,000); 5120 would do"
+        "output.images_per_shard: 12,453 files"
     )
     assert hub_warnings(plan(rows, images_per_shard=5120), 10, 1e12) == []
     assert "in a folder" not in hub_warnings(plan(rows, images_per_shard=5120), 20, 1e12)[0]
@@ -304,7 +303,7 @@ def test_the_hub_s_limits_come_with_a_value_that_keeps_them() -> None:
 def test_plan_warns_of_too_many_files(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.engine.estimate, "HUB_FOLDER_FILES", 2)
     stderr = fgsm("plan", write_config()).stderr
-    assert "Warning: output.images_per_shard: 3 files in a folder (the Hub takes 2); 1024 would do" in stderr
+    assert re.search(r"Warning: output\.images_per_shard: 3 .*\b2\b.* 1024 ", stderr)
 
 
 def test_peak_memory_is_the_most_at_once() -> None:

@@ -1,5 +1,6 @@
 """What an executor reports is judged by the caller."""
 
+import re
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_an_executor_that_loses_a_shard_is_named(
     monkeypatch.setitem(EXECUTORS, "forgetful", f"{__name__}:Forgetful")
     result = fgsm("generate", config, "--executor", "forgetful")
     assert result.exit_code == 1
-    assert "Forgetful ended without writing 1 of 3 shards (test-00002-of-00003)" in result.stderr
-    assert "2 of 3 shards are already there" in generate(config)
+    assert re.search(r"Error: Forgetful .*\b1 of 3 .*\(test-00002-of-00003\)", result.stderr)
+    assert "2 of 3 shards" in generate(config)
     generate(config, "--output", str(tmp_path / "whole"))
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

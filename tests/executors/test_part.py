@@ -172,14 +172,14 @@ def test_two_parts_write_what_one_process_writes(place: Place, config: Path, loc
     assert place.attacking == 2, "both were at work at once"
     assert place.shards() == local
     assert summary(place.out) == summary(str(place.folder / "local"))
-    left = [int(re.findall(r"Part \d of 2 is done; (\d) of 6 shards are still missing", log)[0]) for log in said]
+    left = [int(re.findall(r"Part \d of 2 .*; (\d) of 6 ", log)[0]) for log in said]
     assert min(left) == 0
-    assert [bool(re.search("run .* INCOMPLETE", log)) for log in said] == [count > 0 for count in left]
+    assert [("INCOMPLETE" in log) for log in said] == [count > 0 for count in left]
     store = OutputFolder(place.out).store
     assert len(store.read(".run/sessions.jsonl").splitlines()) == 2
     assert b"<html" in store.read("report.html"), "the last one makes the report"
     assert fgsm("verify", place.out, "--recompute").exit_code == 0
-    assert "All 6 shards are already there" in generate(config, "--output", place.out, "--part", "1/2")
+    assert "All 6 shards" in generate(config, "--output", place.out, "--part", "1/2")
 
 
 def test_parts_of_a_run_of_several_models_and_attacks_write_what_one_process_writes(
@@ -210,23 +210,23 @@ def test_a_part_that_is_killed_goes_on_with_the_same_command(place: Place, confi
     assert 3 <= len(committed(OutputFolder(place.out), manifest.edition, manifest.plan.shards)) <= 4
     assert not manifest.complete
     said = place.ends(place.start(config, "--part", "0/2"))
-    assert "Part 0 of 2 is done; 0 of 6 shards are still missing" in said
+    assert re.search("Part 0 of 2 .*; 0 of 6 ", said)
     assert before.items() <= place.shards().items()
     assert place.shards() == local
     assert summary(place.out) == summary(str(place.folder / "local"))
     # What the killed part has left aside is gone, and so is its lock.
-    assert "All 6 shards are already there" in generate(config, "--output", place.out)
+    assert "All 6 shards" in generate(config, "--output", place.out)
     assert not list((place.folder / "out/.run/tmp").glob("*"))
 
 
 def test_what_parts_have_not_written_a_later_run_writes(place: Place, config: Path, local: dict[str, str]) -> None:
     said = place.ends(place.start(config, "--part", "2/4"))
-    assert "Part 2 of 4 is done; 5 of 6 shards are still missing" in said
+    assert re.search("Part 2 of 4 .*; 5 of 6 ", said)
     assert "Report" not in said
     assert {without_run(name) for name in place.shards()} == {
         f"{subset}/test-00002-of-00006.parquet" for subset in ("clean", "eps-2", "eps-8")
     }
-    assert "1 of 6 shards are already there" in generate(config, "--output", place.out)
+    assert "1 of 6 shards" in generate(config, "--output", place.out)
     assert place.shards() == local
     assert summary(place.out) == summary(str(place.folder / "local"))
 
@@ -240,11 +240,11 @@ def test_who_may_write_beside_a_part(place: Place, config: Path, local: dict[str
     for arguments in ([], ["--overwrite"], ["--part", "0/2"], ["--part", "1/3"]):
         result = fgsm("generate", config, "--output", place.out, *arguments)
         assert result.exit_code == 1, result.output
-        assert f"{place.out} is in use by another run (process {part.pid}" in result.stderr
+        assert re.search(rf"Error: {place.out} .*process {part.pid}\b", result.stderr)
     assert place.shards() == before
-    assert "Part 1 of 2 is done; 3 of 6" in generate(config, "--output", place.out, "--part", "1/2")
+    assert re.search("Part 1 of 2 .*; 3 of 6 ", generate(config, "--output", place.out, "--part", "1/2"))
     (place.folder / "gate").unlink()
-    assert "Part 0 of 2 is done; 0 of 6" in place.ends(part)
+    assert re.search("Part 0 of 2 .*; 0 of 6 ", place.ends(part))
     assert place.shards() == local
 
 
@@ -258,7 +258,7 @@ def test_a_run_that_is_under_way_lets_no_part_in(
     wait_for(lambda: place.attacking == 1 or not run.is_alive())
     result = fgsm("generate", config, "--output", place.out, "--part", "0/2")
     assert result.exit_code == 1
-    assert f"in use by another run (process {run.pid}" in result.stderr
+    assert re.search(rf"Error: {place.out} .*process {run.pid}\b", result.stderr)
     (place.folder / "gate").unlink()
     place.ends(run)
     assert place.shards() == local
@@ -272,8 +272,7 @@ def test_a_part_of_another_config_is_refused(place: Place, config: Path) -> None
     before = place.shards()
     result = fgsm("generate", config, "--output", place.out, "--part", "1/2", "--set", "attack.epsilons=[4/255]")
     assert result.exit_code == 2
-    assert "holds another run" in result.stderr
-    assert "attacks.fgsm.epsilons" in result.stderr
+    assert re.search(rf"Error: output\.path: {place.out} .*attacks\.fgsm\.epsilons", result.stderr)
     assert place.shards() == before
 
 
@@ -297,8 +296,7 @@ def test_a_part_that_finds_the_run_begun_meanwhile_resolves_nothing_anew(
     result = fgsm("generate", config, "--output", place.out, "--part", "0/2")
     if other:
         assert result.exit_code == 2
-        assert "holds another run" in result.stderr
-        assert "runtime.seed" in result.stderr
+        assert re.search(rf"Error: output\.path: {place.out} .*runtime\.seed", result.stderr)
         return
     assert result.exit_code == 0, result.output
     found = require_manifest(OutputFolder(place.out))
@@ -322,7 +320,7 @@ def test_rows_that_other_parts_skip_count(write_config: WriteConfig, tmp_path: P
     generate(config, "--part", "0/2")
     result = fgsm("generate", config, "--part", "1/2")
     assert result.exit_code == 1
-    assert "2 of 40 rows could not be decoded, more than runtime.max_skipped = 0.03" in result.stderr
+    assert re.search(r"Error: source: 2 of 40 .*runtime\.max_skipped = 0\.03", result.stderr)
 
 
 def test_a_shard_of_a_part_that_is_removed_meanwhile_is_named(
@@ -340,39 +338,36 @@ def test_a_shard_of_a_part_that_is_removed_meanwhile_is_named(
     monkeypatch.setattr(Job, "write", removing)
     result = fgsm("generate", config, "--part", "0/2")
     assert result.exit_code == 1
-    assert "1 of 3 shards were removed" in result.stderr
-    assert "test-00002-of-00006" in result.stderr
+    assert re.search(rf"Error: {tmp_path}/out: 1 of 3 .*test-00002-of-00006", result.stderr)
 
 
 # ------------------------------------------------------------------------------------------- bad usage
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "named"),
     [
-        (["--part", "2/2"], "there is no part 2 of 2; parts count from 0"),
-        (["--part", "0/0"], "there is no part 0 of 0"),
-        (["--part", "one"], "--part: got 'one'; write I/N, such as 0/8"),
-        (["--part", "-1/2"], "--part: got '-1/2'"),
-        (["--part", "0/2/3"], "--part: got '0/2/3'"),
-        (["--part", "0/2", "--executor", "ray"], "--part: a part is written by this process; leave out --executor ray"),
-        (["--part", "0/2", "--overwrite"], "--part: with --overwrite each part would remove"),
-        (["--part", "0/2", "--unlocked"], "--part: parts find each other by their locks"),
+        (["--part", "2/2"], " 2 of 2; "),
+        (["--part", "0/0"], " 0 of 0; "),
+        (["--part", "one"], "'one'; .*I/N"),
+        (["--part", "-1/2"], "'-1/2'"),
+        (["--part", "0/2/3"], "'0/2/3'"),
+        (["--part", "0/2", "--executor", "ray"], "--executor ray"),
+        (["--part", "0/2", "--overwrite"], "--overwrite"),
+        (["--part", "0/2", "--unlocked"], "--unlocked"),
     ],
 )
-def test_what_is_no_part_is_told(
-    arguments: list[str], sentence: str, write_config: WriteConfig, tmp_path: Path
-) -> None:
+def test_what_is_no_part_is_told(arguments: list[str], named: str, write_config: WriteConfig, tmp_path: Path) -> None:
     result = fgsm("generate", write_config(), *arguments)
     assert result.exit_code == 2
-    assert sentence in result.stderr
+    assert re.search(f"Error: --part: .*{named}", result.stderr)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_executor_that_is_not_there_is_told(write_config: WriteConfig) -> None:
     result = fgsm("generate", write_config(), "--executor", "slurm")
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == "Error: --executor: got 'slurm'; allowed: local, ray."
+    assert re.match("Error: --executor: .*'slurm'.*: local, ray", result.stderr.splitlines()[-1])
 
 
 def test_help_says_from_where_parts_count() -> None:

@@ -235,7 +235,7 @@ def test_the_second_run_uploads_nothing(out: Path, hub: Hub) -> None:
     hub.requests.clear()
     said = published(out, ID)
     assert hub.writes == []
-    assert "files are already there" in said
+    assert re.search(r"\bAll \d+ files\b", said)
     assert len(hub.repositories[ID].commits) == 3
 
 
@@ -301,8 +301,8 @@ def test_a_report_that_is_missing_or_of_another_state_is_made(out: Path, hub: Hu
 def test_a_file_that_the_report_does_not_list_is_left_out_and_named(out: Path, hub: Hub, name: str) -> None:
     ours = local(out)
     (out / name).write_bytes(b"mine")
-    assert f"not  {name}, which is not of this dataset" in fgsm("publish", out, ID, "--dry-run").stdout
-    assert f"Not published, as they are not of this dataset: {name}." in published(out, ID)
+    assert f"not  {name}, " in fgsm("publish", out, ID, "--dry-run").stdout
+    assert f": {name}." in published(out, ID)
     assert there(hub) == ours
 
 
@@ -338,7 +338,7 @@ def test_a_dry_run_lists_every_file_and_touches_nothing(out: Path, hub: Hub, mon
     size = sum(file.size for file in list_files(folder, require_manifest(folder)).values())
     assert total == f"{len(listed)} files, {size / 1000:.1f} KB, for {ID}"
     (out / "report.html").unlink()
-    assert "?  report.html and assets/, which publishing makes anew" in fgsm("publish", out, ID, "--dry-run").stdout
+    assert "?  report.html and assets/" in fgsm("publish", out, ID, "--dry-run").stdout
     assert not (out / "report.html").exists()
 
 
@@ -349,7 +349,7 @@ def test_a_dry_run_lists_every_file_and_touches_nothing(out: Path, hub: Hub, mon
     "repo_id", ["images", "a/b/c", "user/", "user/im ages", "user/im--ages", "https://hf.co/user/x"]
 )
 def test_an_id_that_is_none(out: Path, hub: Hub, repo_id: str) -> None:
-    assert f"{repo_id!r} is not the id of a dataset on the Hub" in refused(out, repo_id, code=2)
+    assert refused(out, repo_id, code=2).startswith(f"{repo_id!r} ")
     assert refused(out, repo_id, "--dry-run", code=2)
     assert hub.requests == []
 
@@ -357,7 +357,7 @@ def test_an_id_that_is_none(out: Path, hub: Hub, repo_id: str) -> None:
 def test_a_folder_that_is_no_output(tmp_path: Path, hub: Hub) -> None:
     (tmp_path / "photos").mkdir()
     for folder in (tmp_path / "photos", tmp_path / "nowhere"):
-        assert "holds no dataset of ours: there is no manifest.json" in refused(folder, ID, code=2)
+        assert re.match(rf"{folder} .*manifest\.json", refused(folder, ID, code=2))
     assert hub.requests == []
 
 
@@ -365,20 +365,19 @@ def test_a_damaged_or_incomplete_dataset(out: Path, hub: Hub) -> None:
     shard = shard_path(out, "eps-8/test-00001-of-00002.parquet")
     shard.write_bytes(shard.read_bytes()[:-1])
     sentence = refused(out, ID, code=1)
-    assert "cannot be published: " in sentence
+    assert sentence.startswith(f"{out} ")
     assert "eps-8/test-00001-of-00002.parquet has" in without_run(sentence)
-    assert f"run fgsm verify {out} --repair and then the generate command that made it" in sentence
+    assert f"fgsm verify {out} --repair" in sentence
     assert refused(out, ID, "--dry-run", code=1) == sentence
     fgsm("verify", out, "--repair")
     sentence = refused(out, ID, code=1)
-    assert "1 of 2 shards are missing" in sentence
-    assert "; run the generate command that made it." in sentence
+    assert re.match(rf"{out} .*\b1 of 2 .*\bgenerate\b", sentence)
     assert hub.requests == []
 
 
 def test_without_a_token(out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert "There is no token for the Hub: log in with `hf auth login`" in refused(out, ID, code=2)
+    assert re.search("`hf auth login`.*HF_TOKEN", refused(out, ID, code=2))
     assert hub.requests == []
 
 
@@ -386,26 +385,26 @@ def test_a_token_that_no_header_can_carry_is_not_shown(out: Path, hub: Hub, monk
     monkeypatch.setenv("HF_TOKEN", "hf_secret\x01word")
     result = fgsm("publish", out, ID, "--debug")
     assert result.exit_code == 2
-    assert "holds characters that no token has" in result.stderr
+    assert re.search("Error: .*token.*HF_TOKEN", result.stderr)
     assert "secret" not in result.output
     assert hub.requests == []
 
 
 @pytest.mark.parametrize(
-    ("token", "sentence"),
+    ("token", "named"),
     [
-        ("hf_unknown", "The Hub does not accept the token; log in again"),
-        ("hf_other", f"The token may not write to {ID} (You don't have the rights to write to the namespace user)"),
-        ("hf_reader", f"The token may not write to {ID} (You don't have the rights"),
+        ("hf_unknown", "`hf auth login`.*HF_TOKEN"),
+        ("hf_other", rf" {ID} \(.* namespace user\)"),
+        ("hf_reader", rf" {ID} \(.*rights"),
     ],
 )
-def test_without_permission(out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str, sentence: str) -> None:
+def test_without_permission(out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str, named: str) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    assert sentence in refused(out, ID, code=1)
+    assert re.search(named, refused(out, ID, code=1))
     assert hub.repositories == {}
     # Where the repository is there and may be read, too.
     hub.repositories[ID] = Repository(private=False)
-    assert sentence in refused(out, ID, code=1)
+    assert re.search(named, refused(out, ID, code=1))
     assert there(hub) == set()
 
 
@@ -414,20 +413,20 @@ def test_a_repository_of_another_run(out: Path, hub: Hub) -> None:
     other = json.dumps({**content, "run_id": "ff" * 8}).encode()
     hub.repositories[ID] = Repository(private=True, commits=[{"manifest.json": git_blob(other)}])
     sentence = refused(out, ID, code=2)
-    assert sentence.startswith(f"{ID} holds another run ({'ff' * 8}, this one is {content['run_id']}); choose another")
+    assert re.match(rf"{ID} .*{'ff' * 8}.*{content['run_id']}", sentence)
     assert hub.writes == []
     for strange in (b"[]", b"{", b'{"run_id": 3}'):
         hub.repositories[ID].commits[-1] = {"manifest.json": git_blob(strange)}
-        assert "holds a manifest that is not ours" in refused(out, ID, code=2)
+        assert re.match(f"{ID} .*manifest", refused(out, ID, code=2))
 
 
 def test_a_repository_that_holds_something_else(out: Path, hub: Hub) -> None:
     hub.repositories[ID] = Repository(private=True, commits=[{"model.bin": git_blob(b"x"), "a.md": git_blob(b"")}])
-    assert f"{ID} holds other files already (a.md, model.bin); choose another repository" in refused(out, ID, code=2)
+    assert re.match(rf"{ID} .*\(a\.md, model\.bin\)", refused(out, ID, code=2))
     altered = shard_path(out, "clean/test-00000-of-00002.parquet").read_bytes()[:-1] + b"x"
     name = shard_path(out, "clean/test-00000-of-00002.parquet").relative_to(out).as_posix()
     hub.repositories[ID].commits[-1] = {name: git_blob(altered)}
-    assert f"holds other files already ({name})" in refused(out, ID, code=2)
+    assert re.match(rf"{ID} .*\({name}\)", refused(out, ID, code=2))
     assert hub.writes == []
 
 
@@ -445,10 +444,10 @@ def test_a_first_upload_that_was_cut_off_between_two_commits_is_ours(out: Path, 
 
 def test_a_repository_keeps_its_visibility(out: Path, hub: Hub) -> None:
     hub.repositories[ID] = Repository(private=False)
-    assert f"{ID} is there already, and is public; it stays so" in published(out, ID, "--private")
+    assert re.search(rf"{ID} .*\bpublic\b", published(out, ID, "--private"))
     assert not hub.repositories[ID].private
     hub.repositories[ID] = Repository(private=True)
-    assert f"{ID} is there already, and is private; it stays so" in published(out, ID, "--public")
+    assert re.search(rf"{ID} .*\bprivate\b", published(out, ID, "--public"))
     assert hub.repositories[ID].private
     assert "stays so" not in published(out, ID, "--private")
     hub.repositories[ID] = Repository(private=False)
@@ -465,8 +464,8 @@ def test_what_an_earlier_upload_left_is_removed_and_the_owner_s_files_stay(out: 
     hub.repositories[ID].commits.append({**files, **old, **own})
     hub.fail("POST", "/commit/", "lose")  # and what is gone is not deleted a second time
     said = published(out, ID)
-    assert f"Removing what an earlier upload left: assets/transfer.png, {stale}." in said
-    assert "Left as they are, not of this dataset: LICENSE, assets/mine.png, " in said
+    assert f": assets/transfer.png, {stale}." in said
+    assert ": LICENSE, assets/mine.png, " in said
     assert hub.repositories[ID].files == {**files, **own}
     hub.requests.clear()
     published(out, ID)
@@ -505,7 +504,7 @@ def test_a_connection_that_stays_lost(out: Path, hub: Hub) -> None:
 
 def assert_lost(out: Path) -> None:
     sentence = refused(out, ID, code=1)
-    assert "The connection to the Hub was lost; run the same command again: what has arrived is not sent" in sentence
+    assert re.match(f"{ID}: .*connection", sentence)
 
 
 def test_nobody_listens(out: Path, hub: Hub) -> None:
@@ -540,11 +539,11 @@ def test_signatures_of_addresses_are_not_shown(out: Path, hub: Hub) -> None:
 def test_a_hub_that_stays_broken(out: Path, hub: Hub) -> None:
     hub.fail("POST", "/repos/create", 500, times=9, body="<html>out of order</html>")
     sentence = refused(out, ID, code=1)
-    assert sentence.startswith("The Hub answered 500")
+    assert re.search(rf"\b500\b.* {ID};", sentence)
     assert len(hub.asked("POST", "/repos/create")) == 4
     hub.faults.clear()
     hub.fail("POST", "/validate-yaml", 502, times=9, body="<html>out of order</html>")
-    assert "run the same command again" in refused(out, ID, code=1)
+    assert re.search(rf"\b502\b.* {ID};", refused(out, ID, code=1))
 
 
 def test_a_card_whose_yaml_the_hub_refuses(out: Path, hub: Hub) -> None:
@@ -560,7 +559,7 @@ def test_an_upload_address_that_expired_gets_a_new_one(out: Path, hub: Hub) -> N
 
 def test_offline_mode_is_named(out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in refused(out, ID, code=1)
+    assert "HF_HUB_OFFLINE" in refused(out, ID, code=1)
     assert hub.requests == []
 
 
@@ -571,7 +570,7 @@ def test_what_arrived_is_compared_and_not_believed(out: Path, hub: Hub, monkeypa
 
     monkeypatch.setattr("tests.support.hub._Handler._commit", forget)
     sentence = refused(out, ID, code=1)
-    assert f"{ID} does not hold what was verified here: clean/test-00000-of-00002.parquet" in without_run(sentence)
+    assert re.match(rf"{ID} .*: clean/test-00000-of-00002\.parquet", without_run(sentence))
     assert there(hub) == set()
 
 
@@ -587,7 +586,7 @@ def test_a_file_that_changes_on_the_way_is_found(out: Path, hub: Hub, monkeypatc
 
     monkeypatch.setattr("pipeline.hub.upload._upload", change)
     sentence = refused(out, ID, code=1)
-    assert "does not hold what was verified here: eps-8/test-00001-of-00002.parquet" in without_run(sentence)
+    assert re.match(rf"{ID} .*: eps-8/test-00001-of-00002\.parquet", without_run(sentence))
     assert there(hub) == local(out)
 
 
@@ -615,13 +614,13 @@ def test_files_that_are_not_of_the_dataset_stay_at_home(out: Path, hub: Hub, mon
     shutil.rmtree(out / "clean/private")
     monkeypatch.setattr("pipeline.hub.upload._upload", upload)
     said = published(out, ID)
-    assert "Not published, as they are not of this dataset: assets/private/patients.parquet, eps-8/a/b/patients" in said
+    assert ": assets/private/patients.parquet, eps-8/a/b/patients.parquet" in said
     assert there(hub) == ours
     # By its name the card would take this one for a shard.
     extra = shard_path(out, "clean/test-00000-of-00002.parquet")
     extra.with_name(extra.name.replace("00000", "00009")).write_bytes(shard)
     hub.requests.clear()
-    assert "belongs to no shard of this run; delete it" in refused(out, ID, code=1)
+    assert re.search(r"/test-00009-of-00002\S* belongs", refused(out, ID, code=1))
     assert hub.requests == []
 
 

@@ -109,7 +109,7 @@ def test_a_column_is_one_declaration(
         columns.get("margin", [None] * 6)[5] = of_row["margin"]
 
     forge(tmp_path / "out", forged, f"{subset_of(layout, 8)}/{SHARD}.parquet")
-    assert_found("other values in margin", tmp_path / "out")
+    assert_found(rf"{SHARD}\S* .*\bmargin\b", tmp_path / "out")
 
 
 class Largest(PerImage):
@@ -142,19 +142,19 @@ def test_a_layout_may_store_some_images_and_make_the_others(
     generate(write_config(output={"layout": "wide", "path": str(out)}))
     result = fgsm("verify", out, "--recompute")
     assert result.exit_code == 0, result.output
-    assert "120 predictions re-derived" in result.stdout
+    assert "120 predictions" in result.stdout
     largest = pipeline.load(out, ["0", "2/255", "3/255", "8/255"], split="test")
     pixels = [[np.asarray(image).tobytes() for image in rows["image"]] for rows in (plain, largest)]
     assert sorted(pixels[0]) == sorted(pixels[1])
     result = fgsm("generate", write_config(output={"layout": "wide"}, attack={"kind": "pgd"}), "--overwrite")
     assert result.exit_code == 2
-    assert "output.layout: wide" in result.stderr
+    assert "Error: output.layout: wide " in result.stderr
 
     def another(columns: dict[str, list[Any]]) -> None:
         columns["attacked"][5] = columns["attacked"][6]
 
     forge(out, another, f"wide/{SHARD}.parquet")
-    assert_found("images outside the epsilon ball of 8/255", out)
+    assert_found(rf"{SHARD}\S* .* ball of 8/255", out)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if REGISTRY[name].per_image])
@@ -186,8 +186,8 @@ def test_a_shard_that_is_gone_is_found_and_written_again(
     shard_path(out / subset_of(layout, 8), "test-00001-of-00003.parquet").unlink()
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
-    assert "is missing" in result.stderr
-    assert "2 of 3 shards are already there" in generate(config)
+    assert re.search(r"/test-00001-of-00003\S*\.parquet is missing", result.stderr)
+    assert "2 of 3 shards" in generate(config)
     assert digests(out) == before
     assert fgsm("verify", out, "--source").exit_code == 0
 
@@ -213,7 +213,7 @@ def test_a_kept_column_must_not_have_the_name_of_ours(
     keep = {"path": str(source), "keep_columns": [name]}
     result = fgsm("generate", write_config(source=keep, output={"layout": layout}))
     assert result.exit_code == 2
-    assert f"source.keep_columns: {name} is a column of the output itself" in result.stderr
+    assert f"Error: source.keep_columns: {name} " in result.stderr
 
 
 @pytest.mark.parametrize(("layout", "pictures"), [("signs", ("image", "sign")), ("wide", ("image", "eps_2", "eps_8"))])

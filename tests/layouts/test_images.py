@@ -102,9 +102,8 @@ def test_predictions_have_names_where_they_are_known(space: LabelSpace, recorded
 
 @pytest.mark.parametrize("name", [*COLUMNS, "target"])
 def test_a_kept_column_must_not_have_the_name_of_ours(name: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^source\.keep_columns: {name} "):
         features_of(SAME, targeted=True, kept={"caption": datasets.Value("string"), name: datasets.Value("string")})
-    assert str(caught.value) == (f"source.keep_columns: {name} is a column of the output itself; rename it first.")
 
 
 def test_a_kept_column_may_be_called_target_where_there_is_none() -> None:

@@ -1,6 +1,7 @@
 """Layout signs: one row per source image says what layout images says in 1 + K, and nothing in it goes unchecked."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,14 +132,14 @@ def test_plan_says_what_is_written_and_it_is_less(write_config: WriteConfig, tmp
     assert written["signs"] < 0.3 * written["images"]
     lines = dict(line.split("  ", 1) for line in fgsm("plan", config).stdout.splitlines())
     assert lines["rows"].strip() == "24"
-    assert "2 Parquet files in 2 shards" in lines["files"]
+    assert re.findall(r"\d+", lines["files"])[:2] == ["2", "2"]
 
 
 def test_the_layouts_do_not_share_a_folder(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     result = fgsm("generate", write_config(output=SIGNS))
     assert result.exit_code == 2
-    assert 'output.layout ("images" there, "signs" here)' in result.stderr
+    assert re.search('output.layout .*"images".*"signs"', result.stderr)
     generate(write_config(output=SIGNS), "--overwrite")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".run", "README.md", "manifest.json", "signs"]
     generate(write_config(), "--overwrite")
@@ -179,18 +180,18 @@ def test_damage_is_named_repaired_and_written_again(
     fgsm("verify", out, "--repair")
     assert not shard_path(out, f".run/receipts/{SHARD}.json").exists()
     assert not shard_path(out, FILE).exists()
-    assert "2 of 3 shards are already there" in generate(config)
+    assert "2 of 3 shards" in generate(config)
     assert digests(out) == before
     result = fgsm("verify", out, "--recompute")
     assert result.exit_code == 0
-    assert "3 shards and 40 rows checked" in result.stdout
-    assert "120 predictions re-derived from the stored pixels, 0 differ" in result.stdout
+    assert re.search(r"\b3 shards .*\b40 rows\b", result.stdout)
+    assert re.search(r"\b120 predictions .* 0 differ", result.stdout)
 
 
 def test_foreign_files_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config(output=SIGNS))
     shard_path(tmp_path, "out/signs/test-00009-of-00003.parquet").write_bytes(b"would be loaded along")
-    assert "signs/test-00009-of-00003.parquet belongs to no shard" in fgsm("verify", tmp_path / "out").stderr
+    assert_found("signs/test-00009-of-00003.parquet ", tmp_path / "out")
 
 
 Columns = dict[str, list[Any]]
@@ -258,20 +259,20 @@ def exchange_rows(columns: Columns) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (another_sign_value, f"{FILE}: a sign map holds other values than 0, 127 and 254"),
-        (break_the_sign, f"{FILE} holds a broken image"),
-        (a_sign_of_another_size, f"{FILE} holds an image of another size"),
-        (lose_an_attack, f"{FILE}: the attacks of a row are not the run's 2"),
-        (lose_all_attacks, f"{FILE}: the attacks of a row are not the run's 2"),
-        (exchange_attacks, f"{FILE} at 2/255 has other values in epsilon"),
-        (lose_an_entry, f"{FILE} at 8/255 has other values in epsilon"),
-        (another_attack, f"{FILE} at 8/255 has other values in attack"),
-        (another_model, f"{FILE} at 2/255 has other values in model"),
-        (lose_the_clean_prediction, f"{FILE} at 0/255 has other values in prediction"),
-        (lose_a_flag, f"{FILE} at 8/255 has other values in fooled"),
-        (another_flag, f"{FILE} at 8/255 has other values in fooled"),
-        (another_clean_flag, f"{FILE} at 0/255 has other values in correct"),
-        (exchange_rows, f"{FILE} at 0/255 has other values in source_index"),
+        (another_sign_value, f"{FILE}: .* 0, 127 and 254"),
+        (break_the_sign, f"{FILE} .*broken"),
+        (a_sign_of_another_size, f"{FILE} .*size"),
+        (lose_an_attack, f"{FILE}: .*attacks .* 2\\b"),
+        (lose_all_attacks, f"{FILE}: .*attacks .* 2\\b"),
+        (exchange_attacks, rf"{FILE} at 2/255 .* epsilon\b"),
+        (lose_an_entry, rf"{FILE} at 8/255 .* epsilon\b"),
+        (another_attack, rf"{FILE} at 8/255 .* attack\b"),
+        (another_model, rf"{FILE} at 2/255 .* model\b"),
+        (lose_the_clean_prediction, rf"{FILE} at 0/255 .* prediction\b"),
+        (lose_a_flag, rf"{FILE} at 8/255 .* fooled\b"),
+        (another_flag, rf"{FILE} at 8/255 .* fooled\b"),
+        (another_clean_flag, rf"{FILE} at 0/255 .* correct\b"),
+        (exchange_rows, rf"{FILE} at 0/255 .* source_index\b"),
     ],
 )
 def test_forged_rows_are_found_without_the_victim(
@@ -309,10 +310,10 @@ def turn_the_signs(columns: Columns) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (another_prediction, f"{FILE} at 8/255 has 1 predictions that its pixels do not give"),
-        (another_clean_prediction, f"{FILE} at 0/255 has 1 predictions that its pixels do not give"),
-        (another_confidence, f"{FILE} at 2/255 has a confidence that its pixels do not give"),
-        (another_clean_label_confidence, f"{FILE} at 0/255 has a label_confidence that its pixels do not give"),
+        (another_prediction, f"{FILE} at 8/255 .*1 predictions"),
+        (another_clean_prediction, f"{FILE} at 0/255 .*1 predictions"),
+        (another_confidence, f"{FILE} at 2/255 .* confidence "),
+        (another_clean_label_confidence, f"{FILE} at 0/255 .* label_confidence "),
         (turn_the_signs, f"{FILE} at "),
     ],
 )
@@ -331,4 +332,4 @@ def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tm
     receipt = json.loads(path.read_text())
     receipt["files"][0]["path"] = f"clean/{SHARD}.parquet"
     write_sealed(path, receipt)
-    assert f"{SHARD}.json lists other files" in fgsm("verify", tmp_path / "out").stderr
+    assert_found(rf"{SHARD}\.json .*\bfiles\b", tmp_path / "out")

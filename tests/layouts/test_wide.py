@@ -74,10 +74,10 @@ def lose_an_attack(columns: Columns) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (exchange_images, f"{FILE} at 2/255 has 2 images outside the epsilon ball of 2/255"),
-        (turn_a_value, "1 images that are not the clean ones moved by"),
-        (break_an_image, f"{FILE} holds a broken image"),
-        (lose_an_attack, f"{FILE}: the attacks of a row are not the run's 2"),
+        (exchange_images, f"{FILE} at 2/255 .*2 images .* ball of 2/255"),
+        (turn_a_value, f"{FILE} .*1 images .*clean"),
+        (break_an_image, f"{FILE} .*broken"),
+        (lose_an_attack, rf"{FILE}: .*attacks .* 2\b"),
     ],
 )
 def test_forged_rows_are_found_without_the_victim(out: Path, edit: Callable[[Columns], None], named: str) -> None:
@@ -94,4 +94,4 @@ def test_recompute_finds_a_prediction_that_the_pixels_do_not_give(out: Path) -> 
 
     forge(out, another, FILE)
     assert fgsm("verify", out).exit_code == 0
-    assert_found(f"{FILE} at 8/255 has 1 predictions that its pixels do not give", out, "--recompute")
+    assert_found(f"{FILE} at 8/255 .*1 predictions", out, "--recompute")

@@ -65,25 +65,25 @@ def test_imagenet_as_the_hub_and_as_torchvision_name_it_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "model_classes", "sentence"),
+    ("classes", "model_classes", "named"),
     [
-        (PETS, ("dog", "cat", "eel"), r"another order \(class 0 is 'cat' in the dataset, 'dog' in the model\)"),
-        (PETS, ("cat", "eel", "dog"), r"another order \(class 1 is 'dog' in the dataset, 'eel' in the model\)"),
-        (("Cat", "dog_", "eel"), ("CAT", "Eel, conger", "dog_"), r"another order \(class 1 is 'dog_'"),
-        (("cat", "dog", "bird"), ("dog", "kitty", "bird"), r"another order \(class 0 is 'cat'"),
-        (PETS, (*PETS, "fox"), r"The dataset has 3 classes and the model 4"),
-        (PETS, PETS[:2], r"The dataset has 3 classes and the model 2"),
+        (PETS, ("dog", "cat", "eel"), r"class 0 .*'cat' .*'dog'"),
+        (PETS, ("cat", "eel", "dog"), r"class 1 .*'dog' .*'eel'"),
+        (("Cat", "dog_", "eel"), ("CAT", "Eel, conger", "dog_"), r"class 1 .*'dog_'"),
+        (("cat", "dog", "bird"), ("dog", "kitty", "bird"), r"class 0 .*'cat'"),
+        (PETS, (*PETS, "fox"), r"3 class.* 4;"),
+        (PETS, PETS[:2], r"3 class.* 2;"),
     ],
 )
 def test_classes_that_differ_need_a_map(
-    classes: Sequence[str], model_classes: Sequence[str] | None, sentence: str
+    classes: Sequence[str], model_classes: Sequence[str] | None, named: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"{sentence}.*; say how they meet in model\.label_map\.$"):
+    with pytest.raises(ConfigError, match=rf"^model\.label_map: .*\b{named}"):
         join(classes, model_classes)
 
 
 def test_count_differs_from_a_model_without_names() -> None:
-    with pytest.raises(ConfigError, match=r"The dataset has 3 classes and the model 10"):
+    with pytest.raises(ConfigError, match=r"^model\.label_map: .* 3 class.* 10;"):
         join(PETS, None, count=10)
 
 
@@ -149,39 +149,39 @@ def test_two_swapped_classes_of_many_are_another_order(swapped: tuple[int, int])
     first, second = swapped
     others = [*names]
     others[first], others[second] = names[second], names[first]
-    with pytest.raises(ConfigError, match="name their classes in another order"):
+    with pytest.raises(ConfigError, match=rf"^model\.label_map: .*class {first} .*{names[second]!r}"):
         join_labels(ArraySource(labels={}, rows={}, classes=tuple(names), digest=""), others, 200, None)
 
 
 @pytest.mark.parametrize(
-    ("label_map", "sentence"),
+    ("label_map", "named"),
     [
-        ({"cat": 0, "dog": 1}, r"the dataset's 'eel' are not in it"),
-        ({"cat": 0}, r"the dataset's 'dog', 'eel' are not in it"),
-        ({}, r"the dataset's 'cat', 'dog', 'eel' are not in it"),
-        ({"cats": 0, "dog": 1, "eel": 2}, r"'cats' is no class of the dataset; did you mean 'cat'\?"),
-        ({"zzz": 0}, r"'zzz' is no class of the dataset \('cat', 'dog', 'eel'\)"),
-        ({3: 0}, r"3 is no class of the dataset"),
-        ({-1: 0}, r"-1 is no class of the dataset"),
-        ({"cat": "tigr"}, r"'tigr' is no class of the model; did you mean 'tiger'\?"),
-        ({"cat": "zzz"}, r"'zzz' is no class of the model \('tiger', 'wolf', 'moray'\)"),
-        ({"cat": 3}, r"3 is no class of the model"),
-        ({"cat": -1}, r"-1 is no class of the model"),
+        ({"cat": 0, "dog": 1}, r".*'eel' "),
+        ({"cat": 0}, r".*'dog', 'eel' "),
+        ({}, r".*'cat', 'dog', 'eel' "),
+        ({"cats": 0, "dog": 1, "eel": 2}, r"'cats' .*dataset.*'cat'\?"),
+        ({"zzz": 0}, r"'zzz' .*dataset.*\('cat', 'dog', 'eel'\)"),
+        ({3: 0}, r"3 .*dataset"),
+        ({-1: 0}, r"-1 .*dataset"),
+        ({"cat": "tigr"}, r"'tigr' .*model.*'tiger'\?"),
+        ({"cat": "zzz"}, r"'zzz' .*model.*\('tiger', 'wolf', 'moray'\)"),
+        ({"cat": 3}, r"3 .*model"),
+        ({"cat": -1}, r"-1 .*model"),
     ],
 )
-def test_map_that_is_wrong(label_map: LabelMap, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^model\.label_map: {sentence}"):
+def test_map_that_is_wrong(label_map: LabelMap, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.label_map: {named}"):
         join(PETS, ("tiger", "wolf", "moray"), label_map)
 
 
 def test_long_lists_of_names_are_cut_short() -> None:
     names = [f"class {index}" for index in range(9)]
-    with pytest.raises(ConfigError, match=r"'class 4' and 4 more are not in it"):
+    with pytest.raises(ConfigError, match=r"^model\.label_map: .*'class 4' and 4 "):
         join(names, None, {}, count=9)
 
 
 def test_map_onto_a_model_without_names_takes_no_names() -> None:
-    with pytest.raises(ConfigError, match=r"'tiger' is no class of the model\."):
+    with pytest.raises(ConfigError, match=r"^model\.label_map: 'tiger' "):
         join(PETS, None, {"cat": "tiger"}, count=3)
 
 
@@ -197,7 +197,7 @@ def test_identity_overrules_names_and_a_smaller_count() -> None:
 
 
 def test_identity_cannot_hold_for_more_classes_than_the_model_has() -> None:
-    with pytest.raises(ConfigError, match=r"identity cannot hold: the dataset has 3 classes, the model 2"):
+    with pytest.raises(ConfigError, match=r"^model\.label_map: identity .* 3 .* 2\."):
         join(PETS, PETS[:2], "identity")
 
 
@@ -215,7 +215,7 @@ def test_dataset_without_names_takes_the_models(label_map: LabelMap) -> None:
 )
 def test_label_outside_the_classes(classes: Sequence[str] | None, label_map: LabelMap) -> None:
     source = source_of(classes, [0, 1], [2, 3])
-    with pytest.raises(ConfigError, match=r"split split1 has label 3, outside the 3 classes \(0 to 2\)"):
+    with pytest.raises(ConfigError, match=r"^source: .*split1 .* 3, .* 3 class.*\b2\)"):
         join_labels(source, PETS, 3, label_map)
 
 
@@ -280,7 +280,7 @@ def test_a_target_is_a_class_of_the_label_column_whatever_a_model_calls_its_own(
 @pytest.mark.parametrize(
     ("target", "named"),
     [
-        ("dogs", "did you mean 'dog'"),
+        ("dogs", "'dog'?"),
         ("zzz", "('cat', 'dog', 'eel')"),
         (3, "3"),
         (-1, "-1"),

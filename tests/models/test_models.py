@@ -3,6 +3,7 @@
 import importlib
 import math
 import pickle
+import re
 import shutil
 import sys
 from collections import namedtuple
@@ -158,40 +159,39 @@ class Returning(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "shape", "sentence"),
+    ("module", "options", "shape", "named"),
     [
-        (nn.Conv2d(3, 4, 3), {}, (1, 8, 8), "model: it does not take images of shape (1, 8, 8)"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), {}, (3, 8, 8), "model: it does not take images of shape"),
-        (nn.Flatten(), {"mean": (0.5, 0.5)}, (3, 2, 2), "model: it does not take images of shape (3, 2, 2)"),
-        (nn.Flatten(), {"std": (0.5,) * 4}, (3, 2, 2), "model: it does not take images of shape (3, 2, 2)"),
-        (nn.LSTM(2, 5), {}, (1, 2, 2), "model: it does not take images of shape"),
-        (nn.Identity(), {}, (3, 2, 2), "shape (1, 3, 2, 2); logits (images, classes)"),
-        (nn.Flatten(0), {}, (3, 2, 2), "shape (12,); logits (images, classes)"),
-        (nn.Flatten(0, 1), {}, (3, 2, 2), "shape (3, 2, 2); logits (images, classes)"),
-        (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), "shape (1, 3, 2, 1, 2); logits (images, classes)"),
-        (Returning(lambda logits: (logits, logits)), {}, (3, 2, 2), "model: it returned an object of type tuple;"),
-        (Returning(lambda logits: [logits]), {}, (3, 2, 2), "an object of type list;"),
-        (Returning(lambda logits: {"out": logits, "aux": 3}), {}, (3, 2, 2), "an object of type dict;"),
-        (Returning(lambda _: {"logits": None}), {}, (3, 2, 2), "an object of type dict;"),
-        (Returning(lambda logits: SimpleNamespace(scores=logits)), {}, (3, 2, 2), "an object of type SimpleNamespace;"),
-        (Returning(lambda logits: logits.numpy(force=True)), {}, (3, 2, 2), "an object of type ndarray;"),
-        (Returning(lambda _: None), {}, (3, 2, 2), "an object of type NoneType;"),
-        (Returning(lambda logits: logits.long()), {}, (3, 2, 2), "model: it returned torch.int64 values;"),
-        (Returning(lambda logits: logits > 0), {}, (3, 2, 2), "model: it returned torch.bool values;"),
-        (Returning(lambda logits: logits + 1j), {}, (3, 2, 2), "model: it returned torch.complex64 values;"),
-        (Returning(lambda logits: logits[..., None, None]), {}, (3, 2, 2), "shape (1, 12, 1, 1); logits (images"),
-        (Returning(lambda logits: logits.T), {}, (3, 2, 2), "shape (12, 1); logits (images"),
-        (Returning(lambda logits: logits.detach()), {}, (3, 2, 2), "model: no gradient reaches its input"),
+        (nn.Conv2d(3, 4, 3), {}, (1, 8, 8), r"\(1, 8, 8\): "),
+        (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), {}, (3, 8, 8), r"\(3, 8, 8\): "),
+        (nn.Flatten(), {"mean": (0.5, 0.5)}, (3, 2, 2), r"\(3, 2, 2\): "),
+        (nn.Flatten(), {"std": (0.5,) * 4}, (3, 2, 2), r"\(3, 2, 2\): "),
+        (nn.LSTM(2, 5), {}, (1, 2, 2), r"\(1, 2, 2\): "),
+        (nn.Identity(), {}, (3, 2, 2), r"\(1, 3, 2, 2\); "),
+        (nn.Flatten(0), {}, (3, 2, 2), r"\(12,\); "),
+        (nn.Flatten(0, 1), {}, (3, 2, 2), r"\(3, 2, 2\); "),
+        (nn.Unflatten(2, (2, 1)), {}, (3, 2, 2), r"\(1, 3, 2, 1, 2\); "),
+        (Returning(lambda logits: (logits, logits)), {}, (3, 2, 2), "tuple;"),
+        (Returning(lambda logits: [logits]), {}, (3, 2, 2), "list;"),
+        (Returning(lambda logits: {"out": logits, "aux": 3}), {}, (3, 2, 2), "dict;"),
+        (Returning(lambda _: {"logits": None}), {}, (3, 2, 2), "dict;"),
+        (Returning(lambda logits: SimpleNamespace(scores=logits)), {}, (3, 2, 2), "SimpleNamespace;"),
+        (Returning(lambda logits: logits.numpy(force=True)), {}, (3, 2, 2), "ndarray;"),
+        (Returning(lambda _: None), {}, (3, 2, 2), "NoneType;"),
+        (Returning(lambda logits: logits.long()), {}, (3, 2, 2), r"torch\.int64 "),
+        (Returning(lambda logits: logits > 0), {}, (3, 2, 2), r"torch\.bool "),
+        (Returning(lambda logits: logits + 1j), {}, (3, 2, 2), r"torch\.complex64 "),
+        (Returning(lambda logits: logits[..., None, None]), {}, (3, 2, 2), r"\(1, 12, 1, 1\); "),
+        (Returning(lambda logits: logits.T), {}, (3, 2, 2), r"\(12, 1\); "),
+        (Returning(lambda logits: logits.detach()), {}, (3, 2, 2), "gradient"),
         # One class: nothing to confuse it with, and a gradient that is always zero.
-        (nn.Flatten(), {}, (1, 1, 1), "shape (1, 1); logits (images, classes) of two classes or more are needed"),
+        (nn.Flatten(), {}, (1, 1, 1), r"\(1, 1\); "),
     ],
 )
 def test_models_whose_classes_cannot_be_counted(
-    module: nn.Module, options: dict[str, Any], shape: tuple[int, int, int], sentence: str
+    module: nn.Module, options: dict[str, Any], shape: tuple[int, int, int], named: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=f"^model: .*{named}") as caught:
         Model(module, **options).count_classes(shape)
-    assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -242,22 +242,22 @@ def test_an_untrained_model_comes_from_the_seed_alone(factory_file: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs", "sentence"),
+    ("name", "kwargs", "named"),
     [
-        ("{folder}/missing.py:make", {}, "model.name: there is no file {folder}/missing.py."),
-        ("{folder}/victim.py:missing", {}, "model.name: {folder}/victim.py has no callable missing."),
-        ("{folder}/victim.py:not_callable", {}, "model.name: {folder}/victim.py has no callable not_callable."),
-        ("{folder}/victim.py:torch.nn.ReLU", {}, "has no callable torch.nn.ReLU"),
-        ("{folder}/victim.py:make", {"colour": "red"}, "unexpected keyword argument 'colour'"),
-        ("{folder}/broken.py:make", {}, "broken.py cannot be imported: No module named 'no_such"),
-        ("{folder}/syntax.py:make", {}, "syntax.py cannot be imported: "),
-        ("{folder}/odd.py:text", {}, "odd.py:text returned str, not a torch.nn.Module."),
-        ("{folder}/odd.py:fails", {}, "odd.py:fails: the weather is bad"),
-        ("no_such_package.nets:make", {}, "model.name: no_such_package.nets cannot be imported: "),
+        ("{folder}/missing.py:make", {}, " {folder}/missing.py"),
+        ("{folder}/victim.py:missing", {}, "{folder}/victim.py .* missing"),
+        ("{folder}/victim.py:not_callable", {}, "{folder}/victim.py .* not_callable"),
+        ("{folder}/victim.py:torch.nn.ReLU", {}, "{folder}/victim.py .* torch.nn.ReLU"),
+        ("{folder}/victim.py:make", {"colour": "red"}, ": .*'colour'"),
+        ("{folder}/broken.py:make", {}, "{folder}/broken.py .*: .*'no_such_module'"),
+        ("{folder}/syntax.py:make", {}, "{folder}/syntax.py .*: "),
+        ("{folder}/odd.py:text", {}, "{folder}/odd.py:text .* str, .*torch.nn.Module"),
+        ("{folder}/odd.py:fails", {}, "{folder}/odd.py:fails: the weather is bad$"),
+        ("no_such_package.nets:make", {}, "no_such_package.nets "),
         ("math:sqrt", {"x": 4}, "math:sqrt"),
     ],
 )
-def test_factories_that_cannot_be_used(factory_file: Path, name: str, kwargs: dict[str, Any], sentence: str) -> None:
+def test_factories_that_cannot_be_used(factory_file: Path, name: str, kwargs: dict[str, Any], named: str) -> None:
     folder = factory_file.parent
     (folder / "broken.py").write_text("import no_such_module\n")
     (folder / "syntax.py").write_text("def make(:\n")
@@ -265,8 +265,7 @@ def test_factories_that_cannot_be_used(factory_file: Path, name: str, kwargs: di
         "def text():\n    return 'a model'\n\n\ndef fails():\n    raise RuntimeError('the weather is bad\\nand cold')\n"
     )
     found = refused(kind="factory", name=name.format(folder=folder), kwargs=kwargs)
-    assert sentence.format(folder=folder) in found
-    assert found.startswith("model")
+    assert re.match(rf"model(\.name)?: .*{named.format(folder=folder)}", found)
 
 
 def test_a_file_that_failed_to_import_is_read_again(tmp_path: Path) -> None:
@@ -279,7 +278,7 @@ def test_a_file_that_failed_to_import_is_read_again(tmp_path: Path) -> None:
 
 def test_a_factory_takes_checkpoints_only(factory_file: Path) -> None:
     found = refused(kind="factory", name=f"{factory_file}:make", weights="IMAGENET1K_V1")
-    assert "IMAGENET1K_V1 is no checkpoint; kind factory takes a .safetensors, .pt or .pth file." in found
+    assert re.match(r"model\.weights: IMAGENET1K_V1 .*\.safetensors", found)
 
 
 CALLABLES = """
@@ -355,20 +354,20 @@ def test_untrained_torchvision_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "named"),
     [
-        ({"name": "resnet51"}, "model: torchvision cannot make resnet51: Unknown model resnet51"),
+        ({"name": "resnet51"}, "model: .* resnet51: "),
+        ({"name": "resnet51", "weights": "IMAGENET1K_V1"}, "model: .* resnet51: "),
         (
-            {"name": "resnet51", "weights": "IMAGENET1K_V1"},
-            "model: torchvision cannot make resnet51: Unknown model resnet51",
+            {"name": "resnet50", "weights": "IMAGENET1K_V3"},
+            r"model\.weights: resnet50 .*IMAGENET1K_V3;.* IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT",
         ),
-        ({"name": "resnet50", "weights": "IMAGENET1K_V3"}, "torchvision knows IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
-        ({"name": "resnet50", "weights": "weights.ckpt"}, "a checkpoint ends in .safetensors, .pt or .pth"),
-        ({"name": "squeezenet1_1", "kwargs": {"depth": 3}}, "unexpected keyword argument 'depth'"),
+        ({"name": "resnet50", "weights": "weights.ckpt"}, r"model\.weights: .*weights\.ckpt;.* \.safetensors, \.pt"),
+        ({"name": "squeezenet1_1", "kwargs": {"depth": 3}}, "model: .* squeezenet1_1: .*'depth'"),
     ],
 )
-def test_torchvision_models_that_cannot_be_made(config: dict[str, Any], sentence: str) -> None:
-    assert sentence in refused(kind="torchvision", **config)
+def test_torchvision_models_that_cannot_be_made(config: dict[str, Any], named: str) -> None:
+    assert re.match(named, refused(kind="torchvision", **config))
 
 
 @pytest.fixture
@@ -435,21 +434,20 @@ def test_pretrained_timm_weights_bring_their_preprocessing(tmp_path: Path, weigh
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "named"),
     [
-        ({"name": "resnet_51"}, "model: timm cannot make resnet_51: Unknown model (resnet_51)"),
-        ({"name": "test_vit", "weights": "no_such_tag"}, "model: timm cannot make test_vit: "),
+        ({"name": "resnet_51"}, "model: .* resnet_51: "),
+        ({"name": "test_vit", "weights": "no_such_tag"}, "model: .* test_vit: .*no_such_tag"),
     ],
 )
-def test_timm_models_that_cannot_be_made(config: dict[str, Any], sentence: str) -> None:
-    assert sentence in refused(kind="timm", **config)
+def test_timm_models_that_cannot_be_made(config: dict[str, Any], named: str) -> None:
+    assert re.match(named, refused(kind="timm", **config))
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
 def test_an_extra_that_is_not_installed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, kind, None)
-    expected = f"model.kind: {kind} is not installed; it comes with pip install 'fgsm-pipeline[{kind}]'."
-    assert refused(kind=kind, name="any") == expected
+    assert re.match(rf"model\.kind: {kind} .*'fgsm-pipeline\[{kind}\]'", refused(kind=kind, name="any"))
 
 
 # --------------------------------------------------------------------------------------------- transformers
@@ -567,7 +565,7 @@ def test_the_model_sees_what_its_image_processor_would_give_it(
 def test_published_statistics_that_cannot_be_are_refused(vit: tuple[Any, Path]) -> None:
     _, folder = vit
     preprocessing("ViTImageProcessor", {"image_mean": [123.675, 116.28, 103.53]}, folder)
-    assert "published with cannot be used" in refused(kind="transformers", name="vit", weights=str(folder))
+    assert refused(kind="transformers", name="vit", weights=str(folder)).startswith("model.weights: ")
 
 
 def test_untrained_transformers_models(tmp_path: Path) -> None:
@@ -617,7 +615,7 @@ def test_a_digits_victim_may_be_untrained_or_have_other_weights(tmp_path: Path) 
     assert same_weights(untrained, load(5, kind="digits", weights=None))
     shutil.copy(WEIGHTS, tmp_path / "copy.safetensors")
     assert same_weights(trained, load(kind="digits", weights=str(tmp_path / "copy.safetensors")))
-    assert "kind digits has no weights IMAGENET1K_V1" in refused(kind="digits", weights="IMAGENET1K_V1")
+    assert re.match(r"model\.weights: .* IMAGENET1K_V1;", refused(kind="digits", weights="IMAGENET1K_V1"))
 
 
 def test_the_digits_victim_is_trained_without_the_held_out_split(
@@ -723,13 +721,13 @@ def circle() -> dict[str, Any]:
     ("content", "named"),
     [
         # Both could be meant, and neither is taken.
-        (lambda state: {"model": state, "model_ema": state}, ["model, model_ema", "fit the model"]),
+        (lambda state: {"model": state, "model_ema": state}, ["model, model_ema"]),
         (lambda state: {"state_dict": state, "state_dict_ema": prefixed(state)}, ["state_dict, state_dict_ema"]),
-        (lambda state: {"a": {"x": state["0.bias"]}, "b": {"y": state["0.bias"]}}, ["a, b", "none of which fits"]),
-        (lambda _: {"epoch": 3, "arch": "resnet20"}, ["holds no state dict", "'epoch', 'arch'"]),
-        (lambda _: circle(), ["holds no state dict", "'epoch', 'itself'"]),
+        (lambda state: {"a": {"x": state["0.bias"]}, "b": {"y": state["0.bias"]}}, ["a, b", "none"]),
+        (lambda _: {"epoch": 3, "arch": "resnet20"}, ["'epoch', 'arch'"]),
+        (lambda _: circle(), ["'epoch', 'itself'"]),
         # One alone is it, and what does not fit of it is said.
-        (lambda state: {"net": prefixed({**state, "head": state["0.bias"]})}, ["unexpected head."]),
+        (lambda state: {"net": prefixed({**state, "head": state["0.bias"]})}, [" head."]),
     ],
 )
 def test_a_checkpoint_that_leaves_open_what_is_meant(
@@ -755,14 +753,12 @@ def test_keys_that_do_not_fit_are_listed_in_one_sentence(tmp_path: Path) -> None
     torch.save({**kept, **{f"head.{index}": torch.zeros(1) for index in range(6)}}, path)
     module = net()
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^model\.weights: {path} ") as caught:
         load_checkpoint(module, path)
-    assert str(caught.value) == (
-        f"model.weights: {path} does not fit the model: "
-        "missing 0.weight, 1.weight, 1.running_mean, 1.running_var, 3.bias; "
-        "unexpected head.0, head.1, head.2, head.3, head.4 and 1 more; "
-        "of another shape 0.bias, 3.weight."
-    )
+    missing, unexpected, others = str(caught.value).split("; ")
+    assert missing.endswith(" 0.weight, 1.weight, 1.running_mean, 1.running_var, 3.bias")
+    assert " head.0, head.1, head.2, head.3, head.4 and 1 " in unexpected
+    assert others.endswith(" 0.bias, 3.weight.")
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
@@ -770,8 +766,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, factory_fil
     path = tmp_path / "digits.safetensors"
     shutil.copy(WEIGHTS, path)
     sentence = refused(kind="factory", name=f"{factory_file}:make", weights=str(path))
-    assert "missing conv.weight, conv.bias, linear.weight, linear.bias;" in sentence
-    assert "unexpected " in sentence
+    assert re.match(r"model\.weights: .* conv\.weight, conv\.bias, linear\.weight, linear\.bias; ", sentence)
 
 
 class Touch:
@@ -790,7 +785,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path: Path, write: Callable[[Any, 
     target, path = tmp_path / "executed", tmp_path / "weights.pt"
     code = Touch(target)
     write({**net().state_dict(), "extra": code} if nested else code, path)
-    with pytest.raises(ConfigError, match="is not plain weights, and nothing in it was executed"):
+    with pytest.raises(ConfigError, match=rf"^model\.weights: {path} "):
         load_checkpoint(net(), path)
     assert not target.exists()
 
@@ -805,13 +800,13 @@ def cut_safetensors(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-PLAIN = "is not plain weights, and nothing in it was executed"
-SAFE = "is not a safetensors file"
-NO_STATE = "holds no state dict"
+PLAIN = "plain weights"
+SAFE = "safetensors file"
+NO_STATE = "state dict"
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "sentence"),
+    ("name", "write", "named"),
     [
         ("a.pt", Path.touch, PLAIN),
         ("a.pth", cut, PLAIN),
@@ -828,19 +823,15 @@ NO_STATE = "holds no state dict"
         ("a.pt", lambda path: torch.save({"state_dict": "lost"}, path), NO_STATE),
         ("a.pt", lambda path: torch.save({"epoch": 3, "weight": torch.zeros(1)}, path), NO_STATE),
         ("a.pt", lambda path: torch.save({0: torch.zeros(1)}, path), NO_STATE),
-        ("a.pt", lambda path: path.with_suffix(".pth").touch(), "there is no file"),
-        ("a.pt", Path.mkdir, "there is no file"),
+        ("a.pt", lambda path: path.with_suffix(".pth").touch(), "no file"),
+        ("a.pt", Path.mkdir, "no file"),
     ],
 )
-def test_files_that_are_no_checkpoint(
-    tmp_path: Path, name: str, write: Callable[[Path], object], sentence: str
-) -> None:
+def test_files_that_are_no_checkpoint(tmp_path: Path, name: str, write: Callable[[Path], object], named: str) -> None:
     path = tmp_path / name
     write(path)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^model\.weights: (?=.*{path}\b).*{named}") as caught:
         load_checkpoint(net(), path)
-    assert str(caught.value).startswith("model.weights: ")
-    assert f"{path} {sentence}" in str(caught.value) or f"{sentence} {path}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -853,5 +844,5 @@ def test_files_that_are_no_checkpoint(
     ],
 )
 def test_an_image_processor_that_preprocess_cannot_express_is_refused(processor: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"its image processor .* cannot express; wrap the model with kind factory"):
+    with pytest.raises(ConfigError, match=r"^model\.weights: .*preprocess .*factory"):
         _processor_sizes(processor)

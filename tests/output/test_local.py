@@ -1,8 +1,10 @@
 """An output in a folder on a disk: who holds it, and what cannot be read."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -32,9 +34,8 @@ def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-        assert said == [
-            f"{place} is in use by another run (process {os.getpid()}); wait for it." for place in (folder, link)
-        ]
+        for place, sentence in zip((folder, link), said, strict=True):
+            assert re.match(rf"{place} .*process {os.getpid()}\b", sentence)
         # And it is still kept from others.
         process = multiprocessing.get_context("fork").Process(target=_hold, args=(folder,))
         process.start()
@@ -64,14 +65,13 @@ def test_a_manifest_that_cannot_be_read_is_a_sentence(tmp_path: Path, make: Call
     make(tmp_path / "manifest.json")
     for command in ("inspect", "verify"):
         sentence = failed(command, tmp_path)
-        assert sentence.startswith(f"Cannot read {tmp_path}/manifest.json: ")
-        assert sentence.endswith("; mend the disk or its permissions.")
+        assert f" {tmp_path}/manifest.json: " in sentence
 
 
 def test_a_folder_that_cannot_be_listed_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / ".run").mkdir()
     link_to_itself(tmp_path / ".run/receipts")
-    with pytest.raises(PipelineError, match=rf"^Cannot read {tmp_path}/\.run/receipts: Too many levels of symbolic"):
+    with pytest.raises(PipelineError, match=rf"{tmp_path}/\.run/receipts: {os.strerror(errno.ELOOP)}"):
         open_store(tmp_path).sizes()
 
 
@@ -80,7 +80,7 @@ def test_a_link_that_leads_nowhere_is_named(below: str, write_config: WriteConfi
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "gone")
     sentence = failed("generate", write_config(), "--output", f"{link}{below}", code=2)
-    assert sentence.startswith(f"output.path: {link} is a link that leads nowhere; ")
+    assert sentence.startswith(f"output.path: {link} ")
 
 
 def test_a_folder_in_the_place_of_a_file_is_named_when_it_cannot_be_removed(
@@ -90,12 +90,12 @@ def test_a_folder_in_the_place_of_a_file_is_named_when_it_cannot_be_removed(
     file = shard_path(tmp_path / "out", "eps-8/test-00001-of-00003.parquet")
     file.unlink()
     file.mkdir()
-    assert failed("verify", tmp_path / "out", "--repair").startswith(f"Cannot write {file}: ")
+    assert f" {file}: " in failed("verify", tmp_path / "out", "--repair")
 
 
 def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
     for command in ("inspect", "verify"):
-        assert failed(command, tmp_path / ("x" * 300)).startswith(f"Cannot read {tmp_path}/xxx")
+        assert f" {tmp_path}/xxx" in failed(command, tmp_path / ("x" * 300))
 
 
 def test_a_local_folder_is_a_store_of_its_own_kind(tmp_path: Path) -> None:

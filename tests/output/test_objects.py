@@ -74,7 +74,7 @@ def test_a_run_into_a_store_equals_a_local_one(
     assert "0 differ" in verified.output
     assert fgsm("inspect", f"{out}/").output == fgsm("inspect", local).output
     s3.requests.clear()
-    assert "All 3 shards are already there" in generate(config, "--output", out)
+    assert "All 3 shards" in generate(config, "--output", out)
     assert not s3.asked("PUT|POST|DELETE")
     # Rows as from the folder, read ahead or as they come, at an epsilon of which nothing is stored too.
     epsilons: list[str] | None
@@ -86,7 +86,7 @@ def test_a_run_into_a_store_equals_a_local_one(
             {**row, "image": row["image"].tobytes()} for row in expected
         ]
     assert set(pipeline.load(out)) == {"test"}
-    with pytest.raises(ConfigError, match=r"^split: s3://.* has no split 'train'; it has test\.$"):
+    with pytest.raises(ConfigError, match=rf"^split: {out} .*'train'; .* test\.$"):
         pipeline.load(out, split="train")
 
 
@@ -128,7 +128,7 @@ def test_overwriting_removes_another_run_and_nothing_else(s3: S3, out: str, writ
     for name, content in mine.items():
         alter(s3, out, name, content)
     said = generate(write_config(output={"path": out}), "--overwrite")
-    assert "Left as they are, not of this dataset: clean/data.csv, clean/mine.parquet, notes.txt." in said
+    assert ": clean/data.csv, clean/mine.parquet, notes.txt." in said
     objects = there(s3, out)
     assert {name: objects[name] for name in mine} == mine
     assert not {name for name in former if "-of-" in name} & set(objects)
@@ -144,15 +144,13 @@ def test_overwriting_removes_another_run_and_nothing_else(s3: S3, out: str, writ
 def test_a_place_that_holds_something_else_is_refused(s3: S3, out: str, write_config: WriteConfig) -> None:
     alter(s3, out, "photos/cat.jpg", b"cat")
     sentence = failed("generate", write_config(output={"path": out}), code=2)
-    assert sentence.startswith(
-        f"output.path: {out} is not empty and holds no dataset of fgsm-pipeline (there is photos)"
-    )
+    assert re.match(rf"output\.path: {out} .*\bphotos\b", sentence)
 
 
 def test_the_end_of_generate_and_the_card_name_what_works(s3: S3, out: str, write_config: WriteConfig) -> None:
     result = fgsm("generate", write_config(output={"path": out}))
     assert result.exit_code == 0, result.output
-    assert f"Next: fgsm verify {out} --recompute" in result.stderr
+    assert f" fgsm verify {out} --recompute" in result.stderr
     assert f"Report: {out}/report.html" in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "python -c" in line]
     assert line.strip() == f"""python -c 'import pipeline; print(pipeline.load("{out}"))'"""
@@ -188,11 +186,11 @@ def test_a_dataset_is_verified_mended_and_reported(s3: S3, out: str, write_confi
     found = fgsm("verify", out)
     assert found.exit_code == 1
     assert f"{altered} has sha256 " in found.output
-    assert f"{gone} is missing." in found.output
-    assert f"{extra} belongs to no shard of this run" in found.output
-    assert "not of this dataset, and left alone: clean/mine.parquet" in found.output
+    assert f"{gone} is missing" in found.output
+    assert f"{extra} belongs" in found.output
+    assert ": clean/mine.parquet" in found.output
     alter(s3, out, extra, None)
-    assert "2 damaged shards dropped" in fgsm("verify", out, "--repair").output
+    assert "2 damaged shards" in fgsm("verify", out, "--repair").output
     assert len(shards(there(s3, out))) == 4
     assert fgsm("report", out).stdout.strip() == f"{out}/report.html"
     generate(config)
@@ -239,8 +237,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     # The lock of the last one is back, to be taken over.
     alter(s3, out, ".run/lock", json.dumps(lock).encode())
     log = generate(config, "--output", out)
-    assert f"The lock of {out} is taken over: it has not changed for 3 s." in log
-    assert re.search(r"[5-9] of 10 shards are already there\.", log)
+    assert re.search(rf"{out}: .*\block\b.* 3 s\.", log)
+    assert re.search(r"[5-9] of 10 shards", log)
     assert shards(there(s3, out)) == digests(tmp_path / "out")
     assert lock_of(there(s3, out)) is None
     assert fgsm("verify", out).exit_code == 0
@@ -294,7 +292,7 @@ def test_a_receipt_is_written_once(s3: S3, out: str) -> None:
     store = ObjectStore(out)
     store.commit(".run/receipts/a.json", b"one")
     store.commit(".run/receipts/a.json", b"one")
-    with pytest.raises(PipelineError, match=r"a\.json was written by another process meanwhile, with other content"):
+    with pytest.raises(PipelineError, match=rf"^{out}/\.run/receipts/a\.json .*content"):
         store.commit(".run/receipts/a.json", b"two")
     assert there(s3, out) == {".run/receipts/a.json": b"one"}
 
@@ -327,7 +325,7 @@ def test_a_file_is_read_in_parts(s3: S3, out: str) -> None:
         file.seek(256)
         assert file.read(3) == b"\x00\x01\x02"
         s3.fail("GET", "clean/file", 500)
-    refused = pytest.raises(PipelineError, match=rf"^{out}: the store failed \(.+\)\. What was committed is kept; when")
+    refused = pytest.raises(PipelineError, match=rf"^{out}: .*\(.+\)")
     with refused, ObjectStore(out).open("clean/file") as file:
         file.read(3)
     with pytest.raises(FileNotFoundError), ObjectStore(out).open("clean/none"):
@@ -389,7 +387,7 @@ def test_a_dataset_in_a_store_is_published(
             result = fgsm("publish", out, "user/images")
             assert result.exit_code == 0, result.output
             again = fgsm("publish", out, "user/images")
-            assert "are already there" in again.output
+            assert re.search(r"\bAll \d+ files\b", again.output)
         finally:
             close_session()
             enable_progress_bars()
@@ -416,6 +414,6 @@ def test_a_deleted_manifest_is_written_anew_also_after_a_start_over(
     generate(write_config(output={"path": out}), "--overwrite")
     before = shards(there(s3, out))
     alter(s3, out, "manifest.json", None)
-    assert "shards are already there" in generate(write_config(output={"path": out}))
+    assert "3 of 3 shards" in generate(write_config(output={"path": out}))
     assert shards(there(s3, out)) == before
     assert fgsm("verify", out).exit_code == 0

@@ -120,7 +120,7 @@ def test_what_is_not_there_names_the_key_and_what_is(
 def test_other_epsilons_are_only_of_attacks_on_a_ray(several: Path) -> None:
     for read in (pipeline.load, pipeline.training_dataset):
         for options in ({}, {"attacks": ["fgsm", "pgd"]}, {"models": "net"}):
-            with pytest.raises(ConfigError, match=r"^epsilons: 3/255 is not recorded of attack pgd"):
+            with pytest.raises(ConfigError, match=r"^epsilons: 3/255 .*\bpgd\b"):
                 read(several / "stepped", split="test", epsilons=["3/255"], **options)
     rows = pipeline.load(several / "stepped", ["3/255"], "test", models="sums")
     assert Counter(made(rows)) == {("fgsm", "sums", 3): 40, ("noise", None, 3): 40}
@@ -167,7 +167,7 @@ def test_one_model_and_one_attack_can_be_named_too(write_config: WriteConfig, tm
     ]
     assert len(read[0]) == 24
     assert all(rows == read[0] for rows in read)
-    with pytest.raises(ConfigError, match=r"^models: got 'other'; .* make\.$"):
+    with pytest.raises(ConfigError, match=r"^models: .*'other'; .* make\.$"):
         pipeline.load(tmp_path / "out", split="test", models="other")
 
 
@@ -188,7 +188,7 @@ def test_without_a_manifest_names_and_rows_say_what_there_is(several: Path, tmp_
         assert made(pipeline.load(copy, split="test", models="sums")) == [
             one for one in (CLEAN, EVERY[2], EVERY[4], EVERY[5]) for _ in range(40)
         ]
-        with pytest.raises(ConfigError, match=r"^attacks: got 'pgd'"):
+        with pytest.raises(ConfigError, match=r"^attacks: .*'pgd'"):
             pipeline.load(copy, split="test", attacks="pgd")
 
 
@@ -202,7 +202,7 @@ def test_rows_in_an_object_store_are_chosen_alike(
     for streaming in (False, True):
         rows = pipeline.load(out, ["8/255", "3/255"], streaming=streaming, **options)
         assert Counter(made(rows)) == {(*one, k): 10 for one in (("fgsm", "sums"), ("noise", None)) for k in (8, 3)}
-        with pytest.raises(ConfigError, match=r"^models: got 'vgg'"):
+        with pytest.raises(ConfigError, match=r"^models: .*'vgg'"):
             pipeline.load(out, streaming=streaming, models="vgg")
 
 
@@ -293,7 +293,7 @@ def test_without_models_noise_is_drawn_alone() -> None:
         ({"pgd": float("nan")}, "pgd"),
         ({"pgd": "2"}, "pgd"),
         ({"pgd": True}, "pgd"),
-        ({"fgsm": 0, "noise": 0, "pgd": 0}, "nothing is left"),
+        ({"fgsm": 0, "noise": 0, "pgd": 0}, "nothing"),
     ],
     ids=str,
 )

@@ -199,7 +199,7 @@ def test_draws_are_among_what_fooled_or_did_not_in_the_same_proportion(
     none = ~flags.any(axis=1)
     assert 0 < none.sum() < ROWS
     (line,) = [record.getMessage() for record in caplog.records]
-    assert f"{none.sum()} of {ROWS} images" in line
+    assert f"{none.sum()} of {ROWS} " in line
     assert only in line
     variants = drawn(data, 60)
     attacked = variants > 0
@@ -260,7 +260,7 @@ def test_rows_that_lost_an_attack_are_one_sentence(several: Path, tmp_path: Path
         if entry["path"] == f"signs/{file.name}":
             entry["bytes"] = file.stat().st_size
     write_sealed(folder / "manifest.json", content)
-    with pytest.raises(PipelineError, match=rf"{file.name}.*; see fgsm verify"):
+    with pytest.raises(PipelineError, match=rf"{file.name} .*fgsm verify"):
         opened(folder, only="fooled")
 
 
@@ -314,7 +314,7 @@ def test_a_state_of_another_mix_is_refused(several: Path) -> None:
         {"only": "correct"},
     ]
     for options in others:
-        with pytest.raises(ConfigError, match="The state is that of another dataset, or of another split"):
+        with pytest.raises(ConfigError, match=r"^state: .*\bseed\b"):
             opened(several / "images", clean=0.4, **options).load_state_dict(state)
     opened(several / "images", clean=0.4, weights={"fgsm": 1}).load_state_dict(state)
 
@@ -332,7 +332,7 @@ def test_a_state_of_another_mix_is_refused(several: Path) -> None:
         ({"weights": {"4/255": 2}}, "weights", "'4/255'"),
         ({"weights": {"fgsm": -0.1}}, "weights", "fgsm"),
         ({"weights": {"fgsm": float("nan")}}, "weights", "fgsm"),
-        ({"weights": {"2/255": 0, "8/255": 0}}, "weights", "nothing is left"),
+        ({"weights": {"2/255": 0, "8/255": 0}}, "weights", "nothing"),
         ({"only": "wrong"}, "only", "'wrong'"),
         ({"only": "fooled", "epsilons": ["8/255", "3/255"]}, "only", "3/255"),
     ],

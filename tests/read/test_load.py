@@ -171,7 +171,7 @@ def test_a_view_is_never_written_as_what_it_is_not(view: Any, tmp_path: Path) ->
     file = tmp_path / "view.parquet"
     view.to_parquet(file)
     assert plain(datasets.load_dataset("parquet", data_files=str(file), split="train")) == plain(view)
-    with pytest.raises(PipelineError, match="made on reading"):  # what push_to_hub calls
+    with pytest.raises(PipelineError, match=r"ds\.map\("):  # what push_to_hub calls
         datasets.table.embed_table_storage(view.data.table)
     unread = view.cast_column("image", datasets.Image(decode=False))[45]["image"]
     assert unread == {"bytes": None, "path": None}
@@ -257,21 +257,20 @@ def test_an_overwritten_folder_gives_its_own_rows(write_config: WriteConfig, tmp
 
 
 @pytest.mark.parametrize(
-    ("epsilons", "sentence"),
+    ("epsilons", "named"),
     [
-        (["8"], "epsilons: 8 is above 1, and pixels run from 0 to 1; write 8/255."),
-        ([0.001], "epsilons: 0.001 is below 1/255, the smallest step an 8-bit image can hold."),
-        (["large"], "epsilons: 'large' is neither a number nor of the form k/255."),
-        (["8/255", 0.032], "epsilons: 8/255 and 0.032 are both 8/255; keep one of them."),
-        ([0, "0/255"], "epsilons: 0 and 0/255 are both 0/255; keep one of them."),
-        ([], "epsilons: got []; name them in a list, such as ['8/255']."),
-        ("8/255", "epsilons: got '8/255'; name them in a list, such as ['8/255']."),
+        (["8"], r"epsilons: 8 .* 8/255\.$"),
+        ([0.001], r"epsilons: 0\.001 .*1/255"),
+        (["large"], "epsilons: 'large' .*k/255"),
+        (["8/255", 0.032], r"epsilons: 8/255 and 0\.032 .* 8/255;"),
+        ([0, "0/255"], "epsilons: 0 and 0/255 .* 0/255;"),
+        ([], r"epsilons: .*\[\]; .*'8/255'"),
+        ("8/255", "epsilons: .*'8/255'; .*list"),
     ],
 )
-def test_epsilons_that_cannot_be_are_one_sentence(tmp_path: Path, epsilons: Any, sentence: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_epsilons_that_cannot_be_are_one_sentence(tmp_path: Path, epsilons: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{named}"):
         pipeline.load(tmp_path, epsilons)
-    assert str(caught.value) == sentence
 
 
 def test_decimals_mean_what_they_mean_in_the_config(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -286,9 +285,8 @@ def test_a_split_that_is_not_there_is_one_sentence(
     write_config: WriteConfig, tmp_path: Path, layout: str, streaming: bool
 ) -> None:
     generate(write_config(output={"layout": layout}))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^split: {tmp_path / 'out'} .*'train'; .* test\.$"):
         pipeline.load(tmp_path / "out", split="train", streaming=streaming)
-    assert str(caught.value) == f"split: {tmp_path / 'out'} has no split 'train'; it has test."
 
 
 CARD = """---
@@ -302,17 +300,16 @@ configs:
 def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused = {
-        tmp_path / "nowhere": f"There is no folder {tmp_path / 'nowhere'}.",
-        tmp_path / "empty": f"{tmp_path / 'empty'} cannot be read as a dataset: ",
-        image_parquet: f"{image_parquet} is no dataset of fgsm-pipeline: its card lists default, and no layout has",
+        tmp_path / "nowhere": f" {tmp_path / 'nowhere'}",
+        tmp_path / "empty": f"^{tmp_path / 'empty'} ",
+        image_parquet: rf"^{image_parquet} .*\bdefault\b",
     }
-    for path, sentence in refused.items():
-        with pytest.raises(ConfigError) as caught:
+    for path, named in refused.items():
+        with pytest.raises(ConfigError, match=named) as caught:
             pipeline.load(path)
-        assert str(caught.value).startswith(sentence)
         assert "\n" not in str(caught.value)
     (image_parquet / "README.md").write_text(CARD)
-    with pytest.raises(ConfigError, match="its subset signs has other columns"):
+    with pytest.raises(ConfigError, match=rf"^{image_parquet} .*\bsigns .*columns"):
         pipeline.load(image_parquet)
 
 
@@ -346,7 +343,7 @@ def test_rows_of_a_former_format_are_one_sentence(write_config: WriteConfig, tmp
         else:
             kept = kept.remove_columns(list(MADE))
         kept.to_parquet(path)
-    with pytest.raises(ConfigError, match=r"is no dataset of fgsm-pipeline: its subset .* has other columns"):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/out .*\bsubset .*columns"):
         pipeline.load(tmp_path / "out", split="test")
 
 
@@ -354,7 +351,7 @@ def test_damaged_files_are_one_sentence(write_config: WriteConfig, tmp_path: Pat
     generate(write_config(output={"layout": "signs"}))
     for file in (tmp_path / "out/signs").iterdir():
         file.write_bytes(b"cut short")
-    with pytest.raises(ConfigError, match="its subset signs cannot be read"):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/out: .*\bsigns\b"):
         pipeline.load(tmp_path / "out")
 
 
@@ -365,7 +362,7 @@ def test_a_sign_map_with_other_values_is_one_sentence() -> None:
     for value in (1, 126, 128, 255):
         direction[3, 4, 1] = value
         cell = {"picture": png_bytes(clean), "direction": png_bytes(direction), "level": 4}
-        with pytest.raises(PipelineError, match="a sign map holds other values than 0, 127 and 254; fgsm verify names"):
+        with pytest.raises(PipelineError, match=r"\b0, 127 and 254;.*fgsm verify"):
             SteppedImage().decode_example(cell)
 
 

@@ -1,8 +1,10 @@
 """Reading for training: every image once an epoch, whoever shares the work, and exactly on from where it stopped."""
 
+import errno
 import gc
 import json
 import math
+import os
 import pickle
 import shutil
 from collections import Counter
@@ -491,9 +493,7 @@ def test_a_state_that_does_not_reach_the_workers_is_refused_when_they_read(
     assert sum(1 for _ in loader) == 14
     data.load_state_dict(state)
     for _ in range(2):  # nor is it forgotten
-        with pytest.raises(
-            ConfigError, match="where workers do not see it; load it into torchdata's Stateful"
-        ) as caught:
+        with pytest.raises(ConfigError, match=r"^state: .*\bStatefulDataLoader\b") as caught:
             list(loader)
         let_go(caught)
     data.set_epoch(1)
@@ -508,71 +508,61 @@ def test_a_state_of_something_else_is_refused(outputs: Path) -> None:
     state = data.state_dict()
     others: list[dict[str, Any]] = [{"epsilons": ["2/255"]}, {"clean": 0.4}, {"seed": 1}, {"shuffle": False}]
     for options in others:
-        with pytest.raises(ConfigError, match="The state is that of another dataset, or of another split"):
+        with pytest.raises(ConfigError, match=r"^state: .*\bseed\b"):
             opened(outputs / "color-images", **options).load_state_dict(state)
-    with pytest.raises(ConfigError, match="The state is that of another dataset"):
+    with pytest.raises(ConfigError, match=r"^state: .*\bseed\b"):
         opened(outputs / "color-signs").load_state_dict(state)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"^state: .* 0 of 1 with 1 .* 1 of 2 with 1 "):
         opened(outputs / "color-images", rank=1, world_size=2).load_state_dict(state)
-    assert str(caught.value) == (
-        "The state is of rank 0 of 1 with 1 readers, and this is rank 1 of 2 with 1 readers; "
-        "resume with as many ranks and workers."
-    )
 
 
 # ------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "named"),
     [
-        ({"epsilons": ["8"]}, "epsilons: 8 is above 1, and pixels run from 0 to 1; write 8/255."),
-        ({"epsilons": [0.001]}, "epsilons: 0.001 is below 1/255, the smallest step an 8-bit image can hold."),
-        ({"epsilons": ["large"]}, "epsilons: 'large' is neither a number nor of the form k/255."),
-        ({"epsilons": ["8/255", 0.032]}, "epsilons: 8/255 and 0.032 are both 8/255; keep one of them."),
-        ({"epsilons": []}, "epsilons: got []; name them in a list, such as ['8/255']."),
-        ({"epsilons": ["8/255", 0]}, "epsilons: 0 is the clean image, whose share is `clean`; leave it out."),
-        ({"clean": 1.5}, "clean: got 1.5; it is the share of clean images, from 0 to 1."),
-        ({"clean": -0.1}, "clean: got -0.1; it is the share of clean images, from 0 to 1."),
-        ({"clean": math.nan}, "clean: got nan; it is the share of clean images, from 0 to 1."),
-        ({"clean": True}, "clean: got True; it is the share of clean images, from 0 to 1."),
-        ({"seed": -1}, "seed: got -1; it is a whole number, 0 or more."),
-        ({"seed": 0.5}, "seed: got 0.5; it is a whole number, 0 or more."),
-        ({"rank": 2, "world_size": 2}, "rank, world_size: got 2 of 2; ranks run from 0 to world_size - 1."),
-        ({"rank": 0}, "rank, world_size: got 0 of None; ranks run from 0 to world_size - 1."),
-        ({"split": "train"}, "split: FOLDER has no split 'train'; it has test."),
+        ({"epsilons": ["8"]}, r"epsilons: 8 .* 8/255\.$"),
+        ({"epsilons": [0.001]}, r"epsilons: 0\.001 .*1/255"),
+        ({"epsilons": ["large"]}, "epsilons: 'large' .*k/255"),
+        ({"epsilons": ["8/255", 0.032]}, r"epsilons: 8/255 and 0\.032 .* 8/255;"),
+        ({"epsilons": []}, r"epsilons: .*\[\]; .*'8/255'"),
+        ({"epsilons": ["8/255", 0]}, "epsilons: 0 .*`clean`"),
+        ({"clean": 1.5}, "clean: .*1.5;"),
+        ({"clean": -0.1}, "clean: .*-0.1;"),
+        ({"clean": math.nan}, "clean: .*nan;"),
+        ({"clean": True}, "clean: .*True;"),
+        ({"seed": -1}, "seed: .*-1;"),
+        ({"seed": 0.5}, "seed: .*0.5;"),
+        ({"rank": 2, "world_size": 2}, "rank, world_size: .* 2 of 2;"),
+        ({"rank": 0}, "rank, world_size: .* 0 of None;"),
+        ({"split": "train"}, r"split: FOLDER .*'train'; .* test\.$"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(outputs: Path, options: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_is_one_sentence(outputs: Path, options: dict[str, Any], named: str) -> None:
     folder = outputs / "color-images"
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=f"^{named.replace('FOLDER', str(folder))}"):
         pipeline.training_dataset(folder, **{"split": "test", **options})
-    assert str(caught.value) == sentence.replace("FOLDER", str(folder))
 
 
 def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=f" {tmp_path / 'nowhere'}"):
         opened(tmp_path / "nowhere")
-    assert str(caught.value) == f"There is no folder {tmp_path / 'nowhere'}."
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^{image_parquet} .*manifest\.json"):
         opened(image_parquet)
-    assert str(caught.value) == f"{image_parquet} holds no dataset of ours: there is no manifest.json."
 
 
 def test_unlabelled_images_are_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config(**KINDS["unlabelled"](tmp_path)))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=f"^{tmp_path / 'out'}: 5 .* 20 .*'test' .*label"):
         opened(tmp_path / "out")
-    assert str(caught.value) == (
-        f"{tmp_path / 'out'}: 5 of the 20 images in 'test' have no label; a classifier is trained on labelled ones."
-    )
 
 
 def test_a_split_without_images_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
     generate(write_config())
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     write_sealed(tmp_path / "out/manifest.json", {**manifest, "complete": False, "subsets": [], "files": []})
-    with pytest.raises(ConfigError, match=r"has no images in 'test' yet; run fgsm generate to its end\.$"):
+    with pytest.raises(ConfigError, match=rf"^split: {tmp_path / 'out'} .*'test' .*fgsm generate"):
         opened(tmp_path / "out")
 
 
@@ -583,16 +573,13 @@ def test_a_file_that_is_listed_in_one_subset_only_is_one_sentence(outputs: Path,
     name = shard_path(folder, "eps-8/test-00001-of-00003.parquet").name
     manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != f"eps-8/{name}"]
     write_sealed(folder / "manifest.json", manifest)
-    with pytest.raises(PipelineError) as caught:
+    with pytest.raises(PipelineError, match=rf"^manifest\.json .*{folder}/eps-8/{name}; .*fgsm verify"):
         opened(folder)
-    assert str(caught.value) == (
-        f"manifest.json lists {name} elsewhere and not {folder}/eps-8/{name}; see fgsm verify."
-    )
 
 
 def test_an_epoch_below_0_is_one_sentence(outputs: Path) -> None:
     data = opened(outputs / "color-images")
-    with pytest.raises(ConfigError, match=r"^epoch: got -1; epochs are counted from 0\.$"):
+    with pytest.raises(ConfigError, match=r"^epoch: .*-1;"):
         data.set_epoch(-1)
 
 
@@ -608,21 +595,21 @@ def test_missing_and_altered_files_are_one_sentence(outputs: Path, tmp_path: Pat
     file = shard_path(folder, "eps-8/test-00001-of-00003.parquet")
     content = file.read_bytes()
     file.unlink()
-    missing = pytest.raises(PipelineError, match=r"is not the file that manifest\.json lists \(.*No such file")
-    with missing, pytest.warns(UserWarning, match=r"is incomplete: 2 of 3 shards are there"):
+    missing = pytest.raises(PipelineError, match=rf"^{file} .*{os.strerror(errno.ENOENT)}")
+    with missing, pytest.warns(UserWarning, match=rf"^{folder} .*\b2 of 3 "):
         opened(folder)
     file.write_bytes(content[:-100])
-    with pytest.raises(PipelineError, match=r"is not the file that manifest\.json lists \(its size is another"):
+    with pytest.raises(PipelineError, match=rf"^{file} .*\bsize\b"):
         opened(folder)
     file.write_bytes(content[:-100] + bytes(100))
-    with pytest.raises(PipelineError, match=r"is not the file that manifest\.json lists"):
+    with pytest.raises(PipelineError, match=rf"^{file} .*manifest\.json"):
         opened(folder)
     # Other epsilons can still be read.
     assert len(list(opened(folder, epsilons=["2/255"]))) == ROWS
     file.write_bytes(content)
     data = opened(folder)
     file.unlink()
-    with pytest.raises(PipelineError, match=r"cannot be read \(.*see fgsm verify"):
+    with pytest.raises(PipelineError, match=rf"^{file} .*fgsm verify"):
         list(data)
 
 
@@ -655,7 +642,7 @@ def test_damaged_pictures_are_one_sentence(outputs: Path, tmp_path: Path, name: 
             entry["bytes"] = file.stat().st_size
     write_sealed(folder / "manifest.json", manifest)
     data = opened(folder, epsilons=["2/255"], clean=0)
-    with pytest.raises(PipelineError, match=r"a stored picture is damaged \(.*\); fgsm verify names its file\.$"):
+    with pytest.raises(PipelineError, match=r"picture .*fgsm verify"):
         list(data)
 
 
@@ -681,17 +668,16 @@ def test_a_hub_id_will_do(outputs: Path, known: Known, hub: Hub) -> None:
 def test_hub_errors_are_one_sentence(outputs: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    with pytest.raises(ConfigError, match=r"^user/name is no dataset of fgsm-pipeline: it has no manifest\.json\.$"):
+    with pytest.raises(ConfigError, match=r"^user/name .*manifest\.json"):
         opened(Path("user/name"))
-    with pytest.raises(ConfigError, match=r"^There is no folder user/other, and the Hub shows no such dataset"):
+    with pytest.raises(ConfigError, match=r" user/other, .*hf auth login"):
         opened(Path("user/other"))
     push(hub, outputs / "color-images", ignore="eps-8")
-    with pytest.raises(PipelineError, match=r"is not the file that manifest\.json lists"):
+    with pytest.raises(PipelineError, match=r"/eps-8/\S+ .*manifest\.json"):
         opened(Path("user/name"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r" user/third, .*: ") as caught:
         opened(Path("user/third"))
-    assert str(caught.value).startswith("There is no folder user/third, and the Hub cannot be reached: ")
     assert "\n" not in str(caught.value)
 
 

@@ -35,7 +35,7 @@ def test_a_steady_rate_leaves_the_first_commit_out() -> None:
     assert rate == 10
     assert startup == 7
     assert benchmark.steady([(1.0, 10), (2.0, 11)], launched=0.0)[1] == 0
-    with pytest.raises(benchmark.BenchmarkError, match="at least two batches"):
+    with pytest.raises(benchmark.BenchmarkError, match="two batches"):
         benchmark.steady([(1.0, 10)], launched=0.0)
 
 
@@ -131,14 +131,12 @@ def test_ours_runs_in_each_variant_and_has_a_bound_for_each_way_to_compute() -> 
 def test_a_peer_that_is_not_installed_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "PEERS", ("no_such_library",))
     benchmark.check_installed(["ours"])
-    with pytest.raises(
-        benchmark.BenchmarkError, match=r"no_such_library is not installed.*pip install -e '\.\[bench\]'"
-    ):
+    with pytest.raises(benchmark.BenchmarkError, match=r"no_such_library .*pip install -e '\.\[bench\]'"):
         benchmark.check_installed(["no_such_library"])
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(typer.BadParameter, match="fast is none of eager, "):
+    with pytest.raises(typer.BadParameter, match=r"\bfast .*\beager, "):
         benchmark.check_choice("--variant", ["fast"], list(benchmark.VARIANTS))
 
 
@@ -171,9 +169,9 @@ def test_the_source_repeats_its_images(tmp_path: Path) -> None:
     again = workloads.encoded_images(workloads.WORKLOADS["cifar"], tmp_path / "source", None)
     assert len(again) == 1000
     assert again[:4] == [*images, images[0]]
-    with pytest.raises(ValueError, match="holds no Parquet files"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/nothing .*Parquet"):
         workloads.encoded_images(workloads.WORKLOADS["cifar"], tmp_path / "nothing", None)
-    with pytest.raises(ValueError, match="holds no class folders of JPEG files"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/nothing .*JPEG"):
         workloads.encoded_images(workloads.WORKLOADS["resnet50"], None, tmp_path / "nothing")
 
 

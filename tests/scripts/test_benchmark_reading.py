@@ -64,7 +64,7 @@ def test_a_rate_leaves_start_and_end_out() -> None:
     assert epoch.rows_per_core_s > 100  # it slept
     assert 15 < epoch.rows_per_s < 31
     assert epoch.others_cores >= 0
-    with pytest.raises(PipelineError, match="at least two batches"):
+    with pytest.raises(PipelineError, match="two batches"):
         benchmark_reading.measure(lambda: [(None, [0])])
 
 

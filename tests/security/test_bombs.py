@@ -1,8 +1,11 @@
 """What an image, a config or a manifest from elsewhere cannot cost: memory, time, what is stored."""
 
+import errno
 import io
 import itertools
 import json
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -161,7 +164,7 @@ def test_the_refusal_names_the_key_that_raises_the_limit(name: str) -> None:
 def test_pillows_own_limit_stays_for_what_decodes_by_itself() -> None:
     read_image(lambda: open_image(io.BytesIO(png_bytes(random_pixels(1)[0]))), PreprocessConfig(), 1000)
     assert Image.MAX_IMAGE_PIXELS is not None
-    with pytest.raises(UndecodableError, match=r"its pixels are more than runtime\.max_pixels = 1000"):
+    with pytest.raises(UndecodableError, match=r"runtime\.max_pixels = 1000\b"):
         # As a dataset of torchvision does it.
         read_image(lambda: Image.open(io.BytesIO(BOMBS["png"])).convert("RGB"), PreprocessConfig(), 1000)
 
@@ -197,7 +200,7 @@ def test_a_digest_of_a_torchvision_dataset_takes_no_image_past_pillows_own_limit
 
 
 def test_a_stored_picture_of_another_shape_is_not_decoded() -> None:
-    with pytest.raises(OtherShapeError, match=r"^9000x9000 in mode RGB$"):
+    with pytest.raises(OtherShapeError, match=r"^9000x9000 .*\bRGB$"):
         decode_image(png(9_000, 9_000), (3, 8, 8))
 
 
@@ -211,9 +214,7 @@ def test_no_manifest_makes_room_for_a_bomb(out: Path) -> None:
     looks: list[Callable[[], object]] = [lambda: verify(out), lambda: report(out), lambda: inspect(out)]
     looks.append(lambda: pipeline.training_dataset(out, "test"))
     for look in looks:
-        with pytest.raises(
-            PipelineError, match=r"shape: 10001x10000 is more than the 100,000,000 pixels that an image"
-        ):
+        with pytest.raises(PipelineError, match=r"\bshape: 10001x10000 .* 100,000,000 "):
             look()
 
 
@@ -223,7 +224,7 @@ def test_nothing_is_stored_that_could_not_be_read_again(
     monkeypatch.setattr("pipeline.engine.loader.MOST_PIXELS", 16 * 16 - 1)
     result = fgsm("generate", write_config(runtime={"max_pixels": 2**40}))
     assert result.exit_code == 2
-    assert "is 16x16, and an image of a dataset has at most 255 pixels" in result.stderr
+    assert re.search(r"Error: preprocess: .* 16x16\b.* 255 ", result.stderr)
     assert not (tmp_path / "out/manifest.json").exists()
     smaller = write_config(runtime={"max_pixels": 2**40}, preprocess={"resize": 15})
     assert fgsm("generate", smaller).exit_code == 0
@@ -272,28 +273,27 @@ LAUGHS = "a: &a [x, x]\n" + "".join(f"{name}: &{name} [{', '.join([f'*{before}']
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "named"),
     [
-        (LAUGHS, "it holds an alias"),
-        ("source: &a [*a]", "it holds an alias"),
-        ("[" * 60 + "]" * 60, "nested more than 50 deep"),
-        ("[" * 5000, "nested more than 50 deep"),
-        ("runtime: {seed: " + "9" * 5000 + "}", "not valid YAML"),
-        ("runtime: {seed: 0x" + "f" * 5000 + "}", "more than 64 bits"),
-        ("source: {path: 2001-99-99}", "not valid YAML"),
-        ('source: {path: "\\ud800"}', "a character that no path"),
-        ('source: {path: "\\0"}', "a character that no path"),
-        ("source: !!python/object/apply:os.system [id]", "not valid YAML"),
-        ("? [a]\n: b", "not valid YAML"),
-        ("a: 1\na: 2", "stands there twice"),
+        (LAUGHS, "/config.yaml .*alias"),
+        ("source: &a [*a]", "/config.yaml .*alias"),
+        ("[" * 60 + "]" * 60, r"/config.yaml .*\b50\b"),
+        ("[" * 5000, r"/config.yaml .*\b50\b"),
+        ("runtime: {seed: " + "9" * 5000 + "}", "/config.yaml "),
+        ("runtime: {seed: 0x" + "f" * 5000 + "}", r"runtime.seed: .*\b64\b"),
+        ("source: {path: 2001-99-99}", "/config.yaml "),
+        ('source: {path: "\\ud800"}', "source.path: "),
+        ('source: {path: "\\0"}', "source.path: "),
+        ("source: !!python/object/apply:os.system [id]", "/config.yaml "),
+        ("? [a]\n: b", "/config.yaml "),
+        ("a: 1\na: 2", r"/config.yaml .*\bkey a\b"),
     ],
 )
-def test_a_config_that_is_a_bomb(tmp_path: Path, text: str, sentence: str) -> None:
+def test_a_config_that_is_a_bomb(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError, match=named) as refused:
         load_config(str(path))
-    assert sentence in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
     assert len(str(refused.value)) < 1000
     if "\n" not in text:
@@ -337,7 +337,7 @@ def test_a_receipt_is_as_strict_as_it_was(out: Path) -> None:
 
 def test_a_manifest_nested_without_end(out: Path) -> None:
     (out / "manifest.json").write_text('{"format": 3, "config": ' + "[" * 200_000)
-    with pytest.raises(PipelineError, match="cannot be read"):
+    with pytest.raises(PipelineError, match=rf"^{out}/manifest\.json "):
         require_manifest(OutputFolder(out))
 
 
@@ -348,4 +348,4 @@ def test_want_of_memory_is_a_sentence(out: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pipeline.output.summary.inspect", greedy)
     result = fgsm("inspect", out)
     assert result.exit_code == 1
-    assert "Error: The system refused: Cannot allocate memory. " in result.stderr
+    assert re.search(f"Error: .*{os.strerror(errno.ENOMEM)}.*runtime\\.batch_size", result.stderr)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_a_saved_dataset_does_not_list_files_of_others(tmp_path: Path, what: str
         state["_data_files"] = [{"filename": f"../../other/test/{name}"}]
         (folder / "test/state.json").write_text(json.dumps(state))
     assert other.is_dir()
-    with pytest.raises(ConfigError, match="which is no file of its own"):
+    with pytest.raises(ConfigError, match=rf"^source\.path: {folder}\S* "):
         open_source(HuggingFaceConfig(kind="huggingface", path=str(folder)), need_labels=True)
 
 
@@ -139,9 +140,7 @@ def test_a_card_does_not_name_files_of_others(
 ) -> None:
     folder = with_card(tmp_path / "source", **json.loads(json.dumps(config).replace("{private}", str(private))))
     shutil.copy(next(private.iterdir()), folder / "own.parquet")
-    with pytest.raises(
-        ConfigError, match=r"^source\.path: the card of .*/source names files elsewhere \(test-00000-of-"
-    ):
+    with pytest.raises(ConfigError, match=r"^source\.path: .*card of .*/source .*\(test-00000-of-"):
         open_any(HuggingFaceConfig(kind="huggingface", path=str(folder), streaming=streaming))
     assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")), "nothing of it was read"
 
@@ -186,7 +185,7 @@ def test_a_card_of_the_hub_does_not_name_files_of_others(tmp_path: Path, private
     own, refused = done.stdout.splitlines()[:2], done.stdout.splitlines()[2:]
     assert own == ["{'train': 4}"] * 2
     assert len(refused) == 4
-    assert all("names files elsewhere" in said or "Data files don't belong to" in said for said in refused), refused
+    assert all(re.search(r"source\.path: .*user/(local|other) ", said) for said in refused), refused
     assert len(list((tmp_path / "home").rglob("*.arrow"))) == 1
 
 
@@ -200,7 +199,7 @@ def test_links_in_a_folder_of_one_s_own_are_followed(tmp_path: Path, private: Pa
 
 
 def test_torchvisions_lsun_is_refused_for_its_pickle() -> None:
-    with pytest.raises(ConfigError, match="reads LSUN through a pickle"):
+    with pytest.raises(ConfigError, match=r"^source\.path: .*LSUN .*pickle"):
         open_source(TorchvisionSourceConfig(kind="torchvision", path="LSUN"), need_labels=True)
 
 
@@ -227,7 +226,7 @@ def test_weights_that_a_library_finds_in_its_own_cache_run_nothing(
     file.parent.mkdir(parents=True)
     torch.save(Payload(canary), file)
     config = TorchvisionConfig(kind="torchvision", name="resnet18", weights="IMAGENET1K_V1")
-    with pytest.raises(ConfigError, match="torchvision cannot make resnet18"):
+    with pytest.raises(ConfigError, match=r"^model.*resnet18"):
         load_model(config, seed=0, device=torch.device("cpu"))
     assert not canary.exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
@@ -253,7 +252,7 @@ def test_weights_that_timm_is_pointed_to_run_nothing(tmp_path: Path, canary: Pat
     kwargs = {way: file if way == "checkpoint_path" else {"file": file}}
     weights = None if way == "checkpoint_path" else "r160_in1k"
     config = TimmConfig(kind="timm", name="test_resnet", weights=weights, kwargs=kwargs)
-    with pytest.raises(ConfigError, match="timm cannot make test_resnet"):
+    with pytest.raises(ConfigError, match=r"^model.*test_resnet"):
         load_model(config, seed=0, device=torch.device("cpu"))
     assert not canary.exists()
 
@@ -266,7 +265,7 @@ def test_a_transformers_folder_with_code_runs_nothing(tmp_path: Path, canary: Pa
     auto = {name: f"model.{name}" for name in ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")}
     (folder / "config.json").write_text(json.dumps({"model_type": "made-up", "auto_map": auto}))
     for weights in (None, str(folder)):
-        with pytest.raises(ConfigError, match="transformers cannot make"):
+        with pytest.raises(ConfigError, match=f"^model.*{folder}"):
             load_model(
                 TransformersConfig(kind="transformers", name=str(folder), weights=weights),
                 seed=0,
@@ -283,7 +282,7 @@ def test_an_output_folder_runs_nothing(out: Path, canary: Path) -> None:
     verify(out)
     report(out)
     pipeline.training_dataset(out, "test")
-    with pytest.raises(ConfigError, match="Dataset scripts are no longer supported"):
+    with pytest.raises(ConfigError, match=rf"^{out}\b.*{out.name}\.py"):
         pipeline.load(out, split="test")
     (out / f"{out.name}.py").unlink()
     pipeline.load(out, split="test")[0]
@@ -293,7 +292,7 @@ def test_an_output_folder_runs_nothing(out: Path, canary: Path) -> None:
         try:
             assert verify(out).problems
         except PipelineError as error:
-            assert "cannot be read" in str(error)
+            assert str(path) in str(error)
         path.write_bytes(before)
     assert not canary.exists()
 
@@ -308,8 +307,8 @@ def test_code_that_a_manifest_names_is_said_before_it_runs(out: Path) -> None:
     content["config"]["model"]["name"] = f"{code}:make"
     write_sealed(out / "manifest.json", content)
     lines = fgsm("verify", out, "--recompute").stderr.splitlines()
-    said = next(index for index, line in enumerate(lines) if f"Running code that the manifest names: {code}" in line)
-    assert "Only for datasets that you trust." in lines[said]
+    said = next(index for index, line in enumerate(lines) if f"{code}:make" in line)
+    assert re.search(r"\btrust\b", lines[said])
     assert said < lines.index("it runs")
 
 
@@ -324,7 +323,7 @@ def test_code_in_the_dataset_itself_never_runs(
     write_sealed(out / "manifest.json", content)
     result = fgsm("verify", out, "--recompute")
     assert result.exit_code == 2
-    assert "would be code out of the dataset itself, which is never run" in result.stderr
+    assert re.search(rf"Error: model\.name: {name.format(out=out)} ", result.stderr)
     assert not canary.exists()
 
 

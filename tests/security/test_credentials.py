@@ -1,5 +1,6 @@
 """Credentials: refused in a config, and shown nowhere."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_a_config_with_a_credential_is_refused_without_showing_it(
     for debug in ((), ("--debug",)):
         result = fgsm("generate", write_config(), "--set", override, *debug)
         assert result.exit_code == 2
-        assert f"{key} holds a credential" in result.stderr
+        assert re.search(f"Error: {key} .*credential", result.stderr)
         assert "swordfish" not in result.output
         assert SECRET not in result.output
 
@@ -60,9 +61,9 @@ def test_a_config_with_a_credential_is_refused_without_showing_it(
 )
 def test_no_part_of_a_chain_of_addresses_has_a_query(write_config: WriteConfig, path: str) -> None:
     source = {"path": path, "streaming": True}
-    with pytest.raises(ConfigError, match=r"^source\.path has a query in it"):
+    with pytest.raises(ConfigError, match=r"^source\.path .*query"):
         load_config(str(write_config(source=source)))
-    with pytest.raises(ConfigError, match=r"^output\.path: the address holds more than a bucket and a prefix"):
+    with pytest.raises(ConfigError, match=r"^output\.path: .*s3://bucket/prefix"):
         load_config(str(write_config(output={"path": path})))
 
 
@@ -125,7 +126,7 @@ def test_a_password_in_an_address_is_found_where_a_path_belongs(write_config: Wr
         "generate", write_config(), "--set", "source.kind=imagefolder", "--set", f"{key}=https://me:hush@host/x.pt"
     )
     assert result.exit_code == 2
-    assert f"{key} holds a credential" in result.stderr
+    assert re.search(f"Error: {key} .*credential", result.stderr)
     assert "hush" not in result.output
 
 

@@ -53,8 +53,8 @@ def test_a_manifest_that_would_lead_out_changes_nothing(out: Path, split: str) -
     for arguments in (("verify",), ("verify", "--repair"), ("report",), ("inspect",)):
         result = fgsm(arguments[0], out, *arguments[1:])
         assert result.exit_code == 1
-        assert "manifest.json cannot be read" in result.stderr
-    with pytest.raises(PipelineError, match="cannot be read"):
+        assert f"Error: {out}/manifest.json " in result.stderr
+    with pytest.raises(PipelineError, match=rf"^{out}/manifest\.json "):
         pipeline.training_dataset(out, "test")
     assert neighbour.read_text() == "a neighbour"
 
@@ -63,19 +63,19 @@ FILE: dict[str, Any] = {"path": "data/a.tar", "cuts": [4, 12]}
 
 
 @pytest.mark.parametrize(
-    ("split_rows", "streamed", "said"),
+    ("split_rows", "streamed", "named"),
     [
-        ({"test": None}, {}, "streamed lists no files"),
-        ({"test": None}, {"test": []}, "streamed.test: Tuple should have at least 1 item"),
-        ({"test": 12}, {"train": [FILE]}, "streamed lists other splits than split_rows"),
-        ({"test": 12, "train": None}, {"test": [FILE]}, "streamed lists other splits than split_rows"),
-        ({"../x": 12}, {"../x": [FILE]}, "String should match pattern"),
+        ({"test": None}, {}, "split_rows .* streamed"),
+        ({"test": None}, {"test": []}, "streamed.test: .* 1 "),
+        ({"test": 12}, {"train": [FILE]}, "streamed .* split_rows"),
+        ({"test": 12, "train": None}, {"test": [FILE]}, "streamed .* split_rows"),
+        ({"../x": 12}, {"../x": [FILE]}, "pattern"),
         *(
-            ({"test": 12}, {"test": [{**FILE, "cuts": cuts}]}, "streamed.test.0.cuts: the rows at which shards end")
+            ({"test": 12}, {"test": [{**FILE, "cuts": cuts}]}, "streamed.test.0.cuts: ")
             for cuts in ([], [12, 4], [4, 4], [0, 12], [0, 0])
         ),
-        ({"test": 12}, {"test": [{**FILE, "cuts": [-1]}]}, "streamed.test.0.cuts.0: Input should be greater than"),
-        ({"test": 12}, {"test": [{**FILE, "cuts": [2**63]}]}, "streamed.test.0.cuts.0: Input should be less than"),
+        ({"test": 12}, {"test": [{**FILE, "cuts": [-1]}]}, "streamed.test.0.cuts.0: "),
+        ({"test": 12}, {"test": [{**FILE, "cuts": [2**63]}]}, "streamed.test.0.cuts.0: "),
         *(
             ({"test": 12}, {"test": [{**FILE, "path": path}]}, "streamed.test.0.path")
             for path in ("", "/etc/passwd", "..", "../a.tar", "data/../../a.tar")
@@ -83,12 +83,12 @@ FILE: dict[str, Any] = {"path": "data/a.tar", "cuts": [4, 12]}
     ],
 )
 def test_a_manifest_whose_streamed_files_make_no_plan(
-    out: Path, split_rows: dict[str, Any], streamed: dict[str, Any], said: str
+    out: Path, split_rows: dict[str, Any], streamed: dict[str, Any], named: str
 ) -> None:
     content = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**content, "split_rows": split_rows, "streamed": streamed}))
     for look in (verify, inspect, pipeline.training_dataset):
-        with pytest.raises(PipelineError, match=rf"^{out}/manifest\.json cannot be read \(.*{said}.*\)\. Restore it"):
+        with pytest.raises(PipelineError, match=rf"^{out}/manifest\.json .*{named}"):
             look(out)
 
 
@@ -104,7 +104,7 @@ def test_a_plan_of_any_number_of_shards_is_not_made(out: Path) -> None:
     content["split_rows"] = content["identity"]["source.rows"] = {"test": 6 * 10**6 + 1}
     make_consistent(out, content)
     for look in (verify, inspect):
-        with pytest.raises(ConfigError, match=r"^output\.images_per_shard: 6 cuts 6,000,001 rows of test into more"):
+        with pytest.raises(ConfigError, match=r"^output\.images_per_shard: 6 .*6,000,001 .*\btest\b"):
             look(out)
 
 
@@ -125,7 +125,7 @@ def test_files_that_a_manifest_lists_beside_its_plan_are_not_read(finished: Path
     file = f"clean/{name}-{manifest.edition}.parquet"
     entry = manifest.files[0].model_copy(update={"path": file})
     other = manifest.model_copy(update={"files": (*manifest.files, entry)})
-    with pytest.raises(ConfigError, match=rf"^{place}: its manifest\.json lists {re.escape(file)}, which is no"):
+    with pytest.raises(ConfigError, match=rf"^{place}: .*manifest\.json .*{re.escape(file)}\b"):
         _addresses(place, other, "clean")
 
 
@@ -133,7 +133,7 @@ def test_features_are_those_of_the_config(out: Path) -> None:
     content = json.loads((out / "manifest.json").read_text())
     content["config"]["attack"]["target"] = content["identity"]["attacks.fgsm.target"] = 1
     make_consistent(out, content)
-    with pytest.raises(PipelineError, match="its features are not those that a run of its config writes"):
+    with pytest.raises(PipelineError, match=rf"^{out}/manifest\.json .*features"):
         verify(out)
 
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_asked_again_is_a_sentence(out: Path) -> None:
     (key,) = [key for key in content["identity"] if key.startswith("models.") and key.endswith(".content")]
     del content["identity"][key]
     make_consistent(out, content)
-    with pytest.raises(ConfigError, match=r"^model: .*has changed since the run"):
+    with pytest.raises(ConfigError, match=r"^model: "):
         verify(out, recompute=True)
 
 
@@ -155,7 +155,7 @@ def test_a_receipt_that_lists_a_file_elsewhere_is_damage_and_repair_deletes_its_
     write_sealed(receipt, content)
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
-    assert f"{receipt.name} was altered, or is no receipt" in result.stderr
+    assert f"{receipt.name} " in result.stderr
     assert secret.read_text() == "keep"
     assert not receipt.exists()
 
@@ -192,7 +192,7 @@ def test_nothing_is_deleted_through_a_link(out: Path, tmp_path: Path, link: Call
     before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 2, result.output
-    assert "is a link that leads out of the dataset's folder" in result.stderr
+    assert re.search(rf"Error: {out}/\S+ .*\blink\b", result.stderr)
     assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
 
 
@@ -216,7 +216,7 @@ def test_no_picture_is_written_through_a_link(out: Path, tmp_path: Path) -> None
     elsewhere.mkdir()
     shutil.rmtree(out / "assets")
     (out / "assets").symlink_to(elsewhere)
-    with pytest.raises(ConfigError, match="is a link that leads out"):
+    with pytest.raises(ConfigError, match=rf"^{out}/assets .*\blink\b"):
         report(out)
     assert not list(elsewhere.iterdir())
 
@@ -228,7 +228,7 @@ def test_no_link_is_published(out: Path, tmp_path: Path, name: str) -> None:
     (out / name).symlink_to(tmp_path / "id_ed25519")
     result = fgsm("publish", out, "user/name", "--dry-run")
     assert result.exit_code == 2
-    assert f"{name} is a link that leads out of the dataset's folder" in result.stderr
+    assert re.search(rf"Error: {out}/{name} .*\blink\b", result.stderr)
 
 
 # -------------------------------------------------------------------------------------------------------- the terminal

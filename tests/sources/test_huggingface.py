@@ -87,8 +87,8 @@ def test_several_splits_are_chosen_by_name(tmp_path: Path, form: str) -> None:
         datasets.DatasetDict(train=pets([0, 1]), test=pets([2])).save_to_disk(str(folder))
     assert labels(hub(folder, split=["test", "train"])) == {"test": [2], "train": [0, 1]}
     assert labels(hub(folder, split="test")) == {"test": [2]}
-    refuse(lambda: hub(folder), r"^source\.split: name one or more of the source's splits: (train, test|test, train)")
-    refuse(lambda: hub(folder, split=["train", "validation"]), r"^source\.split: there is no split validation; .*train")
+    refuse(lambda: hub(folder), r"^source\.split: .*: (train, test|test, train)")
+    refuse(lambda: hub(folder, split=["train", "validation"]), r"^source\.split: .* validation; .*train")
 
 
 def without_label(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -130,13 +130,13 @@ def test_image_column(tmp_path: Path, columns: Sequence[str], named: str | None,
 @pytest.mark.parametrize(
     ("columns", "named", "sentence"),
     [
-        (["label", "number"], None, r"^source\.image_column: no column holds images; the columns are label, number"),
-        (["cell", "label"], None, r"^source\.image_column: no column holds images; the columns are cell, label"),
-        (["image", "depth", "label"], None, r"^source\.image_column: there are several .*\(image, depth\); name one"),
-        (["image", "label"], "img", r"^source\.image_column: there is no column img; the columns are image, label"),
-        (["image", "label"], "label", r"^source\.image_column: label does not hold images"),
-        (["image", "label", "score"], "score", r"^source\.image_column: score does not hold images"),
-        (["image", "label", "flag"], "flag", r"^source\.image_column: flag does not hold images"),
+        (["label", "number"], None, r"^source\.image_column: .*label, number\b"),
+        (["cell", "label"], None, r"^source\.image_column: .*cell, label\b"),
+        (["image", "depth", "label"], None, r"^source\.image_column: .*\(image, depth\)"),
+        (["image", "label"], "img", r"^source\.image_column: .* img; .*image, label\b"),
+        (["image", "label"], "label", r"^source\.image_column: label "),
+        (["image", "label", "score"], "score", r"^source\.image_column: score "),
+        (["image", "label", "flag"], "flag", r"^source\.image_column: flag "),
     ],
 )
 def test_image_column_that_cannot_be_used(
@@ -175,18 +175,18 @@ def test_label_column(
 @pytest.mark.parametrize(
     ("columns", "keys", "sentence"),
     [
-        (["number", "name"], {}, r"^source\.label_column: no column is a ClassLabel; .*\(the columns are image, numb"),
-        (["label", "coarse"], {}, r"^source\.label_column: there are several .*\(label, coarse\); name one"),
-        (["label"], {"label_column": "labels"}, r"^source\.label_column: there is no column labels; the columns are"),
-        (["score"], {"label_column": "score"}, r"^source\.label_column: score holds float; labels are integers or st"),
-        (["flag"], {"label_column": "flag"}, r"^source\.label_column: flag holds bool; labels are integers or strings"),
-        (["label"], {"label_column": "image"}, r"^source\.label_column: image holds struct.*; labels are integers or"),
-        (["below"], {"label_column": "below"}, r"split train has a label -2; labels are 0 or more"),
-        (["label"], {"classes": ["a", "b", "c"]}, r"^source\.classes: the source names its classes itself"),
+        (["number", "name"], {}, r"^source\.label_column: .*ClassLabel; .*image, number, name\b"),
+        (["label", "coarse"], {}, r"^source\.label_column: .*\(label, coarse\)"),
+        (["label"], {"label_column": "labels"}, r"^source\.label_column: .* labels; .*image, label\b"),
+        (["score"], {"label_column": "score"}, r"^source\.label_column: score .*float\b"),
+        (["flag"], {"label_column": "flag"}, r"^source\.label_column: flag .*bool\b"),
+        (["label"], {"label_column": "image"}, r"^source\.label_column: image .*struct\b"),
+        (["below"], {"label_column": "below"}, r"^source: .*\btrain .* -2\b"),
+        (["label"], {"classes": ["a", "b", "c"]}, r"^source\.classes: "),
         (
             ["name"],
             {"label_column": "name", "classes": ["cat", "dog"]},
-            r"^source\.classes: the label 'eel' in column name is not among them",
+            r"^source\.classes: .*'eel' .*\bname\b",
         ),
     ],
 )
@@ -213,7 +213,7 @@ def test_null_and_minus_one_are_unlabelled(
     source = hub(folder, need_labels=False, **keys)
     assert labels(source) == {"train": values}
     assert source.classes == classes
-    refuse(lambda: hub(folder, **keys), r"split train has 2 unlabelled rows.*attack\.label=prediction")
+    refuse(lambda: hub(folder, **keys), r"^source: .*\btrain .* 2 .*attack\.label=prediction")
 
 
 def test_no_label_column_is_needed_to_attack_predictions(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_kept_columns_are_unchanged_and_typed(tmp_path: Path) -> None:
 
 def test_kept_column_that_is_not_there(tmp_path: Path) -> None:
     folder = write_columns(tmp_path / "pets", "image", "label")
-    refuse(lambda: hub(folder, keep_columns=["id"]), r"^source\.keep_columns: there is no column id; the columns are i")
+    refuse(lambda: hub(folder, keep_columns=["id"]), r"^source\.keep_columns: .* id; .*image, label\b")
 
 
 def test_images_stay_undecoded_when_opened(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_images_stay_undecoded_when_opened(tmp_path: Path) -> None:
     for opener in openers[1:]:
         with pytest.raises(UndecodableError):
             read_image(opener, PreprocessConfig(), 10**6)
-    with pytest.raises(UndecodableError, match="the row has no image"):
+    with pytest.raises(UndecodableError, match="no image"):
         openers[4]()
 
 
@@ -308,7 +308,7 @@ def test_paths_that_lead_out_of_the_folder_do_not_open(tmp_path: Path, path: str
     (folder / "links").symlink_to(tmp_path)
     write_paths(folder, [path and path.format(outside=outside)])
     (opener,) = openers_of(hub(folder), "train")
-    with pytest.raises(UndecodableError, match="out of the source's own folder" if path else "the row has no image"):
+    with pytest.raises(UndecodableError, match="folder" if path else "no image"):
         opener()
 
 
@@ -369,7 +369,7 @@ def test_a_digest_is_not_taken_of_a_disk_that_fails(monkeypatch: pytest.MonkeyPa
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(TorchvisionSource, "open", failing)
-    with pytest.raises(PipelineError, match="Input/output error"):
+    with pytest.raises(PipelineError, match=os.strerror(errno.EIO)):
         vision("FakeData", kwargs={"size": 3, "image_size": (3, 4, 4), "num_classes": 3})
 
 
@@ -422,7 +422,7 @@ def test_subsets_of_a_card_are_chosen_by_name(tmp_path: Path) -> None:
     card = {name: f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("small", "large")}
     (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(card.values())}---\n")
     assert [*labels(hub(folder, name="large")).values()] == [[2, 1, 0, 2]]
-    refuse(lambda: hub(folder), r"^source\.path: .* cannot be opened: .*[Cc]onfig")
+    refuse(lambda: hub(folder), r"^source\.path: .*[Cc]onfig")
 
 
 @pytest.mark.parametrize("form", ["parquet", "saved"])
@@ -432,7 +432,7 @@ def test_empty_dataset(tmp_path: Path, form: str) -> None:
         empty.to_parquet(str(tmp_path / "pets" / "train-00000-of-00001.parquet"))
     else:
         empty.save_to_disk(str(tmp_path / "pets"))
-    refuse(lambda: hub(tmp_path / "pets"), r"^source.*(is empty|no data|no rows)")
+    refuse(lambda: hub(tmp_path / "pets"), r"^source\b.*(empty|no data|no rows)")
 
 
 def test_one_empty_split_among_others(tmp_path: Path) -> None:
@@ -441,17 +441,17 @@ def test_one_empty_split_among_others(tmp_path: Path) -> None:
         str(tmp_path / "pets")
     )
     assert labels(hub(tmp_path / "pets", split="train")) == {"train": LABELS}
-    refuse(lambda: hub(tmp_path / "pets", split=["train", "test"]), r"^source.*(test is empty|no data|no rows)")
+    refuse(lambda: hub(tmp_path / "pets", split=["train", "test"]), r"^source\b.*(test\b.*empty|no data|no rows)")
 
 
 @pytest.mark.parametrize("path", ["{folder}/gone", "./gone", "~/not/there/at/all", "a/b/c"])
 def test_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(tmp_path)
-    refuse(lambda: hub(path.format(folder=tmp_path)), r"^source\.path: there is no folder .*(gone|all|c)\.$")
+    refuse(lambda: hub(path.format(folder=tmp_path)), r"^source\.path: .*(gone|/at/all|a/b/c)\.$")
 
 
 def test_folder_without_data(tmp_path: Path) -> None:
-    refuse(lambda: hub(tmp_path), r"^source\.path: .* cannot be opened: .*any data files")
+    refuse(lambda: hub(tmp_path), rf"^source\.path: {tmp_path} ")
 
 
 def test_broken_parquet_file_is_said_to_be_broken(tmp_path: Path) -> None:
@@ -460,4 +460,4 @@ def test_broken_parquet_file_is_said_to_be_broken(tmp_path: Path) -> None:
     cut_short = folder / "test-00001-of-00002.parquet"
     cut_short.write_bytes(whole.read_bytes()[:-20])
     whole.rename(folder / "test-00000-of-00002.parquet")
-    refuse(lambda: hub(folder), r"^source\.path: .* cannot be opened: .*([Pp]arquet|corrupt)")
+    refuse(lambda: hub(folder), r"^source\.path: .*/pets .*([Pp]arquet|corrupt)")

@@ -1,7 +1,9 @@
 """Folders of class folders, and all that lies in them beside images."""
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,17 +58,17 @@ def test_imagefolder_with_a_folder_for_each_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "split", "sentence"),
     [
-        ({}, None, r"is not a folder of class folders"),
-        ({"cat": [1], "dog": []}, None, r"is not a folder of class folders: .*dog"),
-        ({"cat": [1], "dog": [2]}, ["train", "test"], r"source\.split: there is no folder .*train"),
-        ({"train/cat": [1], "test/cat": [2]}, ["train", "val"], r"source\.split: there is no folder .*val"),
+        ({}, None, r"^source\.path: .*/pets "),
+        ({"cat": [1], "dog": []}, None, r"^source\.path: .*\bdog\b"),
+        ({"cat": [1], "dog": [2]}, ["train", "test"], r"^source\.split: .*train\b"),
+        ({"train/cat": [1], "test/cat": [2]}, ["train", "val"], r"^source\.split: .*val\b"),
         # The split folders are no classes.
-        ({"train/cat": [1], "test/cat": [2]}, "validation", r"source\.split: .*validation"),
-        ({"val/cat": [1], "test/cat": [2]}, None, r"source\.split: "),
+        ({"train/cat": [1], "test/cat": [2]}, "validation", r"^source\.split: .*validation"),
+        ({"val/cat": [1], "test/cat": [2]}, None, r"^source\.split: "),
         (
             {"train/cat": [1], "train/dog": [1], "test/cat": [2]},
             ["train", "test"],
-            r"the class folders of split test differ from those of the first split",
+            r"^source\.path: .*\bsplit test\b",
         ),
     ],
 )
@@ -80,17 +82,15 @@ def test_imagefolder_that_cannot_be_used(
 
 
 def test_imagefolder_that_is_not_there(tmp_path: Path) -> None:
-    refuse(lambda: folders(tmp_path / "gone"), r"^source\.path: there is no folder .*gone\.$")
+    refuse(lambda: folders(tmp_path / "gone"), r"^source\.path: .*/gone\.$")
     (tmp_path / "file").touch()
-    refuse(lambda: folders(tmp_path / "file"), r"^source\.path: there is no folder .*file\.$")
+    refuse(lambda: folders(tmp_path / "file"), r"^source\.path: .*/file\.$")
 
 
 def test_a_file_of_an_imagefolder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "pets", {"cat": [10], "dog": [20]})
     (root / "cat/1.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(
-        PipelineError, match=r"^source: an image or a folder cannot be read: .*No such file.*/pets/cat/1\.png'; fix"
-    ):
+    with pytest.raises(PipelineError, match=rf"^source: .*{os.strerror(errno.ENOENT)}.*/pets/cat/1\.png'"):
         folders(root)
 
 
@@ -271,7 +271,7 @@ def test_a_link_that_makes_an_image_one_of_two_classes_is_refused(tmp_path: Path
         put_image(tmp_path / name)
     (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / link).symlink_to(target)
-    refuse(lambda: folders(tmp_path), rf"^source\.path: {link}.* leads to (cat|dog)")
+    refuse(lambda: folders(tmp_path), rf"^source\.path: {link}.* (cat|dog)\b")
 
 
 def test_a_link_to_an_image_of_another_class_is_refused_of_datasets_too(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_link_to_an_image_of_another_class_is_refused_of_datasets_too(tmp_path
     (tmp_path / "dog/1.png").symlink_to("0.png")
     assert names(hub(tmp_path)) == {"train": ["cat/0.png", "dog/0.png"]}
     (tmp_path / "dog/2.png").symlink_to("../cat/0.png")
-    refuse(lambda: hub(tmp_path), r"^source\.path: .*dog/2\.png leads to ")
+    refuse(lambda: hub(tmp_path), r"^source\.path: .*dog/2\.png .*cat/0\.png")
 
 
 def test_a_dataset_may_be_of_links_alone(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_a_dataset_may_be_of_links_alone(tmp_path: Path) -> None:
     assert names(source) == {"train": ["cat/0.png", "cat/1.png", "dog/2.png", "dog/3.png"]}
     assert source.left_out == ()
     (root / "eel").symlink_to(tmp_path / "gone")
-    with pytest.raises(PipelineError, match="folders/eel"):
+    with pytest.raises(PipelineError, match=r"^source: .*/folders/eel\b"):
         folders(root)
 
 
@@ -315,5 +315,5 @@ def test_names_of_files_are_bytes(tmp_path: Path) -> None:
     (tmp_path / "dog" / f"{latin}.png").rename(tmp_path / "dog" / os.fsdecode(b"caf\xe8.png"))
     assert folders(tmp_path).digest != source.digest
     put_image(tmp_path / r"caf\xe9" / "0.png")
-    refuse(lambda: folders(tmp_path), r"^source\.path: .* two class folders")
+    refuse(lambda: folders(tmp_path), rf"^source\.path: {re.escape(str(tmp_path))} ")
     refuse(lambda: hub(tmp_path), r"^source\.path: .*xe.*UTF-8")

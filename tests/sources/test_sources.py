@@ -62,7 +62,7 @@ def test_digits_of_the_two_splits_are_disjoint_and_repeat() -> None:
 def test_digits_splits_come_as_asked() -> None:
     assert list(open_kind("digits", split=["test", "train"]).splits) == ["test", "train"]
     assert open_kind("digits", split="test").digest != open_kind("digits", split="train").digest
-    refuse(lambda: open_kind("digits", split="validation"), r"^source\.split: there is no split validation; .*train, t")
+    refuse(lambda: open_kind("digits", split="validation"), r"^source\.split: .*validation; .*train, test")
 
 
 # --------------------------------------------------------------------------------------------------------- torchvision
@@ -119,42 +119,36 @@ def test_torchvision_dataset_without_a_list_of_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "keys", "sentence"),
+    ("name", "keys", "named"),
     [
-        ("CIFAR", {}, r"^source\.path: torchvision has no dataset class CIFAR"),
-        ("utils", {}, r"^source\.path: torchvision has no dataset class utils"),
-        ("DataLoader", {}, r"^source\.path: torchvision has no dataset class DataLoader"),
-        ("wrap_dataset_for_transforms_v2", {}, r"^source\.path: torchvision has no dataset class wrap_dataset"),
-        ("MNIST", {"kwargs": {"root": "{root}", "train": False}}, r"^source\.kwargs\.train: name the split with sour"),
-        ("SVHN", {"kwargs": {"root": "{root}", "split": "test"}}, r"^source\.kwargs\.split: name the split with sour"),
-        ("MNIST", {"split": "validation"}, r"^source\.split: there is no split validation; the source has train, t"),
-        ("FakeData", {"split": "test"}, r"^source\.split: there is no split test; the source has train"),
-        ("MNIST", {"kwargs": {"root": "{root}/gone"}}, r"torchvision's MNIST cannot be opened: .*download=True"),
-        ("MNIST", {}, r"torchvision's MNIST cannot be opened: .*'root'"),
-        ("FakeData", {"kwargs": {"sizes": 3}}, r"torchvision's FakeData cannot be opened: .*'sizes'"),
-        (
-            "SVHN",
-            {"split": "validation", "kwargs": {"root": "x"}},
-            r"torchvision's SVHN cannot be opened: .*validation",
-        ),
-        ("FakeData", {"kwargs": {"size": 0}}, r"split train is empty"),
+        ("CIFAR", {}, r"^source\.path: .* CIFAR; "),
+        ("utils", {}, r"^source\.path: .* utils; "),
+        ("DataLoader", {}, r"^source\.path: .* DataLoader; "),
+        ("wrap_dataset_for_transforms_v2", {}, r"^source\.path: .* wrap_dataset_for_transforms_v2; "),
+        ("MNIST", {"kwargs": {"root": "{root}", "train": False}}, r"^source\.kwargs\.train: .*source\.split\b"),
+        ("SVHN", {"kwargs": {"root": "{root}", "split": "test"}}, r"^source\.kwargs\.split: .*source\.split\b"),
+        ("MNIST", {"split": "validation"}, r"^source\.split: .* validation; .* train, test\b"),
+        ("FakeData", {"split": "test"}, r"^source\.split: .* test; .* train\b"),
+        ("MNIST", {"kwargs": {"root": "{root}/gone"}}, r"^source: .*MNIST .*download=True"),
+        ("MNIST", {}, r"^source: .*MNIST .*'root'"),
+        ("FakeData", {"kwargs": {"sizes": 3}}, r"^source: .*FakeData .*'sizes'"),
+        ("SVHN", {"split": "validation", "kwargs": {"root": "x"}}, r"^source: .*SVHN .*validation"),
+        ("FakeData", {"kwargs": {"size": 0}}, r"^source: .*\btrain\b.*empty"),
         (
             "FakeData",
             {"kwargs": {"size": 3, "image_size": [3, 4, 4], "target_transform": lambda digit: digit / 2}},
-            r"^source\.path: FakeData does not give one class for each image",
+            r"^source\.path: FakeData ",
         ),
-        ("MNIST", {"kwargs": {"root": "{root}"}, "classes": list("0123456789")}, r"^source\.classes: the source names"),
+        ("MNIST", {"kwargs": {"root": "{root}"}, "classes": list("0123456789")}, r"^source\.classes: "),
     ],
 )
-def test_torchvision_dataset_that_cannot_be_used(
-    tmp_path: Path, name: str, keys: dict[str, Any], sentence: str
-) -> None:
+def test_torchvision_dataset_that_cannot_be_used(tmp_path: Path, name: str, keys: dict[str, Any], named: str) -> None:
     root = write_mnist(tmp_path / "data")
     kwargs = {
         key: value.format(root=root) if isinstance(value, str) else value
         for key, value in keys.get("kwargs", {}).items()
     }
-    refuse(lambda: vision(name, **{**keys, "kwargs": kwargs}), sentence)
+    refuse(lambda: vision(name, **{**keys, "kwargs": kwargs}), named)
 
 
 # ----------------------------------------------------------------------------------------------------------- all kinds
@@ -185,5 +179,5 @@ def test_a_torchvision_dataset_whose_library_is_missing_is_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     config = TorchvisionConfig(kind="torchvision", path="PCAM", kwargs={"root": str(tmp_path)}, split=("train",))
-    with pytest.raises(ConfigError, match="torchvision's PCAM cannot be opened"):
+    with pytest.raises(ConfigError, match=r"^source: .*PCAM .*h5py"):
         open_source(config, need_labels=True)

@@ -29,7 +29,7 @@ import pipeline.sources.tar
 from pipeline.check.verify import verify
 from pipeline.config.load import load_config
 from pipeline.core.batches import Batch
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import ConfigError, PipelineError, causes
 from pipeline.core.plan import stream_plan
 from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.progress import Progress
@@ -101,7 +101,7 @@ def test_a_tar_gives_the_same_rows(write_config: WriteConfig, parquet: Path, tar
     generate(write_config(source=stream(parquet), output={"images_per_shard": 100}))
     source = stream(tars, classes=list(CLASSES), keep_columns=["txt", "__key__"])
     log = generate(write_config(source=source, output={"path": str(tmp_path / "tar")}))
-    assert "40 of 40 source images" in log
+    assert "40 of 40 " in log
     streamed, other = rows(tmp_path / "tar", "eps-8"), rows(tmp_path / "out", "eps-8")
     same = [name for name in other.columns if name != "source_file"]
     assert streamed[same].equals(other[same])
@@ -114,7 +114,7 @@ def test_a_tar_gives_the_same_rows(write_config: WriteConfig, parquet: Path, tar
     complete = digests(tmp_path / "tar")
     shard_path(tmp_path, "tar/clean/test-00001-of-00003.parquet").write_bytes(b"damaged")
     assert verify(tmp_path / "tar", repair=True).damaged == {"test-00001-of-00003"}
-    assert "source images, 0 skipped" in fgsm("inspect", tmp_path / "tar").stdout
+    assert " 0 skipped" in fgsm("inspect", tmp_path / "tar").stdout
     generate(write_config(source=source, output={"path": str(tmp_path / "tar")}))
     assert digests(tmp_path / "tar") == complete
 
@@ -161,7 +161,7 @@ def test_shards_of_a_stream() -> None:
     assert (plan.total, plan.batch_size) == (None, 4)
     assert plan.rows(plan.shards[1]).tolist() == [4, 5]
     assert plan.rows(plan.shards[2], slice(4, 7)).tolist() == [4, 5, 6]
-    with pytest.raises(ValueError, match="not known yet"):
+    with pytest.raises(ValueError, match=re.escape(plan.shards[2].name)):
         len(plan.shards[2])
     assert len(plan.shards[2].with_rows(7)) == 7
     assert stream_plan({"train": [("a", (4, 6))]}, batch_size=9).batch_size == 4
@@ -211,7 +211,7 @@ def test_a_glob_has_the_signs_of_fsspec(parquet: Path, tmp_path: Path) -> None:
     assert names(f"{braces}/data/{first}") == [first], "no sign, so the name of a file"
     assert names(f"{braces}/data/*0-of*") == [first]
     for inside in ("00000..00001", "00000,00001"):
-        with pytest.raises(ConfigError, match=r"^source\.path: braces are not expanded, as in file://.*; write \* in"):
+        with pytest.raises(ConfigError, match=r"^source\.path: .*file://.*\{"):
             names(f"{braces}/data/test-{{{inside}}}-of-00003.parquet")
 
 
@@ -302,7 +302,7 @@ def test_a_run_that_loses_its_source_goes_on_and_reads_no_row_twice(
     config = config_of(server, write_config, runtime=ONE_ROW, preprocess=CROP)
     broken = fgsm("generate", config)
     assert broken.exit_code == 1, broken.output
-    assert re.search(rf"source: {files[2]} cannot be read \(.*503.*\); what was committed is kept", broken.stderr)
+    assert re.search(rf"source: {files[2]} .*503", broken.stderr)
     assert "Traceback" not in broken.stderr
     committed = sorted(without_run(path.stem) for path in (tmp_path / "out/.run/receipts").glob("*.json"))
     assert committed[:2] == ["test-00000-of-00004", "test-00001-of-00004"], "all of the first file"
@@ -357,7 +357,7 @@ def test_ctrl_c_does_not_wait_for_a_source_that_hangs(
     assert time.monotonic() - started < 6
     log = (tmp_path / "log").read_text()
     assert process.exitcode == 130, log
-    assert "Interrupted; what was committed is kept." in log
+    assert log.splitlines()[-1].startswith("Interrupted")
 
 
 def test_a_source_that_changed_is_refused(server: Server, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_source_that_changed_is_refused(server: Server, write_config: WriteCon
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     refused = fgsm("generate", config)
     assert refused.exit_code == 2
-    assert "which differs in source.content" in refused.stderr
+    assert "source.content" in refused.stderr
     assert digests(tmp_path / "out") == before
 
 
@@ -485,18 +485,24 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
+def timed_out(error: BaseException) -> bool:
+    """Whether an error comes from a time-out: Python's own, or one of a client."""
+    return any("Timeout" in type(cause).__name__ for cause in causes(error))
+
+
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "named"),
     [
-        ("*.parquet", r"^source\.path: http://.*/\*\.parquet cannot be listed: (there was no answer|Timeout)"),
-        ("a.parquet", r"^source: a\.parquet cannot be read: (there was no answer|Timeout)"),
-        ("a.tar", r"^source: a\.tar cannot be read: (there was no answer|Timeout)"),
+        ("*.parquet", r"^source\.path: http://.*/\*\.parquet "),
+        ("a.parquet", r"^source: a\.parquet "),
+        ("a.tar", r"^source: a\.tar "),
     ],
 )
-def test_planning_ends_where_a_server_says_nothing(silent: str, name: str, said: str) -> None:
+def test_planning_ends_where_a_server_says_nothing(silent: str, name: str, named: str) -> None:
     config = HuggingFaceConfig(kind="huggingface", path=f"{silent}/{name}", streaming=True)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=named) as error:
         open_source(config, need_labels=True)
+    assert timed_out(error.value)
 
 
 def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,8 +510,9 @@ def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pyte
     set_verbosity(logging.ERROR)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", silent)
-    with pytest.raises(ConfigError, match=r"^source\.path: user/images cannot be opened .*: there was no answer"):
+    with pytest.raises(ConfigError, match=r"^source\.path: user/images ") as error:
         open_source(HuggingFaceConfig(kind="huggingface", path="user/images", streaming=True), need_labels=True)
+    assert timed_out(error.value)
 
 
 @pytest.mark.parametrize("part", ["_footer", "glob"])
@@ -518,12 +525,13 @@ def test_planning_does_not_wait_for_a_client_that_does(
         "pipeline.sources.parquet._footer" if part == "_footer" else "fsspec.implementations.local.LocalFileSystem.glob"
     )
     monkeypatch.setattr(place, lambda *_, **__: over.wait())
-    with pytest.raises(ConfigError, match="there was no answer in time"):
+    with pytest.raises(ConfigError, match=r"^source") as error:
         open_source(
             HuggingFaceConfig(kind="huggingface", path=f"file://{parquet}/data/*.parquet", streaming=True),
             need_labels=True,
         )
     over.set()
+    assert timed_out(error.value)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
@@ -538,10 +546,9 @@ def test_reading_ends_where_a_server_says_nothing(
             patient.undo()
         server.broken, server.hangs = {name: 0 for name, _ in source.files(16)["train"]}, True
         monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.5)
-        with pytest.raises(
-            PipelineError, match=r"cannot be read \((there was no answer|Timeout).*\); what was committed"
-        ):
+        with pytest.raises(PipelineError, match=r"^source: \S+\.(parquet|tar) ") as error:
             batches_of(source, 6, 2)
+        assert timed_out(error.value)
 
 
 def test_reading_does_not_wait_for_a_client_that_does(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,11 +557,10 @@ def test_reading_does_not_wait_for_a_client_that_does(parquet: Path, monkeypatch
     monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.2)
     monkeypatch.setattr("pipeline.sources.parquet.SLOW_BYTES", 10**12)
     monkeypatch.setattr("pipeline.sources.parquet._row_group", lambda *_: over.wait())
-    with pytest.raises(
-        PipelineError, match=r"test-00000-of-00003\.parquet cannot be read \(there was no answer in time"
-    ):
+    with pytest.raises(PipelineError, match=r"^source: \S*test-00000-of-00003\.parquet ") as error:
         batches_of(source, 6, 2)
     over.set()
+    assert timed_out(error.value)
 
 
 # ---------------------------------------------------------------------------------- what rows may not be
@@ -565,25 +571,25 @@ def refused(config: Path, code: int = 2) -> str:
     assert result.exit_code == code, result.output
     *_, sentence = result.stderr.splitlines()
     assert sentence.startswith("Error: "), result.stderr
-    return sentence
+    return sentence.removeprefix("Error: ")
 
 
 @pytest.mark.parametrize(
-    ("labels", "label", "said"),
+    ("labels", "label", "named"),
     [
-        ([0] * 15 + [None] + [1] * 24, "dataset", "row 15 of data/test-00000-of-00003.parquet is unlabelled"),
-        ([0] * 30 + [-1] + [1] * 9, "dataset", "row 10 of data/test-00001-of-00003.parquet is unlabelled"),
-        ([0] * 30 + [3] + [1] * 9, "prediction", "test-00001-of-00003.parquet has label 3, outside the 3 classes"),
-        ([0] * 30 + [-2] + [1] * 9, "prediction", "test-00001-of-00003.parquet has a label -2"),
+        ([0] * 15 + [None] + [1] * 24, "dataset", r"15 of data/test-00000-of-00003\.parquet "),
+        ([0] * 30 + [-1] + [1] * 9, "dataset", r"10 of data/test-00001-of-00003\.parquet "),
+        ([0] * 30 + [3] + [1] * 9, "prediction", r"test-00001-of-00003\.parquet .* 3\b.* 3 classes"),
+        ([0] * 30 + [-2] + [1] * 9, "prediction", r"test-00001-of-00003\.parquet .* -2\b"),
     ],
 )
 def test_labels_are_checked_where_they_are_met(
-    write_config: WriteConfig, tmp_path: Path, labels: list[int | None], label: str, said: str
+    write_config: WriteConfig, tmp_path: Path, labels: list[int | None], label: str, named: str
 ) -> None:
     source = write_files(tmp_path / "odd", images(), labels)
     log = fgsm("generate", write_config(source=stream(source), attack={"label": label}))
     assert log.exit_code == 1
-    assert said in log.stderr
+    assert re.search(f"Error: source: .*{named}", log.stderr)
 
 
 def test_unlabelled_rows_are_stored_as_null_where_predictions_are_attacked(
@@ -604,35 +610,32 @@ def test_string_labels_need_the_names_of_classes(write_config: WriteConfig, tmp_
     cells = pa.array([{"bytes": cell, "path": None} for cell in images(6)])
     folder = plain_parquet(tmp_path / "named", {"img": cells, "animal": ["eel", "cat", "dog"] * 2})
     source = stream(folder, image_column="img", label_column="animal")
-    assert "source.classes: column animal holds strings; name the classes" in refused(write_config(source=source))
+    assert re.match(r"source\.classes: .*\banimal ", refused(write_config(source=source)))
     generate(write_config(source={**source, "classes": list(CLASSES)}))
     assert rows(tmp_path / "out", "clean")["label"].tolist() == [2, 0, 1] * 2
     other = write_config(source={**source, "classes": ["cat", "dog", "ant"]}, output={"path": str(tmp_path / "other")})
     result = fgsm("generate", other)
     assert result.exit_code == 1
-    assert "source.classes: the label 'eel' in test.parquet is not among them." in result.stderr
+    assert re.search(r"Error: source\.classes: .*'eel' in test\.parquet ", result.stderr)
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "named"),
     [
-        ({"image_column": "x"}, "source.image_column: there is no column x"),
-        (
-            {"image_column": "number", "label_column": "number"},
-            "source.image_column: number does not hold images but int64",
-        ),
-        ({"image_column": "img", "label_column": "part"}, "source.label_column: part holds double"),
-        ({"image_column": "img"}, "source.label_column: no column is a ClassLabel"),
-        ({"image_column": "img", "label_column": "number", "keep_columns": ["x"]}, "there is no column x"),
-        ({"split": "train"}, "source.split: there is no split train; the source has test"),
+        ({"image_column": "x"}, r"source\.image_column: .* x; "),
+        ({"image_column": "number", "label_column": "number"}, r"source\.image_column: number .* int64\b"),
+        ({"image_column": "img", "label_column": "part"}, r"source\.label_column: part .* double\b"),
+        ({"image_column": "img"}, r"source\.label_column: .*ClassLabel; .*number, part"),
+        ({"image_column": "img", "label_column": "number", "keep_columns": ["x"]}, r"source\.keep_columns: .* x; "),
+        ({"split": "train"}, r"source\.split: .* train; .* test\b"),
     ],
 )
 def test_columns_that_cannot_be_used(
-    write_config: WriteConfig, tmp_path: Path, more: dict[str, Any], said: str
+    write_config: WriteConfig, tmp_path: Path, more: dict[str, Any], named: str
 ) -> None:
     columns = {"img": pa.array(images(2)), "number": [0, 1], "part": [0.5, 1.5]}
     folder = plain_parquet(tmp_path / "plain", columns)
-    assert said in refused(write_config(source=stream(folder, **more)))
+    assert re.match(named, refused(write_config(source=stream(folder, **more))))
 
 
 def test_plain_bytes_and_numbers_are_images_and_labels(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -648,43 +651,39 @@ def test_plain_bytes_and_numbers_are_images_and_labels(write_config: WriteConfig
 
 
 @pytest.mark.parametrize(
-    ("sample", "more", "said"),
+    ("sample", "more", "named"),
     [
-        (
-            {"cls": b"1"},
-            {},
-            "source.image_column: a sample has 0 images; name one; the fields of x.tar are __key__, cls",
-        ),
-        ({"a.png": b"1", "b.jpg": b""}, {}, "a sample has 2 images"),
-        ({"png": b"1"}, {}, "source.label_column: there is no field cls"),
-        ({"png": b"1", "cls": b"0"}, {"label_column": "y"}, "source.label_column: there is no field y"),
-        ({"png": b"1", "cls": b"0"}, {"keep_columns": ["y"]}, "source.keep_columns: there is no field y"),
+        ({"cls": b"1"}, {}, r"source\.image_column: .* 0 .*x\.tar .*__key__, cls"),
+        ({"a.png": b"1", "b.jpg": b""}, {}, r"source\.image_column: .* 2 .*x\.tar .*a\.png, b\.jpg"),
+        ({"png": b"1"}, {}, r"source\.label_column: .* cls\b"),
+        ({"png": b"1", "cls": b"0"}, {"label_column": "y"}, r"source\.label_column: .* y "),
+        ({"png": b"1", "cls": b"0"}, {"keep_columns": ["y"]}, r"source\.keep_columns: .* y; "),
     ],
 )
 def test_samples_that_cannot_be_used(
-    write_config: WriteConfig, tmp_path: Path, sample: dict[str, bytes], more: dict[str, Any], said: str
+    write_config: WriteConfig, tmp_path: Path, sample: dict[str, bytes], more: dict[str, Any], named: str
 ) -> None:
     write_tar(tmp_path / "one/x.tar", [sample])
-    assert said in refused(write_config(source=stream(tmp_path / "one", **more)))
+    assert re.match(named, refused(write_config(source=stream(tmp_path / "one", **more))))
 
 
 @pytest.mark.parametrize(
-    ("sample", "said"),
+    ("sample", "named"),
     [
-        ({"cls": b"wolf"}, "the label 'wolf' in x.tar is not a number, so name the classes"),
-        ({"cls": b"-3"}, "the label '-3' in x.tar is not a number"),
-        ({"txt": b"\xff"}, "source.keep_columns: txt in x.tar is not text."),
+        ({"cls": b"wolf"}, r"source\.classes: .*'wolf' in x\.tar "),
+        ({"cls": b"-3"}, r"source\.classes: .*'-3' in x\.tar "),
+        ({"txt": b"\xff"}, r"source\.keep_columns: txt in x\.tar "),
     ],
 )
 def test_values_in_tars_that_cannot_be_read(
-    write_config: WriteConfig, tmp_path: Path, sample: dict[str, bytes], said: str
+    write_config: WriteConfig, tmp_path: Path, sample: dict[str, bytes], named: str
 ) -> None:
     good = {"png": images(1)[0], "cls": b"0", "txt": b"fine"}
     write_tar(tmp_path / "one/x.tar", [good, {**good, **sample}])
     config = write_config(source=stream(tmp_path / "one", keep_columns=["txt"]))
     result = fgsm("generate", config)
     assert result.exit_code == 1
-    assert said in result.stderr
+    assert re.search(f"Error: {named}", result.stderr)
 
 
 Place = Callable[[tarfile.TarInfo], int]
@@ -714,10 +713,10 @@ def test_a_tar_that_breaks_off_is_named(tars: Path, how: str) -> None:
     path.write_bytes(damage(path.read_bytes(), at))
     config = HuggingFaceConfig(kind="huggingface", path=str(tars), streaming=True)
     source = open_source(config, need_labels=True)
-    with pytest.raises(PipelineError, match=r"^source: test-1\.tar cannot be read \(.*\); what was committed is kept"):
+    with pytest.raises(PipelineError, match=r"^source: test-1\.tar "):
         batches_of(source, 6, 2)
     # To count its samples it is read too.
-    with pytest.raises(ConfigError, match=r"^source: test-1\.tar cannot be read: "):
+    with pytest.raises(ConfigError, match=r"^source: test-1\.tar "):
         open_source(config.model_copy(update={"limit": 40}), need_labels=True)
 
 
@@ -732,7 +731,7 @@ def test_a_run_ends_where_a_tar_breaks_off(write_config: WriteConfig, tars: Path
     config = write_config(source=stream(tars), runtime={"batch_size": 1})
     result = fgsm("generate", config)
     assert result.exit_code == 1
-    assert "source: test-1.tar cannot be read (a header in it is damaged, bad checksum); what was" in result.stderr
+    assert re.search(r"Error: source: test-1\.tar .*checksum", result.stderr)
     path.write_bytes(whole)
     generate(config)
     assert manifest(tmp_path / "out")["rows"] == 40
@@ -766,36 +765,37 @@ def test_other_kinds_of_source_are_refused(write_config: WriteConfig, parquet: P
     (parquet / "data/test.csv").write_text("a,b")
     (parquet / "only").mkdir()
     (parquet / "only/test.csv").write_text("a,b")
-    assert "neither Parquet nor a WebDataset .tar" in refused(write_config(source=stream(parquet / "only")))
+    assert re.match(r"source\.path: \S*test\.csv ", refused(write_config(source=stream(parquet / "only"))))
     url = stream(f"file://{tars.parent}/*/*t*0*")
-    assert "are of two kinds" in refused(write_config(source=url))
-    assert "names no file" in refused(write_config(source=stream(f"file://{tars}/*.parquet")))
-    assert "source.split: the files of a URL are one split" in refused(
-        write_config(source=stream(f"file://{tars}/*.tar", split=["train", "test"]))
-    )
-    assert "a URL can be streamed only" in refused(write_config(source={"path": f"file://{tars}/*.tar"}))
+    assert re.match(r"source\.path: \S+\.parquet and \S+\.(csv|tar) ", refused(write_config(source=url)))
+    nothing = refused(write_config(source=stream(f"file://{tars}/*.parquet")))
+    assert nothing.startswith(f"source.path: file://{tars}/*.parquet ")
+    two = refused(write_config(source=stream(f"file://{tars}/*.tar", split=["train", "test"])))
+    assert two.startswith("source.split: ")
+    unstreamed = refused(write_config(source={"path": f"file://{tars}/*.tar"}))
+    assert re.match(r"source\.path: .*source\.streaming: true", unstreamed)
 
 
 def test_sources_without_rows_are_refused(write_config: WriteConfig, tmp_path: Path) -> None:
     empty = write_files(tmp_path / "empty", [], [], (0, 0))
-    assert "source: split test is empty." in refused(write_config(source=stream(empty)))
-    assert "there is no folder /no/such" in refused(write_config(source=stream("/no/such")))
+    assert re.match(r"source: .*\btest\b.*empty", refused(write_config(source=stream(empty))))
+    assert re.match(r"source\.path: .*/no/such\b", refused(write_config(source=stream("/no/such"))))
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "named"),
     [
-        ({"shuffle": True}, "source.shuffle has no effect with streaming"),
-        ({"path": "https://me:secret@host/a.parquet"}, "source.path holds a credential"),
-        ({"path": "sftp://me@host/a.parquet"}, "source.path holds a credential"),
-        ({"path": "https://host/a.parquet?X-Amz-Signature=1"}, "source.path holds a credential"),
-        ({"path": "https://host/a.parquet?version=1"}, "source.path has a query in it"),
-        ({"streaming": "yes"}, "source.streaming: Input should be a valid boolean"),
+        ({"shuffle": True}, "source.shuffle "),
+        ({"path": "https://me:secret@host/a.parquet"}, "source.path .*credential"),
+        ({"path": "sftp://me@host/a.parquet"}, "source.path .*credential"),
+        ({"path": "https://host/a.parquet?X-Amz-Signature=1"}, "source.path .*credential"),
+        ({"path": "https://host/a.parquet?version=1"}, "source.path .*query"),
+        ({"streaming": "yes"}, "source.streaming: "),
     ],
 )
-def test_configs_that_are_refused(write_config: WriteConfig, source: dict[str, Any], said: str) -> None:
+def test_configs_that_are_refused(write_config: WriteConfig, source: dict[str, Any], named: str) -> None:
     sentence = refused(write_config(source={"path": "a/b", "streaming": True, **source}))
-    assert said in sentence
+    assert re.match(named, sentence)
     assert "secret" not in sentence
 
 
@@ -812,7 +812,7 @@ def test_skipped_rows_name_their_file(write_config: WriteConfig, tmp_path: Path)
         ("data/test-00001-of-00003.parquet", 1),
         ("data/test-00002-of-00003.parquet", 5),
     ]
-    assert "skipped: data/test-00001-of-00003.parquet row 1: the row has no image" in log
+    assert "data/test-00001-of-00003.parquet row 1: " in log
     assert verify(tmp_path / "out", recompute=True).problems == []
     assert fgsm("report", tmp_path / "out").exit_code == 0
     assert "data/test-00001-of-00003.parquet" in (tmp_path / "out/report.html").read_text()
@@ -824,8 +824,7 @@ def test_too_many_skipped_rows_fail_where_the_number_of_rows_is_known(
     source = write_files(tmp_path / "some", [*images(39), b"none"], [0] * 40)
     result = fgsm("generate", write_config(source=stream(source)))
     assert result.exit_code == 1
-    assert "source: 1 of 40 rows could not be decoded" in result.stderr
-    assert "row 5 of data/test-00002-of-00003.parquet cannot be decoded" in result.stderr
+    assert re.search(r"Error: source: 1 of 40 .* 5 of data/test-00002-of-00003\.parquet ", result.stderr)
 
 
 @pytest.mark.parametrize(("among", "fails"), [(1000, False), (100, True)])
@@ -838,14 +837,14 @@ def test_where_it_is_not_known_skipped_rows_are_a_share_of_those_read(
     write_tar(tmp_path / "one/x.tar", samples)
     result = fgsm("generate", write_config(source=stream(tmp_path / "one")))
     assert result.exit_code == (1 if fails else 0), result.output
-    assert ("source: 2 of 6 rows could not be decoded" in result.stderr) == fails
+    assert ("Error: source: 2 of 6 " in result.stderr) == fails
 
 
 def test_mixed_sizes_are_found_at_the_head(write_config: WriteConfig, tmp_path: Path) -> None:
     cells = [png_bytes(pixels[: 12 if i == 9 else 16]) for i, pixels in enumerate(random_pixels(40))]
     source = write_files(tmp_path / "some", cells, [0] * 40)
     sentence = refused(write_config(source=stream(source)))
-    assert "one is 16x16 and row 9 of data/test-00000-of-00003.parquet is 16x12" in sentence
+    assert re.match(r"source: .* 16x16 .* 9 of data/test-00000-of-00003\.parquet .* 16x12\b", sentence)
 
 
 def test_the_first_row_that_can_be_decoded_gives_the_size(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -854,7 +853,7 @@ def test_the_first_row_that_can_be_decoded_gives_the_size(write_config: WriteCon
     assert manifest(tmp_path / "out")["rows"] == 20
     nothing = write_files(tmp_path / "nothing", [b"broken"] * 40, [0] * 40)
     config = write_config(source=stream(nothing), output={"path": str(tmp_path / "nowhere")})
-    assert "none of its images can be decoded" in refused(config, 1)
+    assert re.match(r"source: none of .*data/test-\d+-of-00003\.parquet", refused(config, 1))
 
 
 def test_random_targets_differ_between_files(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -913,7 +912,7 @@ def test_few_row_groups_are_on_their_way_at_a_time(parquet: Path, monkeypatch: p
 def test_a_file_that_changes_while_it_is_read_is_named(parquet: Path) -> None:
     source = open_source(HuggingFaceConfig(kind="huggingface", path=str(parquet), streaming=True), need_labels=True)
     write_files(parquet, images(34), [0] * 34, (14, 14, 6))
-    with pytest.raises(PipelineError, match=r"test-00000-of-00003.parquet has changed since the run was planned"):
+    with pytest.raises(PipelineError, match=r"^source: data/test-00000-of-00003\.parquet .*changed"):
         batches_of(source, 4, 1)
 
 

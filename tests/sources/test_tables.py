@@ -105,7 +105,7 @@ def test_files_that_disagree_are_both_named(folder: Path, streaming: bool, split
         keys["keep_columns"] = ["more"]
     if "kept classes" in how:
         keys |= {"keep_columns": ["label"], "label_column": None}
-    with pytest.raises(ConfigError, match=rf"^source: column \w+ holds .*{splits[1]}.*{splits[0]}"):
+    with pytest.raises(ConfigError, match=rf"^source: column \w+ .*{splits[1]}.*{splits[0]}"):
         opened(folder, streaming, need_labels=False, **keys)
 
 
@@ -116,7 +116,7 @@ def test_arrow_files_that_disagree_are_both_named(folder: Path) -> None:
         new = (pa.ipc.new_stream, pa.ipc.new_file)[index]
         with new(folder / f"train-{index}.arrow", table.schema) as writer:
             writer.write_table(table)
-    with pytest.raises(ConfigError, match=r"train-1\.arrow .*train-0\.arrow"):
+    with pytest.raises(ConfigError, match=r"^source: .*label .*train-1\.arrow .*train-0\.arrow"):
         opened(folder, False)
 
 
@@ -160,7 +160,7 @@ def test_a_card_names_the_classes_of_files_that_name_none(folder: Path, streamin
     assert opened(folder, streaming).classes == CLASSES
     assert_reads(folder, streaming, [0, 1, 2] * 2)
     classes([*CLASSES[::-1]])(folder / "train-1.parquet")
-    with pytest.raises(ConfigError, match=r"train-1\.parquet .*the card"):
+    with pytest.raises(ConfigError, match=r"^source: .*label .*train-1\.parquet .*card"):
         opened(folder, streaming)
 
 
@@ -224,9 +224,9 @@ def test_columns_that_nobody_asked_for_may_be_of_any_type(folder: Path, streamin
     table = pa.table({"image": CELLS, "label": [0, 1, 2], "map": MAPS, "twice": [1, 2, 3]})
     pq.write_table(table.append_column("twice", pa.array([1, 2, 3])), folder / "train.parquet")
     assert_reads(folder, streaming, [0, 1, 2], **NAMED)
-    with pytest.raises(ConfigError, match=r"^source: column map holds map<"):
+    with pytest.raises(ConfigError, match=r"^source: column map .*map<"):
         opened(folder, streaming, keep_columns=["map"], **NAMED)
-    with pytest.raises(ConfigError, match=r"^source\.keep_columns: there is no column twice"):
+    with pytest.raises(ConfigError, match=r"^source\.keep_columns: .*twice"):
         opened(folder, streaming, keep_columns=["twice"], **NAMED)
 
 

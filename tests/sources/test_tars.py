@@ -119,7 +119,7 @@ def test_a_sample_that_lacks_a_field_does_not_hide_it(folder: Path) -> None:
 def test_tars_without_samples(folder: Path, members: list[Member]) -> None:
     for name in ("0.tar", "1.tar"):
         (folder / name).write_bytes(pack(members))
-    with pytest.raises(ConfigError, match=r"^source: .*no samples"):
+    with pytest.raises(ConfigError, match=r"^source: .* tars? .*samples"):
         read(folder)
 
 
@@ -127,17 +127,17 @@ def test_tars_without_samples(folder: Path, members: list[Member]) -> None:
 def test_a_tar_that_is_sorted_by_type_loses_no_label(folder: Path, first: int, need_labels: bool) -> None:
     parts = [sample(row)[part] for part in (first, 1 - first) for row in range(3)]
     (folder / "0.tar").write_bytes(pack(parts))
-    with pytest.raises(PipelineError, match="side by side"):
+    with pytest.raises(PipelineError, match=r"^source: 0\.tar .*--sort=name"):
         read(folder, need_labels=need_labels)
 
 
 def test_a_second_image_is_never_taken_for_the_first(folder: Path) -> None:
     mask: Member = ("0001.mask.png", shade(200), {})
     (folder / "0.tar").write_bytes(pack([*sample(0), mask, *sample(1)]))
-    with pytest.raises(PipelineError, match=r"0001"):
+    with pytest.raises(PipelineError, match=r"^source.*\b0001\b"):
         read(folder)
     (folder / "0.tar").write_bytes(pack([*sample(0), *sample(1), mask]))
-    with pytest.raises(RowError, match=r"^source\.image_column: the sample 0001 in 0\.tar has 2 images"):
+    with pytest.raises(RowError, match=r"^source\.image_column: .* 0001 in 0\.tar .* 2 "):
         read(folder)
     assert read(folder, image_column="png")[0] == rows_of(2)
 
@@ -149,13 +149,13 @@ def test_a_second_image_is_never_taken_for_the_first(folder: Path) -> None:
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
 def test_a_link_is_named(folder: Path, kind: bytes, packed: Callable[[bytes], bytes]) -> None:
     (folder / "0.tar").write_bytes(packed(pack([*sample(0), link("0001.png", "0000.png", kind)])))
-    with pytest.raises(PipelineError, match=r"^source: 0001\.png in 0\.tar is a link"):
+    with pytest.raises(PipelineError, match=r"^source: 0001\.png in 0\.tar .*link"):
         read(folder, need_labels=False)
 
 
 UNSTREAMED = {
-    "has a name that begins with __": [*sample(0), ("__1.png", shade(40), {}), ("__1.cls", b"1", {})],
-    "is of a kind": [*(part for row in range(6) for part in sample(row)), *sample(6, "webp", "WEBP")],
+    "__": [*sample(0), ("__1.png", shade(40), {}), ("__1.cls", b"1", {})],
+    "kind": [*(part for row in range(6) for part in sample(row)), *sample(6, "webp", "WEBP")],
 }
 
 
@@ -165,26 +165,26 @@ def unstreamed(folder: Path) -> Source:
     return open_source(config, need_labels=True)
 
 
-@pytest.mark.parametrize("why", UNSTREAMED)
+@pytest.mark.parametrize("named", UNSTREAMED)
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
 def test_a_tar_of_which_datasets_would_leave_images_out_is_refused(
-    folder: Path, why: str, packed: Callable[[bytes], bytes]
+    folder: Path, named: str, packed: Callable[[bytes], bytes]
 ) -> None:
-    (folder / "0.tar").write_bytes(packed(pack(UNSTREAMED[why])))
-    with pytest.raises(PipelineError, match=rf"^source: \w+\.\w+ in 0\.tar {why}.*set source\.streaming: true\.$"):
+    (folder / "0.tar").write_bytes(packed(pack(UNSTREAMED[named])))
+    with pytest.raises(PipelineError, match=rf"^source: \w+\.\w+ in 0\.tar .*{named}.*source\.streaming: true"):
         unstreamed(folder)
 
 
 def test_a_tar_with_another_behind_it_is_refused_unstreamed_too(folder: Path) -> None:
     (folder / "0.tar").write_bytes(2 * pack(sample(0)))
-    with pytest.raises(PipelineError, match=r"^source: 0\.tar cannot be read: something follows its end mark"):
+    with pytest.raises(PipelineError, match=r"^source: 0\.tar "):
         unstreamed(folder)
 
 
 def test_a_first_tar_without_samples_is_named_unstreamed(folder: Path) -> None:
     (folder / "0.tar").write_bytes(pack([]))
     (folder / "1.tar").write_bytes(pack(sample(0)))
-    with pytest.raises(ConfigError, match=r"^source: 0\.tar has no samples; set source\.streaming: true"):
+    with pytest.raises(ConfigError, match=r"^source: 0\.tar .*source\.streaming: true"):
         unstreamed(folder)
 
 
@@ -198,7 +198,7 @@ def test_plain_tars_are_read_unstreamed(folder: Path) -> None:
 @pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, b"M"])
 def test_what_is_neither_file_nor_link_is_named(folder: Path, kind: bytes) -> None:
     (folder / "0.tar").write_bytes(pack([*sample(0), ("0001.png", b"", {"type": kind})]))
-    with pytest.raises(PipelineError, match=r"^source: 0001\.png in 0\.tar is a device"):
+    with pytest.raises(PipelineError, match=r"^source: 0001\.png in 0\.tar .*device"):
         read(folder)
 
 
@@ -208,7 +208,7 @@ def test_a_sparse_file_is_named_and_not_unpacked(folder: Path, tmp_path: Path, f
         file.truncate(3 * 2**30)
     subprocess.run(["tar", "-S", f"--format={form}", "-C", tmp_path, "-cf", folder / "0.tar", "0001.png"], check=True)
     assert (folder / "0.tar").stat().st_size < 100_000
-    with pytest.raises(PipelineError, match=r"^source: 0001\.png in 0\.tar is a sparse file"):
+    with pytest.raises(PipelineError, match=r"^source: 0001\.png in 0\.tar .*sparse"):
         read(folder, need_labels=False)
 
 
@@ -264,7 +264,7 @@ def test_a_compressed_tar_is_read_whatever_it_is_called(folder: Path, kind: str)
 def test_a_compressed_tar_that_breaks_off_is_named(folder: Path, kind: str) -> None:
     content = PACKED[kind](pack([*sample(0), *sample(1)]))
     (folder / "0.tar").write_bytes(content[: len(content) - 20])
-    with pytest.raises(PipelineError, match=r"^source: 0\.tar cannot be read"):
+    with pytest.raises(PipelineError, match=r"^source: 0\.tar "):
         read(folder)
 
 
@@ -272,14 +272,14 @@ def test_a_compressed_tar_is_checked_to_its_end(folder: Path) -> None:
     content = bytearray(gzip.compress(pack(sample(0))))
     content[-6] ^= 1
     (folder / "0.tar").write_bytes(content)
-    with pytest.raises(PipelineError, match=r"^source: 0\.tar cannot be read"):
+    with pytest.raises(PipelineError, match=r"^source: 0\.tar "):
         read(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"PK\3\4" + bytes(2000), b"<!doctype html>" + b"x" * 2000])
 def test_what_is_no_tar_is_called_so(folder: Path, content: bytes) -> None:
     (folder / "0.tar").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"^source: 0\.tar cannot be read: it is no tar"):
+    with pytest.raises(ConfigError, match=r"^source: 0\.tar .* no tar"):
         read(folder)
 
 
@@ -308,7 +308,7 @@ def test_what_a_header_claims_is_not_believed(folder: Path, what: str, packed: P
     end = before.index(last[0].encode()) + 512 + 512
     content = before[:end] + member.tobuf(tarfile.GNU_FORMAT) + b"x" * 5000
     (folder / "0.tar").write_bytes(packed(content))
-    with pytest.raises(PipelineError, match=rf"^source: 0\.tar cannot be read.* claims {size:,} bytes"):
+    with pytest.raises(PipelineError, match=rf"^source: 0\.tar .* {size:,} bytes"):
         read(folder)
 
 
@@ -316,12 +316,12 @@ def test_members_have_no_more_bytes_than_an_image_or_a_text_may(folder: Path) ->
     noise = bytes(17 * 2**20)
     (folder / "0.tar").write_bytes(pack([*sample(0), ("0000.json", noise, {})]))
     assert read(folder)[0] == rows_of(1), "nobody reads it"
-    with pytest.raises(PipelineError, match=r"^source: 0000\.json in 0\.tar has 17,825,792 bytes"):
+    with pytest.raises(PipelineError, match=r"^source: 0000\.json in 0\.tar .*17,825,792"):
         read(folder, keep_columns=["json"])
     (folder / "0.tar").write_bytes(pack([sample(0)[0], ("0000.cls", noise, {})]))
-    with pytest.raises(PipelineError, match=r"^source: 0000\.cls in 0\.tar has 17,825,792 bytes"):
+    with pytest.raises(PipelineError, match=r"^source: 0000\.cls in 0\.tar .*17,825,792"):
         read(folder)
     (folder / "0.tar").write_bytes(pack([*sample(0), ("0001.png", shade(40) + noise, {}), sample(1)[1]]))
     assert read(folder)[0] == rows_of(2)
-    with pytest.raises(PipelineError, match=r"^source: 0001\.png in 0\.tar has .* runtime\.max_pixels"):
+    with pytest.raises(PipelineError, match=r"^source: 0001\.png in 0\.tar .*runtime\.max_pixels"):
         read(folder, max_pixels=1)
