@@ -21,8 +21,8 @@ def shifted(images: Tensor) -> Tensor:
 
 
 def flipped(images: Tensor) -> Tensor:
-    """Mirror every other image of a batch, by lot."""
-    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    """Mirror half of the images of a batch, by lot."""
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
 
 
 def train(

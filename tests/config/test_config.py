@@ -21,7 +21,7 @@ from pipeline.core.errors import ConfigError
 from tests.conftest import loaded_by
 
 HUB = {"kind": "huggingface", "path": "me/photos"}
-SHIPPED = ("cifar10", "digits", "digits-ensemble", "imagefolder", "imagenet-resnet50", "mnist")
+SHIPPED = ("cifar10", "cifar10-ensemble", "digits", "digits-ensemble", "imagefolder", "imagenet-resnet50", "mnist")
 
 
 def small(**sections: dict[str, Any]) -> dict[str, Any]:
