@@ -10,8 +10,7 @@ import pytest
 import torch
 import typer
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.conftest import REPOSITORY, generate, png_bytes, random_pixels, rows, write_parquet
 
