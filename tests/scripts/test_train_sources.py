@@ -12,6 +12,8 @@ import typer
 import yaml
 from typer.testing import CliRunner, Result
 
+from pipeline.config.load import load_config
+from pipeline.models.load import load_model
 from tests.conftest import REPOSITORY, generate, png_bytes, random_pixels, rows, write_parquet
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.
@@ -129,6 +131,18 @@ def test_without_labels_or_a_train_split_nothing_is_trained(
     assert result.exit_code == 2
     assert "Error: source" in result.output
     assert not (tmp_path / "weights").exists()
+
+
+def test_the_models_of_the_shipped_config_take_its_images_and_have_no_weights_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")
+    config = load_config("cifar10-ensemble")
+    assert train_sources.without_weights(config) == ["cnn", "strided", "residual"]
+    for model in config.all_models.values():
+        untrained = load_model(model.model_copy(update={"weights": None}), seed=0, device=torch.device("cpu"))
+        assert untrained.count_classes((3, 32, 32)) == 10
 
 
 def test_images_are_shifted_and_mirrored() -> None:
