@@ -35,7 +35,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.lanes import available_cores
 from pipeline.models.checkpoints import load_checkpoint
-from pipeline.models.digits_net import WEIGHTS, DigitsNet
+from pipeline.models.digits_net import NETS
 
 # Batches that the bound goes through over and over; more would only take longer to decode.
 BOUND_BATCHES = 8
@@ -86,8 +86,9 @@ def victim(config: Config, device: torch.device) -> nn.Module:
     torch.manual_seed(config.runtime.seed)
     (section,) = config.all_models.values()
     if section.kind == "digits":
-        model: nn.Module = DigitsNet()
-        load_checkpoint(model, WEIGHTS)
+        net = NETS[section.call[0]]
+        model = net.make()
+        load_checkpoint(model, net.weights)
     elif section.kind == "factory":
         from resnet20 import resnet20
 

@@ -20,7 +20,7 @@ ROOT = tests.conftest.REPOSITORY
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10", "imagenet-resnet50", "imagefolder"])
+@pytest.mark.parametrize("name", [path.stem for path in packaged_configs().glob("*.yaml")])
 def test_a_shipped_config_is_valid_and_commented(name: str) -> None:
     config = load_config(name)
     assert config.output.path.startswith("out/")

@@ -142,8 +142,8 @@ SENTENCES: list[tuple[Cause, str]] = [
     ),
     (
         no_config,
-        "There is no config file {folder}/missing.yaml, and no shipped config of that name (shipped: cifar10, digits, "
-        "imagefolder, imagenet-resnet50, mnist).",
+        "There is no config file {folder}/missing.yaml, and no shipped config of that name (shipped: cifar10, "
+        "cifar10-ensemble, digits, digits-ensemble, imagefolder, imagenet-resnet50, mnist).",
     ),
     (no_dataset, "{folder} holds no dataset of ours: there is no manifest.json."),
     (no_class_folders, "source.path: {folder}/photos is not a folder of class folders: there is no folder in it."),

@@ -1,5 +1,6 @@
-"""The small model that comes with the package, for the embedded digits."""
+"""The small nets that come with the package, for the embedded digits."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -10,23 +11,32 @@ from pipeline.models.loaded import Loaded, published_weights
 
 
 class DigitsConfig(ModelConfig):
-    """It ships with trained weights; `weights: null` asks for an untrained one."""
+    """The net for 64 px, or one of three for 8 px by its name.
+
+    Each ships with trained weights; `weights: null` asks for an untrained one.
+    """
 
     kind: Literal["digits"]
+    name: Literal["strided", "pooled", "mlp"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _default_weights(cls, values: Any) -> Any:
         return {"weights": "digits", **values} if isinstance(values, dict) else values
 
+    @property
+    def call(self) -> tuple[str | None, Mapping[str, Any]]:
+        return self.name, {}
+
 
 def load(config: DigitsConfig) -> Loaded:
     from pipeline.models.checkpoints import load_checkpoint
-    from pipeline.models.digits_net import CLASSES, WEIGHTS, DigitsNet
+    from pipeline.models.digits_net import CLASSES, NETS
 
-    module = DigitsNet()
+    net = NETS[config.name]
+    module = net.make()
     if config.weights == "digits":
-        load_checkpoint(module, WEIGHTS)
+        load_checkpoint(module, net.weights)
     elif published_weights(config):
         raise ConfigError(f"model.weights: kind digits has no weights {config.weights}; leave the key out for its own.")
     return Loaded(module, classes=CLASSES)

@@ -21,7 +21,7 @@ from pipeline.core.errors import ConfigError
 from tests.conftest import loaded_by
 
 HUB = {"kind": "huggingface", "path": "me/photos"}
-SHIPPED = ("cifar10", "digits", "imagefolder", "imagenet-resnet50", "mnist")
+SHIPPED = ("cifar10", "cifar10-ensemble", "digits", "digits-ensemble", "imagefolder", "imagenet-resnet50", "mnist")
 
 
 def small(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -85,9 +85,19 @@ def value_at(config: Config, key: str) -> Any:
         ({"model": {"std": [float("inf")]}}, r"^model\.std "),
         ({"model": {"std": [0.5, 0]}}, r"^model\.std "),
         ({"model": {"std": [0.5, -0.5, 0.5]}}, r"^model\.std "),
+<<<<<<< HEAD
         ({"model": {"mean": [0.5], "std": [58.395, 57.12, 57.375]}}, r"^model\.std .*\[58\.395, .* 255"),
         ({"model": {"name": "resnet18"}}, r"^model\.name .* digits; .*: kind, weights"),
         ({"source": {"path": "somewhere"}}, r"^source\.path .* digits; "),
+=======
+        ({"model": {"mean": [0.5], "std": [58.395, 57.12, 57.375]}}, r"^model\.std is .* divide by 255"),
+        (
+            {"model": {"kwargs": {"width": 8}}},
+            r"^model\.kwargs is an unknown key with kind digits; known keys: kind, weights",
+        ),
+        ({"model": {"name": "resnet18"}}, r"^model\.name: got 'resnet18'; allowed: 'strided'"),
+        ({"source": {"path": "somewhere"}}, r"^source\.path is an unknown key with kind digits"),
+>>>>>>> ensemble
         ({"source": {"limit": True}}, r"^source\.limit: .*integer"),
         ({"runtime": {"batch_size": "64"}}, r"^runtime\.batch_size: .*integer"),
         ({"runtime": {"seed": 2**32}}, r"^runtime\.seed: .*4294967296"),
@@ -382,7 +392,7 @@ def test_shipped_config_loads_by_name(name: str) -> None:
     config = load_config(name)
     assert Path(config.output.path).parent == Path("out")
     text = (packaged_configs() / f"{name}.yaml").read_text()
-    assert parse_config(yaml.safe_load(text)).attack == config.attack
+    assert parse_config(yaml.safe_load(text)).all_attacks == config.all_attacks
 
 
 def test_every_shipped_config_is_tested() -> None:

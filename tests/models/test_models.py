@@ -8,26 +8,30 @@ import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError
+from pipeline.engine.decode import read_image
 from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
-from pipeline.models.digits_net import WEIGHTS, DigitsNet
+from pipeline.models.digits import DigitsConfig
+from pipeline.models.digits_net import NETS
 from pipeline.models.load import load_model
 from pipeline.models.transformers import _processor_sizes
 from pipeline.sources.digits import digits_split
-from tests.conftest import FACTORY
+from tests.conftest import FACTORY, REPOSITORY
 from tests.support.attacks import attack_one
 from tests.support.configs import section
 
@@ -599,13 +603,24 @@ def test_transformers_weights_without_a_head_are_refused(tmp_path: Path) -> None
 # --------------------------------------------------------------------------------------------------- digits
 
 
-def test_the_digits_victim_reads_held_out_digits() -> None:
-    victim = load(kind="digits")
+@pytest.mark.parametrize(("name", "right"), [(None, 0.97), ("strided", 0.95), ("pooled", 0.95), ("mlp", 0.95)])
+def test_a_digits_net_reads_held_out_digits(name: str | None, right: float) -> None:
+    model = load(kind="digits", name=name)
+    side = NETS[name].side
     images, labels = digits_split("test")
-    logits = victim(victim.unit(torch.from_numpy(images).unsqueeze(1)))
-    assert (logits.argmax(1).numpy() == labels).mean() >= 0.97
-    assert victim.classes == victim.classes == tuple("0123456789")
-    assert WEIGHTS.stat().st_size < 100_000
+    preprocess = PreprocessConfig(mode="L", resize=side)
+    pixels = torch.stack([read_image(partial(Image.fromarray, image), preprocess, 64 * 64) for image in images])
+    assert pixels.shape == (445, 1, side, side)
+    assert (model.predict(pixels).argmax(1).numpy() == labels).mean() > right
+    assert model.classes == tuple("0123456789")
+
+
+def test_the_digits_nets_are_of_different_architecture_and_small() -> None:
+    names = get_args(get_args(DigitsConfig.model_fields["name"].annotation)[0])
+    assert {None, *names} == NETS.keys()
+    layers = {tuple(type(layer) for layer in net.make().modules()) for net in NETS.values()}
+    assert len(layers) == len(NETS)
+    assert sum(net.weights.stat().st_size for net in NETS.values()) < 300_000
 
 
 def test_a_digits_victim_may_be_untrained_or_have_other_weights(tmp_path: Path) -> None:
@@ -613,28 +628,31 @@ def test_a_digits_victim_may_be_untrained_or_have_other_weights(tmp_path: Path) 
     untrained = load(5, kind="digits", weights=None)
     assert not same_weights(trained, untrained)
     assert same_weights(untrained, load(5, kind="digits", weights=None))
-    shutil.copy(WEIGHTS, tmp_path / "copy.safetensors")
+    shutil.copy(NETS[None].weights, tmp_path / "copy.safetensors")
     assert same_weights(trained, load(kind="digits", weights=str(tmp_path / "copy.safetensors")))
     assert re.match(r"model\.weights: .* IMAGENET1K_V1;", refused(kind="digits", weights="IMAGENET1K_V1"))
 
 
-def test_the_digits_victim_is_trained_without_the_held_out_split(
+def test_the_digits_nets_are_trained_without_the_held_out_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = importlib.import_module("scripts.train_digits")
-    written = tmp_path / "digits.safetensors"
-    read: list[tuple[str, bool]] = []
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    script = importlib.import_module("train_digits")
+    nets = {name: net._replace(weights=tmp_path / net.weights.name) for name, net in NETS.items()}
+    read: list[tuple[str, int]] = []
 
     def recorded(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        read.append((split, written.exists()))
+        read.append((split, len([*tmp_path.iterdir()])))
         return digits_split(split)
 
     monkeypatch.setattr(script, "digits_split", recorded)
-    monkeypatch.setattr(script, "WEIGHTS", written)
+    monkeypatch.setattr(script, "NETS", nets)
     monkeypatch.setattr(script, "EPOCHS", 1)
     script.main()
-    assert read == [("train", False), ("test", True)]
-    load_checkpoint(DigitsNet(), written)
+    # With every reading, how many nets were trained by then.
+    assert read == [*(("train", count) for count in range(4)), *[("test", 4)] * 4]
+    for net in nets.values():
+        load_checkpoint(net.make(), net.weights)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -764,7 +782,7 @@ def test_keys_that_do_not_fit_are_listed_in_one_sentence(tmp_path: Path) -> None
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path, factory_file: Path) -> None:
     path = tmp_path / "digits.safetensors"
-    shutil.copy(WEIGHTS, path)
+    shutil.copy(NETS[None].weights, path)
     sentence = refused(kind="factory", name=f"{factory_file}:make", weights=str(path))
     assert re.match(r"model\.weights: .* conv\.weight, conv\.bias, linear\.weight, linear\.bias; ", sentence)
 
