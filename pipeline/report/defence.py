@@ -201,11 +201,12 @@ def tabulate(defence: Defence) -> tuple[list[str], list[tuple[Arm, list[Spread |
 
 
 def protects(defence: Defence) -> str:
-    """What stored images of all sources do against models never seen, beside clean images and the control.
+    """What stored images do against models never seen, beside clean images and the control.
 
-    Of several arms on all sources it is of the first. Empty where one of the three was not measured.
+    It is of the first arm on all sources, of one source where there is none. Empty where an arm was not measured.
     """
-    compared = _measured(defence, ("all", "clean", "noise"), lambda arm: defence.black_box(arm, defence.middle))
+    arms = [_first(defence, "all", "one"), _first(defence, "clean"), _first(defence, "noise")]
+    compared = _measured(arms, lambda arm: defence.black_box(arm, defence.middle))
     if len(compared) < 3:
         return ""
     (arm, share), *others = compared
@@ -213,7 +214,7 @@ def protects(defence: Defence) -> str:
     if share.deviation is None:
         lead = "Against attacks from models never seen there is one seed, so no spread is known"
     elif all(share.below(other) for _, other in others):
-        lead = "Stored images of all source models protect against attacks from models never seen"
+        lead = "Stored images protect against attacks from models never seen"
     return (
         f"{lead}: FGSM on {', '.join(defence.held_out)} at {defence.middle}/255 leaves {share} wrong after "
         f"{_named(arm)}; {_beside(share, others)}."
@@ -223,10 +224,11 @@ def protects(defence: Defence) -> str:
 def exposes(defence: Defence) -> str:
     """What the same training does under FGSM on the trained model itself, beside clean images and its own FGSM.
 
-    Empty where it was not measured of one of the first two.
+    Empty where one of the first two was not measured.
     """
-    compared = _measured(defence, ("all", "clean", "fly"), lambda arm: defence.white_box(arm, "fgsm"))
-    if [arm.kind for arm, _ in compared[:2]] != ["all", "clean"]:
+    arms = [_first(defence, "all", "one"), _first(defence, "clean"), _first(defence, "fly")]
+    compared = _measured(arms, lambda arm: defence.white_box(arm, "fgsm"))
+    if len(compared) < 2 or compared[1][0] != arms[1]:
         return ""
     (arm, share), *others = compared
     lead = "They do not protect against an attack on the trained model itself"
@@ -237,11 +239,13 @@ def exposes(defence: Defence) -> str:
     return f"{lead}: FGSM on it leaves {share} wrong after {_named(arm)}; {_beside(share, others)}."
 
 
-def _measured(
-    defence: Defence, kinds: Sequence[str], measure: Callable[[str], Spread | None]
-) -> list[tuple[Arm, Spread]]:
-    """The first arm of each kind, with what is measured of it; without those that there are not."""
-    arms = [next((arm for arm in defence.arms if arm.kind == kind), None) for kind in kinds]
+def _first(defence: Defence, *kinds: str) -> Arm | None:
+    """The first arm of the first of some kinds that there is."""
+    return next((arm for kind in kinds for arm in defence.arms if arm.kind == kind), None)
+
+
+def _measured(arms: Sequence[Arm | None], measure: Callable[[str], Spread | None]) -> list[tuple[Arm, Spread]]:
+    """Arms with what is measured of them; without those of which nothing is."""
     return [(arm, share) for arm in arms if arm and (share := measure(arm.id))]
 
 

@@ -141,7 +141,7 @@ def _write_page(folder: OutputFolder, view: Mapping[str, Any], receipts: str, li
 
 def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the page shows, and the pictures by the names of their files."""
-    counts, matrix = by_split(manifest), matrices(manifest)
+    counts, matrix, defence = by_split(manifest), matrices(manifest), _defence(folder, manifest)
     samples = (read_sample(folder, manifest, split, SAMPLE_ROWS) for split in counts)
     sample = next((sample for sample in samples if sample), None)
     view: dict[str, Any] = {
@@ -159,15 +159,15 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
         "focus": None,
         "groups": [],
         "plots": {},
-        "defence": _defence(folder, manifest),
+        "defence": defence,
     }
     if sample is None:
         return view, {}
     focus = focus_on(manifest, sample)
     groups = make_groups(folder, manifest, focus.sample, focus.shown, focus.name)
     plots = {"accuracy": _draw(focus, *_accuracy(focus)), "confidence": _draw(focus, *_confidence(focus))}
-    if view["defence"] and view["defence"].seeds:
-        plots["defence"] = _draw_defence(view["defence"])
+    if defence and defence.seeds:
+        plots["defence"] = _draw_defence(defence)
     view |= {"focus": focus, "groups": groups, "plots": plots}
     pictures = {f"{name}.png": data for name, (data, _) in plots.items()}
     pictures["examples.png"] = draw_sheet(groups)

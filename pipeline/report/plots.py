@@ -178,13 +178,13 @@ def draw_defence(
         for index, (level, spreads) in enumerate(shares.items()):
             # Those of one row lie beside each other, so that no spread hides another.
             y = rows + 0.64 * ((index + 0.5) / len(shares) - 0.5)
-            x = [np.nan if spread is None else 100 * spread.mean for spread in spreads]
+            x = [100 * spread.mean if spread else np.nan for spread in spreads]
             spread_by = [100 * (spread.deviation or 0) if spread else np.nan for spread in spreads]
             colour, marker = tints(index / max(1, len(shares) - 1)), MARKERS[index % len(MARKERS)]
             fills = ["white" if hollow else colour for hollow in control]
             axes.errorbar(x, y, xerr=spread_by, fmt="none", ecolor=colour, elinewidth=1.5, capsize=2)
-            look = {"facecolors": fills, "edgecolors": [colour], "linewidths": 1.5}
-            axes.scatter(x, y, s=30, marker=marker, clip_on=False, zorder=3, **look)
+            dots = axes.scatter(x, y, s=30, marker=marker, linewidths=1.5, clip_on=False, zorder=3)
+            dots.set(facecolors=fills, edgecolors=colour)
             axes.plot([], [], marker, color=colour, label=f"{level}/255")
         axes.set(xlim=(0, 100), ylim=(len(arms) - 0.5, -0.5), xlabel=f"{says} (%)")
         axes.set_yticks(rows, names, fontsize=8, color=INK)
