@@ -50,7 +50,7 @@ STALL_SECONDS = 300.0
 # Made by Git's host for every repository.
 ATTRIBUTES = ".gitattributes"
 # Files of the report by their names, and those that it no longer has.
-REPORT = r"report\.html|assets/(accuracy|confidence|examples|confusion|transfer)\.png"
+REPORT = r"report\.html|assets/(accuracy|confidence|confusion|defence|examples|transfer)\.png"
 
 logger = logging.getLogger(__name__)
 

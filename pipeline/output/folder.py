@@ -5,6 +5,7 @@ OUTPUT/README.md                                    the card, which makes the su
 OUTPUT/clean/test-00000-of-00004-RUN.parquet        in layout images; others have other subsets
 OUTPUT/eps-8/test-00000-of-00004-RUN.parquet
 OUTPUT/report.html, OUTPUT/assets/*.png             what it looks like
+OUTPUT/defence.json                                 what training on it bought, where somebody measured it: the user's
 OUTPUT/.run/receipts/test-00000-of-00004-RUN.json   a shard without a receipt does not exist
 OUTPUT/.run/sessions.jsonl                          how fast each session that wrote something was
 

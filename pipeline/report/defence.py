@@ -3,10 +3,13 @@
 The script writes defence.json into the dataset's folder, after each training; the report shows it.
 """
 
+import logging
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
 from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder
@@ -15,6 +18,31 @@ DEFENCE = "defence.json"
 
 # What attacks the images that a trained model is tested on.
 ITSELF = "itself"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The mean of one share for each seed, and its standard deviation; None where there is one seed."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, shares: Sequence[float]) -> "Spread | None":
+        """None where there are no shares."""
+        if not shares:
+            return None
+        return cls(statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else None)
+
+    def __str__(self) -> str:
+        spread = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
+        return f"{100 * self.mean:.1f}{spread}%"
+
+    def below(self, other: "Spread") -> bool:
+        """Whether it is less by more than both standard deviations together, as far as these are known."""
+        return other.mean - self.mean > (self.deviation or 0) + (other.deviation or 0)
 
 
 class _Strict(BaseModel):
@@ -54,6 +82,12 @@ class Outcome(_Strict):
         """The share that is wrong."""
         return self.wrong / self.rows
 
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if not 0 < self.rows >= self.wrong:
+            raise ValueError("there are no images, or more are wrong than there are")
+        return self
+
 
 class Training(_Strict):
     """One training of an arm, and its tests.
@@ -86,6 +120,17 @@ class Defence(_Strict):
     arms: tuple[Arm, ...]
     trainings: tuple[Training, ...]
 
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if not self.levels:
+            raise ValueError("there is no epsilon")
+        return self
+
+    @property
+    def middle(self) -> int:
+        """The epsilon, in grey levels, that sentences are of."""
+        return self.levels[len(self.levels) // 2]
+
     @property
     def seeds(self) -> list[int]:
         """Those with which every arm was trained."""
@@ -95,6 +140,14 @@ class Defence(_Strict):
     def errors(self, arm: str, images: str, against: Sequence[str | None], level: int) -> list[float]:
         """The error of an arm on some images, averaged over whose gradient made them: one number for each seed."""
         return self._by_seed(arm, images, against, level, lambda test: test.error)
+
+    def black_box(self, arm: str, level: int) -> Spread | None:
+        """The error under FGSM of the held-out models, averaged over these; None where it was not measured."""
+        return Spread.of(self.errors(arm, "fgsm", self.held_out, level))
+
+    def white_box(self, arm: str, attack: str) -> Spread | None:
+        """The error under an attack on the trained model itself, at the middle epsilon."""
+        return Spread.of(self.errors(arm, attack, [ITSELF], self.middle))
 
     def _by_seed(
         self, arm: str, images: str, against: Sequence[str | None], level: int, value: Callable[[Outcome], float]
@@ -127,4 +180,85 @@ def read_defence(folder: OutputFolder, run_id: str) -> Defence | None:
             f"{folder.store.at(DEFENCE)} is not a file that scripts/train_robust.py wrote ({error.error_count()} "
             "faults); move it away."
         ) from None
-    return defence if defence.run_id == run_id else None
+    if defence.run_id != run_id:
+        logger.warning("%s is of another run (%s) and is not shown.", folder.store.at(DEFENCE), defence.run_id[:16])
+        return None
+    return defence
+
+
+def tabulate(defence: Defence) -> tuple[list[str], list[tuple[Arm, list[Spread | None]]]]:
+    """The headings of a table, and for each arm its errors: clean, black-box by epsilon, white-box in the middle."""
+    kinds = [kind for kind in ("fgsm", "pgd") if any(defence.white_box(arm.id, kind) for arm in defence.arms)]
+    head = ["clean"]
+    head += [f"black-box, {level}/255" for level in defence.levels]
+    head += [f"white-box {kind.upper()}, {defence.middle}/255" for kind in kinds]
+    rows = []
+    for arm in defence.arms:
+        clean = Spread.of(defence.errors(arm.id, "clean", [None], 0))
+        attacked = [defence.black_box(arm.id, level) for level in defence.levels]
+        rows.append((arm, [clean, *attacked, *(defence.white_box(arm.id, kind) for kind in kinds)]))
+    return head, rows
+
+
+def protects(defence: Defence) -> str:
+    """What stored images do against models never seen, beside clean images and the control.
+
+    It is of the first arm on all sources, of one source where there is none. Empty where an arm was not measured.
+    """
+    arms = [_first(defence, "all", "one"), _first(defence, "clean"), _first(defence, "noise")]
+    compared = _measured(arms, lambda arm: defence.black_box(arm, defence.middle))
+    if len(compared) < 3:
+        return ""
+    (arm, share), *others = compared
+    lead = "That stored images protect against attacks from models never seen does not show here"
+    if share.deviation is None:
+        lead = "Against attacks from models never seen there is one seed, so no spread is known"
+    elif all(share.below(other) for _, other in others):
+        lead = "Stored images protect against attacks from models never seen"
+    return (
+        f"{lead}: FGSM on {', '.join(defence.held_out)} at {defence.middle}/255 leaves {share} wrong after "
+        f"{_named(arm)}; {_beside(share, others)}."
+    )
+
+
+def exposes(defence: Defence) -> str:
+    """What the same training does under FGSM on the trained model itself, beside clean images and its own FGSM.
+
+    Empty where one of the first two was not measured.
+    """
+    arms = [_first(defence, "all", "one"), _first(defence, "clean"), _first(defence, "fly")]
+    compared = _measured(arms, lambda arm: defence.white_box(arm, "fgsm"))
+    if len(compared) < 2 or compared[1][0] != arms[1]:
+        return ""
+    (arm, share), *others = compared
+    lead = "They do not protect against an attack on the trained model itself"
+    if share.deviation is None:
+        lead = "Under an attack on the trained model itself no spread is known either"
+    elif share.below(others[0][1]):
+        lead = "Under an attack on the trained model itself the error is lower, too"
+    return f"{lead}: FGSM on it leaves {share} wrong after {_named(arm)}; {_beside(share, others)}."
+
+
+def _first(defence: Defence, *kinds: str) -> Arm | None:
+    """The first arm of the first of some kinds that there is."""
+    return next((arm for kind in kinds for arm in defence.arms if arm.kind == kind), None)
+
+
+def _measured(arms: Sequence[Arm | None], measure: Callable[[str], Spread | None]) -> list[tuple[Arm, Spread]]:
+    """Arms with what is measured of them; without those of which nothing is."""
+    return [(arm, share) for arm in arms if arm and (share := measure(arm.id))]
+
+
+def _beside(share: Spread, others: Sequence[tuple[Arm, Spread]]) -> str:
+    """What the other arms leave wrong, and whether that differs."""
+    said = []
+    for arm, other in others:
+        verdict = "a difference within the spread"
+        if share.below(other) or other.below(share):
+            verdict = "which is more" if share.below(other) else "which is less"
+        said.append(f"{_named(arm)} leaves {other}, {verdict}")
+    return ", and ".join(said)
+
+
+def _named(arm: Arm) -> str:
+    return f"“{arm.title}”{' (the control)' if arm.kind == 'noise' else ''}"

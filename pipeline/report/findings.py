@@ -79,23 +79,32 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
 
 
 def headline(focus: Focus) -> str:
-    """What the attack did, in a few sentences."""
+    """What the attack does to the answers, in a sentence or two."""
     sample, (_, _, share) = focus.sample, focus.sample.words
     reads = f"The {share} of {focus.model} on {sample.split} images is {percent(right_share(focus, 0))} clean"
     with_it = f"with {focus.variant.attack}, " if len(focus.attacks) > 1 else ""
-    success, confidence = sample.success[focus.index], sample.confidence[focus.index]
-    if not success.any():
+    if not sample.success[focus.index].any():
         return (
             f"{reads}; {with_it}no step up to {sample.variants[-1].level} of 255 grey levels succeeds on any of them."
         )
     counts = focus.subsets[focus.variant]
     reached = f" {percent(ratio(counts.fooled, counts.rows))} are on target." if sample.target is not None else ""
+    return (
+        f"{reads}; {with_it}moving every pixel value by at most {focus.variant.level} of 255 grey levels leaves "
+        f"{percent(right_share(focus, focus.index))}.{reached}"
+    )
+
+
+def mistaken(focus: Focus) -> str:
+    """How sure the model is where the attack succeeds, in a sentence; empty where it does not."""
+    success, confidence = focus.sample.success[focus.index], focus.sample.confidence[focus.index]
+    if not success.any():
+        return ""
     surer = share_of_surer(focus)
     compared = "" if surer is None else f", and surer than when the image was clean in {percent(surer, 0)} of the cases"
     return (
-        f"{reads}; {with_it}moving every pixel value by at most {focus.variant.level} of 255 grey levels leaves "
-        f"{percent(right_share(focus, focus.index))}.{reached} Where the attack succeeds, the model is "
-        f"{percent(mean(confidence[success]), 0)} sure of its answer on average{compared}."
+        f"Where the attack succeeds at {focus.variant.level}/255, the model is {percent(mean(confidence[success]), 0)} "
+        f"sure of its answer on average{compared}."
     )
 
 

@@ -36,8 +36,8 @@ class Cell:
     """One image of an example: `title` says which. The sign map, of which nobody says anything, has no `answer`.
 
     `confidence` in that answer is None where it is not stored.
-    `sign` and `verdict` say whether the answer is right, the former in a letter; `wrong` is for the colour; `target`
-    is what the sign map of a targeted run leads to.
+    `sign` and `verdict` say whether the answer is right, the former in a letter; `wrong` is for the colour;
+    `succeeds` is what the attack does; `target` is what the sign map of a targeted run leads to.
     """
 
     title: str
@@ -47,6 +47,7 @@ class Cell:
     sign: str = ""
     verdict: str = ""
     wrong: bool = False
+    succeeds: bool = False
     target: str | None = None
 
 
@@ -158,7 +159,8 @@ def _example(folder: OutputFolder, manifest: Manifest, sample: Sample, row: int,
         sign, verdict = _verdict(sample, index, row)
         confidence, wrong = float(sample.confidence[index, row]), not sample.right[index, row]
         told = None if np.isnan(confidence) else confidence
-        cells.append(Cell(variant_name(variant), image, answer, told, sign, verdict, bool(wrong)))
+        succeeds = bool(sample.success[index, row])
+        cells.append(Cell(variant_name(variant), image, answer, told, sign, verdict, bool(wrong), succeeds))
     target = None if sample.target is None else name(int(sample.target[row]))
     return (cells[0], Cell("sign map", sign_map, target=target), *cells[1:])
 
@@ -199,6 +201,27 @@ def _read_images(
                 return images, opened.copy()
     sign = stored_sign(np.asarray(images[0]), np.asarray(images[-1]), is_map=False)
     return images, Image.fromarray(((sign + 1) * SIGN_UNIT).astype(np.uint8))
+
+
+def hero(groups: Sequence[Group]) -> tuple[Cell, Cell, Cell]:
+    """One example as three pictures: clean, the sign map, and the attacked image of which most is to be said.
+
+    That is the mistake of which the model is surest, among equally sure ones at the smallest epsilon; where the attack
+    succeeds on no example, the first one at the largest.
+    """
+    examples = [example for group in groups for example in group.examples]
+    caught = [
+        (cell.confidence or 0.0, index, example, cell)
+        for example in examples
+        for index, cell in enumerate(example[2:])
+        if cell.succeeds
+    ]
+    if not caught:
+        clean, sign_map, *attacked = examples[0]
+        return clean, sign_map, attacked[-1]
+    # In whole percents, as the gallery ranks them.
+    _, _, (clean, sign_map, *_), cell = max(caught, key=lambda one: (round(100 * one[0]), -one[1]))
+    return clean, sign_map, cell
 
 
 def web_image(image: Image.Image) -> tuple[bytes, str]:

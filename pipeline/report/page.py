@@ -3,11 +3,15 @@
 Counts and accuracies come from the manifest and are exact. What only rows can say (confidence of mistakes, examples)
 comes from a bounded sample of them, and the page says of how many. The page is one file that asks
 nothing of the network. The same dataset gives the same bytes, but for the speed of the sessions that wrote it.
+
+It begins with what is claimed of adversarial images, each with a figure: the picture, the confidence of mistakes, the
+transfer to other models, and the defence, as far as the dataset can say something of it. What follows is to look up.
 """
 
 import base64
 import contextlib
 import hashlib
+import logging
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path, PurePath
@@ -23,6 +27,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder, report_files, reported_assets
 from pipeline.output.manifest import Manifest, current_manifest, without_folders
 from pipeline.output.summary import human_bytes
+from pipeline.report.defence import Defence, exposes, protects, read_defence, tabulate
 from pipeline.report.findings import (
     Focus,
     accuracy,
@@ -30,6 +35,7 @@ from pipeline.report.findings import (
     focus_on,
     headline,
     matrices,
+    mistaken,
     noise_levels,
     percent,
     ratio,
@@ -37,14 +43,26 @@ from pipeline.report.findings import (
     sureness,
     who_travels,
 )
-from pipeline.report.gallery import draw_sheet, make_groups, web_image
-from pipeline.report.plots import RIGHT, SOFT, WRONG, Curve, draw_curves, draw_matrix, model_curve, variant_name
+from pipeline.report.gallery import draw_sheet, hero, make_groups, web_image
+from pipeline.report.plots import (
+    RIGHT,
+    SOFT,
+    WRONG,
+    Curve,
+    draw_curves,
+    draw_defence,
+    draw_matrix,
+    model_curve,
+    variant_name,
+)
 from pipeline.report.sample import SAMPLE_SHARDS, is_labelled, read_sample
 
 # Rows of each split that are looked at: a share of them is known to within one percent, and they are read in a second.
 SAMPLE_ROWS = 10_000
 # Rows of the tables.
 MOST_SKIPPED, MOST_SESSIONS = 20, 10
+
+logger = logging.getLogger(__name__)
 
 
 class Session(BaseModel):
@@ -123,7 +141,7 @@ def _write_page(folder: OutputFolder, view: Mapping[str, Any], receipts: str, li
 
 def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the page shows, and the pictures by the names of their files."""
-    counts, matrix = by_split(manifest), matrices(manifest)
+    counts, matrix, defence = by_split(manifest), matrices(manifest), _defence(folder, manifest)
     samples = (read_sample(folder, manifest, split, SAMPLE_ROWS) for split in counts)
     sample = next((sample for sample in samples if sample), None)
     view: dict[str, Any] = {
@@ -141,12 +159,15 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
         "focus": None,
         "groups": [],
         "plots": {},
+        "defence": defence,
     }
     if sample is None:
         return view, {}
     focus = focus_on(manifest, sample)
     groups = make_groups(folder, manifest, focus.sample, focus.shown, focus.name)
     plots = {"accuracy": _draw(focus, *_accuracy(focus)), "confidence": _draw(focus, *_confidence(focus))}
+    if defence and defence.seeds:
+        plots["defence"] = _draw_defence(defence)
     view |= {"focus": focus, "groups": groups, "plots": plots}
     pictures = {f"{name}.png": data for name, (data, _) in plots.items()}
     pictures["examples.png"] = draw_sheet(groups)
@@ -165,7 +186,10 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    named = (headline, human_bytes, percent, ratio, variant_name, web_image, who_travels)
+    named = (
+        *(exposes, headline, hero, human_bytes, mistaken, percent),
+        *(protects, ratio, tabulate, variant_name, web_image, who_travels),
+    )
     environment.filters |= {function.__name__: function for function in named}
     environment.filters |= {
         "thousands": lambda number: f"{number:,}",
@@ -214,6 +238,24 @@ def _draw(focus: Focus, curves: list[Curve], says: str) -> tuple[bytes, str]:
     ends = [f"{curve.name}, {percent(curve.values[0])} clean, {percent(curve.values[-1])} last" for curve in curves]
     alt = f"{says.capitalize()} against epsilon, {focus.sample.split}. {'; '.join(ends)}."
     return draw_curves(focus.sample.variants, curves, says), alt
+
+
+def _defence(folder: OutputFolder, manifest: Manifest) -> Defence | None:
+    """What training on the dataset bought. A file that cannot be read is not worth a failure."""
+    try:
+        return read_defence(folder, manifest.run_id)
+    except PipelineError as error:
+        logger.warning("The report is made without it: %s", error)
+    return None
+
+
+def _draw_defence(defence: Defence) -> tuple[bytes, str]:
+    """The black-box errors of all arms as a PNG, and what it shows in words."""
+    shares = {level: [defence.black_box(arm.id, level) for arm in defence.arms] for level in defence.levels}
+    ends = [f"{arm.title}, {share or '-'}" for arm, share in zip(defence.arms, shares[defence.middle], strict=True)]
+    alt = f"Error under FGSM of models never seen, after each training; at {defence.middle}/255: {'; '.join(ends)}."
+    control = [arm.kind == "noise" for arm in defence.arms]
+    return draw_defence([arm.title for arm in defence.arms], control, shares, "black-box error"), alt
 
 
 def _sessions(folder: OutputFolder) -> list[Session]:

@@ -1,4 +1,4 @@
-"""The report's plots: shares against epsilon, a line for each model, and the transfer matrix.
+"""The report's plots: shares against epsilon, a line for each model, the transfer matrix, and the defence.
 
 Each is a PNG on white paper, for the page and for the card. Colours follow Okabe and Ito, so that the colour-blind tell
 them apart: blue is right, orange is wrong, as everywhere in the report, and a marker says what a colour says. Equal
@@ -8,8 +8,9 @@ numbers give equal bytes.
 import io
 import itertools
 import math
+import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from pipeline.core.variants import CLEAN, Variant
 from pipeline.output.transfer import Transfer
+from pipeline.report.defence import Spread
 
 # Inches. On a phone's 360 px a point is then a pixel.
 WIDTH, HEIGHT, LEGEND_LINE = 4.8, 3.6, 0.2
@@ -37,6 +39,9 @@ MARKERS = "osD^vPX"
 HEAT = ("#ffffff", "#e8965a")
 # Inches of a cell and of the names beside it. Blocks of up to so many columns of cells stand side by side.
 CELL_WIDTH, CELL_HEIGHT, NAMES_WIDTH, SIDE_BY_SIDE = 0.62, 0.36, 1.7, 6
+
+# Of the defence: the errors at the smallest and at the largest epsilon, what is behind the control, inches of a row.
+STEPS, BAND, ROW_HEIGHT = ("#e8965a", WRONG, "#5c2400"), "#e7f0fa", 0.46
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,44 @@ def draw_matrix(rows: Sequence[Sequence[Transfer]], split: str) -> bytes:
                     own = "bold" if cell.looking == cell.model else "normal"
                     axes.text(x + 0.5, y + 0.36, whole(cell.share_lost), ha="center", va="center", size=8, weight=own)
                     axes.text(x + 0.5, y + 0.74, whole(cell.accuracy), ha="center", va="center", size=6)
+        return png(figure)
+
+
+def draw_defence(
+    arms: Sequence[str], control: Sequence[bool], shares: Mapping[int, Sequence[Spread | None]], says: str
+) -> bytes:
+    """Shares of several arms as dots with their spread, a row for each arm, as a PNG.
+
+    Args:
+        arms: names of the rows.
+        control: for each row, whether it is what the others are compared with: it is drawn hollow, on a band.
+        shares: by epsilon in grey levels, one for each row; None where there is none.
+        says: what the shares are of, for the axis.
+    """
+    names = ["\n".join(textwrap.wrap(shortened(arm, 48), 24)) for arm in arms]
+    names = [f"{name}\n(the control)" if hollow else name for name, hollow in zip(names, control, strict=True)]
+    tints, rows = LinearSegmentedColormap.from_list("steps", STEPS), np.arange(len(arms))
+    with paper():
+        figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(arms) + 1), layout="constrained")
+        axes = figure.add_subplot()
+        for row in np.flatnonzero(control):
+            axes.axhspan(row - 0.5, row + 0.5, color=BAND, zorder=0)
+        for index, (level, spreads) in enumerate(shares.items()):
+            # Those of one row lie beside each other, so that no spread hides another.
+            y = rows + 0.64 * ((index + 0.5) / len(shares) - 0.5)
+            x = [100 * spread.mean if spread else np.nan for spread in spreads]
+            spread_by = [100 * (spread.deviation or 0) if spread else np.nan for spread in spreads]
+            colour, marker = tints(index / max(1, len(shares) - 1)), MARKERS[index % len(MARKERS)]
+            fills = ["white" if hollow else colour for hollow in control]
+            axes.errorbar(x, y, xerr=spread_by, fmt="none", ecolor=colour, elinewidth=1.5, capsize=2)
+            dots = axes.scatter(x, y, s=30, marker=marker, linewidths=1.5, clip_on=False, zorder=3)
+            dots.set(facecolors=fills, edgecolors=colour)
+            axes.plot([], [], marker, color=colour, label=f"{level}/255")
+        axes.set(xlim=(0, 100), ylim=(len(arms) - 0.5, -0.5), xlabel=f"{says} (%)")
+        axes.set_yticks(rows, names, fontsize=8, color=INK)
+        axes.tick_params("y", length=0)
+        axes.grid(axis="x")
+        figure.legend(loc="outside lower left", ncols=6, handlelength=1)
         return png(figure)
 
 

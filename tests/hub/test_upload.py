@@ -297,7 +297,7 @@ def test_a_report_that_is_missing_or_of_another_state_is_made(out: Path, hub: Hu
     assert {"assets/accuracy.png", "assets/confidence.png", "assets/examples.png"} <= there(hub)
 
 
-@pytest.mark.parametrize("name", ["assets/notes.png", "assets/transfer.png", "notes.txt"])
+@pytest.mark.parametrize("name", ["assets/notes.png", "assets/transfer.png", "notes.txt", "defence.json"])
 def test_a_file_that_the_report_does_not_list_is_left_out_and_named(out: Path, hub: Hub, name: str) -> None:
     ours = local(out)
     (out / name).write_bytes(b"mine")

@@ -321,6 +321,7 @@ def test_a_card_of_several_models_and_attacks(write_config: WriteConfig, tmp_pat
         assert answers == [f"{cell.accuracy:.1%} ({cell.share_lost or 0:.1%})" for cell in cells]
     assert re.search(r"\*\*Model\*\* `turned`, which only looks: factory `sums.py:make`", text)
     assert "made against `net` and `sums`. To another" in text
+    assert "https://arxiv.org/abs/1705.07204" in text, "what images of several source models are for"
     assert "| `prediction_turned` | ClassLabel | as prediction, of model turned |" in text
     assert ("| `clean_correct_turned` | bool | as clean_correct, of model turned |" in text) == (layout != "images")
     assert ("Madry" in text) == (layout != "signs")

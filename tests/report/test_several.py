@@ -157,7 +157,7 @@ def test_without_labels_there_is_no_matrix(write_config: WriteConfig, tmp_path: 
     sections = {"path": str(source), "classes": ["cat", "dog", "eel"]}
     generate(write_several(write_config, tmp_path, {"fgsm": {**FGSM, "label": "prediction"}}, source=sections))
     page = make(tmp_path / "out")
-    assert "Transfer" not in page.words
+    assert "The transfer" not in page.words
     assert not (tmp_path / "out/assets/transfer.png").exists()
     assert "transfer.png" not in (tmp_path / "out/README.md").read_text()
 
