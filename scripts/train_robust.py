@@ -1,309 +1,364 @@
-"""Train the same classifier twice from a dataset's shards, without and with its adversarial images, and compare.
+"""Train the same classifier on each kind of a dataset's images, and see what each kind protects against.
 
-    fgsm generate digits
-    python scripts/train_robust.py out/digits
-    python scripts/train_robust.py out/cifar10 --model scripts/resnet20.py:resnet20 --epochs 60 --workers 4
+    python scripts/train_robust.py out/digits-ensemble
+    python scripts/train_robust.py out/cifar10 --epochs 10 --seeds 3 --workers 2
 
-Both trainings see the same source images in the same order, for as many steps and from the same initial weights; one
-sees them all clean, the other a part of them at an epsilon drawn anew in each epoch. The table that is printed shows
-what either gets right:
+Each arm trains the same architecture from the same weights, on the same source images in the same order, for as many
+steps. They differ in what is shown in place of a share of the clean images: nothing else, random signs of the same size
+(the control), stored images of one source model, stored images of all, FGSM made on the model itself in each step, or
+both. What is trained is the dataset's first model, untrained, unless --model names another.
 
-- clean:  the clean images of the test split;
-- stored: its adversarial images as they are in the dataset. They were made against the dataset's models, so for a newly
-          trained model they are transferred attacks, and improvement on them alone would flatter;
-- fresh:  FGSM made against the very model that is tested, which sees its weights (white-box), with the project's own
-          attack on the 8-bit lattice.
+Each trained model is tested on clean images, on noise, on stored images of the test split, and on fresh images of FGSM
+and PGD, made against
 
-The architecture is that of the dataset's first model, untrained, unless --model names another.
+- the trained model itself, which sees its weights (white-box);
+- the source models;
+- models held out: architectures that made none of the images, trained here on clean images (black-box). What stored
+  images protect against shows here.
+
+OUTPUT/defence.json holds all results. It is written after each training: run the same command again to resume, or with
+more --seeds to add some. The report of the dataset shows it.
 """
 
-import json
+import contextlib
+import math
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from pathlib import Path, PurePath
+from typing import Annotated
 
 import torch
 import typer
+from arms import CLEAN_ONLY, Contents, Reader, Recipe
+from defence_table import describe
+from outcomes import Condition, Pictures, ask, fresh_pictures, outcomes, stored_pictures
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from pipeline import training_dataset
-from pipeline.attacks.base import Goal
-from pipeline.attacks.fgsm import FGSM
 from pipeline.check.verify import announce_factories
 from pipeline.config.schema import ModelConfig
-from pipeline.core.epsilon import reading_levels
-from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.engine.compute import Attacker, ModelAttack
+from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError
+from pipeline.core.lanes import available_cores
+from pipeline.engine.run import choose_device, load_run_model, versions
 from pipeline.models.base import Model
 from pipeline.models.factory import FactoryConfig
 from pipeline.models.load import load_model
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, require_manifest
-from pipeline.read.training import TrainingDataset
+from pipeline.report.defence import DEFENCE, ITSELF, Arm, Defence, Training, read_defence
+from pipeline.report.page import report as write_report
 
-CLEAN_ONLY, MIXED = "clean only", "clean + adversarial"
 WEIGHT_DECAY = 1e-2
-# Small shifts stand in for more data: up to a 16th of a side, 4 pixels of 64.
+# Small shifts stand in for more data: up to a 16th of a side, 4 pixels of 64. Smaller images than 16 are not moved.
 SHIFT_SHARE = 16
-TEST_BATCH = 256
-
-# What is tested, `clean` or an attack at a level such as `fresh 8/255`, and the share that is right.
-Accuracies = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a classifier is trained; the same for all of them."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    workers: int
+# Test images on which the held-out models' attacks are tried after each epoch.
+HISTORY_ROWS = 500
+# Of smaller images the work of a layer is over before a second thread has begun.
+THREADS_FROM = 32
+HELD_OUT = [f"{Path(__file__).with_name('held_out.py')}:{name}" for name in ("elu", "normed")]
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one trained model gets right."""
+class Study:
+    """What all trainings on a dataset share.
 
-    training: str
-    seed: int
-    steps: int
-    images: int
-    accuracy: Accuracies
-
-
-def new_model(config: ModelConfig, manifest: Manifest, seed: int, device: torch.device) -> Model:
-    """An untrained model for the dataset's images and classes, ready to be trained.
-
-    Raises:
-        ConfigError: there is no such model, or it does not fit the images or has too few classes.
+    target, held_out: models to be trained, the latter by their names. arms: those that are trained.
     """
-    model = load_model(config.model_copy(update={"weights": None}), seed=seed, device=device)
-    classes, needed = model.count_classes(manifest.shape), len(manifest.dataset_classes)
-    if classes < needed:
-        raise ConfigError(f"--model: it tells {classes} classes apart, and the dataset has {needed}.")
-    return model
+
+    output: Path
+    manifest: Manifest
+    contents: Contents
+    recipe: Recipe
+    target: ModelConfig
+    held_out: dict[str, ModelConfig]
+    arms: tuple[Arm, ...]
+    device: torch.device
+
+    def new_model(self, name: str, seed: int) -> Model:
+        """An untrained model: a held-out one, or `itself` for the target.
+
+        Raises:
+            ConfigError: there is no such model, or it does not fit the images or has too few classes.
+        """
+        key, config = ("--model", self.target) if name == ITSELF else ("--held-out", self.held_out[name])
+        model = load_model(config.model_copy(update={"weights": None}), seed=seed, device=self.device)
+        classes, needed = model.count_classes(self.manifest.shape), len(self.manifest.dataset_classes)
+        if classes < needed:
+            raise ConfigError(f"{key}: it tells {classes} classes apart, and the dataset has {needed}.")
+        return model
+
+    def open(self, arm: Arm, seed: int) -> Reader:
+        """What an arm shows.
+
+        Raises:
+            ConfigError, PipelineError: as `training_dataset`, or a batch is more than there is.
+        """
+        reader = Reader.open(arm, self.contents, self.recipe, self.output, seed)
+        if not reader.steps:
+            rows = len(reader.datasets[0])
+            raise ConfigError(f"--batch-size: {self.recipe.batch_size} images are more than a worker gets of {rows}.")
+        return reader
+
+    def check(self) -> None:
+        """Find out what is wrong before the first training, not after it.
+
+        Raises:
+            ConfigError, PipelineError: as `new_model` and `open`.
+        """
+        for name in (ITSELF, *self.held_out):
+            self.new_model(name, seed=0)
+        for arm in self.arms:
+            self.open(arm, seed=0)
+
+    def source(self, name: str) -> Model:
+        """A source model, as it was when the dataset was made.
+
+        Raises:
+            ConfigError: it cannot be loaded, or has changed since.
+        """
+        model = load_run_model(name, self.manifest.resolved, self.device)
+        if model.digest != self.manifest.identity.get(f"models.{name}.content"):
+            raise ConfigError(f"models.{name}: the model has changed since the dataset was made; put it back.")
+        return model
 
 
-def shifted(images: Tensor) -> Tensor:
+def shifted(images: Tensor, draws: torch.Generator) -> Tensor:
     """A batch moved by one random offset; what leaves on one side is black on the other."""
     height, width = images.shape[-2:]
-    most = max(1, min(height, width) // SHIFT_SHARE)
-    top, left = torch.randint(0, 2 * most + 1, (2,)).tolist()
+    most = min(height, width) // SHIFT_SHARE
+    top, left = torch.randint(0, 2 * most + 1, (2,), generator=draws).tolist()
     return F.pad(images, [most] * 4)[..., top : top + height, left : left + width]
 
 
-def train(model: Model, data: TrainingDataset, recipe: Recipe, seed: int) -> tuple[int, int]:
+def train(model: Model, reader: Reader, seed: int, after_epoch: Callable[[Model], float]) -> tuple[float, list[float]]:
     """Train a model in place, by AdamW and one cycle of its learning rate; then freeze it.
 
     Args:
         model: untrained.
-        data: what it learns from; its epochs are counted from 0.
-        recipe: how.
-        seed: of the shifts and whatever is random in the model.
+        reader: what it learns from.
+        seed: of the shifts, of what is attacked on the way, and of whatever is random in the model.
+        after_epoch: is given the model in eval mode.
 
     Returns:
-        Steps, and images seen.
+        Seconds, without those of `after_epoch`, and what that said after each epoch.
+
+    Raises:
+        NonFiniteError: the loss is no number.
     """
+    recipe, device, module = reader.recipe, model.mean.device, model.module.requires_grad_(True)
     torch.manual_seed(seed)
-    module = model.module.train().requires_grad_(True)
-    loader = DataLoader(data, recipe.batch_size, num_workers=recipe.workers, drop_last=True)
-    steps_per_epoch = whole_batches(len(data), recipe)
-    if not steps_per_epoch:
-        raise ConfigError(f"--batch-size: {recipe.batch_size} images are more than a worker gets of {len(data)}.")
+    # Of their own, so that arms that draw more are moved alike.
+    shifts, draws = (torch.Generator().manual_seed(seed) for _ in range(2))
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=recipe.learning_rate, total_steps=recipe.epochs * steps_per_epoch
+        optimizer, max_lr=recipe.learning_rate, total_steps=recipe.epochs * reader.steps
     )
-    steps = images = 0
+    seconds, history = 0.0, []
     for epoch in range(recipe.epochs):
-        data.set_epoch(epoch)
-        for images_u8, labels in loader:
-            batch = shifted(images_u8.to(model.mean.device, non_blocking=True))
+        module.train()
+        began = time.perf_counter()
+        for images, labels, now in reader.batches(epoch, draws):
+            images, labels = shifted(images.to(device, non_blocking=True), shifts), labels.to(device)
+            if now.any():
+                now = now.to(device)
+                images[now] = reader.attacked(model, images[now], labels[now], draws)
             optimizer.zero_grad()
-            F.cross_entropy(model(model.unit(batch)), labels.to(model.mean.device)).backward()
+            loss = F.cross_entropy(model(model.unit(images)), labels)
+            loss.backward()
             optimizer.step()
             schedule.step()
-            steps, images = steps + 1, images + len(labels)
-    module.eval().requires_grad_(False)
-    return steps, images
+        # To look at the loss waits for the device, too.
+        if not math.isfinite(loss.detach()):
+            raise NonFiniteError("The loss is no number any more; lower --learning-rate.")
+        seconds += time.perf_counter() - began
+        module.eval()
+        history.append(after_epoch(model))
+    module.requires_grad_(False)
+    return seconds, history
 
 
-def whole_batches(rows: int, recipe: Recipe) -> int:
-    """The steps of an epoch: workers share the rows as evenly as can be, and each drops its own last short batch."""
-    workers = max(1, recipe.workers)
-    each, more = divmod(rows, workers)
-    return more * ((each + 1) // recipe.batch_size) + (workers - more) * (each // recipe.batch_size)
-
-
-def evaluate(model: Model, output: Path, split: str, levels: Sequence[int], workers: int) -> Accuracies:
-    """What a trained model gets right: clean, stored at each level, and fresh at each level.
+def run(study: Study, defence: Defence, seeds: int) -> Defence:
+    """Train and test what is missing, seed by seed, and write the results after each training.
 
     Args:
-        model: trained and frozen.
-        output: the dataset's folder.
-        split: what it is tested on.
-        levels: epsilons in grey levels; at those that are not recorded, stored images are made along the recorded sign.
-        workers: of the DataLoader.
+        study: what is trained.
+        defence: the results so far.
+        seeds: how many, from 0 on: of weights, order and draws.
     """
-    right: dict[str, int] = {}
-    clean = training_dataset(output, split, clean=1, shuffle=False)
-    attack = ModelAttack(FGSM(), "attack", "trained", asks_model=True, levels=tuple(levels), goal=Goal())
-    attacker = Attacker({"trained": model}, (attack,), stored=lambda *_: ())
-    for images, labels in _batches(clean, workers, model):
-        draws = torch.zeros_like(labels)
-        predictions = attacker(images, labels.unsqueeze(1), draws, valid=draws == 0).predictions[0]
-        counts = (predictions == labels.cpu()).sum(1).tolist()
-        for name, count in zip(["clean", *(f"fresh {level}/255" for level in levels)], counts, strict=True):
-            right[name] = right.get(name, 0) + count
-    for level in levels:
-        stored = training_dataset(output, split, epsilons=[f"{level}/255"], clean=0, shuffle=False)
-        right[f"stored {level}/255"] = sum(
-            int((model.predict(images).argmax(1) == labels).sum())
-            for images, labels in _batches(stored, workers, model)
-        )
-    return {name: right[name] / len(clean) for name in conditions(levels)}
+    done = {(one.arm, one.seed) for one in defence.trainings}
+    missing = {seed: [arm for arm in study.arms if (arm.id, seed) not in done] for seed in range(seeds)}
+    missing = {seed: arms for seed, arms in missing.items() if arms}
+    if not missing:
+        return defence
+    began, before = time.monotonic(), defence.seconds
+    pictures, labels = stored_pictures(study.output, study.contents, study.recipe)
+    clean = pictures[Condition("clean", None, 0)]
+    for name in study.contents.sources:
+        own = study.manifest.label_spaces[name].model_labels(labels)
+        pictures |= fresh_pictures(study.source(name), name, clean, own, study.contents.levels)
+    folder = OutputFolder(study.output)
+    total = sum(len(arms) + len(study.held_out) for arms in missing.values())
+    with tqdm(total=total, unit="training", disable=None) as bar:
+        for seed, arms in missing.items():
+            unseen: Pictures = {}
+            for name in study.held_out:
+                unseen |= held_out_pictures(study, name, seed, clean, labels)
+                bar.update()
+            for arm in arms:
+                training = train_arm(study, arm, seed, pictures | unseen, unseen, labels)
+                defence = defence.model_copy(
+                    update={
+                        "trainings": (*defence.trainings, training),
+                        "seconds": before + time.monotonic() - began,
+                    }
+                )
+                folder.store.write(DEFENCE, defence.model_dump_json(indent=1).encode())
+                bar.write(
+                    f"seed {seed}, {arm.title}: {training.images:,} images in {training.seconds:.1f} s; wrong "
+                    f"{training.tests[0].error:.1%} clean, {training.history[-1]:.1%} under attacks of held-out models",
+                    file=sys.stderr,
+                )
+                bar.update()
+    return defence
 
 
-def _batches(data: TrainingDataset, workers: int, model: Model) -> Iterator[tuple[Tensor, Tensor]]:
-    device = model.mean.device
-    for images, labels in DataLoader(data, TEST_BATCH, num_workers=workers):
-        yield images.to(device), labels.to(device)
+def held_out_pictures(study: Study, name: str, seed: int, clean: Tensor, labels: Tensor) -> Pictures:
+    """Train a held-out model on clean images, and attack it."""
+    model = study.new_model(name, seed)
+    train(model, study.open(CLEAN_ONLY, seed), seed, lambda _: 0.0)
+    return fresh_pictures(model, name, clean, labels, study.contents.levels)
 
 
-def conditions(levels: Sequence[int]) -> list[str]:
-    """What is tested, in the order in which the table shows it."""
-    return ["clean", *(f"{kind} {level}/255" for kind in ("stored", "fresh") for level in levels)]
+def train_arm(study: Study, arm: Arm, seed: int, pictures: Pictures, unseen: Pictures, labels: Tensor) -> Training:
+    """Train the target as an arm does, and test it.
 
-
-def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """For each condition what either training gets right and what the second gains, over the seeds."""
-    rows = []
-    for condition in results[0].accuracy:
-        values = {
-            training: [result.accuracy[condition] for result in results if result.training == training]
-            for training in (CLEAN_ONLY, MIXED)
-        }
-        # Pairs of one seed began with the same weights and saw the same images in the same order.
-        values["gain"] = [mixed - clean for clean, mixed in zip(values[CLEAN_ONLY], values[MIXED], strict=True)]
-        rows.append({"images": condition, **{name: over_seeds(numbers) for name, numbers in values.items()}})
-    return rows
-
-
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation, None of one seed."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "stdev": spread, "values": list(values)}
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table: a line for each condition; it reads as text and as Markdown."""
-    header = ["images", CLEAN_ONLY, MIXED, "gain"]
-    forms = {CLEAN_ONLY: ".1%", MIXED: ".1%", "gain": "+.1%"}
-    lines = [[row["images"], *(shown(row[name], form) for name, form in forms.items())] for row in rows]
-    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
-        for line in [header, rule, *lines]
+    Args:
+        study: what all trainings share.
+        arm: what is shown.
+        seed: of weights, order and draws.
+        pictures: what it is tested on, beside attacks on itself.
+        unseen: those of them that attack held-out models.
+        labels: theirs.
+    """
+    model, reader = study.new_model(ITSELF, seed), study.open(arm, seed)
+    tried = [images[:HISTORY_ROWS] for condition, images in unseen.items() if condition.images == "fgsm"]
+    wanted = labels[:HISTORY_ROWS].repeat(len(tried))
+    images = torch.cat(tried)
+    seconds, history = train(
+        model, reader, seed, lambda model: float((ask(model, images).argmax(1) != wanted).float().mean())
+    )
+    clean = pictures[Condition("clean", None, 0)]
+    itself = fresh_pictures(model, ITSELF, clean, labels, study.contents.levels)
+    return Training(
+        arm=arm.id,
+        seed=seed,
+        images=study.recipe.epochs * reader.steps * study.recipe.batch_size,
+        seconds=seconds,
+        history=tuple(history),
+        tests=tuple(outcomes(model, pictures | itself, labels)),
     )
 
 
-def shown(value: Mapping[str, Any], form: str) -> str:
-    """A mean and its spread."""
-    return format(value["mean"], form) + ("" if value["stdev"] is None else f" ± {value['stdev']:.1%}")
-
-
-def averaged_gains(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What adversarial images in training gain on `clean`, `stored` and `fresh` images, averaged over the epsilons."""
-    gains = {}
-    for kind in ("clean", "stored", "fresh"):
-        by_seed = zip(*(row["gain"]["values"] for row in rows if row["images"].startswith(kind)), strict=True)
-        gains[kind] = over_seeds([statistics.mean(values) for values in by_seed])
-    return gains
-
-
-def closing_note(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> str:
-    """What the table shows, and what it does not."""
-    gains = averaged_gains(rows)
-    seeds = len(gains["clean"]["values"])
-    spread = f"{seeds} seeds, mean ± standard deviation" if seeds > 1 else "One seed, so nothing is known of the spread"
-    return (
-        f"{spread}; either training saw {results[0].images:,} images in {results[0].steps:,} steps.\n"
-        f"Averaged over the epsilons, adversarial images in training gained {shown(gains['stored'], '+.1%')} on stored "
-        f"attacks, {shown(gains['fresh'], '+.1%')} under fresh ones, and {shown(gains['clean'], '+.1%')} on clean "
-        "images.\n"
-        "Stored attacks were made against another model; only fresh ones were made against the model they test. "
-        f"{verdict(gains['stored'], gains['fresh'])}\n"
-        "Even fresh FGSM is a single step. Iterated attacks (PGD, AutoAttack) leave less, so nothing here measures "
-        "robustness."
-    )
-
-
-def verdict(stored: Mapping[str, Any], fresh: Mapping[str, Any]) -> str:
-    """What the gain under fresh attacks says of the gain on stored ones; a gain within the spread is none."""
-    noise = fresh["stdev"] or 0.0
-    if stored["mean"] <= (stored["stdev"] or 0.0):
-        return "On stored attacks nothing was gained that could hold there."
-    if fresh["mean"] > noise:
-        return "Some of what was gained on stored attacks holds there."
-    if fresh["mean"] < -noise:
-        return "What was gained on stored attacks does not hold there: the model is easier to attack than before."
-    return "What was gained on stored attacks does not hold there: the difference is within the spread."
-
-
-def run(
-    output: Path,
-    splits: tuple[str, str],
-    config: ModelConfig,
-    recipe: Recipe,
-    *,
-    clean: float,
-    train_levels: Sequence[int],
-    test_levels: Sequence[int],
-    seeds: int,
-    device: torch.device,
-) -> Iterator[Result]:
-    """Train and test both ways for each seed; results as they come.
+def make_study(output: Path, recipe: Recipe, model: str | None, held_out: Sequence[str], arms: Sequence[str]) -> Study:
+    """Find out what there is to train.
 
     Args:
         output: the dataset's folder.
-        splits: to train on and to test on.
-        config: the model; its weights are not loaded.
-        recipe: how both are trained.
-        clean: share of clean images in the mixed training.
-        train_levels: what its other images are drawn from, in grey levels.
-        test_levels: the epsilons of the table.
-        seeds: how many, from 0 on: of weights, order, draws and shifts.
-        device: where it runs.
+        recipe: how.
+        model: a callable that makes the target; None: the dataset's first model.
+        held_out: callables that make a model from channels, side and classes.
+        arms: ids; none: all.
+
+    Raises:
+        ConfigError: the dataset does not do for it, or there is no such arm.
+        PipelineError: the dataset cannot be read.
     """
-    manifest = require_manifest(OutputFolder(output))
-    drawn, tested = ([f"{level}/255" for level in levels] for levels in (train_levels, test_levels))
-    # What is wrong with what comes later should not be found after a training.
-    for share in (1.0, clean):
-        training_dataset(output, splits[0], epsilons=drawn, clean=share)
-    training_dataset(output, splits[1], epsilons=tested)
-    for seed in range(seeds):
-        for training, share in ((CLEAN_ONLY, 1.0), (MIXED, clean)):
-            began = time.monotonic()
-            data = training_dataset(output, splits[0], epsilons=drawn, clean=share, seed=seed)
-            model = new_model(config, manifest, seed, device)
-            steps, images = train(model, data, recipe, seed)
-            trained = time.monotonic() - began
-            accuracy = evaluate(model, output, splits[1], test_levels, recipe.workers)
-            typer.echo(
-                f"seed {seed}, {training}: {images:,} images in {steps:,} steps, {trained:.0f} s; "
-                f"clean {accuracy['clean']:.1%}",
-                err=True,
+    folder = OutputFolder(output)
+    manifest = require_manifest(folder)
+    announce_factories(folder, manifest)
+    contents = Contents.of(manifest)
+    known = {arm.id: arm for arm in contents.arms}
+    unknown = [arm for arm in arms if arm not in known]
+    if unknown:
+        raise ConfigError(f"--arms: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")
+    channels, height, width = manifest.shape
+    if height != width:
+        raise ConfigError(f"--held-out: such models take square images, and the dataset's are {width}x{height}.")
+    target = next(iter(manifest.resolved.all_models.values()))
+    made = {"kind": "factory", "mean": target.mean, "std": target.std}
+    kwargs = {"channels": channels, "side": height, "classes": len(manifest.dataset_classes)}
+    names = [name.rpartition(":")[2] for name in held_out]
+    twice = [name for name in names if names.count(name) > 1 or name in (*contents.sources, ITSELF)]
+    if twice:
+        raise ConfigError(f"--held-out: two models are called {twice[0]}; rename the callable.")
+    return Study(
+        output=output,
+        manifest=manifest,
+        contents=contents,
+        recipe=recipe,
+        target=target if model is None else FactoryConfig(**made, name=model),
+        held_out={
+            name: FactoryConfig(**made, name=where, kwargs=kwargs) for name, where in zip(names, held_out, strict=True)
+        },
+        arms=tuple(arm for arm in contents.arms if not arms or arm.id in arms),
+        device=choose_device("auto"),
+    )
+
+
+def begin(study: Study, model: str | None, *, overwrite: bool) -> Defence:
+    """The results so far, none at first, as they go on.
+
+    Raises:
+        ConfigError: they are of another run of the dataset, or of other settings.
+        PipelineError: the file is none of ours.
+    """
+    folder = OutputFolder(study.output)
+    first, there = next(iter(study.manifest.resolved.all_models)), versions(study.device)
+    new = Defence(
+        run_id=study.manifest.run_id,
+        command=shlex.join(sys.argv),
+        machine=there["device"] if study.device.type == "cuda" else f"{available_cores()} cores of {there['cpu']}",
+        versions=there,
+        seconds=0,
+        recipe=asdict(study.recipe),
+        target=first if model is None else PurePath(model).name,
+        sources=study.contents.sources,
+        held_out=tuple(study.held_out),
+        levels=study.contents.levels,
+        arms=study.arms,
+        trainings=(),
+    )
+    if overwrite or DEFENCE not in folder.store.sizes():
+        return new
+    former = read_defence(folder, study.manifest.run_id)
+    if former is None:
+        raise ConfigError(f"{folder.store.at(DEFENCE)} is of another run of the dataset; --overwrite starts anew.")
+    before, now = ({"model": one.target, "held-out": ", ".join(one.held_out), **one.recipe} for one in (former, new))
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise ConfigError(
+                f"--{key.replace('_', '-')}: {folder.store.at(DEFENCE)} was begun with {before.get(key)}, and this is "
+                f"{value}; name the same, or start anew with --overwrite."
             )
-            yield Result(training, seed, steps, images, accuracy)
+    trained = {one.arm for one in former.trainings} | {arm.id for arm in study.arms}
+    arms = tuple(arm for arm in study.contents.arms if arm.id in trained)
+    return former.model_copy(update={"command": new.command, "arms": arms})
+
+
+@contextlib.contextmanager
+def threads_for(shape: Sequence[int]) -> Iterator[None]:
+    """One thread for small images, which is faster for them; else as many as PyTorch takes."""
+    before = torch.get_num_threads()
+    if max(shape[1:]) < THREADS_FROM:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_writable(option: str, path: Path) -> None:
@@ -322,72 +377,52 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def main(
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder of a dataset, either layout.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder of a dataset, any layout.")],
     model: Annotated[
         str | None,
-        typer.Option(help="path/to/file.py:callable or package.module:callable [the dataset's first model, untrained]"),
+        typer.Option(help="What is trained: path/to/file.py:callable [the dataset's first model, untrained]"),
     ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="path/to/file.py:callable(channels, side, classes); repeat it for several [elu and normed]"),
+    ] = None,
+    arms: Annotated[list[str] | None, typer.Option(help="Train this arm; repeat it for several [all]")] = None,
     train_split: Annotated[str, typer.Option(help="What is learnt from.")] = "train",
     test_split: Annotated[str, typer.Option(help="What is tested on.")] = "test",
-    clean: Annotated[float, typer.Option(help="Share of clean images in the mixed training.")] = 0.5,
-    epsilon: Annotated[
-        list[str] | None, typer.Option(help="Train at this epsilon, such as 8/255; may be repeated [all recorded]")
-    ] = None,
-    test_epsilon: Annotated[
-        list[str] | None, typer.Option(help="Test at this epsilon; may be repeated [all recorded]")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of either kind.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Times that every image is seen.")] = 30,
+    test_rows: Annotated[int, typer.Option(min=1, help="Test images that are used, the first as stored.")] = 1000,
+    clean: Annotated[float, typer.Option(help="Share of clean images in every arm but the clean one.")] = 0.5,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm.")] = 5,
+    epochs: Annotated[int, typer.Option(min=1, help="Times that every image is seen.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(min=0, help="The largest of the cycle.")] = 3e-3,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
-    markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write the table to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the results of other settings.")] = False,
+    report: Annotated[bool, typer.Option(help="Make the dataset's report anew.")] = True,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Copy the results to this file.")] = None,
+    markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write the tables to this file.")] = None,
 ) -> None:
-    """Train on clean images, and on clean and adversarial ones; print one table for both."""
+    """Train a classifier on each kind of a dataset's images, and test all under attacks of models never seen."""
+    recipe = Recipe(epochs, batch_size, learning_rate, clean, workers, train_split, test_split, test_rows)
     try:
         for option, path in (("--json", json_path), ("--markdown", markdown_path)):
             if path is not None:
                 check_writable(option, path)
-        manifest = require_manifest(OutputFolder(output))
-        recorded = manifest.levels[1:]
-        config = next(iter(manifest.resolved.all_models.values()))
-        if model is not None:
-            config = FactoryConfig(kind="factory", name=model, mean=config.mean, std=config.std)
-        else:
-            announce_factories(OutputFolder(output), manifest)
-        recipe = Recipe(epochs, batch_size, learning_rate, workers)
-        results = list(
-            run(
-                output,
-                (train_split, test_split),
-                config,
-                recipe,
-                clean=clean,
-                train_levels=reading_levels(epsilon) if epsilon else recorded,
-                test_levels=reading_levels(test_epsilon) if test_epsilon else recorded,
-                seeds=seeds,
-                device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            )
-        )
+        study = make_study(output, recipe, model, held_out or HELD_OUT, arms or ())
+        defence = begin(study, model, overwrite=overwrite)
+        with threads_for(study.manifest.shape):
+            study.check()
+            defence = run(study, defence, seeds)
+        if report:
+            typer.echo(f"Report: {write_report(output)}", err=True)
     except PipelineError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
-    rows = compare(results)
-    text = f"{markdown(rows)}\n\n{closing_note(rows, results)}"
+    text = describe(defence)
     typer.echo(text)
     if markdown_path is not None:
         markdown_path.write_text(text + "\n")
     if json_path is not None:
-        report = {
-            "command": shlex.join(sys.argv),
-            "run_id": manifest.run_id,
-            "recipe": {**asdict(recipe), "clean": clean, "train_split": train_split, "test_split": test_split},
-            "table": rows,
-            "averaged_gains": averaged_gains(rows),
-            "results": [asdict(result) for result in results],
-        }
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+        json_path.write_text(defence.model_dump_json(indent=1) + "\n")
 
 
 if __name__ == "__main__":

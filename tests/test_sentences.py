@@ -114,7 +114,10 @@ SENTENCES: list[tuple[Cause, str]] = [
         setting("attack.kind=fgm"),
         "attack.kind: got 'fgm'; allowed: 'fgsm', 'noise', 'bim', 'pgd', 'mifgsm' or 'path/to/file.py:Attack'.",
     ),
-    (setting("attack.target=ox"), "attack.target: 'ox' is no class of the dataset or of the model ('cat', 'dog', 'eel')."),
+    (
+        setting("attack.target=ox"),
+        "attack.target: 'ox' is no class of the dataset or of the model ('cat', 'dog', 'eel').",
+    ),
     (setting("output.layout=rows"), "output.layout: got 'rows'; allowed: 'images', 'signs' or 'wide'."),
     (
         setting("output.path=hf://datasets/me/x"),

@@ -17,13 +17,13 @@ from torch import Tensor
 SIGN_UNIT = 127
 
 
-def step(images_u8: Tensor, sign: Tensor, level: int) -> Tensor:
+def step(images_u8: Tensor, sign: Tensor, level: int | Tensor) -> Tensor:
     """clip(x + k*s, 0, 255).
 
     Args:
         images_u8: x, uint8, any shape.
         sign: s, int8 in -1, 0, 1, the same shape.
-        level: k, 0..255.
+        level: k, 0..255, one or an int16 tensor that broadcasts: one for each image.
 
     Returns:
         uint8, no value further than k from x.

@@ -1,10 +1,13 @@
-"""The downstream job: both trainings on one budget, and accuracies that are those of the images they name."""
+"""What each arm of a training shows, and errors that are those of the images they name."""
 
-import errno
+import copy
+import dataclasses
+import itertools
 import json
-import os
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +15,75 @@ import pytest
 import torch
 import typer
 import yaml
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import pipeline
 from pipeline.attacks.base import direction_sign
+from pipeline.attacks.iterative import PGD, PGDConfig
+from pipeline.core.errors import ConfigError
 from pipeline.core.lattice import step
 from pipeline.models.attacked import AttackedModel
-from pipeline.models.digits_net import DigitsNet
-from pipeline.output.folder import OutputFolder
-from pipeline.output.manifest import require_manifest
-from tests.conftest import FACTORY, REPOSITORY, generate
+from pipeline.models.base import Model
+from pipeline.report.defence import ITSELF, Arm, Defence, Outcome, Training
+from tests.conftest import REPOSITORY, generate
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.
 sys.path.append(str(REPOSITORY / "scripts"))
 
+import defence_table
+import held_out
 import train_robust
-from train_robust import CLEAN_ONLY, MIXED, Recipe
+from arms import CLEAN_ONLY, Reader, Recipe
 
-LEVELS = (16, 64)
-RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=3e-3, workers=0)
+LEVELS = (16, 48)
+RECIPE = Recipe(
+    epochs=1,
+    batch_size=16,
+    learning_rate=3e-3,
+    clean=0.5,
+    workers=0,
+    train_split="train",
+    test_split="test",
+    test_rows=60,
+)
+OPTIONS = ("--epochs", "1", "--batch-size", "16", "--test-rows", "60")
+ARMS = (
+    "clean",
+    "noise",
+    "one:conv",
+    "one:flat",
+    "all:plain",
+    "all:guessed",
+    "all:unlikely",
+    "fly",
+    "both",
+)
+# Images, whose gradient made them, and the epsilon in grey levels.
+Tested = tuple[str, str | None, int]
+NETS = """
+from torch import nn
+
+def conv():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+"""
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """90 digits to learn from and 90 to test on, at 16/255 and 64/255."""
-    folder = tmp_path_factory.mktemp("digits")
+def make(folder: Path, attacks: dict[str, Any]) -> Path:
+    """A dataset of 80 digits to learn from and 80 to test on, of 8 pixels a side, attacked through two models."""
+    (folder / "nets.py").write_text(NETS)
+    epsilons = {"epsilons": [f"{level}/255" for level in LEVELS]}
     config = {
-        "source": {"kind": "digits", "split": ["train", "test"], "limit": 90},
-        "preprocess": {"mode": "L"},
-        "model": {"kind": "digits"},
-        "attack": {"epsilons": [f"{level}/255" for level in LEVELS]},
+        "source": {"kind": "digits", "split": ["train", "test"], "limit": 80},
+        "preprocess": {"mode": "L", "resize": 8},
+        "models": {name: {"kind": "factory", "name": f"{folder}/nets.py:{name}"} for name in ("conv", "flat")},
+        "attacks": {name: copy.deepcopy(section | epsilons) for name, section in attacks.items()},
         "output": {"path": str(folder / "out")},
         "runtime": {"device": "cpu", "workers": 0},
     }
@@ -51,14 +92,37 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def untrained(output: Path, seed: int = 0) -> Any:
-    manifest = require_manifest(OutputFolder(output))
-    return train_robust.new_model(
-        next(iter(manifest.resolved.all_models.values())), manifest, seed, torch.device("cpu")
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With three gradient attacks and noise. The plain one is not the first, and has not the name of its kind."""
+    return make(
+        tmp_path_factory.mktemp("digits"),
+        {
+            "guessed": {"kind": "fgsm", "label": "prediction"},
+            "plain": {"kind": "fgsm"},
+            "unlikely": {"kind": "fgsm", "target": "least_likely"},
+            "signs": {"kind": "noise"},
+        },
     )
 
 
-def run(*arguments: str | Path) -> Result:
+@pytest.fixture
+def output(digits: Path, tmp_path: Path) -> Path:
+    """The dataset, of a test's own."""
+    return Path(shutil.copytree(digits, tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The script, run whole on the dataset with two seeds; and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    output = Path(shutil.copytree(digits, folder / "out"))
+    result = run(output, *OPTIONS, "--seeds", 2, "--json", folder / "copy.json", "--markdown", folder / "tables.md")
+    assert result.exit_code == 0, result.output
+    return output, result
+
+
+def run(*arguments: str | int | Path) -> Result:
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(train_robust.main)
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -67,203 +131,462 @@ def run(*arguments: str | Path) -> Result:
     return result
 
 
-def test_a_new_model_is_the_victim_s_architecture_untrained(digits: Path) -> None:
-    one, same, other = untrained(digits), untrained(digits), untrained(digits, seed=1)
-    assert isinstance(one.module, DigitsNet)
-    weights = [model.module.state_dict()["classify.weight"] for model in (one, same, other)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+def read(output: Path) -> Defence:
+    return Defence.model_validate_json((output / "defence.json").read_bytes())
 
 
-def test_both_trainings_take_the_same_steps_over_the_same_images_in_the_same_order(digits: Path) -> None:
-    labels = []
-    for clean in (1.0, 0.5):
-        data = pipeline.training_dataset(digits, clean=clean, seed=3)
-        labels.append([label for epoch in range(2) for label in _epoch(data, epoch)])
-        model = untrained(digits)
-        before = {name: value.clone() for name, value in model.module.state_dict().items()}
-        assert train_robust.train(model, data, RECIPE, seed=0) == (10, 160)
-        assert not all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
-        assert not model.module.training
-        assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert labels[0] == labels[1]
+def study_of(output: Path, recipe: Recipe = RECIPE) -> train_robust.Study:
+    return train_robust.make_study(output, recipe, None, train_robust.HELD_OUT, ())
 
 
-def _epoch(data: Any, epoch: int) -> list[int]:
-    data.set_epoch(epoch)
-    return [label for _, label in data]
+def test_every_arm_is_trained_and_tested_with_every_seed(whole: tuple[Path, Result]) -> None:
+    output, result = whole
+    defence = read(output)
+    assert [(one.seed, one.arm) for one in defence.trainings] == [(seed, arm) for seed in (0, 1) for arm in ARMS]
+    assert (defence.target, defence.sources, defence.held_out) == ("conv", ("conv", "flat"), ("elu", "normed"))
+    wanted: list[Tested] = [("clean", None, 0)]
+    for level in LEVELS:
+        wanted += [("noise", None, level), *(("stored", source, level) for source in defence.sources)]
+        for against in (*defence.sources, *defence.held_out, ITSELF):
+            wanted += [("fgsm", against, level), ("pgd", against, level)]
+    for training in defence.trainings:
+        assert sorted(((one.images, one.against, one.level) for one in training.tests), key=str) == sorted(
+            wanted, key=str
+        )
+        assert (training.images, len(training.history)) == (80, 1)
+        assert {one.rows for one in training.tests} == {60}
+    folder = output.parent
+    assert json.loads((folder / "copy.json").read_text()) == json.loads((output / "defence.json").read_text())
+    assert (folder / "tables.md").read_text() == result.stdout
+    assert len(result.stderr.splitlines()) >= len(defence.trainings)
 
 
-def test_a_training_repeats_itself(digits: Path) -> None:
-    weights = []
-    for seed in (0, 0, 1):
-        model = untrained(digits)
-        train_robust.train(model, pipeline.training_dataset(digits), RECIPE, seed)
-        weights.append(model.module.state_dict()["classify.weight"])
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+def trained(study: train_robust.Study, name: str, arm: str, seed: int) -> Model:
+    model = study.new_model(name, seed)
+    (found,) = [one for one in study.arms if one.id == arm]
+    train_robust.train(model, study.open(found, seed), seed, lambda _: 0.0)
+    return model
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("batch_size", [16, 45, 46])
-def test_the_schedule_knows_how_many_steps_there_are(digits: Path, workers: int, batch_size: int) -> None:
-    recipe = Recipe(1, batch_size, 1e-3, workers)
-    loader = DataLoader(pipeline.training_dataset(digits), batch_size, num_workers=workers, drop_last=True)
-    assert train_robust.whole_batches(90, recipe) == sum(1 for _ in loader)
+def fgsm(model: Model, images: Tensor, labels: Tensor, level: int) -> Tensor:
+    direction = AttackedModel(model, images, targeted=False).gradient(images, labels)
+    return step(images, direction_sign(direction), level)
 
 
-def test_a_shift_moves_and_keeps_the_size() -> None:
-    images = torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
-    images[:, :, 32, 32] = 9
-    places = set()
-    for _ in range(50):
-        moved = train_robust.shifted(images)
-        assert moved.shape == images.shape
-        ((down, right),) = (moved[0, 0] == 9).nonzero().tolist()
-        assert abs(down - 32) <= 4
-        assert abs(right - 32) <= 4
-        places.add((down, right))
-    assert len(places) > 10
+def pgd(model: Model, images: Tensor, labels: Tensor, level: int) -> Tensor:
+    schedule = PGDConfig(epsilons=(f"{level}/255",)).schedule
+    draws = torch.randint(2**32, (len(images),), generator=torch.Generator().manual_seed(0))
+    seen = AttackedModel(model, images, targeted=False)
+    return PGD(schedule).perturb(seen, images, labels, (level,), draws).images[0]
 
 
-def test_accuracies_are_those_of_the_images_they_name(digits: Path) -> None:
-    model = untrained(digits)
-    train_robust.train(model, pipeline.training_dataset(digits), RECIPE, seed=0)
-    levels = (16, 40)  # 40/255 was not recorded
-    measured = train_robust.evaluate(model, digits, "test", levels, workers=0)
-    assert list(measured) == ["clean", "stored 16/255", "stored 40/255", "fresh 16/255", "fresh 40/255"]
+def test_the_tables_are_those_of_predictions_that_are_made_here(whole: tuple[Path, Result]) -> None:
+    output, result = whole
+    study, defence = study_of(output), read(output)
 
-    def accuracy(images: torch.Tensor) -> float:
-        return float((model.predict(images).argmax(1) == labels).float().mean())
+    rows = pipeline.load(output, [0], "test").with_format("torch")
+    clean, labels = rows["image"][:60], rows["label"][:60]
+    sources = {name: study.source(name) for name in ("conv", "flat")}
+    errors: dict[Tested, list[float]] = {}
+    for seed in (0, 1):
+        model = trained(study, ITSELF, "all:plain", seed)
+        models = {ITSELF: model, **sources, **{name: trained(study, name, "clean", seed) for name in study.held_out}}
+        images: dict[Tested, Tensor] = {("clean", None, 0): clean}
+        for level in LEVELS:
+            images["noise", None, level] = stored(output, "test", level, attacks="signs")[:60]
+            for name in sources:
+                images["stored", name, level] = stored(output, "test", level, attacks="plain", models=name)[:60]
+            for name, attacked in models.items():
+                images["fgsm", name, level] = fgsm(attacked, clean, labels, level)
+                images["pgd", name, level] = pgd(attacked, clean, labels, level)
+        (training,) = [one for one in defence.trainings if (one.arm, one.seed) == ("all:plain", seed)]
+        for test in training.tests:
+            confidences, answers = model.predict(images[test.images, test.against, test.level]).softmax(1).max(1)
+            wrong = answers != labels
+            assert test.wrong == int(wrong.sum())
+            assert test.wrong_confidence == (pytest.approx(float(confidences[wrong].mean())) if wrong.any() else None)
+            errors.setdefault((test.images, test.against, test.level), []).append(float(wrong.float().mean()))
+        unseen = [errors["fgsm", name, level][seed] for name in study.held_out for level in LEVELS]
+        assert training.history[-1] == pytest.approx(sum(unseen) / 4)
 
-    rows = pipeline.load(digits, [0], "test").with_format("torch")
-    images, labels = rows["image"][:], rows["label"][:]
-    assert measured["clean"] == pytest.approx(accuracy(images))
-    gradient = AttackedModel(model, images, targeted=False).gradient(images, labels)
-    for level in levels:
-        stored = pipeline.load(digits, [f"{level}/255"], "test").with_format("torch")["image"][:]
-        assert measured[f"stored {level}/255"] == pytest.approx(accuracy(stored))
-        assert measured[f"fresh {level}/255"] == pytest.approx(accuracy(step(images, direction_sign(gradient), level)))
+    def shown(images: str, level: int, *against: str | None) -> str:
+        first, second = (sum(errors[images, name, level][seed] for name in against) / len(against) for seed in (0, 1))
+        return f"{50 * (first + second):.1f} ± {100 * abs(first - second) / 2**0.5:.1f}"
 
-
-def results(gains: list[float], stored: float = 2.0) -> list[train_robust.Result]:
-    """A seed for each gain under fresh attacks; on stored ones it is so many times as much, and never a loss."""
-    made = []
-    for seed, gain in enumerate(gains):
-        for training, more in ((CLEAN_ONLY, 0.0), (MIXED, gain)):
-            accuracy = {"clean": 0.9, "stored 8/255": 0.5 + stored * abs(more), "fresh 8/255": 0.5 + more}
-            made.append(train_robust.Result(training, seed, 10, 160, accuracy))
-    return made
-
-
-def test_the_table_has_means_spreads_and_paired_gains() -> None:
-    rows = train_robust.compare(results([0.1, 0.3]))
-    assert [row["images"] for row in rows] == ["clean", "stored 8/255", "fresh 8/255"]
-    assert rows[2]["gain"] == {
-        "mean": pytest.approx(0.2),
-        "stdev": pytest.approx(0.02**0.5),
-        "values": pytest.approx([0.1, 0.3]),
-    }
-    lines = train_robust.markdown(rows).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
-        "fresh 8/255",
-        "50.0% ± 0.0%",
-        "70.0% ± 14.1%",
-        "+20.0% ± 14.1%",
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in result.stdout.splitlines()]
+    first, second = [line[1:] for line in lines if line[0] == "stored, all sources: FGSM"]
+    assert first[:-1] == [
+        shown("clean", 0, None),
+        *(shown("fgsm", level, "elu", "normed") for level in LEVELS),
+        shown("pgd", 48, "elu", "normed"),
+        shown("fgsm", 48, ITSELF),
     ]
+    assert second == [shown("fgsm", level, name) for name in study.held_out for level in LEVELS]
+    rates = [one.images / one.seconds for one in defence.trainings if one.arm == "all:plain"]
+    assert first[-1] == f"{sum(rates) / 2:,.0f}"
+
+
+class Watched:
+    """What a model is trained on: uint8 images as its module sees them, and FGSM on it as it is then."""
+
+    def __init__(self, model: Model, clean: Tensor, labels: Tensor) -> None:
+        self.images: list[Tensor] = []
+        self.fgsm: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
+        self._model, self._clean, self._labels = model, clean.split(16), labels.split(16)
+        model.module.register_forward_pre_hook(self._look)
+
+    def _look(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if not module.training or inputs[0].requires_grad:
+            return
+        frozen = copy.deepcopy(self._model)
+        frozen.module._forward_pre_hooks.clear()
+        frozen.module.eval()
+        batch = len(self.images)
+        self.images.append((inputs[0] * 255).round().to(torch.uint8))
+        for level, made in self.fgsm.items():
+            made.append(fgsm(frozen, self._clean[batch], self._labels[batch], level))
+
+
+def epoch_of(output: Path, arm: str) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """The clean images of an epoch, what an arm trains on in their place, and FGSM on the model that is trained."""
+    study = study_of(output)
+    clean, labels, _ = map(torch.cat, zip(*open_arm(study, "clean").batches(0, torch.Generator()), strict=True))
+    model = study.new_model(ITSELF, 0)
+    watched = Watched(model, clean, labels)
+    train_robust.train(model, open_arm(study, arm), 0, lambda _: 0.0)
+    return clean, torch.cat(watched.images), {level: torch.cat(made) for level, made in watched.fgsm.items()}
+
+
+def open_arm(study: train_robust.Study, arm: str) -> Reader:
+    (found,) = [one for one in study.contents.arms if one.id == arm]
+    return study.open(found, 0)
+
+
+def stored(output: Path, split: str, level: int, **chosen: Any) -> Tensor:
+    """The images of a split at a level, in the order of the rows."""
+    data = pipeline.training_dataset(
+        output, split, epsilons=[f"{level or 1}/255"], clean=float(level == 0), shuffle=False, **chosen
+    )
+    return torch.stack([image for image, _ in data])
+
+
+def rows_of(output: Path, clean: Tensor) -> Tensor:
+    """Which row of the train split each clean image is."""
+    same = (clean[:, None] == stored(output, "train", 0)[None]).flatten(2).all(2)
+    assert (same.sum(1) == 1).all()
+    return same.int().argmax(1)
+
+
+def among(shown: Tensor, choices: list[Tensor]) -> Tensor:
+    """Of which choice each image is, -1 of none: (N,) of the images (N, ...)."""
+    same = torch.stack([(shown == choice).flatten(1).all(1) for choice in choices])
+    return torch.where(same.any(0), same.int().argmax(0), -1)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_shows_what_it_says(digits: Path, arm: str) -> None:
+    clean, shown, own = epoch_of(digits, arm)
+    rows = rows_of(digits, clean)
+
+    def made(attack: str, model: str | None) -> list[Tensor]:
+        return [stored(digits, "train", level, attacks=attack, models=model)[rows] for level in LEVELS]
+
+    name = arm.partition(":")[2]
+    fly = [own[level] for level in LEVELS]
+    choices: dict[str, Callable[[], list[Tensor]]] = {
+        "clean": lambda: [],
+        "noise": lambda: made("signs", None),
+        "one": lambda: made("plain", name),
+        "all": lambda: [*made(name, "conv"), *made(name, "flat")],
+        "fly": lambda: fly,
+        "both": lambda: [*made("plain", "conv"), *made("plain", "flat"), *fly],
+    }
+    attacked = choices[arm.partition(":")[0]]()
+    which = among(shown, [clean, *attacked])
+    assert (which >= 0).all()
+    # What may be shown is, of which there is much in one arm for 20 images; and about half of all are attacked.
+    assert len(set(which.tolist())) >= 1 + len(attacked) - (arm == "both")
+    assert arm == "clean" or 25 <= int((which > 0).sum()) <= 55
+    if arm == "noise":
+        for index, level in enumerate(LEVELS, start=1):
+            noisy, plain = shown[which == index], clean[which == index].int()
+            assert ((noisy == (plain + level).clamp(max=255)) | (noisy == (plain - level).clamp(min=0))).all()
+    assert arm != "both" or 8 <= int((which > 4).sum()) <= 32
+
+
+def test_all_arms_see_the_same_images_in_the_same_order(digits: Path) -> None:
+    study = study_of(digits)
+    orders = {
+        tuple(
+            label
+            for epoch in (0, 1)
+            for _, labels, _ in open_arm(study, arm).batches(epoch, torch.Generator())
+            for label in labels.tolist()
+        )
+        for arm in ARMS
+    }
+    assert len(orders) == 1
+    assert len(orders.pop()) == 2 * 80
+
+
+def test_a_held_out_model_is_trained_on_clean_images_and_never_with_an_arm(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings = []
+
+    def watched(model: Any, reader: Reader, *arguments: Any) -> Any:
+        trainings.append((type(model.module[-1]).__name__, model.module[0].out_channels, reader.arm.id))
+        return real(model, reader, *arguments)
+
+    real = train_robust.train
+    monkeypatch.setattr(train_robust, "train", watched)
+    result = run(output, *OPTIONS, "--seeds", 2, "--arms", "noise", "--arms", "all:plain", "--no-report")
+    assert result.exit_code == 0, result.output
+    # By the width of the first layer: elu, normed, and the target with 8.
+    once = [("Linear", 24, "clean"), ("Linear", 16, "clean"), ("Linear", 8, "noise"), ("Linear", 8, "all:plain")]
+    assert trainings == 2 * once
+
+
+def without_times(output: Path) -> Any:
+    content = json.loads((output / "defence.json").read_text())
+    for timed in (content, *content["trainings"]):
+        assert timed.pop("seconds") > 0
+    return content
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(
+    whole: tuple[Path, Result], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def killed(study: train_robust.Study, arm: Arm, *arguments: Any) -> Training:
+        started.append(arm.id)
+        if len(started) == 4:
+            raise KeyboardInterrupt
+        return real(study, arm, *arguments)
+
+    real = train_robust.train_arm
+    monkeypatch.setattr(train_robust, "train_arm", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_robust.run(study_of(output), train_robust.begin(study_of(output), None, overwrite=False), 1)
+    first = read(output)
+    assert [one.arm for one in first.trainings] == list(ARMS[:3])
+    # With another seed than at first, which only adds trainings.
+    result = run(output, *OPTIONS, "--seeds", 2, "--no-report")
+    assert result.exit_code == 0, result.output
+    assert started[4:] == [*ARMS[3:], *ARMS]
+    assert read(output).seconds > first.seconds
+    resumed, uninterrupted = without_times(output), without_times(whole[0])
+    assert resumed.pop("command") and uninterrupted.pop("command")
+    assert resumed == uninterrupted
+    again = run(output, *OPTIONS, "--seeds", 1, "--arms", "fly", "--no-report")
+    assert again.stdout == result.stdout
+    assert len(started) == 4 + len(ARMS[3:]) + len(ARMS)
 
 
 @pytest.mark.parametrize(
-    ("gains", "sentence"),
+    ("options", "key"),
     [
-        ([0.2, 0.3], "Some of what was gained on stored attacks holds there."),
-        ([-0.2, -0.3], "does not hold there: the model is easier to attack than before."),
-        ([-0.2, 0.3], "does not hold there: the difference is within the spread."),
-        ([0.2], "Some of what was gained on stored attacks holds there."),
+        (["--epochs", "2"], "--epochs"),
+        (["--clean", "0.25"], "--clean"),
+        (["--test-rows", "50"], "--test-rows"),
+        (["--held-out", f"{held_out.__file__}:elu"], "--held-out"),
+        (["--model", "NETS:flat"], "--model"),
     ],
 )
-def test_the_note_says_what_fresh_attacks_leave_of_a_gain(gains: list[float], sentence: str) -> None:
-    made = results(gains)
-    note = train_robust.closing_note(train_robust.compare(made), made)
-    assert sentence in note
-    assert "160 images in 10 steps" in note
-    assert ("One seed" in note) == (len(gains) == 1)
-
-
-def test_the_note_claims_no_gain_where_there_was_none() -> None:
-    made = results([0.2, 0.3], stored=0.0)
-    note = train_robust.closing_note(train_robust.compare(made), made)
-    assert "On stored attacks nothing was gained that could hold there." in note
-
-
-def test_the_script_prints_one_table_and_writes_it(digits: Path, tmp_path: Path) -> None:
-    written, table = tmp_path / "table.json", tmp_path / "table.md"
-    options = ["--epochs", 2, "--seeds", 2, "--test-epsilon", "64/255", "--json", written, "--markdown", table]
-    result = run(digits, *map(str, options))
-    assert result.exit_code == 0, result.output
-    assert table.read_text() == result.stdout
-    assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:5]] == [
-        "clean",
-        "stored 64/255",
-        "fresh 64/255",
-    ]
-    report = json.loads(written.read_text())
-    assert [(one["training"], one["seed"], one["images"]) for one in report["results"]] == [
-        (training, seed, 128) for seed in range(2) for training in (CLEAN_ONLY, MIXED)
-    ]
-    assert report["table"][0]["images"] == "clean"
-    # With one epsilon the average over all is that of the one.
-    assert report["averaged_gains"] == {
-        kind: row["gain"] for kind, row in zip(("clean", "stored", "fresh"), report["table"], strict=True)
-    }
-
-
-def test_another_architecture_may_be_trained(digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(FACTORY + "\n\ndef gray():\n    return Net(channels=1, classes=10)\n")
-    result = run(digits, "--model", f"{tmp_path}/net.py:gray", "--epochs", "1", "--seeds", "1")
-    assert result.exit_code == 0, result.output
-    (tmp_path / "few.py").write_text(FACTORY + "\n\ndef few():\n    return Net(channels=1, classes=3)\n")
-    result = run(digits, "--model", f"{tmp_path}/few.py:few")
+def test_results_of_other_settings_are_not_mixed(
+    whole: tuple[Path, Result], digits: Path, options: list[str], key: str
+) -> None:
+    output, _ = whole
+    before = (output / "defence.json").read_bytes()
+    result = run(output, *OPTIONS, *(option.replace("NETS", f"{digits.parent}/nets.py") for option in options))
     assert result.exit_code == 2
-    assert re.fullmatch(r"Error: --model: .*\b3\b.*\b10\.\n", result.stderr)
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {key}: ")
+    assert (output / "defence.json").read_bytes() == before
+
+
+def test_results_of_another_run_are_replaced_only_if_that_is_asked_for(
+    whole: tuple[Path, Result], output: Path
+) -> None:
+    content = (whole[0] / "defence.json").read_text()
+    (output / "defence.json").write_text(content.replace(read(whole[0]).run_id, "0" * 16))
+    options: list[str | int] = [*OPTIONS, "--seeds", 1, "--arms", "clean", "--no-report"]
+    assert run(output, *options).exit_code == 2
+    assert run(output, *options, "--overwrite").exit_code == 0
+    assert [one.arm for one in read(output).trainings] == ["clean"]
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "sentence"),
     [
-        (["--batch-size", "91"], r"--batch-size: 91 .* 90\."),
-        (["--clean", "2"], r"clean: .*2\.0;"),
-        (["--clean", "nan"], "clean: .*nan;"),
-        (["--test-epsilon", "0"], "epsilons: 0 .*`clean`"),
-        (["--json", "OUTPUT"], rf"--json: OUTPUT .*\({os.strerror(errno.EISDIR)}\)"),
-        (
-            ["--markdown", "OUTPUT/none/table.md"],
-            rf"--markdown: OUTPUT/none/table\.md .*\({os.strerror(errno.ENOENT)}\)",
-        ),
-        (["--epsilon", "8"], r"epsilons: 8 .* 8/255\.$"),
-        (["--test-split", "validation"], r"split: OUTPUT .*'validation'; .* train, test\.$"),
+        (["--batch-size", "81"], "--batch-size: 81 images are more than a worker gets of 80."),
+        (["--clean", "nan"], "clean: got nan; it is the share of clean images, from 0 to 1."),
+        (["--json", "OUTPUT"], "--json: OUTPUT cannot be written (Is a directory); name another file."),
+        (["--test-split", "validation"], "split: OUTPUT has no split 'validation'; it has train, test."),
+        (["--model", "NETS:few"], "--model: it tells 3 classes apart, and the dataset has 10."),
+        (["--arms", "one:none"], f"--arms: there is no arm 'one:none'; there are {', '.join(ARMS)}."),
+        (["--held-out", "NETS:conv"], "--held-out: two models are called conv; rename the callable."),
     ],
 )
 def test_what_cannot_be_is_one_sentence(
-    digits: Path, options: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+    digits: Path, options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(torch.optim, "AdamW")  # nothing is trained before
-    result = run(digits, *(option.replace("OUTPUT", str(digits)) for option in options), "--epochs", "1")
-    assert result.exit_code == 2
-    assert re.match(f"Error: {named.replace('OUTPUT', str(digits))}", result.stderr)
-    assert result.stderr.count("\n") == 1
+    places = {"OUTPUT": str(digits), "NETS": f"{digits.parent}/nets.py"}
 
+    def placed(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
 
-def test_a_run_that_is_refused_leaves_files_as_they_were(digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "old.md").write_text("kept")
-    result = run(digits, "--clean", "2", "--json", tmp_path / "new.json", "--markdown", tmp_path / "old.md")
+    result = run(digits, *map(placed, options))
     assert result.exit_code == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["old.md"]
-    assert (tmp_path / "old.md").read_text() == "kept"
+    assert result.stderr.splitlines()[-1] == f"Error: {placed(sentence)}"
+    assert not (digits / "defence.json").exists()
 
 
 def test_a_folder_that_is_no_output_is_one_sentence(tmp_path: Path) -> None:
-    result = run(tmp_path)
+    (tmp_path / "old.md").write_text("kept")
+    result = run(tmp_path, "--json", tmp_path / "new.json", "--markdown", tmp_path / "old.md")
     assert result.exit_code == 2
-    assert re.fullmatch(rf"Error: {tmp_path} .*manifest\.json\.\n", result.stderr)
+    assert result.stderr == f"Error: {tmp_path} holds no dataset of ours: there is no manifest.json.\n"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.md", "kept")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [16, 40, 41])
+def test_the_schedule_knows_how_many_steps_there_are(digits: Path, workers: int, batch_size: int) -> None:
+    recipe = dataclasses.replace(RECIPE, batch_size=batch_size, workers=workers)
+    reader = Reader.open(CLEAN_ONLY, study_of(digits).contents, recipe, digits, 0)
+    assert reader.steps == sum(1 for _ in reader.batches(0, torch.Generator()))
+
+
+@pytest.mark.parametrize(("side", "most"), [(8, 0), (16, 1), (64, 4)])
+def test_a_shift_moves_and_keeps_the_size(side: int, most: int) -> None:
+    images = torch.zeros(2, 1, side, side, dtype=torch.uint8)
+    images[:, :, side // 2, side // 2] = 9
+    draws, offsets = torch.Generator().manual_seed(0), set()
+    for _ in range(500):
+        moved = train_robust.shifted(images, draws)
+        assert moved.shape == images.shape
+        ((down, right),) = (moved[0, 0] == 9).nonzero().tolist()
+        offsets.add((down - side // 2, right - side // 2))
+    assert offsets == set(itertools.product(range(-most, most + 1), repeat=2))
+
+
+@pytest.mark.parametrize("make_net", [held_out.elu, held_out.normed])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_held_out_net_takes_any_side(make_net: Any, channels: int) -> None:
+    for side in (*range(8, 17), 28, 32, 48, 64):
+        net = make_net(channels, side, 7)
+        assert net(torch.rand(2, channels, side, side)).shape == (2, 7)
+        assert sum(one.numel() for one in net.parameters()) < 100_000
+
+
+def test_fgsm_on_the_fly_leaves_batch_norm_as_it_is(digits: Path) -> None:
+    study = study_of(digits)
+    model, reader = study.new_model("normed", 0), open_arm(study, "fly")
+    model.module.train()
+    before = copy.deepcopy(model.module.state_dict())
+    images, labels, now = next(reader.batches(0, torch.Generator().manual_seed(0)))
+    moved = reader.attacked(model, images, labels, torch.Generator().manual_seed(0))
+    assert model.module.training
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    model.module.eval()
+    assert set(among(moved, [fgsm(model, images, labels, level) for level in LEVELS]).tolist()) == {0, 1}
+    assert 0 < int(now.sum()) < len(now)
+
+
+def test_without_noise_in_the_dataset_the_control_is_made(tmp_path: Path) -> None:
+    output = make(tmp_path, {"bim": {"kind": "bim", "models": ["flat"]}})
+    study = study_of(output)
+    assert [arm.id for arm in study.arms] == ["clean", "noise", "all:bim", "fly", "both"]
+    clean, shown, _ = epoch_of(output, "noise")
+    steps = (shown.int() - clean.int()).abs().amax((1, 2, 3))
+    assert set(steps.tolist()) == {0, *LEVELS}
+    assert 25 <= int((steps > 0).sum()) <= 55
+    result = run(output, *OPTIONS, "--seeds", 1, "--no-report")
+    assert result.exit_code == 0, result.output
+    assert {(one.against, one.level) for one in read(output).trainings[0].tests if one.images == "stored"} == {
+        ("flat", level) for level in LEVELS
+    }
+    with pytest.raises(ConfigError, match="attacks: none"):
+        study_of(make_noise(tmp_path / "noise"))
+
+
+def make_noise(folder: Path) -> Path:
+    folder.mkdir()
+    return make(folder, {"signs": {"kind": "noise"}})
+
+
+def defence(errors: dict[str, list[tuple[int, int, int]]], histories: dict[str, tuple[float, ...]]) -> Defence:
+    """Arms by their ids, and of each seed how many of 100 are wrong: clean, under held-out FGSM, under its own."""
+    trainings, arms = [], []
+    for arm, by_seed in errors.items():
+        arms.append(Arm(id=arm, title=arm, kind=arm.partition(":")[0]))
+        for seed, (clean, unseen, own) in enumerate(by_seed):
+            wrong = {
+                ("clean", None, 0): clean,
+                ("fgsm", "elu", 8): unseen,
+                ("pgd", "elu", 8): unseen,
+                ("fgsm", ITSELF, 8): own,
+            }
+            tests = [
+                Outcome(images=images, against=against, level=level, rows=100, wrong=count, wrong_confidence=None)
+                for (images, against, level), count in wrong.items()
+            ]
+            seconds = 2 if arm == "fly" else 1
+            trainings.append(
+                Training(
+                    arm=arm, seed=seed, images=100, seconds=seconds, history=histories.get(arm, (1.0,)), tests=tests
+                )
+            )
+    return Defence(
+        run_id="0" * 16,
+        command="",
+        machine="",
+        versions={},
+        seconds=1,
+        recipe={"epochs": 3},
+        target="conv",
+        sources=("conv", "flat"),
+        held_out=("elu",),
+        levels=(8,),
+        arms=arms,
+        trainings=trainings,
+    )
+
+
+def test_findings_are_told_from_what_is_within_the_spread() -> None:
+    made = defence(
+        {
+            "clean": [(2, 60, 90), (4, 70, 90)],
+            "noise": [(2, 30, 90), (4, 20, 90)],
+            "one:conv": [(3, 40, 90), (3, 40, 90)],
+            "one:flat": [(3, 30, 90), (3, 34, 90)],
+            "all:plain": [(3, 20, 99), (5, 24, 97)],
+            "fly": [(5, 30, 10), (5, 30, 10)],
+        },
+        {"all:plain": (0.5, 0.2, 0.25), "fly": (0.6, 0.4, 0.3)},
+    )
+    said = defence_table.findings(made)
+    assert len(said) == 6
+    assert "22.0 ± 2.8%, 43.0 ± 4.2 points below clean training (65.0 ± 7.1%)." in said[0]
+    assert "22.0 ± 2.8%, 3.0 ± 9.9 points below the control (25.0 ± 7.1%), which is within the spread." in said[1]
+    assert "10.0 ± 0.0 points below the best single source, flat (32.0 ± 2.8%)." in said[2]
+    assert "98.0 ± 1.4%, 8.0 ± 1.4 points above clean training (90.0 ± 0.0%); own FGSM on the fly has 10.0" in said[3]
+    assert "4.0 ± 1.4%, 1.0 ± 0.0 points above clean training (3.0 ± 1.4%)" in said[4]
+    assert "100 stored images/s, and 50 " in said[5]
+    assert "error of 30.0%" in said[5]
+    assert re.search(r"after epoch 3\b.*after epoch 2\b", said[5])
+
+
+def test_findings_of_one_seed_claim_no_spread_and_need_no_other_arm() -> None:
+    (said,) = defence_table.findings(defence({"noise": [(2, 30, 90)], "all:plain": [(3, 20, 99)]}, {}))
+    assert "20.0%, 10.0 points below the control (30.0%), of one seed, which shows no spread." in said
+    assert defence_table.findings(defence({"clean": [(2, 30, 90)]}, {})) == []
+
+
+def test_an_error_that_is_never_reached_is_said_to_be() -> None:
+    made = defence({"all:plain": [(3, 20, 99)], "fly": [(3, 20, 99)]}, {"all:plain": (0.5, 0.4), "fly": (0.6, 0.3)})
+    assert "in none of 3 epochs" in defence_table.findings(made)[-1]
