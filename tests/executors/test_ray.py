@@ -607,7 +607,7 @@ def test_a_cluster_that_does_not_take_this_process_is_not_replaced_by_a_local_on
         with pytest.raises(PipelineError) as caught:
             pipeline.executors.ray._connect()
     reason = str(error).splitlines()[0].rstrip(".")
-    assert re.match(rf"RAY_ADDRESS: .* {where} .*\({re.escape(reason)}\).*\blocal\b", str(caught.value))
+    assert re.match(rf"RAY_ADDRESS: .* {where} .*\({re.escape(reason)}.*\blocal\b", str(caught.value))
     assert addresses == [None]
 
 
