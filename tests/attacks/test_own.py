@@ -231,7 +231,7 @@ def test_recompute_finds_images_that_the_attack_does_not_make(example: Path, mon
     monkeypatch.setattr(steps.__init__, "__defaults__", (2, 3))
     findings = verify(example.parent / "out", recompute=True)
     assert len(findings.damaged) == 1
-    assert re.search("8 images .*attack", findings.problems[0])
+    assert re.search(r"eps-4/test-00000\S* .* 8 images .*attack", findings.problems[0])
 
 
 def test_what_is_drawn_follows_from_seed_and_row(example: Path) -> None:

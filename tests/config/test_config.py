@@ -86,6 +86,7 @@ def value_at(config: Config, key: str) -> Any:
         ({"model": {"std": [0.5, 0]}}, r"^model\.std "),
         ({"model": {"std": [0.5, -0.5, 0.5]}}, r"^model\.std "),
         ({"model": {"mean": [0.5], "std": [58.395, 57.12, 57.375]}}, r"^model\.std .*\[58\.395, .* 255"),
+        ({"model": {"kwargs": {"width": 8}}}, r"^model\.kwargs .* digits; .*: kind, weights"),
         ({"model": {"name": "resnet18"}}, r"^model\.name: .*'strided'"),
         ({"source": {"path": "somewhere"}}, r"^source\.path .* digits; "),
         ({"source": {"limit": True}}, r"^source\.limit: .*integer"),

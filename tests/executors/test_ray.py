@@ -373,7 +373,9 @@ def test_a_folder_that_the_nodes_do_not_share_is_told(
     del cluster
     monkeypatch.setattr("pipeline.generate.SHARED_SECONDS", 1.0)
     monkeypatch.setattr("pipeline.generate.committed", lambda *_: {})
-    with pytest.raises(PipelineError, match=r"^output\.path: .*test-\d{5}-of-00006 "):
+    with pytest.raises(
+        PipelineError, match=rf"^output\.path: .*test-\d{{5}}-of-00006\b.*{watched_config.parent}/out\b"
+    ):
         on_ray(watched_config, *ONE)
 
 
@@ -605,7 +607,7 @@ def test_a_cluster_that_does_not_take_this_process_is_not_replaced_by_a_local_on
         with pytest.raises(PipelineError) as caught:
             pipeline.executors.ray._connect()
     reason = str(error).splitlines()[0].rstrip(".")
-    assert re.match(rf"RAY_ADDRESS: .* {where} .*\({reason}.*\blocal\b", str(caught.value))
+    assert re.match(rf"RAY_ADDRESS: .* {where} .*\({re.escape(reason)}.*\blocal\b", str(caught.value))
     assert addresses == [None]
 
 

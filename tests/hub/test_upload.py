@@ -543,7 +543,7 @@ def test_a_hub_that_stays_broken(out: Path, hub: Hub) -> None:
     assert len(hub.asked("POST", "/repos/create")) == 4
     hub.faults.clear()
     hub.fail("POST", "/validate-yaml", 502, times=9, body="<html>out of order</html>")
-    assert re.search(rf"\b502\b.* {ID};", refused(out, ID, code=1))
+    assert_lost(out)
 
 
 def test_a_card_whose_yaml_the_hub_refuses(out: Path, hub: Hub) -> None:
