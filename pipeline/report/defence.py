@@ -60,6 +60,11 @@ class Arm(_Strict):
     title: str
     kind: Literal["clean", "noise", "one", "all", "fly", "both"]
 
+    @property
+    def name(self) -> str:
+        """The title, which says so if the arm is the control."""
+        return f"{self.title} (the control)" if self.kind == "noise" and "control" not in self.title else self.title
+
 
 class Outcome(_Strict):
     """What one trained model makes of some images of the test split.
@@ -217,7 +222,7 @@ def protects(defence: Defence) -> str:
         lead = "Stored images protect against attacks from models never seen"
     return (
         f"{lead}: FGSM on {', '.join(defence.held_out)} at {defence.middle}/255 leaves {share} wrong after "
-        f"{_named(arm)}; {_beside(share, others)}."
+        f"“{arm.name}”; {_beside(share, others)}."
     )
 
 
@@ -236,7 +241,7 @@ def exposes(defence: Defence) -> str:
         lead = "Under an attack on the trained model itself no spread is known either"
     elif share.below(others[0][1]):
         lead = "Under an attack on the trained model itself the error is lower, too"
-    return f"{lead}: FGSM on it leaves {share} wrong after {_named(arm)}; {_beside(share, others)}."
+    return f"{lead}: FGSM on it leaves {share} wrong after “{arm.name}”; {_beside(share, others)}."
 
 
 def _first(defence: Defence, *kinds: str) -> Arm | None:
@@ -256,9 +261,5 @@ def _beside(share: Spread, others: Sequence[tuple[Arm, Spread]]) -> str:
         verdict = "a difference within the spread"
         if share.below(other) or other.below(share):
             verdict = "which is more" if share.below(other) else "which is less"
-        said.append(f"{_named(arm)} leaves {other}, {verdict}")
+        said.append(f"“{arm.name}” leaves {other}, {verdict}")
     return ", and ".join(said)
-
-
-def _named(arm: Arm) -> str:
-    return f"“{arm.title}”{' (the control)' if arm.kind == 'noise' else ''}"

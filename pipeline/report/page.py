@@ -252,10 +252,10 @@ def _defence(folder: OutputFolder, manifest: Manifest) -> Defence | None:
 def _draw_defence(defence: Defence) -> tuple[bytes, str]:
     """The black-box errors of all arms as a PNG, and what it shows in words."""
     shares = {level: [defence.black_box(arm.id, level) for arm in defence.arms] for level in defence.levels}
-    ends = [f"{arm.title}, {share or '-'}" for arm, share in zip(defence.arms, shares[defence.middle], strict=True)]
+    ends = [f"{arm.name}, {share or '-'}" for arm, share in zip(defence.arms, shares[defence.middle], strict=True)]
     alt = f"Error under FGSM of models never seen, after each training; at {defence.middle}/255: {'; '.join(ends)}."
     control = [arm.kind == "noise" for arm in defence.arms]
-    return draw_defence([arm.title for arm in defence.arms], control, shares, "black-box error"), alt
+    return draw_defence([arm.name for arm in defence.arms], control, shares, "black-box error"), alt
 
 
 def _sessions(folder: OutputFolder) -> list[Session]:

@@ -167,8 +167,7 @@ def draw_defence(
         shares: by epsilon in grey levels, one for each row; None where there is none.
         says: what the shares are of, for the axis.
     """
-    names = ["\n".join(textwrap.wrap(shortened(arm, 48), 24)) for arm in arms]
-    names = [f"{name}\n(the control)" if hollow else name for name, hollow in zip(names, control, strict=True)]
+    names = ["\n".join(textwrap.wrap(shortened(arm, 60), 24)) for arm in arms]
     tints, rows = LinearSegmentedColormap.from_list("steps", STEPS), np.arange(len(arms))
     with paper():
         figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(arms) + 1), layout="constrained")

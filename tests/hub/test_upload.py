@@ -458,13 +458,16 @@ def test_what_an_earlier_upload_left_is_removed_and_the_owner_s_files_stay(out: 
     published(out, ID)
     files = hub.repositories[ID].files
     stale = shard_path(out, "clean/test-00009-of-00010.parquet").relative_to(out).as_posix()
-    old = {stale: lfs_blob("0" * 64, 3, b"old"), "assets/transfer.png": git_blob(b"old")}
+    old = {
+        stale: lfs_blob("0" * 64, 3, b"old"),
+        **dict.fromkeys(("assets/defence.png", "assets/transfer.png"), git_blob(b"old")),
+    }
     copy = stale.replace("clean/", "backup/")
     own = dict.fromkeys(("LICENSE", "assets/mine.png", copy, "clean/mine.parquet"), git_blob(b"mine"))
     hub.repositories[ID].commits.append({**files, **old, **own})
     hub.fail("POST", "/commit/", "lose")  # and what is gone is not deleted a second time
     said = published(out, ID)
-    assert f": assets/transfer.png, {stale}." in said
+    assert f": assets/defence.png, assets/transfer.png, {stale}." in said
     assert ": LICENSE, assets/mine.png, " in said
     assert hub.repositories[ID].files == {**files, **own}
     hub.requests.clear()

@@ -228,6 +228,7 @@ def test_a_reader_is_told_what_it_is_not(write_config: WriteConfig, tmp_path: Pa
     text = card_of(tmp_path / "out")
     assert "not a robustness evaluation on their own" in text
     assert "against one model" in text
+    assert "arxiv.org/abs/1705.07204" not in text, "several source models are another thing"
     assert "label leaking" in text
     assert "Goodfellow, Ian J." in text
     assert "Kurakin, Alexey" not in text

@@ -77,7 +77,7 @@ def test_a_spread_is_a_mean_with_the_standard_deviation_over_seeds() -> None:
 def test_what_protects_leaves_less_than_clean_images_and_than_the_control() -> None:
     assert protects(measured()) == (
         "Stored images protect against attacks from models never seen: FGSM on b, e at 8/255 leaves 11.0 ± 1.4% wrong "
-        "after “all sources”; “clean only” leaves 61.0 ± 1.4%, which is more, and “random signs” (the control) leaves "
+        "after “all sources”; “clean only” leaves 61.0 ± 1.4%, which is more, and “random signs (the control)” leaves "
         "51.0 ± 1.4%, which is more."
     )
 
@@ -97,6 +97,10 @@ def test_what_is_not_less_than_both_beyond_the_spread_shows_no_protection(
     said = protects(measured({"clean": clean, "noise": noise, "all": ALL}))
     assert "does not show here" in said
     assert re.findall(r"%, (.*?)(?:, and|\.$)", said) == verdicts
+
+
+def test_the_control_is_called_so_once() -> None:
+    assert Arm(id="noise", title="random signs (control)", kind="noise").name == "random signs (control)"
 
 
 def test_of_one_seed_nothing_is_claimed() -> None:
