@@ -49,6 +49,11 @@ def make_rows(folder: Path, split: str, count: int, seed: int, broken: int | Non
     pq.write_table(pq.read_table(path), path, row_group_size=2)
 
 
+# What `targeted` and `streamed` have as `images` and `signs` do: in these two alone it is altered, but for the drill.
+ALIKE = (
+    *("identity.*", "versions.*", "features.*", "origin.*", "spaces.*", "dataset_classes"),
+    *("config.model*", "config.preprocess.*", "config.output.*", "config.runtime.*"),
+)
 LABEL_MAP = {"label_map": dict(zip(CLASSES, (1, 2, 0), strict=True))}
 KINDS: dict[str, dict[str, Any]] = {
     # Two attacked models and one that only looks; an attack on a ray, one on none with a target, and noise.
@@ -164,7 +169,9 @@ def document(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> tupl
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.drill)])
-def test_a_change_is_found_and_its_file_named(every: bool, document: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_change_is_found_and_its_file_named(
+    every: bool, document: tuple[str, Path], made: Path, tmp_path: Path
+) -> None:
     """Of each value in the drill; here of one in each list."""
     kind, path = document
     out, name = tmp_path / "out", str(path.relative_to(tmp_path / "out"))
@@ -174,6 +181,8 @@ def test_a_change_is_found_and_its_file_named(every: bool, document: tuple[str, 
     assert len(places) > 40
     if not every:
         places = one_of_each(places)
+        if made.parent.name.startswith(("targeted", "streamed")):
+            places = [place for place in places if not any(fnmatch(".".join(map(str, place)), key) for key in ALIKE)]
     wrong: list[tuple[str, str, list[str]]] = []
     for place in places:
         changed = altered(original, place)

@@ -22,6 +22,7 @@ from tests.conftest import (
     digests,
     fgsm,
     generate,
+    generate_once,
     png_bytes,
     random_pixels,
     without_run,
@@ -152,7 +153,7 @@ def config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> Pat
 @pytest.fixture
 def local(config: Path, tmp_path: Path) -> dict[str, str]:
     """What one process writes alone, and what its manifest says."""
-    generate(config, "--output", str(tmp_path / "local"))
+    generate_once(config, tmp_path / "local")
     return digests(tmp_path / "local")
 
 

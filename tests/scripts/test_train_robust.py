@@ -19,7 +19,7 @@ from pipeline.models.attacked import AttackedModel
 from pipeline.models.digits_net import DigitsNet
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
-from tests.conftest import FACTORY, REPOSITORY, generate
+from tests.conftest import FACTORY, REPOSITORY, generate_once
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.
 sys.path.append(str(REPOSITORY / "scripts"))
@@ -44,7 +44,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "runtime": {"device": "cpu", "workers": 0},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    generate(folder / "config.yaml")
+    generate_once(folder / "config.yaml")
     return folder / "out"
 
 
