@@ -286,6 +286,11 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps({**rest, "digest": json_digest(rest)}))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what waits for other processes, so that it does not hold up the end alone."""
+    items.sort(key=lambda item: item.path.name not in ("test_part.py", "test_processes.py"))
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage less often, and leave out what was imported: together a tenth of all that tests compute."""
     gc.collect()

@@ -67,7 +67,7 @@ def run_impatient(run: Callable[..., None], *arguments: Any) -> None:
     """The body of a process that takes a lock for one of the dead after seconds."""
     import pipeline.output.locks
 
-    pipeline.output.locks.BEAT_SECONDS, pipeline.output.locks.STALE_SECONDS = 0.2, 3.0
+    pipeline.output.locks.BEAT_SECONDS, pipeline.output.locks.STALE_SECONDS = 0.4, 3.0
     run(*arguments)
 
 

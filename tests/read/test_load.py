@@ -65,7 +65,8 @@ def test_all_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Pat
     assert {(row["attack"], row["model"]) for row in small} == {("fgsm", "make")}
     made: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for layout in LAYOUTS:
-        for streaming in (False, True):
+        # What streams decode and carry through: all of it is in these two kinds.
+        for streaming in (False, True) if kind in ("gray", "unlabelled") else (False,):
             read = pipeline.load(tmp_path / layout, split="test", streaming=streaming)
             assert list(read.features) == read.column_names == stored.column_names
             assert {name: read.features[name] for name in stored.column_names[1:]} == {
