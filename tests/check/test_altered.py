@@ -21,7 +21,7 @@ from pipeline.check.verify import verify
 from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder, read_receipts
 from pipeline.output.manifest import require_manifest
-from tests.conftest import CLASSES, FACTORY, ROOM, fgsm, png_bytes, random_pixels, write_parquet, write_sealed
+from tests.conftest import CLASSES, FACTORY, ROOM, fgsm, generate, png_bytes, random_pixels, write_parquet, write_sealed
 from tests.support.forgery import agree
 
 Place = tuple[str | int, ...]
@@ -105,8 +105,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     (folder / "config.yaml").write_text(json.dumps(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        result = fgsm("generate", folder / "config.yaml")
-    assert result.exit_code == 0, result.output
+        generate(folder / "config.yaml")
     return folder / "out"
 
 
@@ -332,7 +331,7 @@ def test_generate_does_not_believe_an_altered_receipt(made: Path, tmp_path: Path
     edit(receipt)
     path.write_text(json.dumps(receipt))
     assert problems(out) == [f".run/receipts/{path.name} was altered, or is no receipt."]
-    assert fgsm("generate", made.parent / "config.yaml", "--output", out).exit_code == 0
+    generate(made.parent / "config.yaml", "--output", str(out))
     assert contents(out) == before
     assert problems(out) == []
 
@@ -368,7 +367,7 @@ def test_a_copied_receipt_commits_no_other_shard(made: Path, tmp_path: Path) -> 
     first, second = sorted((out / ".run/receipts").glob("*.json"))
     shutil.copy(first, second)
     assert all_of(problems(out), f".run/receipts/{second.name} is of another shard")
-    assert fgsm("generate", made.parent / "config.yaml", "--output", out).exit_code == 0
+    generate(made.parent / "config.yaml", "--output", str(out))
     assert contents(out) == before
     assert problems(out) == []
 
@@ -388,7 +387,7 @@ def test_an_altered_manifest_is_not_resumed_from(made: Path, tmp_path: Path) -> 
     write_sealed(path, changed)
     assert "its run id is not that of its identity" in fgsm("generate", config, "--output", out).stderr
     path.unlink()
-    assert fgsm("generate", config, "--output", out).exit_code == 0
+    generate(config, "--output", str(out))
     assert problems(out) == []
     assert {**json.loads(path.read_text()), "config": {}, "digest": ""} == {**content, "config": {}, "digest": ""}
 
@@ -398,8 +397,7 @@ def test_a_manifest_of_another_run_damages_no_shard(made: Path, tmp_path: Path) 
     out, config = tmp_path / "out", made.parent / "config.yaml"
     shutil.copytree(made, out)
     before = contents(out)
-    result = fgsm("generate", config, "--output", tmp_path / "other", "--set", "runtime.seed=1")
-    assert result.exit_code == 0
+    generate(config, "--output", str(tmp_path / "other"), "--set", "runtime.seed=1")
     shutil.copy(tmp_path / "other/manifest.json", out)
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
@@ -409,7 +407,7 @@ def test_a_manifest_of_another_run_damages_no_shard(made: Path, tmp_path: Path) 
     assert contents(out) == before
     # As the message advises.
     (out / "manifest.json").unlink()
-    assert fgsm("generate", config, "--output", out).exit_code == 0
+    generate(config, "--output", str(out))
     assert fgsm("verify", out).exit_code == 0
 
 
