@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import traceback
@@ -44,9 +45,15 @@ settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
-# has. There is one, which has imported what was named before it started.
+# has. There is one, which has imported what was named before it started: also what a run imports on the way.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pipeline.cli", "pipeline.generate", "pipeline.read.training", "datasets", __name__])
+PROCESSES.set_forkserver_preload(
+    [
+        *("pipeline.cli", "pipeline.generate", "pipeline.read.training", "datasets", "s3fs", __name__),
+        *("pipeline.sources.arrow", "pipeline.models.factory", "pipeline.attacks.fgsm"),
+        *("pipeline.report.page", "pipeline.report.plots", "pipeline.report.gallery"),
+    ]
+)
 
 REPOSITORY = Path(__file__).parent.parent
 CLASSES = ("cat", "dog", "eel")
@@ -147,11 +154,21 @@ def factory_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def image_parquet(tmp_path: Path) -> Path:
-    """40 random 16x16 RGB images in three classes, as a local Parquet dataset."""
+@pytest.fixture(scope="session")
+def _images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = [png_bytes(pixels) for pixels in random_pixels(40)]
-    return write_parquet(tmp_path / "source", images, [i % 3 for i in range(40)])
+    folder = write_parquet(tmp_path_factory.mktemp("images"), images, [i % 3 for i in range(40)])
+    # With it `datasets` does not try 65 patterns of names that files may have, which takes longer than reading them.
+    (folder / "README.md").write_text(
+        "---\nconfigs: [{config_name: default, data_files: [{split: test, path: '*.parquet'}]}]\n---\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def image_parquet(tmp_path: Path, _images: Path) -> Path:
+    """40 random 16x16 RGB images in three classes, as a local Parquet dataset."""
+    return shutil.copytree(_images, tmp_path / "source")
 
 
 @pytest.fixture(scope="session")
@@ -269,6 +286,11 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps({**rest, "digest": json_digest(rest)}))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what waits for other processes, so that it does not hold up the end alone."""
+    items.sort(key=lambda item: item.path.name not in ("test_part.py", "test_processes.py"))
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage less often, and leave out what was imported: together a tenth of all that tests compute."""
     gc.collect()
@@ -331,6 +353,36 @@ def generate(config: Path, *arguments: str) -> str:
         )
     )
     return f"{log.getvalue()}{table}"
+
+
+# What `generate_once` has made: by a digest of its inputs, the folder that they were in and the files of the output.
+_generated: dict[str, tuple[str, dict[str, bytes]]] = {}
+
+
+def generate_once(config: Path, output: Path | None = None) -> None:
+    """As `generate`, into the config's output or another, for a test that is about what comes after it.
+
+    What a test before it in this process has made of the same files is copied, with the paths of this test's folder.
+    """
+    output = output or Path(yaml.safe_load(config.read_text())["output"]["path"])
+    folder, total = str(config.parent), hashlib.sha256(str(output.relative_to(config.parent)).encode())
+    for path in sorted(config.parent.rglob("*")):
+        if path.is_file() and path.parent.name != "__pycache__":
+            total.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes().replace(folder.encode(), b""))
+    key = total.hexdigest()
+    if key not in _generated:
+        generate(config, "--output", str(output))
+        files = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        _generated[key] = folder, files
+        return
+    former, files = _generated[key]
+    for name, content in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(content)
+    text = files["manifest.json"].decode().replace(former, folder)
+    content = json.loads(text)
+    digest = content.pop("digest")
+    (output / "manifest.json").write_text(text.replace(digest, json_digest(content)))
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from tests.conftest import (
     digests,
     fgsm,
     generate,
+    generate_once,
     manifest,
     pixels,
     png_bytes,
@@ -62,7 +63,7 @@ def load(folder: Path, subset: str | None = None) -> Any:
 def test_every_stored_value_follows_from_the_stored_pixels(
     write_config: WriteConfig, factory_file: Path, tmp_path: Path
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     out = tmp_path / "out"
     source = random_pixels(40).transpose(0, 3, 1, 2).astype(np.int16)
     namespace: dict[str, Any] = {}
@@ -96,7 +97,7 @@ def test_every_stored_value_follows_from_the_stored_pixels(
 
 
 def test_datasets_duckdb_polars_pandas_and_pillow_read_it(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     out = tmp_path / "out"
     attacked = load(out, "eps-8")
     assert attacked.features["label"].names == list(CLASSES)
@@ -117,7 +118,7 @@ def test_datasets_duckdb_polars_pandas_and_pillow_read_it(write_config: WriteCon
 def test_the_parquet_is_what_the_hub_wants(write_config: WriteConfig, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    generate(write_config())
+    generate_once(write_config())
     file = pq.ParquetFile(shard_path(tmp_path, "out/eps-8/test-00000-of-00003.parquet"))
     group = file.metadata.row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
@@ -146,7 +147,7 @@ def test_row_groups_are_bounded(write_config: WriteConfig, tmp_path: Path, monke
 
 def test_the_same_command_again_does_nothing(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config()
-    generate(config)
+    generate_once(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
     assert "All 3 shards" in generate(config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
@@ -155,7 +156,7 @@ def test_the_same_command_again_does_nothing(write_config: WriteConfig, tmp_path
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_missing_shards_are_written_again_byte_for_byte(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     config = write_config(output={"layout": layout})
-    generate(config)
+    generate_once(config)
     out = tmp_path / "out"
     complete, summary = digests(out), manifest(out)
     assert len(complete) == (9 if layout == "images" else 3)
@@ -184,7 +185,7 @@ def test_every_session_that_wrote_something_says_how_fast_it_was(write_config: W
 
 
 def test_bytes_depend_neither_on_workers_nor_on_the_folder(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     generate(write_config(), "--output", str(tmp_path / "elsewhere"), "--set", "runtime.workers=2")
     assert digests(tmp_path / "elsewhere") == digests(tmp_path / "out")
     assert manifest(tmp_path / "elsewhere")["run_id"] == manifest(tmp_path / "out")["run_id"]
@@ -193,7 +194,7 @@ def test_bytes_depend_neither_on_workers_nor_on_the_folder(write_config: WriteCo
 def test_a_moved_source_and_model_are_the_same_run(
     write_config: WriteConfig, image_parquet: Path, factory_file: Path, tmp_path: Path
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     moved = image_parquet.rename(tmp_path / "moved")
     victim = factory_file.rename(tmp_path / "renamed.py")
     output = generate(write_config(source={"path": str(moved)}, model={"name": f"{victim}:make"}))
@@ -214,7 +215,7 @@ def test_a_moved_source_and_model_are_the_same_run(
 def test_another_run_in_the_folder_is_refused_and_what_differs_is_named(
     write_config: WriteConfig, tmp_path: Path, change: str, named: str
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     before = digests(tmp_path / "out")
     result = fgsm("generate", write_config(), "--set", change)
     assert result.exit_code == 2
@@ -223,7 +224,7 @@ def test_another_run_in_the_folder_is_refused_and_what_differs_is_named(
 
 
 def test_other_weights_are_another_run(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     factory_file.write_text(FACTORY.replace("4 * self.linear", "5 * self.linear"))
     (tmp_path / "second").mkdir()
     copy = shutil.copy(factory_file, tmp_path / "second/victim.py")
@@ -236,7 +237,7 @@ def test_every_auto_is_resolved_once_and_kept(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_config(runtime={"device": "auto"})
-    generate(config)
+    generate_once(config)
     kept = manifest(tmp_path / "out")["config"]
     assert "auto" not in (kept["output"]["image_format"], kept["runtime"]["device"], kept["runtime"]["compile"])
     # Another machine, or another version, would decide otherwise; the run that is there has decided.
@@ -268,7 +269,7 @@ def test_overwrite_and_folders_of_one_name_load_their_own_rows(
 
 
 def test_overwrite_removes_subsets_of_the_former_run_only(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     (tmp_path / "out/notes.txt").write_text("mine")
     (tmp_path / "out/clean/notes").mkdir()
     (tmp_path / "out/clean/notes/a.txt").write_text("mine")
@@ -279,7 +280,7 @@ def test_overwrite_removes_subsets_of_the_former_run_only(write_config: WriteCon
 
 
 def test_overwrite_with_a_bad_config_destroys_nothing(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     before = digests(tmp_path / "out")
     assert fgsm("generate", write_config(model={"kwargs": {"classes": 7}}), "--overwrite").exit_code == 2
     assert digests(tmp_path / "out") == before
@@ -380,7 +381,7 @@ def test_targeted_runs_record_the_target_and_who_reached_it(
 
 def test_random_targets_do_not_depend_on_the_batch(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(attack={"target": "random"})
-    generate(config)
+    generate_once(config)
     generate(config, "--output", str(tmp_path / "other"), "--set", "runtime.batch_size=16")
     first, second = rows(tmp_path / "out", "eps-8"), rows(tmp_path / "other", "eps-8")
     np.testing.assert_array_equal(first["target"], second["target"])
@@ -422,7 +423,7 @@ def test_splits_of_one_run_share_a_folder(write_config: WriteConfig, tmp_path: P
 
 def test_limit_takes_the_head_of_the_shuffled_order(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config()
-    generate(config)
+    generate_once(config)
     generate(config, "--limit", "10", "--output", str(tmp_path / "few"))
     few = rows(tmp_path / "few", "clean")["source_index"].tolist()
     assert few == rows(tmp_path / "out", "clean")["source_index"].tolist()[:10]
@@ -516,7 +517,7 @@ def test_the_estimate_of_bytes_is_close(write_config: WriteConfig, tmp_path: Pat
     from pipeline.engine.estimate import estimate_bytes
 
     config = write_config()
-    generate(config)
+    generate_once(config)
     run = open_run(load_config(str(config)))
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.parquet"))
     # Small files are mostly footers: 9 files of some 6 KB.
@@ -533,7 +534,7 @@ def test_non_finite_numbers_stop_the_run_and_name_the_batch(
 
 
 def test_resuming_under_other_versions_warns_and_goes_on(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     path = tmp_path / "out/manifest.json"
     content = manifest(tmp_path / "out")
     content["versions"]["torch"] = "1.0"
@@ -543,7 +544,7 @@ def test_resuming_under_other_versions_warns_and_goes_on(write_config: WriteConf
 
 
 def test_a_broken_manifest_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     (tmp_path / "out/manifest.json").write_text("{")
     result = fgsm("generate", write_config())
     assert result.exit_code == 1
@@ -553,7 +554,7 @@ def test_a_broken_manifest_is_one_sentence(write_config: WriteConfig, tmp_path: 
 
 def test_of_a_broken_manifest_all_shards_are_kept(write_config: WriteConfig, tmp_path: Path) -> None:
     """What the message advises is done as it says, and nothing is written again but the manifest."""
-    generate(write_config())
+    generate_once(write_config())
     path, before = tmp_path / "out/manifest.json", digests(tmp_path / "out")
     path.write_text("{")
     result = fgsm("generate", write_config())
@@ -567,7 +568,7 @@ def test_of_a_broken_manifest_all_shards_are_kept(write_config: WriteConfig, tmp
 
 def test_an_altered_manifest_without_receipts_is_started_over(write_config: WriteConfig, tmp_path: Path) -> None:
     """Deleted, it would leave a folder of which nothing says that it is ours."""
-    generate(write_config())
+    generate_once(write_config())
     path = tmp_path / "out/manifest.json"
     shutil.rmtree(tmp_path / "out/.run")
     path.write_text(json.dumps({**manifest(tmp_path / "out"), "rows": 1}))
@@ -578,7 +579,7 @@ def test_an_altered_manifest_without_receipts_is_started_over(write_config: Writ
 
 
 def test_a_manifest_of_another_version_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     path = tmp_path / "out/manifest.json"
     # As version 0.1.0 wrote it at first: counts belonged to files.
     content = {**manifest(tmp_path / "out"), "format": 1}
@@ -617,7 +618,7 @@ def test_plan_says_what_generate_writes_and_writes_nothing(write_config: WriteCo
 
 
 def test_inspect_shows_what_the_rows_add_up_to(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     frame = rows(tmp_path / "out", "eps-8")
     line = next(line for line in fgsm("inspect", tmp_path / "out").stdout.splitlines() if " eps-8 " in line)
     cells = line.split()
@@ -765,7 +766,7 @@ def test_a_run_that_another_one_overtakes_is_refused(
 
 def test_a_lost_manifest_does_not_lose_the_shards(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config()
-    generate(config)
+    generate_once(config)
     before = digests(tmp_path / "out")
     (tmp_path / "out/manifest.json").unlink()
     result = fgsm("generate", config, "--set", "runtime.seed=1")
@@ -787,7 +788,7 @@ def test_overwriting_counts_the_space_that_it_frees(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_config(output={"images_per_shard": 40})
-    generate(config)
+    generate_once(config)
     monkeypatch.setattr("pipeline.engine.estimate.free_bytes", lambda _: 60_000)
     assert fgsm("generate", config, "--output", str(tmp_path / "second")).exit_code == 1
     generate(config, "--overwrite")

@@ -579,7 +579,7 @@ def versions(device: torch.device) -> dict[str, str]:
     found = {
         "python": platform.python_version(),
         "fgsm-pipeline": __version__,
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **_package_versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
         # Probabilities are computed here also where a GPU computes the logits.
         "cpu": _cpu(),
@@ -592,6 +592,11 @@ def versions(device: torch.device) -> dict[str, str]:
             "driver": _driver(),
         }
     return found
+
+
+@functools.cache
+def _package_versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def _cpu() -> str:

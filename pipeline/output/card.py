@@ -348,7 +348,8 @@ def _gathers(config: Mapping[str, Any], manifest: Manifest) -> bool:
 def _readable(manifest: Manifest) -> int | None:
     """A level at which `pipeline.load` gives images of every attack, if possible one that is not recorded."""
     bound = [set(attack.levels) for name, attack in manifest.resolved.all_attacks.items() if not manifest.on_ray(name)]
-    free = [level for level in (3, 5, 7, *range(1, 256)) if level not in manifest.levels] or [255]
+    recorded = manifest.levels
+    free = [level for level in (3, 5, 7, *range(1, 256)) if level not in recorded] or [255]
     return max(set.intersection(*bound), default=None) if bound else free[0]
 
 

@@ -5,6 +5,7 @@ has. Most have an `IndexedSource`'s shape: any row can be read by its number, an
 """
 
 import hashlib
+import itertools
 import os
 import re
 from abc import ABC, abstractmethod
@@ -26,6 +27,8 @@ from pipeline.core.plan import Plan, Shard
 
 # Evenly spaced images whose bytes enter a source's digest; sizes and labels of all rows enter it too.
 DIGEST_SAMPLES = 64
+# Rows of a sample that are read at once, with the bytes of their images.
+SAMPLE_ROWS = 16
 
 Labels = NDArray[np.int64]
 # What of a split an indexed source reads its rows from.
@@ -140,13 +143,23 @@ class IndexedSource(Source, Generic[Rows]):
                 yield shard, self.table(shard.split, plan.rows(shard, place).tolist()), ()
 
     def sample(self, plan: Plan, shards: Sequence[Shard], count: int) -> Iterator[SampleRow]:
-        ends = np.cumsum([0, *map(len, shards)])
-        for position in spread(int(ends[-1]), count):
-            number = int(np.searchsorted(ends, position, side="right")) - 1
-            start = position - int(ends[number])
-            (row,) = plan.rows(shards[number], slice(start, start + 1)).tolist()
-            cell, label = (column[0].as_py() for column in self.table(shards[number].split, [row]).columns[:2])
-            yield SampleRow(shards[number], row, cell, label)
+        for split, places in itertools.groupby(_spread_over(shards, count), lambda place: place[0].split):
+            size = 1
+            while own := list(itertools.islice(places, size)):
+                numbers = [int(plan.rows(shard, slice(start, start + 1))[0]) for shard, start in own]
+                cells, labels = (column.to_pylist() for column in self.table(split, numbers).columns[:2])
+                for (shard, _), number, cell, label in zip(own, numbers, cells, labels, strict=True):
+                    yield SampleRow(shard, number, cell, label)
+                # One row for who needs no more, then ever more: a table of one costs as much as one of several.
+                size = min(2 * size, SAMPLE_ROWS)
+
+
+def _spread_over(shards: Sequence[Shard], count: int) -> Iterator[tuple[Shard, int]]:
+    """Up to `count` rows, evenly spaced over some shards: the shard of each, and where in it the row lies."""
+    ends = np.cumsum([0, *map(len, shards)])
+    for position in spread(int(ends[-1]), count):
+        number = int(np.searchsorted(ends, position, side="right")) - 1
+        yield shards[number], position - int(ends[number])
 
 
 def joined(cells: Any, labels: Any, kept: pa.Table) -> pa.Table:

@@ -122,23 +122,18 @@ def starts(images: Tensor, level: int) -> Tensor:
     return (images + words() % (2 * level + 1) - level).clamp(0, 255)
 
 
-@pytest.mark.parametrize(
-    ("levels", "settings"),
-    [
-        (LEVELS, {}),
-        (LEVELS, {"steps": 6}),
-        (LEVELS[2:], {"step": "3/255"}),
-        (LEVELS[1:], {"steps": 13, "step": "2/255"}),
-    ],
-)
+# What an attack aims at and its steps do not touch each other: each is varied beside the default of the other.
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("goal", "wanted"),
+    ("goal", "wanted", "levels", "settings"),
     [
-        (Goal(), lambda _: LABELS),
-        (Goal(label="prediction"), lambda logits: logits.argmax(1)),
-        (Goal(target=2), lambda _: torch.full_like(LABELS, 2)),
-        (Goal(target="least_likely"), lambda logits: logits.argmin(1)),
+        (Goal(), lambda _: LABELS, LEVELS, {}),
+        (Goal(), lambda _: LABELS, LEVELS, {"steps": 6}),
+        (Goal(), lambda _: LABELS, LEVELS[2:], {"step": "3/255"}),
+        (Goal(), lambda _: LABELS, LEVELS[1:], {"steps": 13, "step": "2/255"}),
+        (Goal(label="prediction"), lambda logits: logits.argmax(1), LEVELS, {}),
+        (Goal(target=2), lambda _: torch.full_like(LABELS, 2), LEVELS, {"steps": 6}),
+        (Goal(target="least_likely"), lambda logits: logits.argmin(1), LEVELS[2:], {"step": "3/255"}),
     ],
 )
 def test_the_images_are_those_of_the_papers(

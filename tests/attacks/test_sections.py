@@ -7,7 +7,6 @@ import pytest
 from pipeline.config.kinds import ATTACKS
 from pipeline.config.load import parse_config
 from pipeline.core.errors import ConfigError
-from tests.conftest import loaded_by
 from tests.support.configs import section
 
 ITERATIVE = ("bim", "pgd", "mifgsm")
@@ -105,12 +104,6 @@ def test_noise_has_no_loss(key: str, value: Any) -> None:
 def test_a_dump_parses_back_to_an_equal_config(kind: str) -> None:
     config = parse_config(whole(kind=kind))
     assert parse_config(config.model_dump(mode="json")) == config
-
-
-@pytest.mark.parametrize("kind", ATTACKS)
-def test_a_config_is_checked_without_torch(kind: str) -> None:
-    loaded = loaded_by(f"from pipeline.config.load import parse_config; parse_config({whole(kind=kind)!r})")
-    assert "torch" not in loaded
 
 
 def test_what_decides_the_bytes_is_in_the_identity() -> None:

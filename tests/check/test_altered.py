@@ -21,7 +21,7 @@ from pipeline.check.verify import verify
 from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder, read_receipts
 from pipeline.output.manifest import require_manifest
-from tests.conftest import CLASSES, FACTORY, ROOM, fgsm, png_bytes, random_pixels, write_parquet, write_sealed
+from tests.conftest import CLASSES, FACTORY, ROOM, fgsm, generate, png_bytes, random_pixels, write_parquet, write_sealed
 from tests.support.forgery import agree
 
 Place = tuple[str | int, ...]
@@ -49,6 +49,11 @@ def make_rows(folder: Path, split: str, count: int, seed: int, broken: int | Non
     pq.write_table(pq.read_table(path), path, row_group_size=2)
 
 
+# What `targeted` and `streamed` have as `images` and `signs` do: in these two alone it is altered, but for the drill.
+ALIKE = (
+    *("identity.*", "versions.*", "features.*", "origin.*", "spaces.*", "dataset_classes"),
+    *("config.model*", "config.preprocess.*", "config.output.*", "config.runtime.*"),
+)
 LABEL_MAP = {"label_map": dict(zip(CLASSES, (1, 2, 0), strict=True))}
 KINDS: dict[str, dict[str, Any]] = {
     # Two attacked models and one that only looks; an attack on a ray, one on none with a target, and noise.
@@ -100,8 +105,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     (folder / "config.yaml").write_text(json.dumps(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        result = fgsm("generate", folder / "config.yaml")
-    assert result.exit_code == 0, result.output
+        generate(folder / "config.yaml")
     return folder / "out"
 
 
@@ -164,7 +168,9 @@ def document(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> tupl
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.drill)])
-def test_a_change_is_found_and_its_file_named(every: bool, document: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_change_is_found_and_its_file_named(
+    every: bool, document: tuple[str, Path], made: Path, tmp_path: Path
+) -> None:
     """Of each value in the drill; here of one in each list."""
     kind, path = document
     out, name = tmp_path / "out", str(path.relative_to(tmp_path / "out"))
@@ -174,6 +180,8 @@ def test_a_change_is_found_and_its_file_named(every: bool, document: tuple[str, 
     assert len(places) > 40
     if not every:
         places = one_of_each(places)
+        if made.parent.name.startswith(("targeted", "streamed")):
+            places = [place for place in places if not any(fnmatch(".".join(map(str, place)), key) for key in ALIKE)]
     wrong: list[tuple[str, str, list[str]]] = []
     for place in places:
         changed = altered(original, place)
@@ -323,7 +331,7 @@ def test_generate_does_not_believe_an_altered_receipt(made: Path, tmp_path: Path
     edit(receipt)
     path.write_text(json.dumps(receipt))
     assert [problem.split()[0] for problem in problems(out)] == [f".run/receipts/{path.name}"]
-    assert fgsm("generate", made.parent / "config.yaml", "--output", out).exit_code == 0
+    generate(made.parent / "config.yaml", "--output", str(out))
     assert contents(out) == before
     assert problems(out) == []
 
@@ -359,7 +367,7 @@ def test_a_copied_receipt_commits_no_other_shard(made: Path, tmp_path: Path) -> 
     first, second = sorted((out / ".run/receipts").glob("*.json"))
     shutil.copy(first, second)
     assert all_of(problems(out), f".run/receipts/{second.name} is of another shard")
-    assert fgsm("generate", made.parent / "config.yaml", "--output", out).exit_code == 0
+    generate(made.parent / "config.yaml", "--output", str(out))
     assert contents(out) == before
     assert problems(out) == []
 
@@ -379,7 +387,7 @@ def test_an_altered_manifest_is_not_resumed_from(made: Path, tmp_path: Path) -> 
     write_sealed(path, changed)
     assert re.search(rf"Error: {path} .*\bidentity\b", fgsm("generate", config, "--output", out).stderr)
     path.unlink()
-    assert fgsm("generate", config, "--output", out).exit_code == 0
+    generate(config, "--output", str(out))
     assert problems(out) == []
     assert {**json.loads(path.read_text()), "config": {}, "digest": ""} == {**content, "config": {}, "digest": ""}
 
@@ -389,8 +397,7 @@ def test_a_manifest_of_another_run_damages_no_shard(made: Path, tmp_path: Path) 
     out, config = tmp_path / "out", made.parent / "config.yaml"
     shutil.copytree(made, out)
     before = contents(out)
-    result = fgsm("generate", config, "--output", tmp_path / "other", "--set", "runtime.seed=1")
-    assert result.exit_code == 0
+    generate(config, "--output", str(tmp_path / "other"), "--set", "runtime.seed=1")
     shutil.copy(tmp_path / "other/manifest.json", out)
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
@@ -400,7 +407,7 @@ def test_a_manifest_of_another_run_damages_no_shard(made: Path, tmp_path: Path) 
     assert contents(out) == before
     # As the message advises.
     (out / "manifest.json").unlink()
-    assert fgsm("generate", config, "--output", out).exit_code == 0
+    generate(config, "--output", str(out))
     assert fgsm("verify", out).exit_code == 0
 
 

@@ -19,6 +19,7 @@ from tests.conftest import (
     WriteConfig,
     digests,
     generate,
+    generate_once,
     png_bytes,
     random_pixels,
     shard_path,
@@ -89,7 +90,7 @@ def test_damage_is_named_repaired_and_written_again(
     write_config: WriteConfig, tmp_path: Path, damage: Callable[[Path], None], named: str
 ) -> None:
     config, out = write_config(), tmp_path / "out"
-    generate(config)
+    generate_once(config)
     before, receipt = digests(out), shard_path(out, f".run/receipts/{SHARD}.json").read_bytes()
     damage(out)
     result = fgsm("verify", out)
@@ -107,7 +108,7 @@ def test_damage_is_named_repaired_and_written_again(
 
 
 def test_a_sound_dataset_is_verified_in_full(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0
     assert re.search(r"\b3 shards .*\b120 rows\b", result.stdout)
@@ -116,14 +117,14 @@ def test_a_sound_dataset_is_verified_in_full(write_config: WriteConfig, tmp_path
 
 
 def test_repair_leaves_sound_shards_alone(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     before = digests(tmp_path / "out")
     assert fgsm("verify", tmp_path / "out", "--repair").exit_code == 0
     assert digests(tmp_path / "out") == before
 
 
 def test_missing_shards_and_foreign_files_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     out = tmp_path / "out"
     shard_path(out, f".run/receipts/{SHARD}.json").unlink()
     extra = shard_path(out, "clean/test-00009-of-00003.parquet")
@@ -146,7 +147,7 @@ def test_a_folder_without_a_dataset_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_downloaded_dataset_runs_no_code_of_its_own(write_config: WriteConfig, tmp_path: Path) -> None:
     """Receipts do not travel; what a manifest from elsewhere names as its victim is not imported."""
-    generate(write_config())
+    generate_once(write_config())
     shutil.rmtree(tmp_path / "out/.run")
     path = tmp_path / "out/manifest.json"
     ran = tmp_path / "ran"
@@ -227,20 +228,20 @@ def no_confidence(columns: dict[str, list[Any]]) -> None:
 def test_forged_rows_are_found_without_the_victim(
     write_config: WriteConfig, tmp_path: Path, edit: Callable[[dict[str, list[Any]]], None], named: str
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     forge(tmp_path / "out", edit)
     assert_found(f"{FILE} .*{named}", tmp_path / "out")
 
 
 def test_rows_that_the_plan_does_not_have_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     clean = f"clean/{SHARD}.parquet"
     forge(tmp_path / "out", exchange_rows, clean)
     assert re.search(f"{clean} .*source_index", fgsm("verify", tmp_path / "out").stderr)
 
 
 def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     receipt["files"].pop()
@@ -249,7 +250,7 @@ def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tm
 
 
 def test_wrong_counts_in_a_receipt_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     forge(tmp_path / "out", lambda _: None, correct=16, fooled=16)
     result = fgsm("verify", tmp_path / "out")
     assert re.search(rf"{SHARD}\.json .*\bcounts\b.*{FILE}", result.stderr)
@@ -261,7 +262,7 @@ def lose_a_row(columns: dict[str, list[Any]]) -> None:
 
 
 def test_lost_rows_and_other_columns_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     forge(tmp_path / "out", lose_a_row)
     assert re.search(rf"{FILE} .*\b15\b.*\b16\b", fgsm("verify", tmp_path / "out").stderr)
     path = shard_path(tmp_path / "out", FILE)
@@ -297,7 +298,7 @@ def another_label_confidence(columns: dict[str, list[Any]]) -> None:
 def test_recompute_finds_what_the_pixels_do_not_give(
     write_config: WriteConfig, tmp_path: Path, edit: Callable[[dict[str, list[Any]]], None], named: str
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     forge(tmp_path / "out", edit)
     assert fgsm("verify", tmp_path / "out").exit_code == 0
     assert_found(f"{FILE} .*{named}", tmp_path / "out", "--recompute")
@@ -307,7 +308,7 @@ def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, 
     moved = tmp_path / "other"
     moved.mkdir()
     (moved / "victim.py").write_text(FACTORY)
-    generate(write_config(model={"name": f"{moved / 'victim.py'}:make"}))
+    generate_once(write_config(model={"name": f"{moved / 'victim.py'}:make"}))
     (moved / "victim.py").write_text(FACTORY + "\n# edited")
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 2
@@ -319,7 +320,7 @@ def test_a_victim_that_changed_cannot_be_asked_again(write_config: WriteConfig, 
 def test_elsewhere_only_near_ties_are_forgiven(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     forge(tmp_path / "out", another_prediction)
     path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
@@ -341,7 +342,7 @@ def test_a_manifest_that_claims_otherwise_is_found_and_written_again(
     write_config: WriteConfig, tmp_path: Path, key: str, value: Any
 ) -> None:
     config, path = write_config(), tmp_path / "out/manifest.json"
-    generate(config)
+    generate_once(config)
     text = path.read_text()
     write_sealed(path, {**json.loads(text), key: value})
     assert_found(rf"manifest\.json .* {key};", tmp_path / "out")
@@ -354,7 +355,7 @@ def test_a_card_without_the_subsets_is_found_and_written_again(
     write_config: WriteConfig, tmp_path: Path, card: str | None
 ) -> None:
     config, path = write_config(), tmp_path / "out/README.md"
-    generate(config)
+    generate_once(config)
     text = path.read_text()
     path.unlink()
     if card is not None:
@@ -371,7 +372,7 @@ def test_a_card_without_the_subsets_is_found_and_written_again(
 
 def test_a_card_keeps_what_its_owner_adds(write_config: WriteConfig, tmp_path: Path) -> None:
     config, path = write_config(), tmp_path / "out/README.md"
-    generate(config)
+    generate_once(config)
     path.write_text(path.read_text().replace("configs:", "license: mit\nconfigs:") + "\nThank you, Ian.\n")
     text = path.read_text()
     assert fgsm("verify", tmp_path / "out").exit_code == 0
@@ -380,7 +381,7 @@ def test_a_card_keeps_what_its_owner_adds(write_config: WriteConfig, tmp_path: P
 
 
 def test_after_a_repair_manifest_and_card_speak_of_what_is_left(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     card = (tmp_path / "out/README.md").read_text()
     cut_short(tmp_path / "out")
     fgsm("verify", tmp_path / "out", "--repair")
@@ -392,7 +393,7 @@ def test_after_a_repair_manifest_and_card_speak_of_what_is_left(write_config: Wr
 
 
 def test_inspect_counts_receipts_where_the_manifest_is_behind(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json").unlink()
     assert "INCOMPLETE" in fgsm("inspect", tmp_path / "out").stdout
     assert "24 of 40 " in fgsm("inspect", tmp_path / "out").stdout
@@ -400,7 +401,7 @@ def test_inspect_counts_receipts_where_the_manifest_is_behind(write_config: Writ
 
 def test_a_foreign_receipt_is_named_and_does_not_count(write_config: WriteConfig, tmp_path: Path) -> None:
     config, receipts = write_config(), tmp_path / "out/.run/receipts"
-    generate(config)
+    generate_once(config)
     shard_path(receipts, "test-00007-of-00003.json").write_bytes(shard_path(receipts, f"{SHARD}.json").read_bytes())
     assert "test-00007-of-00003.json belongs" in fgsm("verify", tmp_path / "out").stderr
     assert "All 3 shards" in generate(config)
@@ -414,7 +415,7 @@ def test_lists_and_structs_that_are_kept_verify(write_config: WriteConfig, tmp_p
         [0] * 8,
         boxes=(boxes, [[{"x": i, "names": ["a", "b"][: i % 3]}] * (i % 2) for i in range(8)]),
     )
-    generate(write_config(source={"path": str(source), "keep_columns": ["boxes"]}))
+    generate_once(write_config(source={"path": str(source), "keep_columns": ["boxes"]}))
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0, result.output
 
@@ -423,7 +424,7 @@ def test_numbers_that_are_kept_may_be_nan_or_null(write_config: WriteConfig, tmp
     weights = (datasets.Value("float32"), [float("nan"), None, 0.5, 1.0] * 2)
     images = [png_bytes(pixels) for pixels in random_pixels(8)]
     source = write_parquet(tmp_path / "weights", images, [0] * 8, weight=weights)
-    generate(write_config(source={"path": str(source), "keep_columns": ["weight"]}))
+    generate_once(write_config(source={"path": str(source), "keep_columns": ["weight"]}))
     result = fgsm("verify", tmp_path / "out", "--source")
     assert result.exit_code == 0, result.output
 
@@ -439,14 +440,14 @@ def test_attention_gives_the_same_digits_again(
         "    model.heads.head.weight.data.normal_()  # it begins as zeros, and no gradient passes\n"
         "    return model\n"
     )
-    generate(write_config(model={"name": f"{path}:make"}))
+    generate_once(write_config(model={"name": f"{path}:make"}))
     monkeypatch.setattr("pipeline.check.recompute.TOLERANCE", {"fp32": 0.0})
     result = fgsm("verify", tmp_path / "out", "--recompute")
     assert result.exit_code == 0, result.output
 
 
 def test_features_that_cannot_be_read_are_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     path = tmp_path / "out/manifest.json"
     write_sealed(path, json.loads(path.read_text().replace('"_type": "Image"', '"_type": "Picture"')))
     assert_found(r"manifest\.json: .*features", tmp_path / "out")

@@ -34,6 +34,7 @@ from tests.conftest import (
     WriteConfig,
     digests,
     generate,
+    generate_once,
     png_bytes,
     random_pixels,
     shard_path,
@@ -141,7 +142,7 @@ def rows_exchanged(images: Sequence[Tensor]) -> Tensor:
 def test_images_that_are_not_clean_ones_moved_along_one_sign_are_found(
     write_config: WriteConfig, tmp_path: Path, make: Callable[[Sequence[Tensor]], Tensor]
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     out = tmp_path / "out"
     forge(out, put(make([pictures(out, file) for file in (CLEAN, SMALL, FILE)])))
     found(out)
@@ -301,7 +302,7 @@ def test_sound_images_follow_the_gradient_to_the_last_sign(
     write_config: WriteConfig, tmp_path: Path, sections: Callable[[Path], dict[str, dict[str, Any]]], layout: str
 ) -> None:
     chosen = sections(tmp_path)
-    generate(write_config(**{**chosen, "output": {"layout": layout}}))
+    generate_once(write_config(**{**chosen, "output": {"layout": layout}}))
     findings = verify(tmp_path / "out", recompute=True, source=True)
     assert (findings.problems, findings.changes) == ([], set())
     assert (findings.near_ties, findings.near_tie_signs, findings.last_digits) == (0, 0, 0)
@@ -310,7 +311,7 @@ def test_sound_images_follow_the_gradient_to_the_last_sign(
 
 @pytest.mark.parametrize("target", ["least_likely", "random", "eel"])
 def test_targets_that_are_not_the_attack_s_are_found(write_config: WriteConfig, tmp_path: Path, target: str) -> None:
-    generate(write_config(attack={"target": target, "epsilons": ["8/255"]}))
+    generate_once(write_config(attack={"target": target, "epsilons": ["8/255"]}))
 
     def another(columns: Columns) -> None:
         columns["target"][2] = (columns["target"][2] + 1) % 3
@@ -322,7 +323,7 @@ def test_targets_that_are_not_the_attack_s_are_found(write_config: WriteConfig, 
 
 @pytest.mark.parametrize("column", ["label", "prediction", "target"])
 def test_a_class_that_there_is_not_is_found(write_config: WriteConfig, tmp_path: Path, column: str) -> None:
-    generate(write_config(attack={"target": "random"}))
+    generate_once(write_config(attack={"target": "random"}))
 
     def set_it(columns: Columns) -> None:
         if columns[column][2] is not None:
@@ -339,7 +340,7 @@ def test_a_class_that_there_is_not_is_found(write_config: WriteConfig, tmp_path:
 
 
 def test_other_kernels_are_another_environment(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
     command = [sys.executable, "-m", "pipeline", "verify", str(tmp_path / "out"), "--recompute", "--repair"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -351,7 +352,7 @@ def test_other_kernels_are_another_environment(write_config: WriteConfig, tmp_pa
 def test_resuming_under_other_settings_is_warned_of(
     write_config: WriteConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     with caplog.at_level(logging.WARNING):
         generate(write_config())
@@ -368,7 +369,7 @@ def alter_confidence(by: float) -> Callable[[Columns], None]:
 def test_last_digits_are_counted_where_all_that_is_recorded_is_the_same(
     write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     forge(tmp_path / "out", alter_confidence(1e-5))
     findings = verify(tmp_path / "out", recompute=True)
     assert (findings.problems, findings.last_digits, findings.changes) == ([], 1, set())
@@ -380,7 +381,7 @@ def test_last_digits_are_counted_where_all_that_is_recorded_is_the_same(
 def test_a_confidence_beyond_tolerance_is_damage_everywhere(
     write_config: WriteConfig, tmp_path: Path, by: float, elsewhere: bool
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     forge(tmp_path / "out", alter_confidence(by))
     if elsewhere:
         move_elsewhere(tmp_path / "out")
@@ -401,7 +402,7 @@ def test_a_prediction_is_excused_only_elsewhere_and_close_to_the_top(
     write_config: WriteConfig, tmp_path: Path, factory_file: Path, elsewhere: bool, to: int, damaged: bool
 ) -> None:
     factory_file.write_text(FACTORY + TIED)
-    generate(write_config(model={"name": f"{factory_file}:Tied"}))
+    generate_once(write_config(model={"name": f"{factory_file}:Tied"}))
 
     def fall_otherwise(columns: Columns) -> None:
         # One that is wrong either way: nothing else follows.
@@ -442,7 +443,7 @@ def test_a_model_that_answers_otherwise_each_time_or_fails_here_is_no_damage(
     named: str,
 ) -> None:
     factory_file.write_text(FACTORY + CHANGING)
-    generate(write_config(model={"name": f"{factory_file}:Changing"}))
+    generate_once(write_config(model={"name": f"{factory_file}:Changing"}))
     before = digests(tmp_path / "out")
     monkeypatch.setenv(variable, "1")
     with pytest.raises(error, match=named):
@@ -470,7 +471,7 @@ def another_caption(columns: Columns) -> None:
 def test_rows_that_are_not_the_source_s_are_found(
     write_config: WriteConfig, tmp_path: Path, edit: Callable[[Columns], None], named: str, streaming: bool
 ) -> None:
-    generate(write_config(source={"streaming": streaming}))
+    generate_once(write_config(source={"streaming": streaming}))
     out = tmp_path / "out"
     (shard, *_) = sorted(without_run(path.stem) for path in (out / "clean").iterdir())
     for subset in ("clean", "eps-2", "eps-8"):
@@ -489,7 +490,7 @@ def forge_in(out: Path, edit: Callable[[Columns], None], subset: str, shard: str
 
 def test_kept_columns_that_are_not_the_source_s_are_found(write_config: WriteConfig, tmp_path: Path) -> None:
     source = KINDS["targeted"](tmp_path)["source"]
-    generate(write_config(source=source, output={"images_per_shard": 7}))
+    generate_once(write_config(source=source, output={"images_per_shard": 7}))
     out = tmp_path / "out"
     for file in (CLEAN, SMALL, FILE):
         forge(out, another_caption, file)
@@ -498,7 +499,7 @@ def test_kept_columns_that_are_not_the_source_s_are_found(write_config: WriteCon
 
 
 def test_other_pixels_are_no_damage_where_another_pillow_decodes(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     out = tmp_path / "out"
     for file in (CLEAN, SMALL, FILE):
         forge(out, exchange_images, file)
@@ -521,7 +522,7 @@ def change_source(folder: Path) -> None:
 def test_a_source_that_is_gone_or_another_one_is_said_and_is_no_damage(
     write_config: WriteConfig, tmp_path: Path, image_parquet: Path, change: Callable[[Path], None], streaming: bool
 ) -> None:
-    generate(write_config(source={"streaming": streaming}))
+    generate_once(write_config(source={"streaming": streaming}))
     change(image_parquet)
     assert verify(tmp_path / "out").problems == []
     findings = verify(tmp_path / "out", source=True, repair=True)
@@ -533,7 +534,7 @@ def test_a_source_that_is_gone_or_another_one_is_said_and_is_no_damage(
 def test_a_source_that_fails_on_the_way_is_said_once(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     monkeypatch.setattr("pipeline.engine.loader.read_image", Mock(side_effect=PipelineError("source: cannot be read")))
     findings = verify(tmp_path / "out", source=True)
     assert (len(findings.problems), findings.damaged, findings.compared, findings.rows) == (1, set(), 0, 120)
@@ -553,7 +554,7 @@ def assert_kept(out: Path, before: dict[str, str]) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read, as Linux has")
 def test_a_file_that_the_disk_does_not_give_is_no_damage(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     out = tmp_path / "out"
     # Reading there is an I/O error, for root too; its size is 0.
     shard_path(out, FILE).unlink()
@@ -576,7 +577,7 @@ def test_a_file_that_the_disk_does_not_give_is_no_damage(write_config: WriteConf
 def test_an_error_of_the_machine_is_no_damage(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, number: int
 ) -> None:
-    generate(write_config(output={"images_per_shard": 40}))
+    generate_once(write_config(output={"images_per_shard": 40}))
     out, before = tmp_path / "out", digests(tmp_path / "out")
     monkeypatch.setattr(reader, Mock(side_effect=OSError(number, os.strerror(number))))
     findings = verify(out, repair=True)
@@ -587,7 +588,7 @@ def test_an_error_of_the_machine_is_no_damage(
 def test_a_file_that_goes_away_after_the_listing_is_no_damage(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     out = tmp_path / "out"
     sizes = LocalStore(out).sizes()
     shard_path(out, FILE).unlink()

@@ -16,7 +16,7 @@ from pipeline.attacks.iterative import PGD
 from pipeline.attacks.noise import Noise
 from pipeline.check.verify import verify
 from pipeline.core.images import decode_image
-from tests.conftest import WriteConfig, generate, shard_path, without_run, write_sealed
+from tests.conftest import WriteConfig, generate, generate_once, shard_path, without_run, write_sealed
 from tests.conftest import fgsm_without_run as fgsm
 from tests.support.forgery import SHARD, agree, assert_found, forge, forge_run, make_consistent
 from tests.support.several import write_several
@@ -292,7 +292,7 @@ def test_fgsm_along_a_gradient_that_is_turned(
 def test_lists_of_attacks_that_were_reordered(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     """One row's entries of two models, or of two attacks, are exchanged."""
     attacks = {name: attack for name, attack in ATTACKS.items() if name != "pgd"}
-    generate(write_several(write_config, tmp_path, attacks, output={"layout": layout}))
+    generate_once(write_several(write_config, tmp_path, attacks, output={"layout": layout}))
     out = tmp_path / "out"
     assert fgsm("verify", out, "--recompute").exit_code == 0
 

@@ -22,7 +22,17 @@ from pipeline.engine.estimate import _Pass, calibrate, estimate, hub_warnings
 from pipeline.engine.execute import write_shards
 from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder, Receipt
-from tests.conftest import FACTORY, WriteConfig, fgsm, generate, manifest, png_bytes, random_pixels, write_parquet
+from tests.conftest import (
+    FACTORY,
+    WriteConfig,
+    fgsm,
+    generate,
+    generate_once,
+    manifest,
+    png_bytes,
+    random_pixels,
+    write_parquet,
+)
 
 
 def plan(split_rows: Mapping[str, int], **options: Any) -> Plan:
@@ -237,7 +247,7 @@ def test_nothing_is_left_behind(write_config: WriteConfig, tmp_path: Path, monke
 
 
 def test_beside_a_run_it_changes_nothing(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert fgsm("plan", write_config()).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before

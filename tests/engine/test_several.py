@@ -21,7 +21,18 @@ from pipeline.core.errors import NonFiniteError
 from pipeline.core.images import decode_image
 from pipeline.models.load import load_model
 from pipeline.sources.digits import digits_split
-from tests.conftest import LABELS, LAYOUTS, WriteConfig, digests, generate, kept_parquet, manifest, pixels, rows
+from tests.conftest import (
+    LABELS,
+    LAYOUTS,
+    WriteConfig,
+    digests,
+    generate,
+    generate_once,
+    kept_parquet,
+    manifest,
+    pixels,
+    rows,
+)
 from tests.conftest import fgsm_without_run as fgsm
 from tests.support.forgery import assert_found, forge
 from tests.support.several import ATTACKS, EVERY_KIND, write_several
@@ -123,7 +134,7 @@ def test_the_matrix_is_what_the_rows_add_up_to(out: Path) -> None:
 def test_it_is_verified_and_forgeries_of_each_model_s_answers_are_found(
     write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    generate(write_several(write_config, tmp_path))
+    generate_once(write_several(write_config, tmp_path))
     out = tmp_path / "out"
     result = fgsm("verify", out, "--recompute")
     assert result.exit_code == 0, result.stderr
@@ -140,7 +151,7 @@ def test_it_is_verified_and_forgeries_of_each_model_s_answers_are_found(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_rows(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     attacks = {**ATTACKS, "pgd": {**ATTACKS["pgd"], "kind": "fgsm", "target": "random", "steps": None}}
-    generate(write_several(write_config, tmp_path, attacks))
+    generate_once(write_several(write_config, tmp_path, attacks))
     config = write_several(write_config, tmp_path, attacks, output={"layout": layout})
     generate(config, "--output", str(tmp_path / layout))
     plain, other = (pipeline.load(tmp_path / name, split="test") for name in ("out", layout))
@@ -159,7 +170,7 @@ def test_neither_lanes_nor_a_resumed_run_change_a_byte(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_several(write_config, tmp_path, EVERY_KIND)
-    generate(config)
+    generate_once(config)
     before = digests(tmp_path / "out")
     monkeypatch.setattr(lanes, "available_cores", lambda: 1)
     generate(config, "--output", str(tmp_path / "alone"))
@@ -188,7 +199,7 @@ def test_the_batch_size_changes_no_pixel_of_a_model_in_float64(write_config: Wri
 
 def test_another_model_attack_or_order_is_another_run(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_several(write_config, tmp_path)
-    generate(path)
+    generate_once(path)
     config = yaml.safe_load(path.read_text())
     for change, key in (
         ({"attacks": {**ATTACKS, "noise": {**ATTACKS["noise"], "epsilons": ["4/255"]}}}, "attacks.noise.epsilons"),
@@ -259,7 +270,7 @@ def test_a_model_that_only_looks_need_not_let_a_gradient_through(write_config: W
     config = yaml.safe_load(path.read_text())
     config["models"]["turned"] = {"kind": "factory", "name": str(tmp_path / "sums.py:detached")}
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    generate(path)
+    generate_once(path)
     config["attacks"]["fgsm"]["models"] = ["turned"]
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     result = fgsm("generate", path, "--output", tmp_path / "other")
@@ -286,7 +297,7 @@ def test_a_layout_of_signs_names_the_attack_that_it_cannot_hold(write_config: Wr
 
 
 def test_a_model_or_an_attack_that_has_changed_is_not_asked_again(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_several(write_config, tmp_path))
+    generate_once(write_several(write_config, tmp_path))
     path = tmp_path / "sums.py"
     path.write_text(path.read_text().replace("mean((2, 3))", "amax((2, 3))"))
     result = fgsm("verify", tmp_path / "out", "--recompute")
@@ -333,7 +344,7 @@ def test_the_same_images_fool_another_architecture_and_noise_does_not(tmp_path: 
         "runtime": {"workers": 0},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    generate(tmp_path / "config.yaml")
+    generate_once(tmp_path / "config.yaml")
     clean, fgsm_rows, _ = manifest(tmp_path / "out")["subsets"]
     assert clean["models"]["perceptron"]["correct"] > 0.9 * clean["labelled"]
     fell = fgsm_rows["models"]["perceptron"]
@@ -383,7 +394,7 @@ def test_forged_flags_of_a_model_that_looks_are_found(
     write_config: WriteConfig, tmp_path: Path, options: list[str]
 ) -> None:
     """One flag changes what is counted; two that are exchanged change no count."""
-    generate(write_several(write_config, tmp_path))
+    generate_once(write_several(write_config, tmp_path))
 
     def another(columns: dict[str, list[Any]]) -> None:
         flags = columns["correct_turned"]

@@ -22,6 +22,7 @@ from tests.conftest import (
     digests,
     fgsm,
     generate,
+    generate_once,
     png_bytes,
     random_pixels,
     without_run,
@@ -66,7 +67,7 @@ def run_impatient(run: Callable[..., None], *arguments: Any) -> None:
     """The body of a process that takes a lock for one of the dead after seconds."""
     import pipeline.output.locks
 
-    pipeline.output.locks.BEAT_SECONDS, pipeline.output.locks.STALE_SECONDS = 0.2, 3.0
+    pipeline.output.locks.BEAT_SECONDS, pipeline.output.locks.STALE_SECONDS = 0.4, 3.0
     run(*arguments)
 
 
@@ -152,7 +153,7 @@ def config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> Pat
 @pytest.fixture
 def local(config: Path, tmp_path: Path) -> dict[str, str]:
     """What one process writes alone, and what its manifest says."""
-    generate(config, "--output", str(tmp_path / "local"))
+    generate_once(config, tmp_path / "local")
     return digests(tmp_path / "local")
 
 

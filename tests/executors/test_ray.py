@@ -35,6 +35,7 @@ from tests.conftest import (
     digests,
     fgsm,
     generate,
+    generate_once,
     manifest,
     png_bytes,
     random_pixels,
@@ -313,7 +314,7 @@ def test_a_row_that_may_not_be_ends_the_run_as_it_does_here(
 
 def test_what_a_lost_worker_has_committed_is_not_written_again(watched_config: Path, tmp_path: Path) -> None:
     """Ray tries its task again, perhaps on a machine whose last digits differ from those that the receipt records."""
-    generate(watched_config)
+    generate_once(watched_config)
     there = require_manifest(OutputFolder(tmp_path / "out"))
     job = Job(load_config(str(watched_config)), str(tmp_path / "out"), there, there.generation)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}

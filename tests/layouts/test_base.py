@@ -26,6 +26,7 @@ from tests.conftest import (
     digests,
     fgsm,
     generate,
+    generate_once,
     manifest,
     png_bytes,
     random_pixels,
@@ -135,7 +136,7 @@ class Largest(PerImage):
 def test_a_layout_may_store_some_images_and_make_the_others(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     plain = pipeline.load(tmp_path / "out", ["0", "2/255", "3/255", "8/255"], split="test")
     monkeypatch.setitem(REGISTRY, "wide", Largest())
     out = tmp_path / "largest"
@@ -161,7 +162,7 @@ def test_a_layout_may_store_some_images_and_make_the_others(
 def test_what_is_said_of_a_source_image_is_what_layout_images_says(
     write_config: WriteConfig, tmp_path: Path, layout: str
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     generate(write_config(output={"layout": layout}), "--output", str(tmp_path / layout))
     frame, clean = rows(tmp_path / layout, layout), rows(tmp_path / "out", "clean")
     for name in ("prediction", "confidence", "label_confidence", "correct"):
@@ -181,7 +182,7 @@ def test_a_shard_that_is_gone_is_found_and_written_again(
     write_config: WriteConfig, tmp_path: Path, layout: str
 ) -> None:
     config, out = write_config(output={"layout": layout}), tmp_path / "out"
-    generate(config)
+    generate_once(config)
     before = digests(out)
     shard_path(out / subset_of(layout, 8), "test-00001-of-00003.parquet").unlink()
     result = fgsm("verify", out, "--repair")
@@ -220,7 +221,7 @@ def test_a_kept_column_must_not_have_the_name_of_ours(
 def test_the_columns_of_a_row_for_each_image_are_those_of_the_contract(
     write_config: WriteConfig, tmp_path: Path, layout: str, pictures: tuple[str, ...]
 ) -> None:
-    generate(write_config(**{**KINDS["targeted"](tmp_path), "output": {"layout": layout}}))
+    generate_once(write_config(**{**KINDS["targeted"](tmp_path), "output": {"layout": layout}}))
     loaded = datasets.load_dataset(str(tmp_path / "out"), split="test")
     classes, value = loaded.features["label"], datasets.Value
     answer = {

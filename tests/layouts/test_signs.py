@@ -22,6 +22,7 @@ from tests.conftest import (
     WriteConfig,
     digests,
     generate,
+    generate_once,
     manifest,
     pixels,
     png_bytes,
@@ -42,7 +43,7 @@ CLEAN = ["prediction", "confidence", "label_confidence", "correct"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_says_what_the_rows_of_layout_images_say(write_config: WriteConfig, tmp_path: Path, kind: str) -> None:
     sections = KINDS[kind](tmp_path)
-    generate(write_config(**sections))
+    generate_once(write_config(**sections))
     config = write_config(**{**sections, "output": SIGNS})
     generate(config, "--output", str(tmp_path / "signs"))
     signs, clean = rows(tmp_path / "signs", "signs"), rows(tmp_path / "out", "clean")
@@ -73,7 +74,7 @@ def test_a_row_says_what_the_rows_of_layout_images_say(write_config: WriteConfig
 
 
 def test_it_loads_with_nothing_of_ours(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(output=SIGNS))
+    generate_once(write_config(output=SIGNS))
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [".run", "README.md", "manifest.json", "signs"]
     (front, body) = (out / "README.md").read_text().split("---\n", 2)[1:]
@@ -94,7 +95,7 @@ def test_it_loads_with_nothing_of_ours(write_config: WriteConfig, tmp_path: Path
 
 
 def test_pictures_are_stored_plain_and_the_rest_compressed(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(output=SIGNS))
+    generate_once(write_config(output=SIGNS))
     group = pq.ParquetFile(shard_path(tmp_path / "out", FILE)).metadata.row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     for name in ("image.bytes", "sign.bytes"):
@@ -105,7 +106,7 @@ def test_pictures_are_stored_plain_and_the_rest_compressed(write_config: WriteCo
 
 
 def test_inspect_counts_epsilons_and_sizes_splits(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     images = fgsm("inspect", tmp_path / "out").stdout.splitlines()
     generate(write_config(output=SIGNS), "--overwrite")
     signs = fgsm("inspect", tmp_path / "out").stdout.splitlines()
@@ -136,7 +137,7 @@ def test_plan_says_what_is_written_and_it_is_less(write_config: WriteConfig, tmp
 
 
 def test_the_layouts_do_not_share_a_folder(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     result = fgsm("generate", write_config(output=SIGNS))
     assert result.exit_code == 2
     assert re.search('output.layout .*"images".*"signs"', result.stderr)
@@ -150,7 +151,7 @@ def test_the_layouts_do_not_share_a_folder(write_config: WriteConfig, tmp_path: 
 def test_a_kept_column_may_be_called_sign_in_layout_images(write_config: WriteConfig, tmp_path: Path) -> None:
     signs = (datasets.Value("string"), ["stop", "yield"] * 2)
     source = write_parquet(tmp_path / "roads", [png_bytes(image) for image in random_pixels(4)], [0] * 4, sign=signs)
-    generate(write_config(source={"path": str(source), "keep_columns": ["sign"]}))
+    generate_once(write_config(source={"path": str(source), "keep_columns": ["sign"]}))
     assert set(rows(tmp_path / "out", "eps-8")["sign"]) == {"stop", "yield"}
 
 
@@ -173,7 +174,7 @@ def test_damage_is_named_repaired_and_written_again(
     write_config: WriteConfig, tmp_path: Path, damage: Callable[[Path], None], named: str
 ) -> None:
     config, out = write_config(output=SIGNS), tmp_path / "out"
-    generate(config)
+    generate_once(config)
     before = digests(out)
     damage(shard_path(out, FILE))
     assert_found(named, out)
@@ -189,7 +190,7 @@ def test_damage_is_named_repaired_and_written_again(
 
 
 def test_foreign_files_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(output=SIGNS))
+    generate_once(write_config(output=SIGNS))
     shard_path(tmp_path, "out/signs/test-00009-of-00003.parquet").write_bytes(b"would be loaded along")
     assert_found("signs/test-00009-of-00003.parquet ", tmp_path / "out")
 
@@ -278,7 +279,7 @@ def exchange_rows(columns: Columns) -> None:
 def test_forged_rows_are_found_without_the_victim(
     write_config: WriteConfig, tmp_path: Path, edit: Callable[[Columns], None], named: str
 ) -> None:
-    generate(write_config(output=SIGNS))
+    generate_once(write_config(output=SIGNS))
     forge(tmp_path / "out", edit, FILE)
     assert_found(named, tmp_path / "out")
 
@@ -320,14 +321,14 @@ def turn_the_signs(columns: Columns) -> None:
 def test_recompute_finds_what_the_pixels_do_not_give(
     write_config: WriteConfig, tmp_path: Path, edit: Callable[[Columns], None], named: str
 ) -> None:
-    generate(write_config(output=SIGNS))
+    generate_once(write_config(output=SIGNS))
     forge(tmp_path / "out", edit, FILE)
     assert fgsm("verify", tmp_path / "out").exit_code == 0
     assert_found(named, tmp_path / "out", "--recompute")
 
 
 def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(output=SIGNS))
+    generate_once(write_config(output=SIGNS))
     path = shard_path(tmp_path, f"out/.run/receipts/{SHARD}.json")
     receipt = json.loads(path.read_text())
     receipt["files"][0]["path"] = f"clean/{SHARD}.parquet"

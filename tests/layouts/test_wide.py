@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.core.images import decode_image, encode_images
-from tests.conftest import WriteConfig, fgsm, generate, pixels, rows, shard_path
+from tests.conftest import WriteConfig, fgsm, generate_once, pixels, rows, shard_path
 from tests.support.forgery import SHARD, another_mistake, assert_found, forge
 
 FILE = f"wide/{SHARD}.parquet"
@@ -20,7 +20,7 @@ Columns = dict[str, list[Any]]
 
 @pytest.fixture
 def out(write_config: WriteConfig, tmp_path: Path) -> Path:
-    generate(write_config(output={"layout": "wide"}))
+    generate_once(write_config(output={"layout": "wide"}))
     return tmp_path / "out"
 
 

@@ -16,7 +16,7 @@ from pipeline.attacks.base import Goal
 from pipeline.core.errors import CodeError, ConfigError, PipelineError
 from pipeline.engine.model_check import _check_accuracy, check_model
 from pipeline.models.base import Model
-from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, manifest, shard_path
+from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, generate_once, manifest, shard_path
 
 COLOURS = torch.tensor([[220, 30, 30], [30, 220, 30], [30, 30, 220]]) / 255
 PLAIN = Goal()
@@ -298,7 +298,7 @@ def test_a_run_that_moves_most_does_not(write_config: WriteConfig, tmp_path: Pat
 def test_a_run_that_is_resumed_has_been_looked_at(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     before = digests(tmp_path / "out")
     shard_path(tmp_path / "out", ".run/receipts/test-00001-of-00003.json").unlink()
     monkeypatch.setattr("pipeline.engine.run.check_model", None)
@@ -341,7 +341,7 @@ def test_verify_does_not_take_a_model_s_moods_for_damage(
     write_config: WriteConfig, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     moody = f"{models}:Moody"
-    generate(write_config(model={"name": moody}) if key == "model" else with_another(write_config, moody))
+    generate_once(write_config(model={"name": moody}) if key == "model" else with_another(write_config, moody))
     before = digests(tmp_path / "out")
     monkeypatch.setenv("MOODY", "1")
     result = fgsm("verify", tmp_path / "out", "--recompute", "--repair")

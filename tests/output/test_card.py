@@ -14,8 +14,6 @@ import yaml
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
-from pipeline import generate as flow
-from pipeline.config.load import load_config
 from pipeline.core.origin import Origin
 from pipeline.output.card import HERE, code, moved_card, plain, read_configs, render_card, size_category
 from pipeline.output.folder import OutputFolder
@@ -23,7 +21,16 @@ from pipeline.output.manifest import Manifest, read_manifest
 from pipeline.output.transfer import by_epsilon
 from pipeline.sources.digits import DIGITS
 from pipeline.sources.origins import card_license
-from tests.conftest import KINDS, LAYOUTS, WriteConfig, fgsm, png_bytes, random_pixels, write_parquet
+from tests.conftest import (
+    KINDS,
+    LAYOUTS,
+    WriteConfig,
+    fgsm,
+    generate_once,
+    png_bytes,
+    random_pixels,
+    write_parquet,
+)
 from tests.support.several import ATTACKS, write_several
 
 NASTY = [
@@ -57,11 +64,6 @@ NASTY = [
 ]
 
 
-def generate(config: Path) -> None:
-    """Without the report, which takes longer than all else."""
-    flow.generate(load_config(str(config)))
-
-
 def card_of(folder: Path) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
@@ -92,7 +94,7 @@ def tables(text: str) -> list[list[list[str]]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["plain", "gray", "unlabelled"])
 def test_every_example_of_the_card_runs(write_config: WriteConfig, tmp_path: Path, layout: str, kind: str) -> None:
-    generate(write_config(**{**KINDS[kind](tmp_path), "output": {"layout": layout}}))
+    generate_once(write_config(**{**KINDS[kind](tmp_path), "output": {"layout": layout}}))
     text = card_of(tmp_path / "out")
     assert text.count(HERE) == 3
     shown = examples(text.replace(HERE, str(tmp_path / "out")))
@@ -117,7 +119,7 @@ def test_every_example_of_the_card_runs(write_config: WriteConfig, tmp_path: Pat
 
 
 def test_the_table_is_that_of_inspect(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     lines = [line.split() for line in fgsm("inspect", tmp_path / "out").stdout.splitlines()[1:4]]
     _, rule, *cells = next(table for table in tables(card_of(tmp_path / "out")) if " accuracy " in table[0])
     assert rule == ["---"] * 5 + ["---:"] * 4
@@ -131,7 +133,7 @@ def test_the_table_is_that_of_inspect(write_config: WriteConfig, tmp_path: Path)
 
 
 def test_the_columns_are_those_of_the_files(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**KINDS["targeted"](tmp_path)))
+    generate_once(write_config(**KINDS["targeted"](tmp_path)))
     columns = next(table for table in tables(card_of(tmp_path / "out")) if "column" in table[0][0])[2:]
     features = datasets.load_dataset(str(tmp_path / "out"), "eps-8", split="test").features
     assert [row[0].strip(" `") for row in columns] == list(features)
@@ -144,7 +146,7 @@ def test_the_columns_are_those_of_the_files(write_config: WriteConfig, tmp_path:
 
 
 def test_the_attacks_of_layout_signs_are_described(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(output={"layout": "signs"}))
+    generate_once(write_config(output={"layout": "signs"}))
     text = card_of(tmp_path / "out")
     fields = next(table for table in tables(text) if "field" in table[0][0])[2:]
     assert [row[0].strip(" `") for row in fields] == [
@@ -162,7 +164,7 @@ def test_the_attacks_of_layout_signs_are_described(write_config: WriteConfig, tm
 
 
 def test_yaml_is_what_the_hub_wants(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     text = card_of(tmp_path / "out")
     front = front_of(text)
     assert front["task_categories"] == ["image-classification"]
@@ -189,7 +191,7 @@ def test_size_categories(rows: int, category: str) -> None:
 
 
 def test_signs_count_their_rows_once(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(output={"layout": "signs"}))
+    generate_once(write_config(output={"layout": "signs"}))
     manifest = manifest_of(tmp_path / "out")
     for layout_rows, category in ((900, "n<1K"), (1100, "1K<n<10K")):
         text = render_card(manifest.model_copy(update={"rows": layout_rows}))
@@ -197,7 +199,7 @@ def test_signs_count_their_rows_once(write_config: WriteConfig, tmp_path: Path) 
 
 
 def test_pictures_are_linked_once_the_dataset_is_complete(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     manifest = manifest_of(tmp_path / "out")
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", card_of(tmp_path / "out"))
     assert pictures == ["assets/accuracy.png", "assets/confidence.png", "assets/examples.png"]
@@ -208,7 +210,7 @@ def test_pictures_are_linked_once_the_dataset_is_complete(write_config: WriteCon
 
 def test_how_it_was_made_is_said(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(attack={"epsilons": [0.031, "8/255"]}, preprocess={"resize": 20, "crop": 16})
-    generate(config)
+    generate_once(config)
     text = card_of(tmp_path / "out")
     manifest = manifest_of(tmp_path / "out")
     assert "clip(x + k*s, 0, 255)" in text
@@ -224,7 +226,7 @@ def test_how_it_was_made_is_said(write_config: WriteConfig, tmp_path: Path) -> N
 
 
 def test_a_reader_is_told_what_it_is_not(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     text = card_of(tmp_path / "out")
     assert "not a robustness evaluation on their own" in text
     assert "against one model" in text
@@ -238,7 +240,7 @@ def test_a_reader_is_told_what_it_is_not(write_config: WriteConfig, tmp_path: Pa
 def test_attacks_without_the_true_label_cite_their_source(
     write_config: WriteConfig, tmp_path: Path, attack: dict[str, Any]
 ) -> None:
-    generate(write_config(attack=attack))
+    generate_once(write_config(attack=attack))
     text = card_of(tmp_path / "out")
     assert "Kurakin, Alexey" in text
     assert "label leaking" not in text
@@ -259,7 +261,7 @@ class Darker:
 
 def test_an_attack_of_ones_own_is_not_cited_as_another(write_config: WriteConfig, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN_ATTACK)
-    generate(write_config(attack={"kind": f"{tmp_path}/own.py:Darker"}))
+    generate_once(write_config(attack={"kind": f"{tmp_path}/own.py:Darker"}))
     text = card_of(tmp_path / "out")
     assert "@inproceedings" not in text
 
@@ -269,7 +271,7 @@ def test_the_card_offers_epsilons_that_can_be_read(
     write_config: WriteConfig, tmp_path: Path, kind: str, epsilons: set[float]
 ) -> None:
     """Of an attack whose images lie on no ray, the recorded ones alone."""
-    generate(write_config(attack={"kind": kind}))
+    generate_once(write_config(attack={"kind": kind}))
     text = card_of(tmp_path / "out")
     assert ("recorded or not" in text) == (kind == "fgsm")
     names: dict[str, Any] = {}
@@ -278,7 +280,7 @@ def test_the_card_offers_epsilons_that_can_be_read(
 
 
 def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     manifest = manifest_of(tmp_path / "out")
     digits = render_card(manifest.model_copy(update={"origin": DIGITS}))
     assert front_of(digits)["license"] == "cc-by-4.0"
@@ -297,7 +299,7 @@ def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_card_of_several_models_and_attacks(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     attacks = {name: attack for name, attack in ATTACKS.items() if layout != "signs" or name != "pgd"}
-    generate(write_several(write_config, tmp_path, attacks, output={"layout": layout}))
+    generate_once(write_several(write_config, tmp_path, attacks, output={"layout": layout}))
     out = tmp_path / "out"
     text, manifest = card_of(out), manifest_of(out)
     names: dict[str, Any] = {}
@@ -335,7 +337,7 @@ def made_by(manifest: Manifest) -> list[tuple[str | None, str | None, int]]:
 
 
 def test_one_epsilon_of_several_subsets_is_a_config(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_several(write_config, tmp_path))
+    generate_once(write_several(write_config, tmp_path))
     out, whole = tmp_path / "out", {}
     for name in ("eps-2", "eps-8", "all", "clean"):
         whole[name] = datasets.load_dataset(str(out), name, split="test").to_pandas()
@@ -348,7 +350,7 @@ def test_one_epsilon_of_several_subsets_is_a_config(write_config: WriteConfig, t
 
 
 def test_noise_alone_has_no_paper_and_no_model(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(attack={"kind": "noise"}))
+    generate_once(write_config(attack={"kind": "noise"}))
     text = card_of(tmp_path / "out")
     for claim in ("bibtex", "Citation", "Kurakin", "They were made against", "wrong direction", "true label"):
         assert claim not in text, claim
@@ -360,7 +362,7 @@ def test_noise_beside_it_does_not_cite_attacks_without_the_label(
     write_config: WriteConfig, tmp_path: Path, target: str | None, cited: int
 ) -> None:
     attacks = {"pgd": {**ATTACKS["pgd"], "target": target}, "noise": ATTACKS["noise"]}
-    generate(write_several(write_config, tmp_path, attacks))
+    generate_once(write_several(write_config, tmp_path, attacks))
     text = card_of(tmp_path / "out")
     assert text.count("@inproceedings") == cited
     assert ("wrong direction" in text) == (target is None)
@@ -423,7 +425,7 @@ def test_nasty_names_stay_inside(write_config: WriteConfig, tmp_path: Path) -> N
     (folder / "README.md").write_text(f"---\nlicense: {NASTY[3]!r}\n---\n")
     victim = tmp_path / "vic`tim | <i>.py"
     shutil.copy(tmp_path / "victim.py", victim)
-    generate(
+    generate_once(
         write_config(
             source={"path": str(folder), "label_column": "text", "keep_columns": ["k|e<b>\n---`p`t"]},
             model={"name": f"{victim}:make", "kwargs": {"classes": len(names)}},
@@ -467,7 +469,7 @@ def test_nasty_names_stay_inside(write_config: WriteConfig, tmp_path: Path) -> N
 def test_a_published_card_loads_from_the_hub_and_keeps_what_was_added(
     write_config: WriteConfig, tmp_path: Path, layout: str
 ) -> None:
-    generate(write_config(output={"layout": layout}))
+    generate_once(write_config(output={"layout": layout}))
     manifest, text = manifest_of(tmp_path / "out"), card_of(tmp_path / "out")
     text = text.replace("configs:", "license: mit\nconfigs:", 1) + "\nThanks to Ian.\u2028Really.\n"
     moved = moved_card(text, manifest, "user/name")
@@ -486,7 +488,7 @@ def test_a_published_card_loads_from_the_hub_and_keeps_what_was_added(
 
 
 def test_a_card_without_our_examples_is_left_as_it_is(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     assert moved_card("# Mine\n", manifest_of(tmp_path / "out"), "user/name") == "# Mine\n"
 
 

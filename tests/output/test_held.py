@@ -15,7 +15,7 @@ import pipeline.check.verify
 from pipeline.core.errors import PipelineError
 from pipeline.output.local import LocalStore
 from pipeline.output.shards import ShardWriter
-from tests.conftest import WriteConfig, digests, fgsm, generate, manifest, shard_path, write_sealed
+from tests.conftest import WriteConfig, digests, fgsm, generate, generate_once, manifest, shard_path, write_sealed
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -119,7 +119,7 @@ def test_a_repair_drops_nothing_of_a_run_that_has_begun_meanwhile(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, drop, after = tmp_path / "out", pipeline.check.verify._drop, {}
-    generate(write_config())
+    generate_once(write_config())
     shard_path(out, "eps-8/test-00001-of-00003.parquet").write_bytes(b"x")
 
     def late(*arguments: Any) -> None:
@@ -213,7 +213,7 @@ def test_overwriting_removes_what_is_the_run_s_and_names_the_rest(write_config: 
 
 def test_overwriting_keeps_copies_of_shards_in_folders_of_the_user_s(write_config: WriteConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    generate(write_config())
+    generate_once(write_config())
     for name in ("backup", "backup/eps-8", "clean/old", ".old"):
         shutil.copytree(out / "eps-8", out / name)
     (out / ".README.md.tmp").write_text("mine")
@@ -229,7 +229,7 @@ def test_overwriting_keeps_copies_of_shards_in_folders_of_the_user_s(write_confi
 def test_a_readme_of_the_user_is_not_replaced(
     options: tuple[str, ...], write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     before = contents(tmp_path / "out")
     (tmp_path / "out/README.md").write_text("# my own notes")
     result = fgsm("generate", write_config(), *options)
@@ -243,7 +243,7 @@ def test_a_readme_of_the_user_is_not_replaced(
 
 def test_overwriting_removes_a_dataset_of_another_version(write_config: WriteConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    generate(write_config(output={"images_per_shard": 20}))
+    generate_once(write_config(output={"images_per_shard": 20}))
     content = {**manifest(out), "format": 5}
     (out / "manifest.json").write_text(json.dumps(content))
     refused = fgsm("generate", write_config())
@@ -256,7 +256,7 @@ def test_overwriting_removes_a_dataset_of_another_version(write_config: WriteCon
 
 def test_a_manifest_that_is_damaged_is_known_as_ours_by_its_receipts(write_config: WriteConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    generate(write_config(output={"images_per_shard": 20}))
+    generate_once(write_config(output={"images_per_shard": 20}))
     (out / "manifest.json").write_text("{")
     assert fgsm("generate", write_config()).exit_code == 1
     generate(write_config(), "--overwrite")
@@ -267,7 +267,7 @@ def test_a_removal_that_is_cut_off_goes_on_with_the_next_run(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, unlink = tmp_path / "out", os.unlink
-    generate(write_config(output={"images_per_shard": 20}))
+    generate_once(write_config(output={"images_per_shard": 20}))
     left = 3
 
     def failing(path: str, *, dir_fd: int | None = None) -> None:
@@ -317,7 +317,7 @@ def test_a_file_that_goes_away_hides_no_other(finished: Path, monkeypatch: pytes
 
 def test_readers_of_an_incomplete_dataset_are_warned(write_config: WriteConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    generate(write_config())
+    generate_once(write_config())
     pipeline.load(out)
     pipeline.training_dataset(out, "test")
     for subset in ("clean", "eps-2", "eps-8"):

@@ -15,7 +15,7 @@ import pytest
 from pipeline.core.errors import PipelineError
 from pipeline.output.local import LocalStore
 from pipeline.output.store import open_store
-from tests.conftest import WriteConfig, generate, shard_path
+from tests.conftest import WriteConfig, generate_once, shard_path
 from tests.support.s3 import failed
 
 
@@ -86,7 +86,7 @@ def test_a_link_that_leads_nowhere_is_named(below: str, write_config: WriteConfi
 def test_a_folder_in_the_place_of_a_file_is_named_when_it_cannot_be_removed(
     write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    generate(write_config())
+    generate_once(write_config())
     file = shard_path(tmp_path / "out", "eps-8/test-00001-of-00003.parquet")
     file.unlink()
     file.mkdir()

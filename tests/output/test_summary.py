@@ -8,7 +8,7 @@ import pytest
 from pipeline.core.variants import make_variants
 from pipeline.output.manifest import Subset
 from pipeline.output.summary import _subset_table
-from tests.conftest import WriteConfig, fgsm, generate, manifest
+from tests.conftest import WriteConfig, fgsm, generate_once, manifest
 from tests.support.several import write_several
 
 
@@ -65,7 +65,7 @@ def test_the_matrix_of_many_models_fits_a_terminal(write_config: WriteConfig, tm
     for index, name in enumerate(("net", "sums", "turned")):
         text = re.sub(rf"^  {name}:", f"  {prefix}{index}:", text, flags=re.MULTILINE)
     path.write_text(text)
-    generate(path)
+    generate_once(path)
     said = fgsm("inspect", tmp_path / "out").stdout
     matrix = said[said.index("Transfer") : said.index("\nrun ")].splitlines()
     assert max(map(len, matrix)) <= 80

@@ -81,9 +81,20 @@ def known(several: Path) -> Known:
 
 def drawn(data: TrainingDataset, epochs: int) -> NDArray[np.int64]:
     """(epochs, ROWS): which variant is drawn for each row, in the order in which rows are stored."""
-    return np.array(
-        [np.concatenate([data._drawn(epoch, piece) for piece in data.shards.pieces]) for epoch in range(epochs)]
-    )
+    read, flags = dict[tuple[str, int], Any](), data.shards.flags
+
+    def once(piece: training.Piece, only: Any) -> Any:
+        """What is read of the files is the same in each epoch."""
+        place = piece.file, piece.start
+        if place not in read:
+            read[place] = flags(piece, only)
+        return read[place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.shards, "flags", once)
+        return np.array(
+            [np.concatenate([data._drawn(epoch, piece) for piece in data.shards.pieces]) for epoch in range(epochs)]
+        )
 
 
 def assert_drawn(data: TrainingDataset, counts: NDArray[np.int64], expected: Sequence[float]) -> None:

@@ -37,6 +37,7 @@ from tests.conftest import (
     LAYOUTS,
     WriteConfig,
     generate,
+    generate_once,
     let_go,
     loaded_by,
     png_bytes,
@@ -553,13 +554,13 @@ def test_folders_that_are_none_of_ours_are_one_sentence(image_parquet: Path, tmp
 
 
 def test_unlabelled_images_are_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**KINDS["unlabelled"](tmp_path)))
+    generate_once(write_config(**KINDS["unlabelled"](tmp_path)))
     with pytest.raises(ConfigError, match=f"^{tmp_path / 'out'}: 5 .* 20 .*'test' .*label"):
         opened(tmp_path / "out")
 
 
 def test_a_split_without_images_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     write_sealed(tmp_path / "out/manifest.json", {**manifest, "complete": False, "subsets": [], "files": []})
     with pytest.raises(ConfigError, match=rf"^split: {tmp_path / 'out'} .*'test' .*fgsm generate"):

@@ -21,7 +21,7 @@ from tests.conftest import (
     REPOSITORY,
     WriteConfig,
     fgsm,
-    generate,
+    generate_once,
     rows,
 )
 from tests.support.page import NASTY, Page, make, opened, opened_png, self_labelled
@@ -122,7 +122,7 @@ def test_the_first_tab_reaches_the_skip_link(digits: Path, look: Look) -> None:
 
 
 def test_names_of_classes_stay_text(write_config: WriteConfig, tmp_path: Path, look: Look) -> None:
-    generate(write_config(**self_labelled(tmp_path, NASTY), attack={"epsilons": ["4/255", "32/255"]}))
+    generate_once(write_config(**self_labelled(tmp_path, NASTY), attack={"epsilons": ["4/255", "32/255"]}))
     made = make(tmp_path / "out")
     assert "<script" not in made.text
     assert "onerror=" not in made.text.replace("onerror=&#34;", "")
@@ -141,7 +141,7 @@ def test_a_page_with_everything_fits(write_config: WriteConfig, tmp_path: Path, 
     everything = {"epsilons": ["2/255", "4/255", "8/255", "16/255"]}
     config["attacks"] = {name: {"kind": name, **everything} for name in ("bim", "fgsm", "noise")}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    generate(tmp_path / "config.yaml")
+    generate_once(tmp_path / "config.yaml")
     folder, manifest = opened(tmp_path / "out")
     write_report(folder, manifest.model_copy(update={"complete": False}))
     for width, whole in ((1280, 0.98), (390, 0.55)):
@@ -157,7 +157,7 @@ def test_a_page_with_everything_fits(write_config: WriteConfig, tmp_path: Path, 
 
 
 def test_a_page_without_rows_fits(write_config: WriteConfig, tmp_path: Path, look: Look) -> None:
-    generate(write_config())
+    generate_once(write_config())
     for path in (tmp_path / "out").rglob("*.parquet"):
         path.unlink()
     make(tmp_path / "out")

@@ -13,7 +13,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
 from pipeline.report.gallery import Cell, Group, hero, make_groups
 from pipeline.report.sample import read_sample
-from tests.conftest import WriteConfig, generate
+from tests.conftest import WriteConfig, generate_once
 
 
 @pytest.mark.parametrize("layout", ["images", "wide"])
@@ -26,7 +26,7 @@ def test_pictures_of_attacks_that_lie_on_no_ray_are_the_stored_ones(
     attack = content.pop("attack")
     kinds = [first, *{"fgsm", "mifgsm"} - {first}]
     config.write_text(json.dumps({**content, "attacks": {kind: {**attack, "kind": kind} for kind in kinds}}))
-    generate(config)
+    generate_once(config)
     folder = OutputFolder(tmp_path / "out")
     manifest = require_manifest(folder)
     sample = read_sample(folder, manifest, "test", 10_000)

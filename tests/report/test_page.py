@@ -27,6 +27,7 @@ from tests.conftest import (
     WriteConfig,
     fgsm,
     generate,
+    generate_once,
     png_bytes,
     random_pixels,
     rows,
@@ -60,7 +61,7 @@ def test_generate_ends_with_a_report_and_makes_it_once(write_config: WriteConfig
 
 def test_a_report_that_fails_is_no_failed_run(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config()
-    generate(config)
+    generate_once(config)
     (tmp_path / "out/assets").write_text("in the way")
     result = fgsm("generate", config)
     assert result.exit_code == 0
@@ -159,7 +160,7 @@ def test_overwriting_a_run_replaces_its_report(finished: Path, tmp_path: Path) -
 
 
 def test_overwriting_a_run_leaves_a_page_that_no_report_wrote(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     (tmp_path / "out/report.html").write_text("<html>")
     (tmp_path / "out/assets").mkdir()
     (tmp_path / "out/assets/accuracy.png").write_text("a plot")
@@ -269,7 +270,7 @@ def test_skipped_rows_are_listed_with_their_reasons(write_config: WriteConfig, t
     images: list[bytes | None] = [png_bytes(image) for image in random_pixels(40)]
     images[3], images[7] = b"no image <b>", None
     source = write_parquet(tmp_path / "broken", images, [i % 3 for i in range(40)])
-    generate(write_config(source={"path": str(source)}, runtime={"max_skipped": 0.5}))
+    generate_once(write_config(source={"path": str(source)}, runtime={"max_skipped": 0.5}))
     page, (_, manifest) = make(tmp_path / "out"), opened(tmp_path / "out")
     assert "2 of 40 source rows could not be read." in page.words
     listed = page.tables["Rows of the source that are not in the dataset"][1:]
@@ -280,7 +281,7 @@ def test_skipped_rows_are_listed_with_their_reasons(write_config: WriteConfig, t
 def test_more_skipped_rows_than_a_page_lists(write_config: WriteConfig, tmp_path: Path) -> None:
     images: list[bytes | None] = [None if i % 2 else png_bytes(image) for i, image in enumerate(random_pixels(60))]
     source = write_parquet(tmp_path / "broken", images, [i % 3 for i in range(60)])
-    generate(write_config(source={"path": str(source)}, runtime={"max_skipped": 0.9}))
+    generate_once(write_config(source={"path": str(source)}, runtime={"max_skipped": 0.9}))
     page = make(tmp_path / "out")
     assert "30 of 60 source rows could not be read. The first 20; manifest.json lists all." in page.words
     assert len(page.tables["Rows of the source that are not in the dataset"]) == 21
@@ -292,7 +293,7 @@ def test_more_skipped_rows_than_a_page_lists(write_config: WriteConfig, tmp_path
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_is_what_the_rows_say(kind: str, layout: str, write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**{**KINDS[kind](tmp_path), "output": {"layout": layout, "images_per_shard": 16}}))
+    generate_once(write_config(**{**KINDS[kind](tmp_path), "output": {"layout": layout, "images_per_shard": 16}}))
     folder, manifest = opened(tmp_path / "out")
     sample = read_sample(folder, manifest, "test", 10_000)
     assert sample is not None
@@ -335,7 +336,7 @@ def test_the_pictures_of_the_sheet_are_the_stored_ones(
     own = self_labelled(tmp_path, "abc")
     (tmp_path / "bent.py").write_text(BENT)
     kind = "fgsm" if on_ray else f"{tmp_path}/bent.py:Bent"
-    generate(write_config(**own, attack={"kind": kind}, output={"layout": layout, "images_per_shard": 16}))
+    generate_once(write_config(**own, attack={"kind": kind}, output={"layout": layout, "images_per_shard": 16}))
     folder, manifest = opened(tmp_path / "out")
     sample = read_sample(folder, manifest, "test", 10_000)
     assert sample is not None
@@ -365,7 +366,7 @@ def test_the_pictures_of_the_sheet_are_the_stored_ones(
 
 def test_without_labels_it_counts_answers_that_change(write_config: WriteConfig, tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "bare", [png_bytes(image) for image in random_pixels(60)], None)
-    generate(
+    generate_once(
         write_config(
             source={"path": str(source), "classes": ["cat", "dog", "eel"]},
             attack={"label": "prediction", "epsilons": ["2/255", "32/255"]},
@@ -384,7 +385,7 @@ def test_without_labels_it_counts_answers_that_change(write_config: WriteConfig,
 
 def test_a_targeted_run_is_about_its_target(write_config: WriteConfig, tmp_path: Path) -> None:
     attack = {"epsilons": ["4/255", "12/255"], "target": "dog"}
-    generate(write_config(**self_labelled(tmp_path, ("cat", "dog", "eel")), attack=attack))
+    generate_once(write_config(**self_labelled(tmp_path, ("cat", "dog", "eel")), attack=attack))
     page, frame = make(tmp_path / "out"), rows(tmp_path / "out", "eps-12")
     reached = frame["fooled"].sum()
     assert 0 < reached < 60
@@ -395,14 +396,14 @@ def test_a_targeted_run_is_about_its_target(write_config: WriteConfig, tmp_path:
 
 
 def test_one_epsilon_is_enough(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**self_labelled(tmp_path, "abc"), attack={"epsilons": ["16/255"]}))
+    generate_once(write_config(**self_labelled(tmp_path, "abc"), attack={"epsilons": ["16/255"]}))
     assert len(make(tmp_path / "out").tables["Counts at each epsilon"]) == 3
 
 
 def test_of_many_epsilons_some_have_pictures(write_config: WriteConfig, tmp_path: Path) -> None:
     levels = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89]
     attack = {"epsilons": [f"{level}/255" for level in levels]}
-    generate(write_config(**self_labelled(tmp_path, "abc"), attack=attack))
+    generate_once(write_config(**self_labelled(tmp_path, "abc"), attack=attack))
     page = make(tmp_path / "out")
     assert "5 of 10 epsilons are shown." in page.words
     assert len(page.tables["Counts at each epsilon"]) == 12
@@ -424,7 +425,7 @@ class Stubborn(Net):
 def test_nobody_is_fooled(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> None:
     """A victim that hardly looks at the image."""
     factory_file.write_text(FACTORY + STUBBORN)
-    generate(write_config(model={"name": f"{factory_file}:Stubborn"}))
+    generate_once(write_config(model={"name": f"{factory_file}:Stubborn"}))
     page = make(tmp_path / "out")
     assert "clean; no step up to 8 of 255 grey levels succeeds on any of them." in page.words
     assert "Those that resist" in page.words
@@ -434,7 +435,7 @@ def test_no_answer_is_right_and_none_is_fooled(write_config: WriteConfig, factor
     """The card shows the examples of any complete dataset with rows, so there are some."""
     factory_file.write_text(FACTORY + STUBBORN)
     source = write_parquet(tmp_path / "wrong", [png_bytes(image) for image in random_pixels(8)], [0] * 8)
-    generate(write_config(source={"path": str(source)}, model={"name": f"{factory_file}:Stubborn"}))
+    generate_once(write_config(source={"path": str(source)}, model={"name": f"{factory_file}:Stubborn"}))
     page = make(tmp_path / "out")
     assert "The surest answers" in page.words
     linked = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "out/README.md").read_text())
@@ -444,7 +445,7 @@ def test_no_answer_is_right_and_none_is_fooled(write_config: WriteConfig, factor
 
 
 def test_an_incomplete_dataset_is_reported_as_one(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     for subset in ("clean", "eps-2", "eps-8"):
         shard_path(tmp_path / "out" / subset, "test-00001-of-00003.parquet").unlink()
     page = make(tmp_path / "out")
@@ -474,7 +475,7 @@ def test_a_split_or_a_dataset_of_skipped_rows_only(write_config: WriteConfig, tm
     write_parquet(tmp_path / "two", images, [i % 3 for i in range(20)], split="train")
     write_parquet(tmp_path / "two", [None] * 8, [i % 3 for i in range(8)], split="test")
     source = {"path": str(tmp_path / "two"), "split": ["train", "test"]}
-    generate(write_config(source=source, runtime={"max_skipped": 1.0}))
+    generate_once(write_config(source=source, runtime={"max_skipped": 1.0}))
     page = make(tmp_path / "out")
     assert "all 20 train images" in page.words
     assert "test images" not in page.words
@@ -489,7 +490,7 @@ def test_a_split_or_a_dataset_of_skipped_rows_only(write_config: WriteConfig, tm
 
 def test_predictions_without_names_are_numbers(write_config: WriteConfig, tmp_path: Path) -> None:
     """Of three of a model's seven classes; the others have no name."""
-    generate(
+    generate_once(
         write_config(
             model={"kwargs": {"classes": 7}, "label_map": {"cat": 4, "dog": 0, "eel": 2}},
             attack={"epsilons": ["64/255"]},
@@ -503,7 +504,7 @@ def test_predictions_without_names_are_numbers(write_config: WriteConfig, tmp_pa
 
 
 def test_large_images_are_shown_smaller(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**self_labelled(tmp_path, "abc", count=8, side=300)))
+    generate_once(write_config(**self_labelled(tmp_path, "abc", count=8, side=300)))
     page = make(tmp_path / "out")
     (first, *_) = (image for image in page.all("img") if image.get("width") == "300")
     assert first["src"] is not None

@@ -22,6 +22,7 @@ from tests.conftest import (
     WriteConfig,
     fgsm,
     generate,
+    generate_once,
     shard_path,
 )
 from tests.support.page import NASTY, make, opened, opened_png, self_labelled
@@ -87,7 +88,7 @@ def test_a_sample_in_the_source_s_order_may_not_be_fair(
 
 
 def test_a_picture_that_cannot_be_decoded_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config(**self_labelled(tmp_path, "abc")))
+    generate_once(write_config(**self_labelled(tmp_path, "abc")))
     path = next((tmp_path / "out/clean").glob("*.parquet"))
     table = pq.read_table(path)
     broken = pa.array([{"bytes": b"RIFF", "path": None}] * len(table), table.schema.field("image").type)
@@ -100,7 +101,7 @@ def test_a_picture_that_cannot_be_decoded_is_one_sentence(write_config: WriteCon
 
 @pytest.mark.parametrize("change", ["rows", "column", "gone"])
 def test_files_that_do_not_fit_are_one_sentence(change: str, write_config: WriteConfig, tmp_path: Path) -> None:
-    generate(write_config())
+    generate_once(write_config())
     folder, manifest = opened(tmp_path / "out")
     path = shard_path(tmp_path, "out/eps-8/test-00001-of-00003.parquet")
     table = pq.read_table(path)

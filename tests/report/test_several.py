@@ -13,7 +13,7 @@ from pipeline.report.findings import focus_on, who_travels
 from pipeline.report.gallery import make_groups
 from pipeline.report.page import report
 from pipeline.report.sample import read_sample
-from tests.conftest import WriteConfig, generate, pixels, png_bytes, random_pixels, rows, write_parquet
+from tests.conftest import WriteConfig, generate, generate_once, pixels, png_bytes, random_pixels, rows, write_parquet
 from tests.support.page import Page, make, opened, opened_png
 from tests.support.several import ATTACKS, write_several
 
@@ -141,7 +141,7 @@ def test_a_sample_and_its_pictures_are_what_is_stored(
 
 def test_what_is_not_known_of_clean_images_is_not_said(write_config: WriteConfig, tmp_path: Path) -> None:
     """The stored confidence in clean images is the first model's, whom no attack names."""
-    generate(write_several(write_config, tmp_path, {"fgsm": {**FGSM, "models": ["turned"]}}))
+    generate_once(write_several(write_config, tmp_path, {"fgsm": {**FGSM, "models": ["turned"]}}))
     page = make(tmp_path / "out")
     clean = rows(tmp_path / "out", "clean")
     assert f"The accuracy of turned on test images is {100 * clean['correct_turned'].mean():.1f}% clean" in page.words
@@ -155,7 +155,7 @@ def test_what_is_not_known_of_clean_images_is_not_said(write_config: WriteConfig
 def test_without_labels_there_is_no_matrix(write_config: WriteConfig, tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "bare", [png_bytes(image) for image in random_pixels(20)], None)
     sections = {"path": str(source), "classes": ["cat", "dog", "eel"]}
-    generate(write_several(write_config, tmp_path, {"fgsm": {**FGSM, "label": "prediction"}}, source=sections))
+    generate_once(write_several(write_config, tmp_path, {"fgsm": {**FGSM, "label": "prediction"}}, source=sections))
     page = make(tmp_path / "out")
     assert "The transfer" not in page.words
     assert not (tmp_path / "out/assets/transfer.png").exists()

@@ -217,7 +217,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
         monkeypatch.delenv(name)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pipeline.output.locks.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.output.locks.BEAT_SECONDS", 0.4)
     monkeypatch.setattr("pipeline.output.locks.STALE_SECONDS", 3.0)
     monkeypatch.setattr("pipeline.output.objects.ATTEMPTS", 2)
     (tmp_path / "temporary").mkdir()
