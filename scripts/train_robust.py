@@ -412,17 +412,17 @@ def main(
         with threads_for(study.manifest.shape):
             study.check()
             defence = run(study, defence, seeds)
+        text = describe(defence)
+        typer.echo(text)
+        if markdown_path is not None:
+            markdown_path.write_text(text + "\n")
+        if json_path is not None:
+            json_path.write_text(defence.model_dump_json(indent=1) + "\n")
         if report:
             typer.echo(f"Report: {write_report(output)}", err=True)
     except PipelineError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
-    text = describe(defence)
-    typer.echo(text)
-    if markdown_path is not None:
-        markdown_path.write_text(text + "\n")
-    if json_path is not None:
-        json_path.write_text(defence.model_dump_json(indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -501,10 +501,11 @@ def test_without_noise_in_the_dataset_the_control_is_made(tmp_path: Path) -> Non
     output = make(tmp_path, {"bim": {"kind": "bim", "models": ["flat"]}})
     study = study_of(output)
     assert [arm.id for arm in study.arms] == ["clean", "noise", "all:bim", "fly", "both"]
-    clean, shown, _ = epoch_of(output, "noise")
+    clean, shown, own = epoch_of(output, "noise")
     steps = (shown.int() - clean.int()).abs().amax((1, 2, 3))
     assert set(steps.tolist()) == {0, *LEVELS}
     assert 25 <= int((steps > 0).sum()) <= 55
+    assert (among(shown, [own[level] for level in LEVELS]) < 0).all()
     result = run(output, *OPTIONS, "--seeds", 1, "--no-report")
     assert result.exit_code == 0, result.output
     assert {(one.against, one.level) for one in read(output).trainings[0].tests if one.images == "stored"} == {
