@@ -506,7 +506,7 @@ def test_other_pixels_are_no_damage_where_another_pillow_decodes(write_config: W
     move_elsewhere(out, "pillow")
     findings = verify(out, source=True, repair=True)
     assert (len(findings.problems), findings.damaged) == (1, set())
-    assert re.search(rf"{CLEAN} .*pillow 1\.0 ", findings.problems[0])
+    assert re.search(r"clean/.*pillow 1\.0 ", findings.problems[0])
 
 
 def remove_source(folder: Path) -> None:
