@@ -5,6 +5,7 @@ All arms of a seed show the same source images in the same order, and attack the
 may depend on what an arm reads, and then the order does.)
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from pipeline.attacks.base import direction_sign
 from pipeline.attacks.fgsm import FGSM
 from pipeline.attacks.noise import Noise
 from pipeline.config.schema import AttackConfig
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.lattice import step
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
@@ -104,9 +105,11 @@ class Contents:
             if several
         ]
         which = "all sources" if several else "one source"
+        described = {name: _described(section) for name, section in self.attacks.items()}
+        counts = Counter(described.values())
         alls = [
-            Arm(id=f"all:{name}", title=f"stored, {which}: {_described(section)}", kind="all")
-            for name, section in self.attacks.items()
+            Arm(id=f"all:{name}", title=f"stored, {which}: {words}{f' ({name})' * (counts[words] > 1)}", kind="all")
+            for name, words in described.items()
         ]
         alls.sort(key=lambda arm: arm.id != f"all:{self.attack}")
         return (
@@ -180,7 +183,12 @@ class Reader:
             now = torch.zeros(len(labels), dtype=torch.bool)
             if self.arm.kind == "fly" or (self.arm.kind == "noise" and self.contents.noise is None):
                 now = lots >= self.recipe.clean
-            for stored, _ in others:
+            for stored, theirs in others:
+                if not torch.equal(labels, theirs):
+                    raise PipelineError(
+                        "--arms: both reads clean and stored images side by side, and those of this size come in "
+                        "different orders; name the other arms."
+                    )
                 half = (1 + self.recipe.clean) / 2
                 now = (lots >= self.recipe.clean) & (lots < half)
                 images = torch.where((lots >= half).view(-1, 1, 1, 1), stored, images)

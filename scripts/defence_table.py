@@ -100,14 +100,15 @@ def findings(defence: Defence) -> list[str]:
         return []
     stored, middle = arms["all"][0], middle_level(defence)
     unseen = {arm.id: black_box(defence, arm.id) for arm in defence.arms}
+    which = next(arm.title for arm in defence.arms if arm.id == stored).removeprefix("stored, ").partition(":")[0]
     said = []
     for kind, name in (("clean", "clean training"), ("noise", "the control"), ("one", "the best single source")):
         if kind in arms:
             best = min(arms[kind], key=lambda arm: statistics.mean(unseen[arm]))
-            which = f"{name}, {best.partition(':')[2]}" if kind == "one" else name
+            other = f"{name}, {best.partition(':')[2]}" if kind == "one" else name
             said.append(
-                "Under FGSM of held-out models, averaged over the epsilons, stored images of all sources have an error "
-                f"of {compared(unseen[stored], unseen[best], which)}."
+                f"Under FGSM of held-out models, averaged over the epsilons, stored images of {which} have an error of "
+                f"{compared(unseen[stored], unseen[best], other)}."
             )
     tested: dict[str, Tested] = {
         f"Under FGSM on the trained model itself at {middle}/255": ("fgsm", [ITSELF], middle),

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import pipeline
 from pipeline.attacks.base import direction_sign
 from pipeline.attacks.iterative import PGD, PGDConfig
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.lattice import step
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
@@ -498,9 +498,13 @@ def test_fgsm_on_the_fly_leaves_batch_norm_as_it_is(digits: Path) -> None:
 
 
 def test_without_noise_in_the_dataset_the_control_is_made(tmp_path: Path) -> None:
-    output = make(tmp_path, {"bim": {"kind": "bim", "models": ["flat"]}})
+    output = make(tmp_path, {"bim": {"kind": "bim", "models": ["flat"]}, "far": {"kind": "bim", "steps": 2}})
     study = study_of(output)
-    assert [arm.id for arm in study.arms] == ["clean", "noise", "all:bim", "fly", "both"]
+    assert [(arm.id, arm.title) for arm in study.arms if arm.kind in ("one", "all")] == [
+        ("all:bim", "stored, one source: BIM (bim)"),
+        ("all:far", "stored, one source: BIM (far)"),
+    ]
+    assert study.contents.sources == ("flat", "conv")
     clean, shown, own = epoch_of(output, "noise")
     steps = (shown.int() - clean.int()).abs().amax((1, 2, 3))
     assert set(steps.tolist()) == {0, *LEVELS}
@@ -508,6 +512,7 @@ def test_without_noise_in_the_dataset_the_control_is_made(tmp_path: Path) -> Non
     assert (among(shown, [own[level] for level in LEVELS]) < 0).all()
     result = run(output, *OPTIONS, "--seeds", 1, "--no-report")
     assert result.exit_code == 0, result.output
+    assert "stored images of one source have an error of" in result.stdout
     assert {(one.against, one.level) for one in read(output).trainings[0].tests if one.images == "stored"} == {
         ("flat", level) for level in LEVELS
     }
@@ -524,7 +529,8 @@ def defence(errors: dict[str, list[tuple[int, int, int]]], histories: dict[str, 
     """Arms by their ids, and of each seed how many of 100 are wrong: clean, under held-out FGSM, under its own."""
     trainings, arms = [], []
     for arm, by_seed in errors.items():
-        arms.append(Arm(id=arm, title=arm, kind=arm.partition(":")[0]))
+        title = "stored, all sources: FGSM" if arm.startswith("all") else arm
+        arms.append(Arm(id=arm, title=title, kind=arm.partition(":")[0]))
         for seed, (clean, unseen, own) in enumerate(by_seed):
             wrong = {
                 ("clean", None, 0): clean,
@@ -591,3 +597,10 @@ def test_findings_of_one_seed_claim_no_spread_and_need_no_other_arm() -> None:
 def test_an_error_that_is_never_reached_is_said_to_be() -> None:
     made = defence({"all:plain": [(3, 20, 99)], "fly": [(3, 20, 99)]}, {"all:plain": (0.5, 0.4), "fly": (0.6, 0.3)})
     assert "in none of 3 epochs" in defence_table.findings(made)[-1]
+
+
+def test_images_that_are_not_read_in_one_order_are_not_mixed(digits: Path) -> None:
+    reader = open_arm(study_of(digits), "both")
+    reader.datasets[1].seed += 1
+    with pytest.raises(PipelineError, match="both"):
+        next(reader.batches(0, torch.Generator()))
