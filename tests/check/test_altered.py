@@ -49,7 +49,7 @@ def make_rows(folder: Path, split: str, count: int, seed: int, broken: int | Non
     pq.write_table(pq.read_table(path), path, row_group_size=2)
 
 
-# What `targeted` and `streamed` have as `images` and `signs` do: in these two alone it is altered, but for the drill.
+# Values that `targeted` and `streamed` share with `images` and `signs`: only the drill alters them in all four.
 ALIKE = (
     *("identity.*", "versions.*", "features.*", "origin.*", "spaces.*", "dataset_classes"),
     *("config.model*", "config.preprocess.*", "config.output.*", "config.runtime.*"),

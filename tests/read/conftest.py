@@ -38,7 +38,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         patch.setattr(shards, "ROW_GROUP_ROWS", 7)
         for layout in LAYOUTS:
-            # Images of a row group, of which layout images has one in a row.
+            # Of layout images a row holds one picture, of the others several.
             patch.setattr(shards, "ROW_GROUP_BYTES", 5_000 if layout == "images" else 20_000)
             generate(write_several(write, folder, ON_RAYS, output={"layout": layout, "path": str(folder / layout)}))
         patch.setattr(shards, "ROW_GROUP_BYTES", 5_000)

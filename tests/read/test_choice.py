@@ -218,31 +218,35 @@ def test_rows_in_an_object_store_are_chosen_alike(
 
 FROM_HUB = """
 import json
+import sys
+
 import datasets
 import pipeline
 
 datasets.config.USE_PARQUET_EXPORT = False  # it would ask a second host
-for streaming in (False, True):
-    options = {"models": "sums", "attacks": ["fgsm", "noise"], "split": "test", "streaming": streaming}
-    rows = pipeline.load("user/name", ["8/255"], **options)
-    print(json.dumps([(row["attack"], row["model"], row["source_index"]) for row in rows]))
-print(len(pipeline.load("user/name", [0], split="test")))
+for repository in sys.argv[1:]:
+    for streaming in (False, True):
+        options = {"models": "sums", "attacks": ["fgsm", "noise"], "split": "test", "streaming": streaming}
+        rows = pipeline.load(repository, ["8/255"], **options)
+        print(json.dumps([(row["attack"], row["model"], row["source_index"]) for row in rows]))
+    print(len(pipeline.load(repository, [0], split="test")))
 """
 
 
-@pytest.mark.parametrize("layout", ["images", "wide"])
-def test_rows_on_the_hub_are_chosen_alike(several: Path, tmp_path: Path, layout: str) -> None:
+def test_rows_on_the_hub_are_chosen_alike(several: Path, tmp_path: Path) -> None:
+    # What is not asked for is not fetched; where rows say what made them, nor is the manifest.
+    fetched = {"images": {"clean", "fgsm-sums-eps-8", "noise-eps-8", "manifest.json"}, "wide": {"wide"}}
     with running_hub() as hub:
-        push(hub, several / layout)
-        *chosen, clean = read_back(FROM_HUB, hub=hub, folder=tmp_path)
-        indices = pipeline.load(several / layout, [0], "test")["source_index"][:]
-        expected = [[*one, index] for one in (["fgsm", "sums"], ["noise", None]) for index in indices]
-        assert [json.loads(line) for line in chosen] == [expected, expected]
-        assert clean == "40"
-        # What is not asked for is not fetched; where rows say what made them, nor is the manifest.
-        asked = {path.split("/resolve/")[1].split("/")[1] for path in hub.asked("GET", "/resolve/")}
-        subsets = {"clean", "fgsm-sums-eps-8", "noise-eps-8", "manifest.json"} if layout == "images" else {"wide"}
-        assert asked - {"README.md"} == subsets
+        for layout in fetched:
+            push(hub, several / layout, to=f"user/{layout}")
+        lines = read_back(FROM_HUB, *(f"user/{layout}" for layout in fetched), hub=hub, folder=tmp_path)
+        for (layout, subsets), (*chosen, clean) in zip(fetched.items(), (lines[:3], lines[3:]), strict=True):
+            indices = pipeline.load(several / layout, [0], "test")["source_index"][:]
+            expected = [[*one, index] for one in (["fgsm", "sums"], ["noise", None]) for index in indices]
+            assert [json.loads(line) for line in chosen] == [expected, expected]
+            assert clean == "40"
+            asked = {path.split("/resolve/")[1].split("/")[1] for path in hub.asked("GET", f"user/{layout}/resolve/")}
+            assert asked - {"README.md"} == subsets
 
 
 # --------------------------------------------------------------------------------------------------- drawing

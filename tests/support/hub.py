@@ -158,10 +158,10 @@ class Hub(ThreadingHTTPServer):
         """Clients that are killed and connections that are dropped are what the tests are about."""
 
 
-def push(hub: "Hub", folder: Path, ignore: str = ".run") -> None:
-    """Commit the files of a folder, but those below another, to `user/name`, which is made where it is not there."""
+def push(hub: "Hub", folder: Path, ignore: str = ".run", to: str = "user/name") -> None:
+    """Commit the files of a folder, but those below another, to a dataset, which is made where it is not there."""
     files = {path.relative_to(folder): path for path in folder.rglob("*.*") if path.is_file()}
-    repository = hub.repositories.setdefault("user/name", Repository(private=False))
+    repository = hub.repositories.setdefault(to, Repository(private=False))
     repository.commits.append(
         {str(name): git_blob(path.read_bytes()) for name, path in files.items() if name.parts[0] != ignore}
     )
