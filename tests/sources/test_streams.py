@@ -389,14 +389,20 @@ def test_a_local_source_that_changed_is_refused_and_a_moved_one_is_not(
 HUB = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "NO_PROXY": "127.0.0.1"}
 
 
-# Without the report, which reads nothing of the source.
+# Makes a run for each line that it reads, in a process forked for it, and says how that ended.
 GENERATE = """
+import os
 import sys
 
 from pipeline.config.load import load_config
 from pipeline.generate import generate
 
-generate(load_config(sys.argv[1]))
+for _ in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        generate(load_config(sys.argv[1]))
+        os._exit(0)
+    print(os.waitpid(process, 0)[1], flush=True)
 """
 
 
@@ -415,15 +421,20 @@ def test_a_dataset_of_the_hub_is_streamed_and_never_stored(
         hub.repositories["user/images"] = Repository(private=False, commits=[{**files, **card}], messages=["one"])
         environment = {**os.environ, **HUB, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
         command = [sys.executable, "-c", GENERATE, str(config)]
-        first = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert first.returncode == 0, first.stderr
-        cached = sum(path.stat().st_size for path in (tmp_path / "home").rglob("*") if path.is_file())
-        assert cached < 2000 < stored, "the card, and no row"
-        shard_path(tmp_path, "out/.run/receipts/test-00003-of-00004.json").unlink()
-        before = digests(tmp_path / "out")
-        hub.requests.clear()
-        again = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert again.returncode == 0, again.stderr
+        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as runs:
+            assert runs.stdin
+            assert runs.stdout
+            runs.stdin.write(b"\n")
+            runs.stdin.flush()
+            assert runs.stdout.readline() == b"0\n"
+            cached = sum(path.stat().st_size for path in (tmp_path / "home").rglob("*") if path.is_file())
+            assert cached < 2000 < stored, "the card, and no row"
+            shard_path(tmp_path, "out/.run/receipts/test-00003-of-00004.json").unlink()
+            before = digests(tmp_path / "out")
+            hub.requests.clear()
+            runs.stdin.write(b"\n")
+            runs.stdin.flush()
+            assert runs.stdout.readline() == b"0\n"
         assert len(hub.asked("GET", "test-00000-of-00003")) == 1, "the footer, for the rows and for the columns"
         assert len(hub.asked("GET", "test-00001-of-00003")) == 1, "the footer"
     assert digests(tmp_path / "out") == before
