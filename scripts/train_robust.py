@@ -321,7 +321,7 @@ def begin(study: Study, model: str | None, *, overwrite: bool) -> Defence:
     new = Defence(
         run_id=study.manifest.run_id,
         command=shlex.join(sys.argv),
-        machine=there["device"] if study.device.type == "cuda" else f"{available_cores()} cores of {there['cpu']}",
+        machine=f"{available_cores()} cores, {there['device']}",
         versions=there,
         seconds=0,
         recipe=asdict(study.recipe),
@@ -417,7 +417,7 @@ def main(
         if markdown_path is not None:
             markdown_path.write_text(text + "\n")
         if json_path is not None:
-            json_path.write_text(defence.model_dump_json(indent=1) + "\n")
+            json_path.write_text(defence.model_dump_json() + "\n")
         if report:
             typer.echo(f"Report: {write_report(output)}", err=True)
     except PipelineError as error:
