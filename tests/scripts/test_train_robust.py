@@ -65,7 +65,8 @@ NETS = """
 from torch import nn
 
 def conv():
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    features = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*features, nn.Dropout(), nn.Linear(8 * 36, 10))
 
 def flat():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
@@ -371,11 +372,12 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
         train_robust.run(study_of(output), train_robust.begin(study_of(output), None, overwrite=False), 1)
     first = read(output)
     assert [one.arm for one in first.trainings] == list(ARMS[:3])
+    (output / "defence.json").write_text(first.model_copy(update={"seconds": 1e6}).model_dump_json())
     # With another seed than at first, which only adds trainings.
     result = run(output, *OPTIONS, "--seeds", 2, "--no-report")
     assert result.exit_code == 0, result.output
     assert started[4:] == [*ARMS[3:], *ARMS]
-    assert read(output).seconds > first.seconds
+    assert read(output).seconds > 1e6
     resumed, uninterrupted = without_times(output), without_times(whole[0])
     assert resumed.pop("command") and uninterrupted.pop("command")
     assert resumed == uninterrupted
