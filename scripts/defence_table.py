@@ -18,8 +18,7 @@ Values = Sequence[float]
 
 def tables(defence: Defence) -> str:
     """Both tables, which read as text and as Markdown; the errors are percentages."""
-    levels, middle = defence.levels, middle_level(defence)
-    held_out = defence.held_out
+    levels, middle, held_out = defence.levels, defence.middle, defence.held_out
     errors: dict[str, Tested] = {"clean": ("clean", [None], 0)}
     errors |= {f"FGSM {level}": ("fgsm", held_out, level) for level in levels}
     errors |= {f"PGD {middle}": ("pgd", held_out, middle), f"own FGSM {middle}": ("fgsm", [ITSELF], middle)}
@@ -28,14 +27,16 @@ def tables(defence: Defence) -> str:
     for arm in defence.arms:
         rows[arm.title].append(f"{statistics.mean(rates(defence, arm.id)):,.0f}")
     more = {arm.title: [percent(defence.errors(arm.id, *of)) for of in apart.values()] for arm in defence.arms}
+    for arm in defence.arms:
+        more[arm.title].append(percent(defence.mistaken_confidence(arm.id, "fgsm", held_out, middle)))
     seeds = len(defence.seeds)
     return "\n\n".join(
         [
             f"Error in percent on {defence.trainings[0].tests[0].rows:,} test images, {_spread_of(seeds)}; epsilons in "
             f"grey levels. FGSM and PGD attack the models held out ({', '.join(held_out)}), own FGSM the trained one.",
             markdown(["trained on", *errors, "images/s"], rows),
-            "FGSM from each held-out model:",
-            markdown(["trained on", *apart], more),
+            f"FGSM from each held-out model, and how sure the network is of its wrong answers at {middle}/255:",
+            markdown(["trained on", *apart, "sure when wrong"], more),
         ]
     )
 
@@ -56,14 +57,11 @@ def markdown(header: Sequence[str], rows: dict[str, list[str]]) -> str:
 
 
 def percent(values: Values) -> str:
-    """Mean and standard deviation in percent; of one seed the value."""
+    """Mean and standard deviation in percent; of one seed the value, of none a dash."""
+    if not values:
+        return "-"
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{spread}"
-
-
-def middle_level(defence: Defence) -> int:
-    """The epsilon of the columns that show one only; of an even number the larger of the middle two."""
-    return defence.levels[len(defence.levels) // 2]
 
 
 def black_box(defence: Defence, arm: str) -> list[float]:
@@ -98,7 +96,7 @@ def findings(defence: Defence) -> list[str]:
         arms.setdefault(arm.kind, []).append(arm.id)
     if "all" not in arms:
         return []
-    stored, middle = arms["all"][0], middle_level(defence)
+    stored, middle = arms["all"][0], defence.middle
     unseen = {arm.id: black_box(defence, arm.id) for arm in defence.arms}
     which = next(arm.title for arm in defence.arms if arm.id == stored).removeprefix("stored, ").partition(":")[0]
     said = []

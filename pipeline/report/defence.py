@@ -146,6 +146,10 @@ class Defence(_Strict):
         """The error of an arm on some images, averaged over whose gradient made them: one number for each seed."""
         return self._by_seed(arm, images, against, level, lambda test: test.error)
 
+    def mistaken_confidence(self, arm: str, images: str, against: Sequence[str | None], level: int) -> list[float]:
+        """How sure an arm is of its wrong answers on some images, as `errors`; seeds without wrong answers left out."""
+        return self._by_seed(arm, images, against, level, lambda test: test.wrong_confidence)
+
     def black_box(self, arm: str, level: int) -> Spread | None:
         """The error under FGSM of the held-out models, averaged over these; None where it was not measured."""
         return Spread.of(self.errors(arm, "fgsm", self.held_out, level))
@@ -155,7 +159,7 @@ class Defence(_Strict):
         return Spread.of(self.errors(arm, attack, [ITSELF], self.middle))
 
     def _by_seed(
-        self, arm: str, images: str, against: Sequence[str | None], level: int, value: Callable[[Outcome], float]
+        self, arm: str, images: str, against: Sequence[str | None], level: int, value: Callable[[Outcome], float | None]
     ) -> list[float]:
         means = []
         for training in self.trainings:
@@ -165,8 +169,9 @@ class Defence(_Strict):
                     for test in training.tests
                     if (test.images, test.level) == (images, level) and test.against in against
                 ]
-                if wanted:
-                    means.append(sum(wanted) / len(wanted))
+                known = [one for one in wanted if one is not None]
+                if known:
+                    means.append(sum(known) / len(known))
         return means
 
 
