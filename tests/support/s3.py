@@ -18,6 +18,7 @@ import pytest
 from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.s3.models import s3_backends
+from s3fs import S3FileSystem
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from tests.conftest import (
@@ -205,6 +206,8 @@ NUMBERS = itertools.count()
 def server() -> Iterator[S3]:
     with running_s3() as s3:
         yield s3
+    # Clients that fsspec keeps for who asks alike would ask the server of the module before.
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
