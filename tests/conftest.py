@@ -286,8 +286,12 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps({**rest, "digest": json_digest(rest)}))
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First what waits for other processes, so that it does not hold up the end alone."""
+    """Tests of an object store and a browser are slow; what waits for processes comes first, not alone at the end."""
+    for item in items:
+        if {"server", "browser"} & {*getattr(item, "fixturenames", ())} and not item.get_closest_marker("drill"):
+            item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in ("test_part.py", "test_processes.py"))
 
 
@@ -295,7 +299,7 @@ def pytest_collection_finish() -> None:
     """Collect garbage less often, and leave out what was imported: together a tenth of all that tests compute."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(50_000, 20, 100)
 
 
 def let_go(caught: pytest.ExceptionInfo[BaseException]) -> None:

@@ -96,7 +96,7 @@ class Place:
         return len(list(self.folder.glob("attacks *")))
 
 
-@pytest.fixture(params=["folder", "object store"])
+@pytest.fixture(params=["folder", pytest.param("object store", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path, processes: Any) -> Iterator[Place]:
     numbers, started = itertools.count(), []
     cache = str(tmp_path / "cache")

@@ -49,7 +49,7 @@ from tests.support.s3 import S3, lock_of, running_s3
 from tests.support.several import EVERY_KIND, write_several
 
 # A worker imports torch, which takes long where all else is tested at the same time.
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 # A victim that does what files beside it say, and notes which processes load it, with how many cores. It fails no
 # earlier than when the run has begun, of which the opening looks at images too.
