@@ -53,8 +53,10 @@ def test_a_drill_that_fails_fails_ci_at_once(tmp_path: Path) -> None:
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci")
     # The environment that it makes is this one, and there is nothing to install.
     (tmp_path / "shims").mkdir()
-    for name, script in {"python": f'exec {sys.executable} "$@"', "chromium": "true"}.items():
-        shim = tmp_path / "shims" / name
+    (tmp_path / "scripts").mkdir()
+    scripts = {"shims/python": f'exec {sys.executable} "$@"', "shims/chromium": "true", "scripts/check": "true"}
+    for name, script in scripts.items():
+        shim = tmp_path / name
         shim.write_text(f"#!/bin/sh\n{script}\n")
         shim.chmod(0o755)
     (tmp_path / "README.md").write_text("<!-- test command -->\n```sh\nmkdir .venv && ln -s ../shims .venv/bin\n```\n")
