@@ -491,7 +491,7 @@ def test_batches_behind_one_that_fails_are_not_committed(
         return encode_column(images_u8, image_format)
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.engine.execute.encode_column", fail_once)
+    monkeypatch.setattr("pipeline.layouts.base.encode_column", fail_once)
     config = write_config(output={"images_per_shard": images_per_shard})
     result = fgsm("generate", config)
     assert result.exit_code == 1

@@ -37,6 +37,13 @@ class PerImage(Layout):
 
     per_image = True
 
+    def picture_feature(self, column: str) -> Any:
+        """The feature of `datasets` that a column of pictures has."""
+        import datasets
+
+        del column
+        return datasets.Image()
+
     def features(self, contents: Contents) -> dict[str, Any]:
         import datasets
 
@@ -51,7 +58,7 @@ class PerImage(Layout):
         shared = {column.name: contents.feature(column) for column in beside}
         attacks = {c.name: contents.feature(c) for c in columns if c not in beside and not c.of_clean}
         return {
-            **dict.fromkeys(picture_columns(self, contents.variants), datasets.Image()),
+            **{name: self.picture_feature(name) for name in picture_columns(self, contents.variants)},
             LABEL: shared[LABEL],
             **clean(columns[:end]),
             ATTACKS: datasets.List(attacks),

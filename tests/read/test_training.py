@@ -40,6 +40,7 @@ from tests.conftest import (
     generate_once,
     let_go,
     loaded_by,
+    output_of,
     png_bytes,
     random_pixels,
     shard_path,
@@ -86,7 +87,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "attack": {"epsilons": ["2/255", "8/255"]},
                     "output": {
                         "path": str(folder / f"{color}-{layout}"),
-                        "layout": layout,
+                        **output_of(layout),
                         "images_per_shard": SHARD,
                     },
                     "runtime": {"device": "cpu", "workers": 0, "batch_size": 6},
