@@ -34,9 +34,7 @@ def picture_to_bits(pictures_u8: NDArray[np.uint8]) -> pa.StructArray:
     return pa.StructArray.from_arrays(planes, [POSITIVE, ZERO])
 
 
-def bits_to_picture(
-    positive: Sequence[bytes | None], zero: Sequence[bytes | None], shape: tuple[int, ...]
-) -> NDArray[np.uint8]:
+def bits_to_picture(positive: Sequence[bytes], zero: Sequence[bytes], shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Stored sign maps back as pictures.
 
     Args:
@@ -53,8 +51,8 @@ def bits_to_picture(
     count = int(np.prod(shape))
     size = -(-count // 8)
     if any(plane is None or len(plane) != size for plane in (*positive, *zero)):
-        raise ValueError(f"a sign map is not of {size} bytes, as {count} bits are")
-    packed = [np.frombuffer(bytearray().join(planes), np.uint8).reshape(-1, size) for planes in (positive, zero)]  # type: ignore[arg-type]
+        raise ValueError(f"the bits of a sign map are not {size} bytes, as those of {count} values are")
+    packed = [np.frombuffer(b"".join(planes), np.uint8).reshape(-1, size) for planes in (positive, zero)]
     if (packed[0] & packed[1]).any():
         raise ValueError("a sign map has a value that is both positive and zero")
     if ((packed[0][:, -1] | packed[1][:, -1]) & (255 >> (count - 1) % 8 + 1)).any():

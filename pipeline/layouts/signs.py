@@ -1,7 +1,7 @@
 """Layout signs: a row for each source image holds the clean image, and the sign map that leads to every epsilon."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -76,13 +76,6 @@ class Signs(PerImage):
 
 class SignBits(Signs):
     """Layout signs where a sign map is not a picture but two planes of bits, which a reader need not decode."""
-
-    def picture_feature(self, column: str) -> Any:
-        import datasets
-
-        if column == IMAGE:
-            return super().picture_feature(column)
-        return {name: datasets.Value("binary") for name in self.fields(column)}
 
     def fields(self, column: str) -> tuple[str, ...]:
         return super().fields(column) if column == IMAGE else (POSITIVE, ZERO)

@@ -1,5 +1,7 @@
 """Sign maps as bits: exact, as NumPy packs them, and nothing else is taken for one."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,7 +37,7 @@ def test_maps_come_back_exactly(data: st.DataObject) -> None:
         (b"\x80\x00", b"\x00\x01", "beyond"),
     ],
 )
-def test_other_bits_are_refused(positive: bytes | None, zero: bytes, reason: str) -> None:
+def test_other_bits_are_refused(positive: Any, zero: bytes, reason: str) -> None:
     sound = b"\x80\x00", b"\x00\x80"
     assert bits_to_picture([sound[0]], [sound[1]], (3, 3, 1)).sum() == 254 + 127
     with pytest.raises(ValueError, match=reason):
