@@ -25,9 +25,9 @@ def picture_to_bits(pictures_u8: NDArray[np.uint8]) -> pa.StructArray:
         What fills up the last byte is 0.
     """
     values = pictures_u8.reshape(len(pictures_u8), -1)
-    planes = []
-    for plane in (values == 254, values == 127):
-        packed = np.packbits(plane, axis=1)
+    planes, plane = [], np.empty(values.shape, dtype=np.bool_)
+    for value in (254, 127):
+        packed = np.packbits(np.equal(values, value, out=plane), axis=1)
         kind = pa.binary(packed.shape[1])
         rows = pa.FixedSizeBinaryArray.from_buffers(kind, len(packed), [None, pa.py_buffer(packed)])
         planes.append(rows.cast(pa.binary()))
