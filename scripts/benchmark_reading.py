@@ -2,12 +2,14 @@
 
     fgsm generate cifar10.yaml --output out/images
     fgsm generate cifar10.yaml --output out/signs --set output.layout=signs
-    python scripts/benchmark_reading.py out/images out/signs --json reading.json
+    fgsm generate cifar10.yaml --output out/bits --set output.layout=signs --set output.sign_format=bits
+    python scripts/benchmark_reading.py out/images out/signs out/bits --json reading.json
 
 Every reader gives an epoch of uint8 tensors and labels, in random order, through an ordinary DataLoader:
 
-- `images` and `signs`: `pipeline.training_dataset` of either layout; at the one epsilon that the others read too, where
-  signs must decode two pictures for every image, and mixed: half clean, half at any recorded epsilon;
+- `images`, `signs` and `bits`: `pipeline.training_dataset` of either layout; at the one epsilon that the others read
+  too, where signs must decode two pictures for every image, or one with bits beside it, and mixed: half clean, half at
+  any recorded epsilon;
 - `datasets`: plain `datasets`, map-style, with a transform to tensors;
 - `streaming`: its streaming mode, with a shuffle buffer;
 - `image folder`: torchvision's ImageFolder of the same encoded images in files of their own.
@@ -85,12 +87,14 @@ def row_to_tensors(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"image": to_tensor(row["image"]), "label": row["label"]}
 
 
-def readers(images: Path, signs: Path, split: str, variant: Variant, files: Path, batch_size: int) -> dict[str, Open]:
+def readers(
+    images: Path, signs: Sequence[Path], split: str, variant: Variant, files: Path, batch_size: int
+) -> dict[str, Open]:
     """All readers, by name.
 
     Args:
         images: an output of layout images.
-        signs: one of layout signs, of the same source images.
+        signs: outputs of layout signs, of the same source images.
         split: what is read of them.
         variant: what all read.
         files: a folder of class folders with the same images.
@@ -103,7 +107,7 @@ def readers(images: Path, signs: Path, split: str, variant: Variant, files: Path
     streamed = streamed.select_columns(["image", "label"])
     folder = ImageFolder(str(files), transform=to_tensor)
     ours = {}
-    for path in (images, signs):
+    for path in (images, *signs):
         ours[f"{OURS}, {path.name}, at {epsilon}"] = training_dataset(path, split, epsilons=[epsilon], clean=0)
         ours[f"{OURS}, {path.name}, mixed"] = training_dataset(path, split)
 
@@ -229,7 +233,7 @@ def describe(rows: Sequence[Row]) -> str:
 
 def main(
     images: Annotated[Path, typer.Argument(help="An output of layout images.")],
-    signs: Annotated[Path, typer.Argument(help="An output of layout signs of the same source images.")],
+    signs: Annotated[list[Path], typer.Argument(help="Outputs of layout signs of the same source images.")],
     split: Annotated[str, typer.Option(help="What is read of them.")] = "test",
     workers: Annotated[list[int] | None, typer.Option(help="Of the DataLoader (default: 0 and 2).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 128,

@@ -228,6 +228,8 @@ def write_config(tmp_path: Path, factory_file: Path, image_parquet: Path) -> Wri
         }
         for name, section in sections.items():
             config[name] = {**config.get(name, {}), **section}
+        if "layout" in config["output"]:
+            config["output"] |= output_of(config["output"]["layout"])
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         return path
@@ -435,6 +437,11 @@ def detached():
 
 
 LAYOUTS = tuple(registry.LAYOUTS)
+
+
+def output_of(layout: str) -> dict[str, str]:
+    """The keys of section `output` for one of LAYOUTS, such as signs-bits."""
+    return dict(zip(("layout", "sign_format"), layout.split("-"), strict=False))
 
 
 def subset_of(layout: str, level: int) -> str:

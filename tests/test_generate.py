@@ -491,7 +491,7 @@ def test_batches_behind_one_that_fails_are_not_committed(
         return encode_column(images_u8, image_format)
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.engine.execute.encode_column", fail_once)
+    monkeypatch.setattr("pipeline.layouts.base.encode_column", fail_once)
     config = write_config(output={"images_per_shard": images_per_shard})
     result = fgsm("generate", config)
     assert result.exit_code == 1
@@ -868,7 +868,7 @@ def test_what_failed_first_is_what_the_user_reads(write_config: WriteConfig, mon
         raise PipelineError("the manifest could not be written")
 
     monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.engine.execute.encode_column", fail)
+    monkeypatch.setattr("pipeline.layouts.base.encode_column", fail)
     result = fgsm("generate", write_config())
     assert result.exit_code == 1
     assert "the shard could not be written" in result.stderr

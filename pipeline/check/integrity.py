@@ -34,6 +34,7 @@ from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.core.lattice import common_sign, distance, step, stored_sign
 from pipeline.core.plan import Plan, Shard
+from pipeline.core.sign_bits import decode_cells
 from pipeline.core.variants import by_attack
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
@@ -181,7 +182,7 @@ class ShardCheck:
     decoders: Executor
 
     def __post_init__(self, manifest: Manifest) -> None:
-        self.shape = torch.Size(manifest.shape)
+        self.shape = manifest.shape
         self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
         self.levels = [variant.level for variant in self.variants]
         self.layout, self.run_id, config = manifest.layout, manifest.run_id, manifest.resolved
@@ -538,12 +539,12 @@ class ShardCheck:
     ) -> tuple[list[Tensor], list[Tensor], list[pa.Table]]:
         """The images of every variant, V times (M, C, H, W) uint8, the sign of each attack, and what is recorded."""
         layout, variants = self.layout, self.variants
-        pictures = {
-            picture: self._pictures(stored[picture.subset].column(picture.column), files[picture.subset])
-            for picture in layout.pictures(variants)
-        }
-        images, signs = [pictures[layout.pictures(variants)[0]]], []
         try:
+            pictures = {
+                picture: self._pictures(stored[picture.subset], picture.column, files[picture.subset])
+                for picture in layout.pictures(variants)
+            }
+            images, signs = [pictures[layout.pictures(variants)[0]]], []
             tables = [layout.rows(stored, variant, variants) for variant in variants]
             for indices in self.attacks:
                 levels = [self.levels[index] for index in indices]
@@ -563,18 +564,22 @@ class ShardCheck:
             raise DamageError(f"{files[self.stored[0]]}: {error}.") from None
         return images, signs, tables
 
-    def _pictures(self, column: pa.ChunkedArray, name: str) -> Tensor:
+    def _pictures(self, table: pa.Table, column: str, name: str) -> Tensor:
+        if not len(table):
+            return torch.zeros((0, *self.shape), dtype=torch.uint8)
+        stored = table.column(column).combine_chunks()
+        cells = zip(*(stored.field(field).to_pylist() for field in self.layout.fields(column)), strict=True)
         try:
-            pixels = list(
-                self.decoders.map(
-                    partial(decode_image, shape=self.shape), column.combine_chunks().field("bytes").to_pylist()
-                )
-            )
+            pixels = decode_cells(list(cells), self.shape, self._decode)
         except OtherShapeError:
             raise DamageError(f"{name} holds an image of another size.") from None
         except UndecodableError as error:
             raise DamageError(f"{name} holds a broken image: {error}") from None
-        return torch.stack(pixels) if pixels else torch.zeros((0, *self.shape), dtype=torch.uint8)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def _decode(self, data: Sequence[bytes]) -> NDArray[np.uint8]:
+        pixels = torch.stack(list(self.decoders.map(partial(decode_image, shape=self.shape), data)))
+        return pixels.permute(0, 2, 3, 1).numpy()
 
 
 def _same(these: pa.ChunkedArray, those: pa.ChunkedArray) -> bool:

@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.config.kinds import LAYOUTS
 from pipeline.config.section import Count, Section, anchored, home
@@ -263,7 +272,7 @@ def _refuse_jpeg(value: Any) -> Any:
 if TYPE_CHECKING:
     LayoutName = str
 else:
-    LayoutName = Literal[tuple(LAYOUTS)]
+    LayoutName = Literal[tuple(name for name in LAYOUTS if "-" not in name)]
 
 
 class OutputConfig(Section):
@@ -271,6 +280,7 @@ class OutputConfig(Section):
 
     path: str
     layout: LayoutName = "images"
+    sign_format: Literal["picture", "bits"] = "picture"
     image_format: Annotated[Literal["auto", "webp", "png"], BeforeValidator(_refuse_jpeg)] = "auto"
     images_per_shard: Count = 4096
 
@@ -282,6 +292,22 @@ class OutputConfig(Section):
         elif path.startswith("~") and home(path) == Path(path):
             raise ValueError(f"{path!r} names no user of this machine")
         return path
+
+    @model_validator(mode="after")
+    def _check_sign_format(self) -> "OutputConfig":
+        if "sign_format" in self.model_fields_set and f"{self.layout}-bits" not in LAYOUTS:
+            raise ValueError(f"sign_format: layout {self.layout} stores no sign maps; leave the key out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the default of a key that there was not always, so that run ids from before it still hold."""
+        return {key: value for key, value in serialize(self).items() if (key, value) != ("sign_format", "picture")}
+
+    @property
+    def kind(self) -> str:
+        """The name among LAYOUTS of the layout as the rest of the section has it."""
+        return self.layout if self.sign_format == "picture" else f"{self.layout}-{self.sign_format}"
 
 
 def _check_gpus(value: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
-from pipeline.core.images import UndecodableError, encode_images
+from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
 from pipeline.core.memory import PeakMemory
@@ -30,7 +31,7 @@ from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
 from pipeline.engine.progress import Busy
 from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder
-from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS
+from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS, column_options
 from pipeline.output.summary import human_bytes
 
 # Images encoded to estimate the size of all.
@@ -62,8 +63,11 @@ def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     signs = torch.randint(0, 2, images.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     moved = [step(images, signs, variant.level) for variant in run.variants]
     stored = run.layout.stored(moved, [signs] * len(run.attacks))
-    sizes = [len(data) for pictures in stored for data in encode_images(pictures, run.image_format)]
-    return int(sum(shard.rows or 0 for shard in shards) * (sum(sizes) / len(images) + ROW_BYTES * len(run.variants)))
+    encoded = [run.layout.encode(*one, run.image_format) for one in zip(run.pictures, stored, strict=True)]
+    table, file = pa.table(encoded, names=[str(index) for index in range(len(encoded))]), pa.BufferOutputStream()
+    pq.write_table(table, file, **column_options(table.schema, table.column_names))
+    size = _data_bytes(pa.BufferReader(file.getvalue())) / len(images)
+    return int(sum(shard.rows or 0 for shard in shards) * (size + ROW_BYTES * len(run.variants)))
 
 
 def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
@@ -209,7 +213,7 @@ def _parts(plan: Plan, rows: int) -> list[Shard]:
     return [shard.with_rows(each if shard.rows is None else min(each, shard.rows)) for shard in chosen]
 
 
-def _data_bytes(file: Path) -> int:
+def _data_bytes(file: Path | pa.NativeFile) -> int:
     """Bytes of a Parquet file's rows, without what it says of them."""
     metadata = pq.read_metadata(file)
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
@@ -221,7 +225,7 @@ def _unseen_bytes(run: Run, seen: _Pass) -> int:
     missing = run.plan.batch_size - seen.longest
     if missing <= 0:
         return 0
-    pixels = torch.Size(run.reader.shape).numel() * run.pictures
+    pixels = torch.Size(run.reader.shape).numel() * len(run.pictures)
     # Being attacked, waiting for it, being encoded, and waiting to be written.
     batches = missing * (pixels + seen.row_bytes) * (2 + BATCHES_IN_FLIGHT)
     group = min(ROW_GROUP_BYTES * len(run.stored), ROW_GROUP_ROWS * seen.row_bytes)

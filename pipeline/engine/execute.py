@@ -30,7 +30,7 @@ from pipeline.engine.loader import load_batches, name_row
 from pipeline.engine.progress import Busy, Progress
 from pipeline.engine.run import Run, versions
 from pipeline.engine.scores import count, score
-from pipeline.layouts.base import IMAGE, Scores, encode_column, picture_columns
+from pipeline.layouts.base import Scores, picture_columns
 from pipeline.output.folder import OutputFolder, Receipt, VariantCounts, add_up
 from pipeline.output.shards import ShardWriter
 
@@ -269,14 +269,14 @@ def _encode(
     encoders: ThreadPoolExecutor, parts: Sequence[Part], run: Run, busy: Busy
 ) -> list[list[Future[pa.StructArray]]]:
     """Begin to encode a batch: for each stored picture, its rows in pieces that follow each other."""
-    encode = busy.timed("encode", encode_column)
+    encode = busy.timed("encode", run.layout.encode)
     return [
         [
-            encoders.submit(encode, piece, run.image_format)
+            encoders.submit(encode, column, piece, run.image_format)
             for part in parts
             for piece in part.pictures[index].split(IMAGES_PER_TASK)
         ]
-        for index in range(run.pictures)
+        for index, column in enumerate(run.pictures)
     ]
 
 
@@ -331,8 +331,11 @@ class _Sink:
         if self._open is None:
             columns = picture_columns(run.layout, run.variants)
             self._open = ShardWriter(self.folder, batch.shard, run.stored, self.schema, columns, run.edition)
-        kind = self.schema.field(IMAGE).type
-        pictures = [pa.chunked_array([piece.result() for piece in pieces], kind) for pieces in encoded]
+        kinds = [self.schema.field(column).type for column in run.pictures]
+        pictures = [
+            pa.chunked_array([piece.result() for piece in pieces], kind)
+            for kind, pieces in zip(kinds, encoded, strict=True)
+        ]
         tables = run.layout.tables(batch, scores, pictures, self.schema)
         # By the wall, without the encoders: what holds a writer up is the disk.
         self.busy.timed("write", self._open.write, time.perf_counter)(tables)

@@ -120,7 +120,7 @@ class Run:
     @property
     def layout(self) -> Layout:
         """How its rows are stored."""
-        return LAYOUTS[self.config.output.layout]
+        return LAYOUTS[self.config.output.kind]
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -128,9 +128,9 @@ class Run:
         return subsets_of(self.layout, self.variants)
 
     @property
-    def pictures(self) -> int:
-        """How many pictures are stored of a source image."""
-        return len(self.layout.pictures(self.variants))
+    def pictures(self) -> tuple[str, ...]:
+        """The columns of the pictures that are stored of a source image, one for each."""
+        return tuple(picture.column for picture in self.layout.pictures(self.variants))
 
     @property
     def run_id(self) -> str:
@@ -215,7 +215,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         reader=reader,
         models=models,
         attacks=attacks,
-        features=make_features(LAYOUTS[config.output.layout], contents_of(resolved, spaces, source.kept)),
+        features=make_features(LAYOUTS[config.output.kind], contents_of(resolved, spaces, source.kept)),
         device=device,
         image_format=image_format,
         identity=_identity(resolved, source, shape, loaded, models, chunk_images(device, plan.batch_size, shape)),
@@ -299,7 +299,7 @@ def make_attacks(
 
 def make_attacker(config: Config, models: Mapping[str, Model], attacks: tuple[ModelAttack, ...]) -> Attacker:
     """All attacks of a run on chunks of rows."""
-    return Attacker(models, attacks, LAYOUTS[config.output.layout].stored)
+    return Attacker(models, attacks, LAYOUTS[config.output.kind].stored)
 
 
 def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 IMAGE, LABEL, EPSILON, ATTACK, MODEL, ATTACKS = "image", "label", "epsilon", "attack", "model", "attacks"
 # Where a source is streamed, the file that a row is of.
 FILE = "source_file"
+# Of an encoded image as `datasets` stores it, the fields that hold bytes.
+IMAGE_FIELDS = ("bytes",)
 # The last of our own columns.
 LAST = "source_index"
 # The row's own model: the one that its image was made of; the first of a row that is of none.
@@ -285,6 +287,22 @@ class Layout(ABC):
     @abstractmethod
     def features(self, contents: Contents) -> dict[str, Any]:
         """The columns of every subset as features of `datasets`, in order."""
+
+    def fields(self, column: str) -> tuple[str, ...]:
+        """The fields of a column of pictures that hold bytes: a picture is stored as one value of each."""
+        del column
+        return IMAGE_FIELDS
+
+    def encode(self, column: str, pictures_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
+        """What a column of pictures holds of some of them, without loss.
+
+        Args:
+            column: one of those that `pictures` names.
+            pictures_u8: (N, C, H, W) uint8 on the CPU, as `stored` gives them.
+            image_format: of encoded images.
+        """
+        del column
+        return encode_column(pictures_u8, image_format)
 
     def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         """What is encoded, (N, C, H, W) uint8, one for each of `pictures`.

@@ -15,6 +15,7 @@ from pipeline.layouts.base import (
     ATTACK,
     ATTACKS,
     EPSILON,
+    IMAGE_FIELDS,
     LABEL,
     LAST,
     MODEL,
@@ -46,12 +47,16 @@ class PerImage(Layout):
         def clean(columns: Sequence[Column]) -> dict[str, Any]:
             return {column.clean_name: contents.feature(column) for column in columns if column.clean_name}
 
+        def picture(fields: Sequence[str]) -> Any:
+            encoded = fields == IMAGE_FIELDS
+            return datasets.Image() if encoded else {name: datasets.Value("binary") for name in fields}
+
         once = len(by_attack(contents.variants)) == 1
         beside = [c for c in columns if not c.per_variant or (c.of_attack and once)]
         shared = {column.name: contents.feature(column) for column in beside}
         attacks = {c.name: contents.feature(c) for c in columns if c not in beside and not c.of_clean}
         return {
-            **dict.fromkeys(picture_columns(self, contents.variants), datasets.Image()),
+            **{name: picture(self.fields(name)) for name in picture_columns(self, contents.variants)},
             LABEL: shared[LABEL],
             **clean(columns[:end]),
             ATTACKS: datasets.List(attacks),

@@ -15,10 +15,35 @@ from PIL import Image
 from pipeline.core.errors import PipelineError
 from pipeline.core.images import open_stored
 from pipeline.core.lattice import step_array, stored_sign
+from pipeline.core.sign_bits import bits_to_picture
 
 # A view's image, in Arrow: without a direction the picture is the image. No field is called `bytes`, or a cast to
 # datasets.Image would silently take the picture for the image.
-STEPPED_TYPE = pa.struct({"picture": pa.binary(), "direction": pa.binary(), "level": pa.uint8()})
+# Of a sign map in bits, `direction` are the positive ones and `zero` the others; else `zero` is null.
+STEPPED_TYPE = pa.struct({"picture": pa.binary(), "direction": pa.binary(), "zero": pa.binary(), "level": pa.uint8()})
+
+
+def stepped_cells(pictures: pa.ChunkedArray, directions: pa.ChunkedArray | None, level: int) -> pa.ChunkedArray:
+    """Columns of pictures as one of STEPPED_TYPE; the bytes stay where they are.
+
+    Args:
+        pictures: encoded images.
+        directions: encoded images or sign maps in bits, as many; None where the picture is the image.
+        level: in grey levels.
+    """
+    beside = pa.table({"picture": pictures} | ({} if directions is None else {"direction": directions}))
+    cells = []
+    for batch in beside.to_batches():  # as long as the chunks of both allow
+        picture, *direction = (column.field(index) for column in batch.columns for index in _bytes_of(column.type))
+        nulls = [pa.nulls(len(batch), pa.binary())] * (2 - len(direction))
+        levels = pa.repeat(pa.scalar(level, pa.uint8()), len(batch))
+        cells.append(pa.StructArray.from_arrays([picture, *direction, *nulls, levels], fields=list(STEPPED_TYPE)))
+    return pa.chunked_array(cells, STEPPED_TYPE)
+
+
+def _bytes_of(kind: pa.StructType) -> list[int]:
+    """Which fields of a column of pictures hold bytes; an encoded image also has a path."""
+    return [index for index, field in enumerate(kind) if field.type == pa.binary()]
 
 
 @dataclass
@@ -46,27 +71,40 @@ class SteppedImage:
         if value["direction"] is None:
             # A copy has no format: `datasets` would encode what was a WebP as one again, with loss.
             return datasets.Image().decode_example({"bytes": value["picture"], "path": None}).copy()
+        picture, sign = self.sign_of(value)
+        return Image.fromarray(step_array(picture, sign, value["level"]))
+
+    def sign_of(self, value: Mapping[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+        """The picture of a cell and the sign along which it moves, int8 in -1, 0, 1, each (H, W) or (H, W, 3).
+
+        Raises:
+            PipelineError: it has no such sign.
+        """
         try:
-            picture, direction = _decode(value["picture"]), _decode(value["direction"])
-            sign = stored_sign(picture, direction, is_map=not self.attacked)
+            picture = _decode(value["picture"])
+            if value.get("zero") is None:
+                direction = _decode(value["direction"])
+            else:
+                (direction,) = bits_to_picture([value["direction"]], [value["zero"]], picture.shape)
+            return picture, stored_sign(picture, direction, is_map=not self.attacked)
         except ValueError as error:
             raise PipelineError(f"A row cannot be read: {error}; fgsm verify names the damaged file.") from None
-        return Image.fromarray(step_array(picture, sign, value["level"]))
 
     def encode_example(self, value: Any) -> dict[str, Any]:
         """A cell from what `datasets.map` returns: a cell as it was, or a new image."""
         if isinstance(value, dict) and "picture" in value:
             return value
-        return {"picture": datasets.Image().encode_example(value)["bytes"], "direction": None, "level": 0}
+        encoded = datasets.Image().encode_example(value)["bytes"]
+        return {"picture": encoded, "direction": None, "zero": None, "level": 0}
 
     def cast_storage(self, storage: pa.Array) -> pa.Array:
         """Cells as they are, or images as `datasets` stores them."""
         if pa.types.is_struct(storage.type) and storage.type.get_field_index("picture") >= 0:
             return storage.cast(self.pa_type)
         pictures = datasets.Image().cast_storage(storage).field("bytes")
+        nulls = pa.nulls(len(pictures), pa.binary())
         return pa.StructArray.from_arrays(
-            [pictures, pa.nulls(len(pictures), pa.binary()), pa.repeat(pa.scalar(0, pa.uint8()), len(pictures))],
-            fields=list(self.pa_type),
+            [pictures, nulls, nulls, pa.repeat(pa.scalar(0, pa.uint8()), len(pictures))], fields=list(self.pa_type)
         )
 
     def embed_storage(self, *_: Any, **__: Any) -> pa.Array:

@@ -231,7 +231,7 @@ class Manifest(SealedRecord):
     @property
     def layout(self) -> Layout:
         """How its rows are stored."""
-        return LAYOUTS[self.resolved.output.layout]
+        return LAYOUTS[self.resolved.output.kind]
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from pipeline.core.redaction import redact_answer
 from pipeline.core.variants import Variant
 from pipeline.layouts.base import ATTACKS, IMAGE, LAST, Layout, Picture, columns_of, kept_columns
 from pipeline.layouts.registry import LAYOUTS
-from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
+from pipeline.layouts.stepped import SteppedImage, stepped_cells
 from pipeline.output.folder import OutputFolder, local_folder, shard_file
 from pipeline.output.manifest import Manifest, read_manifest, require_manifest, warn_if_incomplete
 from pipeline.output.objects import storage_options
@@ -245,21 +245,8 @@ def _in_variant(
     with explained("A row cannot be read", "fgsm verify names the damaged file", errors=(ValueError,)):
         rows = layout.rows(stored, variant, recorded)
     picture, *direction = (stored[subset].column(column) for subset, column in layout.source(variant, recorded))
-    image = _cells(picture, direction[0] if direction else None, variant.level) if made else picture
+    image = stepped_cells(picture, direction[0] if direction else None, variant.level) if made else picture
     return pa.table({IMAGE: image, **dict(zip(rows.column_names, rows.columns, strict=True))})
-
-
-def _cells(pictures: pa.ChunkedArray, directions: pa.ChunkedArray | None, level: int) -> pa.ChunkedArray:
-    """Image columns as one of STEPPED_TYPE; the encoded bytes stay where they are."""
-    beside = pa.table({"picture": pictures, "direction": pictures if directions is None else directions})
-    cells = []
-    for batch in beside.to_batches():  # as long as the chunks of both allow
-        picture, direction = (column.field("bytes") for column in batch.columns)
-        if directions is None:
-            direction = pa.nulls(len(batch), pa.binary())
-        levels = pa.repeat(pa.scalar(level, pa.uint8()), len(batch))
-        cells.append(pa.StructArray.from_arrays([picture, direction, levels], fields=list(STEPPED_TYPE)))
-    return pa.chunked_array(cells, STEPPED_TYPE)
 
 
 def _view(parts: Sequence[Part], features: Any, split: Any, streaming: bool) -> Any:

@@ -34,6 +34,7 @@ from pipeline.core.epsilon import reading_levels
 from pipeline.core.errors import ConfigError, PipelineError, explained
 from pipeline.core.images import ImageFormat, UndecodableError, decode_images
 from pipeline.core.lattice import step_array, stored_sign
+from pipeline.core.sign_bits import decode_cells
 from pipeline.core.variants import CLEAN, Variant
 from pipeline.layouts.base import LABEL, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
@@ -57,8 +58,9 @@ VARIANTS, ORDER, WITHIN = range(3)
 # Columns by which variants can be chosen row by row.
 Only = Literal["fooled", "correct"]
 
-# A stored picture, and for an image that is made on reading the one that says in which direction its values move.
-Cell = list[bytes]
+# A stored picture, and for an image that is made on reading the one that says in which direction its values move: each
+# as the fields of its column.
+Cell = list[tuple[bytes, ...]]
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +157,13 @@ class Shards:
         for column, used in zip(self.columns, self.used, strict=True):
             wanted = np.flatnonzero(used[drawn])
             if len(wanted):
-                pictures = self._column(piece, *column, "bytes").take(pa.array(rows[wanted]))
-                for index, picture in zip(wanted.tolist(), pictures.to_pylist(), strict=True):
-                    cells[index].append(picture)
+                subset, name = column
+                fields = self._table(piece, subset, [f"{name}.{field}" for field in self.layout.fields(name)])
+                pictures = fields.flatten().take(pa.array(rows[wanted]))
+                for index, *picture in zip(
+                    wanted.tolist(), *map(pa.ChunkedArray.to_pylist, pictures.columns), strict=True
+                ):
+                    cells[index].append(tuple(picture))
         labels = self._column(piece, self.subsets[0], LABEL).take(pa.array(rows)).to_pylist()
         return cells, labels
 
@@ -181,17 +187,17 @@ class Shards:
             found += int((~self.flags(whole, name).any(axis=1)).sum())
         return found
 
-    def _column(self, piece: Piece, subset: str, name: str, field: str | None = None) -> pa.ChunkedArray:
+    def _column(self, piece: Piece, subset: str, name: str) -> pa.ChunkedArray:
+        return self._table(piece, subset, [name]).column(0)
+
+    def _table(self, piece: Piece, subset: str, names: list[str]) -> pa.Table:
         path = self.root / subset / piece.file
         with (
             explained(f"{path} cannot be read", "see fgsm verify", errors=UNREADABLE),
             pq.ParquetFile(path) as file,
         ):
-            # Threads of Arrow's would be one more pool in every worker, for a column that has no use for them.
-            column = file.read_row_groups(
-                range(*piece.groups[subset]), [f"{name}.{field}" if field else name], use_threads=False
-            ).column(0)
-        return pa.chunked_array([chunk.field(field) for chunk in column.chunks]) if field else column
+            # Threads of Arrow's would be one more pool in every worker, for columns that have no use for them.
+            return file.read_row_groups(range(*piece.groups[subset]), names, use_threads=False)
 
     def decode(self, cells: Sequence[Cell], drawn: NDArray[np.int64]) -> Tensor:
         """Images (N, C, H, W) uint8, channels last in memory, from N cells and the variant of each, by its index.
@@ -201,14 +207,17 @@ class Shards:
         """
         what = f"{self.root}: a stored picture is damaged"
         with explained(what, "fgsm verify names its file", errors=(UndecodableError, ValueError)):
-            images = decode_images([cell[0] for cell in cells], self.image_format, self.shape)
+            images = self._decode([cell[0] for cell in cells])
             made = [index for index, cell in enumerate(cells) if len(cell) > 1]
             if made:
-                directions = decode_images([cells[index][1] for index in made], self.image_format, self.shape)
+                directions = self._decode([cells[index][1] for index in made])
                 pictures, steps = images[made], self.levels[drawn[made]][:, None, None, None]
                 sign = stored_sign(pictures, directions, is_map=self.layout.stores_sign)
                 images[made] = step_array(pictures, sign, steps)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def _decode(self, pictures: Sequence[tuple[bytes, ...]]) -> NDArray[np.uint8]:
+        return decode_cells(pictures, self.shape, lambda data: decode_images(data, self.image_format, self.shape))
 
 
 class TrainingDataset(IterableDataset[tuple[Tensor, int]]):

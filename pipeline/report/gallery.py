@@ -14,7 +14,7 @@ from pipeline.core.errors import PipelineError, explained
 from pipeline.core.images import open_stored
 from pipeline.core.lattice import SIGN_UNIT, stored_sign
 from pipeline.core.variants import Variant
-from pipeline.layouts.stepped import SteppedImage
+from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest
 from pipeline.report.plots import RIGHT, WRONG, paper, png, shortened, variant_name
@@ -184,22 +184,23 @@ def _read_images(
     layout, recorded = manifest.layout, manifest.variants
     sources = [layout.source(one, recorded) for one in variants]
     pictures = dict.fromkeys(picture for source in sources for picture in source)
-    cells = {picture: read_picture(folder, shard, picture, row) for picture in pictures}
+    cells = {one: read_picture(folder, shard, one, layout.fields(one.column), row) for one in pictures}
     stepped = SteppedImage(attacked=not layout.stores_sign)
     images = []
     # A broken file can raise anything from Pillow's parsers.
     broken, what = (Exception, PipelineError), f"A picture in row {row} of {shard} cannot be decoded"
     with explained(what, "fgsm verify says what is damaged", errors=broken):
         for cell in cells.values():  # before any of it is decoded
-            open_stored(cell, manifest.shape).close()
+            if len(cell) == 1:
+                open_stored(cell[0], manifest.shape).close()
         for variant, (picture, *direction) in zip(variants, sources, strict=True):
-            along = cells[direction[0]] if direction else None
-            value = {"picture": cells[picture], "direction": along, "level": variant.level}
+            data = [*cells[picture], *(cells[direction[0]] if direction else []), None, None]
+            value = {**dict(zip(STEPPED_TYPE.names, data, strict=False)), "level": variant.level}
             images.append(stepped.decode_example(value))
         if layout.stores_sign:
-            with open_stored(cells[layout.ray(variants[-1], recorded)[1]]) as opened:
-                return images, opened.copy()
-    sign = stored_sign(np.asarray(images[0]), np.asarray(images[-1]), is_map=False)
+            _, sign = stepped.sign_of(value)
+        else:
+            sign = stored_sign(np.asarray(images[0]), np.asarray(images[-1]), is_map=False)
     return images, Image.fromarray(((sign + 1) * SIGN_UNIT).astype(np.uint8))
 
 

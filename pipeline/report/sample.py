@@ -189,8 +189,8 @@ def _first_rows(folder: OutputFolder, name: str, rows: int, pictures: Sequence[s
         return file.read_row_groups(np.flatnonzero(starts[:-1] < rows).tolist(), ours).slice(0, rows)
 
 
-def read_picture(folder: OutputFolder, shard: str, picture: Picture, row: int) -> bytes:
-    """An encoded picture of a shard's row; its row group is read, and nothing else.
+def read_picture(folder: OutputFolder, shard: str, picture: Picture, fields: Sequence[str], row: int) -> list[bytes]:
+    """What some fields of a shard's row hold of a stored picture; its row group is read, and nothing else.
 
     Raises:
         PipelineError: the file cannot be read.
@@ -198,9 +198,9 @@ def read_picture(folder: OutputFolder, shard: str, picture: Picture, row: int) -
     with _opened(folder, f"{picture.subset}/{shard}.parquet") as file:
         starts = _group_starts(file)
         group = int(np.searchsorted(starts, row, side="right")) - 1
-        cells = file.read_row_group(group, [f"{picture.column}.bytes"]).column(picture.column)
-        data: bytes = cells[row - int(starts[group])].as_py()["bytes"]
-        return data
+        cells = file.read_row_group(group, [f"{picture.column}.{field}" for field in fields]).column(picture.column)
+        cell = cells[row - int(starts[group])].as_py()
+        return [cell[field] for field in fields]
 
 
 def _group_starts(file: pq.ParquetFile) -> NDArray[np.int64]:

@@ -33,7 +33,7 @@ from tests.support.s3 import S3, run_there, there
 from tests.support.s3 import bucket as bucket
 from tests.support.s3 import s3 as s3
 from tests.support.s3 import server as server
-from tests.support.several import EVERY_KIND, write_several
+from tests.support.several import EVERY_KIND, ON_RAYS, write_several
 
 # A victim that does what files beside it say, in all processes but the one of the tests: wait until so many processes
 # attack, wait at a gate, or die at the white image, which is in the third shard.
@@ -183,10 +183,11 @@ def test_two_parts_write_what_one_process_writes(place: Place, config: Path, loc
     assert "All 6 shards" in generate(config, "--output", place.out, "--part", "1/2")
 
 
+@pytest.mark.parametrize(("attacks", "layout"), [(EVERY_KIND, "images"), (ON_RAYS, "signs-bits")])
 def test_parts_of_a_run_of_several_models_and_attacks_write_what_one_process_writes(
-    write_config: WriteConfig, tmp_path: Path
+    write_config: WriteConfig, tmp_path: Path, attacks: dict[str, Any], layout: str
 ) -> None:
-    config = write_several(write_config, tmp_path, EVERY_KIND)
+    config = write_several(write_config, tmp_path, attacks, output={"layout": layout})
     generate(config, "--output", str(tmp_path / "local"))
     for part in ("1/2", "0/2"):
         generate(config, "--part", part)

@@ -46,7 +46,7 @@ from tests.conftest import (
 from tests.support.files import images, stream, write_files, write_tar
 from tests.support.processes import GATED, driver_of, lose_a_node, receipts, run_fgsm, wait_for
 from tests.support.s3 import S3, lock_of, running_s3
-from tests.support.several import EVERY_KIND, write_several
+from tests.support.several import EVERY_KIND, ON_RAYS, write_several
 
 # A worker imports torch, which takes long where all else is tested at the same time.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -165,8 +165,11 @@ def test_two_workers_write_the_local_executor_s_bytes(cluster: str, watched_conf
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_run_of_several_models_and_attacks_is_the_same_there(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = write_several(write_config, tmp_path, EVERY_KIND)
+@pytest.mark.parametrize(("attacks", "layout"), [(EVERY_KIND, "images"), (ON_RAYS, "signs-bits")])
+def test_a_run_of_several_models_and_attacks_is_the_same_there(
+    write_config: WriteConfig, tmp_path: Path, attacks: dict[str, Any], layout: str
+) -> None:
+    config = write_several(write_config, tmp_path, attacks, output={"layout": layout})
     generate(config, "--output", str(tmp_path / "local"))
     generate(config, "--executor", "ray")
     assert digests(tmp_path / "out") == digests(tmp_path / "local")

@@ -123,7 +123,7 @@ def test_plan_says_what_is_written_and_it_is_less(write_config: WriteConfig, tmp
     source = write_parquet(tmp_path / "large", [png_bytes(image) for image in random_pixels(24, side=64)], [0] * 24)
     sections = {"source": {"path": str(source)}, "attack": epsilons}
     written, estimated = {}, {}
-    for layout in ("images", "signs"):
+    for layout in ("images", "signs", "signs-bits"):
         config = write_config(**sections, output={"layout": layout, "path": str(tmp_path / layout)})
         generate(config)
         run = open_run(load_config(str(config)))
@@ -131,6 +131,7 @@ def test_plan_says_what_is_written_and_it_is_less(write_config: WriteConfig, tmp
         written[layout] = sum(path.stat().st_size for path in (tmp_path / layout).rglob("*.parquet"))
         assert 0.8 < estimated[layout] / written[layout] < 1.2
     assert written["signs"] < 0.3 * written["images"]
+    assert written["signs-bits"] < 0.3 * written["images"]
     lines = dict(line.split("  ", 1) for line in fgsm("plan", config).stdout.splitlines())
     assert lines["rows"].strip() == "24"
     assert re.findall(r"\d+", lines["files"])[:2] == ["2", "2"]
@@ -334,3 +335,105 @@ def test_a_receipt_that_lists_other_files_is_found(write_config: WriteConfig, tm
     receipt["files"][0]["path"] = f"clean/{SHARD}.parquet"
     write_sealed(path, receipt)
     assert_found(rf"{SHARD}\.json .*\bfiles\b", tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------- bits
+
+BITS = {"layout": "signs", "sign_format": "bits"}
+
+
+def test_bits_are_stored_plain_and_zeros_compressed(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate_once(write_config(output=BITS))
+    group = pq.ParquetFile(shard_path(tmp_path / "out", FILE)).metadata.row_group(0)
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    for name, compression in (
+        ("image.bytes", "UNCOMPRESSED"),
+        ("sign.positive", "UNCOMPRESSED"),
+        ("sign.zero", "ZSTD"),
+    ):
+        assert columns[name].compression == compression
+        assert "PLAIN" in columns[name].encodings
+        assert not columns[name].has_dictionary_page
+    # One bit for each value.
+    assert 0 < columns["sign.positive"].total_compressed_size - 16 * 96 < 16 * 4 + 100
+    assert columns["sign.zero"].total_compressed_size < 0.6 * columns["sign.positive"].total_compressed_size
+
+
+def test_the_format_is_part_of_the_run_id_but_where_it_is_the_default(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    ids: list[str] = []
+    for output in (SIGNS, {**SIGNS, "sign_format": "picture"}, BITS):
+        generate(write_config(output=output), "--output", str(tmp_path / str(len(ids))))
+        ids.append(manifest(tmp_path / str(len(ids)))["run_id"])
+    assert ids[0] == ids[1] != ids[2]
+    result = fgsm("generate", write_config(output=BITS), "--output", tmp_path / "0")
+    assert result.exit_code == 2
+    assert "output.sign_format" in result.stderr
+    assert "sign_format" not in manifest(tmp_path / "1")["config"]["output"]
+
+
+@pytest.mark.parametrize("layout", ["images", "wide"])
+@pytest.mark.parametrize("sign_format", ["picture", "bits"])
+def test_a_layout_without_sign_maps_has_no_format_of_theirs(
+    write_config: WriteConfig, layout: str, sign_format: str
+) -> None:
+    result = fgsm("generate", write_config(output={"layout": layout, "sign_format": sign_format}))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: output.sign_format: ")
+
+
+def altered(plane: str, edit: Callable[[bytes], bytes | None]) -> Callable[[Columns], None]:
+    """Another plane of bits of one row."""
+
+    def alter(columns: Columns) -> None:
+        columns["sign"][4][plane] = edit(columns["sign"][4][plane])
+
+    return alter
+
+
+def all_zero(columns: Columns) -> None:
+    columns["sign"][4] = {"positive": bytes(85), "zero": b"\xff" * 84 + b"\xe0"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (altered("zero", lambda _: b"\xff" * 84 + b"\xe0"), f"{FILE}: .*both"),
+        (altered("positive", lambda data: data[:-1]), f"{FILE}: .*85 bytes"),
+        (altered("zero", lambda data: data + b"\0"), f"{FILE}: .*85 bytes"),
+        (altered("positive", lambda _: None), f"{FILE}: .*85 bytes"),
+        (altered("positive", lambda data: data[:-1] + b"\x01"), f"{FILE}: .*beyond"),
+        (all_zero, "zero_signs"),
+    ],
+)
+def test_forged_bits_are_found_without_the_victim(
+    write_config: WriteConfig, tmp_path: Path, edit: Callable[[Columns], None], named: str
+) -> None:
+    # 675 values, which do not fill up whole bytes.
+    generate_once(write_config(output=BITS, preprocess={"crop": 15}))
+    forge(tmp_path / "out", edit, FILE)
+    assert_found(named, tmp_path / "out")
+
+
+def test_a_flipped_bit_is_found(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate_once(write_config(output=BITS))
+    path = shard_path(tmp_path / "out", FILE)
+    (plane, *_) = pq.read_table(path)["sign"].combine_chunks().field("positive").to_pylist()
+    data = bytearray(path.read_bytes())
+    data[data.index(plane) + 40] ^= 4
+    path.write_bytes(data)
+    assert_found(f"{FILE} has sha256 ", tmp_path / "out")
+
+
+def test_recompute_finds_turned_bits(write_config: WriteConfig, tmp_path: Path) -> None:
+    generate_once(write_config(output=BITS))
+
+    def turn_one(columns: Columns) -> None:
+        cell = columns["sign"][4]
+        negative = [255 & ~(up | still) for up, still in zip(cell["positive"], cell["zero"], strict=True)]
+        cell["positive"] = bytes(negative)
+
+    forge(tmp_path / "out", turn_one, FILE)
+    assert fgsm("verify", tmp_path / "out").exit_code == 0
+    assert_found(f"{FILE} at ", tmp_path / "out", "--recompute")

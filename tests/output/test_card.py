@@ -163,6 +163,13 @@ def test_the_attacks_of_layout_signs_are_described(write_config: WriteConfig, tm
     assert "One row per source image." in text
 
 
+@pytest.mark.parametrize("layout", ["signs", "signs-bits", "wide"])
+def test_yaml_says_the_features_of_a_row_for_each_image(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
+    generate_once(write_config(output={"layout": layout}))
+    stated = datasets.DatasetInfo._from_yaml_dict(front_of(card_of(tmp_path / "out"))["dataset_info"]).features
+    assert stated == datasets.load_dataset(str(tmp_path / "out"), split="test").features
+
+
 def test_yaml_is_what_the_hub_wants(write_config: WriteConfig, tmp_path: Path) -> None:
     generate_once(write_config())
     text = card_of(tmp_path / "out")
@@ -298,7 +305,8 @@ def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_card_of_several_models_and_attacks(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
-    attacks = {name: attack for name, attack in ATTACKS.items() if layout != "signs" or name != "pgd"}
+    signs = layout.startswith("signs")
+    attacks = {name: attack for name, attack in ATTACKS.items() if not signs or name != "pgd"}
     generate_once(write_several(write_config, tmp_path, attacks, output={"layout": layout}))
     out = tmp_path / "out"
     text, manifest = card_of(out), manifest_of(out)
@@ -310,8 +318,8 @@ def test_a_card_of_several_models_and_attacks(write_config: WriteConfig, tmp_pat
         made if layout != "images" else {(None, None, 0.0), *made}
     )
     shown = set(names["rows"]["epsilon"])
-    assert shown == ({0.0, 3 / 255} if layout == "signs" else {0.0, 8 / 255})
-    assert ("recorded or not" in text) == (layout == "signs")
+    assert shown == ({0.0, 3 / 255} if signs else {0.0, 8 / 255})
+    assert ("recorded or not" in text) == signs
     if layout != "images":
         # The first row of the last variant, of 40 rows each.
         ours = names["pipeline"].load(out, ["8/255"], split="test")[-40]["image"]
@@ -327,7 +335,7 @@ def test_a_card_of_several_models_and_attacks(write_config: WriteConfig, tmp_pat
     assert "https://arxiv.org/abs/1705.07204" in text, "what images of several source models are for"
     assert "| `prediction_turned` | ClassLabel | as prediction, of model turned |" in text
     assert ("| `clean_correct_turned` | bool | as clean_correct, of model turned |" in text) == (layout != "images")
-    assert ("Madry" in text) == (layout != "signs")
+    assert ("Madry" in text) != signs
     assert "Kurakin, Alexey" not in text, "no attack does without the true label"
     assert {"fgsm", "pgd"} & set(front_of(text)["tags"]) == set(attacks) - {"noise"}
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.output import shards
-from tests.conftest import FACTORY, LAYOUTS, generate, png_bytes, random_pixels, write_parquet
+from tests.conftest import FACTORY, LAYOUTS, generate, output_of, png_bytes, random_pixels, write_parquet
 from tests.support.hub import Hub, Repository, running_hub
 from tests.support.several import ON_RAYS, write_several
 
@@ -40,7 +40,8 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layout in LAYOUTS:
             # Of layout images a row holds one picture, of the others several.
             patch.setattr(shards, "ROW_GROUP_BYTES", 5_000 if layout == "images" else 20_000)
-            generate(write_several(write, folder, ON_RAYS, output={"layout": layout, "path": str(folder / layout)}))
+            output = {**output_of(layout), "path": str(folder / layout)}
+            generate(write_several(write, folder, ON_RAYS, output=output))
         patch.setattr(shards, "ROW_GROUP_BYTES", 5_000)
         generate(write_several(write, folder, output={"path": str(folder / "stepped")}))
     return folder

@@ -157,14 +157,15 @@ def test_every_image_comes_once_and_alike_in_every_layout(several: Path, known: 
         assert sorted(row for row, *_ in shown) == list(range(ROWS))
         epochs.append(known.of(stored))
         assert sorted(map(str, shown)) == sorted(map(str, epochs[-1]))
-    assert epochs[0] == epochs[1] == epochs[2]
+    assert all(epoch == epochs[0] for epoch in epochs)
     assert [row for row, *_ in epochs[0]] == list(range(ROWS))
     made = {(attack, model) for _, attack, model, _ in epochs[0]} - {(None, None)}
     if "models" in mix:
         assert made == {("fgsm", "sums"), ("noise", None)}
     if mix.get("clean") == 0:
         assert made == {("fgsm", "net"), ("fgsm", "sums"), ("aimed", "net")}
-        assert len(data.shards.columns) == 5  # of wide: no clean image is drawn, and none of noise
+        # No clean image is drawn, and none of noise.
+        assert len(opened(several / "wide", **mix).shards.columns) == 5
 
 
 def test_draws_are_even_over_models_then_attacks_then_epsilons(several: Path) -> None:
@@ -236,15 +237,15 @@ def test_clean_stays_the_share_of_clean_images_where_there_is_an_attacked_one(se
 
 def test_its_columns_are_read_only_where_it_is_asked_for(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: Counter[str] = Counter()
-    column = training.Shards._column
+    table = training.Shards._table
 
-    def counting(self: Any, piece: Any, subset: str, name: str, field: str | None = None) -> Any:
-        read[name] += 1
-        return column(self, piece, subset, name, field)
+    def counting(self: Any, piece: Any, subset: str, columns: list[str]) -> Any:
+        read.update(columns)
+        return table(self, piece, subset, columns)
 
-    monkeypatch.setattr(training.Shards, "_column", counting)
+    monkeypatch.setattr(training.Shards, "_table", counting)
     list(opened(several / "images"))
-    assert set(read) == {"image", "label"}
+    assert set(read) == {"image.bytes", "label"}
     data = opened(several / "images", only="fooled")
     read.clear()
     list(data)

@@ -136,7 +136,7 @@ def test_all_splits_come_as_datasets_gives_them(write_config: WriteConfig, tmp_p
     assert {name: plain(rows) for name, rows in streamed.items()} == {name: plain(rows) for name, rows in whole.items()}
 
 
-@pytest.fixture(params=["signs, recorded", "signs", "images", "wide"])
+@pytest.fixture(params=["signs, recorded", "signs", "signs-bits", "images", "wide"])
 def view(request: pytest.FixtureRequest, write_config: WriteConfig, tmp_path: Path) -> Any:
     """Clean rows, then rows whose images are made on reading."""
     layout, _, recorded = request.param.partition(", ")
@@ -224,16 +224,17 @@ def test_nothing_is_written_but_what_datasets_caches_anyway(view: Any) -> None:
 def test_a_stream_reads_a_few_rows_at_a_time(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
+    from pipeline.layouts.stepped import stepped_cells
     from pipeline.read import load as dataset
 
     generate_once(write_config(output={"layout": layout}))
-    sizes, cells = [], dataset._cells
+    sizes, cells = [], stepped_cells
 
     def counting(pictures: pa.ChunkedArray, directions: pa.ChunkedArray | None, level: int) -> pa.ChunkedArray:
         sizes.append(len(pictures))
         return cells(pictures, directions, level)
 
-    monkeypatch.setattr(dataset, "_cells", counting)
+    monkeypatch.setattr(dataset, "stepped_cells", counting)
     monkeypatch.setattr(dataset, "STREAMED_ROWS", 5)
     stream = pipeline.load(tmp_path / "out", ["3/255"], "test", streaming=True)
     next(iter(stream))

@@ -40,6 +40,7 @@ from tests.conftest import (
     generate_once,
     let_go,
     loaded_by,
+    output_of,
     png_bytes,
     random_pixels,
     shard_path,
@@ -86,7 +87,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "attack": {"epsilons": ["2/255", "8/255"]},
                     "output": {
                         "path": str(folder / f"{color}-{layout}"),
-                        "layout": layout,
+                        **output_of(layout),
                         "images_per_shard": SHARD,
                     },
                     "runtime": {"device": "cpu", "workers": 0, "batch_size": 6},
@@ -182,7 +183,7 @@ def test_every_image_comes_once_and_is_exact(outputs: Path, name: str, epsilons:
     assert sorted(ordered[0]) == sorted(shown)
 
 
-@pytest.mark.parametrize("name", ["color-images", "color-signs", "color-wide"])
+@pytest.mark.parametrize("name", ["color-images", "color-signs", "color-signs-bits", "color-wide"])
 @pytest.mark.parametrize("clean", [0, 1])
 def test_all_clean_and_none(outputs: Path, known: Known, name: str, clean: int) -> None:
     data = opened(outputs / name, clean=clean)
@@ -194,6 +195,7 @@ def test_all_clean_and_none(outputs: Path, known: Known, name: str, clean: int) 
     every = {
         "color-images": [("clean", "image")] if clean else [("eps-2", "image"), ("eps-8", "image")],
         "color-signs": [("signs", "image")] if clean else [("signs", "image"), ("signs", "sign")],
+        "color-signs-bits": [("signs", "image")] if clean else [("signs", "image"), ("signs", "sign")],
         "color-wide": [("wide", "image")] if clean else [("wide", "eps_2"), ("wide", "eps_8")],
     }
     assert read == set(every[name])
@@ -311,13 +313,13 @@ def test_a_consumer_reads_every_column_of_a_piece_once_and_only_its_own(
     outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: Counter[tuple[Any, ...]] = Counter()
-    column = training.Shards._column
+    table = training.Shards._table
 
-    def counting(self: Any, piece: Any, subset: str, name: str, field: str | None = None) -> Any:
-        read[piece.file, piece.start, subset, name] += 1
-        return column(self, piece, subset, name, field)
+    def counting(self: Any, piece: Any, subset: str, columns: list[str]) -> Any:
+        read.update((piece.file, piece.start, subset, column) for column in columns)
+        return table(self, piece, subset, columns)
 
-    monkeypatch.setattr(training.Shards, "_column", counting)
+    monkeypatch.setattr(training.Shards, "_table", counting)
     list(opened(outputs / "color-images"))
     assert set(read.values()) == {1}
     whole = len(read)
@@ -621,17 +623,20 @@ def test_missing_and_altered_files_are_one_sentence(outputs: Path, tmp_path: Pat
         ("color-images", "image", "other"),
         ("color-signs", "sign", "cut"),
         ("gray-signs", "sign", "value"),
+        ("color-signs-bits", "sign", "short"),
     ],
 )
 def test_damaged_pictures_are_one_sentence(outputs: Path, tmp_path: Path, name: str, column: str, damage: str) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(outputs / name, folder)
-    subset = "signs" if name.endswith("signs") else "eps-2"
+    subset = "signs" if "signs" in name else "eps-2"
     file = shard_path(folder / subset, "test-00002-of-00003.parquet")
     rows = pq.ParquetFile(file).read().to_pylist()
-    good = rows[0][column]["bytes"]
-    rows[0][column]["bytes"] = {
+    field = "positive" if damage == "short" else "bytes"
+    good = rows[0][column][field]
+    rows[0][column][field] = {
         "cut": good[:30],
+        "short": good[:-1],
         "other": png_bytes(random_pixels(1)[0]),  # not in the dataset's format
         "value": png_bytes(np.full((16, 16, 1), 3, dtype=np.uint8)),
     }[damage]

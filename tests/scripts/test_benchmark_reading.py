@@ -70,10 +70,10 @@ def test_a_rate_leaves_start_and_end_out() -> None:
 
 @pytest.mark.drill
 def test_all_readers_give_all_rows(write_config: WriteConfig, tmp_path: Path) -> None:
-    for layout in ("images", "signs"):
+    for layout in ("images", "signs", "signs-bits"):
         generate(write_config(output={"layout": layout, "path": str(tmp_path / layout)}))
     options = ["--workers", "0", "--batch-size", "8", "--rounds", "1", "--json", str(tmp_path / "reading.json")]
-    result = run(tmp_path / "images", tmp_path / "signs", *options)
+    result = run(tmp_path / "images", tmp_path / "signs", tmp_path / "signs-bits", *options)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "reading.json").read_text())
     assert [row["reader"] for row in report["readers"]] == [
@@ -81,6 +81,8 @@ def test_all_readers_give_all_rows(write_config: WriteConfig, tmp_path: Path) ->
         "training_dataset, images, mixed",
         "training_dataset, signs, at 8/255",
         "training_dataset, signs, mixed",
+        "training_dataset, signs-bits, at 8/255",
+        "training_dataset, signs-bits, mixed",
         "datasets",
         "datasets, streaming",
         "image folder",
