@@ -8,6 +8,7 @@ Images are read, resized and cropped as the run itself would. All of them are ke
 """
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,28 @@ def without_weights(config: Config) -> list[str]:
 
 def file_of(model: ModelConfig) -> Path:
     return Path(str(model.weights)).expanduser()
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Make the folder of a model's weights, and find out whether they can be written there: training takes a while.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(path)
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"models.{name}.weights: {path} cannot be written ({error.strerror}); name another file."
+        ) from None
+
+
+def _aside(path: Path) -> Path:
+    """Where a file is written before it has its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def open_untrained(config: Config, names: list[str]) -> Run:
@@ -99,8 +122,9 @@ def train_source(run: Run, config: ModelConfig, name: str, found: Images, epochs
         flip=images.shape[1] == 3,  # what is grayscale here is mostly writing, which does not read mirrored
     )
     path = file_of(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in model.module.state_dict().items()}, path)
+    # A file that is cut short must not pass for weights.
+    save_file({key: value.contiguous() for key, value in model.module.state_dict().items()}, _aside(path))
+    _aside(path).replace(path)
     right = [f"{split} {accuracy(model.predict, each, to_model(own)):.4f}" for split, (each, own) in found.items()]
     size = sum(parameter.numel() for parameter in model.module.parameters())
     seconds = time.perf_counter() - started
@@ -123,6 +147,8 @@ def main(
             return
         run = open_untrained(loaded, names)
         found = read_images(run)
+        for name in names:
+            check_writable(name, file_of(loaded.all_models[name]))
         typer.echo(f"Training {', '.join(names)} on {len(found[TRAIN][0]):,} images, {epochs} epochs each.")
         for name in names:
             train_source(run, loaded.all_models[name], name, found, epochs)

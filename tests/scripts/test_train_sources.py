@@ -105,6 +105,27 @@ def test_what_has_weights_is_left_alone(write: Write, tmp_path: Path) -> None:
     assert result.output.startswith("Nothing to train")
 
 
+def test_weights_that_cannot_be_written_are_found_out_before_the_training(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.optim, "AdamW")  # nothing is trained before
+    (tmp_path / "weights").write_text("a file")
+    result = run(write())
+    assert result.exit_code == 2
+    assert "models.one.weights" in result.output
+
+
+def test_weights_that_are_cut_short_are_none(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(_: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_sources, "save_file", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        run(write(), "--epochs", "1")
+    assert not (tmp_path / "weights/one.safetensors").exists()
+
+
 def test_weights_do_not_depend_on_the_test_split(write: Write, tmp_path: Path) -> None:
     path = tmp_path / "weights/one.safetensors"
     weights = []
