@@ -626,7 +626,7 @@ def test_without_noise_in_the_dataset_the_control_is_made(tmp_path: Path) -> Non
     assert set(steps.tolist()) == {0, *LEVELS}
     assert 25 <= int((steps > 0).sum()) <= 55
     assert (among(shown, [own[level] for level in LEVELS]) < 0).all()
-    result = run(output, *OPTIONS, "--seeds", 1, "--no-report")
+    result = run(output, *OPTIONS, "--epochs", 20, "--seeds", 1, "--no-report")
     assert result.exit_code == 0, result.output
     assert "training on stored images of one source leaves" in result.stdout
     assert len(re.findall("Attack other is left out", result.stderr)) == 1
