@@ -329,6 +329,7 @@ def test_names_in_it_stay_text(out: Path) -> None:
     arms = tuple(Arm(id=kind, title=name, kind="clean") for kind, name in zip(EVERY, NASTY[:5], strict=True))
     keep(out, arms=arms, held_out=NASTY[:2], machine=NASTY[0])
     page = make(out)
+    assert "<p></p>" not in page.text, "there is nothing to compare, and nothing is said"
     assert "<script" not in page.text
     assert "onerror=" not in page.text.replace("onerror=&#34;", "")
 

@@ -106,12 +106,13 @@ def test_what_has_weights_is_left_alone(write: Write, tmp_path: Path) -> None:
     assert result.output.startswith("Nothing to train")
 
 
+@pytest.mark.parametrize("name", ["a file/one.safetensors", f"{'a' * 240}.safetensors"])  # the name is too long
 def test_weights_that_cannot_be_written_are_found_out_before_the_training(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.delattr(torch.optim, "AdamW")  # nothing is trained before
-    (tmp_path / "weights").write_text("a file")
-    result = run(write())
+    (tmp_path / "a file").touch()
+    result = run(write(), "--set", f"models.one.weights={tmp_path / name}")
     assert result.exit_code == 2
     assert "models.one.weights" in result.output
 
