@@ -53,14 +53,18 @@ class Recipe:
 class Contents:
     """What a dataset has for the arms.
 
-    attack: the id of the gradient attack whose stored images are shown by source and are tested on. levels: its
-    epsilons in grey levels, rising. attacks: the sections of all gradient attacks by their ids. singles: the models
-    that `attack` attacks. sources: those of any of them. noise: the id of an attack of that kind, None without one.
+    attack: the id of the gradient attack whose stored images are shown by source and are tested on. is_plain: whether
+    it is plain FGSM, as it is where the dataset has that. levels: its epsilons in grey levels, rising. attacks: the
+    sections of all gradient attacks at these epsilons, by their ids. left_out: the ids of those at others, which cannot
+    be compared. singles: the models that `attack` attacks. sources: those of any of `attacks`. noise: the id of an
+    attack of that kind, None without one.
     """
 
     attack: str
+    is_plain: bool
     levels: tuple[int, ...]
     attacks: dict[str, AttackConfig]
+    left_out: tuple[str, ...]
     singles: tuple[str, ...]
     sources: tuple[str, ...]
     noise: str | None
@@ -80,11 +84,15 @@ class Contents:
             name for name, one in gradient.items() if (one.kind, one.label, one.target) == ("fgsm", "dataset", None)
         ]
         attack = (plain or [*gradient])[0]
-        made = [variant for variant in manifest.variants if variant.attack in gradient]
+        levels = gradient[attack].levels
+        attacks = {name: section for name, section in gradient.items() if section.levels == levels}
+        made = [variant for variant in manifest.variants if variant.attack in attacks]
         return cls(
             attack=attack,
-            levels=gradient[attack].levels,
-            attacks=gradient,
+            is_plain=attack in plain,
+            levels=levels,
+            attacks=attacks,
+            left_out=tuple(name for name in gradient if name not in attacks),
             singles=tuple(dict.fromkeys(str(one.model) for one in made if one.attack == attack)),
             sources=tuple(dict.fromkeys(str(one.model) for one in made)),
             noise=next((name for name, section in sections.items() if section.kind == "noise"), None),
@@ -150,7 +158,7 @@ class Reader:
         Raises:
             ConfigError, PipelineError: as `training_dataset`.
         """
-        read = partial(training_dataset, output, recipe.train_split, seed=seed)
+        read = partial(training_dataset, output, recipe.train_split, seed=seed, allow_incomplete=True)
         name = arm.id.partition(":")[2]
         match arm.kind:
             case "one":

@@ -1,4 +1,4 @@
-"""What `train_robust.py` prints: two tables, and what they show in plain sentences.
+"""What `train_robust.py` prints: three tables, and what they show in plain sentences.
 
 Every number is one of a seed first, and then a mean and a standard deviation over the seeds. Differences are taken
 within a seed: its trainings began with the same weights, saw the same images in the same order, and were attacked
@@ -6,48 +6,84 @@ through the same held-out models.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from pipeline.report.defence import ITSELF, Defence
+from pipeline.report.defence import (
+    ITSELF,
+    RULE,
+    TOO_FEW_STEPS,
+    Defence,
+    Spread,
+    Tested,
+    columns,
+    compare,
+    exposes,
+    tabulate,
+    untrained,
+)
 
-# Images, whose gradient made them, and the epsilon, as `Defence.errors` takes them.
-Tested = tuple[str, Sequence[str | None], int]
 # One number for each seed.
 Values = Sequence[float]
+# An error this close to another is taken for reached.
+HALF_A_POINT = 0.005
+# A held-out model is called weak where its clean error is above this, and above twice that of the arm of clean images.
+WEAK_ERROR = 0.05
 
 
 def tables(defence: Defence) -> str:
-    """Both tables, which read as text and as Markdown; the errors are percentages."""
-    levels, middle, held_out = defence.levels, defence.middle, defence.held_out
-    errors: dict[str, Tested] = {"clean": ("clean", [None], 0)}
-    errors |= {f"FGSM {level}": ("fgsm", held_out, level) for level in levels}
-    errors |= {f"PGD {middle}": ("pgd", held_out, middle), f"own FGSM {middle}": ("fgsm", [ITSELF], middle)}
+    """All tables, which read as text and as Markdown; the errors are percentages."""
+    levels, middle, held_out, seeds = defence.levels, defence.middle, defence.held_out, len(defence.seeds)
     apart: dict[str, Tested] = {f"{name} {level}": ("fgsm", [name], level) for name in held_out for level in levels}
-    rows = {arm.title: [percent(defence.errors(arm.id, *of)) for of in errors.values()] for arm in defence.arms}
-    for arm in defence.arms:
-        rows[arm.title].append(f"{statistics.mean(rates(defence, arm.id)):,.0f}")
-    more = {arm.title: [percent(defence.errors(arm.id, *of)) for of in apart.values()] for arm in defence.arms}
-    for arm in defence.arms:
-        more[arm.title].append(percent(defence.mistaken_confidence(arm.id, "fgsm", held_out, middle)))
-    seeds = len(defence.seeds)
+    others: dict[str, Tested] = {
+        f"{name} {level}": (images, against, level)
+        for name, images, against in (
+            ("own FGSM", "fgsm", [ITSELF]),
+            ("own PGD", "pgd", [ITSELF]),
+            ("source FGSM", "fgsm", defence.sources),
+            ("noise", "noise", [None]),
+        )
+        for level in levels
+    }
+    sure = {arm.id: defence.mistaken_confidence(arm.id, "fgsm", held_out, middle) for arm in defence.arms}
+    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    rule = f" {RULE}" if seeds > 1 else ""
     return "\n\n".join(
         [
-            f"Error in percent on {defence.trainings[0].tests[0].rows:,} test images, {_spread_of(seeds)}; epsilons in "
-            f"grey levels. FGSM and PGD attack the models held out ({', '.join(held_out)}), own FGSM the trained one.",
-            markdown(["trained on", *errors, "images/s"], rows),
+            f"Error in percent on {defence.trainings[0].tests[0].rows:,} test images, {spread}; epsilons in grey "
+            f"levels. FGSM and PGD attack the models held out ({_held_out(defence)}), own FGSM the trained one.{rule}",
+            markdown(defence, columns(defence), {"images/s": {arm.id: _rate(defence, arm.id) for arm in defence.arms}}),
             f"FGSM from each held-out model, and how sure the network is of its wrong answers at {middle}/255:",
-            markdown(["trained on", *apart, "sure when wrong"], more),
+            markdown(
+                defence, apart, {"sure when wrong": {arm: _points(Spread.of(each)) for arm, each in sure.items()}}
+            ),
+            "Attacks on the trained model itself, FGSM on the source models (their mean), and noise:",
+            markdown(defence, others, {}),
         ]
     )
 
 
-def _spread_of(seeds: int) -> str:
-    return f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+def _held_out(defence: Defence) -> str:
+    """The names of the held-out models, with their own errors on clean images where these are recorded."""
+    found = {name: Spread.of(_weakness(defence, name)) for name in defence.held_out}
+    return ", ".join(f"{name}, clean error {errors}" if errors else name for name, errors in found.items())
 
 
-def markdown(header: Sequence[str], rows: dict[str, list[str]]) -> str:
-    """A table with a line for each name."""
-    lines = [list(header), *([name, *cells] for name, cells in rows.items())]
+def _weakness(defence: Defence, name: str) -> list[float]:
+    """The clean error of a held-out model, by seed."""
+    return [error for seed, error in sorted(defence.held_out_errors.get(name, {}).items()) if seed in defence.seeds]
+
+
+def markdown(defence: Defence, tested: Mapping[str, Tested], more: Mapping[str, Mapping[str, str]]) -> str:
+    """A table with a line for each arm.
+
+    Args:
+        defence: the results.
+        tested: the columns of errors.
+        more: other columns, each a cell for every arm.
+    """
+    lines = [["trained on", *tested, *more]]
+    for arm, errors in tabulate(defence, tested):
+        lines.append([arm.title, *map(_points, errors), *(cells[arm.id] for cells in more.values())])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(
@@ -56,37 +92,42 @@ def markdown(header: Sequence[str], rows: dict[str, list[str]]) -> str:
     )
 
 
-def percent(values: Values) -> str:
-    """Mean and standard deviation in percent; of one seed the value, of none a dash."""
-    if not values:
-        return "-"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
+def _points(spread: Spread | None) -> str:
+    return spread.points if spread else "-"
 
 
-def black_box(defence: Defence, arm: str) -> list[float]:
-    """The error under FGSM of the held-out models, averaged over them and over the epsilons."""
+def over_epsilons(defence: Defence, arm: str) -> list[float]:
+    """The error under FGSM of the held-out models, averaged over them and over the epsilons; by seed."""
     by_level = [defence.errors(arm, "fgsm", defence.held_out, level) for level in defence.levels]
     return [statistics.mean(values) for values in zip(*by_level, strict=True)]
 
 
 def rates(defence: Defence, arm: str) -> list[float]:
-    """Images a second while training."""
-    return [one.images / one.seconds for one in defence.trainings if one.arm == arm and one.seed in defence.seeds]
+    """Images a second while training, by seed."""
+    found = sorted((one.seed, one.images / one.seconds) for one in defence.trainings if one.arm == arm)
+    return [rate for seed, rate in found if seed in defence.seeds]
 
 
-def compared(ours: Values, others: Values, name: str) -> str:
-    """An error beside another: "12.0 ± 1.0%, 30.1 ± 2.2 points below the control (42.1 ± 2.0%)". A difference that is
-    no larger than its spread is said to be within it.
-    """
+def _rate(defence: Defence, arm: str) -> str:
+    return _mean_of(rates(defence, arm), ",.0f")
+
+
+def _mean_of(values: Values, form: str) -> str:
+    """A mean and, of several values, their standard deviation."""
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def beside(ours: Values, others: Values, name: str) -> str:
+    """An error beside another: "12.0 ± 1.0% wrong, 30.1 ± 2.2 points below the control (42.1 ± 2.0%)"."""
     by_seed = [one - other for one, other in zip(ours, others, strict=True)]
     side = "below" if statistics.mean(by_seed) < 0 else "above"
-    points = percent([value if side == "above" else -value for value in by_seed])
-    words = f"{percent(ours)}%, {points} points {side} {name} ({percent(others)}%)"
-    if len(by_seed) == 1:
-        return f"{words}, of one seed, which shows no spread"
-    within = abs(statistics.mean(by_seed)) <= statistics.stdev(by_seed)
-    return f"{words}, which is within the spread" if within else words
+    points = Spread.of([value if side == "above" else -value for value in by_seed])
+    verdict = {None: ", of one seed, which allows no verdict", 0: ", a difference that does not count"}
+    return (
+        f"{Spread.of(ours)} wrong, {_points(points)} points {side} {name} ({Spread.of(others)})"
+        f"{verdict.get(compare(ours, others), '')}"
+    )
 
 
 def findings(defence: Defence) -> list[str]:
@@ -94,10 +135,12 @@ def findings(defence: Defence) -> list[str]:
     arms: dict[str, list[str]] = {}
     for arm in defence.arms:
         arms.setdefault(arm.kind, []).append(arm.id)
+    if untrained(defence):
+        return [TOO_FEW_STEPS]
     if "all" not in arms:
         return []
-    stored, middle = arms["all"][0], defence.middle
-    unseen = {arm.id: black_box(defence, arm.id) for arm in defence.arms}
+    stored = arms["all"][0]
+    unseen = {arm.id: over_epsilons(defence, arm.id) for arm in defence.arms}
     which = next(arm.title for arm in defence.arms if arm.id == stored).removeprefix("stored, ").partition(":")[0]
     said = []
     for kind, name in (("clean", "clean training"), ("noise", "the control"), ("one", "the best single source")):
@@ -105,18 +148,16 @@ def findings(defence: Defence) -> list[str]:
             best = min(arms[kind], key=lambda arm: statistics.mean(unseen[arm]))
             other = f"{name}, {best.partition(':')[2]}" if kind == "one" else name
             said.append(
-                f"Under FGSM of held-out models, averaged over the epsilons, stored images of {which} have an error of "
-                f"{compared(unseen[stored], unseen[best], other)}."
+                f"Under FGSM of held-out models, averaged over the epsilons, training on stored images of {which} "
+                f"leaves {beside(unseen[stored], unseen[best], other)}."
             )
-    tested: dict[str, Tested] = {
-        f"Under FGSM on the trained model itself at {middle}/255": ("fgsm", [ITSELF], middle),
-        "On clean images": ("clean", [None], 0),
-    }
-    for what, of in tested.items():
-        if "clean" in arms:
-            ours, clean = (defence.errors(arm, *of) for arm in (stored, arms["clean"][0]))
-            fly = f"; own FGSM on the fly has {percent(defence.errors('fly', *of))}%" if "fly" in arms else ""
-            said.append(f"{what} they have {compared(ours, clean, 'clean training')}{fly}.")
+    if exposed := exposes(defence):
+        said.append(exposed)
+    if "clean" in arms:
+        ours, clean = (defence.errors(arm, "clean", [None], 0) for arm in (stored, arms["clean"][0]))
+        said.append(
+            f"On clean images, training on stored images of {which} leaves {beside(ours, clean, 'clean training')}."
+        )
     if "fly" in arms:
         said.append(_cost(defence, stored))
     return said
@@ -124,14 +165,15 @@ def findings(defence: Defence) -> list[str]:
 
 def _cost(defence: Defence, stored: str) -> str:
     """What stored images save against own FGSM in each step: images a second, and epochs to the same error."""
-    ours, fly = (statistics.mean(rates(defence, arm)) for arm in (stored, "fly"))
-    goal = mean_history(defence, "fly")[-1]
-    needed = [epochs_until(mean_history(defence, arm), goal) for arm in (stored, "fly")]
+    ours, fly = (rates(defence, arm) for arm in (stored, "fly"))
+    ratio = _mean_of([one / other for one, other in zip(ours, fly, strict=True)], ".2f")
+    ends = mean_history(defence, "fly")[-1]
+    needed = [epochs_until(mean_history(defence, arm), ends + HALF_A_POINT) for arm in ("fly", stored)]
     when = [f"after epoch {epoch}" if epoch else f"in none of {defence.recipe['epochs']} epochs" for epoch in needed]
     return (
-        f"Training takes {ours:,.0f} stored images/s, and {fly:,.0f} where own FGSM is made on the fly. This ends with "
-        f"an error of {100 * goal:.1f}% under FGSM of held-out models: it is there {when[1]}, and stored images "
-        f"{when[0]}."
+        f"Training takes {_rate(defence, stored)} stored images/s, and {_rate(defence, 'fly')} where own FGSM is made "
+        f"on the fly: {ratio} times as many. On the fly ends at {100 * ends:.1f}% under FGSM of held-out models, "
+        f"reached within half a point {when[0]}; stored images reach it {when[1]}."
     )
 
 
@@ -146,6 +188,18 @@ def epochs_until(history: Values, error: float) -> int | None:
     return next((epoch for epoch, value in enumerate(history, start=1) if value <= error), None)
 
 
+def weak_models(defence: Defence) -> list[str]:
+    """A warning for each held-out model that has learnt too little: its attacks are then weak, too."""
+    clean = [statistics.mean(defence.errors(arm.id, "clean", [None], 0)) for arm in defence.arms if arm.kind == "clean"]
+    most = max([WEAK_ERROR, *(2 * error for error in clean)])
+    return [
+        f"Warning: held-out model {name} leaves {Spread.of(errors)} of clean images wrong; its attacks say little. "
+        "Name another with --held-out, or raise --epochs."
+        for name in defence.held_out
+        if (errors := _weakness(defence, name)) and statistics.mean(errors) > most
+    ]
+
+
 def describe(defence: Defence) -> str:
     """All that is printed."""
-    return "\n".join([tables(defence), "", *findings(defence)])
+    return "\n".join([tables(defence), "", *weak_models(defence), *findings(defence)])

@@ -41,7 +41,8 @@ Pictures = dict[Condition, Tensor]
 def stored_pictures(output: Path, contents: Contents, recipe: Recipe) -> tuple[Pictures, Tensor]:
     """The test split as the dataset has it: clean, with noise, and attacked; and its labels (N,) int64.
 
-    Noise is made here where the dataset has none.
+    Noise is made here where the dataset has none. Stored images of plain FGSM are left out: `fresh_pictures` makes the
+    same from the source models.
 
     Raises:
         ConfigError, PipelineError: as `training_dataset`.
@@ -51,7 +52,7 @@ def stored_pictures(output: Path, contents: Contents, recipe: Recipe) -> tuple[P
         images, labels = zip(*islice(data, recipe.test_rows), strict=True)
         return torch.stack(images), torch.tensor(labels)
 
-    read = partial(training_dataset, output, recipe.test_split, shuffle=False)
+    read = partial(training_dataset, output, recipe.test_split, shuffle=False, allow_incomplete=True)
     clean, labels = first_rows(read(clean=1))
     pictures = {Condition("clean", None, 0): clean}
     for level, epsilon in zip(contents.levels, contents.epsilons, strict=True):
@@ -60,7 +61,7 @@ def stored_pictures(output: Path, contents: Contents, recipe: Recipe) -> tuple[P
         else:
             noisy, _ = first_rows(read(attacks=contents.noise, epsilons=[epsilon], clean=0))
         pictures[Condition("noise", None, level)] = noisy
-        for model in contents.singles:
+        for model in () if contents.is_plain else contents.singles:
             attacked, _ = first_rows(read(models=model, attacks=contents.attack, epsilons=[epsilon], clean=0))
             pictures[Condition("stored", model, level)] = attacked
     return pictures, labels

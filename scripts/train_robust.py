@@ -21,6 +21,7 @@ more --seeds to add some. The report of the dataset shows it.
 """
 
 import contextlib
+import hashlib
 import math
 import shlex
 import sys
@@ -38,26 +39,25 @@ from outcomes import Condition, Pictures, ask, fresh_pictures, outcomes, stored_
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+from training import descent, shifted
 
 from pipeline.check.verify import announce_factories
 from pipeline.config.schema import ModelConfig
-from pipeline.core.errors import ConfigError, NonFiniteError, PipelineError
+from pipeline.core.errors import ConfigError, Interrupted, NonFiniteError, PipelineError
+from pipeline.core.interrupts import interruptible
 from pipeline.core.lanes import available_cores
 from pipeline.engine.run import choose_device, load_run_model, versions
 from pipeline.models.base import Model
 from pipeline.models.factory import FactoryConfig
 from pipeline.models.load import load_model
 from pipeline.output.folder import OutputFolder
-from pipeline.output.manifest import Manifest, require_manifest
+from pipeline.output.manifest import Manifest, current_manifest
 from pipeline.report.defence import DEFENCE, ITSELF, Arm, Defence, Training, read_defence
 from pipeline.report.page import report as write_report
 
-WEIGHT_DECAY = 1e-2
-# Small shifts stand in for more data: up to a 16th of a side, 4 pixels of 64. Smaller images than 16 are not moved.
-SHIFT_SHARE = 16
 # Test images on which the held-out models' attacks are tried after each epoch.
 HISTORY_ROWS = 500
-# Of smaller images the work of a layer is over before a second thread has begun.
+# Below 32 px, starting a second thread takes longer than a layer.
 THREADS_FROM = 32
 HELD_OUT = [f"{Path(__file__).with_name('held_out.py')}:{name}" for name in ("elu", "normed")]
 
@@ -103,16 +103,18 @@ class Study:
             raise ConfigError(f"--batch-size: {self.recipe.batch_size} images are more than a worker gets of {rows}.")
         return reader
 
-    def check(self) -> None:
-        """Find out what is wrong before the first training, not after it.
+    def digests(self) -> dict[str, str]:
+        """What tells the target and the held-out models from others of the same name: their parameters' shapes.
 
         Raises:
-            ConfigError, PipelineError: as `new_model` and `open`.
+            ConfigError: as `new_model`.
         """
+        found = {}
         for name in (ITSELF, *self.held_out):
-            self.new_model(name, seed=0)
-        for arm in self.arms:
-            self.open(arm, seed=0)
+            state = self.new_model(name, seed=0).module.state_dict()
+            shapes = "\n".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
+            found[name] = hashlib.sha256(shapes.encode()).hexdigest()[:16]
+        return found
 
     def source(self, name: str) -> Model:
         """A source model, as it was when the dataset was made.
@@ -124,14 +126,6 @@ class Study:
         if model.digest != self.manifest.identity.get(f"models.{name}.content"):
             raise ConfigError(f"models.{name}: the model has changed since the dataset was made; put it back.")
         return model
-
-
-def shifted(images: Tensor, draws: torch.Generator) -> Tensor:
-    """A batch moved by one random offset; what leaves on one side is black on the other."""
-    height, width = images.shape[-2:]
-    most = min(height, width) // SHIFT_SHARE
-    top, left = torch.randint(0, 2 * most + 1, (2,), generator=draws).tolist()
-    return F.pad(images, [most] * 4)[..., top : top + height, left : left + width]
 
 
 def train(model: Model, reader: Reader, seed: int, after_epoch: Callable[[Model], float]) -> tuple[float, list[float]]:
@@ -153,10 +147,7 @@ def train(model: Model, reader: Reader, seed: int, after_epoch: Callable[[Model]
     torch.manual_seed(seed)
     # Of their own, so that arms that draw more are moved alike.
     shifts, draws = (torch.Generator().manual_seed(seed) for _ in range(2))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=recipe.learning_rate, total_steps=recipe.epochs * reader.steps
-    )
+    descend = descent(module, recipe.learning_rate, recipe.epochs * reader.steps)
     seconds, history = 0.0, []
     for epoch in range(recipe.epochs):
         module.train()
@@ -166,11 +157,8 @@ def train(model: Model, reader: Reader, seed: int, after_epoch: Callable[[Model]
             if now.any():
                 now = now.to(device)
                 images[now] = reader.attacked(model, images[now], labels[now], draws)
-            optimizer.zero_grad()
             loss = F.cross_entropy(model(model.unit(images)), labels)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+            descend(loss)
         # To look at the loss waits for the device, too.
         if not math.isfinite(loss.detach()):
             raise NonFiniteError("The loss is no number any more; lower --learning-rate.")
@@ -206,7 +194,10 @@ def run(study: Study, defence: Defence, seeds: int) -> Defence:
         for seed, arms in missing.items():
             unseen: Pictures = {}
             for name in study.held_out:
-                unseen |= held_out_pictures(study, name, seed, clean, labels)
+                made, error = held_out_pictures(study, name, seed, clean, labels)
+                unseen |= made
+                errors = {**defence.held_out_errors.get(name, {}), seed: error}
+                defence = defence.model_copy(update={"held_out_errors": {**defence.held_out_errors, name: errors}})
                 bar.update()
             for arm in arms:
                 training = train_arm(study, arm, seed, pictures | unseen, unseen, labels)
@@ -226,11 +217,16 @@ def run(study: Study, defence: Defence, seeds: int) -> Defence:
     return defence
 
 
-def held_out_pictures(study: Study, name: str, seed: int, clean: Tensor, labels: Tensor) -> Pictures:
-    """Train a held-out model on clean images, and attack it."""
+def held_out_pictures(study: Study, name: str, seed: int, clean: Tensor, labels: Tensor) -> tuple[Pictures, float]:
+    """Train a held-out model on clean images, and attack it; and its error on the clean images."""
     model = study.new_model(name, seed)
     train(model, study.open(CLEAN_ONLY, seed), seed, lambda _: 0.0)
-    return fresh_pictures(model, name, clean, labels, study.contents.levels)
+    return fresh_pictures(model, name, clean, labels, study.contents.levels), error_on(model, clean, labels)
+
+
+def error_on(model: Model, images: Tensor, labels: Tensor) -> float:
+    """The share of images that a model gets wrong."""
+    return float((ask(model, images).argmax(1) != labels).float().mean())
 
 
 def train_arm(study: Study, arm: Arm, seed: int, pictures: Pictures, unseen: Pictures, labels: Tensor) -> Training:
@@ -248,9 +244,7 @@ def train_arm(study: Study, arm: Arm, seed: int, pictures: Pictures, unseen: Pic
     tried = [images[:HISTORY_ROWS] for condition, images in unseen.items() if condition.images == "fgsm"]
     wanted = labels[:HISTORY_ROWS].repeat(len(tried))
     images = torch.cat(tried)
-    seconds, history = train(
-        model, reader, seed, lambda model: float((ask(model, images).argmax(1) != wanted).float().mean())
-    )
+    seconds, history = train(model, reader, seed, lambda model: error_on(model, images, wanted))
     clean = pictures[Condition("clean", None, 0)]
     itself = fresh_pictures(model, ITSELF, clean, labels, study.contents.levels)
     return Training(
@@ -278,16 +272,18 @@ def make_study(output: Path, recipe: Recipe, model: str | None, held_out: Sequen
         PipelineError: the dataset cannot be read.
     """
     folder = OutputFolder(output)
-    manifest = require_manifest(folder)
-    announce_factories(folder, manifest)
+    manifest = current_manifest(folder)
+    channels, height, width = manifest.shape
+    if height != width:
+        raise ConfigError(
+            f"preprocess.crop: train_robust.py takes square images; these are {width}x{height}; set preprocess.crop."
+        )
     contents = Contents.of(manifest)
+    announce_factories(folder, manifest)
     known = {arm.id: arm for arm in contents.arms}
     unknown = [arm for arm in arms if arm not in known]
     if unknown:
         raise ConfigError(f"--arms: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")
-    channels, height, width = manifest.shape
-    if height != width:
-        raise ConfigError(f"--held-out: such models take square images, and the dataset's are {width}x{height}.")
     target = next(iter(manifest.resolved.all_models.values()))
     made = {"kind": "factory", "mean": target.mean, "std": target.std}
     kwargs = {"channels": channels, "side": height, "classes": len(manifest.dataset_classes)}
@@ -312,9 +308,14 @@ def make_study(output: Path, recipe: Recipe, model: str | None, held_out: Sequen
 def begin(study: Study, model: str | None, *, overwrite: bool) -> Defence:
     """The results so far, none at first, as they go on.
 
+    Args:
+        study: what is trained.
+        model: as `make_study` has it.
+        overwrite: forget the results that cannot be resumed.
+
     Raises:
-        ConfigError: they are of another run of the dataset, or of other settings.
-        PipelineError: the file is none of ours.
+        ConfigError: a model cannot be made, or `overwrite` is false and there are results that cannot be resumed.
+        PipelineError: `overwrite` is false and the file is none of ours.
     """
     folder = OutputFolder(study.output)
     first, there = next(iter(study.manifest.resolved.all_models)), versions(study.device)
@@ -331,22 +332,96 @@ def begin(study: Study, model: str | None, *, overwrite: bool) -> Defence:
         levels=study.contents.levels,
         arms=study.arms,
         trainings=(),
+        receipts=study.manifest.receipts,
+        digests=study.digests(),
     )
-    if overwrite or DEFENCE not in folder.store.sizes():
+    if DEFENCE not in folder.store.sizes():
         return new
-    former = read_defence(folder, study.manifest.run_id)
+    try:
+        former = former_results(folder, new)
+    except PipelineError:
+        if overwrite:
+            return new
+        raise
+    trained = {one.arm for one in former.trainings} | {arm.id for arm in study.arms}
+    arms = tuple(arm for arm in study.contents.arms if arm.id in trained)
+    return former.model_copy(update={"command": new.command, "arms": arms})
+
+
+def former_results(folder: OutputFolder, new: Defence) -> Defence:
+    """The results that there are.
+
+    Args:
+        folder: of the dataset.
+        new: without results, but with the images, models and settings that results must be of.
+
+    Raises:
+        ConfigError: they are of others.
+        PipelineError: the file is none of ours.
+    """
+    former, where = read_defence(folder, new.run_id), folder.store.at(DEFENCE)
     if former is None:
-        raise ConfigError(f"{folder.store.at(DEFENCE)} is of another run of the dataset; --overwrite starts anew.")
+        raise ConfigError(f"{where} is of another run of the dataset; --overwrite starts anew.")
     before, now = ({"model": one.target, "held-out": ", ".join(one.held_out), **one.recipe} for one in (former, new))
     for key, value in now.items():
         if before.get(key) != value:
             raise ConfigError(
-                f"--{key.replace('_', '-')}: {folder.store.at(DEFENCE)} was begun with {before.get(key)}, and this is "
-                f"{value}; name the same, or start anew with --overwrite."
+                f"--{key.replace('_', '-')}: {where} was begun with {before.get(key)}, and this is {value}; name the "
+                "same, or start anew with --overwrite."
             )
-    trained = {one.arm for one in former.trainings} | {arm.id for arm in study.arms}
-    arms = tuple(arm for arm in study.contents.arms if arm.id in trained)
-    return former.model_copy(update={"command": new.command, "arms": arms})
+    if not former.digests:
+        raise ConfigError(
+            f"{where} does not record the models and images that it is of, so nothing can be added; move it away, or "
+            "start anew with --overwrite."
+        )
+    if former.receipts != new.receipts:
+        raise ConfigError(
+            f"{where} was measured on other images: shards of the dataset were added, removed or made anew since; "
+            "start anew with --overwrite."
+        )
+    for name, digest in new.digests.items():
+        if former.digests.get(name) != digest:
+            raise ConfigError(
+                f"{'--model' if name == ITSELF else f'--held-out: {name}'}: its parameters are not those of the model "
+                f"that {where} was begun with; put that back, or start anew with --overwrite."
+            )
+    return former
+
+
+def measure(study: Study, model: str | None, seeds: int, *, overwrite: bool) -> Defence:
+    """Go on from the results that there are, while nobody else writes to the dataset's folder.
+
+    Args:
+        study, seeds: as `run` has them.
+        model, overwrite: as `begin` has them.
+
+    Raises:
+        ConfigError: as `begin` and `Study.open`.
+        PipelineError: as these, or another process works in the folder.
+    """
+    with OutputFolder(study.output).store.held(), threads_for(study.manifest.shape):
+        defence = begin(study, model, overwrite=overwrite)
+        for sentence in left_out(study):
+            typer.echo(sentence, err=True)
+        # What is wrong shows before the first training, not after it.
+        for arm in study.arms:
+            study.open(arm, seed=0)
+        return run(study, defence, seeds)
+
+
+def left_out(study: Study) -> list[str]:
+    """What of a dataset is not used, in sentences."""
+    contents, manifest = study.contents, study.manifest
+    said = [
+        f"Attack {name} is left out: its epsilons are not those of {contents.attack}, so they cannot be compared."
+        for name in contents.left_out
+    ]
+    if not manifest.complete:
+        said.append(
+            f"Warning: {study.output} is incomplete. What is trained on now cannot be resumed once more shards are "
+            "there; run the generate command that made it first."
+        )
+    return said
 
 
 @contextlib.contextmanager
@@ -396,7 +471,9 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(min=0, help="The largest of the cycle.")] = 3e-3,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the results of other settings.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget results of other settings, models or images.")
+    ] = False,
     report: Annotated[bool, typer.Option(help="Make the dataset's report anew.")] = True,
     json_path: Annotated[Path | None, typer.Option("--json", help="Copy the results to this file.")] = None,
     markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write the tables to this file.")] = None,
@@ -407,19 +484,19 @@ def main(
         for option, path in (("--json", json_path), ("--markdown", markdown_path)):
             if path is not None:
                 check_writable(option, path)
-        study = make_study(output, recipe, model, held_out or HELD_OUT, arms or ())
-        defence = begin(study, model, overwrite=overwrite)
-        with threads_for(study.manifest.shape):
-            study.check()
-            defence = run(study, defence, seeds)
-        text = describe(defence)
-        typer.echo(text)
-        if markdown_path is not None:
-            markdown_path.write_text(text + "\n")
-        if json_path is not None:
-            json_path.write_text(defence.model_dump_json() + "\n")
-        if report:
-            typer.echo(f"Report: {write_report(output)}", err=True)
+        with interruptible(lambda: typer.echo("\nInterrupted. Run the same command again to resume.", err=True)):
+            study = make_study(output, recipe, model, held_out or HELD_OUT, arms or ())
+            defence = measure(study, model, seeds, overwrite=overwrite)
+            text = describe(defence)
+            typer.echo(text)
+            if markdown_path is not None:
+                markdown_path.write_text(text + "\n")
+            if json_path is not None:
+                json_path.write_text(defence.model_dump_json() + "\n")
+            if report:
+                typer.echo(f"Report: {write_report(output)}", err=True)
+    except Interrupted as interrupt:
+        raise typer.Exit(128 + interrupt.signum) from None
     except PipelineError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None

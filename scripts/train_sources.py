@@ -7,13 +7,17 @@ These are the models of kind factory whose `weights` name a .safetensors file th
 Images are read, resized and cropped as the run itself would. All of them are kept in memory, as uint8.
 """
 
+import contextlib
 import logging
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from training import accuracy, train
@@ -21,7 +25,7 @@ from training import accuracy, train
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.core.batches import UNLABELLED
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import ConfigError, PipelineError, explained
 from pipeline.engine.loader import load_batches
 from pipeline.engine.run import Run, open_run
 from pipeline.models.load import load_model
@@ -44,6 +48,27 @@ def without_weights(config: Config) -> list[str]:
 
 def file_of(model: ModelConfig) -> Path:
     return Path(str(model.weights)).expanduser()
+
+
+@contextlib.contextmanager
+def writing(name: str, path: Path) -> Iterator[Path]:
+    """Where the weights of a model are written before they have the name of their file: one cut short is no weights.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with explained(
+        f"models.{name}.weights: {path} cannot be written",
+        "name another file",
+        errors=(OSError, SafetensorError),
+        kind=ConfigError,
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def open_untrained(config: Config, names: list[str]) -> Run:
@@ -99,8 +124,9 @@ def train_source(run: Run, config: ModelConfig, name: str, found: Images, epochs
         flip=images.shape[1] == 3,  # what is grayscale here is mostly writing, which does not read mirrored
     )
     path = file_of(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in model.module.state_dict().items()}, path)
+    with writing(name, path) as aside:
+        save_file({key: value.contiguous() for key, value in model.module.state_dict().items()}, aside)
+        aside.replace(path)
     right = [f"{split} {accuracy(model.predict, each, to_model(own)):.4f}" for split, (each, own) in found.items()]
     size = sum(parameter.numel() for parameter in model.module.parameters())
     seconds = time.perf_counter() - started
@@ -123,6 +149,10 @@ def main(
             return
         run = open_untrained(loaded, names)
         found = read_images(run)
+        for name in names:
+            # What cannot be written shows before the training, not after it.
+            with writing(name, file_of(loaded.all_models[name])) as aside:
+                aside.touch()
         typer.echo(f"Training {', '.join(names)} on {len(found[TRAIN][0]):,} images, {epochs} epochs each.")
         for name in names:
             train_source(run, loaded.all_models[name], name, found, epochs)

@@ -1,4 +1,4 @@
-"""How the small models of this project are trained: `train_digits.py` and `train_sources.py` call this."""
+"""How the small models of this project are trained: `train_digits.py`, `train_sources.py` and `train_robust.py`."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,16 @@ LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
 SHIFT_SHARE = 16
 
 
-def shifted(images: Tensor) -> Tensor:
-    """Move a batch by one random offset; what leaves on one side is black on the other."""
+def shifted(images: Tensor, draws: torch.Generator | None = None) -> Tensor:
+    """Move a batch by one random offset; what leaves on one side is black on the other.
+
+    Args:
+        images: (N, C, H, W).
+        draws: what the offset is drawn from, PyTorch's own by default.
+    """
     height, width = images.shape[-2:]
     most = min(height, width) // SHIFT_SHARE
-    down, right = torch.randint(-most, most + 1, (2,)).tolist()
+    down, right = torch.randint(-most, most + 1, (2,), generator=draws).tolist()
     top, left = most - down, most - right
     return F.pad(images, [most] * 4)[..., top : top + height, left : left + width]
 
@@ -23,6 +28,20 @@ def shifted(images: Tensor) -> Tensor:
 def flipped(images: Tensor) -> Tensor:
     """Mirror half of the images of a batch, by lot."""
     return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
+
+
+def descent(module: nn.Module, learning_rate: float, steps: int) -> Callable[[Tensor], None]:
+    """AdamW and one cycle of its learning rate, of so many steps; what is returned takes a step down a loss."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
+
+    def descend(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    return descend
 
 
 def train(
@@ -46,16 +65,12 @@ def train(
         flip: whether images may be mirrored.
     """
     steps = len(images_u8) // batch_size
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=epochs * steps)
+    descend = descent(module, LEARNING_RATE, epochs * steps)
     module.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(images_u8)).split(batch_size)[:steps]:
             batch = shifted(images_u8[rows])
-            optimizer.zero_grad()
-            F.cross_entropy(logits(flipped(batch) if flip else batch), labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
+            descend(F.cross_entropy(logits(flipped(batch) if flip else batch), labels[rows]))
     module.eval()
 
 

@@ -5,7 +5,8 @@ The script writes defence.json into the dataset's folder, after each training; t
 
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -18,6 +19,17 @@ DEFENCE = "defence.json"
 
 # What attacks the images that a trained model is tested on.
 ITSELF = "itself"
+
+# Images, whose gradient made them, and the epsilon in grey levels, as `Defence.errors` takes them.
+Tested = tuple[str, Sequence[str | None], int]
+
+# How many standard errors a 95% interval reaches to each side of a mean of 2, 3, ... 10 seeds (Student's t). The last
+# is taken for more seeds, too: their interval is a little narrower.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Above this clean error of the arm "clean only" nothing is said of the others.
+MOST_CLEAN_ERROR = 0.45
+TOO_FEW_STEPS = "Too few steps to compare; raise --epochs."
+RULE = "A difference counts where its 95% interval over the seeds leaves out 0."
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +48,34 @@ class Spread:
             return None
         return cls(statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else None)
 
-    def __str__(self) -> str:
+    @property
+    def points(self) -> str:
+        """In percent, without the sign."""
         spread = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
-        return f"{100 * self.mean:.1f}{spread}%"
+        return f"{100 * self.mean:.1f}{spread}"
 
-    def below(self, other: "Spread") -> bool:
-        """Whether it is less by more than both standard deviations together, as far as these are known."""
-        return other.mean - self.mean > (self.deviation or 0) + (other.deviation or 0)
+    def __str__(self) -> str:
+        return f"{self.points}%"
+
+
+def compare(ours: Sequence[float], others: Sequence[float]) -> int | None:
+    """Which of two arms has the larger errors, by their differences within each seed.
+
+    Args:
+        ours: one error for each seed.
+        others: those of the other arm, of the same seeds in the same order.
+
+    Returns:
+        1 where ours are larger and -1 where they are smaller; 0 where the 95% interval of the difference has 0 in it.
+        None where one seed alone, or different seeds, allow no answer.
+    """
+    if len(ours) != len(others) or len(ours) < 2:
+        return None
+    differences = [one - other for one, other in zip(ours, others, strict=True)]
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    if abs(mean) <= T_95[min(len(differences), 10) - 2] * error:
+        return 0
+    return 1 if mean > 0 else -1
 
 
 class _Strict(BaseModel):
@@ -59,11 +92,6 @@ class Arm(_Strict):
     id: str
     title: str
     kind: Literal["clean", "noise", "one", "all", "fly", "both"]
-
-    @property
-    def name(self) -> str:
-        """The title, which says so if the arm is the control."""
-        return f"{self.title} (the control)" if self.kind == "noise" and "control" not in self.title else self.title
 
 
 class Outcome(_Strict):
@@ -110,7 +138,12 @@ class Training(_Strict):
 
 
 class Defence(_Strict):
-    """All trainings on one dataset. seconds: of the whole, over all sessions."""
+    """All trainings on one dataset.
+
+    seconds: of the whole, over all sessions. receipts: the digest of the dataset's receipts, which changes when shards
+    are added. digests: of the parameters' names and shapes, by model: the target (`itself`) and the held-out ones.
+    held_out_errors: on clean images, by held-out model and seed. The last three are empty in older files.
+    """
 
     run_id: str
     command: str
@@ -124,11 +157,16 @@ class Defence(_Strict):
     levels: tuple[int, ...]
     arms: tuple[Arm, ...]
     trainings: tuple[Training, ...]
+    receipts: str = ""
+    digests: dict[str, str] = {}
+    held_out_errors: dict[str, dict[int, float]] = {}
 
     @model_validator(mode="after")
-    def _check_levels(self) -> Self:
-        if not self.levels:
-            raise ValueError("there is no epsilon")
+    def _check_what_there_is(self) -> Self:
+        if not self.levels or not self.arms:
+            raise ValueError("there is no epsilon or no arm")
+        if any(count > 1 for count in Counter((one.arm, one.seed) for one in self.trainings).values()):
+            raise ValueError("an arm was trained twice with one seed")
         return self
 
     @property
@@ -140,7 +178,7 @@ class Defence(_Strict):
     def seeds(self) -> list[int]:
         """Those with which every arm was trained."""
         done = [{one.seed for one in self.trainings if one.arm == arm.id} for arm in self.arms]
-        return sorted(set.intersection(*done)) if done else []
+        return sorted(set.intersection(*done))
 
     def errors(self, arm: str, images: str, against: Sequence[str | None], level: int) -> list[float]:
         """The error of an arm on some images, averaged over whose gradient made them: one number for each seed."""
@@ -154,15 +192,11 @@ class Defence(_Strict):
         """The error under FGSM of the held-out models, averaged over these; None where it was not measured."""
         return Spread.of(self.errors(arm, "fgsm", self.held_out, level))
 
-    def white_box(self, arm: str, attack: str) -> Spread | None:
-        """The error under an attack on the trained model itself, at the middle epsilon."""
-        return Spread.of(self.errors(arm, attack, [ITSELF], self.middle))
-
     def _by_seed(
         self, arm: str, images: str, against: Sequence[str | None], level: int, value: Callable[[Outcome], float | None]
     ) -> list[float]:
         means = []
-        for training in self.trainings:
+        for training in sorted(self.trainings, key=lambda one: one.seed):
             if training.arm == arm and training.seed in self.seeds:
                 wanted = [
                     value(test)
@@ -196,18 +230,29 @@ def read_defence(folder: OutputFolder, run_id: str) -> Defence | None:
     return defence
 
 
-def tabulate(defence: Defence) -> tuple[list[str], list[tuple[Arm, list[Spread | None]]]]:
-    """The headings of a table, and for each arm its errors: clean, black-box by epsilon, white-box in the middle."""
-    kinds = [kind for kind in ("fgsm", "pgd") if any(defence.white_box(arm.id, kind) for arm in defence.arms)]
-    head = ["clean"]
-    head += [f"black-box, {level}/255" for level in defence.levels]
-    head += [f"white-box {kind.upper()}, {defence.middle}/255" for kind in kinds]
-    rows = []
-    for arm in defence.arms:
-        clean = Spread.of(defence.errors(arm.id, "clean", [None], 0))
-        attacked = [defence.black_box(arm.id, level) for level in defence.levels]
-        rows.append((arm, [clean, *attacked, *(defence.white_box(arm.id, kind) for kind in kinds)]))
-    return head, rows
+def columns(defence: Defence) -> dict[str, Tested]:
+    """What the columns of the main table are of: the held-out models' attacks, and FGSM on the trained model itself."""
+    middle, held_out = defence.middle, defence.held_out
+    found: dict[str, Tested] = {"clean": ("clean", [None], 0)}
+    found |= {f"FGSM {level}": ("fgsm", held_out, level) for level in defence.levels}
+    return found | {f"PGD {middle}": ("pgd", held_out, middle), f"own FGSM {middle}": ("fgsm", [ITSELF], middle)}
+
+
+def tabulate(defence: Defence, tested: Mapping[str, Tested]) -> list[tuple[Arm, list[Spread | None]]]:
+    """Each arm, and its error in each column."""
+    return [(arm, [Spread.of(defence.errors(arm.id, *of)) for of in tested.values()]) for arm in defence.arms]
+
+
+def statements(defence: Defence) -> list[str]:
+    """What the report says: whether stored images protect, and against what not, as far as that was measured."""
+    return [TOO_FEW_STEPS] if untrained(defence) else [said for said in (protects(defence), exposes(defence)) if said]
+
+
+def untrained(defence: Defence) -> bool:
+    """Whether training on clean images alone leaves so many of them wrong that arms cannot be compared."""
+    clean = _first(defence, "clean")
+    errors = defence.errors(clean.id, "clean", [None], 0) if clean else []
+    return bool(errors) and statistics.fmean(errors) > MOST_CLEAN_ERROR
 
 
 def protects(defence: Defence) -> str:
@@ -216,37 +261,49 @@ def protects(defence: Defence) -> str:
     It is of the first arm on all sources, of one source where there is none. Empty where an arm was not measured.
     """
     arms = [_first(defence, "all", "one"), _first(defence, "clean"), _first(defence, "noise")]
-    compared = _measured(arms, lambda arm: defence.black_box(arm, defence.middle))
-    if len(compared) < 3:
+    measured = _measured(defence, arms, ("fgsm", defence.held_out, defence.middle))
+    if len(measured) < 3:
         return ""
-    (arm, share), *others = compared
-    lead = "That stored images protect against attacks from models never seen does not show here"
-    if share.deviation is None:
-        lead = "Against attacks from models never seen there is one seed, so no spread is known"
-    elif all(share.below(other) for _, other in others):
-        lead = "Stored images protect against attacks from models never seen"
+    (arm, errors), *others = measured
+    signs = [compare(errors, other) for _, other in others]
+    lead = "Here, stored images show no protection against attacks from unseen models"
+    if None in signs:
+        lead = "Against attacks from unseen models, one seed allows no verdict"
+    elif signs == [-1, -1]:
+        lead = "Stored images protect against attacks from unseen models"
     return (
-        f"{lead}: FGSM on {', '.join(defence.held_out)} at {defence.middle}/255 leaves {share} wrong after "
-        f"“{arm.name}”; {_beside(share, others)}."
+        f"{lead}: FGSM on {', '.join(defence.held_out)} at {defence.middle}/255 leaves {Spread.of(errors)} wrong after "
+        f"“{arm.title}”; {_beside(errors, others)}."
     )
 
 
 def exposes(defence: Defence) -> str:
-    """What the same training does under FGSM on the trained model itself, beside clean images and its own FGSM.
+    """What the same training does under an attack on the trained model itself, beside clean images and its own FGSM.
 
-    Empty where one of the first two was not measured.
+    The attack is PGD at the largest epsilon of which there are results, and FGSM where there are none of PGD. Empty
+    where one of the first two arms was not measured.
     """
     arms = [_first(defence, "all", "one"), _first(defence, "clean"), _first(defence, "fly")]
-    compared = _measured(arms, lambda arm: defence.white_box(arm, "fgsm"))
-    if len(compared) < 2 or compared[1][0] != arms[1]:
+    for kind, level in ((kind, level) for kind in ("pgd", "fgsm") for level in reversed(defence.levels)):
+        measured = _measured(defence, arms, (kind, [ITSELF], level))
+        if len(measured) > 1 and measured[1][0] == arms[1]:
+            break
+    else:
         return ""
-    (arm, share), *others = compared
-    lead = "They do not protect against an attack on the trained model itself"
-    if share.deviation is None:
-        lead = "Under an attack on the trained model itself no spread is known either"
-    elif share.below(others[0][1]):
-        lead = "Under an attack on the trained model itself the error is lower, too"
-    return f"{lead}: FGSM on it leaves {share} wrong after “{arm.name}”; {_beside(share, others)}."
+    (arm, errors), *others = measured
+    clean = others[0][1]
+    sign = compare(errors, clean)
+    lead = "Stored images do not protect against an attack on the trained model itself"
+    if sign is None:
+        lead = "Under an attack on the trained model itself, one seed allows no verdict"
+    elif sign < 0:
+        half = 2 * statistics.fmean(errors) <= statistics.fmean(clean)
+        lowered = "lower, too" if half else "lowered, not removed"
+        lead = f"Under an attack on the trained model itself the error is {lowered}"
+    return (
+        f"{lead}: {kind.upper()} on it at {level}/255 leaves {Spread.of(errors)} wrong after “{arm.title}”; "
+        f"{_beside(errors, others)}."
+    )
 
 
 def _first(defence: Defence, *kinds: str) -> Arm | None:
@@ -254,17 +311,14 @@ def _first(defence: Defence, *kinds: str) -> Arm | None:
     return next((arm for kind in kinds for arm in defence.arms if arm.kind == kind), None)
 
 
-def _measured(arms: Sequence[Arm | None], measure: Callable[[str], Spread | None]) -> list[tuple[Arm, Spread]]:
-    """Arms with what is measured of them; without those of which nothing is."""
-    return [(arm, share) for arm in arms if arm and (share := measure(arm.id))]
+def _measured(defence: Defence, arms: Sequence[Arm | None], of: Tested) -> list[tuple[Arm, list[float]]]:
+    """Arms with their errors by seed; without those that were not measured."""
+    return [(arm, errors) for arm in arms if arm and (errors := defence.errors(arm.id, *of))]
 
 
-def _beside(share: Spread, others: Sequence[tuple[Arm, Spread]]) -> str:
-    """What the other arms leave wrong, and whether that differs."""
-    said = []
-    for arm, other in others:
-        verdict = "a difference within the spread"
-        if share.below(other) or other.below(share):
-            verdict = "which is more" if share.below(other) else "which is less"
-        said.append(f"“{arm.name}” leaves {other}, {verdict}")
-    return ", and ".join(said)
+def _beside(errors: Sequence[float], others: Sequence[tuple[Arm, Sequence[float]]]) -> str:
+    """What the other arms leave wrong, and whether that differs; of one seed without a verdict."""
+    verdicts = {None: "", 0: ", a difference that does not count", 1: ", which is less", -1: ", which is more"}
+    return ", and ".join(
+        f"“{arm.title}” leaves {Spread.of(other)}{verdicts[compare(errors, other)]}" for arm, other in others
+    )

@@ -27,7 +27,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder, report_files, reported_assets
 from pipeline.output.manifest import Manifest, current_manifest, without_folders
 from pipeline.output.summary import human_bytes
-from pipeline.report.defence import Defence, exposes, protects, read_defence, tabulate
+from pipeline.report.defence import RULE, Defence, columns, read_defence, statements, tabulate
 from pipeline.report.findings import (
     Focus,
     accuracy,
@@ -187,10 +187,11 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     named = (
-        *(exposes, headline, hero, human_bytes, mistaken, percent),
-        *(protects, ratio, tabulate, variant_name, web_image, who_travels),
+        *(columns, headline, hero, human_bytes, mistaken, percent),
+        *(ratio, statements, tabulate, variant_name, web_image, who_travels),
     )
     environment.filters |= {function.__name__: function for function in named}
+    environment.globals["RULE"] = RULE
     environment.filters |= {
         "thousands": lambda number: f"{number:,}",
         # A long name breaks where people would break it.
@@ -252,10 +253,10 @@ def _defence(folder: OutputFolder, manifest: Manifest) -> Defence | None:
 def _draw_defence(defence: Defence) -> tuple[bytes, str]:
     """The black-box errors of all arms as a PNG, and what it shows in words."""
     shares = {level: [defence.black_box(arm.id, level) for arm in defence.arms] for level in defence.levels}
-    ends = [f"{arm.name}, {share or '-'}" for arm, share in zip(defence.arms, shares[defence.middle], strict=True)]
+    ends = [f"{arm.title}, {share or '-'}" for arm, share in zip(defence.arms, shares[defence.middle], strict=True)]
     alt = f"Error under FGSM of models never seen, after each training; at {defence.middle}/255: {'; '.join(ends)}."
     control = [arm.kind == "noise" for arm in defence.arms]
-    return draw_defence([arm.name for arm in defence.arms], control, shares, "black-box error"), alt
+    return draw_defence([arm.title for arm in defence.arms], control, shares, "black-box error"), alt
 
 
 def _sessions(folder: OutputFolder) -> list[Session]:

@@ -1,5 +1,6 @@
 """The script that trains the models of a config which have no weights yet."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable
@@ -103,6 +104,29 @@ def test_what_has_weights_is_left_alone(write: Write, tmp_path: Path) -> None:
     result = run(config)
     assert result.exit_code == 0
     assert result.output.startswith("Nothing to train")
+
+
+@pytest.mark.parametrize("name", ["a file/one.safetensors", f"{'a' * 240}.safetensors"])  # the name is too long
+def test_weights_that_cannot_be_written_are_found_out_before_the_training(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr(torch.optim, "AdamW")  # nothing is trained before
+    (tmp_path / "a file").touch()
+    result = run(write(), "--set", f"models.one.weights={tmp_path / name}")
+    assert result.exit_code == 2
+    assert "models.one.weights" in result.output
+
+
+def test_weights_that_are_cut_short_are_none(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(_: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_sources, "save_file", cut_short)
+    result = run(write(), "--epochs", "1")
+    assert result.exit_code == 2
+    assert "models.one.weights" in result.output
+    assert list((tmp_path / "weights").iterdir()) == []
 
 
 def test_weights_do_not_depend_on_the_test_split(write: Write, tmp_path: Path) -> None:
