@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline.config.load import load_config
 from pipeline.core.images import decode_image, encode_images
+from pipeline.core.sign_bits import picture_to_bits
 from pipeline.engine.estimate import estimate_bytes
 from pipeline.engine.run import open_run
+from pipeline.layouts.registry import LAYOUTS
 from tests.conftest import (
     KINDS,
     WriteConfig,
@@ -34,6 +37,7 @@ from tests.conftest import (
 )
 from tests.conftest import fgsm_without_run as fgsm
 from tests.support.forgery import SHARD, alter_a_byte_of, another_mistake, assert_found, cut_short_of, forge
+from tests.support.variants import fgsm_at
 
 FILE = f"signs/{SHARD}.parquet"
 SIGNS = {"layout": "signs"}
@@ -357,6 +361,16 @@ def test_bits_are_stored_plain_and_zeros_compressed(write_config: WriteConfig, t
     # One bit for each value.
     assert 0 < columns["sign.positive"].total_compressed_size - 16 * 96 < 16 * 4 + 100
     assert columns["sign.zero"].total_compressed_size < 0.6 * columns["sign.positive"].total_compressed_size
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_code_of_the_card_makes_every_sign(channels: int) -> None:
+    (clean,) = random_pixels(1, side=9, channels=channels).squeeze(-1 if channels == 1 else ())
+    signs = np.random.RandomState(1).randint(-1, 2, clean.shape)
+    (sign,) = picture_to_bits(((signs + 1) * 127).astype(np.uint8)[None]).to_pylist()
+    names: dict[str, Any] = {"rows": [{"image": Image.fromarray(clean), "sign": sign}]}
+    exec(LAYOUTS["signs-bits"].example(fgsm_at(0, 8)).split("```")[1].removeprefix("python"), names)
+    np.testing.assert_array_equal(np.asarray(names["attacked"]), np.clip(clean + 8 * signs, 0, 255))
 
 
 def test_the_format_is_part_of_the_run_id_but_where_it_is_the_default(
