@@ -186,8 +186,9 @@ def peak_rss(config: Path, cache: Path, limit: int, sender: Any) -> None:
 
 
 def test_memory_does_not_grow_with_the_dataset(processes: Any, write_config: WriteConfig, tmp_path: Path) -> None:
-    """Four times the images, which decoded and attacked are 113 MB more, in less than 5% more memory."""
-    images = [png_bytes(pixels) for pixels in random_pixels(16, side=256)]
+    """Four times the images, in less memory than half of what these take decoded and attacked; a run varies by 10%."""
+    side = 384
+    images = [png_bytes(pixels) for pixels in random_pixels(16, side=side)]
     write_parquet(tmp_path / "large", images * 16, [i % 3 for i in range(256)])
     config = write_config(
         source={"path": str(tmp_path / "large")},
@@ -202,4 +203,4 @@ def test_memory_does_not_grow_with_the_dataset(processes: Any, write_config: Wri
         process.start()
         peaks.append(receiver.recv())
         process.join()
-    assert peaks[1] < 1.05 * peaks[0], peaks
+    assert peaks[1] - peaks[0] < 192 * 2 * 3 * side**2 / 2, peaks
