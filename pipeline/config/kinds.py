@@ -46,6 +46,6 @@ LAYOUTS = {
     "images": "pipeline.layouts.images:Images",
     "signs": "pipeline.layouts.signs:Signs",
     "wide": "pipeline.layouts.wide:Wide",
-    # What `output.sign_format` makes of a layout.
-    "signs-bits": "pipeline.layouts.signs:SignBits",
 }
+# What `output.sign_format: bits` makes of the layouts that store sign maps.
+BITS = {"signs-bits": "pipeline.layouts.signs:SignBits"}

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config.kinds import LAYOUTS
+from pipeline.config.kinds import BITS, LAYOUTS
 from pipeline.config.section import Count, Section, anchored, home
 from pipeline.core.addresses import check_address, is_address
 from pipeline.core.epsilon import epsilon_level
@@ -272,7 +272,7 @@ def _refuse_jpeg(value: Any) -> Any:
 if TYPE_CHECKING:
     LayoutName = str
 else:
-    LayoutName = Literal[tuple(name for name in LAYOUTS if "-" not in name)]
+    LayoutName = Literal[tuple(LAYOUTS)]
 
 
 class OutputConfig(Section):
@@ -295,7 +295,7 @@ class OutputConfig(Section):
 
     @model_validator(mode="after")
     def _check_sign_format(self) -> "OutputConfig":
-        if "sign_format" in self.model_fields_set and f"{self.layout}-bits" not in LAYOUTS:
+        if "sign_format" in self.model_fields_set and f"{self.layout}-bits" not in BITS:
             raise ValueError(f"sign_format: layout {self.layout} stores no sign maps; leave the key out")
         return self
 
@@ -306,7 +306,7 @@ class OutputConfig(Section):
 
     @property
     def kind(self) -> str:
-        """The name among LAYOUTS of the layout as the rest of the section has it."""
+        """What the registry calls the layout as the rest of the section has it."""
         return self.layout if self.sign_format == "picture" else f"{self.layout}-{self.sign_format}"
 
 
