@@ -104,8 +104,7 @@ def over_epsilons(defence: Defence, arm: str) -> list[float]:
 
 def rates(defence: Defence, arm: str) -> list[float]:
     """Images a second while training, by seed."""
-    found = sorted((one.seed, one.images / one.seconds) for one in defence.trainings if one.arm == arm)
-    return [rate for seed, rate in found if seed in defence.seeds]
+    return [one.images / one.seconds for one in defence.trained(arm)]
 
 
 def _rate(defence: Defence, arm: str) -> str:
@@ -179,7 +178,7 @@ def _cost(defence: Defence, stored: str) -> str:
 
 def mean_history(defence: Defence, arm: str) -> list[float]:
     """The black-box error after each epoch, averaged over the seeds."""
-    histories = [one.history for one in defence.trainings if one.arm == arm and one.seed in defence.seeds]
+    histories = [one.history for one in defence.trained(arm)]
     return [statistics.mean(values) for values in zip(*histories, strict=True)]
 
 

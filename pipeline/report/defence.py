@@ -180,6 +180,11 @@ class Defence(_Strict):
         done = [{one.seed for one in self.trainings if one.arm == arm.id} for arm in self.arms]
         return sorted(set.intersection(*done))
 
+    def trained(self, arm: str) -> list[Training]:
+        """The trainings of an arm, with `seeds` in their order; none where there is no such arm."""
+        by_seed = {one.seed: one for one in self.trainings if one.arm == arm}
+        return [by_seed[seed] for seed in self.seeds if seed in by_seed]
+
     def errors(self, arm: str, images: str, against: Sequence[str | None], level: int) -> list[float]:
         """The error of an arm on some images, averaged over whose gradient made them: one number for each seed."""
         return self._by_seed(arm, images, against, level, lambda test: test.error)
@@ -196,16 +201,15 @@ class Defence(_Strict):
         self, arm: str, images: str, against: Sequence[str | None], level: int, value: Callable[[Outcome], float | None]
     ) -> list[float]:
         means = []
-        for training in sorted(self.trainings, key=lambda one: one.seed):
-            if training.arm == arm and training.seed in self.seeds:
-                wanted = [
-                    value(test)
-                    for test in training.tests
-                    if (test.images, test.level) == (images, level) and test.against in against
-                ]
-                known = [one for one in wanted if one is not None]
-                if known:
-                    means.append(sum(known) / len(known))
+        for training in self.trained(arm):
+            wanted = [
+                value(test)
+                for test in training.tests
+                if (test.images, test.level) == (images, level) and test.against in against
+            ]
+            known = [one for one in wanted if one is not None]
+            if known:
+                means.append(sum(known) / len(known))
         return means
 
 

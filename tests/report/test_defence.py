@@ -27,7 +27,7 @@ from pipeline.report.defence import (
     statements,
     tabulate,
 )
-from tests.conftest import WriteConfig, fgsm, generate
+from tests.conftest import WriteConfig, fgsm, generate, generate_once
 from tests.support.page import NASTY, make, opened, opened_png
 from tests.support.several import write_several
 
@@ -217,20 +217,11 @@ def test_the_table_is_of_seeds_that_have_every_arm() -> None:
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-@pytest.fixture(scope="module")
-def made() -> dict[str, Path]:
-    """What a module's tests read of one run is made once."""
-    return {}
-
-
 @pytest.fixture
-def out(write_config: WriteConfig, tmp_path: Path, made: dict[str, Path]) -> Path:
-    """A run of three models, a copy for each test."""
-    if not made:
-        generate(write_several(write_config, tmp_path))
-        made["out"] = tmp_path / "out"
-    shutil.copytree(made["out"], tmp_path / "copy")
-    return tmp_path / "copy"
+def out(write_config: WriteConfig, tmp_path: Path) -> Path:
+    """A run of three models."""
+    generate_once(write_several(write_config, tmp_path))
+    return tmp_path / "out"
 
 
 def keep(out: Path, **fields: Any) -> Defence:
