@@ -186,10 +186,10 @@ def peak_rss(config: Path, cache: Path, limit: int, sender: Any) -> None:
 
 
 def test_memory_does_not_grow_with_the_dataset(processes: Any, write_config: WriteConfig, tmp_path: Path) -> None:
-    """Four times the images, in less memory than half of what these take decoded and attacked; a run varies by 10%."""
-    side = 384
+    """Of 960 images more, less than a third of what they take decoded and attacked: 377 MB. A run varies by 80 MB."""
+    side = 256
     images = [png_bytes(pixels) for pixels in random_pixels(16, side=side)]
-    write_parquet(tmp_path / "large", images * 16, [i % 3 for i in range(256)])
+    write_parquet(tmp_path / "large", images * 64, [i % 3 for i in range(1024)])
     config = write_config(
         source={"path": str(tmp_path / "large")},
         attack={"epsilons": ["8/255"]},
@@ -197,10 +197,10 @@ def test_memory_does_not_grow_with_the_dataset(processes: Any, write_config: Wri
         runtime={"batch_size": 8},
     )
     peaks = []
-    for limit in (64, 256):
+    for limit in (64, 1024):
         receiver, sender = multiprocessing.Pipe(duplex=False)
         process = processes.Process(target=peak_rss, args=(config, tmp_path / "cache", limit, sender))
         process.start()
         peaks.append(receiver.recv())
         process.join()
-    assert peaks[1] - peaks[0] < 192 * 2 * 3 * side**2 / 2, peaks
+    assert peaks[1] - peaks[0] < 960 * 2 * 3 * side**2 / 3, peaks
