@@ -290,7 +290,7 @@ def _cancel(references: Sequence[Any]) -> None:
 
 def _nodes() -> list[dict[str, float]]:
     """The resources of each node of the cluster."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 

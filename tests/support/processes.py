@@ -166,5 +166,5 @@ def lose_a_node(folder: Path, start: Callable[[str], tuple[Any, Path]]) -> None:
         driver.join(150)
         assert driver.exitcode == 0, log.read_text()
     finally:
-        nodes.shutdown()  # type: ignore[no-untyped-call]
+        nodes.shutdown()
     assert {lost, (folder / "passed").read_text()} == {"a", "b"}
