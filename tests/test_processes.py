@@ -185,6 +185,7 @@ def peak_rss(config: Path, cache: Path, limit: int, sender: Any) -> None:
     sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_dataset(processes: Any, write_config: WriteConfig, tmp_path: Path) -> None:
     """Of 960 images more, less than a third of what they take decoded and attacked: 377 MB. A run varies by 80 MB."""
     side = 256

@@ -90,13 +90,19 @@ def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: T
     before = _random_state(images_u8.device)
     model.predict(images_u8)
     state = _random_state(images_u8.device)
-    one, other = (_perturb(attack, model, images_u8, labels, draws) for _ in range(2))
-    moved = _other_values(one, other)
-    if moved > OTHER_VALUES:
-        raise ConfigError(
-            f"{key} is not deterministic: {moved:.1%} of the values of its images are others the second time; draw "
-            "random numbers from `draws`, with needs_draws = True."
-        )
+    some = (len(images_u8) + 1) // 2
+    # The second time with other rows beside them, black and white ones in turn.
+    beside = images_u8.clone()
+    beside[some::2], beside[some + 1 :: 2] = 0, 255
+    one, other = (_perturb(attack, model, images, labels, draws) for images in (images_u8, beside))
+    mixed = _other_values(one, other, some)
+    if mixed > OTHER_VALUES:
+        moved = _other_values(one, _perturb(attack, model, images_u8, labels, draws))
+        if moved > OTHER_VALUES:
+            raise ConfigError(
+                f"{key} is not deterministic: {moved:.1%} of the values of its images are others the second time; draw "
+                "random numbers from `draws`, with needs_draws = True."
+            )
     # A model may draw numbers that change nothing in what it says.
     if before == state != _random_state(images_u8.device):
         raise ConfigError(
@@ -104,17 +110,11 @@ def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: T
             "torch.manual_seed do, so images would depend on which others are attacked beside them; make them follow "
             "from `draws`, with needs_draws = True."
         )
-    some = (len(images_u8) + 1) // 2
-    if some < len(images_u8):
-        # Other rows beside them, black and white ones in turn.
-        beside = images_u8.clone()
-        beside[some::2], beside[some + 1 :: 2] = 0, 255
-        moved = _other_values(one, _perturb(attack, model, beside, labels, draws), some)
-        if moved > OTHER_VALUES:
-            raise ConfigError(
-                f"{key} makes other images of a row when other rows are beside it ({moved:.1%} of the values); what it "
-                "computes must not mix rows, as a mean over the batch does."
-            )
+    if mixed > OTHER_VALUES:
+        raise ConfigError(
+            f"{key} makes other images of a row when other rows are beside it ({mixed:.1%} of the values); what it "
+            "computes must not mix rows, as a mean over the batch does."
+        )
 
 
 def _perturb(attack: ModelAttack, model: Model, images_u8: Tensor, labels: Tensor, draws: Tensor) -> Perturbed:

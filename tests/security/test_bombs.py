@@ -133,6 +133,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_bombs_cost_neither_memory_nor_time(tmp_path: Path) -> None:
     (tmp_path / "good").write_bytes(png_bytes(random_pixels(1)[0]))
     packed = packed_bombs()
