@@ -1,4 +1,5 @@
-"""Two architectures whose attacks nobody trains against, for images of 8 to 64 pixels a side.
+"""Architectures whose attacks nobody trains against: `elu` and `normed` for small images, `grouped` and `average` from
+32 pixels a side on, where the former fool others little more than noise does.
 
     python scripts/train_robust.py out/digits --held-out scripts/held_out.py:elu --held-out scripts/held_out.py:normed
 
@@ -37,3 +38,20 @@ def normed(channels: int, side: int, classes: int) -> nn.Module:
     ):
         layers += [nn.Conv2d(inputs, planes, 3, stride, padding=1, bias=False), nn.BatchNorm2d(planes), nn.ReLU()]
     return nn.Sequential(*layers, GlobalMax(), nn.Linear(2 * width, classes))
+
+
+def grouped(channels: int, side: int, classes: int) -> nn.Module:
+    """Three convolutions with group norm and SiLU, averaged to 4x4 positions, and a linear layer."""
+    layers: list[nn.Module] = []
+    for inputs, planes, stride in ((channels, 32, 1 if side < 64 else 2), (32, 48, 2), (48, 64, 2)):
+        layers += [nn.Conv2d(inputs, planes, 3, stride, padding=1), nn.GroupNorm(4, planes), nn.SiLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, classes))
+
+
+def average(channels: int, side: int, classes: int) -> nn.Module:
+    """Two convolutions with wide kernels, SiLU and average pooling, and a hidden layer on 8x8 positions."""
+    layers: list[nn.Module] = []
+    for inputs, planes, stride in ((channels, 32, 1 if side < 64 else 2), (32, 64, 1)):
+        layers += [nn.Conv2d(inputs, planes, 5, stride, padding=2), nn.SiLU(), nn.AvgPool2d(2)]
+    hidden = [nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64 * 64, 128), nn.SiLU(), nn.Linear(128, classes)]
+    return nn.Sequential(*layers, *hidden)

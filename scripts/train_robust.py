@@ -59,7 +59,8 @@ from pipeline.report.page import report as write_report
 HISTORY_ROWS = 500
 # Below 32 px, starting a second thread takes longer than a layer.
 THREADS_FROM = 32
-HELD_OUT = [f"{Path(__file__).with_name('held_out.py')}:{name}" for name in ("elu", "normed")]
+# The held-out models, of images below 32 px and of larger ones.
+SMALL_HELD_OUT, HELD_OUT = ("elu", "normed"), ("grouped", "average")
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ def make_study(output: Path, recipe: Recipe, model: str | None, held_out: Sequen
         output: the dataset's folder.
         recipe: how.
         model: a callable that makes the target; None: the dataset's first model.
-        held_out: callables that make a model from channels, side and classes.
+        held_out: callables that make a model from channels, side and classes; none: two of `held_out.py`.
         arms: ids; none: all.
 
     Raises:
@@ -287,6 +288,8 @@ def make_study(output: Path, recipe: Recipe, model: str | None, held_out: Sequen
     target = next(iter(manifest.resolved.all_models.values()))
     made = {"kind": "factory", "mean": target.mean, "std": target.std}
     kwargs = {"channels": channels, "side": height, "classes": len(manifest.dataset_classes)}
+    own = SMALL_HELD_OUT if height < THREADS_FROM else HELD_OUT
+    held_out = held_out or [f"{Path(__file__).with_name('held_out.py')}:{name}" for name in own]
     names = [name.rpartition(":")[2] for name in held_out]
     twice = [name for name in names if names.count(name) > 1 or name in (*contents.sources, ITSELF)]
     if twice:
@@ -459,7 +462,7 @@ def main(
     ] = None,
     held_out: Annotated[
         list[str] | None,
-        typer.Option(help="path/to/file.py:callable(channels, side, classes); repeat it for several [elu and normed]"),
+        typer.Option(help="path/to/file.py:callable(channels, side, classes); repeat it for several [two that fit]"),
     ] = None,
     arms: Annotated[list[str] | None, typer.Option(help="Train this arm; repeat it for several [all]")] = None,
     train_split: Annotated[str, typer.Option(help="What is learnt from.")] = "train",
@@ -485,7 +488,7 @@ def main(
             if path is not None:
                 check_writable(option, path)
         with interruptible(lambda: typer.echo("\nInterrupted. Run the same command again to resume.", err=True)):
-            study = make_study(output, recipe, model, held_out or HELD_OUT, arms or ())
+            study = make_study(output, recipe, model, held_out or (), arms or ())
             defence = measure(study, model, seeds, overwrite=overwrite)
             text = describe(defence)
             typer.echo(text)

@@ -51,6 +51,7 @@ def ended(*arguments: str | Path, prepare: Callable[[], None] | None = None, **s
         ("report digits", 0),
     ],
 )
+@pytest.mark.slow
 def test_a_limit_of_file_sizes_is_one_sentence(
     out: Path, tmp_path: Path, command: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_refusal_that_was_dealt_with_does_not_hide_a_bug() -> None:
     assert isinstance(system_refusal(raised(suppress=False)), PipelineError)
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_written_are_no_traceback(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,7 @@ def test_a_reader_that_has_gone_ends_a_command_as_it_ends_others(out: Path, argu
     assert ended(*arguments, *([out] if "inspect" in arguments else ()), stdout=write) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.slow
 def test_messages_that_nobody_can_read_change_nothing(out: Path, tmp_path: Path, full: int) -> None:
     streams: dict[str, Any]
     for streams in ({"stderr": full}, {"prepare": partial(closed, 0, 2)}):
@@ -173,6 +176,7 @@ def test_messages_that_nobody_can_read_change_nothing(out: Path, tmp_path: Path,
         assert ended("inspect", tmp_path / "none", **streams)[0] == 2
 
 
+@pytest.mark.slow
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     """What a library prints would end up in it."""
     out = tmp_path / "out"

@@ -136,6 +136,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_killed_half_way_then_published_then_read_from_the_hub(out: Path, tmp_path: Path, hub: Hub) -> None:
     """A process dies in the middle, this one meets every fault and finishes, another reads rows and pixels back."""
     card = out / "README.md"

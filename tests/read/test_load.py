@@ -387,6 +387,7 @@ def test_importing_the_package_is_instant_and_load_is_there() -> None:
     assert not hasattr(pipeline, "unload")
 
 
+@pytest.mark.slow
 def test_reading_loads_neither_attack_nor_victim() -> None:
     loaded = {name for name in loaded_by("from pipeline import load") if name.startswith("pipeline.")}
     assert {name.split(".")[1] for name in loaded} == {"core", "config", "layouts", "output", "read"}

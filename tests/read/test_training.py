@@ -690,6 +690,7 @@ def test_hub_errors_are_one_sentence(outputs: Path, hub: Hub, monkeypatch: pytes
 # ------------------------------------------------------------------------------------------------- importing
 
 
+@pytest.mark.slow
 def test_training_loads_neither_attack_nor_victim_nor_datasets() -> None:
     loaded = loaded_by("from pipeline import training_dataset")
     own = {name for name in loaded if name.startswith("pipeline.")}
