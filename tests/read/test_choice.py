@@ -233,6 +233,7 @@ for repository in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_rows_on_the_hub_are_chosen_alike(several: Path, tmp_path: Path) -> None:
     # What is not asked for is not fetched; where rows say what made them, nor is the manifest.
     fetched = {"images": {"clean", "fgsm-sums-eps-8", "noise-eps-8", "manifest.json"}, "wide": {"wide"}}

@@ -147,7 +147,7 @@ def read(output: Path) -> Defence:
 
 
 def study_of(output: Path, recipe: Recipe = RECIPE) -> train_robust.Study:
-    return train_robust.make_study(output, recipe, None, train_robust.HELD_OUT, ())
+    return train_robust.make_study(output, recipe, None, (), ())
 
 
 def test_every_arm_is_trained_and_tested_with_every_seed(whole: tuple[Path, Result]) -> None:

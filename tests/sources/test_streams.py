@@ -406,6 +406,7 @@ for _ in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_streamed_and_never_stored(
     write_config: WriteConfig, parquet: Path, tmp_path: Path
 ) -> None:
