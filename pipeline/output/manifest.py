@@ -439,7 +439,7 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
         manifest = Manifest.of_json(content)
         if manifest.run_id != run_id_of(manifest.identity):
             raise AlteredError("its run id is not that of its identity")
-        parse_config(manifest.config)
+        _ = manifest.resolved  # a config that cannot be used shows here, not at its first use
         return manifest
     except FileNotFoundError:
         return None

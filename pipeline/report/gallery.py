@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -26,8 +27,8 @@ SMALL_SIDE = 96
 # Larger ones are there to be recognised: reduced to this side, and WebP of this quality. The dataset has the rest.
 LARGE_SIDE, LARGE_QUALITY = 256, 90
 
-# The sheet as one picture: inches of a cell, across and with what is said below it.
-CELL, LINE_HEIGHT = 1.2, 1.85
+# The sheet as one picture, in inches: a cell, across and with what is said above and below it, and what it shows.
+CELL, LINE_HEIGHT, PICTURE, HEAD, MARGIN = 1.2, 1.85, 1.0, 0.45, 0.1
 SHEET_EXAMPLES_PER_GROUP = 2
 
 
@@ -241,19 +242,37 @@ def draw_sheet(groups: Sequence[Group]) -> bytes:
     """The contact sheet as one PNG on white, for a card or a README: the first examples of each group."""
     shown = [(group.title, group.examples[:SHEET_EXAMPLES_PER_GROUP]) for group in groups]
     lines = [("" if index else title, one) for title, examples in shown for index, one in enumerate(examples)]
+    width, height = CELL * len(lines[0][1]), LINE_HEIGHT * len(lines)
     with paper():
-        figure = Figure(figsize=(CELL * len(lines[0][1]), LINE_HEIGHT * len(lines)))
-        grid = figure.subplots(len(lines), len(lines[0][1]), squeeze=False)
-        figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.3 / len(lines), bottom=0.3 / len(lines), hspace=0.45)
-        for row, (title, example) in zip(grid, lines, strict=True):
-            row[0].text(0, 1.2, title, transform=row[0].transAxes, weight="bold")
-            for axes, cell in zip(row, example, strict=True):
-                small = max(cell.image.size) <= SMALL_SIDE
-                axes.imshow(cell.image, "gray", vmin=0, vmax=255, interpolation="nearest" if small else "antialiased")
-                axes.set(xticks=[], yticks=[])
-                axes.set_frame_on(False)
-                axes.set_title(cell.title, fontsize=9, pad=2)
+        figure = Figure(figsize=(width, height))
+        # In inches from the top left. With axes of its own each of sixty cells takes ten times as long.
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+        for index, (title, example) in enumerate(lines):
+            top = index * LINE_HEIGHT + HEAD
+            axes.text(MARGIN, top - HEAD + 0.2, title, va="bottom", weight="bold")
+            for column, cell in enumerate(example):
+                middle = (column + 0.5) * CELL
+                _show_image(axes, cell.image, middle, top + PICTURE / 2)
                 sure = "" if cell.confidence is None else f"\n{cell.confidence:.0%}"
                 says = f"{cell.sign} {shortened(cell.answer)}{sure}" if cell.answer else ""
-                axes.set_xlabel(says, color=WRONG if cell.wrong else RIGHT)
+                axes.text(middle, top - 0.04, cell.title, fontsize=9, ha="center", va="bottom")
+                axes.text(
+                    middle, top + PICTURE + 0.06, says, color=WRONG if cell.wrong else RIGHT, ha="center", va="top"
+                )
         return png(figure)
+
+
+def _show_image(axes: Axes, image: Image.Image, x: float, y: float) -> None:
+    """Draw an image with its middle at a place, in inches."""
+    right, down = (PICTURE / 2 * side / max(image.size) for side in image.size)
+    small = max(image.size) <= SMALL_SIDE
+    axes.imshow(
+        image,
+        "gray",
+        vmin=0,
+        vmax=255,
+        aspect="auto",
+        extent=(x - right, x + right, y + down, y - down),
+        interpolation="nearest" if small else "antialiased",
+    )
