@@ -339,6 +339,7 @@ def test_a_class_that_there_is_not_is_found(write_config: WriteConfig, tmp_path:
 # -------------------------------------------------------------------------------------------------- environments
 
 
+@pytest.mark.slow
 def test_other_kernels_are_another_environment(write_config: WriteConfig, tmp_path: Path) -> None:
     generate_once(write_config())
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}

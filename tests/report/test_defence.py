@@ -11,7 +11,9 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import ttest_1samp
 
+from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder, report_files
+from pipeline.output.manifest import require_manifest
 from pipeline.report.defence import (
     DEFENCE,
     ITSELF,
@@ -25,6 +27,7 @@ from pipeline.report.defence import (
     compare,
     exposes,
     protects,
+    read_defence,
     statements,
     tabulate,
 )
@@ -302,18 +305,27 @@ def test_that_of_another_run_is_not_shown(out: Path, log: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(
     "content", [b"", b"\xff", b"{}", b'{"rows":1000,"wrong":1001', b'"rows":0,"wrong":0'], ids=range(5)
 )
-def test_what_is_no_defence_is_no_failure(out: Path, content: bytes, log: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_defence_is_one_sentence(out: Path, content: bytes) -> None:
     keep(out)
+    folder = OutputFolder(out)
+    run_id = require_manifest(folder).run_id
+    assert read_defence(folder, run_id) is not None
     if b"rows" in content:
         whole = (out / DEFENCE).read_bytes()
         content = re.sub(rb'"rows":1000,"wrong":10\b', content.lstrip(b"{"), whole, count=1)
         assert content != whole
     (out / DEFENCE).write_bytes(content)
+    with pytest.raises(PipelineError, match=re.escape(str(out / DEFENCE))):
+        read_defence(folder, run_id)
+
+
+def test_what_is_no_defence_is_no_failure(out: Path, log: pytest.LogCaptureFixture) -> None:
+    (out / DEFENCE).write_bytes(b"{}")
     page = make(out)
     (line,) = log.messages
     assert str(out / DEFENCE) in line
     assert "has not been measured" in page.words
-    assert (out / DEFENCE).read_bytes() == content
+    assert (out / DEFENCE).read_bytes() == b"{}"
 
 
 def test_names_in_it_stay_text(out: Path) -> None:
