@@ -52,6 +52,8 @@ def report(scratch: Path, target: Path) -> None:
         }
     result = {
         "machine": _read(scratch / "machine.json"),
+        # Not where all was interrupted.
+        "complete": "benchmark" in steps,
         "not_passed": [name for name, step in steps.items() if step["status"] != "passed"],
         # "9 skipped" where there is no GPU.
         "tests": (steps["tests"]["log"] or [None])[-1] if "tests" in steps else None,

@@ -3,9 +3,10 @@
 #
 #     scripts/gpu_wheels.sh FOLDER [PACKAGE...]
 #
-# For Python 3.12 on Linux x86_64, whatever runs here. The machine has torch, torchvision and what is usual beside them:
-# NumPy, pandas, pyarrow, Pillow, Matplotlib, scikit-learn, jinja2, PyYAML, tqdm, psutil, safetensors, requests, aiohttp,
-# xxhash. What it lacks of these is named after FOLDER and comes without its dependencies.
+# For Python 3.12 on Linux x86_64, whatever runs here; into an empty FOLDER, as of two versions of a package neither is
+# installed. The machine has torch, torchvision and what is usual beside them: NumPy, pandas, pyarrow, Pillow, Matplotlib,
+# scikit-learn, jinja2, PyYAML, tqdm, psutil, safetensors, requests, aiohttp, xxhash. What it lacks of these is named after
+# FOLDER and comes without its dependencies.
 set -euo pipefail
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
     echo "usage: ${0##*/} FOLDER [PACKAGE...]" >&2

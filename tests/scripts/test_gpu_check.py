@@ -34,6 +34,7 @@ def check(folder: Path, **more: str) -> tuple[int, dict[str, Any]]:
 def test_without_a_gpu_all_else_runs(tmp_path: Path) -> None:
     code, result = check(tmp_path)
     assert (code, result["not_passed"]) == (0, []), result["steps"]
+    assert result["complete"]
     assert result["machine"]["gpu"] is None
     assert " skipped, " in result["tests"]
     assert "passed" not in result["tests"], "a test marked gpu ran on the CPU"
@@ -50,5 +51,6 @@ def test_without_a_gpu_all_else_runs(tmp_path: Path) -> None:
 def test_the_time_for_all_is_kept(tmp_path: Path, seconds: str, status: str) -> None:
     code, result = check(tmp_path, TOTAL_SECONDS=seconds)
     assert code == 1
+    assert not result["complete"]
     assert result["not_passed"] == ["prepare"], "without it no step can follow"
     assert result["steps"]["prepare"]["status"] == status
