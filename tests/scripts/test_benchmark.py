@@ -56,9 +56,9 @@ def test_each_round_begins_with_another_case() -> None:
         order.append(one.contender)
         return measured(10)
 
-    *_, known = benchmark.run_rounds(cases, 2, measure)
+    counts = [[len(known[one]) for one in cases] for known in benchmark.run_rounds(cases, 2, measure)]
+    assert counts == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 2, 1], [1, 2, 2], [2, 2, 2]]
     assert order == ["ours", "bound", "plain", "bound", "plain", "ours"]
-    assert all(len(rounds) == 2 for rounds in known.values())
 
 
 def test_the_line_is_that_of_least_squares() -> None:
@@ -76,12 +76,13 @@ def test_rows_hold_medians_and_comparisons() -> None:
     rounds = {
         case("ours"): [measured(100), measured(300), measured(200)],
         case("ours", "compiled"): [measured(400, compile_s=30.0), measured(400, compile_s=1.0)],
+        case("ours", "compiled-signs"): [measured(400, compile_s=2.0)],
         case("ours", "eager-signs"): [measured(200, stored=250.0)],
         case("bound"): [measured(250, stored=None)],
         case("torchattacks"): [measured(50, stored=2000.0)],
     }
     rows = benchmark.compare([benchmark.summarise(one, known) for one, known in rounds.items()])
-    ours, compiled, signs, bound, peer = rows
+    ours, compiled, cached, signs, bound, peer = rows
     assert (ours["images_per_s"], ours["slowest"], ours["fastest"]) == (200, 100, 300)
     assert ours["adversarial_images_per_s"] == 400
     assert ours["share_of_bound"] == pytest.approx(0.8)
@@ -89,6 +90,8 @@ def test_rows_hold_medians_and_comparisons() -> None:
     assert ours["break_even_images"] is None
     assert compiled["compile_s"] == 30
     assert compiled["break_even_images"] == pytest.approx(30 / (1 / 200 - 1 / 400))
+    assert cached["compile_s"] == 2
+    assert cached["break_even_images"] == pytest.approx(30 / (1 / 200 - 1 / 400)), "what it took with an empty cache"
     assert compiled["share_of_bound"] is None, "its bound was not measured"
     assert signs["share_of_bound"] == pytest.approx(0.8), "the layout is no part of the bound"
     assert signs["bytes_share_of"] == {"ours eager": 0.25, "torchattacks": 0.125}
@@ -101,6 +104,23 @@ def test_rows_hold_medians_and_comparisons() -> None:
     assert "ours compiled: its compilation of 30.0 s repays itself from 12,000 images on." in lines
     assert "ours eager-signs: bytes per image 0.250 of ours eager, 0.125 of torchattacks." in lines
     assert "GPU memory" not in text
+
+
+def test_what_was_measured_before_a_case_failed_is_reported(tmp_path: Path) -> None:
+    class Failing(benchmark.Bench):
+        def measure(self, case: Case) -> Measurement:
+            if case.contender == "bound":
+                raise benchmark.BenchmarkError("it failed")
+            return measured(100)
+
+    cases = [case("ours"), case("bound")]
+    cost = [replace(case("ours"), levels=(1,))]
+    reports = benchmark.run_workload(Failing(workloads.WORKLOADS["digits"], None, tmp_path), cases, cost, rounds=1)
+    report = next(reports)
+    assert [row["name"] for row in report["contenders"]] == ["ours eager"]
+    assert report["epsilon_cost"] == []
+    with pytest.raises(benchmark.BenchmarkError):
+        next(reports)
 
 
 def test_the_cost_of_an_epsilon_is_a_line_for_each_contender() -> None:

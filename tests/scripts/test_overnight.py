@@ -115,6 +115,7 @@ def test_a_run_is_stopped_and_run_again_and_published(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_the_scripts_are_clean() -> None:
     root = SCRIPT.parent.parent
-    scripts = [SCRIPT, root / "scripts/check", root / "scripts/slurm_ray.sbatch", root / ".ci/run"]
+    others = ["check", "gpu_check.sh", "gpu_wheels.sh", "slurm_ray.sbatch"]
+    scripts = [SCRIPT, *(root / "scripts" / name for name in others), root / ".ci/run"]
     # What it merely notes, its versions note differently.
     subprocess.run(["shellcheck", "--severity=warning", *scripts], check=True)
