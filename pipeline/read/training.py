@@ -14,6 +14,7 @@ Nothing here can make a dataset: reading needs neither the attack nor a victim, 
 import hashlib
 import logging
 import operator
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,7 @@ from pipeline.layouts.base import LABEL, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
 from pipeline.read.choice import Ids, draw_shares, variants_to_read
+from pipeline.read.epochs import EpochCounter
 from pipeline.read.repository import manifest_folder
 
 # A window closes at whichever comes first; a consumer holds the encoded images of one. Shards are cut from a
@@ -248,9 +250,9 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         order = (manifest.receipts, self.rows, files, shuffle, seed, WINDOW_ROWS, WINDOW_BYTES)
         drawn = (shards.variants, shares.tolist(), clean, only)
         self.digest = hashlib.sha256(repr((order, drawn)).encode()).hexdigest()[:16]
-        # Shared, so that workers that outlive an epoch hear of the next one, and of a state that cannot reach them: one
-        # that was loaded in the main process, and that no iteration there has taken yet.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epochs = EpochCounter()
+        # Shared, so that workers hear of a state that cannot reach them: one that was loaded in the main process, and
+        # that no iteration there has taken yet.
         self._pending = torch.zeros((), dtype=torch.bool).share_memory_()
         self._place = place
         # Epoch, and rows that were given: of the next iteration, where a state was loaded, and of the one under way.
@@ -261,15 +263,33 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         # A worker process need not know of torch.distributed.
         return {**self.__dict__, "_place": self.place}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A copy's is not, but for one that is sent to a process which this one starts.
+        self._pending.share_memory_()
+
     @property
     def place(self) -> tuple[int, int]:
-        """Rank and world size: as given, else torch.distributed's."""
+        """Rank and world size: as given, else torch.distributed's.
+
+        Raises:
+            ConfigError: they were not given, and accelerate runs in several processes.
+        """
         if self._place is not None:
             return self._place
         distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            return distributed.get_rank(), distributed.get_world_size()
-        return 0, 1
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return 0, 1
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        accelerate = sys.modules.get("accelerate.state")
+        if world > 1 and accelerate and accelerate.is_initialized():
+            # It shares out what a prepared loader reads, and nothing says which loader will be prepared.
+            raise ConfigError(
+                f"rank, world_size: accelerate runs in {world} processes; give rank=0, world_size=1 for a loader that "
+                "it prepares, whose batches it shares out itself, or rank=accelerator.process_index, "
+                "world_size=accelerator.num_processes for one that you do not give to prepare()."
+            )
+        return rank, world
 
     def __len__(self) -> int:
         """The images of an epoch on this rank; those of two ranks differ by one at most."""
@@ -277,7 +297,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         return stop - start
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; without it every epoch repeats the first, as with DistributedSampler.
+        """Say which epoch the next iteration is of. The one after it is of the next epoch, and the first is of epoch 0.
 
         A loaded state is kept for its own epoch and forgotten for any other.
 
@@ -286,7 +306,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         """
         if epoch < 0:
             raise ConfigError(f"epoch: got {epoch}; epochs are counted from 0.")
-        self._epoch.fill_(epoch)
+        self._epochs.set(epoch, self.place)
         if self._resume is not None and self._resume[0] != epoch:
             self._resume = None
             self._pending.fill_(False)
@@ -333,7 +353,9 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         rank, world, worker, workers = self._consumer()
         start, stop = _share(*_share(0, self.rows, rank, world), worker, workers)
         # Now, not with the first row: StatefulDataLoader asks for the state before.
-        self._reading, self._resume = self._resume or (int(self._epoch), 0), None
+        resumed, self._resume = self._resume, None
+        epoch, done = resumed or (None, 0)
+        self._reading = self._epochs.begin(rank, epoch), done
         if get_worker_info() is None:
             self._pending.fill_(False)
         return self._counted(start, stop)
