@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import psutil
 import torch
@@ -60,6 +60,7 @@ SAMPLE_SHARE = 0.02
 
 Marks = Sequence[tuple[float, int]]
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def images_per_shard(images: int, batch_size: int) -> int:
     return max(1, images // SHARDS // batch_size) * batch_size
 
 
-def rotated(cases: Sequence[Case], turn: int) -> list[Case]:
+def rotated(cases: Sequence[Item], turn: int) -> list[Item]:
     """The cases of one round, beginning with another one than the round before."""
     start = turn % len(cases)
     return [*cases[start:], *cases[:start]]

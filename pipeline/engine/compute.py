@@ -106,7 +106,7 @@ def attack_images(
         draws: (N,) int64 random numbers for random targets, and for attacks that need them.
     """
     order = list(models)
-    rows, of_rows = valid.view(-1, 1, 1, 1), valid.view(-1, 1)
+    of_rows = valid.view(-1, 1)
     images, own, directions, classes, zero_signs = [images_u8], [order[0]], [], [], []
     finite, in_ball = [], []
     # Attacks with one goal on one model share its forward pass of the clean images, and their gradient.
@@ -123,16 +123,16 @@ def attack_images(
         own += [each.model] * len(each.levels)
         classes.append(own_classes)
         finite.append((model.finite | ~valid).all())
-        far = [distance(moved, images_u8).amax((1, 2, 3)) for moved in perturbed.images]
-        inside = [(farthest <= k) | ~valid for farthest, k in zip(far, each.levels, strict=True)]
+        moved = [distance(image, images_u8) for image in perturbed.images]
+        inside = [(far.amax((1, 2, 3)) <= k) | ~valid for far, k in zip(moved, each.levels, strict=True)]
         in_ball.append(torch.stack(inside).all())
         if perturbed.direction is not None:
             finite[-1] &= (finite_rows(perturbed.direction) | ~valid).all()
             directions.append(direction_sign(perturbed.direction))
-            zero_signs += [((directions[-1] == 0) & rows).sum()] * len(each.levels)
+            zero_signs += [count_zeros(directions[-1].abs(), valid)] * len(each.levels)
         else:
             directions.append(sign_towards(images_u8, perturbed.images[-1]))
-            zero_signs += [((moved == images_u8) & rows).sum() for moved in perturbed.images]
+            zero_signs += [count_zeros(far.clamp(max=1), valid) for far in moved]
     clean = {name: model.logits for (name, *_), (model, _) in reversed(attacked.items()) if model.went_forward}
     logits: dict[int, Tensor] = {}
     predictions, finite_logits = [], []
@@ -168,6 +168,12 @@ def look(
     """
     for name, model in models.items():
         yield name, [clean[name] if name in clean else model.predict(images[0]), *map(model.predict, images[1:])]
+
+
+def count_zeros(values: Tensor, valid: Tensor) -> Tensor:
+    """How many values of valid rows are 0, a scalar int64. Values are 0 or 1, (N, C, H, W), of 8 bits."""
+    # To add them up takes a seventh of what comparing each with 0 does.
+    return ((values[0].numel() - values.sum((1, 2, 3))) * valid).sum()
 
 
 def all_finite(values: Tensor, valid: Tensor) -> Tensor:

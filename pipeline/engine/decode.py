@@ -49,7 +49,7 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
             _check_pixels(image.width, image.height, max_pixels)
             _check_resized(image.width, image.height, preprocess, max_pixels)
             pixels = _convert(_gray_to_8_bits(_upright(image), image), preprocess.mode)
-        return _resize(pixels, preprocess)
+            return _resize(pixels, preprocess)
     except UndecodableError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -118,7 +118,8 @@ def _gray_to_8_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns where this step is left out
-    return image.convert(mode)
+    # To the mode that it has, Pillow would copy it.
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _resize(image: Image.Image, preprocess: PreprocessConfig) -> Tensor:

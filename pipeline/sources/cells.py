@@ -20,6 +20,8 @@ def image_cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The cells of a column of images, of whatever type that `datasets` takes for one."""
     import datasets
 
+    if column.type == CELL:
+        return column  # shuffled rows are a chunk each
     # Not combined: a row group may hold more bytes than one array of them can.
     return pa.chunked_array([datasets.Image().cast_storage(chunk) for chunk in column.chunks], CELL)
 

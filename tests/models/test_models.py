@@ -82,6 +82,10 @@ def test_normalisation_is_inside() -> None:
     mean, std = (np.reshape(values, (3, 1, 1)) for values in (IMAGENET_MEAN, IMAGENET_STD))
     expected = (images.numpy() / 255 - mean) / std
     np.testing.assert_allclose(victim(victim.unit(images)).numpy(), expected.reshape(2, -1), rtol=0, atol=1e-6)
+    # To the last bit as each value by itself, since signs and bytes follow from it.
+    alone = (victim.unit(images).contiguous() - victim.mean) / victim.std
+    assert torch.equal(victim(victim.unit(images)), alone.flatten(1))
+    assert torch.equal(victim.predict(images), alone.flatten(1))
     plain = Model(module)
     np.testing.assert_allclose(plain(plain.unit(images)).numpy(), images.flatten(1).numpy() / 255, atol=1e-7)
 
