@@ -45,7 +45,7 @@ settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
 # What `datasets` reads of a card at each opening, by the parser in C: the same values in a tenth of the time.
-yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[misc]
+yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[assignment, misc]
 
 # Processes that tests start, and workers of their DataLoaders, need not import torch each: they fork from a server that
 # has. There is one, which has imported what was named before it started: also what a run imports on the way.
