@@ -475,12 +475,12 @@ def training_dataset(
         data = pipeline.training_dataset("out/cifar10", "train", clean=0.5)
         loader = DataLoader(data, batch_size=128, num_workers=4)
         for epoch in range(90):
-            data.set_epoch(epoch)
             for images_u8, labels in loader:
                 logits = model(images_u8.to(device).float() / 255)  # normalisation belongs to the model
 
     Every epoch has every source image once. An order and a draw belong to a seed and an epoch; they do not depend on
-    workers, ranks or machine.
+    workers, ranks or machine. The first iteration is of epoch 0, and each that begins after it of the next, also where
+    the one before was left early. `data.set_epoch(epoch)` says which comes next.
 
     An image that is not shown clean is shown in a variant that is drawn for it: first a model among those that are
     attacked, then an attack among those on that model and those that ask no model (noise), then one of the attack's
@@ -497,6 +497,17 @@ def training_dataset(
 
     Every worker ends with a short batch of its own, so with several there may be more batches than `len(loader)` says;
     with `drop_last` each of them drops its own.
+
+    Lightning takes the loader as it is. It stops after `len(loader)` batches, so with several workers it leaves the
+    last short batches of an epoch out unless the batch size divides every worker's share. On several devices give
+    `Trainer(limit_train_batches=data.rows // (world_size * batch_size))`. Use torchdata's StatefulDataLoader to
+    resume from a checkpoint within an epoch.
+
+    accelerate in one process takes the loader as it is, too. In several it shares out itself what a prepared loader
+    reads, so give `rank=0, world_size=1`; without them this is an error. It fills the last batches up with images that
+    were shown already, unless `drop_last=True` or the batches come out even. Every process, or the first for all of
+    them, then reads all images. Where reading is the bottleneck do not prepare the loader: give
+    `rank=accelerator.process_index, world_size=accelerator.num_processes`, and move batches to the device yourself.
 
     Shuffling takes row groups in any order and mixes the rows of a few. That is as good as a permutation where the
     dataset was made with `source.shuffle: true`, the default. One made with `source.shuffle: false` has the source's
@@ -527,7 +538,8 @@ def training_dataset(
             dataset is opened. None: among all.
         shuffle: in an order of each epoch's own; else as stored.
         seed: of order and draws, 0 or more.
-        rank, world_size: which part of how many; None: torch.distributed's where it is initialised, else all.
+        rank, world_size: which part of how many; None: torch.distributed's where it is initialised, else all. Needed
+            where accelerate runs in several processes.
         allow_incomplete: do not warn where shards of an output folder are missing.
 
     Raises:
@@ -574,6 +586,7 @@ def training_dataset(
         seed=operator.index(seed),
         place=place,
     )
+    _ = data.place  # refused where it cannot be known
     if only is not None:
         _tell_without(data, only, split)
     return data
