@@ -37,7 +37,7 @@ from pipeline.core.images import ImageFormat, UndecodableError, decode_images
 from pipeline.core.lattice import step_array, stored_sign
 from pipeline.core.sign_bits import decode_cells
 from pipeline.core.variants import CLEAN, Variant
-from pipeline.layouts.base import LABEL, Picture
+from pipeline.layouts.base import LABEL, LAST, Picture
 from pipeline.output.folder import OutputFolder, local_folder, split_of
 from pipeline.output.manifest import Manifest, require_manifest, warn_if_incomplete
 from pipeline.read.choice import Ids, draw_shares, variants_to_read
@@ -56,6 +56,9 @@ UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 # What is drawn from a seed, each from a stream of its own.
 VARIANTS, ORDER, WITHIN = range(3)
+
+# What can come with an image.
+COLUMNS = (LABEL, "epsilon", "attack", "model", "fooled", LAST)
 
 # Columns by which variants can be chosen row by row.
 Only = Literal["fooled", "correct"]
@@ -146,8 +149,8 @@ class Shards:
             pieces.append(Piece(name, shard, start, stop - start, largest, groups))
         return pieces
 
-    def read(self, piece: Piece, rows: NDArray[np.int64], drawn: NDArray[np.int64]) -> tuple[list[Cell], list[int]]:
-        """The encoded pictures and the labels of some rows of a piece.
+    def read(self, piece: Piece, rows: NDArray[np.int64], drawn: NDArray[np.int64]) -> list[Cell]:
+        """The encoded pictures of some rows of a piece.
 
         Args:
             piece: one of `pieces`.
@@ -166,8 +169,25 @@ class Shards:
                     wanted.tolist(), *map(pa.ChunkedArray.to_pylist, pictures.columns), strict=True
                 ):
                     cells[index].append(tuple(picture))
-        labels = self._column(piece, self.subsets[0], LABEL).take(pa.array(rows)).to_pylist()
-        return cells, labels
+        return cells
+
+    def values(
+        self, piece: Piece, rows: NDArray[np.int64], drawn: NDArray[np.int64], columns: Sequence[str]
+    ) -> list[list[Any]]:
+        """What columns hold of some rows of a piece, N values for each column. Arguments as of `read`, and their names.
+
+        Of a clean image `attack` and `model` are empty and `fooled` is false, so that batches can be made of them.
+        """
+        found: list[list[Any]] = []
+        for column in columns:
+            if column == "fooled":
+                found.append(self.flags(piece, "fooled")[rows, drawn].tolist())
+            elif column in (LABEL, LAST):
+                found.append(self._column(piece, self.subsets[0], column).take(pa.array(rows)).to_pylist())
+            else:
+                shown = [self.variants[index] for index in drawn.tolist()]
+                found.append([one.level / 255 if column == "epsilon" else getattr(one, column) or "" for one in shown])
+        return found
 
     def flags(self, piece: Piece, name: Only) -> NDArray[np.bool_]:
         """(rows, V) of a piece: whether a column is true of a row's image in each variant; false on clean."""
@@ -222,10 +242,11 @@ class Shards:
         return decode_cells(pictures, self.shape, lambda data: decode_images(data, self.image_format, self.shape))
 
 
-class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
+class TrainingDataset(IterableDataset[tuple[Any, ...]]):
     """What `training_dataset` returns.
 
     `classes`: names of the labels. `shape`: (C, H, W) of every image. `rows`: images of an epoch, over all ranks.
+    `columns`: what comes with an image.
     """
 
     def __init__(
@@ -238,11 +259,12 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         only: Only | None,
         shuffle: bool,
         seed: int,
+        columns: tuple[str, ...],
         place: tuple[int, int] | None,
     ) -> None:
         # shares: (V,) how often each of the variants of `shards` is drawn where no clean image is shown, in proportion.
         self.shards, self.shares, self.clean, self.only = shards, shares, clean, only
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.columns = shuffle, seed, columns
         self.classes, self.shape = manifest.dataset_classes, manifest.shape
         self.rows = sum(piece.rows for piece in shards.pieces)
         # What decides the order and content of an epoch: a state belongs to it.
@@ -349,7 +371,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
         worker = get_worker_info()
         return [*self.place, *((0, 1) if worker is None else (worker.id, worker.num_workers))]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         rank, world, worker, workers = self._consumer()
         start, stop = _share(*_share(0, self.rows, rank, world), worker, workers)
         # Now, not with the first row: StatefulDataLoader asks for the state before.
@@ -360,7 +382,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
             self._pending.fill_(False)
         return self._counted(start, stop)
 
-    def _counted(self, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
+    def _counted(self, start: int, stop: int) -> Iterator[tuple[Any, ...]]:
         if self._pending and get_worker_info() is not None:
             # With the first row, not before: a worker that stays would end without a word.
             raise ConfigError(
@@ -373,7 +395,7 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
             self._reading = epoch, done
             yield row
 
-    def _rows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
+    def _rows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[Any, ...]]:
         """The rows `start` to `stop` of an epoch's order."""
         begin = 0
         for number, window in enumerate(self._windows(epoch)):
@@ -389,13 +411,14 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
                 order = self._random(epoch, WITHIN, number).permutation(rows)
             yield from self._shown(epoch, window, order[here.start : here.stop])
 
-    def _shown(self, epoch: int, window: Sequence[Piece], chosen: NDArray[np.int64]) -> Iterator[tuple[Tensor, int]]:
+    def _shown(self, epoch: int, window: Sequence[Piece], chosen: NDArray[np.int64]) -> Iterator[tuple[Any, ...]]:
         """The chosen rows of a window, decoded a block at a time. What was gathered is let go of with the window."""
-        cells, drawn, labels = self._gather(epoch, window, chosen)
+        cells, drawn, values = self._gather(epoch, window, chosen)
         block = max(1, BLOCK_VALUES // int(np.prod(self.shape)))
         for first in range(0, len(cells), block):
             part = slice(first, first + block)
-            yield from zip(self.shards.decode(cells[part], drawn[part]), labels[part], strict=True)
+            images = self.shards.decode(cells[part], drawn[part])
+            yield from zip(images, *(column[part] for column in values), strict=True)
 
     def _windows(self, epoch: int) -> Iterator[list[Piece]]:
         """The pieces in the order of an epoch, neighbours together."""
@@ -413,10 +436,11 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
 
     def _gather(
         self, epoch: int, window: Sequence[Piece], chosen: NDArray[np.int64]
-    ) -> tuple[list[Cell], NDArray[np.int64], list[int]]:
-        """Cells, variants and labels of the chosen rows of a window, in the order in which they are chosen."""
+    ) -> tuple[list[Cell], NDArray[np.int64], list[list[Any]]]:
+        """Cells, variants and columns of the chosen rows of a window, in the order in which they are chosen."""
         cells: list[Cell] = [[] for _ in chosen]
-        drawn, labels = np.zeros(len(chosen), dtype=np.int64), np.zeros(len(chosen), dtype=np.int64)
+        drawn = np.zeros(len(chosen), dtype=np.int64)
+        values: list[list[Any]] = [[None] * len(chosen) for _ in self.columns]
         first = 0
         for piece in window:
             there = np.flatnonzero((chosen >= first) & (chosen < first + piece.rows))
@@ -424,10 +448,13 @@ class TrainingDataset(IterableDataset[tuple[Tensor, int]]):
             first += piece.rows
             if len(there):
                 drawn[there] = self._drawn(epoch, piece)[rows]
-                read, labels[there] = self.shards.read(piece, rows, drawn[there])
-                for index, cell in zip(there.tolist(), read, strict=True):
+                for index, cell in zip(there.tolist(), self.shards.read(piece, rows, drawn[there]), strict=True):
                     cells[index] = cell
-        return cells, drawn, labels.tolist()
+                read = self.shards.values(piece, rows, drawn[there], self.columns)
+                for column, part in zip(values, read, strict=True):
+                    for index, value in zip(there.tolist(), part, strict=True):
+                        column[index] = value
+        return cells, drawn, values
 
     def _drawn(self, epoch: int, piece: Piece) -> NDArray[np.int64]:
         """The variant of each row of a piece, (rows,), 0 for clean; a shard's rows are the same in every layout, and so
@@ -464,6 +491,7 @@ def training_dataset(
     clean: float = 0.5,
     weights: Mapping[str, float] | None = None,
     only: Only | None = None,
+    columns: Sequence[str] = (LABEL,),
     shuffle: bool = True,
     seed: SupportsIndex = 0,
     rank: int | None = None,
@@ -536,6 +564,10 @@ def training_dataset(
             first), as column `fooled` says, or "correct": among those that it gets right. The shares of those that are
             left stay in proportion. An image that has none is shown clean; for how many that holds is logged when the
             dataset is opened. None: among all.
+        columns: what comes with each image, in this order, some of "label", "epsilon" (float, in 0..1; 0 when clean),
+            "attack", "model" (ids; "" where there is none), "fooled" (bool, as column `fooled` of that very image says,
+            False when clean) and "source_index" (int, its row in the source's split). A batch of them is a tensor, one
+            of ids a list. They change neither order nor draws.
         shuffle: in an order of each epoch's own; else as stored.
         seed: of order and draws, 0 or more.
         rank, world_size: which part of how many; None: torch.distributed's where it is initialised, else all. Needed
@@ -550,6 +582,7 @@ def training_dataset(
     place = _place(rank, world_size)
     asked = None if epsilons is None else reading_levels(epsilons)
     _check_numbers(seed, clean, asked)
+    _check_columns(columns)
     if is_address(path_or_repo):
         raise ConfigError(
             f"{path_or_repo}: training_dataset reads its files again in every epoch, so it wants them on a disk: copy "
@@ -570,6 +603,8 @@ def training_dataset(
     drawn = [index for index, share in enumerate(shares) if share and clean < 1]
     only = only if drawn else None
     shown = [CLEAN, *(attacked[index] for index in drawn)]
+    if "fooled" in columns:
+        _check_recorded("columns", shown, manifest)
     shards = Shards(root, manifest, shown, shows_clean=clean > 0 or only is not None)
     files = (entry for entry in manifest.files if split_of(entry.path) == split)
     entries = {entry.path: entry.bytes for entry in files if entry.path.split("/")[0] in shards.subsets}
@@ -584,6 +619,7 @@ def training_dataset(
         only=only,
         shuffle=shuffle,
         seed=operator.index(seed),
+        columns=tuple(columns),
         place=place,
     )
     _ = data.place  # refused where it cannot be known
@@ -600,6 +636,13 @@ def _check_numbers(seed: SupportsIndex, clean: float, levels: Sequence[int] | No
         raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
     if levels is not None and 0 in levels:
         raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    unknown = [columns] if isinstance(columns, str) else [name for name in columns if name not in COLUMNS]
+    if unknown or not columns:
+        got = repr(unknown[0]) if unknown else "none"
+        raise ConfigError(f"columns: got {got}; it is a list of some of {', '.join(COLUMNS)}.")
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
@@ -631,10 +674,15 @@ def _tell_without(data: TrainingDataset, only: Only, split: str) -> None:
 def _check_only(only: str, attacked: Sequence[Variant], manifest: Manifest) -> None:
     if only not in get_args(Only):
         raise ConfigError(f"only: got {only!r}; it is one of {', '.join(get_args(Only))}, or None.")
-    made = [variant for variant in attacked if variant not in manifest.variants]
+    _check_recorded("only", attacked, manifest)
+
+
+def _check_recorded(key: str, variants: Sequence[Variant], manifest: Manifest) -> None:
+    """Refuse images of which nobody knows what they do, where an argument asks for that."""
+    made = [variant for variant in variants if variant not in manifest.variants]
     if made:
         raise ConfigError(
-            f"only: {made[0].level}/255 is not recorded of attack {made[0].attack}, so what its images do is unknown; "
+            f"{key}: {made[0].level}/255 is not recorded of attack {made[0].attack}, so what its images do is unknown; "
             "leave it out of epsilons."
         )
 
