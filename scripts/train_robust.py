@@ -57,9 +57,9 @@ from pipeline.report.page import report as write_report
 
 # Test images on which the held-out models' attacks are tried after each epoch.
 HISTORY_ROWS = 500
-# Below 32 px, starting a second thread takes longer than a layer.
-THREADS_FROM = 32
-# The held-out models, of images below 32 px and of larger ones.
+# Images below this side are small: starting a second thread takes longer than a layer, and they have held-out models of
+# their own.
+LARGE_FROM = 32
 SMALL_HELD_OUT, HELD_OUT = ("elu", "normed"), ("grouped", "average")
 
 
@@ -288,7 +288,7 @@ def make_study(output: Path, recipe: Recipe, model: str | None, held_out: Sequen
     target = next(iter(manifest.resolved.all_models.values()))
     made = {"kind": "factory", "mean": target.mean, "std": target.std}
     kwargs = {"channels": channels, "side": height, "classes": len(manifest.dataset_classes)}
-    own = SMALL_HELD_OUT if height < THREADS_FROM else HELD_OUT
+    own = SMALL_HELD_OUT if height < LARGE_FROM else HELD_OUT
     held_out = held_out or [f"{Path(__file__).with_name('held_out.py')}:{name}" for name in own]
     names = [name.rpartition(":")[2] for name in held_out]
     twice = [name for name in names if names.count(name) > 1 or name in (*contents.sources, ITSELF)]
@@ -431,7 +431,7 @@ def left_out(study: Study) -> list[str]:
 def threads_for(shape: Sequence[int]) -> Iterator[None]:
     """One thread for small images, which is faster for them; else as many as PyTorch takes."""
     before = torch.get_num_threads()
-    if max(shape[1:]) < THREADS_FROM:
+    if max(shape[1:]) < LARGE_FROM:
         torch.set_num_threads(1)
     try:
         yield
