@@ -440,7 +440,7 @@ class TrainingDataset(IterableDataset[tuple[Any, ...]]):
         """Cells, variants and columns of the chosen rows of a window, in the order in which they are chosen."""
         cells: list[Cell] = [[] for _ in chosen]
         drawn = np.zeros(len(chosen), dtype=np.int64)
-        values: list[list[Any]] = [[None] * len(chosen) for _ in self.columns]
+        values = np.empty((len(self.columns), len(chosen)), dtype=object)
         first = 0
         for piece in window:
             there = np.flatnonzero((chosen >= first) & (chosen < first + piece.rows))
@@ -450,11 +450,8 @@ class TrainingDataset(IterableDataset[tuple[Any, ...]]):
                 drawn[there] = self._drawn(epoch, piece)[rows]
                 for index, cell in zip(there.tolist(), self.shards.read(piece, rows, drawn[there]), strict=True):
                     cells[index] = cell
-                read = self.shards.values(piece, rows, drawn[there], self.columns)
-                for column, part in zip(values, read, strict=True):
-                    for index, value in zip(there.tolist(), part, strict=True):
-                        column[index] = value
-        return cells, drawn, values
+                values[:, there] = self.shards.values(piece, rows, drawn[there], self.columns)
+        return cells, drawn, values.tolist()
 
     def _drawn(self, epoch: int, piece: Piece) -> NDArray[np.int64]:
         """The variant of each row of a piece, (rows,), 0 for clean; a shard's rows are the same in every layout, and so
