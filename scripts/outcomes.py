@@ -19,7 +19,7 @@ from pipeline.attacks.noise import Noise
 from pipeline.engine.compute import ModelAttack
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
-from pipeline.read.training import TrainingDataset
+from pipeline.read.dataset import TrainingDataset
 from pipeline.report.defence import Outcome
 
 TEST_BATCH = 256

@@ -100,7 +100,7 @@ class Study:
         """
         reader = Reader.open(arm, self.contents, self.recipe, self.output, seed)
         if not reader.steps:
-            rows = len(reader.datasets[0])
+            rows = len(reader.data)
             raise ConfigError(f"--batch-size: {self.recipe.batch_size} images are more than a worker gets of {rows}.")
         return reader
 

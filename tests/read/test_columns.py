@@ -13,8 +13,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import pipeline
 from pipeline.core.errors import ConfigError
-from pipeline.read import training
-from pipeline.read.training import TrainingDataset
+from pipeline.read import stream
+from pipeline.read.dataset import TrainingDataset
 from tests.conftest import LAYOUTS
 
 pytestmark = [
@@ -44,7 +44,7 @@ def plain(read: Iterable[Any]) -> list[tuple[Any, ...]]:
 def test_columns_are_those_of_the_very_image(
     several: Path, layout: str, only: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "WINDOW_ROWS", 15)
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 15)
     stored = {}
     for row in pipeline.load(several / layout, split="test").with_format("numpy"):
         key = np.ascontiguousarray(row["image"].transpose(2, 0, 1)).tobytes()
@@ -73,7 +73,7 @@ def test_columns_are_those_of_the_very_image(
 def test_ranks_workers_and_states_give_the_same_columns(
     several: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "WINDOW_ROWS", 15)
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 15)
     folder = several / "wide"
     alone = plain(DataLoader(opened(folder, columns=COLUMNS), batch_size=8))
     union = []
