@@ -4,15 +4,17 @@ Text comes from datasets too, so all of it goes through `cell`: rich reads no ma
 rich is imported where it is used, as a command that prints a sentence does without it.
 """
 
+import contextlib
+import functools
 import io
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from pipeline.core.addresses import is_address
 from pipeline.core.redaction import presentable
@@ -114,9 +116,10 @@ def show(shown: "RenderableType", stream: TextIO) -> None:
     """Print what rich can draw: for a terminal as wide as it is, elsewhere as plain text."""
     if stream.isatty():
         console = open_console(stream)
-        console.print(shown, width=max(console.width, LEAST_TABLE), crop=False)
+        console.width = max(console.width, LEAST_TABLE)
+        console.print(shown)
     else:
-        stream.write(presentable(as_text(shown), "\n") + "\n")
+        print(presentable(as_text(shown), "\n"), file=stream, flush=True)
 
 
 class Bar:
@@ -129,57 +132,59 @@ class Bar:
     def __init__(
         self, total: int | None, done: int = 0, unit: str = "images", log_seconds: float = LOG_SECONDS
     ) -> None:
-        self.total, self.done, self.unit, self.log_seconds = total, done, unit, log_seconds
+        self.total, self.done, self.unit = total, done, unit
         self.fresh, self.notes = 0, list[str]()
-        self._started = self._updated = self._said = time.monotonic()
+        self._started = self._updated = self._told = time.monotonic()
         self._first: tuple[float, int] | None = None
-        self._live: Any = None
-        self._notebook: Any = None
+        self._every = log_seconds
+        self._tell: Callable[[], object] = lambda: logger.info("%s", self.line())
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        from rich.live import Live
-
         console = open_console(sys.stderr)
         if console.is_jupyter:
             from tqdm.auto import tqdm
 
-            self._notebook = tqdm(total=self.total, initial=self.done, unit=f" {self.unit}")
+            bar = self._stack.enter_context(tqdm(total=self.total, initial=self.done, unit=f" {self.unit}"))
+
+            def tell() -> None:
+                bar.set_postfix_str(" ".join(self.notes), refresh=False)
+                bar.update(self.done - bar.n)
+
         elif sys.stderr.isatty() and not console.is_dumb_terminal:
+            from rich.live import Live
+
             # Lines of the log appear above the bar. Nothing that is printed to stdout is touched.
-            self._live = Live(get_renderable=self._drawn, console=console, auto_refresh=False, redirect_stdout=False)
-            self._live.start(refresh=True)
+            drawn = functools.partial(self._drawn, console)
+            live = Live(get_renderable=drawn, console=console, auto_refresh=False, redirect_stdout=False)
+            tell = self._stack.enter_context(live).refresh
+        else:
+            return self
+        self._every, self._tell = DRAW_SECONDS, tell
+        self._stack.callback(tell)
+        tell()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for bar in (self._live, self._notebook):
-            if bar is not None:
-                (bar.close if bar is self._notebook else bar.stop)()
+        self._stack.close()
 
     def advance(self, count: int) -> None:
         """Count some more."""
         self.done, self.fresh, self._updated = self.done + count, self.fresh + count, time.monotonic()
         self._first = self._first or (self._updated, self.fresh)
-        if self._notebook is not None:
-            self._notebook.set_postfix_str(" ".join(self.notes), refresh=False)
-            self._notebook.update(count)
-            return
-        if self._updated - self._said < (self.log_seconds if self._live is None else DRAW_SECONDS):
-            return
-        self._said = self._updated
-        if self._live is None:
-            logger.info("%s", self.line())
-        else:
-            self._live.refresh()
+        if self._updated - self._told >= self._every:
+            self._told = self._updated
+            self._tell()
 
     @property
     def rate(self) -> float:
         """How many a second, without the first count, which waits for everything to start."""
-        if self._first is None or self._updated - self._first[0] < STEADY_SECONDS:
-            return self.fresh / max(time.monotonic() - self._started, 1e-9)
-        began, count = self._first
-        return (self.fresh - count) / (self._updated - began)
+        began, count = self._first or (self._updated, 0)
+        if self._updated - began < STEADY_SECONDS:
+            began, count = self._started, 0
+        return (self.fresh - count) / max(self._updated - began, 1e-9)
 
     def facts(self) -> list[str]:
         """How many, how fast, and how long it still takes."""
@@ -198,12 +203,12 @@ class Bar:
         share = f" ({self.done / self.total:.0%})" if self.total else ""
         return ", ".join([f"{count}{share}", *rest, *([" ".join(self.notes)] if self.notes else [])])
 
-    def _drawn(self) -> "RenderableType":
+    def _drawn(self, console: "Console") -> "RenderableType":
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        width, notes, facts = self._live.console.width, list(self.notes), self.facts()
+        width, notes, facts = console.width, list(self.notes), self.facts()
         # As many as fit on a line: one that is cut would be another number.
         while len(note := " ".join(notes)) > width:
             notes.pop()

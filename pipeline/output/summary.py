@@ -79,7 +79,10 @@ def _subset_table(subsets: Sequence[Subset], console: "Console", options: "Conso
     table, wide = make_table(columns, 3, styles), options.update(max_width=UNLIMITED)
     natural = console.measure(table, options=wide).maximum
     if natural > options.max_width:
-        return make_table({SHORT.get(head, head): own for head, own in columns.items() if head != "epsilon"}, 2, styles)
+        columns = {SHORT.get(head, head): own for head, own in columns.items() if head != "epsilon"}
+        table = make_table(columns, 2, styles)
+        table.padding = (0, 1, 0, 0)
+        return table
     if console.is_terminal and natural + BAR + 2 <= options.max_width and "accuracy" in columns:
         columns[""] = [
             ProgressBar(one.labelled, one.correct, BAR, style=ORANGE, complete_style=BLUE, finished_style=BLUE)
