@@ -77,7 +77,7 @@ def generate(
         loaded = _load(config, overrides, output, limit)
         from pipeline.core.addresses import is_address
         from pipeline.executors.part import parse_part
-        from pipeline.generate import generate as run
+        from pipeline.flow import generate as run
         from pipeline.output.summary import Summary
 
         share = None if part is None else parse_part(part)
@@ -168,7 +168,7 @@ def inspect(
 def report(output: Output, debug: Debug = False) -> None:
     """Make report.html and its pictures: what the attack did, for people."""
     with _boundary(debug):
-        from pipeline.report.page import report as make
+        from pipeline.reporting.page import report as make
 
         _say(link("", make(output)))
 
@@ -181,7 +181,7 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
     if reported_receipts(folder) == manifest.receipts:
         return
     try:
-        from pipeline.report.page import write_report
+        from pipeline.reporting.page import write_report
 
         _say(link("\nReport: ", write_report(folder, manifest)), err=True)
     except Exception as error:  # whatever it is, it is no failure of the run

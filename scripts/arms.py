@@ -26,7 +26,7 @@ from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from pipeline.output.manifest import Manifest
 from pipeline.read.dataset import TrainingDataset
-from pipeline.report.defence import Arm
+from pipeline.reporting.defence import Arm
 
 CLEAN_ONLY = Arm(id="clean", title="clean only", kind="clean")
 

@@ -20,7 +20,7 @@ from pipeline.engine.compute import ModelAttack
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from pipeline.read.dataset import TrainingDataset
-from pipeline.report.defence import Outcome
+from pipeline.reporting.defence import Outcome
 
 TEST_BATCH = 256
 

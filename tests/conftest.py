@@ -30,7 +30,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import pipeline
-import pipeline.generate
+import pipeline.flow
 from pipeline.cli import app
 from pipeline.config.load import load_config
 from pipeline.core.images import decode_image
@@ -52,9 +52,9 @@ yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[assignment, misc]
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        *("pipeline.cli", "pipeline.generate", "pipeline.read.training", "datasets", "s3fs", __name__),
+        *("pipeline.cli", "pipeline.flow", "pipeline.read.training", "datasets", "s3fs", __name__),
         *("pipeline.sources.arrow", "pipeline.models.factory", "pipeline.attacks.fgsm"),
-        *("pipeline.report.page", "pipeline.report.plots", "pipeline.report.gallery"),
+        *("pipeline.reporting.page", "pipeline.reporting.plots", "pipeline.reporting.gallery"),
     ]
 )
 
@@ -353,7 +353,7 @@ def generate(config: Path, *arguments: str) -> str:
     logger.setLevel(logging.INFO)
     loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
     table = summary_table(
-        pipeline.generate.generate(
+        pipeline.flow.generate(
             loaded,
             overwrite=options["overwrite"],
             executor=options["executor"],

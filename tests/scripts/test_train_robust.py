@@ -29,7 +29,7 @@ from pipeline.core.lattice import step
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from pipeline.output.folder import OutputFolder
-from pipeline.report.defence import ITSELF, TOO_FEW_STEPS, Arm, Defence, Outcome, Training, exposes
+from pipeline.reporting.defence import ITSELF, TOO_FEW_STEPS, Arm, Defence, Outcome, Training, exposes
 from tests.conftest import REPOSITORY, generate
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pipeline.output.transfer import Transfer
-from pipeline.report.findings import focus_on, who_travels
-from pipeline.report.gallery import make_groups
-from pipeline.report.page import report
-from pipeline.report.sample import read_sample
+from pipeline.reporting.findings import focus_on, who_travels
+from pipeline.reporting.gallery import make_groups
+from pipeline.reporting.page import report
+from pipeline.reporting.sample import read_sample
 from tests.conftest import WriteConfig, generate, generate_once, pixels, png_bytes, random_pixels, rows, write_parquet
 from tests.support.page import Page, make, opened, opened_png
 from tests.support.several import ATTACKS, write_several
