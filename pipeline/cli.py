@@ -13,12 +13,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.core.console import link, show
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, explained, first_line, system_refusal
+from pipeline.core.logs import StderrHandler
 from pipeline.core.redaction import presentable
 from pipeline.executors import EXECUTORS
 
@@ -82,7 +83,7 @@ def generate(
 
         share = None if part is None else parse_part(part)
         manifest = run(loaded, overwrite=overwrite, executor=executor, part=share, unlocked=unlocked)
-        _say(Summary(manifest))
+        _say(Summary(manifest, loaded.output.path))
         if not manifest.complete:  # whoever writes the last part makes the report
             return
         _report_on(manifest, loaded.output.path, debug)
@@ -232,13 +233,6 @@ def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
         typer.echo(presentable(str(text), keep), err=err)
 
 
-class _Formatter(logging.Formatter):
-    """Lines of a log as `_say` prints them; only what libraries say may have several."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        return presentable(super().formatMessage(record), "" if record.name.startswith("pipeline") else "\n\t")
-
-
 def _load(name: str, overrides: list[str] | None, output: str | None, limit: int | None) -> "LoadedConfig":
     """The config of a command. Says requested and stored epsilons side by side, and where the next level was probably
     meant."""
@@ -279,21 +273,9 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
         raise typer.Exit(known.exit_code) from None
 
 
-class _ToStderr(logging.StreamHandler[TextIO]):
-    """Lines of a log on what stderr is by then: while a bar is drawn, they appear above it."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stderr
-
-
 def _log_to_stderr() -> None:
-    handler = _ToStderr()
     # A log that is read in the morning wants times; a person at a terminal does not.
-    handler.setFormatter(_Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

@@ -259,13 +259,13 @@ def test_an_error_sentence_is_one_line_without_control_characters(tmp_path: Path
 
 
 def test_a_log_line_is_one_line() -> None:
-    from pipeline.cli import _Formatter
+    from pipeline.core.logs import LogFormatter
 
     record = logging.LogRecord("pipeline.flow", logging.INFO, "", 0, "%s", (NASTY,), None)
-    assert _Formatter("%(message)s").format(record).isprintable()
+    assert LogFormatter("%(message)s").format(record).isprintable()
     record.name = "huggingface_hub"
-    assert "\n" in _Formatter("%(message)s").format(record)
-    assert "\x1b" not in _Formatter("%(message)s").format(record)
+    assert "\n" in LogFormatter("%(message)s").format(record)
+    assert "\x1b" not in LogFormatter("%(message)s").format(record)
 
 
 # ---------------------------------------------------------------------------------------------- this machine's folders
