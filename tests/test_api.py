@@ -130,6 +130,7 @@ def test_a_program_that_logs_is_left_to_itself(
     assert not logger.handlers
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
