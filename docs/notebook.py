@@ -14,8 +14,7 @@ import pipeline
 # What would it take? Nothing is kept of this.
 
 # %%
-planned = pipeline.plan("digits", limit=100)
-print(planned)
+pipeline.plan("digits", limit=100)
 
 # %% [markdown]
 # Make it. A bar and the lines of the log appear below the cell, and the result shows as a table.

@@ -81,7 +81,7 @@ def test_a_mapping_that_is_too_deep_is_a_config_error() -> None:
 def test_a_result_is_shown_as_the_table(write_config: WriteConfig, tmp_path: Path) -> None:
     generate_once(write_config())
     result = pipeline.inspect(tmp_path / "out")
-    assert f"{result}\n" == fgsm("inspect", tmp_path / "out").stdout
+    assert f"{result}\n" == f"{result!r}\n" == fgsm("inspect", tmp_path / "out").stdout
     page = result._repr_html_()
     cells = re.findall("<td>([^<]*)</td>", page)
     for subset in result.manifest.subsets:

@@ -266,7 +266,7 @@ def estimate(run: Run) -> Estimate:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlannedRun:
     """What a run would take, as `fgsm plan` shows it, and with `--json` gives it.
 
@@ -301,7 +301,7 @@ class PlannedRun:
     run_id: str
     warnings: list[str]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return as_text(self)
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:

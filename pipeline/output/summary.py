@@ -26,7 +26,7 @@ SHORT = {"accuracy": "acc.", "confidence": "conf."}
 BAR = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """What a dataset holds: printed as a table, drawn by rich, shown by a notebook. `path` is where it is, if known.
 
@@ -39,7 +39,7 @@ class Summary:
     manifest: Manifest
     path: str | None = None
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return as_text(self)
 
     def _repr_html_(self) -> str:
