@@ -3,7 +3,9 @@
 A piece is the rows between two places where a row group ends in every subset. Rows are read a piece at a time.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby, pairwise
@@ -88,6 +90,7 @@ class Shards:
         # Whether a column is read for an image of a variant.
         self.used = np.array([[column in source for source in sources] for column in self.columns])
         self.pieces: tuple[Piece, ...] = ()
+        self._kept: dict[Path, pq.ParquetFile] | None = None
 
     def open(self, entries: Mapping[str, int]) -> None:
         """Read the footers.
@@ -124,6 +127,20 @@ class Shards:
             largest = max(sizes[subset][last] - sizes[subset][first] for subset, (first, last) in groups.items())
             pieces.append(Piece(name, shard, start, stop - start, largest, groups))
         return pieces
+
+    @contextlib.contextmanager
+    def keeping_open(self) -> Iterator["Shards"]:
+        """The same shards, which open each file once meanwhile, however many of its columns are read.
+
+        They are a copy, as another thread may read as well.
+        """
+        shards, kept = copy.copy(self), dict[Path, pq.ParquetFile]()
+        shards._kept = kept
+        try:
+            yield shards
+        finally:
+            for file in kept.values():
+                file.close()
 
     def read(self, piece: Piece, rows: NDArray[np.int64], drawn: NDArray[np.int64]) -> list[Cell]:
         """The encoded pictures of some rows of a piece.
@@ -192,8 +209,16 @@ class Shards:
         path = self.root / subset / piece.file
         with (
             explained(f"{path} cannot be read", "see fgsm verify", errors=UNREADABLE),
-            pq.ParquetFile(path) as file,
+            contextlib.ExitStack() as opened,
         ):
+            file = None if self._kept is None else self._kept.get(path)
+            if file is None:
+                # Fetching ahead is for files that are far away.
+                file = pq.ParquetFile(path, pre_buffer=False)
+                if self._kept is None:
+                    opened.callback(file.close)
+                else:
+                    self._kept[path] = file
             # Threads of Arrow's would be one more pool in every worker, for columns that have no use for them.
             return file.read_row_groups(range(*piece.groups[subset]), names, use_threads=False)
 

@@ -131,11 +131,13 @@ class Stream:
             there = np.flatnonzero((chosen >= first) & (chosen < first + piece.rows))
             rows = chosen[there] - first
             first += piece.rows
-            if len(there):
-                drawn[there] = self._drawn(epoch, piece)[rows]
-                for index, cell in zip(there.tolist(), self.shards.read(piece, rows, drawn[there]), strict=True):
+            if not len(there):
+                continue
+            drawn[there] = self._drawn(epoch, piece)[rows]
+            with self.shards.keeping_open() as shards:
+                for index, cell in zip(there.tolist(), shards.read(piece, rows, drawn[there]), strict=True):
                     cells[index] = cell
-                values[:, there] = self.shards.values(piece, rows, drawn[there], self.columns)
+                values[:, there] = shards.values(piece, rows, drawn[there], self.columns)
         return cells, drawn, values.tolist()
 
     def _drawn(self, epoch: int, piece: Piece) -> NDArray[np.int64]:
