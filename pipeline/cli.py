@@ -211,7 +211,7 @@ def publish(
         from pipeline.hub import upload as hub
 
         if dry_run:
-            _say(hub.dry_run(output, repo_id))
+            _say(hub.dry_run(output, repo_id, private=private))
             return
         _say(f"Published: {hub.publish(output, repo_id, private=private)}")
         _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)

@@ -47,6 +47,8 @@ from pipeline.output.summary import human_bytes
 PAUSES = (2.0, 20.0, 120.0)
 # Seconds without a byte after which a connection counts as lost; the client itself would wait for ever.
 STALL_SECONDS = 300.0
+# What private repositories of a free account may hold together (https://huggingface.co/docs/hub/storage-limits).
+PRIVATE_BYTES = 100 * 10**9
 # Made by Git's host for every repository.
 ATTRIBUTES = ".gitattributes"
 # Files of the report by their names, and those that it no longer has.
@@ -80,7 +82,7 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
         PipelineError: the dataset is damaged or incomplete, or the Hub or the connection to it failed.
     """
     _check_id(repo_id)
-    folder, manifest = _verified(path)
+    folder, manifest = _verified(path, private)
     token = _token()
     api = HfApi(token=token, library_name="fgsm-pipeline", library_version=__version__)
     with _client_log(token), _client_that_gives_up():
@@ -98,14 +100,14 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
     return f"{api.endpoint}/datasets/{repo_id}"
 
 
-def dry_run(path: str | Path, repo_id: str) -> str:
+def dry_run(path: str | Path, repo_id: str, *, private: bool | None = None) -> str:
     """What `publish` would upload, as a table of sizes and names. Asks nobody, and writes nothing.
 
     Raises:
         ConfigError, PipelineError: as `publish`, as far as that can be known without the Hub.
     """
     _check_id(repo_id)
-    folder, manifest = _verified(path)
+    folder, manifest = _verified(path, private)
     files = list_files(folder, manifest)
     lines = [f"{human_bytes(file.size):>8}  {name}" for name, file in files.items()]
     others = _left_out(folder, files)
@@ -125,11 +127,20 @@ def _check_id(repo_id: str) -> None:
             raise HFValidationError("it names no user")
 
 
-def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
+def _verified(path: str | Path, private: bool | None) -> tuple[OutputFolder, Manifest]:
     """The dataset in a folder, all of it checked but for what the models would say again."""
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
     folder.store.refuse_links()
+    size = sum(entry.bytes for entry in manifest.files)
+    # Before the files are read: of so large a dataset that takes hours.
+    if private is not False and size > PRIVATE_BYTES:
+        logger.warning(
+            "The dataset has %s. Private repositories of a free account on the Hub hold %s together, so the upload may "
+            "fail. Use a paid account, or --public for a new repository that everyone may see.",
+            human_bytes(size),
+            human_bytes(PRIVATE_BYTES),
+        )
     logger.info("Verifying %s.", folder.root)
     findings = verify(path)
     if findings.problems:
