@@ -16,6 +16,7 @@ from tests.conftest import REPOSITORY, generate_once
 
 README = REPOSITORY / "README.md"
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # Pages that come with the commands that they describe.
 PENDING = {"config.md", "night.md"}
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
@@ -66,20 +67,20 @@ def test_the_subsets_of_several_models_are_those_of_the_page(tmp_path: Path) -> 
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of every `fgsm` command in a page."""
+    """The arguments of every `fgsm` command in a page, also of one that another program starts."""
     for block in blocks(page, "sh", "bash"):
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            for start, word in enumerate(words):
-                if word.endswith("fgsm") and [*words, ""][start + 1] in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
-                    yield words[start + 1 :]
+        for part in re.split(r"\n|&&", block):
+            words = shlex.split(part, comments=True)
+            for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+                if word.endswith("fgsm") and (not before or after in COMMANDS):
+                    yield words[words.index(word) + 1 :]
                     break
 
 
 @pytest.mark.parametrize("page", [page for page in (README, *DOCS) if [*commands(page)]], ids=name_of)
 def test_the_commands_of_a_page_have_these_options(page: Path) -> None:
     for name, *arguments in commands(page):
-        typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+        COMMANDS[name].make_context(name, arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
