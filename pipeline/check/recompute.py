@@ -260,7 +260,7 @@ class Recomputation:
                 if not bool(((before - now).abs() <= self.tolerance).all()):
                     raise PipelineError(
                         f"{self.config.key('model', name)}: it is not deterministic: asked twice about the same images "
-                        "it gives different answers, so that nothing can be derived anew; see whether it draws random "
+                        "it gives different answers, so nothing can be recomputed; see whether it draws random "
                         "numbers or keeps something between calls."
                     ) from None
             raise

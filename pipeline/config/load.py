@@ -205,7 +205,7 @@ class BoundedLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias, *name; write out what it stands for")
+            raise yaml.YAMLError("it contains an alias, *name; write its value instead")
         self._depth += 1
         if self._depth > MOST_DEPTH:
             raise yaml.YAMLError(f"it is nested more than {MOST_DEPTH} deep")
@@ -222,7 +222,7 @@ class _Loader(BoundedLoader):
         for key, _ in node.value:
             name = (key.tag, str(key.value))
             if name in seen:
-                raise yaml.YAMLError(f"the key {key.value} stands there twice")
+                raise yaml.YAMLError(f"the key {key.value} appears twice")
             seen.add(name)
         return super().construct_mapping(node, deep)
 

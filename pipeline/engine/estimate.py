@@ -287,7 +287,7 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
     if plan.bytes is not None:
         files += f", about {human_bytes(plan.bytes / plan.files)} each"
     if needed is not None and not folder.store.local:
-        size += f" in {disk}, where about {human_bytes(needed)} lie at once"
+        size += f" in {disk}, where about {human_bytes(needed)} are needed at a time"
     seconds = None if plan.seconds is None else opening + plan.seconds
     rows = {
         "source images": f"{_count(images)} ({splits}), {width}x{height} {run.config.preprocess.mode}",

@@ -63,7 +63,7 @@ def check_model(model: Model, images_u8: Tensor, labels: Tensor, goal: Goal | No
         if moved > OTHER_BATCH:
             raise ConfigError(
                 f"model: its logits without a gradient differ from those with one (by {moved:.2g} of the largest "
-                "value), so clean and attacked images could not be compared; mend the model."
+                "value), so clean and attacked images could not be compared; fix the model."
             )
         found += _check_gradient(one[1])
     return found + _check_accuracy(logits, labels)
@@ -260,7 +260,7 @@ def _check_neighbours(model: Model, images_u8: Tensor, logits: Tensor) -> None:
     if moved > OTHER_BATCH:
         raise ConfigError(
             f"model: its logits for an image change with the other images of the batch (by {moved:.2g} of the largest "
-            "value), as from batch norm without running statistics; mend the model, or set runtime.batch_size=1."
+            "value), as from batch norm without running statistics; fix the model, or set runtime.batch_size=1."
         )
 
 

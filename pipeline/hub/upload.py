@@ -112,7 +112,7 @@ def dry_run(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
     lines = [f"{human_bytes(file.size):>8}  {name}" for name, file in files.items()]
     others = _left_out(folder, files)
     if reported_receipts(folder) != manifest.receipts:
-        lines.append(f"{'?':>8}  report.html and assets/, which publishing makes anew")
+        lines.append(f"{'?':>8}  report.html and assets/, which publish makes again")
         others = [name for name in others if name != folder.report and not name.startswith(f"{folder.assets}/")]
     lines += [f"{'not':>8}  {name}, which is not of this dataset" for name in others]
     total = f"{len(files):,} files, {human_bytes(sum(file.size for file in files.values()))}, for {repo_id}"
@@ -185,7 +185,9 @@ def _token() -> str:
         raise ConfigError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
     if not re.fullmatch(r"[!-~]+", token):
         # An error of the HTTP library would show it.
-        raise ConfigError("The token for the Hub holds characters that no token has; log in again, or mend HF_TOKEN.")
+        raise ConfigError(
+            "The token for the Hub holds characters that no token has; log in again, or correct HF_TOKEN."
+        )
     return token
 
 
@@ -200,7 +202,7 @@ def _open_repository(api: HfApi, repo_id: str, folder: OutputFolder, manifest: M
         # Changing that is its owner's business.
         now = "public" if private else "private"
         logger.warning(
-            "%s is there already, and is %s; it stays so. Its settings on the Hub change that.", repo_id, now
+            "%s already exists and is %s, which publish does not change; its settings on the Hub do.", repo_id, now
         )
     advice = "choose another repository; nothing was uploaded"
     if folder.manifest in there:
@@ -341,7 +343,7 @@ def _sentence(error: Exception, repo_id: str) -> str:
         quoted = f" ({said})" if refused.server_message else ""
         known = {
             400: f"The Hub refuses what it was sent ({' '.join(str(error).split())[:300]})",
-            401: "The Hub does not accept the token; log in again with `hf auth login`, or mend HF_TOKEN",
+            401: "The Hub does not accept the token; log in again with `hf auth login`, or correct HF_TOKEN",
             403: f"The token may not write to {repo_id}{quoted}; use one that has the right to, of that account",
             429: f"The Hub answers too many requests at the moment; wait, and {again}",
         }

@@ -215,8 +215,8 @@ def part_locks(names: Iterable[str], part: str = "") -> list[str]:
 def no_locks(root: str, why: str) -> ConfigError:
     """The sentence for an output of which no lock can be had."""
     return ConfigError(
-        f"output.path: {root}: nothing there keeps a second run out, as {why}; see to it yourself that no other run "
-        "writes there, and say so with --unlocked."
+        f"output.path: {root}: a second run cannot be kept out, as {why}; make sure that no other run writes there, "
+        "and give --unlocked."
     )
 
 

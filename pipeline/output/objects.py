@@ -355,7 +355,7 @@ class ObjectStore(Store):
                 f"{self.root}: there are no credentials for it ({said}); set those of the store's own client, such as "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
-        again = "What was committed is kept"
+        again = "Finished shards are kept"
         if "PermissionError" in kinds:
             return PipelineError(
                 f"{self.root}: access denied ({said}). {again}; use other credentials, then run the same command again."
