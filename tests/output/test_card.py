@@ -297,7 +297,7 @@ def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     assert front_of(text)["source_datasets"] == ["uoft-cs/cifar10"]
     assert front_of(text)["license"] == "other"
     assert f"(https://huggingface.co/datasets/uoft-cs/cifar10) at revision {'0' * 40}" in text
-    assert "as it states it, is Ask Ian &#124; first." in text
+    assert "states this licence: Ask Ian &#124; first." in text
 
 
 # ------------------------------------------------------------------------------------- several models and attacks
@@ -330,8 +330,8 @@ def test_a_card_of_several_models_and_attacks(write_config: WriteConfig, tmp_pat
         _, _, attack, model, *answers = (cell.strip() for cell in row)
         assert (attack, model) == (cells[0].attack, cells[0].model or "no model")
         assert answers == [f"{cell.accuracy:.1%} ({cell.share_lost or 0:.1%})" for cell in cells]
-    assert re.search(r"\*\*Model\*\* `turned`, which only looks: factory `sums.py:make`", text)
-    assert "made against `net` and `sums`. To another" in text
+    assert re.search(r"\*\*Model\*\* `turned`, which is not attacked: factory `sums.py:make`", text)
+    assert "made against `net` and `sums`. For another" in text
     assert "https://arxiv.org/abs/1705.07204" in text, "what images of several source models are for"
     assert "| `prediction_turned` | ClassLabel | as prediction, of model turned |" in text
     assert ("| `clean_correct_turned` | bool | as clean_correct, of model turned |" in text) == (layout != "images")
@@ -453,7 +453,7 @@ def test_nasty_names_stay_inside(write_config: WriteConfig, tmp_path: Path) -> N
     assert seen.texts["h1"] == [f"{folder.name} under FGSM"]
     assert seen.texts["h2"] == [
         "Load it",
-        "What the model makes of it",
+        "What the model predicts",
         "Columns",
         "How it was made",
         "Intended use and limits",
