@@ -360,7 +360,7 @@ def test_one_epsilon_of_several_subsets_is_a_config(write_config: WriteConfig, t
 def test_noise_alone_has_no_paper_and_no_model(write_config: WriteConfig, tmp_path: Path) -> None:
     generate_once(write_config(attack={"kind": "noise"}))
     text = card_of(tmp_path / "out")
-    for claim in ("bibtex", "Citation", "Kurakin", "They were made against", "wrong direction", "true label"):
+    for claim in ("bibtex", "Citation", "Kurakin", "They were made against", "direction of the attack", "true label"):
         assert claim not in text, claim
     assert set(front_of(text)["tags"]) == {"adversarial", "adversarial-examples", "robustness"}
 
@@ -373,7 +373,7 @@ def test_noise_beside_it_does_not_cite_attacks_without_the_label(
     generate_once(write_several(write_config, tmp_path, attacks))
     text = card_of(tmp_path / "out")
     assert text.count("@inproceedings") == cited
-    assert ("wrong direction" in text) == (target is None)
+    assert ("direction of the attack" in text) == (target is None)
 
 
 # ------------------------------------------------------------------------------------------- names from elsewhere
