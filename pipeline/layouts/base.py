@@ -167,7 +167,7 @@ COLUMNS = (
     ),
     Column(
         FILE,
-        "the file of the source that has the row",
+        "the file of the source that the row is in",
         value=lambda _, batch: np.full(len(batch.source_index), batch.shard.file),
         dtype="string",
         per_variant=False,
