@@ -36,6 +36,10 @@ def test_no_figure_is_still_to_come(page: Path) -> None:
     assert not re.findall(r"\b(?:TODO|TBD|FIXME|[A-Z]+(?:TABLE|TIME))\b", page.read_text())
 
 
+def test_the_readme_stays_short() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+
+
 @pytest.mark.parametrize("page", [page for page in (README, *DOCS) if blocks(page, "yaml")], ids=name_of)
 def test_the_configs_of_a_page_are_valid(page: Path, tmp_path: Path) -> None:
     """Those that are a part of a config are put into the README's."""
