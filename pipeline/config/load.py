@@ -100,7 +100,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
             values |= {where[0]: checked} if len(where) == 1 else {where[0]: {**values[where[0]], where[1]: checked}}
         return _checked(Config, values, ())
     except RecursionError:
-        raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
+        raise ConfigError(f"The config is nested more than {MOST_DEPTH} levels deep.") from None
 
 
 def section_class(key: str, values: Any) -> type[Section]:
@@ -167,7 +167,7 @@ def _sections(raw: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Any]]:
         several = raw.get(f"{key}s")
         for name, section in several.items() if isinstance(several, Mapping) else ():
             if not isinstance(name, str):
-                raise ConfigError(f"{key}s: the id {name!r} is no text; YAML takes it for one in quotes.")
+                raise ConfigError(f"{key}s: the id {name!r} is not text; put it in quotes.")
             found.append((key, (f"{key}s", name), section))
     return found
 

@@ -95,7 +95,7 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
             write_report(folder, manifest)
         files = list_files(folder, manifest)
         if others := _left_out(folder, files):
-            logger.info("Not published, as they are not of this dataset: %s.", listing(others))
+            logger.info("Not published, as they are not part of this dataset: %s.", listing(others))
         _patiently(repo_id, token, lambda: _upload(api, repo_id, folder, manifest, files))
     return f"{api.endpoint}/datasets/{repo_id}"
 
@@ -260,7 +260,7 @@ def _upload(api: HfApi, repo_id: str, folder: OutputFolder, manifest: Manifest, 
     missing = _differing(folder, files, there)
     stale = _left_by_an_earlier_upload(manifest, files, there)
     if others := [path for path in there if path not in files and path not in (*stale, ATTRIBUTES)]:
-        logger.info("Left as they are, not of this dataset: %s.", listing(others))
+        logger.info("Not changed, as they are not part of this dataset: %s.", listing(others))
     if not missing and not stale:
         logger.info("All %d files are already there.", len(files))
         return

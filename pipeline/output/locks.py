@@ -147,7 +147,7 @@ class StoreLock:
         while True:
             found = self._objects.look(self._name)
             if not _parse(found).get("released"):
-                logger.info("%s has a lock of %s; waiting to see whether that lives.", root, _holder(found))
+                logger.info("%s has a lock of %s; waiting to see whether that run is alive.", root, _holder(found))
                 began = time.clock_gettime(CLOCK)
                 while (now := self._objects.look(self._name)) == found:
                     if time.clock_gettime(CLOCK) - began > STALE_SECONDS:
@@ -162,7 +162,7 @@ class StoreLock:
                     if time.clock_gettime(CLOCK) - since >= patience:
                         raise in_use(root, _holder(now))
                     continue
-                logger.warning("%s: its lock is taken over, as it has not changed for %g s.", root, STALE_SECONDS)
+                logger.warning("%s: the lock is taken over, as it has not changed for %g s.", root, STALE_SECONDS)
             with contextlib.suppress(ConflictError):
                 return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
 

@@ -87,8 +87,8 @@ class ObjectStore(Store):
             bucket = self._base.partition("/")[0]
             if not self._ask("exists", bucket):
                 raise ConfigError(
-                    f"output.path: {self._protocol}://{bucket} is not there, or these credentials may not see it; "
-                    "make the bucket first, or name another."
+                    f"output.path: {self._protocol}://{bucket} does not exist, or these credentials may not see "
+                    "it; create the bucket first, or name another."
                 ) from None
             return []
         return [name for path in found if (name := path.rstrip("/")[len(self._base) + 1 :])]
