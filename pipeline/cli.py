@@ -217,6 +217,22 @@ def publish(
         _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
 
 
+@app.command("config")
+def config_reference(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A key such as attack.epsilons.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Explain a key of the config: type, default, meaning; without KEY all of them, as docs/config.md."""
+    with _boundary(debug):
+        from pipeline.config import reference
+
+        if schema:
+            _say(json.dumps(reference.json_schema(), indent=1))
+        else:
+            _say(reference.explain(key) if key else reference.markdown().rstrip("\n"))
+
+
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
     """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown."""
     typer.echo(presentable(str(text), keep), err=err)

@@ -12,6 +12,7 @@ class TorchvisionConfig(NamedModelConfig):
     """A model of torchvision; `weights` is the name of published ones, such as IMAGENET1K_V2, or a checkpoint."""
 
     kind: Literal["torchvision"]
+    """A model of torchvision."""
 
 
 def load(config: TorchvisionConfig) -> Loaded:

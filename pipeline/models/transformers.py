@@ -21,6 +21,7 @@ class TransformersConfig(NamedModelConfig):
     """An image classifier of transformers; `name` is an id of the Hub or a folder, and so is `weights`."""
 
     kind: Literal["transformers"]
+    """An image classifier of transformers. It needs the extra `transformers`."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:

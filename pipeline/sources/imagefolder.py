@@ -24,7 +24,9 @@ class ImageFolderConfig(SourceConfig):
     """A folder with a folder of images for each class."""
 
     kind: Literal["imagefolder"]
+    """A folder with a folder of images for each class."""
     path: str
+    """The folder of the class folders. Where it holds split folders, `path/train/cat/1.jpg`, name them in `split`."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
