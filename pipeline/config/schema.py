@@ -472,6 +472,9 @@ class Config(Section):
                 twice = [other for other in [*values][:index] if other.lower() == name.lower()]
                 if twice:
                     raise ValueError(f"{one}s: the ids {twice[0]} and {name} differ in case alone; rename one")
+        titles = [model.title or name for name, model in self.all_models.items()]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(f"models: two of them are called {twice[0]!r}; give each a title of its own")
         for name, attack in self.all_attacks.items():
             unknown = [model for model in attack.models or () if model not in self.all_models]
             if unknown:
