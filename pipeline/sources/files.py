@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError, PipelineError, explained, first_li
 from pipeline.core.fetchers import Fetchers
 from pipeline.core.images import is_of_the_machine
 from pipeline.core.origin import Origin
-from pipeline.sources.base import chosen_splits
+from pipeline.sources.base import chosen_splits, tell_unsplit
 from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import card_license
 
@@ -125,6 +125,8 @@ def find_files(config: HuggingFaceConfig) -> Listing:
     path = str(config.path)
     if "://" in path:
         names = config.split or ("train",)
+        if config.split is None:
+            tell_unsplit(path)
         if len(names) > 1:
             raise ConfigError("source.split: the files of a URL are one split; name one, which they are to be called.")
         return Listing(

@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name, open_image
 from pipeline.core.left_out import Tally
 from pipeline.core.origin import Origin
-from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, digest_of, spread
+from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, digest_of, spread, tell_unsplit
 from pipeline.sources.files import LITTER_REASON, as_text, is_litter, of_two_classes, unread
 
 
@@ -64,7 +64,9 @@ def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderS
     tally = Tally()
     try:
         folders = _split_folders(root, config)
-        if config.split is None and root not in folders.values():
+        if config.split is None and root in folders.values():
+            tell_unsplit(as_text(str(root)))
+        elif config.split is None:
             for beside in sorted({*_subfolders(root)} - {*folders.values()}):
                 tally.add("folders beside train, as source.split names none", as_text(beside.name))
         listed = {name: _ClassFolders(folder, root, tally).images for name, folder in folders.items()}
