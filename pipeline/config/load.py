@@ -65,8 +65,8 @@ def load_config(
     else:
         names = ", ".join(sorted(file.stem for file in packaged_configs().glob("*.yaml")))
         raise ConfigError(f"There is no config file {name}, and no shipped config of that name (shipped: {names}).")
-    for override in overrides:
-        _override(raw, override)
+    for text in overrides:
+        override(raw, text)
     # What is still relative came from an override or a shipped config. Absolute paths let `verify --recompute`
     # find the model again from any folder.
     raw = _anchor_inputs(raw, Path.cwd())
@@ -259,14 +259,25 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(raw: dict[str, Any], assignment: str) -> None:
+    """Set a key of a config that is a mapping.
+
+    Args:
+        raw: the config, not yet checked.
+        assignment: `key=value`, a dotted key and a YAML value.
+
+    Raises:
+        ConfigError: it is none, or sets a key within what is no section.
+    """
+    key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {_quoted(override)}: write it as key=value, for example --set runtime.batch_size=64.")
+        raise ConfigError(
+            f"--set {_quoted(assignment)}: write it as key=value, for example --set runtime.batch_size=64."
+        )
     try:
         value = _parse_yaml(text)
     except ValueError:
-        raise ConfigError(f"--set {_quoted(override)}: {_quoted(repr(text))} is not a YAML value.") from None
+        raise ConfigError(f"--set {_quoted(assignment)}: {_quoted(repr(text))} is not a YAML value.") from None
     _override_value(raw, key, value)
 
 

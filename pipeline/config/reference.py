@@ -149,6 +149,14 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def meaning(name: str, kind: str = "") -> str:
+    """What a key means with a kind of its section; empty where that kind does not have it."""
+    section, _, last = name.partition(".")
+    if last == "kind":
+        return dict(_kinds_of(section)).get(kind, "")
+    return next((key.meaning for key in all_keys() if key.name == name and (not key.kinds or kind in key.kinds)), "")
+
+
 def _explained(key: Key) -> str:
     default = {"required": "required", "-": "may be left out"}.get(key.default, f"default {key.default}")
     section, _, last = key.name.partition(".")

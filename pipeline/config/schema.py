@@ -221,8 +221,8 @@ class AttackConfig(Section):
     kind: str = "fgsm"
     """The attack."""
     epsilons: tuple[str | Annotated[float, BeforeValidator(_no_boolean)], ...] = Field(min_length=1)
-    """The most that any pixel value may move, a list: whole grey levels such as 8/255, or decimals in [1/255, 1]. Each
-    makes one set of attacked images."""
+    """The epsilons, a list: the most that any pixel value may move. Whole grey levels such as 8/255, or decimals in
+    [1/255, 1]. Each makes one set of attacked images."""
     label: Literal["dataset", "prediction"] = "dataset"
     """The class whose loss is raised: the dataset's label, or what the model predicts for the clean image. With
     `prediction` the images do not give the label away, and none is needed."""
@@ -320,8 +320,9 @@ class OutputConfig(Section):
     path: str
     """The folder of the dataset, relative to the working directory, or an address such as s3://bucket/name."""
     layout: LayoutName = "images"
-    """What a row is. `images`: one image at one epsilon. `wide`: one source image, with a column for each epsilon.
-    `signs`: one source image and the signs, from which every epsilon follows; smallest, for `fgsm` and `noise` only."""
+    """What a row is: an image at one epsilon (`images`), a source image with a column for each epsilon (`wide`), or a
+    source image and its signs (`signs`). From signs every epsilon follows, and they take the least space; only `fgsm`
+    and `noise` can be stored so."""
     sign_format: Literal["picture", "bits"] = "picture"
     """How layout `signs` stores signs: as lossless pictures, or as packed bits, which need no image codec."""
     image_format: Annotated[Literal["auto", "webp", "png"], BeforeValidator(_refuse_jpeg)] = "auto"
