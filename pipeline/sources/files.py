@@ -125,13 +125,12 @@ def find_files(config: HuggingFaceConfig) -> Listing:
     path = str(config.path)
     if "://" in path:
         names = config.split or ("train",)
-        if config.split is None:
-            tell_unsplit(path)
         if len(names) > 1:
             raise ConfigError("source.split: the files of a URL are one split; name one, which they are to be called.")
-        return Listing(
-            {names[0]: _listed(path)}, None, Origin(name=_url_folder(path).rstrip("/").rpartition("/")[2] or None)
-        )
+        files = _listed(path)
+        if config.split is None:
+            tell_unsplit(path)
+        return Listing({names[0]: files}, None, Origin(name=_url_folder(path).rstrip("/").rpartition("/")[2] or None))
     return _found_by_datasets(config, path)
 
 

@@ -64,9 +64,7 @@ def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderS
     tally = Tally()
     try:
         folders = _split_folders(root, config)
-        if config.split is None and root in folders.values():
-            tell_unsplit(as_text(str(root)))
-        elif config.split is None:
+        if config.split is None and root not in folders.values():
             for beside in sorted({*_subfolders(root)} - {*folders.values()}):
                 tally.add("folders beside train, as source.split names none", as_text(beside.name))
         listed = {name: _ClassFolders(folder, root, tally).images for name, folder in folders.items()}
@@ -75,6 +73,8 @@ def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderS
         digest = _digest(paths, folders)
     except OSError as error:
         raise unread(error) from None
+    if config.split is None and root in folders.values():
+        tell_unsplit(as_text(str(root)))
     counts = {name: [len(own) for own in images.values()] for name, images in listed.items()}
     return checked(
         FolderSource(
