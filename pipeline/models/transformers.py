@@ -26,8 +26,9 @@ class TransformersConfig(NamedModelConfig):
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
         super().anchor(values, folder)
-        if isinstance(name := values.get("name"), str) and is_there(folder / name):
-            values["name"] = anchored(name, folder)
+        for key in ("name", "weights"):
+            if isinstance(value := values.get(key), str) and is_there(folder / value):
+                values[key] = anchored(value, folder)
 
     @model_validator(mode="after")
     def _check_kwargs(self) -> "TransformersConfig":

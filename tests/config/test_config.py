@@ -372,6 +372,11 @@ def test_output_and_limit_arguments_win(tmp_path: Path) -> None:
         ({"model": {"kind": "factory", "name": "package.module:make"}}, "model.name", "package.module:make"),
         ({"model": {"kind": "transformers", "name": "photos"}}, "model.name", "{folder}/photos"),
         ({"model": {"kind": "transformers", "name": "google/vit"}}, "model.name", "google/vit"),
+        (
+            {"model": {"kind": "transformers", "name": "google/vit", "weights": "photos"}},
+            "model.weights",
+            "{folder}/photos",
+        ),
         ({"output": {"path": "photos"}}, "output.path", "photos"),
     ],
 )
