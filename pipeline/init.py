@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import itertools
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import yaml
 from pipeline.config.load import load_config, override, parse_config, section_class
 from pipeline.config.reference import meaning
 from pipeline.config.schema import SourceConfig, is_checkpoint
+from pipeline.config.section import home
 from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name
 from pipeline.core.own_code import names_file
@@ -82,8 +84,12 @@ class Draft:
         return default
 
     def set(self, key: str, text: str) -> None:
-        """Set a key to a value as a person writes it."""
-        override(self.raw, f"{key}=[{text}]" if key in LISTS and not text.startswith("[") else f"{key}={text}")
+        """Set a key to a value as a person writes it: a list without brackets, a text as it is, null for none."""
+        if key in LISTS:
+            text = text if text.startswith("[") else f"[{text}]"
+        elif text != "null" and not key.startswith("preprocess."):
+            text = json.dumps(text)
+        override(self.raw, f"{key}={text}")
 
     def fill(self, key: str, flag: str, question: str, default: str) -> None:
         """Set a key that is not set to the answer to a question; an empty answer leaves it out."""
@@ -107,7 +113,7 @@ def write_config(
         path: of the file; None for one called after the images.
         data: where the images are, as `--data`.
         model: which model, as `--model`.
-        keys: what is set, by dotted key; a list needs no brackets. None is not set.
+        keys: what is set, by dotted key, as a person writes it; None is not set.
         overrides: as of `load_config`.
         ask: asks a person; None where nobody can answer.
 
@@ -117,18 +123,8 @@ def write_config(
     Raises:
         ConfigError: the file is there, something is not said and has no default, or cannot be used.
     """
-    raw: Raw = {}
-    draft = Draft(raw, ask)
-    for key, text in (keys or {}).items():
-        if text is not None:
-            draft.set(key, text)
-    for assignment in overrides:
-        override(raw, assignment)
-    for section, values in raw.items():
-        if section not in SECTIONS or not isinstance(values, dict):
-            raise ConfigError(
-                f"--set {section}: a key of {', '.join(SECTIONS)} can be set here; add others to the file."
-            )
+    draft = _begin(keys or {}, overrides, ask)
+    raw = draft.raw
     where = data or draft.answer(
         "--data", "Where are the images? A folder, a Hub name, a dataset of torchvision, a URL, or digits"
     )
@@ -156,6 +152,22 @@ def write_config(
     return path, f"{found}{unmatched}"
 
 
+def _begin(keys: Mapping[str, str | None], overrides: Sequence[str], ask: Ask | None) -> Draft:
+    """A draft of what is said already."""
+    draft = Draft({}, ask)
+    for key, text in keys.items():
+        if text is not None:
+            draft.set(key, text)
+    for assignment in overrides:
+        override(draft.raw, assignment)
+    for section, values in draft.raw.items():
+        if section not in SECTIONS or not isinstance(values, dict):
+            raise ConfigError(
+                f"--set {section}: a key of {', '.join(SECTIONS)} can be set here; add others to the file."
+            )
+    return draft
+
+
 def _write(path: Path, text: str) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -178,7 +190,7 @@ def _source_of(data: str) -> Raw:
     Raises:
         ConfigError: there are none.
     """
-    folder = Path(data).expanduser()
+    folder = home(data)
     if data == "digits":
         return {"kind": "digits", "split": ["train", "test"]}
     if folder.is_file():
@@ -238,11 +250,14 @@ def _open(draft: Draft) -> Found:
         return _sample(open_source(_parsed(source), need_labels=need_labels))
     # Of what is streamed, headers are read and some images; else `datasets` makes a copy of all.
     try:
-        return _sample(open_source(_parsed({**source, "streaming": True}), need_labels=need_labels))
+        opened = open_source(_parsed({**source, "streaming": True}), need_labels=need_labels)
+        if not all(name.lower().endswith(TABLES) for own in opened.files(LOOKED_AT).values() for name, _ in own):
+            source["streaming"] = True  # what `datasets` makes of tars has other columns
+        return _sample(opened)
     except ConfigError as error:
         if re.match(ANSWERABLE.replace("|classes", ""), str(error)):
             raise
-        if not Path(source["path"]).expanduser().is_dir():
+        if not home(source["path"]).is_dir():
             hint = " To download all of it and look again, add --set source.streaming=false."
             raise ConfigError(f"{error}{hint if 'stream' in str(error) else ''}") from None
         return _sample(open_source(_parsed(source), need_labels=need_labels))
@@ -280,7 +295,7 @@ def _model_of(name: str, said: Mapping[str, Any]) -> Raw:
         return {"kind": "digits"}
     if ":" in name:
         return {"kind": "factory", "name": name}
-    if Path(name).expanduser().is_dir():
+    if home(name).is_dir():
         return {"kind": "transformers", "name": name, "weights": name}
     from torchvision import models
 
@@ -352,7 +367,7 @@ def _check_files(model: Raw) -> None:
     named = {"name": model["name"].rpartition(":")[0]} if names_file(str(model.get("name"))) else {}
     named |= {"weights": model["weights"]} if is_checkpoint(str(model.get("weights"))) else {}
     for key, file in named.items():
-        if not Path(file).expanduser().is_file():
+        if not home(file).is_file():
             raise ConfigError(f"model.{key}: there is no file {file}.")
 
 
