@@ -83,9 +83,9 @@ def test_what_is_written_runs(tmp_path: Path, make: Callable[[Path], Any], flags
 
 
 def test_digits_need_nothing_else(tmp_path: Path) -> None:
-    assert fgsm("init", "own.yaml", "--data", "digits", "--output", "out: 1", "--set", "source.limit=6").exit_code == 0
+    assert fgsm("init", "own.yaml", "--data", "digits", "--output", "out #1", "--set", "source.limit=6").exit_code == 0
     generate(Path("own.yaml"), "--set", "runtime.workers=0")
-    assert manifest(tmp_path / "out: 1")["rows"] == 12
+    assert manifest(tmp_path / "out #1")["rows"] == 12
 
 
 def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
