@@ -48,7 +48,7 @@ import typer
 from benchmark import COST_LEVELS, busy_cores, check_choice, machine, rotated, table
 from numpy.typing import NDArray
 from PIL import Image
-from workloads import IMAGENET, ROOT, WORKLOADS, Encoded, encoded_images, write_source
+from workloads import IMAGENET, WORKLOADS, Encoded, encoded_images, write_source
 
 from pipeline.config.load import load_config
 from pipeline.core.images import encode_images
@@ -183,7 +183,7 @@ def config_of(case: Case, images: int, source: Path, output: Path) -> Row:
     return {
         "model": {
             "kind": "factory",
-            "name": f"{ROOT / 'scripts/small_models.py'}:free",
+            "name": "pipeline.models.small_models:free",
             "kwargs": {"classes": CLASSES[case.side]},
             **IMAGENET,
         },
