@@ -215,6 +215,77 @@ def publish(
         _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
 
 
+@app.command()
+def init(
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG.yaml]", help="The file to write; called after the images by default."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Where the images are: a folder, a Hub name, a torchvision dataset, a URL, or digits."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="The splits to read, such as test or train,test.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A model of torchvision, timm or the Hub, a folder, path/to/file.py:callable, or digits.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="A checkpoint, or the name of published weights.")
+    ] = None,
+    epsilons: Annotated[str | None, typer.Option("--epsilons", help="Such as 2/255,4/255,8/255.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="images, signs or wide.")] = None,
+    output: OutputOption = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Write a config that runs: looks at the images and the model, and asks for what no option says."""
+    with _boundary(debug):
+        from pipeline.init import write_config
+
+        keys = {
+            "source.split": split,
+            "model.weights": weights,
+            "attack.epsilons": epsilons,
+            "output.layout": layout,
+            "output.path": output,
+        }
+        asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+        written, found = write_config(
+            path, data=data, model=model, keys=keys, overrides=overrides or (), ask=_ask if asks else None
+        )
+        _say(f"Found {found}.\nWrote {written}.\n\nNext: fgsm plan {shlex.quote(str(written))}", err=True)
+
+
+def _ask(question: str, default: str | None) -> str:
+    """Ask on the terminal. An empty default stands for an empty answer."""
+    text = presentable(question, "")
+    return str(typer.prompt(text, default=default, show_default=bool(default), err=True))
+
+
+@app.command("config")
+def config_reference(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A key such as attack.epsilons.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Explain a key of the config: type, default, meaning; without KEY all of them, as docs/config.md."""
+    with _boundary(debug):
+        from pipeline.config import reference
+
+        if schema:
+            _say(json.dumps(reference.json_schema(), indent=1))
+        else:
+            _say(reference.explain(key) if key else reference.markdown().rstrip("\n"))
+
+
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
     """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown."""
     typer.echo(presentable(str(text), keep), err=err)

@@ -21,12 +21,14 @@ class TransformersConfig(NamedModelConfig):
     """An image classifier of transformers; `name` is an id of the Hub or a folder, and so is `weights`."""
 
     kind: Literal["transformers"]
+    """An image classifier of transformers. It needs the extra `transformers`."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
         super().anchor(values, folder)
-        if isinstance(name := values.get("name"), str) and is_there(folder / name):
-            values["name"] = anchored(name, folder)
+        for key in ("name", "weights"):
+            if isinstance(value := values.get(key), str) and is_there(folder / value):
+                values[key] = anchored(value, folder)
 
     @model_validator(mode="after")
     def _check_kwargs(self) -> "TransformersConfig":
