@@ -311,9 +311,9 @@ class Night:
             if code == 0:
                 self._say(f"fgsm {name} took {_duration(took)}.")
                 return 0
-            if self._last == "" or code < 0:
-                self._last = f"fgsm {name} ended with {_told(code)}"
-            self._say(f"fgsm {name} ended with {_told(code)} after {_duration(took)}: {self._last}")
+            self._say(f"fgsm {name} ended with {_told(code)} after {_duration(took)}.")
+            if code < 0 or not self._last:
+                self._last = _told(code)
             if (now := self._count_shards(shards)) != shards:
                 shards, fruitless = now, Counter()
             else:
@@ -378,8 +378,8 @@ class Night:
             if self._signum:  # arrived while it was started
                 self._stop(self._signum, None)
             for line in self._lines(name, child):
-                if text := line.decode(errors="backslashreplace").strip():
-                    self._last = presentable(text)
+                if text := line.decode(errors="backslashreplace").rstrip():
+                    self._last = presentable(text.strip())
                     self._say(text)
             self._child = None
             return child.wait()
@@ -435,7 +435,8 @@ def _three_lines(summary: Mapping[str, Any]) -> list[str]:
     tries = ", ".join(f"{phase['name']} {phase['tries']}" for phase in summary["phases"]) or "none"
     what = "done" if summary["status"] == "done" else f"{summary['status'].upper()} in {summary['phase']}"
     why = "" if summary["reason"] is None else f" with exit code {summary['exit_code']} ({summary['reason']})"
-    took = f"{_duration(summary['seconds'])}, from {summary['started']} to {summary['ended']}"
+    began, ended = (datetime.fromisoformat(summary[key]).strftime(TIME_FORMAT) for key in ("started", "ended"))
+    took = f"{_duration(summary['seconds'])}, from {began} to {ended}"
     first = f"{what}{why}: {summary['output'] or summary['config']} took {took}; tries: {tries}"
     if not (dataset := summary["dataset"]):
         return [first, "no dataset that can be read", "accuracy: not known"]

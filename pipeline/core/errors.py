@@ -107,7 +107,7 @@ def is_temporary(error: BaseException) -> bool:
     """Whether the network failed, or a server that is busy or broken, so that the same may succeed later."""
     found = list(causes(error))
     # The Hub's client calls it a lost connection where HF_HUB_OFFLINE forbids one.
-    if any(re.search("offline ?mode", f"{type(cause)} {cause}", re.IGNORECASE) for cause in found):
+    if any(re.search("OfflineMode|offline mode is enabled", f"{type(cause)} {cause}") for cause in found):
         return False
     return any(_failed_on_the_way(cause) for cause in found)
 

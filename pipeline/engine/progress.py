@@ -127,9 +127,10 @@ class Progress:
     def line(self) -> str:
         """One line for a log: share, rate, time left, accuracy."""
         rate = self.fresh / max(time.monotonic() - self._started, 1e-9)
-        parts = [f"{self.done:,} images", f"{rate:.1f} images/s", self.accuracy()]
-        if self.total is not None:
-            left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-            parts[0] = f"{self.done:,} of {self.total:,} images ({self.done / self.total:.0%})"
-            parts.insert(2, f"{left} left")
-        return ", ".join(filter(None, parts))
+        if self.total is None:
+            return f"{self.done:,} images, {rate:.1f} images/s, {self.accuracy()}"
+        left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
+        share = self.done / self.total
+        return (
+            f"{self.done:,} of {self.total:,} images ({share:.0%}), {rate:.1f} images/s, {left} left, {self.accuracy()}"
+        )
