@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -31,7 +32,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from pipeline.core.addresses import is_address
-from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError, TemporaryError
+from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError, TemporaryError, explained, first_line
 from pipeline.core.redaction import presentable
 
 # Of every log of this package.
@@ -44,6 +45,7 @@ SILENT_SECONDS = 60.0
 # Seconds that a command may take to end after a signal (they promise five), and that the one of --on-end may take.
 GRACE_SECONDS, ON_END_SECONDS = 30.0, 600.0
 POLL_SECONDS = 0.2
+SUMMARY = "summary.json"
 
 
 def allowed_tries(phase: str, code: int) -> int:
@@ -114,6 +116,7 @@ class Night:
         self._program, self._pause, self._silent = program, pause, silent
         self._output: str | None = None
         self._folder: Path | None = None
+        self._log_path = Path()
         self._log: TextIO | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._signum: int | None = None
@@ -135,11 +138,16 @@ class Night:
                 self._open(stack)
                 code = self._run_phases()
             except PipelineError as error:
-                self._say(f"Error: {error}")
+                self._last = f"Error: {error}"
+                self._say(self._last)
                 code = error.exit_code
+            except Exception as error:  # a bug of ours, of which somebody is to be told all the same
+                for line in traceback.format_exc().splitlines():
+                    self._say(line)
+                self._last, code = first_line(error), PipelineError.exit_code
             # As shells count a command that a signal has killed.
             code = 128 + self._signum if self._signum else 128 - code if code < 0 else code
-            self._end(code)
+            self._end(code, stack)
         return code
 
     # ---------------------------------------------------------------------------------------------- before and after
@@ -177,11 +185,12 @@ class Night:
         except OSError:
             pass  # a file system without locks
         self._folder = folder
-        log = self._path("log")
-        self._log = stack.enter_context(log.open("a", encoding="utf-8"))
-        self._tell(f"log: {log}")
+        self._log_path = folder / f"{self._began:%Y-%m-%dT%H-%M-%S}.log"
+        with explained(f"The log {self._log_path} cannot be written", errors=(OSError,)):
+            self._log = stack.enter_context(self._log_path.open("a", encoding="utf-8"))
+        self._tell(f"log: {self._log_path}")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            previous = json.loads(self._path("summary").read_text(encoding="utf-8"))
+            previous = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
             if previous["status"] == "running":
                 seen = datetime.fromtimestamp(Path(previous["log"]).stat().st_mtime)
                 self._say(
@@ -189,35 +198,25 @@ class Night:
                     f"{previous['phase']}. What it committed is kept."
                 )
 
-    def _path(self, kind: str) -> Path:
-        """The file of the summary, or the log, which each night has of its own."""
-        assert self._folder is not None
-        return self._folder / ("summary.json" if kind == "summary" else f"{self._began:%Y-%m-%dT%H-%M-%S}.log")
-
-    def _end(self, code: int) -> None:
+    def _end(self, code: int, stack: contextlib.ExitStack) -> None:
         """Write the summary, and run what is to be run at the end."""
         summary = self._summarise(code)
         text = "\n".join(_three_lines(summary))
         self._record(summary)
         if self._log:
-            self._log.flush()
             with contextlib.suppress(OSError):
-                log, new = self._path("log"), self._path("log").with_suffix(".new")
-                new.write_text(f"{text}\n\n{log.read_text(encoding='utf-8')}", encoding="utf-8")
-                new.replace(log)
-                self._log = log.open("a", encoding="utf-8")
+                _replace(self._log_path, f"{text}\n\n{self._log_path.read_text(encoding='utf-8')}")
+                self._log = stack.enter_context(self._log_path.open("a", encoding="utf-8"))
         self._tell(f"\n{text}")
         if self._on_end:
             known = {"status": summary["status"], "exit_code": code, "phase": summary["phase"], "text": text}
             if self._folder:
-                known |= {"output": self._output, "summary": self._path("summary"), "log": self._path("log")}
+                known |= {"output": self._output, "summary": self._folder / SUMMARY, "log": self._log_path}
             more = {f"FGSM_NIGHT_{name.upper()}": str(value) for name, value in known.items()}
             # A signal that has ended the night is not for this command.
             self._signum, self._kill_at = None, time.monotonic() + ON_END_SECONDS
             if failed := self._run("--on-end", ["/bin/sh", "-c", self._on_end], {**os.environ, **more}):
                 self._say(f"--on-end ended with {_told(failed)}.")
-        if self._log:
-            self._log.close()
 
     def _summarise(self, code: int | None) -> dict[str, Any]:
         """What summary.json says; `code` is None while the night goes on."""
@@ -231,7 +230,7 @@ class Night:
             "config": self._config,
             "output": self._output,
             "repository": self._repository,
-            "log": str(self._path("log")) if self._folder else None,
+            "log": str(self._log_path) if self._log else None,
             "started": self._began.isoformat(" ", "seconds"),
             "ended": ended and ended.isoformat(" ", "seconds"),
             "seconds": ended and round((ended - self._began).total_seconds(), 1),
@@ -241,12 +240,9 @@ class Night:
         }
 
     def _record(self, summary: Mapping[str, Any]) -> None:
-        if self._folder is None:
-            return
-        path = self._path("summary")
         with contextlib.suppress(OSError):  # a disk that is full must not end the night
-            path.with_suffix(".new").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-            path.with_suffix(".new").replace(path)
+            if self._folder:
+                _replace(self._folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
     def _describe_dataset(self) -> dict[str, Any] | None:
         """Rows, bytes and accuracies of the dataset as far as it is there; None where that cannot be read."""
@@ -366,15 +362,22 @@ class Night:
     def _run(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run a process and write what it says to the log. Returns its exit code, negative for a signal."""
         self._last = ""
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # so that Ctrl-C reaches it once, through us
-        ) as child:
-            self._child = child
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # so that Ctrl-C reaches it once, through us
+            )
+        except OSError as error:  # the system may have no memory or no process to spare at the moment
+            self._last = f"{name} cannot be started: {error.strerror}"
+            self._say(self._last)
+            return TemporaryError.exit_code
+        self._child = child
+        with child, contextlib.ExitStack() as stack:
+            stack.callback(child.terminate)  # where an error of ours leaves it at work
             if self._signum:  # arrived while it was started
                 self._stop(self._signum, None)
             for line in self._lines(name, child):
@@ -421,6 +424,12 @@ class Night:
             with contextlib.suppress(OSError):  # a disk that is full must not end the night
                 self._log.write(f"{line}\n")
                 self._log.flush()
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def _same_python() -> dict[str, str]:

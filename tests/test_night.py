@@ -1,5 +1,6 @@
 """The night: what is tried again and what ends it, what it says in the morning, and real commands from start to end."""
 
+import errno
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,12 @@ class Site:
         silent: float = 60.0,
         on_end: str | None = None,
         tell: Callable[[str], None] | None = None,
+        program: Sequence[str] = (),
     ) -> int:
         (self.folder / "plan.json").write_text(json.dumps(plan or {}))
         return Night(
             str(self.folder / "small.yaml"), None, ["runtime.seed=1"], None, "local", on_end, tell or self.said.append,
-            program=[sys.executable, "-I", "-S", str(self.folder / "fake.py")], pause=0.0, silent=silent,
+            program=program or [sys.executable, "-I", "-S", str(self.folder / "fake.py")], pause=0.0, silent=silent,
         ).run()  # fmt: skip
 
     @property
@@ -202,13 +204,34 @@ def test_without_a_token_nothing_is_begun(write_config: WriteConfig, monkeypatch
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_command_and_the_night_in_order(site: Site, signum: signal.Signals, code: int) -> None:
-    assert site.night({"generate": [{"stop": signum}]}, on_end=f"echo $FGSM_NIGHT_STATUS > {site.folder}/told") == code
+    assert (
+        site.night({"generate": [{"stop": signum}]}, on_end=f"sleep 0.2; echo $FGSM_NIGHT_STATUS > {site.folder}/told")
+        == code
+    )
     assert site.phases == ["generate"]
     # The child's own answer: it was asked to end, and not killed.
     assert site.summary["phases"][0]["exit_code"] == (130 if signum == signal.SIGINT else 143)
     assert (site.summary["status"], site.summary["exit_code"]) == ("interrupted", code)
     assert (site.folder / "told").read_text() == "interrupted\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_command_that_cannot_be_started_is_tried_again(site: Site) -> None:
+    assert site.night(program=[str(site.folder / "missing")]) == 75
+    assert site.summary["phases"][0]["tries"] == 12
+    assert os.strerror(errno.ENOENT) in site.summary["reason"]
+
+
+def test_a_bug_is_told_to_the_log_and_at_the_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pipeline.night.select.select", broken)
+    began = time.monotonic()
+    assert site.night({"generate": [{"sleep": 60}]}) == 1
+    assert time.monotonic() - began < 30, "its command was stopped"
+    assert "Traceback" in site.log
+    assert site.summary["reason"] == "a bug"
 
 
 def test_a_command_that_does_not_end_is_killed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +251,7 @@ def test_each_line_of_the_log_has_one_time(site: Site) -> None:
     _, lines = site.log.split("\n\n", 1)
     time_ = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert all(re.match(f"{time_} (?!{time_})", line) for line in lines.splitlines())
-    for said in ("no time", "a time", "50%", "100%", r"\x1b[31mred"):
+    for said in ("no time", "a time", " 50%", "100%", r"\x1b[31mred"):
         assert re.search(f"^{time_} {re.escape(said)}$", lines, re.MULTILINE)
 
 
