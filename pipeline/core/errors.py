@@ -97,7 +97,7 @@ def first_line(error: BaseException) -> str:
 # that none of these libraries is imported to ask.
 _CONNECTION_ERRORS = {
     *("ConnectionError", "TimeoutError", "Timeout", "gaierror"),
-    *("TransportError", "ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteRead"),
+    *("TransportError", "ClientConnectionError", "ClientPayloadError", "IncompleteRead", "ConnectionClosedError"),
 }
 # What a server answers that is busy or broken.
 _BUSY = (408, 425, 429)

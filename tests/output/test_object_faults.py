@@ -15,7 +15,7 @@ import pytest
 from fsspec.registry import _registry
 
 import pipeline
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import ConfigError, PipelineError, TemporaryError
 from pipeline.core.redaction import redact_answer
 from pipeline.output.folder import OutputFolder
 from pipeline.output.objects import ObjectStore
@@ -149,7 +149,7 @@ def test_a_store_that_fails_for_good_is_one_sentence_and_loses_nothing(
     config = write_config(output={"path": out})
     s3.fail("PUT", "eps-8/test-00001", kind)
     began = time.monotonic()
-    sentence = failed("generate", config)
+    sentence = failed("generate", config, code=TemporaryError.exit_code)
     assert time.monotonic() - began < 30
     assert re.match(rf"{out}: .*\(.*{re.escape(said)}\)", sentence)
     objects = there(s3, out)
@@ -165,7 +165,7 @@ def test_a_store_that_fails_for_good_is_one_sentence_and_loses_nothing(
 def test_a_request_that_neither_ends_nor_fails_is_given_up(s3: S3, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.output.objects.PATIENCE_SECONDS", 0.5)
     s3.fail("GET", "manifest.json", "hang")
-    assert re.match(rf"{out}: .*\(.*answer\)", failed("inspect", out))
+    assert re.match(rf"{out}: .*\(.*answer\)", failed("inspect", out, code=TemporaryError.exit_code))
 
 
 @pytest.mark.parametrize("kind", ["credentials", "bucket", "forbidden", "unreachable"])
