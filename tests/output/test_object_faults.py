@@ -22,7 +22,7 @@ from pipeline.output.objects import ObjectStore
 from pipeline.output.store import Store, open_store
 from tests.conftest import WriteConfig, digests, fgsm, generate, without_run
 from tests.support.processes import wait_for
-from tests.support.s3 import S3, alter, failed, lock_of, shards, there
+from tests.support.s3 import S3, alter, failed, lock_of, shard_name, shards, there
 from tests.support.s3 import bucket as bucket
 from tests.support.s3 import out as out
 from tests.support.s3 import s3 as s3
@@ -166,6 +166,14 @@ def test_a_request_that_neither_ends_nor_fails_is_given_up(s3: S3, out: str, mon
     monkeypatch.setattr("pipeline.output.objects.PATIENCE_SECONDS", 0.5)
     s3.fail("GET", "manifest.json", "hang")
     assert re.match(rf"{out}: .*\(.*answer\)", failed("inspect", out, code=TemporaryError.exit_code))
+
+
+def test_what_a_store_does_not_give_now_may_be_verified_later(s3: S3, out: str, write_config: WriteConfig) -> None:
+    generate(write_config(output={"path": out}))
+    s3.fail("GET", "eps-8/test-00001", 500)
+    failed("verify", out, code=TemporaryError.exit_code)
+    alter(s3, out, shard_name(s3, out, "clean/test-00000-of-00003.parquet"), b"damaged")
+    failed("verify", out, code=1)
 
 
 @pytest.mark.parametrize("kind", ["credentials", "bucket", "forbidden", "unreachable"])
