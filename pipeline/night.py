@@ -207,7 +207,7 @@ class Night:
             with contextlib.suppress(OSError):
                 _replace(self._log_path, f"{text}\n\n{self._log_path.read_text(encoding='utf-8')}")
                 self._log = stack.enter_context(self._log_path.open("a", encoding="utf-8"))
-        self._tell(f"\n{text}")
+            self._tell(f"\n{text}")
         if self._on_end:
             known = {"status": summary["status"], "exit_code": code, "phase": summary["phase"], "text": text}
             if self._folder:
@@ -442,11 +442,12 @@ def _three_lines(summary: Mapping[str, Any]) -> list[str]:
     from pipeline.output.summary import human_bytes
 
     tries = ", ".join(f"{phase['name']} {phase['tries']}" for phase in summary["phases"]) or "none"
-    what = "done" if summary["status"] == "done" else f"{summary['status'].upper()} in {summary['phase']}"
-    why = "" if summary["reason"] is None else f" with exit code {summary['exit_code']} ({summary['reason']})"
+    what = f"{summary['status'].upper()} in {summary['phase']} with exit code {summary['exit_code']} after"
+    what = "done in" if summary["status"] == "done" else what
+    why = "" if summary["reason"] is None else f"; {summary['reason']}"
     began, ended = (datetime.fromisoformat(summary[key]).strftime(TIME_FORMAT) for key in ("started", "ended"))
     took = f"{_duration(summary['seconds'])}, from {began} to {ended}"
-    first = f"{what}{why}: {summary['output'] or summary['config']} took {took}; tries: {tries}"
+    first = f"{summary['output'] or summary['config']}: {what} {took}; tries: {tries}{why}"
     if not (dataset := summary["dataset"]):
         return [first, "no dataset that can be read", "accuracy: not known"]
     state = "" if dataset["complete"] else "INCOMPLETE: "

@@ -123,7 +123,7 @@ def test_the_phases_follow_each_other_and_the_summary_says_what_there_is(site: S
     clean, eps8 = inspected["subsets"]
     assert dataset["accuracy"] == {"clean": clean["correct"] / 11, "eps-8": eps8["correct"] / 11}
     done, rows, accuracy, empty, first, *_ = site.log.splitlines()
-    assert done.startswith(f"done: {output} took 0:00:0")
+    assert done.startswith(f"{output}: done in 0:00:0")
     assert done.endswith("tries: generate 1, verify 1, report 1")
     assert rows.startswith("22 rows of 11 source images, 1 skipped, ")
     assert accuracy == f"accuracy: clean {clean['correct'] / 11:.2%}, eps-8 {eps8['correct'] / 11:.2%}"
@@ -153,7 +153,7 @@ def test_what_may_pass_is_tried_again(site: Site, phase: str, step: dict[str, An
     summary = site.summary
     assert (summary["status"], summary["phase"], summary["exit_code"]) == ("failed", phase, code)
     assert summary["phases"][-1]["tries"] == tries
-    assert re.match(rf"FAILED in {phase} with exit code {code} \(.+\): ", site.log)
+    assert re.match(rf"\S+/out: FAILED in {phase} with exit code {code} after .*; .+", site.log)
 
 
 def test_publishing_that_failed_for_good_is_not_tried_again() -> None:
