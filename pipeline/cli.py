@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import logging
@@ -16,9 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError, explained, first_line, system_refusal
+from pipeline.core.errors import (
+    ConfigError,
+    Interrupted,
+    PipelineError,
+    TemporaryError,
+    explained,
+    first_line,
+    system_refusal,
+)
 from pipeline.core.redaction import presentable
 from pipeline.executors import EXECUTORS
+from pipeline.night import TIME_FORMAT, Night
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config as LoadedConfig
@@ -38,6 +48,12 @@ Overrides = Annotated[
 ]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Where the dataset goes: output.path.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N of each split's order: source.limit.")]
+ExecutorOption = Annotated[
+    str,
+    typer.Option(
+        "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this process."
+    ),
+]
 Unlocked = Annotated[
     bool, typer.Option("--unlocked", help="Write to a store without locks; make sure that no other run does.")
 ]
@@ -51,12 +67,7 @@ def generate(
     output: OutputOption = None,
     limit: Limit = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
-    executor: Annotated[
-        str,
-        typer.Option(
-            "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this process."
-        ),
-    ] = "local",
+    executor: ExecutorOption = "local",
     part: Annotated[
         str | None,
         typer.Option(
@@ -133,6 +144,7 @@ def verify(
     with _boundary(debug):
         from pipeline.check.findings import damage_report, describe
         from pipeline.check.verify import verify as check
+        from pipeline.core.addresses import is_address
 
         findings = check(output, recompute=recompute, source=source, repair=repair, unlocked=unlocked)
         _say(describe(findings, recompute, source))
@@ -142,7 +154,10 @@ def verify(
             again = "; run the generate command that made it" if findings.damaged or findings.missing else ""
             first = " after fgsm verify --repair" if findings.damaged and not repair else ""
             dropped = f", {len(findings.damaged)} damaged shards dropped" if repair else ""
-            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
+            # A disk that cannot be read stays so; a store may answer the next time.
+            passing = findings.unread and is_address(output) and not again
+            kind = TemporaryError if passing else PipelineError
+            raise kind(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
 
 
 @app.command()
@@ -286,6 +301,29 @@ def config_reference(
             _say(reference.explain(key) if key else reference.markdown().rstrip("\n"))
 
 
+@app.command()
+def night(
+    config: Config,
+    repo_id: Annotated[
+        str | None, typer.Argument(metavar="[REPO_ID]", help="Publish to this dataset on the Hub: user/name.")
+    ] = None,
+    overrides: Overrides = None,
+    output: OutputOption = None,
+    executor: ExecutorOption = "local",
+    on_end: Annotated[
+        str | None,
+        typer.Option(
+            "--on-end",
+            metavar="COMMAND",
+            help="A shell command to run once at the end, success or failure; FGSM_NIGHT_* say what came of it.",
+        ),
+    ] = None,
+) -> None:
+    """Generate, verify, report and publish while nobody watches: with retries, one log and a summary."""
+    run = Night(config, repo_id, overrides or [], output, executor, on_end, functools.partial(_say, err=True))
+    raise typer.Exit(run.run())
+
+
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
     """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown."""
     typer.echo(presentable(str(text), keep), err=err)
@@ -341,7 +379,7 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     # A log that is read in the morning wants times; a person at a terminal does not.
-    handler.setFormatter(_Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    handler.setFormatter(_Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s", TIME_FORMAT))
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

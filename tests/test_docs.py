@@ -18,8 +18,6 @@ from tests.conftest import REPOSITORY, generate_once
 README = REPOSITORY / "README.md"
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-# Pages that come with the commands that they describe.
-PENDING = {"night.md"}
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
 
 
@@ -96,7 +94,7 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text()):
         name, _, heading = "".join(link).partition("#")
         target = page.parent / name if name else page
-        assert target.exists() or target.name in PENDING, link
+        assert target.exists(), link
         if heading:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}, link

@@ -93,3 +93,11 @@ def test_is_not_here(absent):
         "| One that has nothing to stand on | failed |  |  |  |",
         "| One that something lacks for | skipped |  |  |  |",
     ]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_the_scripts_are_clean() -> None:
+    names = ["check", "gpu_check.sh", "gpu_wheels.sh", "slurm_ray.sbatch"]
+    scripts = [*(ROOT / "scripts" / name for name in names), ROOT / ".ci/run"]
+    # What it merely notes, its versions note differently.
+    subprocess.run(["shellcheck", "--severity=warning", *scripts], check=True)

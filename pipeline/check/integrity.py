@@ -38,6 +38,7 @@ from pipeline.core.sign_bits import decode_cells
 from pipeline.core.variants import by_attack
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
+from pipeline.engine.progress import Progress
 from pipeline.engine.run import PACKAGES
 from pipeline.engine.scores import complete_scores, contents_of, count, own_models
 from pipeline.layouts.base import LABEL, Scores, kept_columns, make_features, model_columns
@@ -180,6 +181,7 @@ class ShardCheck:
     recomputation: Recomputation | None
     reader: Reader | None
     decoders: Executor
+    progress: Progress
 
     def __post_init__(self, manifest: Manifest) -> None:
         self.shape = manifest.shape
@@ -439,6 +441,7 @@ class ShardCheck:
             self.recomputation.check(names, mask, images, signs, recorded, clean, draws)
         counts = [count(one, table, clean, self.models) for one, table in zip(self.variants, tables, strict=True)]
         zero = [(0, 0), *(self._count_zero_signs(index, images, signs) for index in range(1, len(images)))]
+        self.progress.update(len(mask), 0, {})
         return counts, np.array(zero).T
 
     def _recorded(self, tables: Sequence[pa.Table], labels: NDArray[np.int64]) -> Scores:

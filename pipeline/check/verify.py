@@ -15,8 +15,6 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pipeline.check.findings import MOST_UNREAD, Findings
 from pipeline.check.integrity import ShardCheck, check_listing, check_manifest, check_summaries
 from pipeline.check.recompute import open_recomputation
@@ -25,6 +23,7 @@ from pipeline.core.lanes import available_cores
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan
 from pipeline.engine.loader import Reader
+from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run_source
 from pipeline.output.card import write_summaries
 from pipeline.output.folder import OutputFolder, read_receipts, shard_file
@@ -80,8 +79,10 @@ def verify(
             recomputation = stack.enter_context(open_recomputation(manifest, plan, findings))
         reader = _open_source(manifest, findings) if source and shards else None
         decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
-        checker = ShardCheck(folder, manifest, plan, sizes, findings, recomputation, reader, decoders)
-        for shard in tqdm(shards, unit="shard", desc="verify", disable=None):
+        rows = sum(receipts[shard.name].planned for shard in shards)
+        progress = stack.enter_context(Progress(rows, 0, ()))
+        checker = ShardCheck(folder, manifest, plan, sizes, findings, recomputation, reader, decoders, progress)
+        for shard in shards:
             if findings.unread == MOST_UNREAD:
                 findings.problems.append("The shards after those were not checked.")
                 break
