@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import logging
@@ -18,9 +19,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from pipeline.core.console import link, show
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError, explained, first_line, system_refusal
+from pipeline.core.errors import (
+    ConfigError,
+    Interrupted,
+    PipelineError,
+    TemporaryError,
+    explained,
+    first_line,
+    system_refusal,
+)
 from pipeline.core.redaction import presentable
 from pipeline.executors import EXECUTORS
+from pipeline.night import TIME_FORMAT, Night
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config as LoadedConfig
@@ -40,6 +50,12 @@ Overrides = Annotated[
 ]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Where the dataset goes: output.path.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N of each split's order: source.limit.")]
+ExecutorOption = Annotated[
+    str,
+    typer.Option(
+        "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this process."
+    ),
+]
 Unlocked = Annotated[
     bool, typer.Option("--unlocked", help="Write where there are no locks: you see to it that no other run does.")
 ]
@@ -53,12 +69,7 @@ def generate(
     output: OutputOption = None,
     limit: Limit = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
-    executor: Annotated[
-        str,
-        typer.Option(
-            "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this process."
-        ),
-    ] = "local",
+    executor: ExecutorOption = "local",
     part: Annotated[
         str | None,
         typer.Option(
@@ -139,6 +150,7 @@ def verify(
     with _boundary(debug):
         from pipeline.check.findings import as_values, damage_report, describe
         from pipeline.check.verify import verify as check
+        from pipeline.core.addresses import is_address
 
         findings = check(output, recompute=recompute, source=source, repair=repair, unlocked=unlocked)
         _say(json.dumps(as_values(findings), indent=1) if as_json else describe(findings, recompute, source))
@@ -148,7 +160,10 @@ def verify(
             again = "; run the generate command that made it" if findings.damaged or findings.missing else ""
             first = " after fgsm verify --repair" if findings.damaged and not repair else ""
             dropped = f", {len(findings.damaged)} damaged shards dropped" if repair else ""
-            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
+            # A disk that cannot be read stays so; a store may answer the next time.
+            passing = findings.unread and is_address(output) and not again
+            kind = TemporaryError if passing else PipelineError
+            raise kind(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
 
 
 @app.command()
@@ -219,6 +234,100 @@ def publish(
             return
         _say(f"Published: {hub.publish(output, repo_id, private=private)}")
         _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
+
+
+@app.command()
+def init(
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG.yaml]", help="The file to write; called after the images by default."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Where the images are: a folder, a Hub name, a torchvision dataset, a URL, or digits."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="The splits to read, such as test or train,test.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A model of torchvision, timm or the Hub, a folder, path/to/file.py:callable, or digits.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="A checkpoint, or the name of published weights.")
+    ] = None,
+    epsilons: Annotated[str | None, typer.Option("--epsilons", help="Such as 2/255,4/255,8/255.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="images, signs or wide.")] = None,
+    output: OutputOption = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Write a config that runs: looks at the images and the model, and asks for what no option says."""
+    with _boundary(debug):
+        from pipeline.init import write_config
+
+        keys = {
+            "source.split": split,
+            "model.weights": weights,
+            "attack.epsilons": epsilons,
+            "output.layout": layout,
+            "output.path": output,
+        }
+        asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+        written, found = write_config(
+            path, data=data, model=model, keys=keys, overrides=overrides or (), ask=_ask if asks else None
+        )
+        _say(f"Found {found}.\nWrote {written}.\n\nNext: fgsm plan {shlex.quote(str(written))}", err=True)
+
+
+def _ask(question: str, default: str | None) -> str:
+    """Ask on the terminal. An empty default stands for an empty answer."""
+    text = presentable(question, "")
+    return str(typer.prompt(text, default=default, show_default=bool(default), err=True))
+
+
+@app.command("config")
+def config_reference(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A key such as attack.epsilons.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Explain a key of the config: type, default, meaning; without KEY all of them, as docs/config.md."""
+    with _boundary(debug):
+        from pipeline.config import reference
+
+        if schema:
+            _say(json.dumps(reference.json_schema(), indent=1))
+        else:
+            _say(reference.explain(key) if key else reference.markdown().rstrip("\n"))
+
+
+@app.command()
+def night(
+    config: Config,
+    repo_id: Annotated[
+        str | None, typer.Argument(metavar="[REPO_ID]", help="Publish to this dataset on the Hub: user/name.")
+    ] = None,
+    overrides: Overrides = None,
+    output: OutputOption = None,
+    executor: ExecutorOption = "local",
+    on_end: Annotated[
+        str | None,
+        typer.Option(
+            "--on-end",
+            metavar="COMMAND",
+            help="A shell command to run once at the end, success or failure; FGSM_NIGHT_* say what came of it.",
+        ),
+    ] = None,
+) -> None:
+    """Generate, verify, report and publish while nobody watches: with retries, one log and a summary."""
+    run = Night(config, repo_id, overrides or [], output, executor, on_end, functools.partial(_say, err=True))
+    raise typer.Exit(run.run())
 
 
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
@@ -293,7 +402,7 @@ class _ToStderr(logging.StreamHandler[TextIO]):
 def _log_to_stderr() -> None:
     handler = _ToStderr()
     # A log that is read in the morning wants times; a person at a terminal does not.
-    handler.setFormatter(_Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    handler.setFormatter(_Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s", TIME_FORMAT))
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

@@ -842,7 +842,7 @@ def test_store_fails(stored: Site, bucket: Bucket, drill: Drill, kind: int | str
         out = bucket.place()
         bucket.s3.fail("PUT", path, kind, after=after)
         began = time.monotonic()
-        stored.generate(out).refused("the store failed")
+        stored.generate(out).refused("the store failed", code=75)
         assert time.monotonic() - began < 90
         bucket.s3.released.set()
         bucket.s3.faults.clear()

@@ -31,7 +31,7 @@ WINGS = {
 }
 # Of a wing, and no kind: how classes meet is the same for every model.
 NO_KINDS = {"models.label_space"}
-ON_TOP = {"__init__", "__main__", "cli", "generate"}
+ON_TOP = {"__init__", "__main__", "cli", "generate", "init", "night"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names them only by importing them
     build_hf_headers,
@@ -30,13 +30,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
     hf_raise_for_status,
     http_backoff,
     httpx,
-    validate_repo_id,
 )
 
 from pipeline import __version__
 from pipeline.check.verify import verify
-from pipeline.core.errors import ConfigError, PipelineError, causes, explained, first_line, listing
+from pipeline.core.errors import ConfigError, PipelineError, TemporaryError, causes, first_line, listing
 from pipeline.core.redaction import redact_answer
+from pipeline.hub.account import check_repository_id, read_token
 from pipeline.output.card import moved_card
 from pipeline.output.folder import SUBSETS, OutputFolder, report_files, reported_receipts
 from pipeline.output.manifest import Manifest, published, require_manifest
@@ -79,9 +79,9 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
         ConfigError: the id is none, the folder holds no dataset, there is no token, or the repository is not ours.
         PipelineError: the dataset is damaged or incomplete, or the Hub or the connection to it failed.
     """
-    _check_id(repo_id)
+    check_repository_id(repo_id)
     folder, manifest = _verified(path)
-    token = _token()
+    token = read_token()
     api = HfApi(token=token, library_name="fgsm-pipeline", library_version=__version__)
     with _client_log(token), _client_that_gives_up():
         _patiently(repo_id, token, lambda: _open_repository(api, repo_id, folder, manifest, private))
@@ -104,7 +104,7 @@ def dry_run(path: str | Path, repo_id: str) -> str:
     Raises:
         ConfigError, PipelineError: as `publish`, as far as that can be known without the Hub.
     """
-    _check_id(repo_id)
+    check_repository_id(repo_id)
     folder, manifest = _verified(path)
     files = list_files(folder, manifest)
     lines = [f"{human_bytes(file.size):>8}  {name}" for name, file in files.items()]
@@ -115,14 +115,6 @@ def dry_run(path: str | Path, repo_id: str) -> str:
     lines += [f"{'not':>8}  {name}, which is not of this dataset" for name in others]
     total = f"{len(files):,} files, {human_bytes(sum(file.size for file in files.values()))}, for {repo_id}"
     return "\n".join([*lines, "", total])
-
-
-def _check_id(repo_id: str) -> None:
-    what, fix = f"{repo_id!r} is not the id of a dataset on the Hub", "write it as user/name"
-    with explained(what, fix, errors=(HFValidationError,), kind=ConfigError):
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise HFValidationError("it names no user")
 
 
 def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
@@ -165,17 +157,6 @@ def list_files(folder: OutputFolder, manifest: Manifest) -> dict[str, OwnFile]:
 def _left_out(folder: OutputFolder, files: Mapping[str, OwnFile]) -> list[str]:
     """Files beside the dataset that are not published, but for those of the run itself."""
     return sorted(name for name in folder.store.sizes() if name not in files and not name.startswith(".run/"))
-
-
-def _token() -> str:
-    """The token as the client finds it: in the environment, or where `hf auth login` put it."""
-    token = get_token()
-    if token is None:
-        raise ConfigError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
-    if not re.fullmatch(r"[!-~]+", token):
-        # An error of the HTTP library would show it.
-        raise ConfigError("The token for the Hub holds characters that no token has; log in again, or mend HF_TOKEN.")
-    return token
 
 
 def _open_repository(api: HfApi, repo_id: str, folder: OutputFolder, manifest: Manifest, private: bool | None) -> None:
@@ -315,7 +296,8 @@ def _patiently(repo_id: str, token: str, call: Callable[[], None]) -> None:
             if pause is None or not _is_passing(error):
                 shown = "".join(str(cause) for cause in causes(error))
                 # It may quote the token, or the signature of an address, and --debug would show them.
-                raise PipelineError(sentence) from (error if redact(shown, token) == shown else None)
+                kind = TemporaryError if _is_passing(error) else PipelineError
+                raise kind(sentence) from (error if redact(shown, token) == shown else None)
             logger.warning("%s Trying again in %g s.", sentence, pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")

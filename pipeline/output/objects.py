@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.core.addresses import check_address
-from pipeline.core.errors import ConfigError, PipelineError, causes, explained, first_line, write_failure
+from pipeline.core.errors import (
+    ConfigError,
+    PipelineError,
+    TemporaryError,
+    causes,
+    explained,
+    first_line,
+    is_temporary,
+    write_failure,
+)
 from pipeline.core.redaction import redact_answer
 from pipeline.output.local import temporary_folder
 from pipeline.output.locks import (
@@ -364,7 +373,7 @@ class ObjectStore(Store):
             said = "it does not answer"
         elif "HTTPClientError" in kinds:
             said = f"it cannot be reached: {said}"
-        return PipelineError(
+        return (TemporaryError if is_temporary(error) else PipelineError)(
             f"{self.root}: the store failed ({said}). {again}; when it answers, run the same command again."
         )
 

@@ -29,7 +29,7 @@ class Focus:
 
     `images` is what those of the split are called; `shown` are the variants with pictures, clean first; `subsets` the
     exact counts of the split by variant; `model` is the one that the sample is about, the first of `models`; `attacks`
-    are all of the run; `name` gives that of a recorded class.
+    are all of the run; `name` gives that of a recorded class; `titles` what people call each model.
     """
 
     sample: Sample
@@ -40,6 +40,7 @@ class Focus:
     models: tuple[str, ...]
     attacks: tuple[str, ...]
     name: Callable[[int], str]
+    titles: Mapping[str, str]
 
     @property
     def variant(self) -> Variant:
@@ -87,13 +88,15 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
         models=(model, *(name for name in manifest.spaces if name != model)),
         attacks=tuple(manifest.resolved.all_attacks),
         name=class_names(manifest, model),
+        titles=manifest.titles,
     )
 
 
 def headline(focus: Focus) -> str:
     """What the attack does to the answers, in a sentence or two."""
     sample, (_, _, share) = focus.sample, focus.sample.words
-    reads = f"The {share} of {focus.model} on {focus.images} is {percent(right_share(focus, 0))} clean"
+    on = f"{focus.titles[focus.model]} on {focus.images}"
+    reads = f"The {share} of {on} is {percent(right_share(focus, 0))} clean"
     with_it = f"with {focus.variant.attack}, " if len(focus.attacks) > 1 else ""
     if not sample.success[focus.index].any():
         return (
@@ -169,8 +172,15 @@ def by_split(manifest: Manifest) -> dict[str, list[list[Subset]]]:
 
 
 def matrices(manifest: Manifest) -> dict[str, list[list[Transfer]]]:
-    """The rows of the transfer matrix by split, the one most worth a look first; empty with one model or no labels."""
-    rows = by_epsilon(manifest.transfer) if len(manifest.spaces) > 1 else []
+    """The rows of the transfer matrix by split, the one most worth a look first; empty with one model or no labels.
+
+    Models have their titles there in place of their ids.
+    """
+    titles = manifest.titles
+    rows = [
+        [cell.model_copy(update={key: titles.get(getattr(cell, key)) for key in ("model", "looking")}) for cell in row]
+        for row in (by_epsilon(manifest.transfer) if len(manifest.spaces) > 1 else [])
+    ]
     splits = by_interest(list(dict.fromkeys(row[0].split for row in rows)))
     return {split: [row for row in rows if row[0].split == split] for split in splits}
 

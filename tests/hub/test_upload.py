@@ -507,7 +507,7 @@ def test_a_connection_that_stays_lost(out: Path, hub: Hub) -> None:
 
 
 def assert_lost(out: Path) -> None:
-    sentence = refused(out, ID, code=1)
+    sentence = refused(out, ID, code=75)
     assert re.match(f"{ID}: .*connection", sentence)
 
 
@@ -535,14 +535,14 @@ def test_a_connection_that_is_silent_after_another_was_lost(monkeypatch: pytest.
 def test_signatures_of_addresses_are_not_shown(out: Path, hub: Hub) -> None:
     hub.fail("PUT", "/", 403, times=999)
     result = fgsm("publish", out, ID, "--debug")
-    assert result.exit_code == 1
+    assert result.exit_code == 75
     assert hub.asked("PUT")
     assert "signed" not in result.output
 
 
 def test_a_hub_that_stays_broken(out: Path, hub: Hub) -> None:
     hub.fail("POST", "/repos/create", 500, times=9, body="<html>out of order</html>")
-    sentence = refused(out, ID, code=1)
+    sentence = refused(out, ID, code=75)
     assert re.search(rf"\b500\b.* {ID};", sentence)
     assert len(hub.asked("POST", "/repos/create")) == 4
     hub.faults.clear()

@@ -244,7 +244,7 @@ def test_real_images_a_trained_model_and_what_transfers_of_it(
 ) -> None:
     trained = {
         "kind": "factory",
-        "name": f"{REPOSITORY}/scripts/resnet20.py:resnet20",
+        "name": "pipeline.models.resnet20:resnet20",
         "weights": str(RESNET20),
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
