@@ -57,7 +57,7 @@ ExecutorOption = Annotated[
     ),
 ]
 Unlocked = Annotated[
-    bool, typer.Option("--unlocked", help="Write where there are no locks: you see to it that no other run does.")
+    bool, typer.Option("--unlocked", help="Write to a store without locks; make sure that no other run does.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -82,9 +82,9 @@ def generate(
     unlocked: Unlocked = False,
     debug: Debug = False,
 ) -> None:
-    """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
+    """Write the dataset. Run the same command again to resume."""
     again = shlex.join(["fgsm", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
-    with _boundary(debug, f"Interrupted; what was committed is kept. To go on: {again}"):
+    with _boundary(debug, f"Interrupted. Finished shards are kept. To resume: {again}"):
         loaded = _load(config, overrides, output, limit)
         from pipeline.core.addresses import is_address
         from pipeline.executors.part import parse_part
@@ -122,7 +122,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what generate would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept."""
+    """Estimate rows, bytes, files, time and memory of a run from some of its batches. Nothing is kept."""
     with _boundary(debug):
         loaded = _load(config, overrides, output, limit)
         from pipeline.engine.estimate import plan_run
@@ -136,17 +136,15 @@ def plan(
 @app.command()
 def verify(
     output: Output,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Derive every prediction anew.")] = False,
-    source: Annotated[
-        bool, typer.Option("--source", help="Compare labels and clean images with the source, which is opened again.")
-    ] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Ask the models again about every image.")] = False,
+    source: Annotated[bool, typer.Option("--source", help="Compare labels and clean images with the source.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Drop damaged shards; generate rewrites them.")] = False,
     unlocked: Unlocked = False,
     as_json: Annotated[bool, typer.Option("--json", help="All that was found as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Check integrity, schema, counts and that images are clean ones plus epsilon times one sign; with --recompute
-    predictions and signs too."""
+    """Check files, schema, counts, and that attacked images are the clean ones plus epsilon times one sign; with
+    --recompute also predictions and signs."""
     with _boundary(debug):
         from pipeline.check.findings import as_values, damage_report, describe
         from pipeline.check.verify import verify as check
@@ -172,7 +170,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="The counts and the transfer matrix as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show a table: per subset rows, accuracy, mean confidence, fooled, bytes; of several models who fools whom."""
+    """Show rows, accuracy, confidence, fooled and bytes of each subset, and which model is fooled by whose images."""
     with _boundary(debug):
         from pipeline.output import summary
 
@@ -181,7 +179,7 @@ def inspect(
 
 @app.command()
 def report(output: Output, debug: Debug = False) -> None:
-    """Make report.html and its pictures: what the attack did, for people."""
+    """Write report.html and its pictures, which show what the attack did."""
     with _boundary(debug):
         from pipeline.report.page import report as make
 
@@ -216,21 +214,21 @@ def publish(
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The dataset on the Hub: user/name.")],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Who sees a repository that is created; private by default."),
+        typer.Option("--private/--public", help="Who may see a new repository; private by default."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Upload a dataset to the Hugging Face Hub and check that it arrived; again, and only what is missing goes."""
+    """Upload a dataset to the Hugging Face Hub and check that it arrived. Run the same command again to resume."""
     again = shlex.join(["fgsm", *sys.argv[1:]])
-    with _boundary(debug, f"Interrupted; what has arrived is kept. To go on: {again}"):
+    with _boundary(debug, f"Interrupted. Uploaded files are kept. To resume: {again}"):
         if not sys.stderr.isatty():
             # The client's bars for LFS, which it draws into a log too: tqdm reads this when it is imported.
             os.environ.setdefault("TQDM_MININTERVAL", "30")
         from pipeline.hub import upload as hub
 
         if dry_run:
-            _say(hub.dry_run(output, repo_id))
+            _say(hub.dry_run(output, repo_id, private=private))
             return
         _say(f"Published: {hub.publish(output, repo_id, private=private)}")
         _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)

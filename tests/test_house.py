@@ -74,8 +74,8 @@ def test_the_protocol_of_a_wing_imports_no_kind(base: Path) -> None:
     assert not [module for module in imports(base) if module.startswith(f"{wing}.") and module not in NO_KINDS]
 
 
-def test_the_readme_lists_the_wings() -> None:
-    tree = re.findall(r"^    (?:  )?(\w+)/ +\S", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+def test_contributing_lists_the_wings() -> None:
+    tree = re.findall(r"^    (?:  )?(\w+)/ +\S", (REPOSITORY / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     assert [name for name in tree if name in WINGS] == list(WINGS)
 
 

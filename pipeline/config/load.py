@@ -100,7 +100,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
             values |= {where[0]: checked} if len(where) == 1 else {where[0]: {**values[where[0]], where[1]: checked}}
         return _checked(Config, values, ())
     except RecursionError:
-        raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
+        raise ConfigError(f"The config is nested more than {MOST_DEPTH} levels deep.") from None
 
 
 def section_class(key: str, values: Any) -> type[Section]:
@@ -166,7 +166,7 @@ def _sections(raw: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Any]]:
         several = raw.get(f"{key}s")
         for name, section in several.items() if isinstance(several, Mapping) else ():
             if not isinstance(name, str):
-                raise ConfigError(f"{key}s: the id {name!r} is no text; YAML takes it for one in quotes.")
+                raise ConfigError(f"{key}s: the id {name!r} is not text; put it in quotes.")
             found.append((key, (f"{key}s", name), section))
     return found
 
@@ -204,7 +204,7 @@ class BoundedLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias, *name; write out what it stands for")
+            raise yaml.YAMLError("it contains an alias, *name; write its value instead")
         self._depth += 1
         if self._depth > MOST_DEPTH:
             raise yaml.YAMLError(f"it is nested more than {MOST_DEPTH} deep")
@@ -221,7 +221,7 @@ class _Loader(BoundedLoader):
         for key, _ in node.value:
             name = (key.tag, str(key.value))
             if name in seen:
-                raise yaml.YAMLError(f"the key {key.value} stands there twice")
+                raise yaml.YAMLError(f"the key {key.value} appears twice")
             seen.add(name)
         return super().construct_mapping(node, deep)
 

@@ -167,7 +167,7 @@ def write_failure(path: Path, error: OSError) -> PipelineError:
     """The sentence for a write that the operating system refused."""
     reason = error.strerror or first_line(error)
     return PipelineError(
-        f"Cannot write {path}: {reason}. What was committed is kept; mend the disk or its permissions, "
+        f"Cannot write {path}: {reason}. Finished shards are kept; check the disk and its permissions, "
         "then run the same command again."
     )
 
@@ -205,7 +205,7 @@ def system_refusal(error: BaseException) -> PipelineError | None:
                 name = getattr(cause, "filename", None)
                 where = f" for {name}" if isinstance(name, str | Path) else ""
                 return PipelineError(
-                    f"The system refused{where}: {reason}. What was committed is kept; {fix}, "
+                    f"The system refused{where}: {reason}. Finished shards are kept; {fix}, "
                     "then run the same command again."
                 )
     return None

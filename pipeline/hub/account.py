@@ -33,5 +33,7 @@ def read_token() -> str:
         raise ConfigError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
     if not re.fullmatch(r"[!-~]+", token):
         # An error of the HTTP library would show it.
-        raise ConfigError("The token for the Hub holds characters that no token has; log in again, or mend HF_TOKEN.")
+        raise ConfigError(
+            "The token for the Hub holds characters that no token has; log in again, or correct HF_TOKEN."
+        )
     return token

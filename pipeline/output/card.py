@@ -51,7 +51,7 @@ HUB_LICENSES = (
 MEANINGS = {
     **{column.name: column.meaning for column in COLUMNS},
     **{column.clean_name: column.clean_meaning for column in COLUMNS if column.clean_name and column.clean_meaning},
-    ATTACKS: "for each attack, model and epsilon: what made the image at it, and what the model says of it",
+    ATTACKS: "for each attack, model and epsilon: what made the image, and the model's prediction",
 }
 
 
@@ -375,7 +375,7 @@ def _describe(manifest: Manifest, features: Mapping[str, Any]) -> Iterator[dict[
     meanings = {**MEANINGS, **pictures}
     targeted = [attack.target is not None for attack in config.all_attacks.values()]
     if any(targeted):
-        otherwise = "" if all(targeted) else " or, of an attack without one, is wrong and was right when clean"
+        otherwise = "" if all(targeted) else "; for an attack without one, whether it is wrong and was right when clean"
         meanings["fooled"] = f"whether the prediction is the target{otherwise}; null on clean images"
     if manifest.streamed:
         meanings["source_index"] = "row in that file"

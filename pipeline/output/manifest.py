@@ -465,7 +465,7 @@ def altered_manifest(folder: OutputFolder, why: str) -> PipelineError:
 def _way_out(folder: OutputFolder) -> str:
     """What helps where a manifest cannot be used. Shards with receipts need not be written again."""
     if folder.receipt_names():
-        return "Restore it, or delete it and run generate again, which writes it anew and keeps all shards."
+        return "Restore it, or delete it and run generate again, which writes it again and keeps all shards."
     return "Restore it, or start over with --overwrite: no shard has a receipt, so none can be kept."
 
 
@@ -492,7 +492,7 @@ def require_manifest(folder: OutputFolder) -> Manifest:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ConfigError(f"{folder.root} holds no dataset of ours: there is no manifest.json.")
+        raise ConfigError(f"{folder.root} holds no dataset of fgsm-pipeline: there is no manifest.json.")
     return manifest
 
 

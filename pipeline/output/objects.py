@@ -96,8 +96,8 @@ class ObjectStore(Store):
             bucket = self._base.partition("/")[0]
             if not self._ask("exists", bucket):
                 raise ConfigError(
-                    f"output.path: {self._protocol}://{bucket} is not there, or these credentials may not see it; "
-                    "make the bucket first, or name another."
+                    f"output.path: {self._protocol}://{bucket} does not exist, or these credentials may not see "
+                    "it; create the bucket first, or name another."
                 ) from None
             return []
         return [name for path in found if (name := path.rstrip("/")[len(self._base) + 1 :])]
@@ -364,7 +364,7 @@ class ObjectStore(Store):
                 f"{self.root}: there are no credentials for it ({said}); set those of the store's own client, such as "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
-        again = "What was committed is kept"
+        again = "Finished shards are kept"
         if "PermissionError" in kinds:
             return PipelineError(
                 f"{self.root}: access denied ({said}). {again}; use other credentials, then run the same command again."

@@ -582,7 +582,7 @@ def training_dataset(
     _check_columns(columns)
     if is_address(path_or_repo):
         raise ConfigError(
-            f"{path_or_repo}: training_dataset reads its files again in every epoch, so it wants them on a disk: copy "
+            f"{path_or_repo}: training_dataset reads its files again in every epoch, so they must be on a disk: copy "
             "them into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream them."
         )
     local, name = local_folder(path_or_repo), str(path_or_repo)

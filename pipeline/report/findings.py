@@ -202,14 +202,18 @@ def who_travels(rows: Sequence[Sequence[Transfer]], level: int) -> str:
     nearest = min((row[0].level for _, row in made), key=lambda other: (abs(other - level), other))
     share, best = max((each for each in made if each[1][0].level == nearest), key=lambda each: each[0])
     others = [cell.looking for cell in best if cell.looking != best[0].model]
-    who, they = "the others together lose", "they predict"
+    who, they = "the other models together get", "they get"
     if len(others) == 1:
-        who, they = f"{others[0]} loses", "it predicts"
+        who, they = f"{others[0]} gets", "it gets"
     floor = _lost_by_others(noise[nearest], best[0].model) if nearest in noise else None
-    against = "the run has no noise of that epsilon to compare with" if floor is None else f"on noise {percent(floor)}"
+    against = (
+        "the run has no noise of that epsilon to compare with"
+        if floor is None
+        else f"with noise it is {percent(floor)}"
+    )
     return (
-        f"At {nearest}/255 no images travel further than those of {best[0].maker}: {who} {percent(share)} "
-        f"of what {they} right when clean; {against}."
+        f"At {nearest}/255 no images transfer better than those of {best[0].maker}: {who} {percent(share)} wrong of "
+        f"those that {they} right when clean; {against}."
     )
 
 

@@ -123,7 +123,7 @@ def _common_classes(listed: Mapping[str, Mapping[str, Sequence[str]]], root: Pat
             )
     classes = [as_text(kind) for kind in first]
     if len(set(classes)) < len(classes):
-        raise ConfigError(f"source.path: {root} has two class folders whose names read alike; rename one of them.")
+        raise ConfigError(f"source.path: {root} has two class folders whose names look the same; rename one of them.")
     return classes
 
 

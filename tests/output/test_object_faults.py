@@ -187,13 +187,13 @@ def test_a_store_that_cannot_be_used_is_one_sentence(
         expected, code = rf"{out}: there are no credentials for it \(.+\); set those of the store's own client, ", 2
     elif kind == "bucket":
         out = "s3://no-such-bucket/x"
-        expected, code = r"output\.path: s3://no-such-bucket is not there, or these credentials may not see it; ", 2
+        expected, code = r"output\.path: s3://no-such-bucket does not exist, or these credentials may not see it; ", 2
     elif kind == "forbidden":
         s3.fail(".*", "", 403)
-        expected = rf"{out}: access denied \(.+\)\. What was committed is kept; use other credentials, "
+        expected = rf"{out}: access denied \(.+\)\. Finished shards are kept; use other credentials, "
     else:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@127.0.0.1:9")
-        expected = rf"{out}: the store failed \(it cannot be reached: .+\)\. What was committed"
+        expected = rf"{out}: the store failed \(it cannot be reached: .+\)\. Finished shards"
     sentence = failed("generate", write_config(output={"path": out}), "--debug", code=code)
     assert re.match(expected, sentence), sentence
 

@@ -188,7 +188,7 @@ def test_a_page_without_rows_fits(write_config: WriteConfig, tmp_path: Path, loo
     make(tmp_path / "out")
     page = look(tmp_path / "out/report.html", 390)
     assert page.evaluate(FITS)
-    assert page.is_visible("text=There is nothing to see yet")
+    assert page.is_visible("text=There is nothing to show yet")
     assert list((tmp_path / "out").glob("assets/*")) == []
 
 

@@ -216,14 +216,14 @@ def test_the_sentence_is_of_other_models_at_an_epsilon_that_has_noise() -> None:
     ]
     said = who_travels(matrix, 2)
     assert said.startswith(
-        "At 8/255 no images travel further than those of pgd on b: the others together lose 31.0% of"
+        "At 8/255 no images transfer better than those of pgd on b: the other models together get 31.0% wrong of"
     )
-    assert said.endswith("on noise 3.0%.")
-    assert who_travels(matrix, 64).startswith("At 16/255 no images travel further than those of fgsm on a")
+    assert said.endswith("with noise it is 3.0%.")
+    assert who_travels(matrix, 64).startswith("At 16/255 no images transfer better than those of fgsm on a")
     without = who_travels(matrix[:3], 4)
-    assert "lose 80.0% of" in without
+    assert "get 80.0% wrong of" in without
     assert without.endswith("the run has no noise of that epsilon to compare with.")
-    assert "b loses 40.0% of" in who_travels([row_of("fgsm", "a", 8, a=50, b=20)], 8)
+    assert "b gets 40.0% wrong of" in who_travels([row_of("fgsm", "a", 8, a=50, b=20)], 8)
 
 
 def test_where_nobody_else_looks_the_sentence_is_left_out() -> None:
