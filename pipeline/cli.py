@@ -12,11 +12,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from pipeline.core.console import link, show
 from pipeline.core.errors import (
     ConfigError,
     Interrupted,
@@ -87,11 +89,11 @@ def generate(
         from pipeline.core.addresses import is_address
         from pipeline.executors.part import parse_part
         from pipeline.generate import generate as run
-        from pipeline.output.summary import summary_table
+        from pipeline.output.summary import Summary
 
         share = None if part is None else parse_part(part)
         manifest = run(loaded, overwrite=overwrite, executor=executor, part=share, unlocked=unlocked)
-        _say(summary_table(manifest))
+        _say(Summary(manifest))
         if not manifest.complete:  # whoever writes the last part makes the report
             return
         _report_on(manifest, loaded.output.path, debug)
@@ -117,16 +119,17 @@ def plan(
     overrides: Overrides = None,
     output: OutputOption = None,
     limit: Limit = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Estimate rows, bytes, files, time and memory of a run from some of its batches. Nothing is kept."""
     with _boundary(debug):
         loaded = _load(config, overrides, output, limit)
-        from pipeline.engine.estimate import describe_plan
+        from pipeline.engine.estimate import plan_run
 
-        text, warnings = describe_plan(loaded)
-        _say(text)
-        for warning in warnings:
+        planned = plan_run(loaded)
+        _say(json.dumps(asdict(planned), indent=1) if as_json else planned)
+        for warning in planned.warnings:
             _say(f"Warning: {warning}", err=True)
 
 
@@ -137,17 +140,18 @@ def verify(
     source: Annotated[bool, typer.Option("--source", help="Compare labels and clean images with the source.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Drop damaged shards; generate rewrites them.")] = False,
     unlocked: Unlocked = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All that was found as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Check files, schema, counts, and that attacked images are the clean ones plus epsilon times one sign; with
     --recompute also predictions and signs."""
     with _boundary(debug):
-        from pipeline.check.findings import damage_report, describe
+        from pipeline.check.findings import as_values, damage_report, describe
         from pipeline.check.verify import verify as check
         from pipeline.core.addresses import is_address
 
         findings = check(output, recompute=recompute, source=source, repair=repair, unlocked=unlocked)
-        _say(describe(findings, recompute, source))
+        _say(json.dumps(as_values(findings), indent=1) if as_json else describe(findings, recompute, source))
         for problem in damage_report(findings):
             _say(problem, err=True, keep="")
         if findings.problems:
@@ -179,7 +183,7 @@ def report(output: Output, debug: Debug = False) -> None:
     with _boundary(debug):
         from pipeline.report.page import report as make
 
-        _say(make(output))
+        _say(link("", make(output)))
 
 
 def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
@@ -192,7 +196,7 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
     try:
         from pipeline.report.page import write_report
 
-        _say(f"\nReport: {write_report(folder, manifest)}", err=True)
+        _say(link("\nReport: ", write_report(folder, manifest)), err=True)
     except Exception as error:  # whatever it is, it is no failure of the run
         if debug:
             _say(traceback.format_exc(), err=True)
@@ -325,8 +329,14 @@ def night(
 
 
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
-    """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown."""
-    typer.echo(presentable(str(text), keep), err=err)
+    """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown.
+
+    What rich can draw has seen to that itself: see `console.cell`.
+    """
+    if hasattr(text, "__rich_console__"):
+        show(text, sys.stderr if err else sys.stdout)
+    else:
+        typer.echo(presentable(str(text), keep), err=err)
 
 
 class _Formatter(logging.Formatter):
@@ -376,8 +386,19 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
         raise typer.Exit(known.exit_code) from None
 
 
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Lines of a log on what stderr is by then: while a bar is drawn, they appear above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     # A log that is read in the morning wants times; a person at a terminal does not.
     handler.setFormatter(_Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s", TIME_FORMAT))
     logger = logging.getLogger("pipeline")

@@ -174,7 +174,7 @@ def _execute(
             raise
         with folder.store.alone():
             if session:
-                tell_speed(folder, *session, opened.versions["device"])
+                tell_speed(folder, *session, opened)
             done = committed(folder, begun.edition, shards)
             manifest = write_summaries(folder, ended(begun), done)
     _check_complete(folder, own, done)

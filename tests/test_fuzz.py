@@ -26,6 +26,7 @@ import pipeline
 from pipeline.check.verify import verify
 from pipeline.config.load import load_config, parse_config
 from pipeline.config.schema import Config, PreprocessConfig
+from pipeline.core.console import as_text
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image, open_image
 from pipeline.core.redaction import presentable, printable
@@ -360,11 +361,11 @@ def test_parts_of_a_manifest_may_be_anything(
         files = [{"path": "a.parquet", "cuts": [6]}, {"path": "b.tar", "cuts": None}]
         original |= {"split_rows": {"test": None}, "streamed": {"test": files}}
     looks: list[Callable[[], object]] = [
-        lambda: inspect(out),
+        lambda: as_text(inspect(out), 80),
         lambda: verify(out),
         lambda: pipeline.training_dataset(out, "test"),
         lambda: _addresses("s3://bucket/out", require_manifest(OutputFolder(out)), "clean"),
-        lambda: inspect(bare),
+        lambda: as_text(inspect(bare)),
     ]
     for number, place in enumerate(islice(places(original), 0, None, step)):
         for value in (ODD[(number + offset) % len(ODD)] for offset in range(odd)):

@@ -174,7 +174,7 @@ def test_every_session_that_wrote_something_says_how_fast_it_was(write_config: W
     output = generate(write_config())
     (first,) = sessions()
     assert first["images"] == 40
-    assert f"{first['images_per_second']} images/s." in output
+    assert f"{first['images_per_second']:,} images/s." in output
     assert set(first["busy"]) == {"load", "attack", "encode", "write"}
     shard_path(tmp_path, "out/.run/receipts/test-00001-of-00003.json").unlink()
     generate(write_config())

@@ -151,9 +151,10 @@ def test_on_a_terminal_there_is_a_bar_with_accuracy(slow_config: Path, start: St
     os.close(follower)
     assert process.exitcode == 0
     text = shown.decode()
-    assert "img/s" in text
+    assert "images/s" in text
     assert "eps-8" in text
-    assert "0/40" in text
+    assert "0 of 40 images" in text
+    assert ";file://" in text, "a link to the report"
 
 
 def test_python_m_pipeline_is_the_same_program(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Findings: what verification saw, and how it is told."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -116,6 +116,11 @@ def describe(findings: Findings, recompute: bool, source: bool = False) -> str:
         lines.append(f"not of this dataset, and left alone: {listing(findings.others)}")
     lines.append(f"{len(findings.problems):,} problems in {len(findings.damaged):,} shards")
     return "\n".join(lines)
+
+
+def as_values(findings: Findings) -> dict[str, Any]:
+    """Findings as values for JSON, under their names."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in asdict(findings).items()}
 
 
 def damage_report(findings: Findings) -> list[str]:

@@ -8,18 +8,20 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.config.schema import Config
+from pipeline.core.addresses import is_address
+from pipeline.core.console import BLUE, duration, make_table
 from pipeline.core.errors import PipelineError
 from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import lane_count
@@ -33,6 +35,9 @@ from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder
 from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS, column_options
 from pipeline.output.summary import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 # Images encoded to estimate the size of all.
 SAMPLES = 16
@@ -261,8 +266,71 @@ def estimate(run: Run) -> Estimate:
     )
 
 
-def describe_plan(config: Config) -> tuple[str, list[str]]:
-    """What `fgsm plan` prints, and warnings of what will not fit on the disk or the Hub.
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a run would take, as `fgsm plan` shows it, and with `--json` gives it.
+
+    Counts, bytes and seconds are None where a source is streamed whose length is not known. disk: the folder in which
+    bytes lie, at_once the most of them there; free_bytes of its disk. start_seconds: to open the run and to start;
+    seconds: all of it, with that. memory and device_memory: the most bytes at once; the latter is None without CUDA.
+    warnings: what will not fit on the disk or the Hub.
+    """
+
+    source_images: int | None
+    splits: dict[str, int | None]
+    image_size: tuple[int, int]
+    mode: str
+    variants: list[str]
+    rows: int | None
+    files: int
+    shards: int
+    bytes: int | None
+    image_format: str
+    disk: str
+    at_once: int | None
+    free_bytes: int
+    seconds: float | None
+    start_seconds: float
+    images_per_second: float
+    measured_images: int
+    device: str
+    memory: int
+    device_memory: int | None
+    batch_size: int
+    output: str
+    run_id: str
+    warnings: list[str]
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:
+        del console, options
+        width, height = self.image_size
+        splits = ", ".join(f"{name} {_count(rows)}" for name, rows in self.splits.items())
+        memory = f"about {human_bytes(self.memory)} with all workers"
+        if self.device_memory is not None:
+            memory += f", {human_bytes(self.device_memory)} on the device"
+        files = f"{self.files:,} Parquet files in {self.shards:,} shards"
+        size = f"{_about(self.bytes, human_bytes)} ({self.image_format}), {human_bytes(self.free_bytes)} free"
+        if self.bytes is not None:
+            files += f", about {human_bytes(self.bytes / self.files)} each"
+        if self.at_once is not None and is_address(self.output):
+            size += f" in {self.disk}, where about {human_bytes(self.at_once)} lie at once"
+        facts = {
+            "source images": f"{_count(self.source_images)} ({splits}), {width}x{height} {self.mode}",
+            "variants": f"{len(self.variants)}: {', '.join(self.variants)}",
+            "rows": _count(self.rows),
+            "files": files,
+            "bytes": size,
+            "time": f"{_about(self.seconds, duration)} on {self.device}, {_rate(self.images_per_second)} images/s",
+            "memory": f"{memory}, at its peak",
+            "measured": f"on {self.measured_images:,} images, after {self.start_seconds:.1f} s to open and to start",
+            "batch": f"{self.batch_size}",
+            "output": f"{self.output} (run {self.run_id})",
+        }
+        yield make_table({"": [*facts], " ": [*facts.values()]}, 2, {"": BLUE}, head=False)
+
+
+def plan_run(config: Config) -> PlannedRun:
+    """Say what a run would take, measured on some rows of it.
 
     Raises:
         ConfigError: as `open_run`.
@@ -274,40 +342,39 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
     opening = time.perf_counter() - began
     plan, disk = estimate(run), folder.store.disk
     images, free = run.plan.total, free_bytes(disk.resolve())
-    needed: float | None = None
-    if plan.bytes is not None and images:
-        needed = plan.bytes * sum(shard.rows or 0 for shard in in_flight(folder, run.plan.shards)) / images
-    _, height, width = run.reader.shape
-    splits = ", ".join(f"{name} {_count(rows)}" for name, rows in _planned(run.plan).items())
-    memory = f"about {human_bytes(plan.seen.memory)} with all workers"
-    if plan.seen.device_memory is not None:
-        memory += f", {human_bytes(plan.seen.device_memory)} on the device"
-    files = f"{plan.files:,} Parquet files in {len(run.plan.shards):,} shards"
-    size = f"{_about(plan.bytes, human_bytes)} ({run.image_format}), {human_bytes(free)} free"
-    if plan.bytes is not None:
-        files += f", about {human_bytes(plan.bytes / plan.files)} each"
-    if needed is not None and not folder.store.local:
-        size += f" in {disk}, where about {human_bytes(needed)} are needed at a time"
-    seconds = None if plan.seconds is None else opening + plan.seconds
-    rows = {
-        "source images": f"{_count(images)} ({splits}), {width}x{height} {run.config.preprocess.mode}",
-        "variants": f"{len(run.variants)}: {', '.join(variant.subset for variant in run.variants)}",
-        "rows": _count(None if images is None else images * len(run.stored)),
-        "files": files,
-        "bytes": size,
-        "time": f"{_about(seconds, tqdm.format_interval)} on {run.device.type}, "
-        f"{_rate(1 / plan.seen.seconds)} images/s",
-        "memory": f"{memory}, at its peak",
-        "measured": f"on {plan.seen.images:,} images, after {opening + plan.seen.start:.1f} s to open and to start",
-        "batch": f"{run.plan.batch_size}",
-        "output": f"{folder.root} (run {run.run_id})",
-    }
-    column = max(map(len, rows))
-    text = "\n".join(f"{key.ljust(column)}  {value}" for key, value in rows.items())
     warnings = hub_warnings(run.plan, len(run.stored), plan.bytes)
-    if needed is not None and needed > free:
-        warnings.append(f"{disk} has {human_bytes(free)} free, and about {human_bytes(needed)} are needed.")
-    return text, warnings
+    needed = None
+    if plan.bytes is not None and images:
+        needed = int(plan.bytes * sum(shard.rows or 0 for shard in in_flight(folder, run.plan.shards)) / images)
+        if needed > free:
+            warnings.append(f"{disk} has {human_bytes(free)} free, and about {human_bytes(needed)} are needed.")
+    _, height, width = run.reader.shape
+    return PlannedRun(
+        source_images=images,
+        splits=_planned(run.plan),
+        image_size=(width, height),
+        mode=run.config.preprocess.mode,
+        variants=[variant.subset for variant in run.variants],
+        rows=None if images is None else images * len(run.stored),
+        files=plan.files,
+        shards=len(run.plan.shards),
+        bytes=plan.bytes,
+        image_format=run.image_format,
+        disk=str(disk),
+        at_once=needed,
+        free_bytes=free,
+        seconds=None if plan.seconds is None else opening + plan.seconds,
+        start_seconds=opening + plan.seen.start,
+        images_per_second=1 / plan.seen.seconds,
+        measured_images=plan.seen.images,
+        device=run.device.type,
+        memory=plan.seen.memory,
+        device_memory=plan.seen.device_memory,
+        batch_size=run.plan.batch_size,
+        output=folder.root,
+        run_id=run.run_id,
+        warnings=warnings,
+    )
 
 
 def _planned(plan: Plan) -> dict[str, int | None]:

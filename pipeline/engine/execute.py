@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config import kinds
 from pipeline.core.batches import Batch
 from pipeline.core.errors import CodeError, NonFiniteError, PipelineError, RowError
 from pipeline.core.lanes import Lanes, available_cores
@@ -27,11 +28,13 @@ from pipeline.core.left_out import LeftOut, Skipped, sum_left_out
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part, compile_models
 from pipeline.engine.loader import load_batches, name_row
-from pipeline.engine.progress import Busy, Progress
+from pipeline.engine.progress import Busy, Progress, bottleneck
 from pipeline.engine.run import Run, versions
 from pipeline.engine.scores import count, score
 from pipeline.layouts.base import Scores, picture_columns
+from pipeline.layouts.registry import LAYOUTS
 from pipeline.output.folder import OutputFolder, Receipt, VariantCounts, add_up
+from pipeline.output.manifest import Manifest
 from pipeline.output.shards import ShardWriter
 
 # Attacked batches that wait for their encoding: one is written, one encoded, while a third is computed.
@@ -102,18 +105,22 @@ def write_shards(
         sink.close()
 
 
-def tell_speed(folder: OutputFolder, progress: Progress, shares: Mapping[str, float], device: str) -> None:
-    """Say how fast a session was and what kept it busy, and keep it for the report.
+def tell_speed(folder: OutputFolder, progress: Progress, shares: Mapping[str, float], opened: Manifest) -> None:
+    """Say how fast a session was, what kept it busy and what was its limit, and keep it for the report.
 
     Args:
         folder: of the dataset.
         progress: of the session.
         shares: how busy each stage was, 1 for always.
-        device: what computed, for a person.
+        opened: the manifest of the run.
     """
-    logger.info(
-        "Busy: %s; %.1f images/s.", ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items()), progress.rate
-    )
+    device, variants = opened.versions["device"], opened.variants
+    busy = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
+    logger.info("Busy: %s; %s images/s.", busy, f"{progress.rate:,.1f}")
+    pictures = len(opened.layout.pictures(variants))
+    leaner = [name for name in kinds.LAYOUTS if len(LAYOUTS[name].pictures(variants)) < pictures]
+    on_ray = all(opened.on_ray(variant.attack) for variant in variants)
+    logger.info("%s", bottleneck(shares, device.startswith("cpu"), leaner if on_ray else []))
     session = {
         "images": progress.fresh,
         "images_per_second": round(progress.rate, 1),

@@ -1,21 +1,14 @@
-"""Progress on stderr: a bar on a terminal, a line every 30 seconds elsewhere."""
+"""Progress of a run, and how busy its stages are."""
 
-import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import ParamSpec, TypeVar
 
-from tqdm import tqdm
-
-LOG_SECONDS = 30.0
+from pipeline.core.console import LOG_SECONDS, Bar
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-logger = logging.getLogger(__name__)
 
 
 class Busy:
@@ -68,69 +61,49 @@ class Busy:
         return {stage: self._seconds.get(stage, 0.0) / wall / count for stage, count in workers.items()}
 
 
-class Progress:
-    """Counts source images, `fresh` ones of this session, and how often each variant is predicted right.
-
-    Without a total, as of a source whose length is not known, it says neither share nor time left.
-    """
+class Progress(Bar):
+    """Counts source images, and says how often each variant is predicted right."""
 
     def __init__(self, total: int | None, done: int, subsets: Sequence[str], log_seconds: float = LOG_SECONDS) -> None:
-        self.total, self.done, self.log_seconds = total, done, log_seconds
+        super().__init__(total, done, log_seconds=log_seconds)
         self._labelled = 0
         self._correct = dict.fromkeys(subsets, 0)
-        self._started = self._logged = time.monotonic()
-        self.fresh = 0
-        self._updated = self._started
-        self._first: tuple[float, int] | None = None
-        # Without a terminal the bar is off, and `update` logs instead.
-        self._bar = tqdm(total=total, initial=done, unit="img", file=sys.stderr, disable=None, dynamic_ncols=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
 
     def update(self, images: int, labelled: int, correct: Mapping[str, int]) -> None:
         """Add a batch: source images finished, how many of them are labelled, and right ones by the name
         of their subset."""
-        self.done += images
-        self.fresh += images
-        self._updated = time.monotonic()
-        self._first = self._first or (self._updated, self.fresh)
         self._labelled += labelled
         for subset, count in correct.items():
             self._correct[subset] += count
-        if not self._bar.disable:
-            self._bar.set_postfix_str(self.accuracy(), refresh=False)
-            self._bar.update(images)
-        elif time.monotonic() - self._logged >= self.log_seconds:
-            self._logged = time.monotonic()
-            logger.info("%s", self.line())
+        if self._labelled:
+            self.notes = [f"{subset} {count / self._labelled:.0%}" for subset, count in self._correct.items()]
+        self.advance(images)
 
-    @property
-    def rate(self) -> float:
-        """Source images a second, without the first batch, which waits for everything to start."""
-        if self._first is None or self._updated <= self._first[0]:
-            return self.fresh / max(time.monotonic() - self._started, 1e-9)
-        began, images = self._first
-        return (self.fresh - images) / (self._updated - began)
 
-    def accuracy(self) -> str:
-        """Accuracy so far in each variant, `clean 99% eps-8 91%`; empty where nothing is labelled."""
-        if not self._labelled:
-            return ""
-        return " ".join(f"{subset} {count / self._labelled:.0%}" for subset, count in self._correct.items())
+# What each stage is called, and what helps where it is the limit.
+STAGES = {
+    "load": ("Reading and decoding the source is", "more cores, or smaller source images"),
+    "attack": ("The models are", "a GPU, or a faster one"),
+    "encode": ("The encoders are", "more cores"),
+    "write": ("The disk is", "a faster one"),
+}
+# Below this share of what it could use, nothing was the limit for long.
+LIMIT = 0.5
 
-    def line(self) -> str:
-        """One line for a log: share, rate, time left, accuracy."""
-        rate = self.fresh / max(time.monotonic() - self._started, 1e-9)
-        if self.total is None:
-            return f"{self.done:,} images, {rate:.1f} images/s, {self.accuracy()}"
-        left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-        share = self.done / self.total
-        return (
-            f"{self.done:,} of {self.total:,} images ({share:.0%}), {rate:.1f} images/s, {left} left, {self.accuracy()}"
-        )
+
+def bottleneck(shares: Mapping[str, float], shared_cores: bool, layouts: Sequence[str] = ()) -> str:
+    """What held a run up, and what would help, in one sentence.
+
+    Args:
+        shares: how busy each stage was, 1 for always.
+        shared_cores: whether the models compute on the cores that read and encode too, as they do without a GPU.
+        layouts: those that would store fewer images of the same run.
+    """
+    stage, share = max(shares.items(), key=lambda one: one[1])
+    together = sum(shares.get(one, 0.0) for one in ("load", "attack", "encode")) if shared_cores else 0.0
+    if max(share, together) < LIMIT:
+        return "No stage was busy for half of the time: the run was short, waited for its source, or shared its cores."
+    who, mend = STAGES[stage]
+    if stage in ("encode", "write") and layouts:
+        mend += f", or layout {' or '.join(layouts)}"
+    return f"{who} the limit: {mend} would make it faster."

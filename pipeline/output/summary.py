@@ -1,100 +1,120 @@
 """`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
 
 import itertools
-import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.core.redaction import printable
+from pipeline.core.console import BLUE, ORANGE, UNLIMITED, as_text, cell, make_table
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest, Subset, current_manifest
 from pipeline.output.transfer import Transfer, by_epsilon
 
-# Of a terminal.
-WIDTH = 80
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
 HEAD = ("split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled", "size")
+# What is said where a terminal is too narrow.
 SHORT = {"accuracy": "acc.", "confidence": "conf."}
+# Of the bars that show accuracy, where a terminal has room for them.
+BAR = 10
 
 
-def inspect(path: str | Path) -> str:
-    """The table of a dataset.
+@dataclass(frozen=True)
+class Summary:
+    """What a dataset holds, as rich draws it.
+
+    Per split and variant: rows, accuracy, mean confidence, fooled rows and bytes. Accuracy is over labelled rows;
+    `fooled` counts rows predicted right when clean and wrong now, or, in a targeted run, predicted as the target.
+    Several models have the transfer matrix: of each, the accuracy on the images, and of those that it gets right when
+    clean the share that it loses.
+    """
+
+    manifest: Manifest
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:
+        manifest = self.manifest
+        yield _subset_table(manifest.subsets, console, options)
+        if len(manifest.spaces) > 1 and (matrix := by_epsilon(manifest.transfer)):
+            yield cell("")
+            yield cell("Transfer, in percent: what each model gets right, and what it loses of what")
+            yield cell("it gets right when clean")
+            for (split, level), rows in itertools.groupby(matrix, _split_and_level):
+                yield from _transfer_tables(f"{split} {level}/255", list(rows), options.max_width)
+        yield cell("")
+        yield from map(cell, _notes(manifest))
+
+
+def inspect(path: str | Path) -> Summary:
+    """The summary of a dataset.
 
     Raises:
         ConfigError: there is none in the folder.
     """
-    return summary_table(current_manifest(OutputFolder(path)))
+    return Summary(current_manifest(OutputFolder(path)))
 
 
 def summary_table(manifest: Manifest) -> str:
-    """Per split and variant: rows, accuracy, mean confidence, fooled rows and bytes.
-
-    Accuracy is over labelled rows; `fooled` counts rows predicted right when clean and wrong now, or, in a
-    targeted run, predicted as the target. Several models have the transfer matrix: of each, the accuracy on the images,
-    and of those that it gets right when clean the share that it loses.
-    """
-    lines = _subset_table(manifest.subsets)
-    if len(manifest.spaces) > 1 and (matrix := by_epsilon(manifest.transfer)):
-        lines += [
-            "",
-            "Transfer, in percent: what each model gets right, and what it loses of what",
-            "it gets right when clean",
-        ]
-        for (split, level), rows in itertools.groupby(matrix, _split_and_level):
-            lines += ["", *_transfer_block(f"{split} {level}/255", list(rows))]
-    return "\n".join([*lines, "", *_notes(manifest)])
+    """A summary as plain text."""
+    return as_text(Summary(manifest))
 
 
-def _subset_table(subsets: Sequence[Subset]) -> list[str]:
+def _subset_table(subsets: Sequence[Subset], console: "Console", options: "ConsoleOptions") -> "Table":
     """A line for each variant of each split. A column without a value is left out.
 
-    Where lines would be longer than WIDTH, so is `epsilon`, in which the names of subsets end; if that is not enough,
-    the columns stand closer under shorter heads.
+    On a terminal that is too narrow, so is `epsilon`, in which the names of subsets end, and heads are short. Where
+    there is room, a bar shows accuracy.
     """
-    columns = {
-        head: [head, *cells]
-        for head, *cells in zip(HEAD, *map(_cells, subsets), strict=True)
-        if not cells or set(cells) != {"-"}
+    from rich.progress_bar import ProgressBar
+
+    cells = zip(*map(_cells, subsets), strict=True) if subsets else itertools.repeat(())
+    columns: dict[str, Sequence[object]] = {
+        head: own for head, own in zip(HEAD, cells, strict=False) if not own or set(own) != {"-"}
     }
-    lines = _aligned([*zip(*columns.values(), strict=True)], 3)
-    if len(lines[0]) > WIDTH:
-        del columns["epsilon"]
-        lines = _aligned([*zip(*columns.values(), strict=True)], 2)
-    if len(lines[0]) > WIDTH:
-        closer = [[SHORT.get(head, head), *cells] for head, *cells in columns.values()]
-        lines = _aligned([*zip(*closer, strict=True)], 2, gap=1)
-    return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int, gap: int = 2) -> list[str]:
-    """Lines of columns, the first ones to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = (gap * " ").join(f"{{:{'<' if index < left else '>'}{width}}}" for index, width in enumerate(widths))
-    return [line.format(*row).rstrip() for row in rows]
+    styles = {"accuracy": BLUE, "acc.": BLUE, "fooled": ORANGE}
+    table, wide = make_table(columns, 3, styles), options.update(max_width=UNLIMITED)
+    natural = console.measure(table, options=wide).maximum
+    if natural > options.max_width:
+        columns = {SHORT.get(head, head): own for head, own in columns.items() if head != "epsilon"}
+        table = make_table(columns, 2, styles)
+        table.padding = (0, 1, 0, 0)
+        return table
+    if console.is_terminal and natural + BAR + 2 <= options.max_width and "accuracy" in columns:
+        columns[""] = [
+            ProgressBar(one.labelled, one.correct, BAR, style=ORANGE, complete_style=BLUE, finished_style=BLUE)
+            if one.labelled
+            else ""
+            for one in subsets
+        ]
+    return make_table(columns, 3, styles)
 
 
 def _split_and_level(row: Sequence[Transfer]) -> tuple[str, int]:
     return row[0].split, row[0].level
 
 
-def _transfer_block(title: str, rows: Sequence[Sequence[Transfer]]) -> list[str]:
+def _transfer_tables(title: str, rows: Sequence[Sequence[Transfer]], width: int) -> Iterator["RenderableType"]:
     """The matrix at one epsilon: a line for each attack on each model, a column for each model that looks.
 
-    Where the columns do not fit on a line, the rest of them stands below.
+    Where the columns do not fit beside each other, the rest of them stands below. Bold is the model that was attacked,
+    orange what loses half.
     """
     made = [row[0].maker for row in rows]
-    columns = [
-        [cells[0].looking, *(f"{_percent(cell.accuracy)}, {_percent(cell.share_lost)}" for cell in cells)]
-        for cells in zip(*rows, strict=True)
-    ]
-    lines, shown = [], [[title, *made]]
-    for column in columns:
-        if len(shown) > 1 and len(_aligned([*zip(*shown, column, strict=True)], 1)[0]) > WIDTH:
-            lines += _aligned([*zip(*shown, strict=True)], 1)
-            shown = shown[:1]
-        shown.append(column)
-    return lines + _aligned([*zip(*shown, strict=True)], 1)
+    columns = {asked[0].looking: [*map(_transfer_cell, asked)] for asked in zip(*rows, strict=True)}
+    room = width - max(map(len, [title, *made]))
+    fit = max(1, room // (2 + max(len("100.0, 100.0"), *map(len, columns))))
+    yield cell("")
+    for start in range(0, len(columns), fit):
+        yield make_table({title: made, **dict(list(columns.items())[start : start + fit])})
+
+
+def _transfer_cell(one: Transfer) -> "Text":
+    style = "bold " * (one.looking == one.model) + ORANGE * ((one.share_lost or 0) >= 0.5)
+    return cell(f"{_percent(one.accuracy)}, {_percent(one.share_lost)}", style.strip())
 
 
 def _percent(share: float | None) -> str:
@@ -130,7 +150,7 @@ def _notes(manifest: Manifest) -> list[str]:
     notes = [
         f"run {manifest.run_id}, {state}; {manifest.rows:,} of {manifest.planned} source images, "
         f"{manifest.skipped_rows:,} skipped",
-        textwrap.fill(f"not moved of the pixel values: {', '.join(manifest.unmoved())}", WIDTH),
+        f"not moved of the pixel values: {', '.join(manifest.unmoved())}",
     ]
     if len(manifest.spaces) > 1:
         notes.append(f"The model that was attacked looks at its images; {next(iter(manifest.spaces))} at all others.")
@@ -138,11 +158,11 @@ def _notes(manifest: Manifest) -> list[str]:
         notes.append(f"WARNING: {warning}")
     if any(subset.bytes is None for subset in manifest.subsets):
         notes.append(f"files: {_split_sizes(manifest)}")
-    notes += [printable(f"left out of the source: {left_out}") for left_out in manifest.left_out]
+    notes += [f"left out of the source: {left_out}" for left_out in manifest.left_out]
     for row in manifest.skipped[:5]:
         file = f" ({row.file})" if row.file else ""
-        notes.append(printable(f"skipped: {row.source_file or row.split} row {row.source_index}{file}: {row.reason}"))
-    notes += [printable(f"left out of tars: {part}") for part in manifest.members_left_out]
+        notes.append(f"skipped: {row.source_file or row.split} row {row.source_index}{file}: {row.reason}")
+    notes += [f"left out of tars: {part}" for part in manifest.members_left_out]
     return notes
 
 

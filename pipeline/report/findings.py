@@ -27,12 +27,13 @@ SHOWN_VARIANTS = 5
 class Focus:
     """What the page looks at closely: the sample of one split, and one variant, the `index`-th of it.
 
-    `shown` are the variants with pictures, clean first; `subsets` the exact counts of the split by variant; `model` is
-    the one that the sample is about, the first of `models`; `attacks` are all of the run; `name` gives that of a
-    recorded class; `titles` what people call each model.
+    `images` is what those of the split are called; `shown` are the variants with pictures, clean first; `subsets` the
+    exact counts of the split by variant; `model` is the one that the sample is about, the first of `models`; `attacks`
+    are all of the run; `name` gives that of a recorded class; `titles` what people call each model.
     """
 
     sample: Sample
+    images: str
     index: int
     shown: tuple[Variant, ...]
     subsets: Mapping[Variant, Subset]
@@ -56,6 +57,16 @@ def by_interest(splits: Sequence[str]) -> list[str]:
     return [*held_out, *(split for split in reversed(splits) if split not in held_out)]
 
 
+def images_of(manifest: Manifest, split: str) -> str:
+    """What the images of a split are called: `test images`.
+
+    Where nobody named the only split, `images`: those of a folder without splits are stored as `train`, whatever they
+    are.
+    """
+    unnamed = manifest.config["source"].get("split") is None and [*manifest.split_rows] == ["train"]
+    return "images" if unnamed else f"{split} images"
+
+
 def focus_on(manifest: Manifest, sample: Sample) -> Focus:
     """Look closely at a sample that has rows, and at the smallest epsilon that reaches half of what it could.
 
@@ -70,6 +81,7 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
     spread |= {int(onset.min()), int(onset.max())} if len(onset) else set()
     return Focus(
         sample=sample,
+        images=images_of(manifest, sample.split),
         index=int(half[0]) if reached.any() and len(half) else most,
         shown=(CLEAN, *(sample.variants[index] for index in sorted(spread))),
         subsets={subset.variant: subset for subset in manifest.subsets if subset.split == sample.split},
@@ -83,9 +95,8 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
 def headline(focus: Focus) -> str:
     """What the attack does to the answers, in a sentence or two."""
     sample, (_, _, share) = focus.sample, focus.sample.words
-    reads = (
-        f"The {share} of {focus.titles[focus.model]} on {sample.split} images is {percent(right_share(focus, 0))} clean"
-    )
+    on = f"{focus.titles[focus.model]} on {focus.images}"
+    reads = f"The {share} of {on} is {percent(right_share(focus, 0))} clean"
     with_it = f"with {focus.variant.attack}, " if len(focus.attacks) > 1 else ""
     if not sample.success[focus.index].any():
         return (

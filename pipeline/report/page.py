@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -35,6 +35,7 @@ from pipeline.report.findings import (
     by_split,
     focus_on,
     headline,
+    images_of,
     matrices,
     mistaken,
     noise_levels,
@@ -154,6 +155,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
         "source": source_name(manifest.config["source"]),
         "labelled": is_labelled(manifest),
         "counts": counts,
+        "images_of": partial(images_of, manifest),
         "pairs": [group[0] for group in next(iter(counts.values()), [])[1:]],
         "matrix": matrix,
         "most_shards": SAMPLE_SHARDS,
@@ -176,7 +178,7 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
     pictures = {f"{name}.png": data for name, (data, _) in plots.items()}
     pictures["examples.png"] = draw_sheet(groups)
     if matrix:
-        pictures["transfer.png"] = draw_matrix(matrix[sample.split], sample.split)
+        pictures["transfer.png"] = draw_matrix(matrix[sample.split], focus.images)
     return view, pictures
 
 
@@ -243,7 +245,7 @@ def _confidence(focus: Focus) -> tuple[list[Curve], str]:
 def _draw(focus: Focus, curves: list[Curve], says: str) -> tuple[bytes, str]:
     """A plot as a PNG, and what it shows in words."""
     ends = [f"{curve.name}, {percent(curve.values[0])} clean, {percent(curve.values[-1])} last" for curve in curves]
-    alt = f"{says.capitalize()} against epsilon, {focus.sample.split}. {'; '.join(ends)}."
+    alt = f"{says.capitalize()} against epsilon, {focus.images}. {'; '.join(ends)}."
     return draw_curves(focus.sample.variants, curves, says), alt
 
 

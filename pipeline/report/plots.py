@@ -113,12 +113,12 @@ def draw_curves(variants: Sequence[Variant], curves: Sequence[Curve], says: str)
         return png(figure)
 
 
-def draw_matrix(rows: Sequence[Sequence[Transfer]], split: str) -> bytes:
+def draw_matrix(rows: Sequence[Sequence[Transfer]], images: str) -> bytes:
     """The transfer matrix of a split as a heat map, a block for each epsilon, as a PNG.
 
     Args:
         rows: each of the cells of one variant, one for each model that looks; rows of one epsilon together.
-        split: for the title.
+        images: what those of the split are called.
     """
     blocks = [list(block) for _, block in itertools.groupby(rows, key=lambda row: row[0].level)]
     models, across = [cell.looking for cell in rows[0]], 2 if len(blocks) > 1 and len(rows[0]) <= SIDE_BY_SIDE else 1
@@ -132,7 +132,7 @@ def draw_matrix(rows: Sequence[Sequence[Transfer]], split: str) -> bytes:
     with paper():
         figure = Figure(figsize=size, layout="constrained")
         says = "share lost of those right when clean\nand accuracy below; bold: the attacked model"
-        figure.suptitle(f"{shortened(split)} images: {says}", fontsize=9)
+        figure.suptitle(f"{shortened(images, 24)}: {says}", fontsize=9)
         grid = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
         for axes in grid.flat:
             axes.set_axis_off()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.engine.progress import Busy, Progress
+from pipeline.engine.progress import STAGES, Busy, Progress, bottleneck
 
 
 def spin(seconds: float) -> None:
@@ -59,3 +59,18 @@ def test_the_rate_leaves_out_the_first_batch_which_waited_for_the_start(monkeypa
         now[0] = 11.0
         progress.update(100, 0, {})
         assert progress.rate == 100.0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_busiest_stage_is_named_with_what_helps(stage: str) -> None:
+    said = bottleneck({**dict.fromkeys(STAGES, 0.2), stage: 0.6}, shared_cores=False, layouts=["signs"])
+    assert all(part in said for part in STAGES[stage])
+    assert ("layout signs" in said) == (stage in ("encode", "write"))
+
+
+def test_stages_that_share_the_cores_are_taken_together() -> None:
+    shares = {"load": 0.1, "attack": 0.45, "encode": 0.3, "write": 0.05}
+    short = bottleneck(shares, shared_cores=False)
+    assert not any(who in short for who, _ in STAGES.values())
+    assert STAGES["attack"][0] in bottleneck(shares, shared_cores=True)
+    assert "layout" not in bottleneck({"encode": 1.0}, shared_cores=True)

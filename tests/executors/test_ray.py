@@ -144,7 +144,7 @@ def test_two_workers_write_the_local_executor_s_bytes(cluster: str, watched_conf
     del cluster
     said = on_ray(watched_config)
     assert re.search(r"\bworkers: 2\b.* 1 CPU\b", said)
-    assert re.search(r"Busy: load \d+%, attack \d+%, encode \d+%, write \d+%; [\d.]+ images/s", said)
+    assert re.search(r"Busy: load \d+%, attack \d+%, encode \d+%, write \d+%; [\d,.]+ images/s", said)
     loads = [line.split() for line in (tmp_path / "loads").read_text().splitlines()]
     workers = [process for process, _ in loads]
     assert len(set(workers)) == len(workers) <= 2, "a worker loads the victim once"

@@ -42,8 +42,10 @@ LEVELS = (0, 2, 8)
 VARIANTS = fgsm_at(*LEVELS)
 # Where a quoted `images` is no layout: source images of a session, what an attack is given, the heading of a table.
 NO_LAYOUT = {
+    ("core/console.py", "images"),
     ("engine/execute.py", "images"),
     ("engine/model_check.py", "images"),
+    ("report/findings.py", "images"),
     ("report/report.html.jinja", "images"),
 }
 

@@ -1,14 +1,19 @@
 """`fgsm inspect`: tables that fit a terminal, however many models there are."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.console import Console, ConsoleOptions
+from rich.table import Table
 
+from pipeline.core.console import UNLIMITED, as_text
 from pipeline.core.variants import make_variants
 from pipeline.output.manifest import Subset
-from pipeline.output.summary import _subset_table
-from tests.conftest import WriteConfig, fgsm, generate_once, manifest
+from pipeline.output.summary import _subset_table, inspect
+from tests.conftest import WriteConfig, generate_once, manifest
 from tests.support.several import write_several
 
 
@@ -33,9 +38,23 @@ def counted(ids: int, size: int | None = 123_400_000) -> list[Subset]:
     ]
 
 
+@dataclass
+class Subsets:
+    """The table of some subsets, as `Summary` draws it."""
+
+    subsets: list[Subset]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield _subset_table(self.subsets, console, options)
+
+
+def shown(subsets: list[Subset], width: int = 80) -> list[str]:
+    return as_text(Subsets(subsets), width).splitlines()
+
+
 @pytest.mark.parametrize(("ids", "epsilon"), [(1, True), (3, True), (4, False), (12, False)])
 def test_the_table_of_subsets_fits_a_terminal(ids: int, epsilon: bool) -> None:
-    head, *lines = _subset_table(counted(ids))
+    head, *lines = shown(counted(ids))
     assert {len(line) for line in (head, *lines)} == {len(head)}
     assert len(head) <= 80
     # What is left out is the epsilon, in which a subset's name ends.
@@ -48,10 +67,18 @@ def test_the_table_of_subsets_fits_a_terminal(ids: int, epsilon: bool) -> None:
 
 
 def test_a_column_without_a_value_is_left_out() -> None:
-    head, *lines = _subset_table(counted(1, size=None))
+    head, *lines = shown(counted(1, size=None))
     assert head.split() == ["split", "subset", "epsilon", "rows", "accuracy", "confidence", "fooled"]
     assert len(lines) == 5
-    assert len(_subset_table([])) == 1
+    assert len(shown([])) == 1
+
+
+def test_no_name_is_cut_where_it_is_too_long() -> None:
+    _, *lines = shown(counted(60), 80)
+    text = "".join(re.findall(r"^(?:test)? +(\S+)", "\n".join(lines), re.MULTILINE))
+    assert f"{'b' * 60}-{'n' * 60}-eps-255" in text
+    (line,) = [line for line in shown(counted(60), UNLIMITED) if f" {'b' * 60}-{'n' * 60}-eps-255 " in line]
+    assert "255/255" in line
 
 
 @pytest.mark.parametrize("prefix", ["m", "a_model_with_a_long_name_"])
@@ -66,7 +93,7 @@ def test_the_matrix_of_many_models_fits_a_terminal(write_config: WriteConfig, tm
         text = re.sub(rf"^  {name}:", f"  {prefix}{index}:", text, flags=re.MULTILINE)
     path.write_text(text)
     generate_once(path)
-    said = fgsm("inspect", tmp_path / "out").stdout
+    said = as_text(inspect(tmp_path / "out"), 80)
     matrix = said[said.index("Transfer") : said.index("\nrun ")].splitlines()
     assert max(map(len, matrix)) <= 80
     # Each cell of the matrix stands in it once, below its epsilon.

@@ -96,6 +96,31 @@ def test_a_person_sees_it(width: int, scheme: str, digits: Path, look: Look) -> 
     assert rendering == "pixelated"
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_the_attack_does_is_seen_before_anything_is_scrolled(width: int, digits: Path, look: Look) -> None:
+    page = look(digits / "report.html", width)
+    ends = page.evaluate(
+        "[...document.querySelectorAll('.hero .says, .headline')].map(e => e.getBoundingClientRect().bottom)"
+    )
+    assert len(ends) == 3
+    assert max(ends) <= 844
+
+
+def test_a_table_says_that_it_scrolls_where_it_does(digits: Path, look: Look) -> None:
+    """Counts and sessions do on a phone, nothing does on a wide screen."""
+    hints = (
+        "[...document.querySelectorAll('.scroll')].map(box => ["
+        "  box.scrollWidth > box.clientWidth, parseFloat(getComputedStyle(box, '::before').height) > 10])"
+    )
+    assert look(digits / "report.html", 390).evaluate(hints) == [[True, True]] * 2
+    page = look(digits / "report.html", 1280)
+    assert page.evaluate(hints) == [[False, False]] * 2
+    widths = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].map(b => b.firstElementChild.offsetWidth / b.clientWidth)"
+    )
+    assert min(widths) > 0.99
+
+
 def test_the_marked_epsilon_is_so_without_colour(digits: Path, look: Look) -> None:
     page = look(digits / "report.html")
     marks = page.evaluate(

@@ -213,7 +213,7 @@ def test_confidence_of_mistakes_is_that_of_the_rows(digits: Path, page: Page) ->
     assert ends[1][0] == "-", "no digit is read right at the largest epsilon"
     said = zip(("right", "wrong", "all"), *ends, strict=True)
     lines = "; ".join(f"{which}, {clean} clean, {last} last" for which, clean, last in said)
-    assert alt == f"Mean confidence against epsilon, test. {lines}."
+    assert alt == f"Mean confidence against epsilon, test images. {lines}."
 
 
 def test_the_headline_is_of_real_numbers(digits: Path, page: Page) -> None:

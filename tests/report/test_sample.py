@@ -12,7 +12,7 @@ import pytest
 
 import pipeline
 import pipeline.core.errors
-from pipeline.report.findings import by_interest, focus_on, share_of_surer, source_name, sureness
+from pipeline.report.findings import by_interest, focus_on, images_of, share_of_surer, source_name, sureness
 from pipeline.report.gallery import choose_rows
 from pipeline.report.page import write_report
 from pipeline.report.plots import RIGHT, SOFT, Curve, draw_curves, model_curve, shortened
@@ -229,6 +229,18 @@ def test_sources_have_the_names_that_people_use() -> None:
     assert source_name({"kind": "huggingface", "path": "uoft-cs/cifar10"}) == "uoft-cs/cifar10"
     assert source_name({"kind": "imagefolder", "path": "/data/my photos/cats"}) == "cats"
     assert source_name({"kind": "digits", "path": None}) == "digits"
+
+
+@pytest.mark.parametrize(
+    ("split", "stored", "said"),
+    [(None, "train", "images"), (["train"], "train", "train images"), (None, "test", "test images")],
+)
+def test_a_split_that_nobody_named_is_not_told(digits: Path, split: list[str] | None, stored: str, said: str) -> None:
+    """A folder without splits is stored as `train`, and may hold test images."""
+    manifest = opened(digits)[1]
+    config = {**manifest.config, "source": {**manifest.config["source"], "split": split}}
+    only = manifest.model_copy(update={"config": config, "split_rows": {stored: 120}})
+    assert images_of(only, stored) == said
 
 
 # --------------------------------------------------------------------------------------------------------------- plots

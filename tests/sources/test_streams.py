@@ -245,7 +245,7 @@ def test_a_plan_says_what_it_does_not_know(write_config: WriteConfig, parquet: P
 def test_progress_without_a_total_names_no_share() -> None:
     with Progress(None, 5, ["clean"]) as progress:
         progress.update(7, 7, {"clean": 7})
-        assert re.fullmatch(r"12 images, [\d.]+ images/s, clean 100%", progress.line())
+        assert re.fullmatch(r"12 images, [\d,.]+ images/s, clean 100%", progress.line())
 
 
 def test_the_plan_of_many_files_stays_small(write_config: WriteConfig, parquet: Path) -> None:
