@@ -30,7 +30,13 @@ Place = tuple[str | int, ...]
 FREE = {
     "manifest.json": (
         *(f"config.source.{key}" for key in ("path", "name", "revision", "image_column", "label_column")),
-        *("config.model.weights", "config.models.*.weights", "config.output.path"),
+        *(
+            "config.model.weights",
+            "config.models.*.weights",
+            "config.models.*.title",
+            "config.output.path",
+            "config.output.title",
+        ),
         *("config.runtime.workers", "asked_batch_size", "origin.*"),
     ),
     # The manifest's digest of all receipts tells that one of them is altered, but not which.
