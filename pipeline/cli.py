@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import logging
@@ -18,10 +19,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.core.console import link, show
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError, explained, first_line, system_refusal
+from pipeline.core.errors import (
+    ConfigError,
+    Interrupted,
+    PipelineError,
+    TemporaryError,
+    explained,
+    first_line,
+    system_refusal,
+)
 from pipeline.core.logs import StderrHandler
 from pipeline.core.redaction import presentable
 from pipeline.executors import EXECUTORS
+from pipeline.night import TIME_FORMAT, Night
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config as LoadedConfig
@@ -41,8 +51,14 @@ Overrides = Annotated[
 ]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Where the dataset goes: output.path.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N of each split's order: source.limit.")]
+ExecutorOption = Annotated[
+    str,
+    typer.Option(
+        "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this process."
+    ),
+]
 Unlocked = Annotated[
-    bool, typer.Option("--unlocked", help="Write where there are no locks: you see to it that no other run does.")
+    bool, typer.Option("--unlocked", help="Write to a store without locks; make sure that no other run does.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -54,12 +70,7 @@ def generate(
     output: OutputOption = None,
     limit: Limit = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there first.")] = False,
-    executor: Annotated[
-        str,
-        typer.Option(
-            "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this process."
-        ),
-    ] = "local",
+    executor: ExecutorOption = "local",
     part: Annotated[
         str | None,
         typer.Option(
@@ -72,9 +83,9 @@ def generate(
     unlocked: Unlocked = False,
     debug: Debug = False,
 ) -> None:
-    """Write the dataset, or what is missing of it: the same command again continues where it stopped."""
+    """Write the dataset. Run the same command again to resume."""
     again = shlex.join(["fgsm", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
-    with _boundary(debug, f"Interrupted; what was committed is kept. To go on: {again}"):
+    with _boundary(debug, f"Interrupted. Finished shards are kept. To resume: {again}"):
         loaded = _load(config, overrides, output, limit)
         from pipeline.core.addresses import is_address
         from pipeline.executors.part import parse_part
@@ -112,7 +123,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what generate would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept."""
+    """Estimate rows, bytes, files, time and memory of a run from some of its batches. Nothing is kept."""
     with _boundary(debug):
         loaded = _load(config, overrides, output, limit)
         from pipeline.engine.estimate import plan_run
@@ -126,20 +137,19 @@ def plan(
 @app.command()
 def verify(
     output: Output,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Derive every prediction anew.")] = False,
-    source: Annotated[
-        bool, typer.Option("--source", help="Compare labels and clean images with the source, which is opened again.")
-    ] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Ask the models again about every image.")] = False,
+    source: Annotated[bool, typer.Option("--source", help="Compare labels and clean images with the source.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Drop damaged shards; generate rewrites them.")] = False,
     unlocked: Unlocked = False,
     as_json: Annotated[bool, typer.Option("--json", help="All that was found as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Check integrity, schema, counts and that images are clean ones plus epsilon times one sign; with --recompute
-    predictions and signs too."""
+    """Check files, schema, counts, and that attacked images are the clean ones plus epsilon times one sign; with
+    --recompute also predictions and signs."""
     with _boundary(debug):
         from pipeline.check.findings import as_values, damage_report, describe
         from pipeline.check.verify import verify as check
+        from pipeline.core.addresses import is_address
 
         findings = check(output, recompute=recompute, source=source, repair=repair, unlocked=unlocked)
         _say(json.dumps(as_values(findings), indent=1) if as_json else describe(findings, recompute, source))
@@ -149,7 +159,10 @@ def verify(
             again = "; run the generate command that made it" if findings.damaged or findings.missing else ""
             first = " after fgsm verify --repair" if findings.damaged and not repair else ""
             dropped = f", {len(findings.damaged)} damaged shards dropped" if repair else ""
-            raise PipelineError(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
+            # A disk that cannot be read stays so; a store may answer the next time.
+            passing = findings.unread and is_address(output) and not again
+            kind = TemporaryError if passing else PipelineError
+            raise kind(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
 
 
 @app.command()
@@ -158,7 +171,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="The counts and the transfer matrix as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show a table: per subset rows, accuracy, mean confidence, fooled, bytes; of several models who fools whom."""
+    """Show rows, accuracy, confidence, fooled and bytes of each subset, and which model is fooled by whose images."""
     with _boundary(debug):
         from pipeline.output import summary
 
@@ -167,7 +180,7 @@ def inspect(
 
 @app.command()
 def report(output: Output, debug: Debug = False) -> None:
-    """Make report.html and its pictures: what the attack did, for people."""
+    """Write report.html and its pictures, which show what the attack did."""
     with _boundary(debug):
         from pipeline.reporting.page import report as make
 
@@ -202,24 +215,118 @@ def publish(
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The dataset on the Hub: user/name.")],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Who sees a repository that is created; private by default."),
+        typer.Option("--private/--public", help="Who may see a new repository; private by default."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Upload a dataset to the Hugging Face Hub and check that it arrived; again, and only what is missing goes."""
+    """Upload a dataset to the Hugging Face Hub and check that it arrived. Run the same command again to resume."""
     again = shlex.join(["fgsm", *sys.argv[1:]])
-    with _boundary(debug, f"Interrupted; what has arrived is kept. To go on: {again}"):
+    with _boundary(debug, f"Interrupted. Uploaded files are kept. To resume: {again}"):
         if not sys.stderr.isatty():
             # The client's bars for LFS, which it draws into a log too: tqdm reads this when it is imported.
             os.environ.setdefault("TQDM_MININTERVAL", "30")
         from pipeline.hub import upload as hub
 
         if dry_run:
-            _say(hub.dry_run(output, repo_id))
+            _say(hub.dry_run(output, repo_id, private=private))
             return
         _say(f"Published: {hub.publish(output, repo_id, private=private)}")
         _say(f"\nNext: python -c 'import datasets; print(datasets.load_dataset(\"{repo_id}\"))'", err=True)
+
+
+@app.command()
+def init(
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG.yaml]", help="The file to write; called after the images by default."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Where the images are: a folder, a Hub name, a torchvision dataset, a URL, or digits."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="The splits to read, such as test or train,test.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A model of torchvision, timm or the Hub, a folder, path/to/file.py:callable, or digits.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="A checkpoint, or the name of published weights.")
+    ] = None,
+    epsilons: Annotated[str | None, typer.Option("--epsilons", help="Such as 2/255,4/255,8/255.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="images, signs or wide.")] = None,
+    output: OutputOption = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Write a config that runs: looks at the images and the model, and asks for what no option says."""
+    with _boundary(debug):
+        from pipeline.init import write_config
+
+        keys = {
+            "source.split": split,
+            "model.weights": weights,
+            "attack.epsilons": epsilons,
+            "output.layout": layout,
+            "output.path": output,
+        }
+        asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+        written, found = write_config(
+            path, data=data, model=model, keys=keys, overrides=overrides or (), ask=_ask if asks else None
+        )
+        _say(f"Found {found}.\nWrote {written}.\n\nNext: fgsm plan {shlex.quote(str(written))}", err=True)
+
+
+def _ask(question: str, default: str | None) -> str:
+    """Ask on the terminal. An empty default stands for an empty answer."""
+    text = presentable(question, "")
+    return str(typer.prompt(text, default=default, show_default=bool(default), err=True))
+
+
+@app.command("config")
+def config_reference(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A key such as attack.epsilons.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Explain a key of the config: type, default, meaning; without KEY all of them, as docs/config.md."""
+    with _boundary(debug):
+        from pipeline.config import reference
+
+        if schema:
+            _say(json.dumps(reference.json_schema(), indent=1))
+        else:
+            _say(reference.explain(key) if key else reference.markdown().rstrip("\n"))
+
+
+@app.command()
+def night(
+    config: Config,
+    repo_id: Annotated[
+        str | None, typer.Argument(metavar="[REPO_ID]", help="Publish to this dataset on the Hub: user/name.")
+    ] = None,
+    overrides: Overrides = None,
+    output: OutputOption = None,
+    executor: ExecutorOption = "local",
+    on_end: Annotated[
+        str | None,
+        typer.Option(
+            "--on-end",
+            metavar="COMMAND",
+            help="A shell command to run once at the end, success or failure; FGSM_NIGHT_* say what came of it.",
+        ),
+    ] = None,
+) -> None:
+    """Generate, verify, report and publish while nobody watches: with retries, one log and a summary."""
+    run = Night(config, repo_id, overrides or [], output, executor, on_end, functools.partial(_say, err=True))
+    raise typer.Exit(run.run())
 
 
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
@@ -275,7 +382,7 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
 
 def _log_to_stderr() -> None:
     # A log that is read in the morning wants times; a person at a terminal does not.
-    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
+    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s", TIME_FORMAT)
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

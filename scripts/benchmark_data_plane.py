@@ -9,6 +9,8 @@ and on more images: the difference is what the further images took, and start-up
 - CPU milliseconds are those of all threads of a stage: `load` reads, decodes and resizes, `attack` is the arithmetic of
   attack and victim, `encode`, `write` makes tables and Parquet, `main` hands batches on and scores them. `rest` is what
   the process took beyond these threads. `sum` is all of it.
+- `lock`, with `--lock`, is how long Python's interpreter lock was held for an image, whatever the number of cores: its
+  inverse bounds what one process can carry. py-spy samples it in two runs of their own, as it slows a run down.
 - Memory is the most that the process had resident in the longer run.
 - `images/s` are those of the machine, of one core and of all at hand; what 16 cores would carry is a straight line
   through the two: an estimate. `others` is how many cores the machine spent on something else meanwhile: rates count on
@@ -23,7 +25,10 @@ import multiprocessing
 import os
 import resource
 import shlex
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -43,7 +48,7 @@ import typer
 from benchmark import COST_LEVELS, busy_cores, check_choice, machine, rotated, table
 from numpy.typing import NDArray
 from PIL import Image
-from workloads import IMAGENET, ROOT, WORKLOADS, Encoded, encoded_images, write_source
+from workloads import IMAGENET, WORKLOADS, Encoded, encoded_images, write_source
 
 from pipeline.config.load import load_config
 from pipeline.core.images import encode_images
@@ -67,6 +72,7 @@ SOURCES = {32: WORKLOADS["cifar"], 224: WORKLOADS["resnet18"]}
 CLASSES = {32: 10, 224: 1000}
 FLOOR_IMAGES = 512
 ESTIMATED_CORES = 16
+LOCK_SAMPLES_PER_S = 200
 
 Row = dict[str, Any]
 
@@ -125,6 +131,19 @@ def spend(config: Mapping[str, Any], cores: int) -> Spent:
     return Spent(stages, cpu, wall, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
+def hold_lock(config: Mapping[str, Any], cores: int) -> float:
+    """Seconds for which a run held the interpreter's lock, from samples of all its threads; as `spend`."""
+    record = Path(config["output"]["path"]).with_suffix(".lock")
+    options = ["--gil", "--nonblocking", "--rate", str(LOCK_SAMPLES_PER_S), "--format", "raw", "--output", str(record)]
+    with subprocess.Popen(
+        ["py-spy", "record", *options, "--pid", str(os.getpid())], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as sampler:
+        spend(config, cores)
+        sampler.send_signal(signal.SIGINT)
+    # A line is a stack and how many samples found it.
+    return sum(int(line.rpartition(" ")[2]) for line in record.read_text().splitlines()) / LOCK_SAMPLES_PER_S
+
+
 def count_threads() -> dict[str, float]:
     """CPU seconds of the threads that end from now on in this process, by stage."""
     spent, lock, run = dict[str, float](), threading.Lock(), threading.Thread.run
@@ -164,7 +183,7 @@ def config_of(case: Case, images: int, source: Path, output: Path) -> Row:
     return {
         "model": {
             "kind": "factory",
-            "name": f"{ROOT / 'scripts/small_models.py'}:free",
+            "name": "pipeline.models.small_models:free",
             "kwargs": {"classes": CLASSES[case.side]},
             **IMAGENET,
         },
@@ -182,11 +201,17 @@ def config_of(case: Case, images: int, source: Path, output: Path) -> Row:
     }
 
 
-def run_once(case: Case, images: int, source: Path, cores: int) -> Spent:
-    """Generate a dataset of so many images, and drop it."""
+def run_once(case: Case, images: int, source: Path, cores: int, what: Callable[..., Any] = spend) -> Any:
+    """What a run of so many images took, by `spend` or `hold_lock`; its dataset is dropped."""
     with tempfile.TemporaryDirectory(prefix="output-", dir=source.parent) as scratch:
-        spent: Spent = apart(spend, config_of(case, images, source, Path(scratch, "output")), cores)
-    return spent
+        return apart(what, config_of(case, images, source, Path(scratch, "output")), cores)
+
+
+def measure_lock(case: Case, sizes: tuple[int, int], source: Path, cores: int) -> float:
+    """Milliseconds for which the interpreter's lock is held for an image."""
+    few, more = (run_once(case, images, source, cores, hold_lock) for images in (sizes[0], sum(sizes)))
+    held: float = 1000 * (more - few) / sizes[1]
+    return held
 
 
 def measure(case: Case, sizes: tuple[int, int], source: Path, cores: int) -> Measurement:
@@ -252,8 +277,10 @@ def encode(case: Case, pictures: Sequence[Any]) -> pa.Table:
 # ----------------------------------------------------------------------------------------------- reporting
 
 
-def summarise(case: Case, rounds: Mapping[int, Sequence[Measurement]], alone: Mapping[str, float]) -> Row:
-    """The rounds of a case, by the number of cores, and its floor in one row of the JSON file."""
+def summarise(
+    case: Case, rounds: Mapping[int, Sequence[Measurement]], alone: Mapping[str, float], lock: float | None = None
+) -> Row:
+    """The rounds of a case, by the number of cores, its floor and its lock in one row of the JSON file."""
     most = max(rounds)
     own = rounds[most]
     rates = {cores: statistics.median(one.images_per_s for one in found) for cores, found in rounds.items()}
@@ -266,6 +293,7 @@ def summarise(case: Case, rounds: Mapping[int, Sequence[Measurement]], alone: Ma
         "least_ms": min(one.sum for one in own),
         "most_ms": max(one.sum for one in own),
         "floor_ms": dict(alone),
+        "lock_ms": lock,
         "images_per_s": rates,
         "estimated_images_per_s": line_through(rates, ESTIMATED_CORES),
         "peak_memory": max(one.peak_memory for one in own),
@@ -285,7 +313,7 @@ def line_through(rates: Mapping[int, float], cores: int) -> float | None:
 def describe(rows: Sequence[Row]) -> str:
     """All cases, for a person."""
     most = max(row["cores"] for row in rows)
-    header = ["CPU-ms an image", *STAGES, "sum", "min..max", "floor", "of it load", "encode", "write"]
+    header = ["CPU-ms an image", *STAGES, "sum", "min..max", "floor", "of it load", "encode", "write", "lock"]
     header += ["peak memory", "images/s: 1 core", f"{most} cores", f"{ESTIMATED_CORES}, estimated", "others"]
     lines = []
     for row in rows:
@@ -293,6 +321,7 @@ def describe(rows: Sequence[Row]) -> str:
         line = [row["name"], *(f"{row['ms'][stage]:.2f}" for stage in STAGES)]
         line += [f"{row['sum_ms']:.2f}", f"{row['least_ms']:.2f}..{row['most_ms']:.2f}", f"{sum(alone.values()):.2f}"]
         line += [f"{alone[stage]:.2f}" for stage in ("load", "encode", "write")]
+        line += ["-" if row["lock_ms"] is None else f"{row['lock_ms']:.2f}"]
         line += [f"{row['peak_memory'] / 1e6:,.0f} MB", f"{rates[1]:.0f}" if 1 in rates else "-"]
         line += [f"{rates[most]:.0f}", "-" if estimated is None else f"{estimated:.0f}", f"{row['others_cores']:.1f}"]
         lines.append(line)
@@ -303,7 +332,12 @@ def describe(rows: Sequence[Row]) -> str:
 
 
 def measure_side(
-    cases: Sequence[Case], sizes: tuple[int, int], encoded: Sequence[Encoded], rounds: int, counts: Sequence[int]
+    cases: Sequence[Case],
+    sizes: tuple[int, int],
+    encoded: Sequence[Encoded],
+    rounds: int,
+    counts: Sequence[int],
+    lock: bool,
 ) -> list[Row]:
     """All cases of one side, in turns."""
     with tempfile.TemporaryDirectory(prefix="fgsm-data-plane-") as scratch:
@@ -321,7 +355,13 @@ def measure_side(
                     typer.echo(f"round {turn + 1}: {case.name}, {cores} cores: {one.sum:.2f} ms", err=True)
         data = [image for image, _ in encoded[:FLOOR_IMAGES]]
         return [
-            summarise(case, known[case], apart(floor, case, data, Path(scratch, "floor.parquet"))) for case in cases
+            summarise(
+                case,
+                known[case],
+                apart(floor, case, data, Path(scratch, "floor.parquet")),
+                measure_lock(case, sizes, source, max(counts)) if lock else None,
+            )
+            for case in cases
         ]
 
 
@@ -333,6 +373,7 @@ def main(
     epsilons: Annotated[list[int] | None, typer.Option(help="1, 4 or 8 (default: all); may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each case runs.")] = 3,
     one_core: Annotated[bool, typer.Option(help="Measure on one core too, for the estimate.")] = True,
+    lock: Annotated[bool, typer.Option("--lock", help="Measure how long the interpreter's lock is held.")] = False,
     few: Annotated[int | None, typer.Option(min=1, help="Images of the shorter run.")] = None,
     more: Annotated[int | None, typer.Option(min=1, help="Images that the longer run has beyond these.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images of a batch.")] = None,
@@ -347,6 +388,8 @@ def main(
     check_choice("--side", list(map(str, chosen)), list(map(str, SIZES)))
     check_choice("--layout", layouts, list(LAYOUTS))
     check_choice("--epsilons", list(map(str, counts)), list(map(str, COST_LEVELS)))
+    if lock and not shutil.which("py-spy"):
+        raise typer.BadParameter("needs py-spy, which comes with pip install -e '.[bench]'", param_hint="--lock")
     rows: list[Row] = []
     cores = sorted({1, available_cores()} if one_core else {available_cores()})
     try:
@@ -354,7 +397,7 @@ def main(
             SOURCES[pixels] = replace(SOURCES[pixels], batch_size=batch_size or SOURCES[pixels].batch_size)
             cases = [Case(pixels, name, count) for count in counts for name in layouts]
             sizes = few or SIZES[pixels][0], more or SIZES[pixels][1]
-            rows += measure_side(cases, sizes, encoded_images(SOURCES[pixels], parquet, images), rounds, cores)
+            rows += measure_side(cases, sizes, encoded_images(SOURCES[pixels], parquet, images), rounds, cores, lock)
             if json_path is not None:
                 report = {"command": shlex.join(sys.argv), "machine": machine(), "cases": rows}
                 json_path.write_text(json.dumps(report, indent=2) + "\n")

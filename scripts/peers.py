@@ -90,7 +90,7 @@ def victim(config: Config, device: torch.device) -> nn.Module:
         model = net.make()
         load_checkpoint(model, net.weights)
     elif section.kind == "factory":
-        from resnet20 import resnet20
+        from pipeline.models.resnet20 import resnet20
 
         model = resnet20()
         if section.weights is not None:

@@ -52,8 +52,8 @@ class Workload:
         return "crop" in self.preprocess
 
 
-def _factory(script: str, name: str) -> dict[str, Any]:
-    return {"kind": "factory", "name": f"{ROOT / 'scripts' / script}.py:{name}", **IMAGENET}
+def _factory(module: str, name: str) -> dict[str, Any]:
+    return {"kind": "factory", "name": f"pipeline.models.{module}:{name}", **IMAGENET}
 
 
 RESNET20 = _factory("resnet20", "resnet20")

@@ -321,7 +321,7 @@ def _seeded() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of the failure drill, as the README has it."""
+    """The table of the failure drill, as docs/reliability.md has it."""
     reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
     others = {report.nodeid: report.outcome for report in reports if not report.passed}
     lines = []

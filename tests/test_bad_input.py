@@ -122,7 +122,7 @@ def test_a_dataset_that_cannot_be_used(
 
 def test_an_imagefolder_without_images(write_config: WriteConfig, tmp_path: Path) -> None:
     (tmp_path / "photos/cat").mkdir(parents=True)
-    config = write_config(source={"kind": "imagefolder", "path": str(tmp_path / "photos")})
+    config = write_config(source={"kind": "imagefolder", "path": str(tmp_path / "photos"), "split": "test"})
     assert refused(config).startswith(f"source.path: {tmp_path}/photos ")
     Image.new("RGB", (8, 8)).save(tmp_path / "photos/cat/1.png")
     assert re.match(r"model\.label_map: .* 1 class.* 3;", refused(config))

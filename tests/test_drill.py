@@ -521,7 +521,7 @@ def test_disk_full_before_each_change(small: Site, drill: Drill, tmp_path: Path)
             continue
         out = tmp_path / f"out-{nth}"
         run = small.generate(out, prepare=break_before(out, nth, errno.ENOSPC))
-        run.refused("No space left on device. What was committed is kept")
+        run.refused("No space left on device. Finished shards are kept")
         drill.settle(small, out, here=True)
 
 
@@ -556,7 +556,7 @@ def test_disk_full(site: Site, drill: Drill, tmp_path: Path) -> None:
                 wait_for(lambda out=out, attempt=attempt: receipts(out) >= 2 + attempt)  # type: ignore[misc]
                 with (disk / "ballast").open("wb") as ballast:
                     os.posix_fallocate(ballast.fileno(), 0, shutil.disk_usage(disk).free - left)
-                run.refused("No space left on device. What was committed is kept")
+                run.refused("No space left on device. Finished shards are kept")
             kept = digests(out)
             site.generate(out).refused("choose another disk")
             (disk / "ballast").unlink()
@@ -842,7 +842,7 @@ def test_store_fails(stored: Site, bucket: Bucket, drill: Drill, kind: int | str
         out = bucket.place()
         bucket.s3.fail("PUT", path, kind, after=after)
         began = time.monotonic()
-        stored.generate(out).refused("the store failed")
+        stored.generate(out).refused("the store failed", code=75)
         assert time.monotonic() - began < 90
         bucket.s3.released.set()
         bucket.s3.faults.clear()

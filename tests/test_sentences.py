@@ -141,14 +141,14 @@ SENTENCES: list[tuple[Cause, str]] = [
     (setting("model.weights=/nowhere.pt"), "model.weights: there is no file /nowhere.pt."),
     (
         setting("model.kwargs={classes: 7}"),
-        "model.label_map: the dataset has 3 classes and the model 7; say how they meet.",
+        "model.label_map: the dataset has 3 classes and the model 7; say which belong together.",
     ),
     (
         no_config,
         "There is no config file {folder}/missing.yaml, and no shipped config of that name (shipped: cifar10, "
         "cifar10-ensemble, digits, digits-ensemble, imagefolder, imagenet-resnet50, mnist).",
     ),
-    (no_dataset, "{folder} holds no dataset of ours: there is no manifest.json."),
+    (no_dataset, "{folder} holds no dataset of fgsm-pipeline: there is no manifest.json."),
     (no_class_folders, "source.path: {folder}/photos is not a folder of class folders: there is no folder in it."),
     (
         no_label_column,
@@ -167,7 +167,7 @@ SENTENCES: list[tuple[Cause, str]] = [
         "linear.weight, linear.bias; unexpected fc.weight.",
     ),
     (no_gradient, "model: no gradient reaches its input; does it run under torch.no_grad or detach?"),
-    (a_key_twice, "{folder}/config.yaml is not valid YAML: the key source stands there twice."),
+    (a_key_twice, "{folder}/config.yaml is not valid YAML: the key source appears twice."),
     (
         a_file_in_its_place,
         "output.path: {folder}/out is a file, not a folder; remove it, or choose another folder.",

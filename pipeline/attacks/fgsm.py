@@ -21,6 +21,7 @@ class FGSMConfig(AttackConfig):
     """FGSM, which has no settings of its own."""
 
     kind: Literal["fgsm"] = "fgsm"
+    """FGSM: one step along the sign of the gradient."""
     paper = """@inproceedings{goodfellow2015explaining,
   title={Explaining and Harnessing Adversarial Examples},
   author={Goodfellow, Ian J. and Shlens, Jonathon and Szegedy, Christian},

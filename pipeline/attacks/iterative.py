@@ -42,14 +42,14 @@ Schedule = Mapping[int, tuple[int, int]]
 
 
 class IterativeConfig(AttackConfig):
-    """Attacks of several steps.
-
-    steps: how many; step: how long each is, written like an epsilon and rounded like one. Left out, they follow from
-    the epsilon, by a rule for each kind.
-    """
+    """Attacks of several steps."""
 
     steps: Annotated[Count, Field(le=1000)] | None = None
+    """How many steps are taken, 1 to 1000. Left out: 10, or for `bim` min(k + 4, 1.25 k), k the epsilon in grey
+    levels."""
     step: str | Annotated[float, Field(strict=True)] | None = None
+    """How far each step goes, written and rounded like an epsilon. Left out: `bim` 1/255, `pgd` 2.5 k / steps, `mifgsm`
+    k / steps, k the epsilon."""
 
     @abstractmethod
     def _default_steps(self, level: int) -> int:
@@ -94,6 +94,7 @@ class BIMConfig(IterativeConfig):
     """BIM, with the numbers of Kurakin et al. (2017), section 2.2, who count in grey levels too."""
 
     kind: Literal["bim"] = "bim"
+    """BIM: steps along the sign of the gradient."""
     paper = """@inproceedings{kurakin2017physical,
   title={Adversarial Examples in the Physical World},
   author={Kurakin, Alexey and Goodfellow, Ian J. and Bengio, Samy},
@@ -114,6 +115,7 @@ class PGDConfig(IterativeConfig):
     """PGD, with steps of 2.5 k / T, as Madry et al. (2018), section 5: the far side of the ball is within reach."""
 
     kind: Literal["pgd"] = "pgd"
+    """PGD: as `bim`, from a random image of the epsilon ball."""
     paper = """@inproceedings{madry2018towards,
   title={Towards Deep Learning Models Resistant to Adversarial Attacks},
   author={Madry, Aleksander and Makelov, Aleksandar and Schmidt, Ludwig and Tsipras, Dimitris and Vladu, Adrian},
@@ -134,6 +136,7 @@ class MIFGSMConfig(IterativeConfig):
     """MI-FGSM, with the numbers of Dong et al. (2018), sections 3.1 and 4.1; `decay` is their mu."""
 
     kind: Literal["mifgsm"] = "mifgsm"
+    """MI-FGSM: as `bim`, along a decayed sum of gradients."""
     paper = """@inproceedings{dong2018boosting,
   title={Boosting Adversarial Attacks with Momentum},
   author={Dong, Yinpeng and Liao, Fangzhou and Pang, Tianyu and Su, Hang and Zhu, Jun and Hu, Xiaolin and Li, Jianguo},
@@ -143,6 +146,7 @@ class MIFGSMConfig(IterativeConfig):
 }"""
     # What float32 cannot hold would make of 0 something that is no number.
     decay: Annotated[float, Field(ge=0, le=1e38, strict=True)] = 1.0
+    """How much of the sum of former gradients is kept at each step; 0 forgets them."""
 
     def _default_steps(self, level: int) -> int:
         del level

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from pipeline.attacks.base import Perturbed
 from pipeline.config.schema import AttackConfig
@@ -27,11 +28,12 @@ class NoiseConfig(AttackConfig):
     """Noise, which asks no model: it has no label to lead away from, needs none in the source, and has no target."""
 
     kind: Literal["noise"] = "noise"
+    """Random signs: the control, which asks no model and needs no labels."""
     asks_model: ClassVar[bool] = False
     # They are what runs without labels have. Left out where a config is written down, as it may not say them.
-    label: Literal["prediction"] = Field("prediction", exclude=True)
-    target: None = Field(None, exclude=True)
-    models: None = Field(None, exclude=True)
+    label: SkipJsonSchema[Literal["prediction"]] = Field("prediction", exclude=True)
+    target: SkipJsonSchema[None] = Field(None, exclude=True)
+    models: SkipJsonSchema[None] = Field(None, exclude=True)
 
     @property
     def title(self) -> str:

@@ -1,7 +1,7 @@
 """The section of an attack of the user's own: a class in a file, or in a module, that the config names."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -11,9 +11,12 @@ from pipeline.core.own_code import names_file
 
 
 class OwnAttackConfig(AttackConfig):
-    """A class of the user's own, `path/to/file.py:Attack`; `kwargs` are its arguments."""
+    """A class of the user's own."""
 
+    kind: Annotated[str, Field(pattern=":")]
+    """A class of your own, `path/to/file.py:Attack` or `package.module:Attack`."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:

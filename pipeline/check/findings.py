@@ -45,7 +45,7 @@ class Findings:
     def cannot_read(self, shard: str, reason: str) -> None:
         self.unread += 1
         self.problems.append(
-            f"{shard} cannot be read now ({reason.rstrip('.')}), so it was neither checked nor dropped; mend the disk, "
+            f"{shard} cannot be read now ({reason.rstrip('.')}), so it was neither checked nor dropped; fix the disk, "
             "its permissions or the store, and verify again."
         )
 

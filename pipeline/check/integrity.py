@@ -297,7 +297,7 @@ class ShardCheck:
         if not positions:
             return
         if positions != sorted(set(positions)) or positions[-1] >= len(shard):
-            raise DamageError(f"{self._receipt(shard)} lists skipped rows at places that its shard does not have.")
+            raise DamageError(f"{self._receipt(shard)} lists skipped rows outside of its shard.")
         if [row.source_index for row in receipt.skipped] != self.plan.rows(shard)[positions].tolist():
             raise DamageError(f"{self._receipt(shard)} lists skipped rows that the plan has elsewhere.")
 
@@ -317,7 +317,7 @@ class ShardCheck:
             raise DamageError(f"{self._receipt(shard)} counts other epsilons than the run has.")
         for index, (said, here, name) in enumerate(zip(receipt.counts, found, self._names(shard), strict=True)):
             if not least[index] <= said.zero_signs <= most[index]:
-                raise DamageError(f"{self._receipt(shard)} has a zero_signs that the images of {name} do not give.")
+                raise DamageError(f"{self._receipt(shard)} has a zero_signs that is not that of the images of {name}.")
             # The order of a sum changes its last digits: relatively, by at most the rows times 2**-53.
             close = math.isclose(said.confidence_sum, here.confidence_sum, rel_tol=1e-9)
             known = {"confidence_sum": said.confidence_sum, "zero_signs": said.zero_signs}
@@ -401,7 +401,7 @@ class ShardCheck:
         except ValueError:
             found = None
         if found != expected:
-            raise DamageError(f"{name} says of itself that it is another run's, shard's or subset's file.")
+            raise DamageError(f"{name} is marked as a file of another run, shard or subset.")
 
     def _check_batch(
         self,
@@ -499,7 +499,7 @@ class ShardCheck:
             for column in table.column_names:
                 if not _same(table.column(column), expected.column(column)):
                     raise DamageError(
-                        f"{name} has other values in {column} than follow from the plan, the source and its other ones."
+                        f"{name} has other values in {column} than follow from plan, source and its other columns."
                     )
 
     def _check_pixels(self, variant: int, name: str, images: Sequence[Tensor], sign: Tensor, clean: pa.Table) -> None:

@@ -80,7 +80,7 @@ def open_recomputation(manifest: Manifest, plan: Plan, findings: Findings) -> It
         key = config.key("attack", name)
         _check_unchanged(manifest, f"attacks.{name}", key, attack.digest)
         if attack.attack.on_ray != manifest.on_ray(name):
-            raise ConfigError(f"{key}: manifest.json was altered: it says of on_ray what the attack does not.")
+            raise ConfigError(f"{key}: manifest.json was altered: its on_ray is not that of the attack.")
     models, spaces = {name: load_run_model(name, config, device) for name in config.all_models}, manifest.label_spaces
     for name, model in models.items():
         _check_unchanged(manifest, f"models.{name}", config.key("model", name), model.digest)
@@ -260,7 +260,7 @@ class Recomputation:
                 if not bool(((before - now).abs() <= self.tolerance).all()):
                     raise PipelineError(
                         f"{self.config.key('model', name)}: it is not deterministic: asked twice about the same images "
-                        "it gives different answers, so that nothing can be derived anew; see whether it draws random "
+                        "it gives different answers, so nothing can be recomputed; see whether it draws random "
                         "numbers or keeps something between calls."
                     ) from None
             raise
@@ -327,7 +327,7 @@ class Recomputation:
         self.findings.mismatches += int(wrong.sum())
         for model, variant in np.ndindex(wrong.shape[:2]):
             of = f" in {model_columns(recorded.models[model])[0]}" if len(recorded.models) > 1 else ""
-            what = f"predictions{of} that its pixels do not give"
+            what = f"predictions{of} that do not follow from its pixels"
             refuse_rows(names[variant], wrong[model, variant], what, clean)
 
     def _compare_confidences(self, again: Scores, recorded: Scores, names: Sequence[str]) -> None:
@@ -335,7 +335,7 @@ class Recomputation:
             off = np.ma.abs(getattr(again, column) - getattr(recorded, column))
             wrong = np.ma.filled(off > self.tolerance, False).any(1)
             if wrong.any():
-                raise DamageError(f"{names[int(wrong.argmax())]} has a {column} that its pixels do not give.")
+                raise DamageError(f"{names[int(wrong.argmax())]} has a {column} that does not follow from its pixels.")
             self.findings.last_digits += int(np.ma.filled(off > 0, False).sum())
 
     def _compare_target(
@@ -374,7 +374,7 @@ class Recomputation:
         exact, on_ray = not attack.asks_model or (strict and self.lanes.device.type == "cpu"), attack.attack.on_ray
         wrong = (differing > 0 if exact else share > (self.sign_tolerance if on_ray else VALUE_TOLERANCE)).numpy()
         self.findings.near_tie_signs += int(differing.numpy()[~wrong].sum())
-        they = "do not lie along the sign of the attack's direction" if on_ray else "the attack does not make again"
+        they = "do not lie along the sign of the attack's direction" if on_ray else "the attack does not reproduce"
         # With one direction the first name stands for all.
         for name, own in zip(names, wrong, strict=False):
             refuse_rows(name, own, f"images that {they}", clean)

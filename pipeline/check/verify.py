@@ -66,7 +66,7 @@ def verify(
         findings.problems.append(
             f"manifest.json is of another run ({manifest.run_id}) than all receipts ({other}); if it belongs "
             "here, run the generate command that made it; if not, restore the one that does, or delete it and run "
-            "generate again, which writes it anew."
+            "generate again, which writes it again."
         )
         return findings
     check_listing(manifest, plan, receipts, sizes, findings)

@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,6 +14,7 @@ import yaml
 from pydantic import ValidationError, create_model
 
 from pipeline.config.kinds import ATTACKS, MODELS, OWN_ATTACK, OWN_ATTACK_SECTION, SOURCES
+from pipeline.config.reference import all_keys, kind_sections, nearest
 from pipeline.config.schema import AttackConfig, Config, ModelConfig, SourceConfig
 from pipeline.config.section import Section
 from pipeline.core.errors import ConfigError, first_line, shortened
@@ -65,8 +65,8 @@ def load_config(
     else:
         names = ", ".join(sorted(file.stem for file in packaged_configs().glob("*.yaml")))
         raise ConfigError(f"There is no config file {name}, and no shipped config of that name (shipped: {names}).")
-    for override in overrides:
-        _override(raw, override)
+    for text in overrides:
+        override(raw, text)
     # What is still relative came from an override or a shipped config. Absolute paths let `verify --recompute`
     # find the model again from any folder.
     return as_config(raw, output=output, limit=limit)
@@ -134,7 +134,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
             values |= {where[0]: checked} if len(where) == 1 else {where[0]: {**values[where[0]], where[1]: checked}}
         return _checked(Config, values, ())
     except RecursionError:
-        raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.") from None
+        raise ConfigError(f"The config is nested more than {MOST_DEPTH} levels deep.") from None
 
 
 def section_class(key: str, values: Any) -> type[Section]:
@@ -166,8 +166,7 @@ def _without_empty(key: str, values: Any) -> Any:
     known = section_class(key, values).model_fields
     if not isinstance(values, Mapping) or known.keys() >= values.keys():
         return values
-    others = {field for kind in KINDS[key].values() for field in resolve_name(kind.section).model_fields}
-    others |= set(resolve_name(OWN_ATTACK_SECTION).model_fields) if key == "attack" else set()
+    others = {field for section in kind_sections()[key].values() for field in section.model_fields}
     return {
         name: value
         for name, value in values.items()
@@ -201,7 +200,7 @@ def _sections(raw: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Any]]:
         several = raw.get(f"{key}s")
         for name, section in several.items() if isinstance(several, Mapping) else ():
             if not isinstance(name, str):
-                raise ConfigError(f"{key}s: the id {name!r} is no text; YAML takes it for one in quotes.")
+                raise ConfigError(f"{key}s: the id {name!r} is not text; put it in quotes.")
             found.append((key, (f"{key}s", name), section))
     return found
 
@@ -239,7 +238,7 @@ class BoundedLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias, *name; write out what it stands for")
+            raise yaml.YAMLError("it contains an alias, *name; write its value instead")
         self._depth += 1
         if self._depth > MOST_DEPTH:
             raise yaml.YAMLError(f"it is nested more than {MOST_DEPTH} deep")
@@ -256,7 +255,7 @@ class _Loader(BoundedLoader):
         for key, _ in node.value:
             name = (key.tag, str(key.value))
             if name in seen:
-                raise yaml.YAMLError(f"the key {key.value} stands there twice")
+                raise yaml.YAMLError(f"the key {key.value} appears twice")
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -294,14 +293,25 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(raw: dict[str, Any], assignment: str) -> None:
+    """Set a key of a config that is a mapping.
+
+    Args:
+        raw: the config, not yet checked.
+        assignment: `key=value`, a dotted key and a YAML value.
+
+    Raises:
+        ConfigError: it is none, or sets a key within what is no section.
+    """
+    key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {_quoted(override)}: write it as key=value, for example --set runtime.batch_size=64.")
+        raise ConfigError(
+            f"--set {_quoted(assignment)}: write it as key=value, for example --set runtime.batch_size=64."
+        )
     try:
         value = _parse_yaml(text)
     except ValueError:
-        raise ConfigError(f"--set {_quoted(override)}: {_quoted(repr(text))} is not a YAML value.") from None
+        raise ConfigError(f"--set {_quoted(assignment)}: {_quoted(repr(text))} is not a YAML value.") from None
     _override_value(raw, key, value)
 
 
@@ -324,20 +334,24 @@ def _quoted(text: str, most: int = MOST_QUOTED) -> str:
 def _sentence(error: ValidationError, section: type[Section], where: tuple[str, ...]) -> str:
     """The first problem of a failed validation, as one sentence that names the key.
 
+    A wrong kind comes first, as other kinds have other keys; then an unknown key, as what is missing is often the key
+    that it was meant to be.
+
     Args:
         error: of the validation.
         section: what was validated; the whole config, where `where` is empty.
         where: its location in the config.
     """
-    problem = error.errors(include_url=False)[0]
-    # Deeper parts of a location are branches of unions.
-    inside = problem["loc"][: 1 if where else 2]
+    problems = error.errors(include_url=False)
+    problem = min(problems, key=lambda one: (one["loc"] != ("kind",), one["type"] != "extra_forbidden"))
+    kind, got = problem["type"], _quoted(repr(problem.get("input")))
+    # Deeper parts of a location are branches of unions, but for an unknown key, which is the last part.
+    inside = problem["loc"][: None if kind == "extra_forbidden" else 1 if where else 2]
     loc = [_quoted(str(part)) for part in (*where, *inside)]
     location = ".".join(loc)
-    kind, got = problem["type"], _quoted(repr(problem.get("input")))
     message = _quoted(problem["msg"].removeprefix("Value error, "), MOST_SAID)
     if kind == "extra_forbidden":
-        return f"{location} is an unknown key{_known_keys(_inner(section, inside[:-1]), loc[-1])}"
+        return f"{location} is an unknown key{_known_keys(_inner(section, inside[:-1]), loc[-1], where)}"
     if kind == "missing":
         of_all = not where or inside[0] in BASES[where[0].removesuffix("s")].model_fields
         return f"{location} is missing{' from the config' if of_all else f': kind {_kind(section)} needs it'}."
@@ -367,9 +381,23 @@ def _kind(section: type[Section]) -> str | None:
     return kinds[0] if len(kinds) == 1 else None
 
 
-def _known_keys(section: type[Section], key: str) -> str:
-    """What a message says after an unknown key: what was meant, or what there is."""
-    if near := get_close_matches(key, section.model_fields, n=1):
-        return f"; did you mean {near[0]}?"
+def _known_keys(section: type[Section], key: str, where: tuple[str, ...]) -> str:
+    """What a message says after an unknown key: what was meant, or what there is.
+
+    Args:
+        section: that does not have it.
+        key: the last part of its name.
+        where: the location in the config of a section that has kinds.
+    """
+    kinds = kind_sections()[where[0].removesuffix("s")] if where else {}
+    others = [name for name, other in kinds.items() if key in other.model_fields]
+    if near := None if others else nearest(key, section.model_fields):
+        return f"; did you mean {near}?"
+    if section is Config:
+        # A key without its section: epsilons for attack.epsilons.
+        below = {known.name.rpartition(".")[2]: known.name for known in reversed(all_keys())}
+        if near := nearest(key, below):
+            return f"; did you mean {below[near]}?"
     kind = _kind(section)
-    return f"{f' with kind {kind}' if kind else ''}; known keys: {', '.join(section.model_fields)}."
+    hint = f" Kind {' or '.join(others)} has it." if others else ""
+    return f"{f' with kind {kind}' if kind else ''}; known keys: {', '.join(section.model_fields)}.{hint}"

@@ -45,13 +45,24 @@ def _check_split(name: str) -> str:
     return name
 
 
+Splits = tuple[Annotated[str, AfterValidator(_check_split)], ...]
+
+
 class SourceConfig(Section):
     """Where images come from: what every kind has."""
 
     kind: str
-    split: Annotated[tuple[Annotated[str, AfterValidator(_check_split)], ...] | None, BeforeValidator(_as_tuple)] = None
+    """Where the images come from."""
+    split: Annotated[Splits | None, BeforeValidator(_as_tuple, json_schema_input_type=str | Splits | None)] = None
+    """The splits to read: a name or a list of names. Left out: the only split; of `digits` both; of
+    `torchvision` train.
+
+    An image folder without split folders is one split. `split` names it; left out, it is called `train`."""
     shuffle: bool = True
+    """Whether images are stored in a random order that follows from `runtime.seed`. False, and always with
+    `streaming`: in the source's own order."""
     limit: Count | None = None
+    """How many images to take of each split: the first of its order. Left out: all."""
 
     @model_validator(mode="after")
     def _check_splits(self) -> "SourceConfig":
@@ -99,9 +110,15 @@ class PreprocessConfig(Section):
     """Resize, then centre crop, with torchvision's meaning; `resize: 256` is the shorter side."""
 
     resize: Size = None
+    """The size that images are resized to: one number for the shorter side, or [height, width]. Left out: no resizing,
+    or what the model's published weights say."""
     crop: Size = None
+    """The size that is cut out of the centre: one number for a square, or [height, width]. Left out: no crop, or what
+    the model's published weights say."""
     interpolation: Interpolation = "bilinear"
+    """How pixels are interpolated when images are resized."""
     mode: Literal["RGB", "L"] = "RGB"
+    """RGB for 3 channels, L for grayscale with 1 channel. All images are converted to it."""
 
     @property
     def fixes_size(self) -> bool:
@@ -131,10 +148,20 @@ class ModelConfig(Section):
     """A model: what every kind has."""
 
     kind: str
+    """Who makes the model."""
     weights: str | None = None
+    """The trained weights: a .safetensors, .pt or .pth file, or for `torchvision`, `timm` and `transformers` the name
+    of published ones. Left out: untrained weights that follow from `runtime.seed`, or for `digits` its own."""
     mean: tuple[float, ...] | None = None
+    """What is subtracted from images in [0, 1] before the model sees them: one value, or one for each channel. Left
+    out: what the published weights say, else 0."""
     std: tuple[float, ...] | None = None
+    """What images are divided by after `mean` is subtracted. Left out: what the published weights say, else 1."""
     label_map: dict[str | int, str | int] | Literal["identity"] | None = None
+    """The model's class for each class of the dataset, by name or index: {cat: 281, dog: 207}. `identity`: class i of
+    the dataset is class i of the model. Needed where the two differ in number or order."""
+    title: str | None = None
+    """The model's name for people, in the report and the card. It changes no image. Left out: its id."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
@@ -172,7 +199,10 @@ class NamedModelConfig(ModelConfig):
     """A model that a library, or the user's own code, makes by its name."""
 
     name: str
+    """The model's name in its library: `resnet50`; for `transformers` a Hub id or a folder; for `factory` a callable of
+    your own, `package.module:callable` or `path/to/file.py:callable`."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for what makes the model."""
 
     @property
     def call(self) -> tuple[str | None, Mapping[str, Any]]:
@@ -189,11 +219,20 @@ class AttackConfig(Section):
     """How the images at each epsilon are made: what every kind has."""
 
     kind: str = "fgsm"
+    """The attack."""
     epsilons: tuple[str | Annotated[float, BeforeValidator(_no_boolean)], ...] = Field(min_length=1)
+    """The epsilons, a list: the most that any pixel value may move. Whole grey levels such as 8/255, or decimals in
+    [1/255, 1]. Each makes one set of attacked images."""
     label: Literal["dataset", "prediction"] = "dataset"
+    """The class whose loss is raised: the dataset's label, or what the model predicts for the clean image. With
+    `prediction` the images do not give the label away, and none is needed."""
     target: str | Annotated[int, Field(strict=True)] | None = None
+    """A class whose loss is lowered instead: `least_likely`, `random`, or a class by name or index. Left out: no
+    target."""
     rounding: Literal["down", "nearest"] = "down"
+    """How a decimal epsilon becomes a whole number of grey levels. `down` never exceeds what was asked for."""
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Ids of the models that are attacked. Left out: all. The others only predict."""
 
     # Whether it follows a model's gradient, or answers.
     asks_model: ClassVar[bool] = True
@@ -279,10 +318,20 @@ class OutputConfig(Section):
     """Where the dataset goes, and in what form."""
 
     path: str
+    """The folder of the dataset, relative to the working directory, or an address such as s3://bucket/name."""
     layout: LayoutName = "images"
+    """What a row is: an image at one epsilon (`images`), a source image with a column for each epsilon (`wide`), or a
+    source image and its signs (`signs`). From signs every epsilon follows, and they take the least space; only `fgsm`
+    and `noise` can be stored so."""
     sign_format: Literal["picture", "bits"] = "picture"
+    """How layout `signs` stores signs: as lossless pictures, or as packed bits, which need no image codec."""
     image_format: Annotated[Literal["auto", "webp", "png"], BeforeValidator(_refuse_jpeg)] = "auto"
+    """The lossless format of stored images. `auto`: WebP, or PNG for grayscale and for very large images."""
     images_per_shard: Count = 4096
+    """Source images in a shard, the unit that is written, resumed and given to a worker."""
+    title: str | None = None
+    """The dataset's name for people, in the report and the card. It changes no image. It is taken when the run begins.
+    Left out: the source's name and the attacks."""
 
     @field_validator("path")
     @classmethod
@@ -321,29 +370,40 @@ def _check_gpus(value: Any) -> Any:
 
 
 class RayConfig(Section):
-    """What the Ray executor asks of a cluster; nothing of it enters the run id.
-
-    workers: how many at once; gpus_per_worker, cpus_per_worker: what each is given.
-    """
+    """What the Ray executor asks of a cluster; nothing of it enters the run id."""
 
     workers: Count | Literal["auto"] = "auto"
+    """Workers at once. `auto`: as many as the cluster has room for."""
     gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_check_gpus)] = "auto"
+    """GPUs of each worker: a whole number, or a share such as 0.5 to put two workers on one. `auto`: 1, or 0 without
+    GPUs."""
     cpus_per_worker: Count | Literal["auto"] = "auto"
+    """CPUs of each worker. `auto`: an even share of the node's."""
 
 
 class RuntimeConfig(Section):
     """How the run uses the machine."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where the models run. `auto`: the first of cuda, mps and cpu that the machine has."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """The arithmetic of the models. tf32 needs an NVIDIA GPU from Ampere on."""
     batch_size: Count = 256
+    """Images that are read and computed together. Halved before the run until it fits into the GPU's memory."""
     workers: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] = "auto"
+    """Threads that read and decode images. `auto`: follows from the number of cores."""
     compile: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
+    """Whether models are compiled with torch.compile. `auto`: where the run is long enough to gain from it."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    """Decides all that is random: the order of images, random attacks, untrained weights."""
     on_error: Literal["skip", "fail"] = "skip"
+    """What to do with an image that cannot be decoded: skip it and list it, or end the run."""
     max_skipped: float = Field(default=0.01, ge=0, le=1)
+    """The share of skipped images, 0 to 1, above which the run fails."""
     max_pixels: Count = MOST_PIXELS
+    """Images with more pixels than this are not decoded."""
     ray: RayConfig = RayConfig()
+    """What each worker of `--executor ray` is given. It changes no image."""
 
 
 def _one_kind(value: Any) -> Any:
@@ -365,13 +425,21 @@ class Config(Section):
     """
 
     source: OfKind[SourceConfig]
+    """Where the images come from."""
     preprocess: PreprocessConfig = PreprocessConfig()
+    """The size and mode that images are given before the attack. What is stored has this size."""
     model: OfKind[ModelConfig] | None = None
+    """The model that is attacked. For several, use `models`."""
     models: dict[str, OfKind[ModelConfig]] = Field(default_factory=dict)
+    """Several models in place of `model`, each under an id of yours. Each predicts every image."""
     attack: OfKind[AttackConfig] | None = None
+    """How images are attacked. For several attacks, use `attacks`."""
     attacks: dict[str, OfKind[AttackConfig]] = Field(default_factory=dict)
+    """Several attacks in place of `attack`, each under an id of yours."""
     output: OutputConfig
+    """Where the dataset goes, and in what form."""
     runtime: RuntimeConfig = RuntimeConfig()
+    """How the run uses the machine."""
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -405,6 +473,9 @@ class Config(Section):
                 twice = [other for other in [*values][:index] if other.lower() == name.lower()]
                 if twice:
                     raise ValueError(f"{one}s: the ids {twice[0]} and {name} differ in case alone; rename one")
+        titles = [model.title or name for name, model in self.all_models.items()]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(f"models: two of them are called {twice[0]!r}; give each a title of its own")
         for name, attack in self.all_attacks.items():
             unknown = [model for model in attack.models or () if model not in self.all_models]
             if unknown:

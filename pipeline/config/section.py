@@ -12,9 +12,12 @@ Count = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are errors, and a key without a value stands for its default."""
+    """A part of the config: unknown keys are errors, and a key without a value stands for its default.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    The text below each key is its description in docs/config.md, `fgsm config` and the JSON schema.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod

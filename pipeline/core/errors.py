@@ -5,7 +5,8 @@
     ├── ShardsFailedError  3   some shards failed on a cluster, and the others were committed
     ├── CodeError          1   the code of a model or of an attack, which may be the user's own, raised something
     ├── NonFiniteError     1   the victim produced NaN or infinity
-    └── RowError           1   a row of the source that the config does not let pass
+    ├── RowError           1   a row of the source that the config does not let pass
+    └── TemporaryError    75   the network or a server failed: the same command may succeed later
     Interrupted            128 + the signal's number: Ctrl-C or SIGTERM
 
 Anything else that escapes is a bug of ours and keeps its traceback.
@@ -14,6 +15,7 @@ Anything else that escapes is a bug of ours and keeps its traceback.
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -61,6 +63,12 @@ class RowError(PipelineError):
     """A row of the source ends the run, however often it is tried."""
 
 
+class TemporaryError(PipelineError):
+    """The network or a server failed, so that the same command may succeed later. 75 is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived; `signum` says which."""
 
@@ -85,6 +93,36 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+# What Python, requests, httpx, aiohttp, botocore and fsspec call a connection that failed: names of their classes, so
+# that none of these libraries is imported to ask.
+_CONNECTION_ERRORS = {
+    *("ConnectionError", "TimeoutError", "Timeout", "gaierror"),
+    *("TransportError", "ClientConnectionError", "ClientPayloadError", "IncompleteRead", "ConnectionClosedError"),
+}
+# What a server answers that is busy or broken.
+_BUSY = (408, 425, 429)
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether the network failed, or a server that is busy or broken, so that the same may succeed later."""
+    found = list(causes(error))
+    # The Hub's client calls it a lost connection where HF_HUB_OFFLINE forbids one.
+    if any(re.search("OfflineMode|offline mode is enabled", f"{type(cause)} {cause}") for cause in found):
+        return False
+    return any(_failed_on_the_way(cause) for cause in found)
+
+
+def _failed_on_the_way(error: BaseException) -> bool:
+    if _CONNECTION_ERRORS & {kind.__name__ for kind in type(error).__mro__}:
+        return True
+    # botocore has the status in a dictionary, aiohttp on the error itself, the others on its response.
+    answer = getattr(error, "response", error)
+    status = getattr(answer, "status_code", getattr(answer, "status", None))
+    if isinstance(answer, Mapping):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return isinstance(status, int) and (status in _BUSY or 500 <= status < 600)
+
+
 @contextlib.contextmanager
 def explained(
     what: str,
@@ -101,7 +139,7 @@ def explained(
         errors: the exceptions to explain; others pass, as bugs of ours. So does a PipelineError, which is a sentence
             already, unless a kind of it is named here.
         kind: of the error that is raised: "a.parquet cannot be read (REASON); see fgsm verify.", and without a fix
-            "a.parquet cannot be read: REASON".
+            "a.parquet cannot be read: REASON". Where the network failed it is a TemporaryError instead.
     """
     try:
         yield
@@ -109,6 +147,8 @@ def explained(
         if isinstance(error, PipelineError) and not any(issubclass(named, PipelineError) for named in errors):
             raise
         reason = first_line(error)
+        if kind in (PipelineError, ConfigError) and is_temporary(error):
+            kind = TemporaryError
         raise kind(f"{what} ({reason}); {fix}." if fix else f"{what}: {reason}") from error
 
 
@@ -127,7 +167,7 @@ def write_failure(path: Path, error: OSError) -> PipelineError:
     """The sentence for a write that the operating system refused."""
     reason = error.strerror or first_line(error)
     return PipelineError(
-        f"Cannot write {path}: {reason}. What was committed is kept; mend the disk or its permissions, "
+        f"Cannot write {path}: {reason}. Finished shards are kept; check the disk and its permissions, "
         "then run the same command again."
     )
 
@@ -165,7 +205,7 @@ def system_refusal(error: BaseException) -> PipelineError | None:
                 name = getattr(cause, "filename", None)
                 where = f" for {name}" if isinstance(name, str | Path) else ""
                 return PipelineError(
-                    f"The system refused{where}: {reason}. What was committed is kept; {fix}, "
+                    f"The system refused{where}: {reason}. Finished shards are kept; {fix}, "
                     "then run the same command again."
                 )
     return None

@@ -19,9 +19,9 @@ class LogFormatter(logging.Formatter):
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Lines on what stderr is by then: while a bar is drawn, they appear above it."""
 
-    def __init__(self, form: str = "%(message)s") -> None:
+    def __init__(self, form: str = "%(message)s", times: str | None = None) -> None:
         logging.Handler.__init__(self)
-        self.setFormatter(LogFormatter(form))
+        self.setFormatter(LogFormatter(form, times))
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]

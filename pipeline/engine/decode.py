@@ -60,13 +60,13 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
         what = shortened(str(getattr(error, "filename", None) or "an image"))
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise PipelineError(
-                f"source: {what} is not there, which is no fault of the image, so it is not skipped; bring the file or "
-                "its disk back, then run the same command again (without the file the source is another one)."
+                f"source: {what} is missing, and missing files are not skipped; restore the file or its disk, then "
+                "run the same command again (without the file it is a different source)."
             ) from None
         reason = "out of memory" if isinstance(error, MemoryError) else reason_of(error)
         raise PipelineError(
-            f"source: {what} cannot be read ({reason}), which is the machine's failure and not the image's, so it is "
-            "not skipped; mend that, then run the same command again."
+            f"source: {what} cannot be read ({reason}). The machine is at fault and not the image, so it is not "
+            "skipped; fix that, then run the same command again."
         ) from None
 
 

@@ -122,7 +122,7 @@ class Job:
             run = open_run(self.config, recorded)
             if run.run_id != recorded.run_id:
                 raise PipelineError(
-                    f"the node {socket.gethostname()} has something else under the same names: "
+                    f"the node {socket.gethostname()} reads something else under the same names: "
                     f"{differences(recorded.identity, run.identity)}; all nodes must read the same source and weights"
                 )
             _opened = _Opened(self.config, run)

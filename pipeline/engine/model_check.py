@@ -63,7 +63,7 @@ def check_model(model: Model, images_u8: Tensor, labels: Tensor, goal: Goal | No
         if moved > OTHER_BATCH:
             raise ConfigError(
                 f"model: its logits without a gradient differ from those with one (by {moved:.2g} of the largest "
-                "value), so clean and attacked images could not be compared; mend the model."
+                "value), so clean and attacked images could not be compared; fix the model."
             )
         found += _check_gradient(one[1])
     return found + _check_accuracy(logits, labels)
@@ -100,20 +100,20 @@ def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: T
         moved = _other_values(one, _perturb(attack, model, images_u8, labels, draws))
         if moved > OTHER_VALUES:
             raise ConfigError(
-                f"{key} is not deterministic: {moved:.1%} of the values of its images are others the second time; draw "
+                f"{key} is not deterministic: {moved:.1%} of the values of its images differ the second time; draw "
                 "random numbers from `draws`, with needs_draws = True."
             )
     # A model may draw numbers that change nothing in what it says.
     if before == state != _random_state(images_u8.device):
         raise ConfigError(
-            f"{key} draws or seeds the random numbers that the whole process shares, as torch.rand and "
-            "torch.manual_seed do, so images would depend on which others are attacked beside them; make them follow "
+            f"{key} draws or seeds the random numbers of the whole process, as torch.rand and torch.manual_seed do, so "
+            "an image would depend on the others of its batch; make random numbers "
             "from `draws`, with needs_draws = True."
         )
     if mixed > OTHER_VALUES:
         raise ConfigError(
-            f"{key} makes other images of a row when other rows are beside it ({mixed:.1%} of the values); what it "
-            "computes must not mix rows, as a mean over the batch does."
+            f"{key} makes different images of a row when the batch holds other rows ({mixed:.1%} of the values); do "
+            "not mix rows, as a mean over the batch does."
         )
 
 
@@ -260,7 +260,7 @@ def _check_neighbours(model: Model, images_u8: Tensor, logits: Tensor) -> None:
     if moved > OTHER_BATCH:
         raise ConfigError(
             f"model: its logits for an image change with the other images of the batch (by {moved:.2g} of the largest "
-            "value), as from batch norm without running statistics; mend the model, or set runtime.batch_size=1."
+            "value), as from batch norm without running statistics; fix the model, or set runtime.batch_size=1."
         )
 
 

@@ -27,7 +27,7 @@ from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
 from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
 from pipeline.core.addresses import is_address
-from pipeline.core.errors import CodeError, ConfigError, PipelineError
+from pipeline.core.errors import CodeError, ConfigError, PipelineError, TemporaryError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
@@ -359,8 +359,8 @@ def naming(config: Config, section: str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(_named(str(error), config, section, name)) from error
+    except (ConfigError, TemporaryError) as error:
+        raise type(error)(_named(str(error), config, section, name)) from error
 
 
 def _named(sentence: str, config: Config, section: str, name: str) -> str:

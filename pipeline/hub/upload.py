@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names them only by importing them
     build_hf_headers,
@@ -30,13 +30,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
     hf_raise_for_status,
     http_backoff,
     httpx,
-    validate_repo_id,
 )
 
 from pipeline import __version__
 from pipeline.check.verify import verify
-from pipeline.core.errors import ConfigError, PipelineError, causes, explained, first_line, listing
+from pipeline.core.errors import ConfigError, PipelineError, TemporaryError, causes, first_line, listing
 from pipeline.core.redaction import redact_answer
+from pipeline.hub.account import check_repository_id, read_token
 from pipeline.output.card import moved_card
 from pipeline.output.folder import SUBSETS, OutputFolder, report_files, reported_receipts
 from pipeline.output.manifest import Manifest, published, require_manifest
@@ -47,6 +47,8 @@ from pipeline.output.summary import human_bytes
 PAUSES = (2.0, 20.0, 120.0)
 # Seconds without a byte after which a connection counts as lost; the client itself would wait for ever.
 STALL_SECONDS = 300.0
+# What private repositories of a free account may hold together (https://huggingface.co/docs/hub/storage-limits).
+PRIVATE_BYTES = 100 * 10**9
 # Made by Git's host for every repository.
 ATTRIBUTES = ".gitattributes"
 # Files of the report by their names, and those that it no longer has.
@@ -79,9 +81,9 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
         ConfigError: the id is none, the folder holds no dataset, there is no token, or the repository is not ours.
         PipelineError: the dataset is damaged or incomplete, or the Hub or the connection to it failed.
     """
-    _check_id(repo_id)
-    folder, manifest = _verified(path)
-    token = _token()
+    check_repository_id(repo_id)
+    folder, manifest = _verified(path, private)
+    token = read_token()
     api = HfApi(token=token, library_name="fgsm-pipeline", library_version=__version__)
     with _client_log(token), _client_that_gives_up():
         _patiently(repo_id, token, lambda: _open_repository(api, repo_id, folder, manifest, private))
@@ -93,43 +95,44 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
             write_report(folder, manifest)
         files = list_files(folder, manifest)
         if others := _left_out(folder, files):
-            logger.info("Not published, as they are not of this dataset: %s.", listing(others))
+            logger.info("Not published, as they are not part of this dataset: %s.", listing(others))
         _patiently(repo_id, token, lambda: _upload(api, repo_id, folder, manifest, files))
     return f"{api.endpoint}/datasets/{repo_id}"
 
 
-def dry_run(path: str | Path, repo_id: str) -> str:
+def dry_run(path: str | Path, repo_id: str, *, private: bool | None = None) -> str:
     """What `publish` would upload, as a table of sizes and names. Asks nobody, and writes nothing.
 
     Raises:
         ConfigError, PipelineError: as `publish`, as far as that can be known without the Hub.
     """
-    _check_id(repo_id)
-    folder, manifest = _verified(path)
+    check_repository_id(repo_id)
+    folder, manifest = _verified(path, private)
     files = list_files(folder, manifest)
     lines = [f"{human_bytes(file.size):>8}  {name}" for name, file in files.items()]
     others = _left_out(folder, files)
     if reported_receipts(folder) != manifest.receipts:
-        lines.append(f"{'?':>8}  report.html and assets/, which publishing makes anew")
+        lines.append(f"{'?':>8}  report.html and assets/, which publish makes again")
         others = [name for name in others if name != folder.report and not name.startswith(f"{folder.assets}/")]
     lines += [f"{'not':>8}  {name}, which is not of this dataset" for name in others]
     total = f"{len(files):,} files, {human_bytes(sum(file.size for file in files.values()))}, for {repo_id}"
     return "\n".join([*lines, "", total])
 
 
-def _check_id(repo_id: str) -> None:
-    what, fix = f"{repo_id!r} is not the id of a dataset on the Hub", "write it as user/name"
-    with explained(what, fix, errors=(HFValidationError,), kind=ConfigError):
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise HFValidationError("it names no user")
-
-
-def _verified(path: str | Path) -> tuple[OutputFolder, Manifest]:
+def _verified(path: str | Path, private: bool | None) -> tuple[OutputFolder, Manifest]:
     """The dataset in a folder, all of it checked but for what the models would say again."""
     folder = OutputFolder(path)
     manifest = require_manifest(folder)
     folder.store.refuse_links()
+    size = sum(entry.bytes for entry in manifest.files)
+    # Before the files are read: of so large a dataset that takes hours.
+    if private is not False and size > PRIVATE_BYTES:
+        logger.warning(
+            "The dataset has %s. Private repositories of a free account on the Hub hold %s together, so the upload may "
+            "fail. Use a paid account, or --public for a new repository that everyone may see.",
+            human_bytes(size),
+            human_bytes(PRIVATE_BYTES),
+        )
     logger.info("Verifying %s.", folder.root)
     findings = verify(path)
     if findings.problems:
@@ -167,17 +170,6 @@ def _left_out(folder: OutputFolder, files: Mapping[str, OwnFile]) -> list[str]:
     return sorted(name for name in folder.store.sizes() if name not in files and not name.startswith(".run/"))
 
 
-def _token() -> str:
-    """The token as the client finds it: in the environment, or where `hf auth login` put it."""
-    token = get_token()
-    if token is None:
-        raise ConfigError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
-    if not re.fullmatch(r"[!-~]+", token):
-        # An error of the HTTP library would show it.
-        raise ConfigError("The token for the Hub holds characters that no token has; log in again, or mend HF_TOKEN.")
-    return token
-
-
 def _open_repository(api: HfApi, repo_id: str, folder: OutputFolder, manifest: Manifest, private: bool | None) -> None:
     """Create the repository where there is none; refuse one that holds anything else than this run."""
     there = _listed(api, repo_id)
@@ -189,7 +181,7 @@ def _open_repository(api: HfApi, repo_id: str, folder: OutputFolder, manifest: M
         # Changing that is its owner's business.
         now = "public" if private else "private"
         logger.warning(
-            "%s is there already, and is %s; it stays so. Its settings on the Hub change that.", repo_id, now
+            "%s already exists and is %s, which publish does not change; its settings on the Hub do.", repo_id, now
         )
     advice = "choose another repository; nothing was uploaded"
     if folder.manifest in there:
@@ -247,7 +239,7 @@ def _upload(api: HfApi, repo_id: str, folder: OutputFolder, manifest: Manifest, 
     missing = _differing(folder, files, there)
     stale = _left_by_an_earlier_upload(manifest, files, there)
     if others := [path for path in there if path not in files and path not in (*stale, ATTRIBUTES)]:
-        logger.info("Left as they are, not of this dataset: %s.", listing(others))
+        logger.info("Not changed, as they are not part of this dataset: %s.", listing(others))
     if not missing and not stale:
         logger.info("All %d files are already there.", len(files))
         return
@@ -315,7 +307,8 @@ def _patiently(repo_id: str, token: str, call: Callable[[], None]) -> None:
             if pause is None or not _is_passing(error):
                 shown = "".join(str(cause) for cause in causes(error))
                 # It may quote the token, or the signature of an address, and --debug would show them.
-                raise PipelineError(sentence) from (error if redact(shown, token) == shown else None)
+                kind = TemporaryError if _is_passing(error) else PipelineError
+                raise kind(sentence) from (error if redact(shown, token) == shown else None)
             logger.warning("%s Trying again in %g s.", sentence, pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
@@ -330,7 +323,7 @@ def _sentence(error: Exception, repo_id: str) -> str:
         quoted = f" ({said})" if refused.server_message else ""
         known = {
             400: f"The Hub refuses what it was sent ({' '.join(str(error).split())[:300]})",
-            401: "The Hub does not accept the token; log in again with `hf auth login`, or mend HF_TOKEN",
+            401: "The Hub does not accept the token; log in again with `hf auth login`, or correct HF_TOKEN",
             403: f"The token may not write to {repo_id}{quoted}; use one that has the right to, of that account",
             429: f"The Hub answers too many requests at the moment; wait, and {again}",
         }

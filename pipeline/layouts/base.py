@@ -128,20 +128,20 @@ class Column:
 
 
 COLUMNS = (
-    Column(LABEL, "null where the source has none", classes=LABEL, per_variant=False),
+    Column(LABEL, "null if the source has none", classes=LABEL, per_variant=False),
     Column(EPSILON, "k/255; 0 is clean", dtype="float64", of_variant=True),
     Column(ATTACK, "what made the image; null on clean images", dtype="string", of_variant=True),
-    Column(MODEL, "the model that was attacked; null where none was", dtype="string", of_variant=True),
+    Column(MODEL, "the attacked model; null if there is none", dtype="string", of_variant=True),
     Column(
         "prediction",
-        "the model's, of these pixels",
-        "the model's, of the clean image",
+        "the model's prediction for these pixels",
+        "the model's prediction for the clean image",
         lambda scores, _: scores.of_own(scores.prediction),
         classes=OWN,
     ),
     Column("confidence", "probability of the prediction", "probability of that prediction", dtype="float32"),
     Column(
-        "label_confidence", "probability of the label", "probability of the label, of the clean image", dtype="float32"
+        "label_confidence", "probability of the label", "probability of the label, for the clean image", dtype="float32"
     ),
     Column(
         "correct",
@@ -152,7 +152,7 @@ COLUMNS = (
     ),
     Column(
         "clean_prediction",
-        "the model's, of the clean image",
+        "the model's prediction for the clean image",
         value=lambda scores, _: scores.prediction[scores.own, 0],
         classes=OWN,
         of_clean="prediction",
@@ -160,7 +160,7 @@ COLUMNS = (
     Column("fooled", "whether it was right when clean and is wrong now; null on clean images", dtype="bool"),
     Column(
         "target",
-        "the class that the attack aimed at; null where it aimed at none",
+        "the target class of the attack; null if it has none",
         classes=OWN,
         optional=True,
         of_attack=True,

@@ -17,7 +17,9 @@ class DigitsConfig(ModelConfig):
     """
 
     kind: Literal["digits"]
+    """A small trained network for the embedded digits."""
     name: Literal["strided", "pooled", "mlp"] | None = None
+    """Which network: one of these for images of 8 px. Left out: the one for 64 px."""
 
     @model_validator(mode="before")
     @classmethod

@@ -16,6 +16,7 @@ class FactoryConfig(NamedModelConfig):
     """A callable of the user's own; `name` is `package.module:callable` or `path/to/file.py:callable`."""
 
     kind: Literal["factory"]
+    """A callable of your own that returns a torch.nn.Module, from images to logits."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:

@@ -94,7 +94,7 @@ def join_labels(
             _check_agreement(classes, model_classes, count)
         if classes is not None and len(classes) > count:
             raise ConfigError(
-                f"model.label_map: identity cannot hold: the dataset has {len(classes)} classes, the model {count}."
+                f"model.label_map: identity is not possible: the dataset has {len(classes)} classes, the model {count}."
             )
         # A dataset that does not name its classes holds the model's own indices.
         classes = classes or tuple(model_classes or map(str, range(count)))
@@ -174,7 +174,7 @@ def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None
     """Without a map, both must have the same classes in the same order, as far as names tell."""
     if len(classes) != count:
         raise ConfigError(
-            f"model.label_map: the dataset has {len(classes)} classes and the model {count}; say how they meet."
+            f"model.label_map: the dataset has {len(classes)} classes and the model {count}; say which belong together."
         )
     names = [_plain(name) for name in classes]
     others = [_plain(name) for name in model_classes or ()]
@@ -186,7 +186,7 @@ def _check_agreement(classes: Sequence[str], model_classes: Sequence[str] | None
         ours, other = classes[moved[0]], (model_classes or ())[moved[0]]
         raise ConfigError(
             f"model.label_map: the dataset and the model name their classes in another order (class {moved[0]} is "
-            f"{ours!r} in the dataset, {other!r} in the model); say how they meet."
+            f"{ours!r} in the dataset, {other!r} in the model); say which belong together."
         )
 
 

@@ -11,6 +11,7 @@ class TimmConfig(NamedModelConfig):
     """A model of timm; `weights` is a pretrained tag, or a checkpoint."""
 
     kind: Literal["timm"]
+    """A model of timm. It needs the extra `timm`."""
 
 
 def load(config: TimmConfig) -> Loaded:

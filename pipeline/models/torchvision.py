@@ -1,7 +1,7 @@
 """Models of torchvision, by name; published weights bring their classes and their preprocessing."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config.schema import NamedModelConfig, PreprocessConfig
 from pipeline.core.errors import ConfigError
@@ -12,6 +12,24 @@ class TorchvisionConfig(NamedModelConfig):
     """A model of torchvision; `weights` is the name of published ones, such as IMAGENET1K_V2, or a checkpoint."""
 
     kind: Literal["torchvision"]
+    """A model of torchvision."""
+
+
+def find_weights(name: str, wanted: str) -> Any:
+    """Published weights of a model, as torchvision has them; nothing is downloaded.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    from torchvision import models
+
+    available = models.get_model_weights(name)
+    if wanted not in available.__members__:
+        raise ConfigError(
+            f"model.weights: {name} has no weights {wanted}; torchvision knows {', '.join(available.__members__)}, "
+            "and a checkpoint ends in .safetensors, .pt or .pth."
+        )
+    return available[wanted]
 
 
 def load(config: TorchvisionConfig) -> Loaded:
@@ -20,13 +38,7 @@ def load(config: TorchvisionConfig) -> Loaded:
     name, wanted = config.name, published_weights(config)
     if wanted is None:
         return Loaded(models.get_model(name, weights=None, **config.kwargs))
-    available = models.get_model_weights(name)
-    if wanted not in available.__members__:
-        raise ConfigError(
-            f"model.weights: {name} has no weights {wanted}; torchvision knows {', '.join(available.__members__)}, "
-            "and a checkpoint ends in .safetensors, .pt or .pth."
-        )
-    weights = available[wanted]
+    weights = find_weights(name, wanted)
     transform = weights.transforms()
     return Loaded(
         models.get_model(name, weights=weights, **config.kwargs),

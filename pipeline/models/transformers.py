@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from pipeline.config.schema import Interpolation, NamedModelConfig, PreprocessConfig
 from pipeline.config.section import anchored, is_there
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, is_temporary
 from pipeline.models.loaded import Loaded, import_extra, published_weights
 
 # Without it transformers asks on a terminal whether to run the code of a repository.
@@ -21,12 +21,14 @@ class TransformersConfig(NamedModelConfig):
     """An image classifier of transformers; `name` is an id of the Hub or a folder, and so is `weights`."""
 
     kind: Literal["transformers"]
+    """An image classifier of transformers. It needs the extra `transformers`."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
         super().anchor(values, folder)
-        if isinstance(name := values.get("name"), str) and is_there(folder / name):
-            values["name"] = anchored(name, folder)
+        for key in ("name", "weights"):
+            if isinstance(value := values.get(key), str) and is_there(folder / value):
+                values[key] = anchored(value, folder)
 
     @model_validator(mode="after")
     def _check_kwargs(self) -> "TransformersConfig":
@@ -61,8 +63,10 @@ def load(config: TransformersConfig) -> Loaded:
     names: Mapping[int, str] = module.config.id2label
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(wanted, **NO_CODE).to_dict()
-    except (OSError, ValueError):  # weights without a processor say nothing of their input
-        processor = {}
+    except (OSError, ValueError) as error:
+        if is_temporary(error):
+            raise
+        processor = {}  # weights without a processor say nothing of their input
     mean, std = _processor_statistics(processor)
     return Loaded(
         module,

@@ -51,7 +51,7 @@ HUB_LICENSES = (
 MEANINGS = {
     **{column.name: column.meaning for column in COLUMNS},
     **{column.clean_name: column.clean_meaning for column in COLUMNS if column.clean_name and column.clean_meaning},
-    ATTACKS: "for each attack, model and epsilon: what made the image at it, and what the model says of it",
+    ATTACKS: "for each attack, model and epsilon: what made the image, and the model's prediction",
 }
 
 
@@ -182,6 +182,8 @@ def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def _title(manifest: Manifest) -> str:
+    if title := manifest.resolved.output.title:
+        return title
     name = " ".join((manifest.origin.name or "").split())
     attacks = [attack.title for attack in manifest.resolved.all_attacks.values()]
     return f"{name or 'Images'} under {_enumerate(list(dict.fromkeys(attacks)))}"
@@ -306,7 +308,7 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
     return {
         **dict(manifest),
         **dict(config),
-        **{name: getattr(manifest, name) for name in ("planned", "variants", "stored", "edition", "layout")},
+        **{name: getattr(manifest, name) for name in ("planned", "variants", "stored", "edition", "layout", "titles")},
         "title": _title(manifest),
         "epsilons": [f"{level}/255" for level in levels[1:]],
         "requested": [_requested(level, epsilon) for level, epsilon in _all_requested(attacks.values())],
@@ -321,6 +323,8 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
         "split": list(manifest.split_rows)[-1],
         "labelled": all(row.labelled == row.rows for row in subsets),
         "models": {name: model.model_dump(mode="json") for name, model in models.items()},
+        # A title as it is, an id in code type.
+        "called": {name: plain(model.title) if model.title else code(name) for name, model in models.items()},
         "attacked": [name for name in models if any(variant.model == name for variant in manifest.variants)],
         "of_none": any(variant.model is None for variant in manifest.variants[1:]),
         "attacks": attacks,
@@ -371,7 +375,7 @@ def _describe(manifest: Manifest, features: Mapping[str, Any]) -> Iterator[dict[
     meanings = {**MEANINGS, **pictures}
     targeted = [attack.target is not None for attack in config.all_attacks.values()]
     if any(targeted):
-        otherwise = "" if all(targeted) else " or, of an attack without one, is wrong and was right when clean"
+        otherwise = "" if all(targeted) else "; for an attack without one, whether it is wrong and was right when clean"
         meanings["fooled"] = f"whether the prediction is the target{otherwise}; null on clean images"
     if manifest.streamed:
         meanings["source_index"] = "row in that file"

@@ -376,7 +376,7 @@ class OutputFolder:
         hidden = (".run", self.assets)
         others = [name for name in left if name not in ours and name.split("/")[0] not in hidden]
         if others:
-            logger.info("Left as they are, not of this dataset: %s.", listing(sorted(others)))
+            logger.info("Not changed, as they are not part of this dataset: %s.", listing(sorted(others)))
 
     def forget(self, shards: Iterable[Shard], edition: str, listed: Collection[str]) -> None:
         """Remove what receipts there are of shards that will be written anew: until then they do not exist."""

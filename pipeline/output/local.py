@@ -316,5 +316,5 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise PipelineError(
-            f"Cannot read {path}: {error.strerror or first_line(error)}; mend the disk or its permissions."
+            f"Cannot read {path}: {error.strerror or first_line(error)}; check the disk and its permissions."
         ) from error

@@ -147,7 +147,7 @@ class StoreLock:
         while True:
             found = self._objects.look(self._name)
             if not _parse(found).get("released"):
-                logger.info("%s has a lock of %s; waiting to see whether that lives.", root, _holder(found))
+                logger.info("%s has a lock of %s; waiting to see whether that run is alive.", root, _holder(found))
                 began = time.clock_gettime(CLOCK)
                 while (now := self._objects.look(self._name)) == found:
                     if time.clock_gettime(CLOCK) - began > STALE_SECONDS:
@@ -162,7 +162,7 @@ class StoreLock:
                     if time.clock_gettime(CLOCK) - since >= patience:
                         raise in_use(root, _holder(now))
                     continue
-                logger.warning("%s: its lock is taken over, as it has not changed for %g s.", root, STALE_SECONDS)
+                logger.warning("%s: the lock is taken over, as it has not changed for %g s.", root, STALE_SECONDS)
             with contextlib.suppress(ConflictError):
                 return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
 
@@ -215,8 +215,8 @@ def part_locks(names: Iterable[str], part: str = "") -> list[str]:
 def no_locks(root: str, why: str) -> ConfigError:
     """The sentence for an output of which no lock can be had."""
     return ConfigError(
-        f"output.path: {root}: nothing there keeps a second run out, as {why}; see to it yourself that no other run "
-        "writes there, and say so with --unlocked."
+        f"output.path: {root}: a second run cannot be kept out, as {why}; make sure that no other run writes there, "
+        "and give --unlocked."
     )
 
 

@@ -224,6 +224,11 @@ class Manifest(SealedRecord):
         """Clean, 0, and every epsilon of any attack in grey levels, rising."""
         return tuple(sorted({variant.level for variant in self.variants}))
 
+    @property
+    def titles(self) -> dict[str, str]:
+        """What people call each model, by its id."""
+        return {name: model.title or name for name, model in self.resolved.all_models.items()}
+
     def on_ray(self, attack: str | None) -> bool:
         """Whether an attack's images lie along one direction, so that those of any epsilon can be made from them."""
         return bool(self.identity.get(f"attacks.{attack}.{ON_RAY}", True))
@@ -372,7 +377,7 @@ def identity_of(
             **({"files": json_digest(_plain(streamed))} if streamed else {}),
         },
         "preprocess": {**config.preprocess.model_dump(), "shape": shape},
-        "output": config.output.model_dump(exclude={"path"}),
+        "output": config.output.model_dump(exclude={"path", "title"}),
         "runtime": config.runtime.model_dump(
             include={"device", "precision", "batch_size", "compile", "seed", "max_pixels"}
         ),
@@ -460,7 +465,7 @@ def altered_manifest(folder: OutputFolder, why: str) -> PipelineError:
 def _way_out(folder: OutputFolder) -> str:
     """What helps where a manifest cannot be used. Shards with receipts need not be written again."""
     if folder.receipt_names():
-        return "Restore it, or delete it and run generate again, which writes it anew and keeps all shards."
+        return "Restore it, or delete it and run generate again, which writes it again and keeps all shards."
     return "Restore it, or start over with --overwrite: no shard has a receipt, so none can be kept."
 
 
@@ -487,7 +492,7 @@ def require_manifest(folder: OutputFolder) -> Manifest:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ConfigError(f"{folder.root} holds no dataset of ours: there is no manifest.json.")
+        raise ConfigError(f"{folder.root} holds no dataset of fgsm-pipeline: there is no manifest.json.")
     return manifest
 
 

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.core.addresses import check_address
-from pipeline.core.errors import ConfigError, PipelineError, causes, explained, first_line, write_failure
+from pipeline.core.errors import (
+    ConfigError,
+    PipelineError,
+    TemporaryError,
+    causes,
+    explained,
+    first_line,
+    is_temporary,
+    write_failure,
+)
 from pipeline.core.redaction import redact_answer
 from pipeline.output.local import temporary_folder
 from pipeline.output.locks import (
@@ -87,8 +96,8 @@ class ObjectStore(Store):
             bucket = self._base.partition("/")[0]
             if not self._ask("exists", bucket):
                 raise ConfigError(
-                    f"output.path: {self._protocol}://{bucket} is not there, or these credentials may not see it; "
-                    "make the bucket first, or name another."
+                    f"output.path: {self._protocol}://{bucket} does not exist, or these credentials may not see "
+                    "it; create the bucket first, or name another."
                 ) from None
             return []
         return [name for path in found if (name := path.rstrip("/")[len(self._base) + 1 :])]
@@ -355,7 +364,7 @@ class ObjectStore(Store):
                 f"{self.root}: there are no credentials for it ({said}); set those of the store's own client, such as "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
-        again = "What was committed is kept"
+        again = "Finished shards are kept"
         if "PermissionError" in kinds:
             return PipelineError(
                 f"{self.root}: access denied ({said}). {again}; use other credentials, then run the same command again."
@@ -364,7 +373,7 @@ class ObjectStore(Store):
             said = "it does not answer"
         elif "HTTPClientError" in kinds:
             said = f"it cannot be reached: {said}"
-        return PipelineError(
+        return (TemporaryError if is_temporary(error) else PipelineError)(
             f"{self.root}: the store failed ({said}). {again}; when it answers, run the same command again."
         )
 

@@ -200,7 +200,7 @@ def _local(path_or_repo: str | Path) -> Path | None:
     """The output folder, None for a Hub id."""
     if is_address(path_or_repo):
         raise ConfigError(
-            f"{path_or_repo}: training_dataset reads its files again in every epoch, so it wants them on a disk: copy "
+            f"{path_or_repo}: training_dataset reads its files again in every epoch, so they must be on a disk: copy "
             "them into a folder first, for instance with `aws s3 sync`, or let pipeline.load stream them."
         )
     return local_folder(path_or_repo)

@@ -29,7 +29,7 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Above this clean error of the arm "clean only" nothing is said of the others.
 MOST_CLEAN_ERROR = 0.45
 TOO_FEW_STEPS = "Too few steps to compare; raise --epochs."
-RULE = "A difference counts where its 95% interval over the seeds leaves out 0."
+RULE = "A difference counts if its 95% interval over the seeds does not contain 0."
 
 logger = logging.getLogger(__name__)
 

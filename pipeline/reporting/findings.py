@@ -29,7 +29,7 @@ class Focus:
 
     `images` is what those of the split are called; `shown` are the variants with pictures, clean first; `subsets` the
     exact counts of the split by variant; `model` is the one that the sample is about, the first of `models`; `attacks`
-    are all of the run; `name` gives that of a recorded class.
+    are all of the run; `name` gives that of a recorded class; `titles` what people call each model.
     """
 
     sample: Sample
@@ -40,6 +40,7 @@ class Focus:
     models: tuple[str, ...]
     attacks: tuple[str, ...]
     name: Callable[[int], str]
+    titles: Mapping[str, str]
 
     @property
     def variant(self) -> Variant:
@@ -87,13 +88,15 @@ def focus_on(manifest: Manifest, sample: Sample) -> Focus:
         models=(model, *(name for name in manifest.spaces if name != model)),
         attacks=tuple(manifest.resolved.all_attacks),
         name=class_names(manifest, model),
+        titles=manifest.titles,
     )
 
 
 def headline(focus: Focus) -> str:
     """What the attack does to the answers, in a sentence or two."""
     sample, (_, _, share) = focus.sample, focus.sample.words
-    reads = f"The {share} of {focus.model} on {focus.images} is {percent(right_share(focus, 0))} clean"
+    on = f"{focus.titles[focus.model]} on {focus.images}"
+    reads = f"The {share} of {on} is {percent(right_share(focus, 0))} clean"
     with_it = f"with {focus.variant.attack}, " if len(focus.attacks) > 1 else ""
     if not sample.success[focus.index].any():
         return (
@@ -169,8 +172,15 @@ def by_split(manifest: Manifest) -> dict[str, list[list[Subset]]]:
 
 
 def matrices(manifest: Manifest) -> dict[str, list[list[Transfer]]]:
-    """The rows of the transfer matrix by split, the one most worth a look first; empty with one model or no labels."""
-    rows = by_epsilon(manifest.transfer) if len(manifest.spaces) > 1 else []
+    """The rows of the transfer matrix by split, the one most worth a look first; empty with one model or no labels.
+
+    Models have their titles there in place of their ids.
+    """
+    titles = manifest.titles
+    rows = [
+        [cell.model_copy(update={key: titles.get(getattr(cell, key)) for key in ("model", "looking")}) for cell in row]
+        for row in (by_epsilon(manifest.transfer) if len(manifest.spaces) > 1 else [])
+    ]
     splits = by_interest(list(dict.fromkeys(row[0].split for row in rows)))
     return {split: [row for row in rows if row[0].split == split] for split in splits}
 
@@ -192,14 +202,18 @@ def who_travels(rows: Sequence[Sequence[Transfer]], level: int) -> str:
     nearest = min((row[0].level for _, row in made), key=lambda other: (abs(other - level), other))
     share, best = max((each for each in made if each[1][0].level == nearest), key=lambda each: each[0])
     others = [cell.looking for cell in best if cell.looking != best[0].model]
-    who, they = "the others together lose", "they predict"
+    who, they = "the other models together get", "they get"
     if len(others) == 1:
-        who, they = f"{others[0]} loses", "it predicts"
+        who, they = f"{others[0]} gets", "it gets"
     floor = _lost_by_others(noise[nearest], best[0].model) if nearest in noise else None
-    against = "the run has no noise of that epsilon to compare with" if floor is None else f"on noise {percent(floor)}"
+    against = (
+        "the run has no noise of that epsilon to compare with"
+        if floor is None
+        else f"with noise it is {percent(floor)}"
+    )
     return (
-        f"At {nearest}/255 no images travel further than those of {best[0].maker}: {who} {percent(share)} "
-        f"of what {they} right when clean; {against}."
+        f"At {nearest}/255 no images transfer better than those of {best[0].maker}: {who} {percent(share)} wrong of "
+        f"those that {they} right when clean; {against}."
     )
 
 

@@ -122,7 +122,7 @@ def choose_rows(sample: Sample, shown: Sequence[Variant]) -> list[tuple[str, str
         text = f"Up to {variant_name(variants[-1])}, the largest epsilon. The network is then surest of these."
         groups.append(("Those that resist", text, _ranked(held, -sample.confidence[-1])))
     elif len(beaten) and latest > soonest:
-        text = f"None resists every epsilon; these give in at {variant_name(variants[latest])} only."
+        text = f"None resists every epsilon; these fail only at {variant_name(variants[latest])}."
         groups.append(("Those that resist", text, _ranked(beaten[first[beaten] == latest], doubt)))
     if not groups:
         text = "The attack succeeds on none of the images, and of none can it be said that it resists."

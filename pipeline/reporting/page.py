@@ -24,6 +24,7 @@ from markupsafe import Markup, escape
 from pydantic import BaseModel, ValidationError
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.variants import maker
 from pipeline.output.folder import OutputFolder, report_files, reported_assets
 from pipeline.output.manifest import Manifest, current_manifest, without_folders
 from pipeline.output.summary import human_bytes
@@ -148,6 +149,9 @@ def _make(folder: OutputFolder, manifest: Manifest) -> tuple[dict[str, Any], dic
     view: dict[str, Any] = {
         "manifest": manifest,
         "attack": ", ".join(dict.fromkeys(attack.title for attack in manifest.resolved.all_attacks.values())),
+        "title": manifest.resolved.output.title,
+        "titles": manifest.titles,
+        "maker": lambda variant: maker(variant.attack, manifest.titles.get(variant.model)),
         "source": source_name(manifest.config["source"]),
         "labelled": is_labelled(manifest),
         "counts": counts,
@@ -209,14 +213,16 @@ def _accuracy(focus: Focus) -> tuple[list[Curve], str]:
     subsets = [focus.subsets[variant] for variant in sample.variants]
     if sample.labelled:
         shares = [tuple(accuracy(subset, model) for subset in subsets) for model in focus.models]
-        curves = [model_curve(name, shares[index], index) for index, name in enumerate(focus.models)]
+        curves = [model_curve(focus.titles[name], shares[index], index) for index, name in enumerate(focus.models)]
         noise = noise_levels(focus)
         floor = [noise.get(subset.level) for subset in subsets[1:]]
         if any(floor):
             values = (accuracy(subset, focus.model) if subset else None for subset in floor)
-            curves.append(Curve(f"{focus.model} on noise", (shares[0][0], *values), SOFT, "d", dashed=True))
+            curves.append(
+                Curve(f"{focus.titles[focus.model]} on noise", (shares[0][0], *values), SOFT, "d", dashed=True)
+            )
     else:
-        curves = [model_curve(focus.model, tuple(sample.right.mean(1).tolist()), 0)]
+        curves = [model_curve(focus.titles[focus.model], tuple(sample.right.mean(1).tolist()), 0)]
     if sample.target is not None:
         reached = (ratio(subset.fooled, subset.rows) if subset.level else None for subset in subsets)
         curves.append(Curve("called the target", tuple(reached), WRONG, "X", dashed=True))

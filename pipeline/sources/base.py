@@ -6,6 +6,7 @@ has. Most have an `IndexedSource`'s shape: any row can be read by its number, an
 
 import hashlib
 import itertools
+import logging
 import os
 import re
 from abc import ABC, abstractmethod
@@ -29,6 +30,8 @@ from pipeline.core.plan import Plan, Shard
 DIGEST_SAMPLES = 64
 # Rows of a sample that are read at once, with the bytes of their images.
 SAMPLE_ROWS = 16
+
+logger = logging.getLogger(__name__)
 
 Labels = NDArray[np.int64]
 # What of a split an indexed source reads its rows from.
@@ -242,6 +245,11 @@ def chosen_splits(config: SourceConfig, own: Sequence[str]) -> Sequence[str]:
         raise ConfigError(f"source.split: name one or more of the source's splits: {', '.join(own)}.")
     check_splits(config.split or own, own)
     return config.split or own
+
+
+def tell_unsplit(name: str) -> None:
+    """Say what the images of a source without splits are called, where `source.split` does not."""
+    logger.info("%s has no splits: its images are called train. For another name set source.split, such as test.", name)
 
 
 def check_splits(asked: Sequence[str], own: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ def _check_types(
                 raise ConfigError(
                     f"source: column {name} holds {shortened(here)} in {file} and {shortened(expected)} in "
                     f"{'the card' if name in stated else first}; files and splits of a dataset must agree, so write "
-                    "one of them anew, or read them as two datasets."
+                    "one of them again, or read them as two datasets."
                 )
         kind = plain_type(other.field(fields.label).type) if fields.label else pa.int64()
         if not (is_text(kind) or pa.types.is_integer(kind)):

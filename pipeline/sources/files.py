@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError, PipelineError, explained, first_li
 from pipeline.core.fetchers import Fetchers
 from pipeline.core.images import is_of_the_machine
 from pipeline.core.origin import Origin
-from pipeline.sources.base import chosen_splits
+from pipeline.sources.base import chosen_splits, tell_unsplit
 from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import card_license
 
@@ -127,9 +127,10 @@ def find_files(config: HuggingFaceConfig) -> Listing:
         names = config.split or ("train",)
         if len(names) > 1:
             raise ConfigError("source.split: the files of a URL are one split; name one, which they are to be called.")
-        return Listing(
-            {names[0]: _listed(path)}, None, Origin(name=_url_folder(path).rstrip("/").rpartition("/")[2] or None)
-        )
+        files = _listed(path)
+        if config.split is None:
+            tell_unsplit(path)
+        return Listing({names[0]: files}, None, Origin(name=_url_folder(path).rstrip("/").rpartition("/")[2] or None))
     return _found_by_datasets(config, path)
 
 

@@ -26,14 +26,24 @@ class HuggingFaceConfig(SourceConfig):
     """A dataset of the Hub, or a folder or addresses of files that `datasets` reads."""
 
     kind: Literal["huggingface"]
+    """A dataset of the Hugging Face Hub, or files that `datasets` reads: Parquet, WebDataset tars, `save_to_disk`."""
     path: str
+    """A Hub id such as uoft-cs/cifar10 or a local folder; with `streaming` also the URL of files, with * for
+    several."""
     name: str | None = None
+    """The dataset's configuration on the Hub, for datasets that have several."""
     revision: str | None = None
+    """The commit, branch or tag of a Hub dataset. Left out: the newest."""
     streaming: Annotated[bool, Field(strict=True)] = False
+    """Whether to read the files as the run goes, in their own order, and download nothing ahead."""
     image_column: str | None = None
+    """The column of the images. Left out: the only column of images."""
     label_column: str | None = None
+    """The column of the labels. Left out: the only ClassLabel column."""
     classes: tuple[str, ...] | None = None
+    """The class names, in the order of the labels, for data that does not name them."""
     keep_columns: tuple[str, ...] = ()
+    """Further columns to copy into the dataset unchanged."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name, open_image
 from pipeline.core.left_out import Tally
 from pipeline.core.origin import Origin
-from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, digest_of, spread
+from pipeline.sources.base import DIGEST_SAMPLES, IndexedSource, checked, digest_of, spread, tell_unsplit
 from pipeline.sources.files import LITTER_REASON, as_text, is_litter, of_two_classes, unread
 
 
@@ -24,7 +24,9 @@ class ImageFolderConfig(SourceConfig):
     """A folder with a folder of images for each class."""
 
     kind: Literal["imagefolder"]
+    """A folder with a folder of images for each class."""
     path: str
+    """The folder of the class folders. Where it holds split folders, `path/train/cat/1.jpg`, name them in `split`."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
@@ -71,6 +73,8 @@ def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderS
         digest = _digest(paths, folders)
     except OSError as error:
         raise unread(error) from None
+    if config.split is None and root in folders.values():
+        tell_unsplit(as_text(str(root)))
     counts = {name: [len(own) for own in images.values()] for name, images in listed.items()}
     return checked(
         FolderSource(
@@ -119,7 +123,7 @@ def _common_classes(listed: Mapping[str, Mapping[str, Sequence[str]]], root: Pat
             )
     classes = [as_text(kind) for kind in first]
     if len(set(classes)) < len(classes):
-        raise ConfigError(f"source.path: {root} has two class folders whose names read alike; rename one of them.")
+        raise ConfigError(f"source.path: {root} has two class folders whose names look the same; rename one of them.")
     return classes
 
 
@@ -226,6 +230,15 @@ class _ClassFolders:
         self._leave_out("links to what is read already", path)
 
 
+def split_folders(root: Path) -> list[str]:
+    """The names of the split folders of a folder, sorted; none where its folders hold images, and so are classes."""
+    folders = _subfolders(root)
+    inside = [path for folder in folders for path in folder.iterdir() if not is_litter(path.name)]
+    if not any(map(Path.is_dir, inside)) or any(is_image_name(path.name) and path.is_file() for path in inside):
+        return []
+    return sorted(folder.name for folder in folders if _subfolders(folder))
+
+
 def _split_folders(root: Path, config: ImageFolderConfig) -> dict[str, Path]:
     """Where each split's class folders are: `root/<split>` if that holds folders, else `root` itself."""
     names = config.split or ("train",)
@@ -233,10 +246,6 @@ def _split_folders(root: Path, config: ImageFolderConfig) -> dict[str, Path]:
     missing = [folder for folder in folders.values() if not (folder.is_dir() and _subfolders(folder))]
     if not missing:
         return folders
-    inside = [path for folder in _subfolders(root) for path in folder.iterdir() if not is_litter(path.name)]
-    of_splits = any(map(Path.is_dir, inside)) and not any(
-        is_image_name(path.name) and path.is_file() for path in inside
-    )
-    if len(names) > 1 or of_splits:
+    if len(names) > 1 or split_folders(root):
         raise ConfigError(f"source.split: there is no folder {missing[0]} with class folders in it.")
     return {names[0]: root}

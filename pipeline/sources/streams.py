@@ -206,5 +206,5 @@ def planning(name: str) -> contextlib.AbstractContextManager[None]:
 
 def reading(file: SourceFile) -> contextlib.AbstractContextManager[None]:
     """Explains what goes wrong in a file during a run."""
-    kept = "what was committed is kept, and the same command goes on from there"
+    kept = "finished shards are kept; run the same command again to resume"
     return explained(f"source: {file.name} cannot be read", kept)

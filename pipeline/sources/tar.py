@@ -72,7 +72,7 @@ MEMBER = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]+)")
 # In a tar these would seem to be samples.
 TAR_LITTER = ("thumbs.db", "desktop.ini")
 # What explains samples that lack a part.
-SIDE_BY_SIDE = "(The files of a sample must lie side by side in a tar, as `tar --sort=name` puts them.)"
+SIDE_BY_SIDE = "(The files of a sample must be next to each other in a tar, as `tar --sort=name` puts them.)"
 
 
 def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool) -> "TarSource":

@@ -38,9 +38,13 @@ class TorchvisionConfig(SourceConfig):
     """A dataset class of torchvision; `path` is its name."""
 
     kind: Literal["torchvision"]
+    """A classification dataset of torchvision."""
     path: str
+    """The name of the dataset's class, such as CIFAR10 or MNIST."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of that class, such as {root: data, download: true}."""
     classes: tuple[str, ...] | None = None
+    """The class names, in the order of the labels, for data that does not name them."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:

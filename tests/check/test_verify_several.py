@@ -116,7 +116,7 @@ def test_files_of_two_models_that_were_exchanged(out: Path) -> None:
         one[key], other[key] = other[key], one[key]
     write_sealed(path, receipt)
     agree(out)
-    assert f"fgsm-net-eps-8/{SHARD}.parquet says of itself" in found(out)
+    assert f"fgsm-net-eps-8/{SHARD}.parquet is marked as a file of another run" in found(out)
 
 
 def test_images_of_two_attacks_at_another_epsilon(out: Path) -> None:
@@ -269,7 +269,7 @@ def test_pgd_that_is_noise(write_config: WriteConfig, tmp_path: Path, monkeypatc
     out = run_with(write_config, tmp_path, monkeypatch, PGD, random, elsewhere=False)
     findings = verify(out, recompute=True)
     assert len(findings.damaged) == 3
-    assert all("the attack does not make again" in problem for problem in findings.problems)
+    assert all("the attack does not reproduce" in problem for problem in findings.problems)
 
 
 def test_fgsm_along_a_gradient_that_is_turned(

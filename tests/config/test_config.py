@@ -55,6 +55,10 @@ def value_at(config: Config, key: str) -> Any:
         ({"runtime": {"batchsize": 3}}, r"^runtime\.batchsize .* batch_size\?$"),
         ({"source": {**HUB, "image_colum": "x"}}, r"^source\.image_colum .* image_column\?$"),
         ({"attack": {"epsilon": [0.1]}}, r"^attack\.epsilon .* epsilons\?$"),
+        ({"model": {"kind": "factory", "nam": "x:y"}}, r"^model\.nam .* name\?$"),
+        ({"runtime": {"ray": {"worker": 3}}}, r"^runtime\.ray\.worker .* workers\?$"),
+        ({"attack": {"steps": 3}}, r"^attack\.steps .* fgsm; .* bim or pgd or mifgsm"),
+        ({"attack": {"kind": "pdg", "steps": 3}}, r"^attack\.kind: .*'pdg'"),
         ({"preprocess": {"zzz": 1}}, r"^preprocess\.zzz .*: resize, crop, .*mode\.$"),
         ({"modle": {"kind": "digits"}}, r"^modle .* model\?$"),
         ({"qqq": {}}, r"^qqq .*: source, .*runtime\.$"),
@@ -140,6 +144,22 @@ def value_at(config: Config, key: str) -> Any:
 def test_refusal_names_the_key_and_the_mend(sections: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         parse_config(small(**sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        # Not that epsilons is missing.
+        ({"attack": {"epsilon": ["8/255"]}}, r"^attack\.epsilon .* epsilons\?$"),
+        ({"attack": {"eps": ["8/255"]}}, r"^attack\.eps .* epsilons\?$"),
+        # Keys without their section.
+        ({"epsilons": ["8/255"]}, r"^epsilons .* attack\.epsilons\?$"),
+        ({"batchsize": 3}, r"^batchsize .* runtime\.batch_size\?$"),
+    ],
+)
+def test_a_key_in_place_of_another_names_what_was_meant(sections: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        parse_config({**small(), **sections})
 
 
 @pytest.mark.parametrize(
@@ -352,6 +372,11 @@ def test_output_and_limit_arguments_win(tmp_path: Path) -> None:
         ({"model": {"kind": "factory", "name": "package.module:make"}}, "model.name", "package.module:make"),
         ({"model": {"kind": "transformers", "name": "photos"}}, "model.name", "{folder}/photos"),
         ({"model": {"kind": "transformers", "name": "google/vit"}}, "model.name", "google/vit"),
+        (
+            {"model": {"kind": "transformers", "name": "google/vit", "weights": "photos"}},
+            "model.weights",
+            "{folder}/photos",
+        ),
         ({"output": {"path": "photos"}}, "output.path", "photos"),
     ],
 )

@@ -108,6 +108,7 @@ PGD = {**FGSM, "kind": "pgd"}
         ({"model": None, "models": {"9a": DIGITS}}, "models: .*'9a'"),
         ({"model": None, "models": {"a": DIGITS, "A": DIGITS}}, "models: .* a and A "),
         ({"model": None, "models": {True: DIGITS}}, "models: .* True "),
+        ({"model": None, "models": {"a": DIGITS, "b": {**DIGITS, "title": "a"}}}, "models: .*'a'"),
         ({"attack": None, "attacks": {1: FGSM}}, "attacks: .* 1 "),
         (
             {"attack": None, "attacks": {"m": {**FGSM, "kind": "noise"}, "n": {**FGSM, "kind": "noise"}}},

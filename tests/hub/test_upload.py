@@ -16,9 +16,11 @@ import pytest
 from huggingface_hub import close_session, constants, get_session
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
+from pipeline.hub import upload
 from pipeline.hub.upload import _client_that_gives_up, list_files, redact
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
+from pipeline.output.summary import human_bytes
 from tests.conftest import CLASSES, WriteConfig, fgsm, generate, pixels, rows, shard_path, without_run
 from tests.support.hub import (
     LFS_SUFFIXES,
@@ -325,6 +327,21 @@ def test_shards_are_there_before_the_card_that_lists_them(out: Path, hub: Hub) -
 # ------------------------------------------------------------------------------------------------- dry run
 
 
+@pytest.mark.parametrize(("options", "warned"), [((), True), (("--private",), True), (("--public",), False)])
+def test_more_than_private_repositories_hold_is_said_before_the_files_are_read(
+    out: Path, options: tuple[str, ...], warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def size_named() -> bool:
+        said = fgsm("publish", out, ID, "--dry-run", *options).stderr
+        return f"{human_bytes(upload.PRIVATE_BYTES)} together" in said.partition("Verifying")[0]
+
+    size = sum(path.stat().st_size for path in out.glob("*/*.parquet"))
+    monkeypatch.setattr(upload, "PRIVATE_BYTES", size - 1)
+    assert size_named() is warned
+    monkeypatch.setattr(upload, "PRIVATE_BYTES", size)
+    assert not size_named()
+
+
 def test_a_dry_run_lists_every_file_and_touches_nothing(out: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))}
@@ -507,7 +524,7 @@ def test_a_connection_that_stays_lost(out: Path, hub: Hub) -> None:
 
 
 def assert_lost(out: Path) -> None:
-    sentence = refused(out, ID, code=1)
+    sentence = refused(out, ID, code=75)
     assert re.match(f"{ID}: .*connection", sentence)
 
 
@@ -535,14 +552,14 @@ def test_a_connection_that_is_silent_after_another_was_lost(monkeypatch: pytest.
 def test_signatures_of_addresses_are_not_shown(out: Path, hub: Hub) -> None:
     hub.fail("PUT", "/", 403, times=999)
     result = fgsm("publish", out, ID, "--debug")
-    assert result.exit_code == 1
+    assert result.exit_code == 75
     assert hub.asked("PUT")
     assert "signed" not in result.output
 
 
 def test_a_hub_that_stays_broken(out: Path, hub: Hub) -> None:
     hub.fail("POST", "/repos/create", 500, times=9, body="<html>out of order</html>")
-    sentence = refused(out, ID, code=1)
+    sentence = refused(out, ID, code=75)
     assert re.search(rf"\b500\b.* {ID};", sentence)
     assert len(hub.asked("POST", "/repos/create")) == 4
     hub.faults.clear()

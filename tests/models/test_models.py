@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.config.schema import PreprocessConfig
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, TemporaryError
 from pipeline.engine.decode import read_image
 from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
@@ -529,6 +529,17 @@ def test_transformers_weights_bring_their_preprocessing(
     if found and found.get("crop") == (224, 224):
         found["crop"] = 224
     assert found == expected
+
+
+def test_a_network_that_fails_is_no_missing_processor(vit: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise OSError("We couldn't connect") from ConnectionResetError()
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lost)
+    with pytest.raises(TemporaryError, match=r"^model: "):
+        load(kind="transformers", name="vit", weights=str(vit[1]))
 
 
 def test_transformers_weights_without_normalisation_or_processor(vit: tuple[Any, Path]) -> None:

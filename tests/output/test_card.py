@@ -297,7 +297,7 @@ def test_origins_are_named(write_config: WriteConfig, tmp_path: Path) -> None:
     assert front_of(text)["source_datasets"] == ["uoft-cs/cifar10"]
     assert front_of(text)["license"] == "other"
     assert f"(https://huggingface.co/datasets/uoft-cs/cifar10) at revision {'0' * 40}" in text
-    assert "as it states it, is Ask Ian &#124; first." in text
+    assert "states this licence: Ask Ian &#124; first." in text
 
 
 # ------------------------------------------------------------------------------------- several models and attacks
@@ -330,8 +330,8 @@ def test_a_card_of_several_models_and_attacks(write_config: WriteConfig, tmp_pat
         _, _, attack, model, *answers = (cell.strip() for cell in row)
         assert (attack, model) == (cells[0].attack, cells[0].model or "no model")
         assert answers == [f"{cell.accuracy:.1%} ({cell.share_lost or 0:.1%})" for cell in cells]
-    assert re.search(r"\*\*Model\*\* `turned`, which only looks: factory `sums.py:make`", text)
-    assert "made against `net` and `sums`. To another" in text
+    assert re.search(r"\*\*Model\*\* `turned`, which is not attacked: factory `sums.py:make`", text)
+    assert "made against `net` and `sums`. For another" in text
     assert "https://arxiv.org/abs/1705.07204" in text, "what images of several source models are for"
     assert "| `prediction_turned` | ClassLabel | as prediction, of model turned |" in text
     assert ("| `clean_correct_turned` | bool | as clean_correct, of model turned |" in text) == (layout != "images")
@@ -360,7 +360,7 @@ def test_one_epsilon_of_several_subsets_is_a_config(write_config: WriteConfig, t
 def test_noise_alone_has_no_paper_and_no_model(write_config: WriteConfig, tmp_path: Path) -> None:
     generate_once(write_config(attack={"kind": "noise"}))
     text = card_of(tmp_path / "out")
-    for claim in ("bibtex", "Citation", "Kurakin", "They were made against", "wrong direction", "true label"):
+    for claim in ("bibtex", "Citation", "Kurakin", "They were made against", "direction of the attack", "true label"):
         assert claim not in text, claim
     assert set(front_of(text)["tags"]) == {"adversarial", "adversarial-examples", "robustness"}
 
@@ -373,7 +373,7 @@ def test_noise_beside_it_does_not_cite_attacks_without_the_label(
     generate_once(write_several(write_config, tmp_path, attacks))
     text = card_of(tmp_path / "out")
     assert text.count("@inproceedings") == cited
-    assert ("wrong direction" in text) == (target is None)
+    assert ("direction of the attack" in text) == (target is None)
 
 
 # ------------------------------------------------------------------------------------------- names from elsewhere
@@ -453,7 +453,7 @@ def test_nasty_names_stay_inside(write_config: WriteConfig, tmp_path: Path) -> N
     assert seen.texts["h1"] == [f"{folder.name} under FGSM"]
     assert seen.texts["h2"] == [
         "Load it",
-        "What the model makes of it",
+        "What the model predicts",
         "Columns",
         "How it was made",
         "Intended use and limits",

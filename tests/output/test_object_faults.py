@@ -15,14 +15,14 @@ import pytest
 from fsspec.registry import _registry
 
 import pipeline
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import ConfigError, PipelineError, TemporaryError
 from pipeline.core.redaction import redact_answer
 from pipeline.output.folder import OutputFolder
 from pipeline.output.objects import ObjectStore
 from pipeline.output.store import Store, open_store
 from tests.conftest import WriteConfig, digests, fgsm, generate, without_run
 from tests.support.processes import wait_for
-from tests.support.s3 import S3, alter, failed, lock_of, shards, there
+from tests.support.s3 import S3, alter, failed, lock_of, shard_name, shards, there
 from tests.support.s3 import bucket as bucket
 from tests.support.s3 import out as out
 from tests.support.s3 import s3 as s3
@@ -149,7 +149,7 @@ def test_a_store_that_fails_for_good_is_one_sentence_and_loses_nothing(
     config = write_config(output={"path": out})
     s3.fail("PUT", "eps-8/test-00001", kind)
     began = time.monotonic()
-    sentence = failed("generate", config)
+    sentence = failed("generate", config, code=TemporaryError.exit_code)
     assert time.monotonic() - began < 30
     assert re.match(rf"{out}: .*\(.*{re.escape(said)}\)", sentence)
     objects = there(s3, out)
@@ -165,7 +165,15 @@ def test_a_store_that_fails_for_good_is_one_sentence_and_loses_nothing(
 def test_a_request_that_neither_ends_nor_fails_is_given_up(s3: S3, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.output.objects.PATIENCE_SECONDS", 0.5)
     s3.fail("GET", "manifest.json", "hang")
-    assert re.match(rf"{out}: .*\(.*answer\)", failed("inspect", out))
+    assert re.match(rf"{out}: .*\(.*answer\)", failed("inspect", out, code=TemporaryError.exit_code))
+
+
+def test_what_a_store_does_not_give_now_may_be_verified_later(s3: S3, out: str, write_config: WriteConfig) -> None:
+    generate(write_config(output={"path": out}))
+    s3.fail("GET", "eps-8/test-00001", 500)
+    failed("verify", out, code=TemporaryError.exit_code)
+    alter(s3, out, shard_name(s3, out, "clean/test-00000-of-00003.parquet"), b"damaged")
+    failed("verify", out, code=1)
 
 
 @pytest.mark.parametrize("kind", ["credentials", "bucket", "forbidden", "unreachable"])
@@ -179,13 +187,13 @@ def test_a_store_that_cannot_be_used_is_one_sentence(
         expected, code = rf"{out}: there are no credentials for it \(.+\); set those of the store's own client, ", 2
     elif kind == "bucket":
         out = "s3://no-such-bucket/x"
-        expected, code = r"output\.path: s3://no-such-bucket is not there, or these credentials may not see it; ", 2
+        expected, code = r"output\.path: s3://no-such-bucket does not exist, or these credentials may not see it; ", 2
     elif kind == "forbidden":
         s3.fail(".*", "", 403)
-        expected = rf"{out}: access denied \(.+\)\. What was committed is kept; use other credentials, "
+        expected = rf"{out}: access denied \(.+\)\. Finished shards are kept; use other credentials, "
     else:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@127.0.0.1:9")
-        expected = rf"{out}: the store failed \(it cannot be reached: .+\)\. What was committed"
+        expected = rf"{out}: the store failed \(it cannot be reached: .+\)\. Finished shards"
     sentence = failed("generate", write_config(output={"path": out}), "--debug", code=code)
     assert re.match(expected, sentence), sentence
 

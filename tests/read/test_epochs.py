@@ -6,7 +6,7 @@ import pickle
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
-@pytest.mark.parametrize("way", WAYS)
+def pairs(chosen: set[tuple[Any, Any]], *values: Iterable[Any]) -> list[Any]:
+    """All combinations; those that are not chosen are slow, as each starts processes several times."""
+    return [pytest.param(*each, marks=[] if each in chosen else pytest.mark.slow) for each in product(*values)]
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    pairs(
+        {("alone", DataLoader), ("workers", DataLoader), ("workers that stay", StatefulDataLoader)},
+        *(WAYS, (DataLoader, StatefulDataLoader)),
+    ),
+)
 @pytest.mark.usefixtures("processes")
 def test_each_iteration_is_of_the_next_epoch(
     data: TrainingDataset, known: dict[Rows, int], kind: Any, way: str
@@ -174,8 +184,13 @@ def test_a_copy_counts_for_itself(data: TrainingDataset, known: dict[Rows, int],
 # ------------------------------------------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("way", ["alone", "workers", "workers that stay"])
-@pytest.mark.parametrize("taken", [0, 3, None], ids=["beginning", "middle", "end"])
+@pytest.mark.parametrize(
+    ("way", "taken"),
+    pairs(
+        {("alone", 0), ("alone", 3), ("alone", None), ("workers", 3), ("workers that stay", None)},
+        *(("alone", "workers", "workers that stay"), (0, 3, None)),
+    ),
+)
 def test_after_a_resumed_epoch_comes_the_next(
     finished: Path, known: dict[Rows, int], way: str, taken: int | None
 ) -> None:

@@ -188,7 +188,7 @@ def test_a_page_without_rows_fits(write_config: WriteConfig, tmp_path: Path, loo
     make(tmp_path / "out")
     page = look(tmp_path / "out/report.html", 390)
     assert page.evaluate(FITS)
-    assert page.is_visible("text=There is nothing to see yet")
+    assert page.is_visible("text=There is nothing to show yet")
     assert list((tmp_path / "out").glob("assets/*")) == []
 
 
@@ -244,7 +244,7 @@ def test_real_images_a_trained_model_and_what_transfers_of_it(
 ) -> None:
     trained = {
         "kind": "factory",
-        "name": f"{REPOSITORY}/scripts/resnet20.py:resnet20",
+        "name": "pipeline.models.resnet20:resnet20",
         "weights": str(RESNET20),
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],

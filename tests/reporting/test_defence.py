@@ -248,7 +248,7 @@ def test_a_run_of_several_models_tells_the_four_claims_in_order(out: Path) -> No
     assert headings(page.text) == [*claims, *LOOK_UP]
     for said in (protects(defence), exposes(defence)):
         assert said in page.words
-    assert "FGSM of models that no training saw (b, e)" in page.words
+    assert "FGSM made against held-out models (b, e)" in page.words
     assert "over 2 seeds, 6 epochs, on 2 cores of a test. This is a small experiment." in page.words
     head, *rows = page.tables["Errors after each training"]
     tested = columns(defence)
@@ -282,7 +282,7 @@ def test_what_was_not_measured_says_how_to(out: Path) -> None:
 def test_what_is_not_finished_says_so(out: Path) -> None:
     keep(out, black={**EVERY, "fly": []})
     page = make(out)
-    assert "Not finished: 8 trainings are done, and no seed has all 5 arms yet." in page.words
+    assert "Not finished: 8 trainings are done, but no seed has been trained in all 5 ways yet." in page.words
     assert "Errors after each training" not in page.tables
     assert not (out / "assets/defence.png").exists()
 

@@ -483,7 +483,7 @@ def test_a_split_or_a_dataset_of_skipped_rows_only(write_config: WriteConfig, tm
     for path in (tmp_path / "out").rglob("train-*.parquet"):
         path.unlink()
     page = make(tmp_path / "out")
-    assert "There is nothing to see yet" in page.words
+    assert "There is nothing to show yet" in page.words
     assert "8 of 28 source rows could not be read." in page.words
     assert list((tmp_path / "out").glob("assets/*")) == []
 

@@ -84,7 +84,7 @@ def test_a_sample_in_the_source_s_order_may_not_be_fair(
     own = self_labelled(tmp_path, "abc")
     generate(write_config(**{**own, "source": {**own["source"], "shuffle": False}}))
     page = make(tmp_path / "out")
-    assert "which are cut from the source in its own order, so it may not be a fair one." in page.words
+    assert "which are cut from the source in its own order, so the sample may not be representative." in page.words
 
 
 def test_a_picture_that_cannot_be_decoded_is_one_sentence(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_where_none_resists_those_are_shown_that_hold_out_longest() -> None:
     groups = choose_rows(sample_of(success, [[0.9] * 8] * 3), fgsm_at(0, 2, 8, model="digits"))
     title, text, chosen = groups[-1]
     assert (title, chosen) == ("Those that resist", [7])
-    assert text == "None resists every epsilon; these give in at 8/255 only."
+    assert text == "None resists every epsilon; these fail only at 8/255."
     together = choose_rows(sample_of([[0] * 8, [1] * 8], [[0.9] * 8] * 2), fgsm_at(0, 2, model="digits"))
     assert [title for title, _, _ in together] == ["Fooled by the smallest step", "The most confident when fooled"]
 

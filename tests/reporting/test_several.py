@@ -1,19 +1,34 @@
 """The report of a run of several models and attacks."""
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
+from pipeline.output.card import render_card
+from pipeline.output.manifest import contradictions
 from pipeline.output.transfer import Transfer
 from pipeline.reporting.findings import focus_on, who_travels
 from pipeline.reporting.gallery import make_groups
 from pipeline.reporting.page import report
 from pipeline.reporting.sample import read_sample
-from tests.conftest import WriteConfig, generate, generate_once, pixels, png_bytes, random_pixels, rows, write_parquet
+from tests.conftest import (
+    WriteConfig,
+    generate,
+    generate_once,
+    manifest,
+    pixels,
+    png_bytes,
+    random_pixels,
+    rows,
+    write_parquet,
+    write_sealed,
+)
 from tests.support.page import Page, make, opened, opened_png
 from tests.support.several import ATTACKS, write_several
 
@@ -162,6 +177,25 @@ def test_without_labels_there_is_no_matrix(write_config: WriteConfig, tmp_path: 
     assert "transfer.png" not in (tmp_path / "out/README.md").read_text()
 
 
+def test_titles_stand_in_place_of_ids_and_change_no_run(out: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(out, tmp_path / "titled")
+    content = manifest(folder)
+    content["config"]["output"]["title"], title = "Photos & <noise>", "A *net* <b>"
+    content["config"]["models"]["net"]["title"] = title
+    write_sealed(folder / "manifest.json", content)
+    page, (_, titled) = make(folder), opened(folder)
+    assert contradictions(titled) == []  # with the identity, of which the run id is made
+    head, *table = page.tables["8/255, test images"]
+    assert [said.startswith(name) for said, name in zip(head[1:], (title, *MODELS[1:]), strict=True)] == [True] * 3
+    assert [row[0] for row in table] == [f"fgsm on {title}", "fgsm on sums", f"pgd on {title}", "noise"]
+    assert "<h1><bdi>Photos &amp; &lt;noise&gt;</bdi></h1>" in page.text
+    assert not re.search(r"\bon net\b|\bof net\b", page.words)
+    card = MarkdownIt().enable("table").render(render_card(titled))
+    assert "<h1>Photos &amp; &lt;noise&gt;</h1>" in card
+    assert card.count("<td>A *net* &lt;b&gt;</td>") == card.count("<td>sums</td>") + 2  # of pgd
+    assert "<code>net</code> (A *net* &lt;b&gt;)" in card
+
+
 def row_of(attack: str, model: str | None, level: int, **lost: int) -> list[Transfer]:
     """What models lose of 50 images that each predicts right when clean."""
     counts = {"split": "test", "images": 100, "clean_correct": 50}
@@ -182,14 +216,14 @@ def test_the_sentence_is_of_other_models_at_an_epsilon_that_has_noise() -> None:
     ]
     said = who_travels(matrix, 2)
     assert said.startswith(
-        "At 8/255 no images travel further than those of pgd on b: the others together lose 31.0% of"
+        "At 8/255 no images transfer better than those of pgd on b: the other models together get 31.0% wrong of"
     )
-    assert said.endswith("on noise 3.0%.")
-    assert who_travels(matrix, 64).startswith("At 16/255 no images travel further than those of fgsm on a")
+    assert said.endswith("with noise it is 3.0%.")
+    assert who_travels(matrix, 64).startswith("At 16/255 no images transfer better than those of fgsm on a")
     without = who_travels(matrix[:3], 4)
-    assert "lose 80.0% of" in without
+    assert "get 80.0% wrong of" in without
     assert without.endswith("the run has no noise of that epsilon to compare with.")
-    assert "b loses 40.0% of" in who_travels([row_of("fgsm", "a", 8, a=50, b=20)], 8)
+    assert "b gets 40.0% wrong of" in who_travels([row_of("fgsm", "a", 8, a=50, b=20)], 8)
 
 
 def test_where_nobody_else_looks_the_sentence_is_left_out() -> None:

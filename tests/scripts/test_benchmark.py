@@ -10,13 +10,13 @@ import pytest
 import torch
 import typer
 
+from pipeline.models.resnet20 import resnet20
 from tests.conftest import REPOSITORY
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.
 sys.path.append(str(REPOSITORY / "scripts"))
 
 import benchmark
-import resnet20
 import workloads
 from benchmark import Case, Measurement
 
@@ -196,7 +196,7 @@ def test_the_source_repeats_its_images(tmp_path: Path) -> None:
 
 
 def test_resnet20_is_the_paper_s() -> None:
-    model = resnet20.resnet20()
+    model = resnet20()
     assert sum(parameter.numel() for parameter in model.parameters()) == 269_722
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert {"conv1.weight", "layer3.2.bn2.running_var", "linear.bias"} <= set(model.state_dict())

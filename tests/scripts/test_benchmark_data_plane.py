@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -53,7 +54,7 @@ def test_a_row_holds_medians_and_an_estimate() -> None:
 
     rounds = {1: [measured(9, 50)], 2: [measured(1, 80), measured(3, 90), measured(2, 100)]}
     alone = {"load": 1.0, "encode": 2.0, "write": 0.5}
-    row = benchmark_data_plane.summarise(Case(224, "images", 4), rounds, alone)
+    row = benchmark_data_plane.summarise(Case(224, "images", 4), rounds, alone, 0.25)
     assert row["ms"] == dict.fromkeys(STAGES, 2)
     assert (row["sum_ms"], row["least_ms"], row["most_ms"]) == (12, 6, 18)
     assert row["images_per_s"] == {1: 50, 2: 90}
@@ -62,6 +63,7 @@ def test_a_row_holds_medians_and_an_estimate() -> None:
     header, line = benchmark_data_plane.describe([row]).splitlines()
     assert len(header) == len(line)
     assert line.split()[4:12] == [*["2.00"] * 6, "12.00", "6.00..18.00"]
+    assert line.split()[12:17] == ["3.50", "1.00", "2.00", "0.50", "0.25"]
 
 
 @pytest.mark.parametrize("layout", ["images", "bits"])
@@ -88,7 +90,8 @@ def test_the_floor_makes_what_a_run_makes(layout: str, tmp_path: Path) -> None:
 def test_a_small_run_has_nothing_that_is_not_accounted_for(tmp_path: Path) -> None:
     options = ["--side", "32", "--layout", "bits", "--epsilons", "1", "--rounds", "1", "--no-one-core"]
     sizes = ["--few", "8", "--more", "2048", "--batch-size", "32", "--json", str(tmp_path / "report.json")]
-    command = [sys.executable, str(benchmark_data_plane.__file__), *options, *sizes]
+    sampled = ["--lock"] if shutil.which("py-spy") else []
+    command = [sys.executable, str(benchmark_data_plane.__file__), *options, *sizes, *sampled]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
@@ -96,5 +99,8 @@ def test_a_small_run_has_nothing_that_is_not_accounted_for(tmp_path: Path) -> No
     assert all(row["ms"][stage] > 0 for stage in ("load", "attack", "encode", "write"))
     assert row["ms"]["rest"] < 0.05 * row["sum_ms"]
     assert row["peak_memory"] > 10**8
+    assert (row["lock_ms"] is not None) == bool(sampled)
+    if sampled:
+        assert 0 < row["lock_ms"] < row["sum_ms"]
     assert report["machine"]["cores"] >= 1
     assert "torch" in report["machine"]["versions"]

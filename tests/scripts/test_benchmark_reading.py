@@ -94,7 +94,7 @@ def test_all_readers_give_all_rows(write_config: WriteConfig, tmp_path: Path) ->
 
 @pytest.mark.parametrize("layout", [None, "signs"])
 def test_what_cannot_be_read_is_one_sentence(write_config: WriteConfig, tmp_path: Path, layout: str | None) -> None:
-    sentence = f"{tmp_path / 'out'} holds no dataset of ours: there is no manifest.json."
+    sentence = f"{tmp_path / 'out'} holds no dataset of fgsm-pipeline: there is no manifest.json."
     if layout:
         generate(write_config(output={"layout": layout}))
         sentence = f"{tmp_path / 'out'} is not of layout images; name that one first."

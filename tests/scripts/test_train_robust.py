@@ -565,7 +565,7 @@ def test_a_folder_that_is_no_output_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "old.md").write_text("kept")
     result = run(tmp_path, "--json", tmp_path / "new.json", "--markdown", tmp_path / "old.md")
     assert result.exit_code == 2
-    assert result.stderr == f"Error: {tmp_path} holds no dataset of ours: there is no manifest.json.\n"
+    assert result.stderr == f"Error: {tmp_path} holds no dataset of fgsm-pipeline: there is no manifest.json.\n"
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.md", "kept")]
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -53,6 +54,19 @@ def test_imagefolder_with_a_folder_for_each_split(tmp_path: Path) -> None:
     assert [first_values(source, split) for split in source.splits] == [[40, 50], [10, 20, 30]]
     assert labels(folders(root)) == {"train": [0, 1, 1]}
     assert first_values(folders(root, split="test"), next(iter(folders(root, split="test").splits))) == [40, 50]
+
+
+@pytest.mark.parametrize(
+    ("images", "split", "said"),
+    [({"cat": [1]}, None, 1), ({"cat": [1]}, "test", 0), ({"train/cat": [1]}, None, 0), ({"test/cat": [1]}, "test", 0)],
+)
+def test_what_the_images_of_an_unsplit_folder_are_called_is_said_unless_the_config_says_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, images: dict[str, Sequence[int]], split: Any, said: int
+) -> None:
+    with caplog.at_level(logging.INFO, "pipeline"):
+        source = folders(write_folders(tmp_path / "pets", images), split=split)
+    assert [*source.splits] == [split or "train"]
+    assert sum("source.split" in record.getMessage() for record in caplog.records) == said
 
 
 @pytest.mark.parametrize(

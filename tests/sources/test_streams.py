@@ -29,7 +29,7 @@ import pipeline.sources.tar
 from pipeline.check.verify import verify
 from pipeline.config.load import load_config
 from pipeline.core.batches import Batch
-from pipeline.core.errors import ConfigError, PipelineError, causes
+from pipeline.core.errors import ConfigError, PipelineError, TemporaryError, causes
 from pipeline.core.plan import stream_plan
 from pipeline.engine.loader import Reader, load_batches
 from pipeline.engine.progress import Progress
@@ -523,7 +523,7 @@ def timed_out(error: BaseException) -> bool:
 )
 def test_planning_ends_where_a_server_says_nothing(silent: str, name: str, named: str) -> None:
     config = HuggingFaceConfig(kind="huggingface", path=f"{silent}/{name}", streaming=True)
-    with pytest.raises(ConfigError, match=named) as error:
+    with pytest.raises(TemporaryError, match=named) as error:
         open_source(config, need_labels=True)
     assert timed_out(error.value)
 
@@ -533,7 +533,7 @@ def test_planning_ends_where_the_hub_says_nothing(silent: str, monkeypatch: pyte
     set_verbosity(logging.ERROR)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", silent)
-    with pytest.raises(ConfigError, match=r"^source\.path: user/images ") as error:
+    with pytest.raises(TemporaryError, match=r"^source\.path: user/images ") as error:
         open_source(HuggingFaceConfig(kind="huggingface", path="user/images", streaming=True), need_labels=True)
     assert timed_out(error.value)
 
@@ -548,7 +548,7 @@ def test_planning_does_not_wait_for_a_client_that_does(
         "pipeline.sources.parquet._footer" if part == "_footer" else "fsspec.implementations.local.LocalFileSystem.glob"
     )
     monkeypatch.setattr(place, lambda *_, **__: over.wait())
-    with pytest.raises(ConfigError, match=r"^source") as error:
+    with pytest.raises(TemporaryError, match=r"^source") as error:
         open_source(
             HuggingFaceConfig(kind="huggingface", path=f"file://{parquet}/data/*.parquet", streaming=True),
             need_labels=True,
@@ -569,7 +569,7 @@ def test_reading_ends_where_a_server_says_nothing(
             patient.undo()
         server.broken, server.hangs = {name: 0 for name, _ in source.files(16)["train"]}, True
         monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.5)
-        with pytest.raises(PipelineError, match=r"^source: \S+\.(parquet|tar) ") as error:
+        with pytest.raises(TemporaryError, match=r"^source: \S+\.(parquet|tar) ") as error:
             batches_of(source, 6, 2)
         assert timed_out(error.value)
 
@@ -580,7 +580,7 @@ def test_reading_does_not_wait_for_a_client_that_does(parquet: Path, monkeypatch
     monkeypatch.setattr("pipeline.sources.files.SILENT_SECONDS", 0.2)
     monkeypatch.setattr("pipeline.sources.parquet.SLOW_BYTES", 10**12)
     monkeypatch.setattr("pipeline.sources.parquet._row_group", lambda *_: over.wait())
-    with pytest.raises(PipelineError, match=r"^source: \S*test-00000-of-00003\.parquet ") as error:
+    with pytest.raises(TemporaryError, match=r"^source: \S*test-00000-of-00003\.parquet ") as error:
         batches_of(source, 6, 2)
     over.set()
     assert timed_out(error.value)

@@ -1,6 +1,6 @@
 """The CIFAR ResNet-20, as a factory for the config.
 
-    model: {kind: factory, name: scripts/resnet20.py:resnet20, weights: resnet20.safetensors}
+    model: {kind: factory, name: pipeline.models.resnet20:resnet20, weights: resnet20.safetensors}
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2015), section 4.2 and table 6: n = 3,
 0.27 million parameters, shortcuts of option A, which have none.

@@ -1,7 +1,8 @@
 """Small models for 32 px, of other architectures than the CIFAR ResNet-20.
 
-models: {cnn: {kind: factory, name: scripts/small_models.py:cnn}, mlp: {kind: factory, name:
-scripts/small_models.py:mlp}}
+    models:
+      cnn: {kind: factory, name: pipeline.models.small_models:cnn}
+      mlp: {kind: factory, name: pipeline.models.small_models:mlp}
 
 `cnn`, `strided` and `residual` are the models of the config `cifar10-ensemble`.
 """
