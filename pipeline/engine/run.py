@@ -4,7 +4,6 @@
 the outcome, so that a resumed run decides nothing anew.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import json
@@ -13,7 +12,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +24,8 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
+from pipeline.config.check import check_paths, named, naming, with_key
 from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
-from pipeline.core.addresses import is_address
 from pipeline.core.errors import CodeError, ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
@@ -173,7 +172,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     Raises:
         ConfigError: anything the config names is missing or does not fit.
     """
-    _check_apart(config)
+    check_paths(config)
     asked_batch_size = config.runtime.batch_size
     if recorded is not None:
         config = _take_over(config, recorded)
@@ -255,7 +254,7 @@ def open_run_source(config: Config) -> Source:
         return open_source(config.source, need_labels=config.needs_labels, max_pixels=config.runtime.max_pixels)
     except ConfigError as error:
         # What needs labels has another key where there are several attacks.
-        raise ConfigError(_with_key(str(error), config, "attack", next(iter(config.all_attacks)))) from error
+        raise ConfigError(with_key(str(error), config, "attack", next(iter(config.all_attacks)))) from error
 
 
 def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> PreprocessConfig:
@@ -322,7 +321,7 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
             with naming(config, "model", name):
                 found = _look(model, attacks, pixels, own_labels, size)
             for sentence in found:
-                logger.warning("%s.", _named(sentence, config, "model", name))
+                logger.warning("%s.", named(sentence, config, "model", name))
             fit_batch_size(check, size, quiet=True)
         except CodeError as error:
             raise ConfigError(f"{error} (images of the source, before the run)") from error
@@ -343,37 +342,6 @@ def _look(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: 
 def _look_at_attacks(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: Tensor, size: int) -> None:
     for each in attacks:
         check_attack(each, model, images[:size], labels[:size])
-
-
-@contextlib.contextmanager
-def naming(config: Config, section: str, name: str) -> Iterator[None]:
-    """What cannot be used within is of one model, or of one attack, and the message says of which.
-
-    Args:
-        config: of the run.
-        section: `model` or `attack`, with which messages within begin.
-        name: its id.
-
-    Raises:
-        ConfigError: as raised within, with the key that the config has.
-    """
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(_named(str(error), config, section, name)) from error
-
-
-def _named(sentence: str, config: Config, section: str, name: str) -> str:
-    key = config.key(section, name)
-    if key == section:
-        return sentence
-    named = _with_key(sentence, config, section, name)
-    return named if named.startswith(key) else f"{key}: {named}"
-
-
-def _with_key(sentence: str, config: Config, section: str, name: str) -> str:
-    """A sentence that speaks of `model` or `attack`, with the key that the config has."""
-    return re.sub(rf"\b{section}(?=\.\w|: )", config.key(section, name), sentence)
 
 
 def load_run_model(name: str, config: Config, device: torch.device) -> Model:
@@ -428,17 +396,6 @@ def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, .
         split: tuple(StreamedFile(path=name, cuts=None if cuts is None else tuple(cuts)) for name, cuts in own)
         for split, own in files.items()
     }
-
-
-def _check_apart(config: Config) -> None:
-    """The output must not become part of the source, which the next run would then read."""
-    if is_address(config.output.path):
-        return
-    if config.source.folder is None:
-        return
-    source, output = config.source.folder.expanduser().resolve(), Path(config.output.path).expanduser().resolve()
-    if source.is_dir() and output.is_relative_to(source):
-        raise ConfigError(f"output.path: {output} lies in the source's own folder {source}; choose another place.")
 
 
 def _take_over(config: Config, recorded: Manifest) -> Config:

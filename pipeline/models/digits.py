@@ -1,6 +1,7 @@
 """The small nets that come with the package, for the embedded digits."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -23,6 +24,10 @@ class DigitsConfig(ModelConfig):
     @classmethod
     def _default_weights(cls, values: Any) -> Any:
         return {"weights": "digits", **values} if isinstance(values, dict) else values
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        return () if self.checkpoint is None else (self.checkpoint,)
 
     @property
     def call(self) -> tuple[str | None, Mapping[str, Any]]:

@@ -28,6 +28,19 @@ class TransformersConfig(NamedModelConfig):
         if isinstance(name := values.get("name"), str) and is_there(folder / name):
             values["name"] = anchored(name, folder)
 
+    def check_paths(self) -> None:
+        super().check_paths()
+        for key, name in (("name", self.name), ("weights", published_weights(self) or "")):
+            if name.startswith((".", "~", "/")) and not Path(name).is_dir():
+                raise ConfigError(f"model.{key}: there is no folder {name}.")
+
+    @property
+    def reads(self) -> tuple[Path, ...] | None:
+        folder = Path(published_weights(self) or self.name)
+        if not folder.is_dir() or self.kwargs:
+            return None
+        return (folder,) if self.checkpoint is None else (folder, self.checkpoint)
+
     @model_validator(mode="after")
     def _check_kwargs(self) -> "TransformersConfig":
         for key in REFUSED_KWARGS:

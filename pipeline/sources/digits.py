@@ -5,6 +5,7 @@ stratified split.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,10 @@ class DigitsConfig(SourceConfig):
     """Handwritten digits that come with scikit-learn."""
 
     kind: Literal["digits"]
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
