@@ -1,11 +1,10 @@
-"""Estimates before a run: whether the disk has room, and, for `fgsm plan`, what a run will take.
+"""Estimates before a run: how many bytes it needs, and, for `fgsm plan`, what it will take.
 
 `generate` encodes a few images, which takes no time. `plan` calibrates: some rows of the real run go the whole way,
 into a folder that is thrown away, and what that took is scaled up.
 """
 
 import contextlib
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import PipelineError
 from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
@@ -30,6 +28,7 @@ from pipeline.engine.decode import read_image
 from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
 from pipeline.engine.progress import Busy
 from pipeline.engine.run import Run, open_run
+from pipeline.output.disk import free_bytes, in_flight
 from pipeline.output.folder import OutputFolder
 from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS, column_options
 from pipeline.output.summary import human_bytes
@@ -77,44 +76,6 @@ def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
         with contextlib.suppress(UndecodableError):
             found.append(read_image(partial(run.source.open, row.cell), reader.preprocess, reader.max_pixels))
     return torch.stack(found) if found else torch.zeros((0, *reader.shape), dtype=torch.uint8)
-
-
-def free_bytes(path: Path) -> int:
-    """Free space on the disk that will hold a path, which need not be there yet."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
-    """Of some shards those that are on the local disk at once: all, or for an object store one at a time."""
-    return shards if folder.store.local else sorted(shards, key=lambda shard: shard.rows or 0)[-1:]
-
-
-def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
-    """Refuse to start a run that cannot end. Overwriting frees what is there.
-
-    Args:
-        needed: bytes that it will write.
-        folder: where they go.
-        overwrite: whether what is there goes first.
-
-    Raises:
-        PipelineError: the free space is less than the estimate.
-    """
-    local, disk = folder.store.local, folder.store.disk
-    free = free_bytes(disk.resolve())
-    if overwrite and local:
-        sizes = folder.store.sizes()
-        free += sum(sizes[name] for name in folder.owned(folder.editions()))
-    if needed > free:
-        what, mend = "", "choose another disk, fewer epsilons or a source.limit."
-        if not local:
-            what = " for a shard before its upload"
-            mend = "name a larger one with TMPDIR, or make output.images_per_shard smaller."
-        raise PipelineError(
-            f"output.path: about {human_bytes(needed)} are needed{what} and {disk} has {human_bytes(free)} free; {mend}"
-        )
 
 
 @dataclass(frozen=True)

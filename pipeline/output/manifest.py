@@ -487,8 +487,22 @@ def require_manifest(folder: OutputFolder) -> Manifest:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ConfigError(f"{folder.root} holds no dataset of ours: there is no manifest.json.")
+        raise _no_dataset(folder)
     return manifest
+
+
+def check_dataset(folder: OutputFolder) -> None:
+    """See that there is a dataset, before libraries are imported to read it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if folder.manifest not in folder.store.entries():
+        raise _no_dataset(folder)
+
+
+def _no_dataset(folder: OutputFolder) -> ConfigError:
+    return ConfigError(f"{folder.root} holds no dataset of ours: there is no manifest.json.")
 
 
 def current_manifest(folder: OutputFolder) -> Manifest:
