@@ -175,6 +175,8 @@ def _execute(
     done = {} if overwrite else committed(folder, opened.edition, shards)
     if recorded is not None and _is_current(folder, recorded, done):
         return recorded
+    for line in executor.call(job.describe):
+        logger.info("%s", line)
     if folder.store.local or not executor.remote:  # what waits for its upload lies on the workers' disks
         needed = executor.call(job.estimate_bytes, in_flight(folder, [s for s in shards if s.name not in done]))
         check_disk(needed, folder, overwrite=overwrite)

@@ -5,6 +5,7 @@ into a folder that is thrown away, and what that took is scaled up.
 """
 
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +28,14 @@ from pipeline.core.plan import Plan, Shard
 from pipeline.engine.decode import read_image
 from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
 from pipeline.engine.progress import Busy
+from pipeline.engine.resolved import count, describe_run, planned
 from pipeline.engine.run import Run, open_run
 from pipeline.output.disk import free_bytes, in_flight
 from pipeline.output.folder import OutputFolder
 from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS, column_options
 from pipeline.output.summary import human_bytes
+
+logger = logging.getLogger(__name__)
 
 # Images encoded to estimate the size of all.
 SAMPLES = 16
@@ -233,13 +237,16 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
     began = time.perf_counter()
     run = open_run(config)
     opening = time.perf_counter() - began
+    for line in describe_run(run):
+        logger.info("%s", line)
+    logger.info("Measuring on some batches.")
     plan, disk = estimate(run), folder.store.disk
     images, free = run.plan.total, free_bytes(disk.resolve())
     needed: float | None = None
     if plan.bytes is not None and images:
         needed = plan.bytes * sum(shard.rows or 0 for shard in in_flight(folder, run.plan.shards)) / images
     _, height, width = run.reader.shape
-    splits = ", ".join(f"{name} {_count(rows)}" for name, rows in _planned(run.plan).items())
+    splits = ", ".join(f"{name} {count(rows)}" for name, rows in planned(run.plan).items())
     memory = f"about {human_bytes(plan.seen.memory)} with all workers"
     if plan.seen.device_memory is not None:
         memory += f", {human_bytes(plan.seen.device_memory)} on the device"
@@ -251,9 +258,9 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
         size += f" in {disk}, where about {human_bytes(needed)} lie at once"
     seconds = None if plan.seconds is None else opening + plan.seconds
     rows = {
-        "source images": f"{_count(images)} ({splits}), {width}x{height} {run.config.preprocess.mode}",
+        "source images": f"{count(images)} ({splits}), {width}x{height} {run.config.preprocess.mode}",
         "variants": f"{len(run.variants)}: {', '.join(variant.subset for variant in run.variants)}",
-        "rows": _count(None if images is None else images * len(run.stored)),
+        "rows": count(None if images is None else images * len(run.stored)),
         "files": files,
         "bytes": size,
         "time": f"{_about(seconds, tqdm.format_interval)} on {run.device.type}, "
@@ -269,19 +276,6 @@ def describe_plan(config: Config) -> tuple[str, list[str]]:
     if needed is not None and needed > free:
         warnings.append(f"{disk} has {human_bytes(free)} free, and about {human_bytes(needed)} are needed.")
     return text, warnings
-
-
-def _planned(plan: Plan) -> dict[str, int | None]:
-    """The rows of each split; None where that is not known."""
-    splits: dict[str, int | None] = {}
-    for shard in plan.shards:
-        before = splits.get(shard.split, 0)
-        splits[shard.split] = None if before is None or shard.rows is None else before + shard.rows
-    return splits
-
-
-def _count(number: int | None) -> str:
-    return "unknown" if number is None else f"{number:,}"
 
 
 def _about(number: float | None, form: Callable[[float], str]) -> str:
@@ -301,7 +295,7 @@ def hub_warnings(plan: Plan, subsets: int, size: float | None) -> list[str]:
         subsets: how many are stored, each a folder.
         size: bytes of all files, None where that is not known.
     """
-    shards, splits = len(plan.shards), _planned(plan)
+    shards, splits = len(plan.shards), planned(plan)
     folder, repository = shards > HUB_FOLDER_FILES, shards * subsets > HUB_REPOSITORY_FILES - HUB_OTHER_FILES
     if not folder and not repository:
         return []

@@ -178,10 +178,14 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         config = _take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
     loaded = load_attacks(config)
+    logger.info("Opening the source %s.", getattr(config.source, "path", config.source.kind))
     source = open_run_source(config)
     for left_out in source.left_out:
         logger.warning("Left out of the source: %s.", left_out)
-    models = {name: load_run_model(name, config, device) for name in config.all_models}
+    models = {}
+    for name, section in config.all_models.items():
+        logger.info("Loading the model %s.", section.call[0] or section.kind)
+        models[name] = load_run_model(name, config, device)
     preprocess = _preprocess(config.preprocess, models)
     plan = plan_of(config, source.splits, _streamed(source, config))
     shape: Shape
@@ -201,6 +205,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
     if recorded is None:
+        _warn_unstated(config, models)
         _check_models(config, attacker, reader, plan)
         compiled, batch_size = _resolve_compile(attacker, device, shape, plan, config)
     plan = replace(plan, batch_size=batch_size)
@@ -299,6 +304,20 @@ def make_attacks(
 def make_attacker(config: Config, models: Mapping[str, Model], attacks: tuple[ModelAttack, ...]) -> Attacker:
     """All attacks of a run on chunks of rows."""
     return Attacker(models, attacks, LAYOUTS[config.output.kind].stored)
+
+
+def _warn_unstated(config: Config, models: Mapping[str, Model]) -> None:
+    """Warn of trained models of which nobody says how their input is normalised: it may well be wrong."""
+    for name, model in models.items():
+        section = config.all_models[name]
+        missing = [f"model.{key}" for key in ("mean", "std") if key not in model.stated]
+        if missing and (section.weights is not None or section.own_code is not None):
+            sentence = (
+                f"{' and '.join(missing)}: neither the config nor what was published with the weights says how its "
+                "input is normalised, so it is given images in [0, 1] as they are; set model.mean and model.std to "
+                "what it was trained with (to [0.0] and [1.0] if it wants them so)"
+            )
+            logger.warning("%s.", with_key(sentence, config, "model", name))
 
 
 def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> None:

@@ -44,4 +44,4 @@ def load(config: DigitsConfig) -> Loaded:
         load_checkpoint(module, net.weights)
     elif published_weights(config):
         raise ConfigError(f"model.weights: kind digits has no weights {config.weights}; leave the key out for its own.")
-    return Loaded(module, classes=CLASSES)
+    return Loaded(module, classes=CLASSES, mean=(0.0,), std=(1.0,))

@@ -43,6 +43,8 @@ def load_model(
     if config.checkpoint is not None:
         load_checkpoint(loaded.module, config.checkpoint)
     mean, std = config.mean or loaded.mean or (0.0,), config.std or loaded.std or (1.0,)
+    published = {key: "weights" for key in ("mean", "std") if getattr(loaded, key)}
+    stated = published | {key: "config" for key in ("mean", "std") if getattr(config, key)}
     with explained(f"model.weights: what {config.weights} was published with cannot be used", kind=ConfigError):
         check_normalisation(mean, std)
     return Model(
@@ -51,6 +53,7 @@ def load_model(
         std=std,
         classes=loaded.classes,
         digest=_digest(loaded),
+        stated=stated,
         preprocess=loaded.preprocess,
         bf16=bf16,
         key=key,

@@ -76,7 +76,7 @@ def load(config: TransformersConfig) -> Loaded:
         processor = transformers.AutoImageProcessor.from_pretrained(wanted, **NO_CODE).to_dict()
     except (OSError, ValueError):  # weights without a processor say nothing of their input
         processor = {}
-    mean, std = _processor_statistics(processor)
+    mean, std = _processor_statistics(processor) if processor else (None, None)
     return Loaded(
         module,
         classes=[names[index] for index in range(len(names))],
