@@ -28,6 +28,7 @@ from pipeline.output.disk import check_disk, in_flight
 from pipeline.output.folder import OutputFolder, Receipt, committed
 from pipeline.output.inputs import Inputs, inputs_of, is_unchanged, remember
 from pipeline.output.manifest import Manifest, ended, read_manifest, summarise
+from pipeline.output.settings import another_run, check_settings
 
 if TYPE_CHECKING:
     from pipeline.engine.job import Job, Written
@@ -78,6 +79,8 @@ def generate(
         manifest = _unchanged(folder, inputs)
     while manifest is None:
         recorded = None if overwrite else read_manifest(folder)
+        if recorded is not None:
+            check_settings(config, recorded, folder)
         with _executor(executor, config, recorded, part) as execution:
             say_loading("torch", "datasets")
             from pipeline.engine import job as jobs
@@ -391,8 +394,6 @@ def _check_complete(folder: OutputFolder, shards: Sequence[Shard], done: Mapping
 
 def _check_same(opened: Manifest, recorded: Manifest | None, folder: OutputFolder) -> None:
     """Refuse to mix two runs in one folder."""
-    from pipeline.engine.run import differences
-
     if recorded is None:
         others = folder.editions() - {opened.edition}
         if others:
@@ -402,10 +403,7 @@ def _check_same(opened: Manifest, recorded: Manifest | None, folder: OutputFolde
             )
         return
     if recorded.run_id != opened.run_id:
-        raise ConfigError(
-            f"output.path: {folder.root} holds another run ({recorded.run_id}), which differs in "
-            f"{differences(recorded.identity, opened.identity)}; choose another folder, or start over with --overwrite."
-        )
+        raise another_run(folder, recorded, opened.identity, recorded.identity)
     changed = [
         f"{name} {recorded.versions.get(name)} then, {here} now"
         for name, here in opened.versions.items()

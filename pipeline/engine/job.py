@@ -15,9 +15,10 @@ from pipeline.engine.estimate import estimate_bytes
 from pipeline.engine.execute import Tell, compile_as_begun, write_shards
 from pipeline.engine.progress import Busy
 from pipeline.engine.resolved import describe_run
-from pipeline.engine.run import Run, differences, open_run
+from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder, Receipt
 from pipeline.output.manifest import Manifest
+from pipeline.output.settings import differences
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ the outcome, so that a resumed run decides nothing anew.
 
 import functools
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -49,6 +48,7 @@ from pipeline.models.label_space import LabelSpace
 from pipeline.models.load import load_model
 from pipeline.output.folder import name_edition
 from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
+from pipeline.output.settings import take_over
 from pipeline.sources.base import Source
 from pipeline.sources.registry import open_source
 
@@ -175,7 +175,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     check_paths(config)
     asked_batch_size = config.runtime.batch_size
     if recorded is not None:
-        config = _take_over(config, recorded)
+        config = take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
     loaded = load_attacks(config)
     logger.info("Opening the source %s.", getattr(config.source, "path", config.source.kind))
@@ -417,17 +417,6 @@ def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, .
     }
 
 
-def _take_over(config: Config, recorded: Manifest) -> Config:
-    """Replace each `auto`, and a batch size that was halved, by what the run that is resumed decided."""
-    then, runtime, output = recorded.resolved, config.runtime, config.output
-    decided = {key: getattr(then.runtime, key) for key in ("device", "compile") if getattr(runtime, key) == "auto"}
-    if runtime.batch_size == recorded.asked_batch_size:
-        decided["batch_size"] = then.runtime.batch_size
-    if output.image_format == "auto":
-        output = output.model_copy(update={"image_format": then.output.image_format})
-    return config.model_copy(update={"runtime": runtime.model_copy(update=decided), "output": output})
-
-
 def _resolve_compile(
     attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, config: Config
 ) -> tuple[bool, int]:
@@ -532,17 +521,6 @@ def _identity(
         found |= {f"attacks.{name}.content": loaded.digest} if loaded.digest else {}
         found |= {} if loaded.attack.on_ray else {f"attacks.{name}.{ON_RAY}": False}
     return found
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """How two identities differ, for a person: `key (value there, value here)`."""
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return "; ".join(f"{key} ({_short(there.get(key))} there, {_short(here.get(key))} here)" for key in keys)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.core.redaction import printable
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest, Subset, current_manifest
-from pipeline.output.transfer import Transfer, by_epsilon
+from pipeline.output.transfer import Transfer, by_epsilon, few_right
 
 # Of a terminal.
 WIDTH = 80
@@ -134,6 +134,7 @@ def _notes(manifest: Manifest) -> list[str]:
     ]
     if len(manifest.spaces) > 1:
         notes.append(f"The model that was attacked looks at its images; {next(iter(manifest.spaces))} at all others.")
+        notes += few_right(manifest.transfer)
     if warning := manifest.zero_gradient_warning:
         notes.append(f"WARNING: {warning}")
     if any(subset.bytes is None for subset in manifest.subsets):
