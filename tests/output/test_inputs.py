@@ -25,13 +25,13 @@ def photos(tmp_path: Path) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png_bytes(random_pixels(1)[0]))
+    (tmp_path / "weights.pt").write_bytes(b"weights")
     (tmp_path / "root/dog").symlink_to(tmp_path / "elsewhere")
     return tmp_path / "root"
 
 
 def config_of(folder: Path, **sections: Any) -> Config:
     """Photos and a checkpoint of torchvision's, but for what is given."""
-    (folder / "weights.pt").touch()
     values = {
         "source": {"kind": "imagefolder", "path": str(folder / "root")},
         "model": {"kind": "torchvision", "name": "resnet18", "weights": str(folder / "weights.pt")},
@@ -77,6 +77,7 @@ def test_a_changed_file_is_noticed(photos: Path, change: Callable[[Path], None])
 
 def test_a_changed_config_machine_or_package_is_noticed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = [digest(config_of(photos.parent)), digest(config_of(photos.parent, runtime={"seed": 1}))]
+    assert digest(config_of(photos.parent)) == seen[0]
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     seen.append(digest(config_of(photos.parent)))
     monkeypatch.syspath_prepend(photos.parent / "site")
