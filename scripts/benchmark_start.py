@@ -24,6 +24,8 @@ from typing import Annotated, Any
 import typer
 from benchmark import machine, table
 
+from pipeline.core.errors import PipelineError
+
 CHECKOUT = Path(__file__).parent.parent
 # {out} is a complete dataset of digits, {new} a folder of its own each time.
 COMMANDS = {
@@ -59,7 +61,8 @@ def measure(arguments: list[str], checkout: Path) -> Run:
         cwd=checkout,
     ) as process:
         assert process.stdout is not None
-        process.stdout.read(1)
+        if not process.stdout.read(1):
+            raise PipelineError(f"fgsm {shlex.join(arguments)} says nothing.")
         first = time.perf_counter() - began
         process.stdout.read()
     end, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -81,7 +84,7 @@ def main(
             for name in only or COMMANDS:
                 for checkout, folder in checkouts.items():
                     paths = {"out": f"{scratch}/{checkout}", "new": f"{scratch}/{checkout}-{turn}"}
-                    if turn == 0 and not Path(paths["out"]).exists():
+                    if "{out}" in COMMANDS[name] and not Path(paths["out"]).exists():
                         # Twice: the second time it notes down what the dataset was made of.
                         for _ in range(2):
                             measure(["generate", "digits", "--output", paths["out"]], folder)
