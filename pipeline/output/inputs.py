@@ -4,7 +4,8 @@ What identifies a run is found by opening it: the weights as they are once loade
 source. That takes seconds. A complete run leaves in `.run/inputs` one digest of all that its identity follows from: the
 config, this package's files, the packages that are installed, the machine, and of every file that it reads the name,
 size and times. While that digest is the same, so is the identity, and nothing needs to be opened. Where files do not
-say everything (`Section.reads`), or one was changed a moment ago, there is no digest, and the run is opened.
+say everything (`Section.reads`), one was changed a moment ago, or there are too many, there is no digest, and the run
+is opened.
 
 The time of change, which the system sets and nobody else can, gives away a file that was written again under its old
 size and modification time. What does not show: a change while the machine's clock, or that of a file server, is set
@@ -29,6 +30,8 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest
 
 PACKAGE = Path(__file__).parent.parent
+# Looking takes no longer: a folder of a million images is opened in any case, and this is not to come on top of it.
+MOST_SECONDS = 1.0
 # Nanoseconds within which two changes of a file may have the same time: those of FAT are two seconds apart.
 SETTLED = 2 * 10**9
 # Beginnings of the names of environment variables by which libraries choose devices, kernels and caches.
@@ -48,19 +51,22 @@ class Inputs:
 
 
 def inputs_of(config: Config) -> Inputs | None:
-    """What a run of a config would be made of now; None where files do not say it, or one cannot be read."""
+    """What a run of a config would be made of now; None where files do not say it, cannot be read, or are too many."""
     roots = [PACKAGE]
     for section in (config.source, *config.all_models.values(), *config.all_attacks.values()):
         if section.reads is None:
             return None
         roots += section.reads
     total, newest, now = hashlib.sha256(), 0, time.time_ns()
+    end = time.monotonic() + MOST_SECONDS
     try:
         for text in (config.model_dump_json(), *_environment()):
             total.update(f"{text}\0".encode(errors="surrogateescape"))
         for text, changed in itertools.chain.from_iterable(map(_files, roots)):
             total.update(f"{text}\0".encode(errors="surrogateescape"))
             newest = max(newest, changed)
+            if time.monotonic() > end:
+                return None
     except OSError:  # whoever opens the run says what it is
         return None
     return Inputs(total.hexdigest(), newest < now - SETTLED)

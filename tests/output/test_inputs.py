@@ -113,6 +113,11 @@ def test_what_cannot_be_read_is_opened(photos: Path) -> None:
     assert inputs_of(config_of(photos.parent)) is None
 
 
+def test_too_many_files_to_look_at_are_opened(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "MOST_SECONDS", 0)
+    assert inputs_of(config_of(photos.parent)) is None
+
+
 def test_a_file_that_was_changed_a_moment_ago_settles_first(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = inputs_of(config_of(photos.parent))
     assert found is not None
