@@ -251,9 +251,11 @@ def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Lines of a log as `_say` prints them; only what libraries say may have several."""
+    """Lines of a log as `_say` prints them, a warning marked as one; only what libraries say may have several."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        if record.levelno >= logging.WARNING:
+            record.message = f"Warning: {record.message}"
         return presentable(super().formatMessage(record), "" if record.name.startswith("pipeline") else "\n\t")
 
 

@@ -1,5 +1,6 @@
 """Resolved: what is said before a run begins."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def test_a_normalisation_that_nobody_states_is_a_warning(write_config: WriteConf
     said = generate(config)
     assert f"\n{key}.std: neither the config" in said
     assert "neither the config" not in generate(config, "--overwrite", "--set", f"{key}.std=[1.0]")
+
+
+def test_a_warning_says_that_it_is_one(write_config: WriteConfig) -> None:
+    said = fgsm("generate", write_config(source={"limit": 2})).stderr
+    assert re.search(r"^[\d-]+ [\d:,]+ Warning: model\.mean and model\.std: ", said, re.MULTILINE)
+    assert not re.search("Warning: Opening", said)
 
 
 @pytest.mark.parametrize(("epsilon", "said"), [("8/255", []), ("0.0313725490", []), ("0.0315", ["0.0315", "8/255"])])
