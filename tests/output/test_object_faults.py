@@ -224,7 +224,8 @@ def test_only_the_shards_in_flight_need_room_on_the_disk(
 ) -> None:
     config = write_config(output={"images_per_shard": 10})
     # 40 images of 16 px are about 100 KB at three epsilons, 10 of them a fourth of it.
-    monkeypatch.setattr("pipeline.output.disk.free_bytes", lambda _: 60_000)
+    for module in ("output.disk", "engine.estimate"):
+        monkeypatch.setattr(f"pipeline.{module}.free_bytes", lambda _: 60_000)
     assert failed("generate", config).startswith("output.path: ")
     plan = fgsm("plan", config, "--output", out)
     assert "Warning" not in plan.output
