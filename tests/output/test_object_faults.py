@@ -228,7 +228,7 @@ def test_only_the_shards_in_flight_need_room_on_the_disk(
         monkeypatch.setattr(f"pipeline.{module}.free_bytes", lambda _: 60_000)
     assert failed("generate", config).startswith("output.path: ")
     plan = fgsm("plan", config, "--output", out)
-    assert "Warning" not in plan.output
+    assert "\nWarning" not in plan.output
     assert re.search(rf"\b60\.0 KB .*{tmp_path}/temporary, .* KB\b", plan.stdout)
     generate(config, "--output", out)
     monkeypatch.setattr("pipeline.output.disk.free_bytes", lambda _: 6_000)
