@@ -180,9 +180,7 @@ def _execute(
         return recorded
     for line in executor.call(job.describe):
         logger.info("%s", line)
-    if folder.store.local or not executor.remote:  # what waits for its upload lies on the workers' disks
-        needed = executor.call(job.estimate_bytes, in_flight(folder, [s for s in shards if s.name not in done]))
-        check_disk(needed, folder, overwrite=overwrite)
+    _check_room(executor, job, folder, [shard for shard in shards if shard.name not in done], overwrite)
     own = executor.share(shards)
     with folder.store.held(unlocked=unlocked, part=executor.part):
         with folder.store.alone():
@@ -212,6 +210,12 @@ def _execute(
         logger.info("Part %s is done; %d of %d shards are still missing.", name, left, len(shards))
         folder.store.tidy()
     return manifest
+
+
+def _check_room(executor: Executor, job: "Job", folder: OutputFolder, missing: list[Shard], overwrite: bool) -> None:
+    """See that the disk of this machine has room for the shards that are to be written."""
+    if folder.store.local or not executor.remote:  # what waits for its upload lies on the workers' disks
+        check_disk(executor.call(job.estimate_bytes, in_flight(folder, missing)), folder, overwrite=overwrite)
 
 
 def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -> Manifest | None:
