@@ -48,7 +48,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 def _say_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"fgsm-pipeline {__version__}")
+        _say(f"fgsm-pipeline {__version__}")
         raise typer.Exit
 
 

@@ -497,8 +497,11 @@ def check_dataset(folder: OutputFolder) -> None:
     Raises:
         ConfigError: there is none.
     """
-    if folder.manifest not in folder.store.entries():
-        raise _no_dataset(folder)
+    try:
+        with folder.store.open(folder.manifest):
+            pass
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_dataset(folder) from None
 
 
 def _no_dataset(folder: OutputFolder) -> ConfigError:
