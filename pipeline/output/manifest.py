@@ -1,5 +1,6 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -497,11 +498,13 @@ def check_dataset(folder: OutputFolder) -> None:
     Raises:
         ConfigError: there is none.
     """
-    try:
-        with folder.store.open(folder.manifest):
-            pass
-    except (FileNotFoundError, NotADirectoryError):
-        raise _no_dataset(folder) from None
+    # What else there is to say of a manifest says whoever reads it.
+    with contextlib.suppress(OSError):
+        try:
+            with folder.store.open(folder.manifest):
+                pass
+        except (FileNotFoundError, NotADirectoryError):
+            raise _no_dataset(folder) from None
 
 
 def _no_dataset(folder: OutputFolder) -> ConfigError:

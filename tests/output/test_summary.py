@@ -82,7 +82,7 @@ def test_the_matrix_of_many_models_fits_a_terminal(write_config: WriteConfig, tm
     assert len(answers) == 4 * 3
     # Beside it stands which models are seldom right.
     seldom = {cell["looking"] for cell in cells if cell["clean_correct"] < cell["images"] / 2}
-    assert {line.split()[0] for line in said.splitlines() if " is right in only " in line} == seldom
+    assert {line.split()[0] for line in said.splitlines() if " is right in only " in line} == seldom != set()
 
 
 def test_why_little_transfers_to_a_model_that_is_seldom_right() -> None:
