@@ -52,7 +52,15 @@ yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[assignment, misc]
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        *("pipeline.cli", "pipeline.generate", "pipeline.read.training", "datasets", "s3fs", __name__),
+        *(
+            "pipeline.cli",
+            "pipeline.generate",
+            "pipeline.engine.job",
+            "pipeline.read.training",
+            "datasets",
+            "s3fs",
+            __name__,
+        ),
         *("pipeline.sources.arrow", "pipeline.models.factory", "pipeline.attacks.fgsm"),
         *("pipeline.report.page", "pipeline.report.plots", "pipeline.report.gallery"),
     ]
