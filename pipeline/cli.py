@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,9 +31,10 @@ from pipeline.core.errors import (
     system_refusal,
 )
 from pipeline.core.loading import say_loading
+from pipeline.core.logs import StderrHandler
 from pipeline.core.redaction import presentable
 from pipeline.executors import EXECUTORS
-from pipeline.night import TIME_FORMAT, Night
+from pipeline.night import Night
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config as LoadedConfig
@@ -105,12 +106,12 @@ def generate(
         loaded = _load(config, overrides, output, limit)
         from pipeline.core.addresses import is_address
         from pipeline.executors.part import parse_part
-        from pipeline.generate import generate as run
+        from pipeline.flow import generate as run
         from pipeline.output.summary import Summary
 
         share = None if part is None else parse_part(part)
         manifest = run(loaded, overwrite=overwrite, executor=executor, part=share, unlocked=unlocked)
-        _say(Summary(manifest))
+        _say(Summary(manifest, loaded.output.path))
         if not manifest.complete:  # whoever writes the last part makes the report
             return
         _report_on(manifest, loaded.output.path, debug)
@@ -206,7 +207,7 @@ def report(output: Output, debug: Debug = False) -> None:
     with _boundary(debug):
         _check_dataset(output)
         say_loading("datasets", "matplotlib")
-        from pipeline.report.page import report as make
+        from pipeline.reporting.page import report as make
 
         _say(link("", make(output)))
 
@@ -220,7 +221,7 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
         return
     say_loading("matplotlib")
     try:
-        from pipeline.report.page import write_report
+        from pipeline.reporting.page import write_report
 
         _say(link("\nReport: ", write_report(folder, manifest)), err=True)
     except Exception as error:  # whatever it is, it is no failure of the run
@@ -367,15 +368,6 @@ def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
         typer.echo(presentable(str(text), keep), err=err)
 
 
-class _Formatter(logging.Formatter):
-    """Lines of a log as `_say` prints them, a warning marked as one; only what libraries say may have several."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        if record.levelno >= logging.WARNING:
-            record.message = f"Warning: {record.message}"
-        return presentable(super().formatMessage(record), "" if record.name.startswith("pipeline") else "\n\t")
-
-
 def _check_dataset(output: str) -> None:
     """As `check_dataset`, of a folder that a command names."""
     from pipeline.output.folder import OutputFolder
@@ -425,21 +417,9 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
         raise typer.Exit(known.exit_code) from None
 
 
-class _ToStderr(logging.StreamHandler[TextIO]):
-    """Lines of a log on what stderr is by then: while a bar is drawn, they appear above it."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stderr
-
-
 def _log_to_stderr() -> None:
-    handler = _ToStderr()
     # A log that is read in the morning wants times; a person at a terminal does not.
-    handler.setFormatter(_Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s", TIME_FORMAT))
+    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

@@ -20,13 +20,13 @@ from pipeline.attacks.base import direction_sign
 from pipeline.attacks.fgsm import FGSM
 from pipeline.attacks.noise import Noise
 from pipeline.config.schema import AttackConfig
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import ConfigError
 from pipeline.core.lattice import step
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from pipeline.output.manifest import Manifest
-from pipeline.read.training import TrainingDataset
-from pipeline.report.defence import Arm
+from pipeline.read.dataset import TrainingDataset
+from pipeline.reporting.defence import Arm
 
 CLEAN_ONLY = Arm(id="clean", title="clean only", kind="clean")
 
@@ -142,14 +142,13 @@ def _described(section: AttackConfig) -> str:
 class Reader:
     """What an arm shows.
 
-    datasets: one that mixes clean and stored images or, where both stored and other images are attacked, one of clean
-    and one of stored images, which are read side by side.
+    data: clean and stored images mixed or, where both stored and other images are attacked, pairs of them.
     """
 
     arm: Arm
     contents: Contents
     recipe: Recipe
-    datasets: tuple[TrainingDataset, ...]
+    data: TrainingDataset
 
     @classmethod
     def open(cls, arm: Arm, contents: Contents, recipe: Recipe, output: Path, seed: int) -> "Reader":
@@ -162,44 +161,38 @@ class Reader:
         name = arm.id.partition(":")[2]
         match arm.kind:
             case "one":
-                opened = [read(attacks=contents.attack, models=name, clean=recipe.clean)]
+                data = read(attacks=contents.attack, models=name, clean=recipe.clean)
             case "all":
-                opened = [read(attacks=name, clean=recipe.clean)]
+                data = read(attacks=name, clean=recipe.clean)
             case "both":
-                opened = [read(clean=1), read(attacks=contents.attack, clean=0)]
+                data = read(attacks=contents.attack, pairs=True)
             case "noise" if contents.noise is not None:
-                opened = [read(attacks=contents.noise, epsilons=contents.epsilons, clean=recipe.clean)]
+                data = read(attacks=contents.noise, epsilons=contents.epsilons, clean=recipe.clean)
             case _:
-                opened = [read(clean=1)]
-        return cls(arm, contents, recipe, tuple(opened))
+                data = read(clean=1)
+        return cls(arm, contents, recipe, data)
 
     @property
     def steps(self) -> int:
         """Batches of an epoch: workers share the rows as evenly as can be, and each drops its last short batch."""
         workers, size = max(1, self.recipe.workers), self.recipe.batch_size
-        each, more = divmod(len(self.datasets[0]), workers)
+        each, more = divmod(len(self.data), workers)
         return more * ((each + 1) // size) + (workers - more) * (each // size)
 
     def batches(self, epoch: int, draws: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """An epoch: images (N, C, H, W) uint8, labels (N,) int64, and which rows are to be attacked now, (N,) bool."""
-        loaders = []
-        for data in self.datasets:
-            data.set_epoch(epoch)
-            loaders.append(DataLoader(data, self.recipe.batch_size, num_workers=self.recipe.workers, drop_last=True))
-        for (images, labels), *others in zip(*loaders, strict=True):
+        self.data.set_epoch(epoch)
+        loader = DataLoader(self.data, self.recipe.batch_size, num_workers=self.recipe.workers, drop_last=True)
+        for images, labels in loader:
             lots = torch.rand(len(labels), generator=draws)
             now = torch.zeros(len(labels), dtype=torch.bool)
             if self.arm.kind == "fly" or (self.arm.kind == "noise" and self.contents.noise is None):
                 now = lots >= self.recipe.clean
-            for stored, theirs in others:
-                if not torch.equal(labels, theirs):
-                    raise PipelineError(
-                        "--arms: both reads clean and stored images side by side, and those of this size come in "
-                        "different orders; name the other arms."
-                    )
+            if self.arm.kind == "both":
+                clean, stored = images.unbind(1)
                 half = (1 + self.recipe.clean) / 2
                 now = (lots >= self.recipe.clean) & (lots < half)
-                images = torch.where((lots >= half).view(-1, 1, 1, 1), stored, images)
+                images = torch.where((lots >= half).view(-1, 1, 1, 1), stored, clean)
             yield images, labels, now
 
     def attacked(self, model: Model, images: Tensor, labels: Tensor, draws: torch.Generator) -> Tensor:

@@ -55,7 +55,7 @@ from pipeline.core.images import encode_images
 from pipeline.core.lanes import available_cores
 from pipeline.core.lattice import sign_to_picture, step
 from pipeline.core.sign_bits import picture_to_bits
-from pipeline.generate import generate
+from pipeline.flow import generate
 
 LAYOUTS = {
     "images": {"layout": "images"},

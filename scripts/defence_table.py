@@ -8,7 +8,7 @@ through the same held-out models.
 import statistics
 from collections.abc import Mapping, Sequence
 
-from pipeline.report.defence import (
+from pipeline.reporting.defence import (
     ITSELF,
     RULE,
     TOO_FEW_STEPS,

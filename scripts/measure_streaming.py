@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-import pipeline.generate
+import pipeline.flow
 from pipeline.config.load import parse_config
 from pipeline.engine.progress import Progress
-from pipeline.generate import generate
+from pipeline.flow import generate
 from pipeline.output.folder import OutputFolder, read_receipts
 
 FACTORY = """
@@ -91,7 +91,7 @@ if __name__ == "__main__":
                 "runtime": {"device": "cpu", "compile": False},
             }
         )
-        pipeline.generate.Progress = Watched  # type: ignore[attr-defined]
+        pipeline.flow.Progress = Watched  # type: ignore[attr-defined]
         started = time.monotonic()
         manifest = generate(config)
         print(f"{manifest.rows:,} images in {time.monotonic() - started:.0f} s")

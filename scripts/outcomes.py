@@ -19,8 +19,8 @@ from pipeline.attacks.noise import Noise
 from pipeline.engine.compute import ModelAttack
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
-from pipeline.read.training import TrainingDataset
-from pipeline.report.defence import Outcome
+from pipeline.read.dataset import TrainingDataset
+from pipeline.reporting.defence import Outcome
 
 TEST_BATCH = 256
 

@@ -52,8 +52,8 @@ from pipeline.models.factory import FactoryConfig
 from pipeline.models.load import load_model
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, current_manifest
-from pipeline.report.defence import DEFENCE, ITSELF, Arm, Defence, Training, read_defence
-from pipeline.report.page import report as write_report
+from pipeline.reporting.defence import DEFENCE, ITSELF, Arm, Defence, Training, read_defence
+from pipeline.reporting.page import report as write_report
 
 # Test images on which the held-out models' attacks are tried after each epoch.
 HISTORY_ROWS = 500
@@ -100,7 +100,7 @@ class Study:
         """
         reader = Reader.open(arm, self.contents, self.recipe, self.output, seed)
         if not reader.steps:
-            rows = len(reader.datasets[0])
+            rows = len(reader.data)
             raise ConfigError(f"--batch-size: {self.recipe.batch_size} images are more than a worker gets of {rows}.")
         return reader
 

@@ -30,7 +30,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import pipeline
-import pipeline.generate
+import pipeline.flow
 from pipeline.cli import app
 from pipeline.config.load import load_config
 from pipeline.core.images import decode_image
@@ -54,7 +54,7 @@ PROCESSES.set_forkserver_preload(
     [
         *(
             "pipeline.cli",
-            "pipeline.generate",
+            "pipeline.flow",
             "pipeline.engine.job",
             "pipeline.read.training",
             "datasets",
@@ -62,7 +62,7 @@ PROCESSES.set_forkserver_preload(
             __name__,
         ),
         *("pipeline.sources.arrow", "pipeline.models.factory", "pipeline.attacks.fgsm"),
-        *("pipeline.report.page", "pipeline.report.plots", "pipeline.report.gallery"),
+        *("pipeline.reporting.page", "pipeline.reporting.plots", "pipeline.reporting.gallery"),
     ]
 )
 
@@ -361,7 +361,7 @@ def generate(config: Path, *arguments: str) -> str:
     logger.setLevel(logging.INFO)
     loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
     table = summary_table(
-        pipeline.generate.generate(
+        pipeline.flow.generate(
             loaded,
             overwrite=options["overwrite"],
             executor=options["executor"],

@@ -171,7 +171,7 @@ def test_a_bug_of_ours_keeps_its_traceback(write_config: WriteConfig, monkeypatc
     def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("pipeline.generate.check_disk", broken)
+    monkeypatch.setattr("pipeline.flow.check_disk", broken)
     with pytest.raises(KeyError, match="a bug"):
         fgsm("generate", write_config())
 

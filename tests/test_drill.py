@@ -295,7 +295,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Si
     """Sites by name, each made once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["pipeline.cli", "pipeline.engine.job", "pipeline.report.page", "datasets", __name__]
+        ["pipeline.cli", "pipeline.engine.job", "pipeline.reporting.page", "datasets", __name__]
     )
     folder, made = tmp_path_factory.mktemp("drill"), {}
 

@@ -36,7 +36,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, current_manifest, require_manifest
 from pipeline.output.summary import inspect, summary_table
 from pipeline.read.load import _addresses
-from pipeline.report.page import report
+from pipeline.reporting.page import report
 from tests.conftest import random_pixels, shard_path, write_sealed
 
 FEW, MANY = 10, 2000
@@ -521,7 +521,7 @@ def body(card: str) -> str:
 
 @pytest.mark.parametrize("examples", [3, pytest.param(100, marks=pytest.mark.drill)])
 def test_any_class_name_stays_a_name_in_the_report(finished: Path, tmp_path: Path, examples: int) -> None:
-    from pipeline.report.page import write_report
+    from pipeline.reporting.page import write_report
 
     out = tmp_path / "out"
     shutil.copytree(finished, out)

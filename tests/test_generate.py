@@ -490,7 +490,7 @@ def test_batches_behind_one_that_fails_are_not_committed(
             raise PipelineError("the codec failed")
         return encode_column(images_u8, image_format)
 
-    monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
+    monkeypatch.setattr("pipeline.flow.check_disk", lambda *_, **__: None)
     monkeypatch.setattr("pipeline.layouts.base.encode_column", fail_once)
     config = write_config(output={"images_per_shard": images_per_shard})
     result = fgsm("generate", config)
@@ -757,7 +757,7 @@ def test_a_run_that_another_one_overtakes_is_refused(
         monkeypatch.undo()
         generate(config, "--set", "output.images_per_shard=20")
 
-    monkeypatch.setattr("pipeline.generate.check_disk", overtake)
+    monkeypatch.setattr("pipeline.flow.check_disk", overtake)
     result = fgsm("generate", config)
     assert result.exit_code == 1
     assert f"Error: {tmp_path}/out " in result.stderr
@@ -861,13 +861,13 @@ def test_large_batches_are_cut_into_row_groups(
 def test_what_failed_first_is_what_the_user_reads(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     # A full disk also refuses the manifest that is written on the way out.
     def fail(*_: Any) -> list[bytes]:
-        monkeypatch.setattr("pipeline.generate.write_summaries", refuse)
+        monkeypatch.setattr("pipeline.flow.write_summaries", refuse)
         raise PipelineError("the shard could not be written")
 
     def refuse(*_: Any) -> None:
         raise PipelineError("the manifest could not be written")
 
-    monkeypatch.setattr("pipeline.generate.check_disk", lambda *_, **__: None)
+    monkeypatch.setattr("pipeline.flow.check_disk", lambda *_, **__: None)
     monkeypatch.setattr("pipeline.layouts.base.encode_column", fail)
     result = fgsm("generate", write_config())
     assert result.exit_code == 1

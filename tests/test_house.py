@@ -26,12 +26,12 @@ WINGS = {
     "executors": (*_BELOW_OUTPUT, "output", "engine"),
     "check": (*_BELOW_OUTPUT, "output", "engine", "executors"),
     "read": _READERS,
-    "report": _READERS,
-    "hub": (*_READERS, "check", "report"),
+    "reporting": _READERS,
+    "hub": (*_READERS, "check", "reporting"),
 }
 # Of a wing, and no kind: how classes meet is the same for every model.
 NO_KINDS = {"models.label_space"}
-ON_TOP = {"__init__", "__main__", "cli", "generate", "init", "night"}
+ON_TOP = {"__init__", "__main__", "api", "cli", "flow", "init", "night"}
 
 
 def imports(path: Path) -> Iterator[str]:

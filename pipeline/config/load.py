@@ -69,12 +69,46 @@ def load_config(
         override(raw, text)
     # What is still relative came from an override or a shipped config. Absolute paths let `verify --recompute`
     # find the model again from any folder.
-    raw = _anchor_inputs(raw, Path.cwd())
-    if output is not None:
-        _override_value(raw, "output.path", output)
+    return as_config(raw, output=output, limit=limit)
+
+
+def as_config(
+    config: Config | Mapping[str, Any] | str | Path, *, output: str | Path | None = None, limit: int | None = None
+) -> Config:
+    """Check a config, however it is given.
+
+    Args:
+        config: a file or the name of a shipped config, as `load_config`; a mapping of the same keys, in which relative
+            input paths are relative to the working directory; or one that was checked already.
+        output: overrides `output.path`.
+        limit: overrides `source.limit`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    path = None if output is None else str(output)
+    if isinstance(config, str | Path):
+        return load_config(str(config), output=path, limit=limit)
+    if isinstance(config, Config):
+        config = config.model_dump(mode="json")
+    # A copy, as keys are set below; a `Path` is as good as its text.
+    raw = _anchor_inputs(_plain(config), Path.cwd())
+    if path is not None:
+        _override_value(raw, "output.path", path)
     if limit is not None:
         _override_value(raw, "source.limit", limit)
     return parse_config(raw)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A copy of what YAML could have said."""
+    if depth > MOST_DEPTH:
+        raise ConfigError(f"The config is nested too deep; {MOST_DEPTH} levels are more than any needs.")
+    if isinstance(value, Mapping):
+        return {name: _plain(inside, depth + 1) for name, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inside, depth + 1) for inside in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:

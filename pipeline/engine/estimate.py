@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.config.schema import Config
 from pipeline.core.addresses import is_address
-from pipeline.core.console import BLUE, duration, make_table
+from pipeline.core.console import BLUE, as_text, duration, make_table
 from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
@@ -231,7 +231,7 @@ def estimate(run: Run) -> Estimate:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlannedRun:
     """What a run would take, as `fgsm plan` shows it, and with `--json` gives it.
 
@@ -265,6 +265,9 @@ class PlannedRun:
     output: str
     run_id: str
     warnings: list[str]
+
+    def __repr__(self) -> str:
+        return as_text(self)
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:
         del console, options

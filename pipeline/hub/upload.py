@@ -89,7 +89,7 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
         _patiently(repo_id, token, lambda: _open_repository(api, repo_id, folder, manifest, private))
         _move_card(folder, manifest, repo_id)
         if reported_receipts(folder) != manifest.receipts:
-            from pipeline.report.page import write_report  # and with it matplotlib, which is seldom needed here
+            from pipeline.reporting.page import write_report  # and with it matplotlib, which is seldom needed here
 
             logger.info("Making the report.")
             write_report(folder, manifest)

@@ -1,5 +1,6 @@
 """`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
 
+import html
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.console import BLUE, ORANGE, UNLIMITED, as_text, cell, make_table
+from pipeline.core.redaction import presentable
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest, Subset, current_manifest
 from pipeline.output.transfer import Transfer, by_epsilon, few_right
@@ -24,9 +26,9 @@ SHORT = {"accuracy": "acc.", "confidence": "conf."}
 BAR = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
-    """What a dataset holds, as rich draws it.
+    """What a dataset holds: printed as a table, drawn by rich, shown by a notebook. `path` is where it is, if known.
 
     Per split and variant: rows, accuracy, mean confidence, fooled rows and bytes. Accuracy is over labelled rows;
     `fooled` counts rows predicted right when clean and wrong now, or, in a targeted run, predicted as the target.
@@ -35,6 +37,19 @@ class Summary:
     """
 
     manifest: Manifest
+    path: str | None = None
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same in HTML, without the transfer matrix."""
+        columns = _columns(self.manifest.subsets)
+        head = "".join(f"<th>{_html(name)}</th>" for name in columns)
+        rows = ["".join(f"<td>{_html(value)}</td>" for value in row) for row in zip(*columns.values(), strict=True)]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        notes = "<br>".join(map(_html, _notes(self.manifest)))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{notes}</p>"
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:
         manifest = self.manifest
@@ -55,7 +70,7 @@ def inspect(path: str | Path) -> Summary:
     Raises:
         ConfigError: there is none in the folder.
     """
-    return Summary(current_manifest(OutputFolder(path)))
+    return Summary(current_manifest(OutputFolder(path)), str(path))
 
 
 def summary_table(manifest: Manifest) -> str:
@@ -71,10 +86,7 @@ def _subset_table(subsets: Sequence[Subset], console: "Console", options: "Conso
     """
     from rich.progress_bar import ProgressBar
 
-    cells = zip(*map(_cells, subsets), strict=True) if subsets else itertools.repeat(())
-    columns: dict[str, Sequence[object]] = {
-        head: own for head, own in zip(HEAD, cells, strict=False) if not own or set(own) != {"-"}
-    }
+    columns = _columns(subsets)
     styles = {"accuracy": BLUE, "acc.": BLUE, "fooled": ORANGE}
     table, wide = make_table(columns, 3, styles), options.update(max_width=UNLIMITED)
     natural = console.measure(table, options=wide).maximum
@@ -91,6 +103,16 @@ def _subset_table(subsets: Sequence[Subset], console: "Console", options: "Conso
             for one in subsets
         ]
     return make_table(columns, 3, styles)
+
+
+def _columns(subsets: Sequence[Subset]) -> dict[str, Sequence[object]]:
+    """The cells of the table by the heads of its columns; one without a value is left out."""
+    cells = zip(*map(_cells, subsets), strict=True) if subsets else itertools.repeat(())
+    return {head: own for head, own in zip(HEAD, cells, strict=False) if not own or set(own) != {"-"}}
+
+
+def _html(value: object) -> str:
+    return html.escape(presentable(str(value)))
 
 
 def _split_and_level(row: Sequence[Transfer]) -> tuple[str, int]:

@@ -337,7 +337,7 @@ def test_a_folder_that_shows_late_what_a_worker_wrote_is_waited_for(
         asked.append(1)
         return {} if len(asked) < 5 else committed(*arguments)
 
-    monkeypatch.setattr("pipeline.generate.committed", late)
+    monkeypatch.setattr("pipeline.flow.committed", late)
     on_ray(watched_config, *ONE)
     generate(watched_config, "--output", str(tmp_path / "local"))
     assert digests(tmp_path / "out") == digests(tmp_path / "local")
@@ -375,8 +375,8 @@ def test_a_folder_that_the_nodes_do_not_share_is_told(
     cluster: str, watched_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del cluster
-    monkeypatch.setattr("pipeline.generate.SHARED_SECONDS", 1.0)
-    monkeypatch.setattr("pipeline.generate.committed", lambda *_: {})
+    monkeypatch.setattr("pipeline.flow.SHARED_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.flow.committed", lambda *_: {})
     with pytest.raises(
         PipelineError, match=rf"^output\.path: .*test-\d{{5}}-of-00006\b.*{watched_config.parent}/out\b"
     ):
@@ -396,7 +396,7 @@ def test_a_node_that_reads_another_source_is_told(
         ray.get([ray.remote(num_cpus=1)(_let_go).remote() for _ in range(4)])
 
     monkeypatch.setattr("pipeline.executors.ray.RETRIES", 0)
-    monkeypatch.setattr("pipeline.generate.check_disk", change)
+    monkeypatch.setattr("pipeline.flow.check_disk", change)
     with pytest.raises(ShardsFailedError, match=r"models\.\w+\.content"):
         on_ray(watched_config)
 

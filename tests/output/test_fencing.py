@@ -280,19 +280,19 @@ def test_a_lock_whose_answer_was_lost_is_still_held(s3: S3, out: str) -> None:
 def test_a_report_that_is_late_replaces_no_report_of_another_run(
     s3: S3, out: str, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.report.page
+    import pipeline.reporting.page
 
     generate(two[0], "--output", out)
-    make = pipeline.report.page._make
+    make = pipeline.reporting.page._make
 
     def late(*arguments: Any) -> Any:
-        monkeypatch.setattr("pipeline.report.page._make", make)
+        monkeypatch.setattr("pipeline.reporting.page._make", make)
         made = make(*arguments)
         result = fgsm("generate", two[1], "--output", out, "--overwrite")
         assert result.exit_code == 0, result.output
         return made
 
-    monkeypatch.setattr("pipeline.report.page._make", late)
+    monkeypatch.setattr("pipeline.reporting.page._make", late)
     assert "another run" in failed("report", out)
     assert b"8/255" in there(s3, out)["report.html"]
 

@@ -156,9 +156,9 @@ def test_what_an_attack_cannot_give_is_left_out_where_another_has_it(several: Pa
     assert Counter(made(rows)) == dict.fromkeys((*EVERY[:6], ("noise", None, 2), ("pgd", "net", 8)), 40)
     with pytest.warns(UserWarning, match="^epsilons: left out.*pgd on net at 2/255") as warned:
         data = pipeline.training_dataset(several / "stepped", "test", epsilons=["2/255", "8/255"], clean=0)
-    assert [(variant.attack, variant.level) for variant in data.shards.variants if variant.attack == "pgd"] == [
-        ("pgd", 8)
-    ]
+    assert [
+        (variant.attack, variant.level) for variant in data.streams[0].shards.variants if variant.attack == "pgd"
+    ] == [("pgd", 8)]
     assert len(list(data)) == 40
     for read in (pipeline.load, pipeline.training_dataset):
         with pytest.raises(ConfigError, match=r"^epsilons: 2/255 is not recorded of attack pgd"):

@@ -1,11 +1,13 @@
 """What comes with an image on request, the same from every layout, for every reader."""
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -13,8 +15,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import pipeline
 from pipeline.core.errors import ConfigError
-from pipeline.read import training
-from pipeline.read.training import TrainingDataset
+from pipeline.read import stream
+from pipeline.read.dataset import TrainingDataset
 from tests.conftest import LAYOUTS
 
 pytestmark = [
@@ -44,7 +46,7 @@ def plain(read: Iterable[Any]) -> list[tuple[Any, ...]]:
 def test_columns_are_those_of_the_very_image(
     several: Path, layout: str, only: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "WINDOW_ROWS", 15)
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 15)
     stored = {}
     for row in pipeline.load(several / layout, split="test").with_format("numpy"):
         key = np.ascontiguousarray(row["image"].transpose(2, 0, 1)).tobytes()
@@ -73,7 +75,7 @@ def test_columns_are_those_of_the_very_image(
 def test_ranks_workers_and_states_give_the_same_columns(
     several: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "WINDOW_ROWS", 15)
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 15)
     folder = several / "wide"
     alone = plain(DataLoader(opened(folder, columns=COLUMNS), batch_size=8))
     union = []
@@ -89,6 +91,21 @@ def test_ranks_workers_and_states_give_the_same_columns(
         assert plain(loaders[1]) == rest
         union += rest
     assert sorted(union) == sorted(alone)
+
+
+def test_a_file_is_opened_once_for_all_columns_of_a_piece(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: Counter[Path] = Counter()
+    data, real = opened(several / "images", columns=COLUMNS), pq.ParquetFile
+
+    def counting(path: Path, **options: Any) -> Any:
+        found[path] += 1
+        return real(path, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", counting)
+    list(data)
+    pieces = Counter(piece.file for piece in data.streams[0].shards.pieces)
+    assert found
+    assert all(count <= pieces[path.name] for path, count in found.items())
 
 
 def test_a_state_fits_other_columns(several: Path) -> None:

@@ -20,8 +20,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import pipeline
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.read import training
-from pipeline.read.training import TrainingDataset
+from pipeline.read import shards, stream
+from pipeline.read.dataset import TrainingDataset
 from tests.conftest import LAYOUTS, manifest, write_sealed
 from tests.support.hub import Hub, push
 
@@ -63,8 +63,8 @@ class Known:
 
     def flags(self, data: TrainingDataset, name: str) -> NDArray[np.bool_]:
         """(ROWS, V): whether a column is true of a row in each of the variants that are drawn; never of clean."""
-        flags = np.zeros((ROWS, len(data.shards.variants)), dtype=np.bool_)
-        variants = [(one.attack, one.model, one.level) for one in data.shards.variants]
+        flags = np.zeros((ROWS, len(data.streams[0].shards.variants)), dtype=np.bool_)
+        variants = [(one.attack, one.model, one.level) for one in data.streams[0].shards.variants]
         for number, row in enumerate(self.rows):
             made = row["attack"], row["model"], round(255 * row["epsilon"])
             if row["attack"] and made in variants:
@@ -81,9 +81,9 @@ def known(several: Path) -> Known:
 
 def drawn(data: TrainingDataset, epochs: int) -> NDArray[np.int64]:
     """(epochs, ROWS): which variant is drawn for each row, in the order in which rows are stored."""
-    read, flags = dict[tuple[str, int], Any](), data.shards.flags
+    read, flags = dict[tuple[str, int], Any](), data.streams[0].shards.flags
 
-    def once(piece: training.Piece, only: Any) -> Any:
+    def once(piece: shards.Piece, only: Any) -> Any:
         """What is read of the files is the same in each epoch."""
         place = piece.file, piece.start
         if place not in read:
@@ -91,9 +91,12 @@ def drawn(data: TrainingDataset, epochs: int) -> NDArray[np.int64]:
         return read[place]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.shards, "flags", once)
+        patch.setattr(data.streams[0].shards, "flags", once)
         return np.array(
-            [np.concatenate([data._drawn(epoch, piece) for piece in data.shards.pieces]) for epoch in range(epochs)]
+            [
+                np.concatenate([data.streams[0]._drawn(epoch, piece) for piece in data.streams[0].shards.pieces])
+                for epoch in range(epochs)
+            ]
         )
 
 
@@ -105,11 +108,14 @@ def assert_drawn(data: TrainingDataset, counts: NDArray[np.int64], expected: Seq
     counts, wanted = counts[wanted > 0], wanted[wanted > 0]
     assert wanted.min() > 20
     free = len(wanted) - 1
-    assert ((counts - wanted) ** 2 / wanted).sum() < free + 10 * np.sqrt(2 * free), (data.shards.variants, counts)
+    assert ((counts - wanted) ** 2 / wanted).sum() < free + 10 * np.sqrt(2 * free), (
+        data.streams[0].shards.variants,
+        counts,
+    )
 
 
 def names(data: TrainingDataset) -> list[str]:
-    return [variant.subset for variant in data.shards.variants]
+    return [variant.subset for variant in data.streams[0].shards.variants]
 
 
 # ------------------------------------------------------------------------------------------- as it was before
@@ -165,7 +171,7 @@ def test_every_image_comes_once_and_alike_in_every_layout(several: Path, known: 
     if mix.get("clean") == 0:
         assert made == {("fgsm", "net"), ("fgsm", "sums"), ("aimed", "net")}
         # No clean image is drawn, and none of noise.
-        assert len(opened(several / "wide", **mix).shards.columns) == 5
+        assert len(opened(several / "wide", **mix).streams[0].shards.columns) == 5
 
 
 def test_draws_are_even_over_models_then_attacks_then_epsilons(several: Path) -> None:
@@ -192,7 +198,7 @@ def test_draws_follow_weights_and_what_weighs_nothing_is_not_read(several: Path)
         "aimed-net-eps-8": 2 / 3 * 3 / 4,
     }
     assert set(names(data)) == set(expected)
-    assert {picture.subset for picture in data.shards.columns} == set(expected) - {"clean"}
+    assert {picture.subset for picture in data.streams[0].shards.columns} == set(expected) - {"clean"}
     counts = np.bincount(drawn(data, 300).ravel(), minlength=6)
     assert_drawn(data, counts, [300 * ROWS * expected[name] for name in names(data)])
 
@@ -218,11 +224,11 @@ def test_draws_are_among_what_fooled_or_did_not_in_the_same_proportion(
     assert flags[np.nonzero(attacked)[1], variants[attacked]].all()
     assert not attacked[:, none].any()
     # Each row's own proportion, summed.
-    shares = data.shares * flags[~none]
+    shares = data.streams[0].draws.shares * flags[~none]
     expected = 60 * 0.75 * (shares / shares.sum(axis=1, keepdims=True)).sum(axis=0)
     expected[0] = 60 * ROWS - expected.sum()
     often = expected > 20
-    counts = np.bincount(variants.ravel(), minlength=len(data.shards.variants))
+    counts = np.bincount(variants.ravel(), minlength=len(data.streams[0].shards.variants))
     assert often.sum() > 3
     assert_drawn(data, counts[often], expected[often])
 
@@ -237,26 +243,26 @@ def test_clean_stays_the_share_of_clean_images_where_there_is_an_attacked_one(se
 
 def test_its_columns_are_read_only_where_it_is_asked_for(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: Counter[str] = Counter()
-    table = training.Shards._table
+    table = shards.Shards._table
 
     def counting(self: Any, piece: Any, subset: str, columns: list[str]) -> Any:
         read.update(columns)
         return table(self, piece, subset, columns)
 
-    monkeypatch.setattr(training.Shards, "_table", counting)
+    monkeypatch.setattr(shards.Shards, "_table", counting)
     list(opened(several / "images"))
     assert set(read) == {"image.bytes", "label"}
     data = opened(several / "images", only="fooled")
     read.clear()
     list(data)
     # Once for each piece and variant.
-    assert read["fooled"] == len(data.shards.pieces) * (len(data.shards.variants) - 1)
+    assert read["fooled"] == len(data.streams[0].shards.pieces) * (len(data.streams[0].shards.variants) - 1)
 
 
 def test_all_clean_asks_nothing_of_rows(several: Path, known: Known, caplog: pytest.LogCaptureFixture) -> None:
     data = opened(several / "images", clean=1, only="fooled")
     assert {made for _, *made_of, _ in known.of(data) for made in made_of} == {None}
-    assert data.shards.subsets == ("clean",)
+    assert data.streams[0].shards.subsets == ("clean",)
     assert not caplog.records
 
 
@@ -283,7 +289,7 @@ MIX: dict[str, Any] = {"only": "correct", "weights": {"noise": 2}, "clean": 0.2}
 
 @pytest.mark.parametrize("layout", ["images", "signs"])
 def test_consumers_share_an_epoch(several: Path, known: Known, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "WINDOW_ROWS", 15)
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 15)
     alone = opened(several / layout, **MIX)
     alone.set_epoch(4)
     union: list[Shown] = []
@@ -298,7 +304,7 @@ def test_consumers_share_an_epoch(several: Path, known: Known, layout: str, monk
 def test_a_stateful_loader_goes_on_where_it_stopped(
     several: Path, known: Known, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "WINDOW_ROWS", 15)
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 15)
 
     def loader() -> Any:
         data = opened(several / "images", **MIX)

@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import pipeline
 from pipeline.core.errors import PipelineError
 from pipeline.read import epochs
-from pipeline.read.training import TrainingDataset
+from pipeline.read.dataset import TrainingDataset
 from tests.conftest import let_go
 
 pytestmark = [

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import pipeline
 from pipeline.core.errors import ConfigError
-from pipeline.read.training import TrainingDataset
+from pipeline.read.dataset import TrainingDataset
 from tests.conftest import WriteConfig, generate_once
 
 pytestmark = [

@@ -28,9 +28,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import pipeline
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.images import decode_images
-from pipeline.output import shards
-from pipeline.read import training
-from pipeline.read.training import TrainingDataset
+from pipeline.output import shards as written
+from pipeline.read import dataset, shards, stream
+from pipeline.read.dataset import TrainingDataset
 from tests.conftest import (
     FACTORY,
     KINDS,
@@ -72,8 +72,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "victim.py").write_text(FACTORY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        patch.setattr(shards, "ROW_GROUP_ROWS", 12)
-        patch.setattr(shards, "ROW_GROUP_BYTES", 8_000)
+        patch.setattr(written, "ROW_GROUP_ROWS", 12)
+        patch.setattr(written, "ROW_GROUP_BYTES", 8_000)
         for color, channels in CHANNELS.items():
             # Noise of few colours in every other image, so that its size in bytes depends on the epsilon.
             pixels = random_pixels(ROWS, channels=channels)
@@ -100,8 +100,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of two or three pieces, and images decoded by fours."""
-    monkeypatch.setattr(training, "WINDOW_ROWS", 15)
-    monkeypatch.setattr(training, "BLOCK_VALUES", 4 * 3 * 16 * 16)
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 15)
+    monkeypatch.setattr(stream, "BLOCK_VALUES", 4 * 3 * 16 * 16)
 
 
 class Known:
@@ -155,7 +155,7 @@ def test_row_groups_of_the_test_data_differ_between_subsets(outputs: Path) -> No
         return [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
 
     assert ends("clean") != ends("eps-8")
-    pieces = opened(outputs / "color-images").shards.pieces
+    pieces = opened(outputs / "color-images").streams[0].shards.pieces
     assert len(pieces) > 4
     assert any(stop - start > 1 for piece in pieces for start, stop in piece.groups.values())
 
@@ -191,7 +191,7 @@ def test_all_clean_and_none(outputs: Path, known: Known, name: str, clean: int) 
     assert sorted(indices(shown)) == list(range(ROWS))
     assert {level for _, level in shown} == ({0} if clean else {2, 8})
     # What is never drawn is not read.
-    read = set(data.shards.columns)
+    read = set(data.streams[0].shards.columns)
     every = {
         "color-images": [("clean", "image")] if clean else [("eps-2", "image"), ("eps-8", "image")],
         "color-signs": [("signs", "image")] if clean else [("signs", "image"), ("signs", "sign")],
@@ -204,10 +204,10 @@ def test_all_clean_and_none(outputs: Path, known: Known, name: str, clean: int) 
 def test_draws_are_those_of_the_ratio_and_all_epsilons_are_as_likely(outputs: Path) -> None:
     data = opened(outputs / "color-signs", epsilons=["2/255", "3/255", "8/255"], clean=0.25)
     levels = Counter(
-        data.shards.variants[index].level
+        data.streams[0].shards.variants[index].level
         for epoch in range(200)
-        for piece in data.shards.pieces
-        for index in data._drawn(epoch, piece).tolist()
+        for piece in data.streams[0].shards.pieces
+        for index in data.streams[0]._drawn(epoch, piece).tolist()
     )
     total = 200 * ROWS
     assert sorted(levels) == [0, 2, 3, 8]
@@ -234,11 +234,11 @@ def test_draws_of_a_piece_are_those_of_its_rows(outputs: Path) -> None:
     # A shard in pieces draws as it would in one.
     data = opened(outputs / "color-images")
     by_shard: dict[int, list[int]] = {}
-    for piece in data.shards.pieces:
-        by_shard.setdefault(piece.shard, []).extend(data._drawn(3, piece).tolist())
+    for piece in data.streams[0].shards.pieces:
+        by_shard.setdefault(piece.shard, []).extend(data.streams[0]._drawn(3, piece).tolist())
     for shard, levels in by_shard.items():
-        whole = training.Piece("", shard, 0, len(levels), 0, {})
-        assert data._drawn(3, whole).tolist() == levels
+        whole = shards.Piece("", shard, 0, len(levels), 0, {})
+        assert data.streams[0]._drawn(3, whole).tolist() == levels
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -247,7 +247,7 @@ def test_rows_mix_within_a_window_and_windows_come_in_any_order(outputs: Path, k
     shown = indices(known.of(data))
     begin = 0
     places = []
-    for window in data._windows(0):
+    for window in data.streams[0]._windows(0):
         rows = [piece.shard * SHARD + row for piece in window for row in range(piece.start, piece.start + piece.rows)]
         here = shown[begin : begin + len(rows)]
         assert sorted(here) == sorted(rows)
@@ -266,9 +266,9 @@ def test_stretches_fit_together(rows: int, world: int, workers: int) -> None:
     taken: list[int] = []
     sizes = []
     for rank in range(world):
-        mine = training._share(0, rows, rank, world)
+        mine = dataset.share(0, rows, rank, world)
         sizes.append(mine[1] - mine[0])
-        parts = [range(*training._share(*mine, worker, workers)) for worker in range(workers)]
+        parts = [range(*dataset.share(*mine, worker, workers)) for worker in range(workers)]
         taken += [row for part in parts for row in part]
         lengths = list(map(len, parts))
         assert lengths == sorted(lengths, reverse=True)
@@ -313,13 +313,13 @@ def test_a_consumer_reads_every_column_of_a_piece_once_and_only_its_own(
     outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: Counter[tuple[Any, ...]] = Counter()
-    table = training.Shards._table
+    table = shards.Shards._table
 
     def counting(self: Any, piece: Any, subset: str, columns: list[str]) -> Any:
         read.update((piece.file, piece.start, subset, column) for column in columns)
         return table(self, piece, subset, columns)
 
-    monkeypatch.setattr(training.Shards, "_table", counting)
+    monkeypatch.setattr(shards.Shards, "_table", counting)
     list(opened(outputs / "color-images"))
     assert set(read.values()) == {1}
     whole = len(read)
@@ -331,10 +331,10 @@ def test_a_consumer_reads_every_column_of_a_piece_once_and_only_its_own(
 
 def test_a_window_holds_no_more_than_its_bytes(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = opened(outputs / "color-images")
-    largest = max(piece.bytes for piece in data.shards.pieces)
+    largest = max(piece.bytes for piece in data.streams[0].shards.pieces)
     assert largest > 5_000
-    monkeypatch.setattr(training, "WINDOW_BYTES", 2 * largest)
-    for window in data._windows(0):
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 2 * largest)
+    for window in data.streams[0]._windows(0):
         assert sum(piece.bytes for piece in window) <= 3 * largest
 
 
@@ -402,7 +402,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.extend(map(len, data))
         return decode_images(data, *arguments)
 
-    monkeypatch.setattr(training, "decode_images", counting)
+    monkeypatch.setattr(shards, "decode_images", counting)
     return calls
 
 

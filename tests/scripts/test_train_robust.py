@@ -24,12 +24,12 @@ from typer.testing import CliRunner, Result
 import pipeline
 from pipeline.attacks.base import direction_sign
 from pipeline.attacks.iterative import PGD, PGDConfig
-from pipeline.core.errors import ConfigError, PipelineError
+from pipeline.core.errors import ConfigError
 from pipeline.core.lattice import step
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from pipeline.output.folder import OutputFolder
-from pipeline.report.defence import ITSELF, TOO_FEW_STEPS, Arm, Defence, Outcome, Training, exposes
+from pipeline.reporting.defence import ITSELF, TOO_FEW_STEPS, Arm, Defence, Outcome, Training, exposes
 from tests.conftest import REPOSITORY, generate
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.
@@ -777,10 +777,3 @@ def test_findings_of_one_seed_claim_no_spread_and_need_no_other_arm() -> None:
 def test_an_error_that_is_never_reached_is_said_to_be() -> None:
     made = defence({"all:plain": [(3, 20, 99)], "fly": [(3, 20, 99)]}, {"all:plain": (0.5, 0.4), "fly": (0.6, 0.3)})
     assert "in none of 3 epochs" in defence_table.findings(made)[-1]
-
-
-def test_images_that_are_not_read_in_one_order_are_not_mixed(digits: Path) -> None:
-    reader = open_arm(study_of(digits), "both")
-    reader.datasets[1].seed += 1
-    with pytest.raises(PipelineError, match="both"):
-        next(reader.batches(0, torch.Generator()))

@@ -30,7 +30,7 @@ from pipeline.engine.decode import read_image
 from pipeline.output.folder import OutputFolder, Receipt
 from pipeline.output.manifest import Manifest, require_manifest
 from pipeline.output.summary import inspect
-from pipeline.report.page import report
+from pipeline.reporting.page import report
 from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.origins import front_matter
 from pipeline.sources.registry import open_source

@@ -29,7 +29,7 @@ from pipeline.models.load import load_model
 from pipeline.models.timm import TimmConfig
 from pipeline.models.torchvision import TorchvisionConfig
 from pipeline.models.transformers import TransformersConfig
-from pipeline.report.page import report
+from pipeline.reporting.page import report
 from pipeline.sources.base import Source
 from pipeline.sources.huggingface import HuggingFaceConfig
 from pipeline.sources.registry import open_source

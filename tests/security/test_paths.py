@@ -22,7 +22,7 @@ from pipeline.output.manifest import Manifest, contradictions, published, requir
 from pipeline.output.store import open_store
 from pipeline.output.summary import inspect
 from pipeline.read.load import _addresses
-from pipeline.report.page import report
+from pipeline.reporting.page import report
 from tests.conftest import FACTORY, WriteConfig, fgsm, shard_path, write_sealed
 from tests.support.forgery import make_consistent, with_own_id
 
@@ -259,13 +259,13 @@ def test_an_error_sentence_is_one_line_without_control_characters(tmp_path: Path
 
 
 def test_a_log_line_is_one_line() -> None:
-    from pipeline.cli import _Formatter
+    from pipeline.core.logs import LogFormatter
 
-    record = logging.LogRecord("pipeline.generate", logging.INFO, "", 0, "%s", (NASTY,), None)
-    assert _Formatter("%(message)s").format(record).isprintable()
+    record = logging.LogRecord("pipeline.flow", logging.INFO, "", 0, "%s", (NASTY,), None)
+    assert LogFormatter("%(message)s").format(record).isprintable()
     record.name = "huggingface_hub"
-    assert "\n" in _Formatter("%(message)s").format(record)
-    assert "\x1b" not in _Formatter("%(message)s").format(record)
+    assert "\n" in LogFormatter("%(message)s").format(record)
+    assert "\x1b" not in LogFormatter("%(message)s").format(record)
 
 
 # ---------------------------------------------------------------------------------------------- this machine's folders

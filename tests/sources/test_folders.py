@@ -14,7 +14,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.output.card import render_card
 from pipeline.output.folder import OutputFolder, read_receipts
 from pipeline.output.manifest import read_manifest
-from pipeline.report.page import report
+from pipeline.reporting.page import report
 from tests.conftest import CLASSES, WriteConfig, fgsm, png_bytes, random_pixels
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.config.load import load_config
 from pipeline.core.origin import Origin
-from pipeline.generate import generate
+from pipeline.flow import generate
 from pipeline.sources.digits import DIGITS
 from pipeline.sources.origins import card_license, revision_of
 from pipeline.sources.registry import open_source

@@ -395,7 +395,7 @@ import os
 import sys
 
 from pipeline.config.load import load_config
-from pipeline.generate import generate
+from pipeline.flow import generate
 
 for _ in sys.stdin:
     process = os.fork()

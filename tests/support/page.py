@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, require_manifest
-from pipeline.report.page import report
+from pipeline.reporting.page import report
 from tests.conftest import (
     png_bytes,
     random_pixels,

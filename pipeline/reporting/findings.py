@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.core.variants import CLEAN, Variant, own_model
 from pipeline.output.manifest import Manifest, Subset
 from pipeline.output.transfer import Transfer, by_epsilon
-from pipeline.report.sample import Sample
+from pipeline.reporting.sample import Sample
 
 # Variants that pictures show, spread over those there are; the first and the last to succeed come on top.
 SHOWN_VARIANTS = 5

@@ -29,8 +29,8 @@ from pipeline.output.folder import OutputFolder, report_files, reported_assets
 from pipeline.output.manifest import Manifest, current_manifest, without_folders
 from pipeline.output.summary import human_bytes
 from pipeline.output.transfer import few_right
-from pipeline.report.defence import RULE, Defence, columns, read_defence, statements, tabulate
-from pipeline.report.findings import (
+from pipeline.reporting.defence import RULE, Defence, columns, read_defence, statements, tabulate
+from pipeline.reporting.findings import (
     Focus,
     accuracy,
     by_split,
@@ -46,8 +46,8 @@ from pipeline.report.findings import (
     sureness,
     who_travels,
 )
-from pipeline.report.gallery import draw_sheet, hero, make_groups, web_image
-from pipeline.report.plots import (
+from pipeline.reporting.gallery import draw_sheet, hero, make_groups, web_image
+from pipeline.reporting.plots import (
     RIGHT,
     SOFT,
     WRONG,
@@ -58,7 +58,7 @@ from pipeline.report.plots import (
     model_curve,
     variant_name,
 )
-from pipeline.report.sample import SAMPLE_SHARDS, is_labelled, read_sample
+from pipeline.reporting.sample import SAMPLE_SHARDS, is_labelled, read_sample
 
 # Rows of each split that are looked at: a share of them is known to within one percent, and they are read in a second.
 SAMPLE_ROWS = 10_000

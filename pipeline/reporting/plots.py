@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from pipeline.core.variants import CLEAN, Variant
 from pipeline.output.transfer import Transfer
-from pipeline.report.defence import Spread
+from pipeline.reporting.defence import Spread
 
 # Inches. On a phone's 360 px a point is then a pixel.
 WIDTH, HEIGHT, LEGEND_LINE = 4.8, 3.6, 0.2

@@ -13,10 +13,10 @@ from markdown_it import MarkdownIt
 from pipeline.output.card import render_card
 from pipeline.output.manifest import contradictions
 from pipeline.output.transfer import Transfer
-from pipeline.report.findings import focus_on, who_travels
-from pipeline.report.gallery import make_groups
-from pipeline.report.page import report
-from pipeline.report.sample import read_sample
+from pipeline.reporting.findings import focus_on, who_travels
+from pipeline.reporting.gallery import make_groups
+from pipeline.reporting.page import report
+from pipeline.reporting.sample import read_sample
 from tests.conftest import (
     WriteConfig,
     generate,

@@ -16,10 +16,10 @@ from PIL import Image
 import pipeline
 import pipeline.core.errors
 from pipeline.output.folder import OutputFolder, report_files, reported_receipts
-from pipeline.report.findings import focus_on
-from pipeline.report.gallery import choose_rows, make_groups, web_image
-from pipeline.report.page import report, write_report
-from pipeline.report.sample import read_sample
+from pipeline.reporting.findings import focus_on
+from pipeline.reporting.gallery import choose_rows, make_groups, web_image
+from pipeline.reporting.page import report, write_report
+from pipeline.reporting.sample import read_sample
 from tests.conftest import (
     FACTORY,
     KINDS,
@@ -107,7 +107,7 @@ def test_pictures_that_a_killed_report_leaves_are_its_own(
     copy = tmp_path / "digits"
     shutil.copytree(digits, copy)
     folder, manifest = opened(copy)
-    monkeypatch.setattr("pipeline.report.page.draw_sheet", lambda _: b"another sheet")
+    monkeypatch.setattr("pipeline.reporting.page.draw_sheet", lambda _: b"another sheet")
     write, done = folder.store.write, []
 
     def killed(name: str, content: bytes) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.page import report
+from pipeline.reporting.page import report
 from tests.conftest import (
     generate,
 )

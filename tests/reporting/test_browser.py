@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pipeline.output.folder import ModelCounts
-from pipeline.report.page import write_report
-from pipeline.report.plots import RIGHT
+from pipeline.reporting.page import write_report
+from pipeline.reporting.plots import RIGHT
 from tests.conftest import (
     REPOSITORY,
     WriteConfig,

@@ -11,8 +11,8 @@ from PIL import Image
 import pipeline
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import require_manifest
-from pipeline.report.gallery import Cell, Group, hero, make_groups
-from pipeline.report.sample import read_sample
+from pipeline.reporting.gallery import Cell, Group, hero, make_groups
+from pipeline.reporting.sample import read_sample
 from tests.conftest import WriteConfig, generate_once
 
 

@@ -18,8 +18,8 @@ from pipeline.core.variants import Variant
 from pipeline.layouts.stepped import STEPPED_TYPE, SteppedImage
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest
-from pipeline.report.plots import RIGHT, WRONG, paper, png, shortened, variant_name
-from pipeline.report.sample import Sample, read_picture
+from pipeline.reporting.plots import RIGHT, WRONG, paper, png, shortened, variant_name
+from pipeline.reporting.sample import Sample, read_picture
 
 EXAMPLES_PER_GROUP = 3
 # Images up to this side are enlarged pixel by pixel, and carried by the page without loss.

@@ -12,11 +12,11 @@ import pytest
 
 import pipeline
 import pipeline.core.errors
-from pipeline.report.findings import by_interest, focus_on, images_of, share_of_surer, source_name, sureness
-from pipeline.report.gallery import choose_rows
-from pipeline.report.page import write_report
-from pipeline.report.plots import RIGHT, SOFT, Curve, draw_curves, model_curve, shortened
-from pipeline.report.sample import Sample, read_sample
+from pipeline.reporting.findings import by_interest, focus_on, images_of, share_of_surer, source_name, sureness
+from pipeline.reporting.gallery import choose_rows
+from pipeline.reporting.page import write_report
+from pipeline.reporting.plots import RIGHT, SOFT, Curve, draw_curves, model_curve, shortened
+from pipeline.reporting.sample import Sample, read_sample
 from tests.conftest import (
     LAYOUTS,
     WriteConfig,
@@ -47,8 +47,8 @@ def test_no_more_is_read_than_the_sample_needs(
     """All files but three, and all row groups but the first of those, are destroyed: whoever read them would fail."""
     monkeypatch.setattr("pipeline.output.shards.ROW_GROUP_ROWS", 6)
     for module in ("sample", "page"):
-        monkeypatch.setattr(f"pipeline.report.{module}.SAMPLE_SHARDS", 3)
-    monkeypatch.setattr("pipeline.report.page.SAMPLE_ROWS", 12)
+        monkeypatch.setattr(f"pipeline.reporting.{module}.SAMPLE_SHARDS", 3)
+    monkeypatch.setattr("pipeline.reporting.page.SAMPLE_ROWS", 12)
     generate(write_config(output={"layout": layout, "images_per_shard": 12}, runtime={"batch_size": 6}))
     assert len(list((tmp_path / "out").glob("*/test-00000-*"))) == (3 if layout == "images" else 1)
     for path in (tmp_path / "out").rglob("*.parquet"):
@@ -59,14 +59,14 @@ def test_no_more_is_read_than_the_sample_needs(
     assert "A sample is the first rows of up to 3 shards, which are cut from a permutation of the split." in page.words
     assert page.tables["Counts at each epsilon"][1][1] == "40"
     # The damage is one that a reader notices.
-    monkeypatch.setattr("pipeline.report.page.SAMPLE_ROWS", 40)
+    monkeypatch.setattr("pipeline.reporting.page.SAMPLE_ROWS", 40)
     result = fgsm("report", tmp_path / "out")
     assert result.exit_code == 1
     assert re.search(r"Error: \S+\.parquet .*fgsm verify\b.*\n$", result.stderr)
 
 
 def test_a_sample_is_filled_from_the_shards_there_are() -> None:
-    from pipeline.report.sample import SAMPLE_SHARDS, _shares
+    from pipeline.reporting.sample import SAMPLE_SHARDS, _shares
 
     assert _shares({"a": 5, "b": 100, "c": 100}, 1000) == {"a": 5, "b": 100, "c": 100}
     assert _shares({"b": 100, "a": 5, "c": 0, "d": 100}, 40) == {"b": 10, "a": 5, "d": 10}
@@ -80,7 +80,7 @@ def test_a_sample_is_filled_from_the_shards_there_are() -> None:
 def test_a_sample_in_the_source_s_order_may_not_be_fair(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.report.page.SAMPLE_ROWS", 12)
+    monkeypatch.setattr("pipeline.reporting.page.SAMPLE_ROWS", 12)
     own = self_labelled(tmp_path, "abc")
     generate(write_config(**{**own, "source": {**own["source"], "shuffle": False}}))
     page = make(tmp_path / "out")

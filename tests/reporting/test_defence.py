@@ -14,7 +14,7 @@ from scipy.stats import ttest_1samp
 from pipeline.core.errors import PipelineError
 from pipeline.output.folder import OutputFolder, report_files
 from pipeline.output.manifest import require_manifest
-from pipeline.report.defence import (
+from pipeline.reporting.defence import (
     DEFENCE,
     ITSELF,
     RULE,
@@ -289,7 +289,7 @@ def test_what_is_not_finished_says_so(out: Path) -> None:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, "pipeline.report"):
+    with caplog.at_level(logging.INFO, "pipeline.reporting"):
         yield caplog
 
 
