@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import gc
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline import __version__
 from pipeline.core.console import link, show
 from pipeline.core.errors import (
     ConfigError,
@@ -28,10 +30,11 @@ from pipeline.core.errors import (
     first_line,
     system_refusal,
 )
+from pipeline.core.loading import say_loading
 from pipeline.core.logs import StderrHandler
 from pipeline.core.redaction import presentable
 from pipeline.executors import EXECUTORS
-from pipeline.night import TIME_FORMAT, Night
+from pipeline.night import Night
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config as LoadedConfig
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fgsm",
-    help="Turn an image dataset into Parquet shards of FGSM adversarial images, exact to the stored pixel.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -61,6 +63,21 @@ Unlocked = Annotated[
     bool, typer.Option("--unlocked", help="Write to a store without locks; make sure that no other run does.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        _say(f"fgsm-pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Turn an image dataset into Parquet shards of FGSM adversarial images, exact to the stored pixel."""
 
 
 @app.command()
@@ -126,6 +143,10 @@ def plan(
     """Estimate rows, bytes, files, time and memory of a run from some of its batches. Nothing is kept."""
     with _boundary(debug):
         loaded = _load(config, overrides, output, limit)
+        from pipeline.config.check import check_paths
+
+        check_paths(loaded)
+        say_loading("torch", "datasets")
         from pipeline.engine.estimate import plan_run
 
         planned = plan_run(loaded)
@@ -147,6 +168,8 @@ def verify(
     """Check files, schema, counts, and that attacked images are the clean ones plus epsilon times one sign; with
     --recompute also predictions and signs."""
     with _boundary(debug):
+        _check_dataset(output)
+        say_loading("torch", "datasets")
         from pipeline.check.findings import as_values, damage_report, describe
         from pipeline.check.verify import verify as check
         from pipeline.core.addresses import is_address
@@ -182,6 +205,8 @@ def inspect(
 def report(output: Output, debug: Debug = False) -> None:
     """Write report.html and its pictures, which show what the attack did."""
     with _boundary(debug):
+        _check_dataset(output)
+        say_loading("datasets", "matplotlib")
         from pipeline.reporting.page import report as make
 
         _say(link("", make(output)))
@@ -194,6 +219,7 @@ def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
     folder = OutputFolder(path)
     if reported_receipts(folder) == manifest.receipts:
         return
+    say_loading("matplotlib")
     try:
         from pipeline.reporting.page import write_report
 
@@ -226,6 +252,8 @@ def publish(
         if not sys.stderr.isatty():
             # The client's bars for LFS, which it draws into a log too: tqdm reads this when it is imported.
             os.environ.setdefault("TQDM_MININTERVAL", "30")
+        _check_dataset(output)
+        say_loading("torch", "datasets")
         from pipeline.hub import upload as hub
 
         if dry_run:
@@ -340,17 +368,26 @@ def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
         typer.echo(presentable(str(text), keep), err=err)
 
 
+def _check_dataset(output: str) -> None:
+    """As `check_dataset`, of a folder that a command names."""
+    from pipeline.output.folder import OutputFolder
+    from pipeline.output.manifest import check_dataset
+
+    check_dataset(OutputFolder(output))
+
+
 def _load(name: str, overrides: list[str] | None, output: str | None, limit: int | None) -> "LoadedConfig":
-    """The config of a command. Says requested and stored epsilons side by side, and where the next level was probably
-    meant."""
+    """The config of a command. Says which epsilons are stored as others than were asked for, and where the next level
+    was probably meant."""
     from pipeline.config.load import load_config
-    from pipeline.core.epsilon import stored_just_below
+    from pipeline.core.epsilon import LEVEL_SLACK, epsilon_value, stored_just_below
 
     config = load_config(name, overrides or (), output=output, limit=limit)
     attacks = config.all_attacks.values()
     asked = {(level, epsilon, one.rounding) for one in attacks for level, epsilon in one.requested.items()}
     for level, epsilon, rounding in sorted(asked, key=lambda one: (one[0], str(one[1]))):
-        _say(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
+        if abs(255 * epsilon_value(epsilon) - level) > LEVEL_SLACK:
+            _say(f"epsilon {epsilon} is stored as {level}/255 = {level / 255:.6f}", err=True)
         if rounding == "down" and stored_just_below(epsilon):
             _say(f"Warning: {epsilon} lies just below {level + 1}/255; write {level + 1}/255 if you mean it.", err=True)
     return config
@@ -382,7 +419,7 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
 
 def _log_to_stderr() -> None:
     # A log that is read in the morning wants times; a person at a terminal does not.
-    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s", TIME_FORMAT)
+    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
@@ -444,3 +481,6 @@ def main() -> None:
     except Exception:
         _say(traceback.format_exc(), err=True)
         sys.exit(1)
+    finally:
+        # Python collects garbage before it ends. Among the objects of PyTorch that takes half a second, and finds none.
+        gc.freeze()

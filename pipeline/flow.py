@@ -1,7 +1,8 @@
 """Generate: the whole flow, from a config to a complete dataset.
 
 What is there already is found out first, and what is missing is executed and summed up. An executor does the work, in
-this process or elsewhere; what its receipts say is judged here.
+this process or elsewhere; what its receipts say is judged here. PyTorch and `datasets` take seconds to import, so they
+are imported only once it is known that there is something to open.
 """
 
 import contextlib
@@ -12,22 +13,25 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipeline.config.check import check_paths
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError, listing
+from pipeline.core.loading import say_loading
 from pipeline.core.plan import Shard
-from pipeline.engine import job as jobs
-from pipeline.engine.estimate import check_disk, in_flight
-from pipeline.engine.execute import check_share_skipped, tell_speed
-from pipeline.engine.job import Job, Written
-from pipeline.engine.loader import name_row
 from pipeline.engine.progress import Busy, Progress
-from pipeline.engine.run import differences
 from pipeline.executors import EXECUTORS, PART
 from pipeline.executors.base import Executor
 from pipeline.output.card import card_agrees, write_summaries
+from pipeline.output.disk import check_disk, in_flight
 from pipeline.output.folder import OutputFolder, Receipt, committed
+from pipeline.output.inputs import Inputs, inputs_of, is_unchanged, remember
 from pipeline.output.manifest import Manifest, ended, read_manifest, summarise
+from pipeline.output.settings import another_run, check_settings
+
+if TYPE_CHECKING:
+    from pipeline.engine.job import Job, Written
 
 # A shared folder may show late what another machine wrote: a client of NFS remembers for a minute what there was.
 SHARED_SECONDS, POLL_SECONDS = 60.0, 0.5
@@ -67,19 +71,40 @@ def generate(
     folder.check_usable()
     if part is not None:
         _check_part(executor, overwrite, unlocked)
-    manifest = None
+    manifest = inputs = None
+    if executor == "local":  # the workers of a cluster may see other files
+        check_paths(config)
+        inputs = inputs_of(config) if part is None else None
+    if inputs and not overwrite:
+        manifest = _unchanged(folder, inputs)
     while manifest is None:
         recorded = None if overwrite else read_manifest(folder)
+        if recorded is not None:
+            check_settings(config, recorded, folder)
         with _executor(executor, config, recorded, part) as execution:
+            say_loading("torch", "datasets")
+            from pipeline.engine import job as jobs
+
             try:
                 manifest = _execute(execution, config, folder, recorded, overwrite, unlocked)
             except _BegunOtherwiseError:
                 continue
             finally:
                 jobs.close()
+        if inputs:
+            remember(folder, manifest, inputs)
     if warning := manifest.zero_gradient_warning:
         logger.warning("%s.", warning)
     return manifest
+
+
+def _unchanged(folder: OutputFolder, inputs: Inputs) -> Manifest | None:
+    """The manifest of a dataset that is complete and was made of the same things; None of any other."""
+    recorded = read_manifest(folder)
+    if recorded is None or not is_unchanged(folder, recorded, inputs):
+        return None
+    done = committed(folder, recorded.edition, recorded.plan.shards)
+    return recorded if _is_current(folder, recorded, done) else None
 
 
 def _check_part(executor: str, overwrite: bool, unlocked: bool) -> None:
@@ -139,6 +164,9 @@ def _execute(
     Raises:
         _BegunOtherwiseError: the run is to be opened again, as the manifest that is there now has it.
     """
+    from pipeline.engine.execute import tell_speed
+    from pipeline.engine.job import Job
+
     generation = folder.generation(over=overwrite) if recorded is None else recorded.generation
     output = str(Path(folder.root).absolute()) if folder.store.local else folder.root
     job = Job(config, output, recorded, generation)
@@ -148,13 +176,11 @@ def _execute(
         _check_same(opened, recorded, folder)
     shards = opened.plan.shards
     done = {} if overwrite else committed(folder, opened.edition, shards)
-    if recorded is not None and recorded.complete and _is_current(folder, recorded, done):
-        logger.info("All %d shards are already there.", len(shards))
-        folder.store.tidy()
+    if recorded is not None and _is_current(folder, recorded, done):
         return recorded
-    if folder.store.local or not executor.remote:  # what waits for its upload lies on the workers' disks
-        needed = executor.call(job.estimate_bytes, in_flight(folder, [s for s in shards if s.name not in done]))
-        check_disk(needed, folder, overwrite=overwrite)
+    for line in executor.call(job.describe):
+        logger.info("%s", line)
+    _check_room(executor, job, folder, [shard for shard in shards if shard.name not in done], overwrite)
     own = executor.share(shards)
     with folder.store.held(unlocked=unlocked, part=executor.part):
         with folder.store.alone():
@@ -186,6 +212,12 @@ def _execute(
     return manifest
 
 
+def _check_room(executor: Executor, job: "Job", folder: OutputFolder, missing: list[Shard], overwrite: bool) -> None:
+    """See that the disk of this machine has room for the shards that are to be written."""
+    if folder.store.local or not executor.remote:  # what waits for its upload lies on the workers' disks
+        check_disk(executor.call(job.estimate_bytes, in_flight(folder, missing)), folder, overwrite=overwrite)
+
+
 def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -> Manifest | None:
     """The manifest that a part goes on with: another may have begun the run, or summed it up, since it was read.
 
@@ -204,7 +236,7 @@ def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -
 
 
 def _write(
-    executor: Executor, job: Job, folder: OutputFolder, opened: Manifest, shards: Sequence[Shard], done: list[Receipt]
+    executor: Executor, job: "Job", folder: OutputFolder, opened: Manifest, shards: Sequence[Shard], done: list[Receipt]
 ) -> tuple[Progress, dict[str, float]]:
     """Have some shards written, show how far they are, and judge their receipts.
 
@@ -224,6 +256,9 @@ def _write(
         PipelineError: too many rows were skipped, what was written is not in the folder, the executor ended before all
             was written, or what ends the run.
     """
+    from pipeline.engine.execute import check_share_skipped
+    from pipeline.engine.loader import name_row
+
     by_name, here, failed, busy = {shard.name: shard for shard in shards}, list[Receipt](), None, Busy()
     skipped, read = sum(len(receipt.skipped) for receipt in done), sum(receipt.planned for receipt in done)
     total, most = opened.plan.total, opened.resolved.runtime.max_skipped
@@ -268,7 +303,7 @@ def _write(
 
 
 def _receipts(
-    run: Generator[Written | None, None, None], folder: OutputFolder, busy: Busy
+    run: "Generator[Written | None, None, None]", folder: OutputFolder, busy: Busy
 ) -> Generator[Receipt, None, None]:
     """The receipts of what an executor writes, as long as the output is held."""
     with contextlib.closing(run):
@@ -300,8 +335,12 @@ def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Seq
 
 
 def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Receipt]) -> bool:
-    """Whether manifest and card say what follows from the receipts, and no run has ended half-way through."""
-    return summarise(ended(recorded), done) == recorded and card_agrees(folder, recorded)
+    """Whether a dataset is complete, and manifest and card say what follows from the receipts; says so if it is."""
+    current = recorded.complete and summarise(ended(recorded), done) == recorded and card_agrees(folder, recorded)
+    if current:
+        logger.info("All %d shards are already there.", len(done))
+        folder.store.tidy()
+    return current
 
 
 def _take_up(
@@ -368,10 +407,7 @@ def _check_same(opened: Manifest, recorded: Manifest | None, folder: OutputFolde
             )
         return
     if recorded.run_id != opened.run_id:
-        raise ConfigError(
-            f"output.path: {folder.root} holds another run ({recorded.run_id}), which differs in "
-            f"{differences(recorded.identity, opened.identity)}; choose another folder, or start over with --overwrite."
-        )
+        raise another_run(folder, recorded, opened.identity, recorded.identity)
     changed = [
         f"{name} {recorded.versions.get(name)} then, {here} now"
         for name, here in opened.versions.items()

@@ -33,10 +33,9 @@ from typing import Any, TextIO
 
 from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError, TemporaryError, explained, first_line
+from pipeline.core.logs import TIME_FORMAT
 from pipeline.core.redaction import presentable
 
-# Of every log of this package.
-TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 # With pauses from 15 s to 15 minutes 12 tries last an hour and a half.
 PATIENT_TRIES, FEW_TRIES = 12, 3
 FIRST_PAUSE, LONGEST_PAUSE = 15.0, 900.0

@@ -52,7 +52,15 @@ yaml.SafeLoader = yaml.CSafeLoader  # type: ignore[assignment, misc]
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        *("pipeline.cli", "pipeline.flow", "pipeline.read.training", "datasets", "s3fs", __name__),
+        *(
+            "pipeline.cli",
+            "pipeline.flow",
+            "pipeline.engine.job",
+            "pipeline.read.training",
+            "datasets",
+            "s3fs",
+            __name__,
+        ),
         *("pipeline.sources.arrow", "pipeline.models.factory", "pipeline.attacks.fgsm"),
         *("pipeline.reporting.page", "pipeline.reporting.plots", "pipeline.reporting.gallery"),
     ]

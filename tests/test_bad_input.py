@@ -23,7 +23,8 @@ def refused(config: Path, *arguments: str | Path, code: int = 2) -> str:
     result = fgsm("generate", config, *arguments)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("epsilon ")]
+    # Before it, log lines with their times say what is being opened.
+    lines = [line for line in result.stderr.splitlines() if not re.match(r"[\d-]+ [\d:,]+ ", line)]
     assert len(lines) == 1, lines
     assert lines[0].startswith("Error: ")
     assert not (config.parent / "out").exists()

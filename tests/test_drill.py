@@ -294,7 +294,9 @@ def differing_bytes(here: Path, there: Path) -> int:
 def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Site]]:
     """Sites by name, each made once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.cli", "pipeline.flow", "pipeline.reporting.page", "datasets", __name__])
+    context.set_forkserver_preload(
+        ["pipeline.cli", "pipeline.engine.job", "pipeline.reporting.page", "datasets", __name__]
+    )
     folder, made = tmp_path_factory.mktemp("drill"), {}
 
     def make(

@@ -452,7 +452,7 @@ def test_a_folder_with_other_content_is_left_alone(
 
 def test_an_unwritable_place_is_one_sentence(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     # CI runs as root, which permissions do not stop; nobody can make a folder in /proc.
-    monkeypatch.setattr("pipeline.engine.estimate.free_bytes", lambda _: 10**9)
+    monkeypatch.setattr("pipeline.output.disk.free_bytes", lambda _: 10**9)
     result = fgsm("generate", write_config(output={"path": "/proc/fgsm-out"}))
     assert result.exit_code == 1
     assert f"/proc/fgsm-out: {os.strerror(errno.ENOENT)}" in result.stderr
@@ -789,7 +789,7 @@ def test_overwriting_counts_the_space_that_it_frees(
 ) -> None:
     config = write_config(output={"images_per_shard": 40})
     generate_once(config)
-    monkeypatch.setattr("pipeline.engine.estimate.free_bytes", lambda _: 60_000)
+    monkeypatch.setattr("pipeline.output.disk.free_bytes", lambda _: 60_000)
     assert fgsm("generate", config, "--output", str(tmp_path / "second")).exit_code == 1
     generate(config, "--overwrite")
 
@@ -841,7 +841,7 @@ def test_a_module_in_the_working_folder_is_a_factory(
 def test_rounding_to_the_nearest_level_does_not_warn_of_the_next(write_config: WriteConfig) -> None:
     result = fgsm("plan", write_config(attack={"epsilons": [0.031], "rounding": "nearest"}))
     assert re.search(r"^epsilon 0\.031 .* 8/255", result.stderr, re.M)
-    assert "Warning" not in result.stderr
+    assert "lies just below" not in result.stderr
 
 
 def test_large_batches_are_cut_into_row_groups(

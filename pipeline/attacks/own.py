@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipeline.config.schema import AttackConfig
-from pipeline.config.section import anchored
+from pipeline.config.section import anchored, home
+from pipeline.core.errors import require_file
 from pipeline.core.own_code import names_file
 
 
@@ -22,6 +23,10 @@ class OwnAttackConfig(AttackConfig):
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
         if names_file(values["kind"]):
             values["kind"] = anchored(values["kind"], folder)
+
+    def check_paths(self) -> None:
+        if names_file(self.kind):
+            require_file(home(self.kind.rpartition(":")[0]), "attack.kind")
 
     @property
     def own_code(self) -> str | None:

@@ -25,6 +25,7 @@ from pipeline.config.kinds import BITS, LAYOUTS
 from pipeline.config.section import Count, Section, anchored, home
 from pipeline.core.addresses import check_address, is_address
 from pipeline.core.epsilon import epsilon_level
+from pipeline.core.errors import require_file
 from pipeline.core.variants import ID, Variant, make_variants, plain_id
 
 # Pixels of an image: of a source unless runtime.max_pixels says otherwise, and of a dataset in any case, as a manifest
@@ -169,6 +170,15 @@ class ModelConfig(Section):
             values["weights"] = anchored(weights, folder)
 
     @property
+    def checkpoint(self) -> Path | None:
+        """The file that its weights are in; None of published weights, and of an untrained model."""
+        return home(self.weights) if self.weights is not None and is_checkpoint(self.weights) else None
+
+    def check_paths(self) -> None:
+        if self.checkpoint is not None:
+            require_file(self.checkpoint, "model.weights")
+
+    @property
     def call(self) -> tuple[str | None, Mapping[str, Any]]:
         """The name of what makes the module, and its keyword arguments; None where the kind is one model."""
         return None, {}
@@ -251,6 +261,10 @@ class AttackConfig(Section):
     def own_code(self) -> str | None:
         """The class of the user's own that a run of this config calls; None without one."""
         return None
+
+    @property
+    def reads(self) -> tuple[Path, ...] | None:
+        return () if self.own_code is None else None
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -36,6 +36,22 @@ class Section(BaseModel):
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
         """Make relative input paths among the values of a section, not yet checked, relative to a folder."""
 
+    def check_paths(self) -> None:
+        """See that the files and folders of this machine that it names are there. Nothing is imported for it.
+
+        Raises:
+            ConfigError: one is not; the message begins with the kind of the section and the key.
+        """
+
+    @property
+    def reads(self) -> tuple[Path, ...] | None:
+        """The files and folders of this machine that all of it is read from.
+
+        None where they do not say everything, as with what comes from the Hub, and with code of the user's own, which
+        may read anything.
+        """
+        return None
+
 
 def anchored(path: str, folder: Path) -> str:
     """A path of a config file of that folder."""

@@ -152,6 +152,16 @@ def explained(
         raise kind(f"{what} ({reason}); {fix}." if fix else f"{what}: {reason}") from error
 
 
+def require_file(path: Path, key: str) -> None:
+    """See that a file is there which the config names under a key.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{key}: there is no file {path}.")
+
+
 def listing(names: Sequence[str], most: int = 5) -> str:
     """The first few names of a list, and how many more there are."""
     shown = ", ".join(names[:most])

@@ -8,20 +8,26 @@ from typing import TextIO
 
 from pipeline.core.redaction import presentable
 
+# Of every log of ours: its lines can be sorted, and `fgsm night` reads them.
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+
 
 class LogFormatter(logging.Formatter):
-    """No control characters and no credentials; only what libraries say may have several lines."""
+    """No control characters and no credentials, a warning marked as one; only what libraries say may have several
+    lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        if record.levelno >= logging.WARNING:
+            record.message = f"Warning: {record.message}"
         return presentable(super().formatMessage(record), "" if record.name.startswith("pipeline") else "\n\t")
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Lines on what stderr is by then: while a bar is drawn, they appear above it."""
 
-    def __init__(self, form: str = "%(message)s", times: str | None = None) -> None:
+    def __init__(self, form: str = "%(message)s") -> None:
         logging.Handler.__init__(self)
-        self.setFormatter(LogFormatter(form, times))
+        self.setFormatter(LogFormatter(form, TIME_FORMAT))
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]

@@ -13,7 +13,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.core.errors import CodeError, ConfigError, PipelineError, explained, first_line, system_refusal
+from pipeline.core.errors import (
+    CodeError,
+    ConfigError,
+    PipelineError,
+    explained,
+    first_line,
+    require_file,
+    system_refusal,
+)
 
 
 def names_file(name: str) -> bool:
@@ -47,8 +55,7 @@ def import_own(name: str, key: str) -> Callable[..., Any]:
 
 
 def _import_file(path: Path, key: str) -> ModuleType:
-    if not path.is_file():  # though it was imported before
-        raise ConfigError(f"{key}: there is no file {path}.")
+    require_file(path, key)  # though it was imported before
     name = f"_fgsm_own_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         loader = SourceFileLoader(name, str(path))

@@ -1,11 +1,11 @@
-"""Estimates before a run: whether the disk has room, and, for `fgsm plan`, what a run will take.
+"""Estimates before a run: how many bytes it needs, and, for `fgsm plan`, what it will take.
 
 `generate` encodes a few images, which takes no time. `plan` calibrates: some rows of the real run go the whole way,
 into a folder that is thrown away, and what that took is scaled up.
 """
 
 import contextlib
-import shutil
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,6 @@ from torch import Tensor
 from pipeline.config.schema import Config
 from pipeline.core.addresses import is_address
 from pipeline.core.console import BLUE, as_text, duration, make_table
-from pipeline.core.errors import PipelineError
 from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
@@ -31,13 +30,17 @@ from pipeline.core.plan import Plan, Shard
 from pipeline.engine.decode import read_image
 from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
 from pipeline.engine.progress import Busy
+from pipeline.engine.resolved import count, describe_run, planned
 from pipeline.engine.run import Run, open_run
+from pipeline.output.disk import free_bytes, in_flight
 from pipeline.output.folder import OutputFolder
 from pipeline.output.shards import ROW_GROUP_BYTES, ROW_GROUP_ROWS, column_options
 from pipeline.output.summary import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+
+logger = logging.getLogger(__name__)
 
 # Images encoded to estimate the size of all.
 SAMPLES = 16
@@ -82,44 +85,6 @@ def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
         with contextlib.suppress(UndecodableError):
             found.append(read_image(partial(run.source.open, row.cell), reader.preprocess, reader.max_pixels))
     return torch.stack(found) if found else torch.zeros((0, *reader.shape), dtype=torch.uint8)
-
-
-def free_bytes(path: Path) -> int:
-    """Free space on the disk that will hold a path, which need not be there yet."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
-    """Of some shards those that are on the local disk at once: all, or for an object store one at a time."""
-    return shards if folder.store.local else sorted(shards, key=lambda shard: shard.rows or 0)[-1:]
-
-
-def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
-    """Refuse to start a run that cannot end. Overwriting frees what is there.
-
-    Args:
-        needed: bytes that it will write.
-        folder: where they go.
-        overwrite: whether what is there goes first.
-
-    Raises:
-        PipelineError: the free space is less than the estimate.
-    """
-    local, disk = folder.store.local, folder.store.disk
-    free = free_bytes(disk.resolve())
-    if overwrite and local:
-        sizes = folder.store.sizes()
-        free += sum(sizes[name] for name in folder.owned(folder.editions()))
-    if needed > free:
-        what, mend = "", "choose another disk, fewer epsilons or a source.limit."
-        if not local:
-            what = " for a shard before its upload"
-            mend = "name a larger one with TMPDIR, or make output.images_per_shard smaller."
-        raise PipelineError(
-            f"output.path: about {human_bytes(needed)} are needed{what} and {disk} has {human_bytes(free)} free; {mend}"
-        )
 
 
 @dataclass(frozen=True)
@@ -307,7 +272,7 @@ class PlannedRun:
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:
         del console, options
         width, height = self.image_size
-        splits = ", ".join(f"{name} {_count(rows)}" for name, rows in self.splits.items())
+        splits = ", ".join(f"{name} {count(rows)}" for name, rows in self.splits.items())
         memory = f"about {human_bytes(self.memory)} with all workers"
         if self.device_memory is not None:
             memory += f", {human_bytes(self.device_memory)} on the device"
@@ -316,11 +281,11 @@ class PlannedRun:
         if self.bytes is not None:
             files += f", about {human_bytes(self.bytes / self.files)} each"
         if self.at_once is not None and is_address(self.output):
-            size += f" in {self.disk}, where about {human_bytes(self.at_once)} lie at once"
+            size += f" in {self.disk}, where about {human_bytes(self.at_once)} are needed at a time"
         facts = {
-            "source images": f"{_count(self.source_images)} ({splits}), {width}x{height} {self.mode}",
+            "source images": f"{count(self.source_images)} ({splits}), {width}x{height} {self.mode}",
             "variants": f"{len(self.variants)}: {', '.join(self.variants)}",
-            "rows": _count(self.rows),
+            "rows": count(self.rows),
             "files": files,
             "bytes": size,
             "time": f"{_about(self.seconds, duration)} on {self.device}, {_rate(self.images_per_second)} images/s",
@@ -343,6 +308,9 @@ def plan_run(config: Config) -> PlannedRun:
     began = time.perf_counter()
     run = open_run(config)
     opening = time.perf_counter() - began
+    for line in describe_run(run):
+        logger.info("%s", line)
+    logger.info("Measuring on some batches.")
     plan, disk = estimate(run), folder.store.disk
     images, free = run.plan.total, free_bytes(disk.resolve())
     warnings = hub_warnings(run.plan, len(run.stored), plan.bytes)
@@ -354,7 +322,7 @@ def plan_run(config: Config) -> PlannedRun:
     _, height, width = run.reader.shape
     return PlannedRun(
         source_images=images,
-        splits=_planned(run.plan),
+        splits=dict(planned(run.plan)),
         image_size=(width, height),
         mode=run.config.preprocess.mode,
         variants=[variant.subset for variant in run.variants],
@@ -380,19 +348,6 @@ def plan_run(config: Config) -> PlannedRun:
     )
 
 
-def _planned(plan: Plan) -> dict[str, int | None]:
-    """The rows of each split; None where that is not known."""
-    splits: dict[str, int | None] = {}
-    for shard in plan.shards:
-        before = splits.get(shard.split, 0)
-        splits[shard.split] = None if before is None or shard.rows is None else before + shard.rows
-    return splits
-
-
-def _count(number: int | None) -> str:
-    return "unknown" if number is None else f"{number:,}"
-
-
 def _about(number: float | None, form: Callable[[float], str]) -> str:
     return "unknown" if number is None else f"about {form(number)}"
 
@@ -410,7 +365,7 @@ def hub_warnings(plan: Plan, subsets: int, size: float | None) -> list[str]:
         subsets: how many are stored, each a folder.
         size: bytes of all files, None where that is not known.
     """
-    shards, splits = len(plan.shards), _planned(plan)
+    shards, splits = len(plan.shards), planned(plan)
     folder, repository = shards > HUB_FOLDER_FILES, shards * subsets > HUB_REPOSITORY_FILES - HUB_OTHER_FILES
     if not folder and not repository:
         return []

@@ -14,9 +14,11 @@ from pipeline.core.plan import Shard
 from pipeline.engine.estimate import estimate_bytes
 from pipeline.engine.execute import Tell, compile_as_begun, write_shards
 from pipeline.engine.progress import Busy
-from pipeline.engine.run import Run, differences, open_run
+from pipeline.engine.resolved import describe_run
+from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder, Receipt
 from pipeline.output.manifest import Manifest
+from pipeline.output.settings import differences
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Job:
         run = open_run(self.config, self.recorded, self.generation)
         _opened = _Opened(self.config, run)
         return run.manifest()
+
+    def describe(self) -> list[str]:
+        """As `describe_run`."""
+        return describe_run(self._run())
 
     def estimate_bytes(self, shards: Sequence[Shard]) -> int:
         """Bytes that some shards will take."""

@@ -4,16 +4,14 @@
 the outcome, so that a resumed run decides nothing anew.
 """
 
-import contextlib
 import functools
 import importlib.metadata
-import json
 import logging
 import math
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,9 +23,9 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
+from pipeline.config.check import check_paths, named, naming, with_key
 from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
-from pipeline.core.addresses import is_address
-from pipeline.core.errors import CodeError, ConfigError, PipelineError, TemporaryError
+from pipeline.core.errors import CodeError, ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
@@ -50,6 +48,7 @@ from pipeline.models.label_space import LabelSpace
 from pipeline.models.load import load_model
 from pipeline.output.folder import name_edition
 from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
+from pipeline.output.settings import take_over
 from pipeline.sources.base import Source
 from pipeline.sources.registry import open_source
 
@@ -173,16 +172,20 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     Raises:
         ConfigError: anything the config names is missing or does not fit.
     """
-    _check_apart(config)
+    check_paths(config)
     asked_batch_size = config.runtime.batch_size
     if recorded is not None:
-        config = _take_over(config, recorded)
+        config = take_over(config, recorded)
     device = choose_device(config.runtime.device, config.runtime.precision)
     loaded = load_attacks(config)
+    logger.info("Opening the source %s.", getattr(config.source, "path", config.source.kind))
     source = open_run_source(config)
     for left_out in source.left_out:
         logger.warning("Left out of the source: %s.", left_out)
-    models = {name: load_run_model(name, config, device) for name in config.all_models}
+    models = {}
+    for name, section in config.all_models.items():
+        logger.info("Loading the model %s.", section.call[0] or section.kind)
+        models[name] = load_run_model(name, config, device)
     preprocess = _preprocess(config.preprocess, models)
     plan = plan_of(config, source.splits, _streamed(source, config))
     shape: Shape
@@ -202,6 +205,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
     if recorded is None:
+        _warn_unstated(config, models)
         _check_models(config, attacker, reader, plan)
         compiled, batch_size = _resolve_compile(attacker, device, shape, plan, config)
     plan = replace(plan, batch_size=batch_size)
@@ -255,7 +259,7 @@ def open_run_source(config: Config) -> Source:
         return open_source(config.source, need_labels=config.needs_labels, max_pixels=config.runtime.max_pixels)
     except ConfigError as error:
         # What needs labels has another key where there are several attacks.
-        raise ConfigError(_with_key(str(error), config, "attack", next(iter(config.all_attacks)))) from error
+        raise ConfigError(with_key(str(error), config, "attack", next(iter(config.all_attacks)))) from error
 
 
 def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> PreprocessConfig:
@@ -302,6 +306,20 @@ def make_attacker(config: Config, models: Mapping[str, Model], attacks: tuple[Mo
     return Attacker(models, attacks, LAYOUTS[config.output.kind].stored)
 
 
+def _warn_unstated(config: Config, models: Mapping[str, Model]) -> None:
+    """Warn of trained models of which nobody says how their input is normalised: it may well be wrong."""
+    for name, model in models.items():
+        section = config.all_models[name]
+        missing = [f"model.{key}" for key in ("mean", "std") if key not in model.stated]
+        if missing and (section.weights is not None or section.own_code is not None):
+            sentence = (
+                f"{' and '.join(missing)}: neither the config nor what was published with the weights says how its "
+                "input is normalised, so it is given images in [0, 1] as they are; set model.mean and model.std to "
+                "what it was trained with (to [0.0] and [1.0] if it wants them so)"
+            )
+            logger.warning("%s.", with_key(sentence, config, "model", name))
+
+
 def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> None:
     """Look once at what the models make of images of the source, and say what should be known.
 
@@ -322,7 +340,7 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
             with naming(config, "model", name):
                 found = _look(model, attacks, pixels, own_labels, size)
             for sentence in found:
-                logger.warning("%s.", _named(sentence, config, "model", name))
+                logger.warning("%s.", named(sentence, config, "model", name))
             fit_batch_size(check, size, quiet=True)
         except CodeError as error:
             raise ConfigError(f"{error} (images of the source, before the run)") from error
@@ -343,37 +361,6 @@ def _look(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: 
 def _look_at_attacks(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: Tensor, size: int) -> None:
     for each in attacks:
         check_attack(each, model, images[:size], labels[:size])
-
-
-@contextlib.contextmanager
-def naming(config: Config, section: str, name: str) -> Iterator[None]:
-    """What cannot be used within is of one model, or of one attack, and the message says of which.
-
-    Args:
-        config: of the run.
-        section: `model` or `attack`, with which messages within begin.
-        name: its id.
-
-    Raises:
-        ConfigError: as raised within, with the key that the config has.
-    """
-    try:
-        yield
-    except (ConfigError, TemporaryError) as error:
-        raise type(error)(_named(str(error), config, section, name)) from error
-
-
-def _named(sentence: str, config: Config, section: str, name: str) -> str:
-    key = config.key(section, name)
-    if key == section:
-        return sentence
-    named = _with_key(sentence, config, section, name)
-    return named if named.startswith(key) else f"{key}: {named}"
-
-
-def _with_key(sentence: str, config: Config, section: str, name: str) -> str:
-    """A sentence that speaks of `model` or `attack`, with the key that the config has."""
-    return re.sub(rf"\b{section}(?=\.\w|: )", config.key(section, name), sentence)
 
 
 def load_run_model(name: str, config: Config, device: torch.device) -> Model:
@@ -428,28 +415,6 @@ def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, .
         split: tuple(StreamedFile(path=name, cuts=None if cuts is None else tuple(cuts)) for name, cuts in own)
         for split, own in files.items()
     }
-
-
-def _check_apart(config: Config) -> None:
-    """The output must not become part of the source, which the next run would then read."""
-    if is_address(config.output.path):
-        return
-    if config.source.folder is None:
-        return
-    source, output = config.source.folder.expanduser().resolve(), Path(config.output.path).expanduser().resolve()
-    if source.is_dir() and output.is_relative_to(source):
-        raise ConfigError(f"output.path: {output} lies in the source's own folder {source}; choose another place.")
-
-
-def _take_over(config: Config, recorded: Manifest) -> Config:
-    """Replace each `auto`, and a batch size that was halved, by what the run that is resumed decided."""
-    then, runtime, output = recorded.resolved, config.runtime, config.output
-    decided = {key: getattr(then.runtime, key) for key in ("device", "compile") if getattr(runtime, key) == "auto"}
-    if runtime.batch_size == recorded.asked_batch_size:
-        decided["batch_size"] = then.runtime.batch_size
-    if output.image_format == "auto":
-        output = output.model_copy(update={"image_format": then.output.image_format})
-    return config.model_copy(update={"runtime": runtime.model_copy(update=decided), "output": output})
 
 
 def _resolve_compile(
@@ -556,17 +521,6 @@ def _identity(
         found |= {f"attacks.{name}.content": loaded.digest} if loaded.digest else {}
         found |= {} if loaded.attack.on_ray else {f"attacks.{name}.{ON_RAY}": False}
     return found
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """How two identities differ, for a person: `key (value there, value here)`."""
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return "; ".join(f"{key} ({_short(there.get(key))} there, {_short(here.get(key))} here)" for key in keys)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def versions(device: torch.device) -> dict[str, str]:

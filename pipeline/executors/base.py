@@ -7,15 +7,17 @@ some of them. It counts the receipts that come back, and says in the end what is
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pipeline.config.schema import RuntimeConfig
 from pipeline.core.plan import Shard
-from pipeline.engine.job import Written
+
+if TYPE_CHECKING:
+    from pipeline.engine.job import Written  # which imports PyTorch
 
 Result = TypeVar("Result")
 # Writes some shards, and yields each once it is committed. It can be sent to another process.
-Write = Callable[[Sequence[Shard]], Generator[Written, None, None]]
+Write = Callable[[Sequence[Shard]], "Generator[Written, None, None]"]
 
 
 class Executor(ABC):
@@ -61,7 +63,7 @@ class Executor(ABC):
         return function(*arguments)
 
     @abstractmethod
-    def run(self, shards: Sequence[Shard], write: Write) -> Generator[Written | None, None, None]:
+    def run(self, shards: Sequence[Shard], write: Write) -> "Generator[Written | None, None, None]":
         """Have some shards written.
 
         Args:

@@ -27,8 +27,9 @@ class Model(nn.Module):
     """A frozen classifier of images in [0, 1], which it is given in the type of its first floating-point parameter.
 
     `classes` are the model's own class names, None where unknown; `digest` changes with the weights and with the user's
-    own code that made it; `preprocess` is what its weights were published with, None where they say nothing; `key`, of
-    its section in the config, and `files`, of the user's own code that made it, are for messages; `space`, how its
+    own code that made it; `stated` says where its `mean` and its `std` come from, config or weights, and has no entry
+    for what nobody states; `preprocess` is what its weights were published with, None where they say nothing; `key`,
+    of its section in the config, and `files`, of the user's own code that made it, are for messages; `space`, how its
     classes meet the dataset's, is there once `join` has been called.
 
     Activations lie channels last, which every convolution measured liked better: on a CPU ResNet-20 at 32 px and
@@ -47,6 +48,7 @@ class Model(nn.Module):
         std: Sequence[float] = (1.0,),
         classes: Sequence[str] | None = None,
         digest: str = "",
+        stated: Mapping[str, str] | None = None,
         preprocess: PreprocessConfig | None = None,
         bf16: bool = False,
         key: str = "model",
@@ -61,6 +63,7 @@ class Model(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=dtype).view(1, -1, 1, 1))
         self.classes = tuple(classes) if classes else None
         self.digest = digest
+        self.stated = stated or {}
         self.preprocess = preprocess
         self.bf16 = bf16
         self.key, self.files = key, files

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.errors import ConfigError, explained, listing
+from pipeline.core.errors import ConfigError, explained, listing, require_file
 
 # Keys that may lead to a state dict, one within another.
 DEEPEST = 4
@@ -24,8 +24,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     Raises:
         ConfigError: there is no such file, it is not plain weights, or its keys or shapes do not fit.
     """
-    if not path.is_file():
-        raise ConfigError(f"model.weights: there is no file {path}.")
+    require_file(path, "model.weights")
     expected = module.state_dict()
     weights = _state_dict(_read_checkpoint(path), expected, path)
     problems = [f"{what} {listing(keys)}" for what, keys in _misfits(weights, expected).items() if keys]

@@ -1,6 +1,7 @@
 """The small nets that come with the package, for the embedded digits."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -27,6 +28,10 @@ class DigitsConfig(ModelConfig):
         return {"weights": "digits", **values} if isinstance(values, dict) else values
 
     @property
+    def reads(self) -> tuple[Path, ...]:
+        return () if self.checkpoint is None else (self.checkpoint,)
+
+    @property
     def call(self) -> tuple[str | None, Mapping[str, Any]]:
         return self.name, {}
 
@@ -41,4 +46,4 @@ def load(config: DigitsConfig) -> Loaded:
         load_checkpoint(module, net.weights)
     elif published_weights(config):
         raise ConfigError(f"model.weights: kind digits has no weights {config.weights}; leave the key out for its own.")
-    return Loaded(module, classes=CLASSES)
+    return Loaded(module, classes=CLASSES, mean=(0.0,), std=(1.0,))

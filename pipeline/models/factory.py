@@ -6,8 +6,8 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from pipeline.config.schema import NamedModelConfig
-from pipeline.config.section import anchored
-from pipeline.core.errors import ConfigError
+from pipeline.config.section import anchored, home
+from pipeline.core.errors import ConfigError, require_file
 from pipeline.core.own_code import import_own, names_file, own_files
 from pipeline.models.loaded import Loaded, published_weights
 
@@ -23,6 +23,11 @@ class FactoryConfig(NamedModelConfig):
         super().anchor(values, folder)
         if isinstance(name := values.get("name"), str) and names_file(name):
             values["name"] = anchored(name, folder)
+
+    def check_paths(self) -> None:
+        super().check_paths()
+        if names_file(self.name):
+            require_file(home(self.name.rpartition(":")[0]), "model.name")
 
     @property
     def own_code(self) -> str | None:

@@ -4,14 +4,13 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
 from torch import nn
 
 from pipeline.config.kinds import MODELS
-from pipeline.config.schema import ModelConfig, check_normalisation, is_checkpoint
+from pipeline.config.schema import ModelConfig, check_normalisation
 from pipeline.core.errors import ConfigError, explained
 from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
@@ -41,9 +40,11 @@ def load_model(
     if not isinstance(loaded.module, nn.Module):
         kind = type(loaded.module).__name__
         raise ConfigError(f"model.name: {config.call[0]} returned {kind}, not a torch.nn.Module.")
-    if config.weights is not None and is_checkpoint(config.weights):
-        load_checkpoint(loaded.module, Path(config.weights).expanduser())
+    if config.checkpoint is not None:
+        load_checkpoint(loaded.module, config.checkpoint)
     mean, std = config.mean or loaded.mean or (0.0,), config.std or loaded.std or (1.0,)
+    published = {key: "weights" for key in ("mean", "std") if getattr(loaded, key)}
+    stated = published | {key: "config" for key in ("mean", "std") if getattr(config, key)}
     with explained(f"model.weights: what {config.weights} was published with cannot be used", kind=ConfigError):
         check_normalisation(mean, std)
     return Model(
@@ -52,6 +53,7 @@ def load_model(
         std=std,
         classes=loaded.classes,
         digest=_digest(loaded),
+        stated=stated,
         preprocess=loaded.preprocess,
         bf16=bf16,
         key=key,

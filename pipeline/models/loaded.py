@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import ModelConfig, PreprocessConfig, is_checkpoint
+from pipeline.config.schema import ModelConfig, PreprocessConfig
 from pipeline.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,4 +51,4 @@ def import_extra(name: str) -> Any:
 
 def published_weights(config: ModelConfig) -> str | None:
     """The id of published weights, None for a checkpoint file or an untrained model."""
-    return None if config.weights is None or is_checkpoint(config.weights) else config.weights
+    return config.weights if config.checkpoint is None else None

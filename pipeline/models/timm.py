@@ -1,6 +1,7 @@
 """Models of timm, by name; published weights bring their preprocessing."""
 
 import math
+from pathlib import Path
 from typing import Literal
 
 from pipeline.config.schema import NamedModelConfig, PreprocessConfig
@@ -12,6 +13,13 @@ class TimmConfig(NamedModelConfig):
 
     kind: Literal["timm"]
     """A model of timm. It needs the extra `timm`."""
+
+    @property
+    def reads(self) -> tuple[Path, ...] | None:
+        # Published weights, names such as hf-hub:a/b, and some arguments are looked up on the Hub or in other files.
+        if published_weights(self) or ":" in self.name or self.kwargs:
+            return None
+        return () if self.checkpoint is None else (self.checkpoint,)
 
 
 def load(config: TimmConfig) -> Loaded:

@@ -1,6 +1,8 @@
 """Models of torchvision, by name; published weights bring their classes and their preprocessing."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.schema import NamedModelConfig, PreprocessConfig
@@ -13,6 +15,16 @@ class TorchvisionConfig(NamedModelConfig):
 
     kind: Literal["torchvision"]
     """A model of torchvision."""
+
+    @property
+    def reads(self) -> tuple[Path, ...] | None:
+        if any(isinstance(value, str) for value in self.kwargs.values()):
+            return None  # they may name weights of a part
+        if self.checkpoint is not None or self.weights is None:
+            return () if self.checkpoint is None else (self.checkpoint,)
+        # Where torch.hub keeps what it has downloaded.
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return (Path(os.environ.get("TORCH_HOME") or f"{cache}/torch", "hub", "checkpoints").expanduser(),)
 
 
 def find_weights(name: str, wanted: str) -> Any:

@@ -30,6 +30,19 @@ class TransformersConfig(NamedModelConfig):
             if isinstance(value := values.get(key), str) and is_there(folder / value):
                 values[key] = anchored(value, folder)
 
+    def check_paths(self) -> None:
+        super().check_paths()
+        for key, name in (("name", self.name), ("weights", published_weights(self) or "")):
+            if name.startswith((".", "~", "/")) and not Path(name).is_dir():
+                raise ConfigError(f"model.{key}: there is no folder {name}.")
+
+    @property
+    def reads(self) -> tuple[Path, ...] | None:
+        folder = Path(published_weights(self) or self.name)
+        if not folder.is_dir() or self.kwargs:
+            return None
+        return (folder,) if self.checkpoint is None else (folder, self.checkpoint)
+
     @model_validator(mode="after")
     def _check_kwargs(self) -> "TransformersConfig":
         for key in REFUSED_KWARGS:
@@ -67,7 +80,7 @@ def load(config: TransformersConfig) -> Loaded:
         if is_temporary(error):
             raise
         processor = {}  # weights without a processor say nothing of their input
-    mean, std = _processor_statistics(processor)
+    mean, std = _processor_statistics(processor) if processor else (None, None)
     return Loaded(
         module,
         classes=[names[index] for index in range(len(names))],

@@ -15,11 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import jinja2
 import yaml
-from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 
 from pipeline.config.schema import AttackConfig
@@ -174,6 +171,11 @@ def _kinds(manifest: Manifest) -> list[str]:
 
 def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
     """The features of a config as the Hub's YAML has them."""
+    # Not for those who only see whether the card agrees: it takes a second.
+    import datasets
+    from datasets.info import DatasetInfosDict
+    from huggingface_hub import DatasetCardData
+
     described = DatasetCardData()
     info = datasets.DatasetInfo(features=datasets.Features.from_dict(manifest.features), config_name=config)
     DatasetInfosDict({config: info}).to_dataset_card_data(described)

@@ -8,6 +8,7 @@ OUTPUT/report.html, OUTPUT/assets/*.png             what it looks like
 OUTPUT/defence.json                                 what training on it bought, where somebody measured it: the user's
 OUTPUT/.run/receipts/test-00000-of-00004-RUN.json   a shard without a receipt does not exist
 OUTPUT/.run/sessions.jsonl                          how fast each session that wrote something was
+OUTPUT/.run/inputs                                  a digest of what the complete dataset was made of: see inputs.py
 
 RUN is the edition: the run's id. No two runs write files of the same name, so whatever one of them writes late, after
 a pause or through a slow network, cannot touch a file of another.
@@ -289,7 +290,7 @@ class OutputFolder:
 
     manifest, card, report = "manifest.json", "README.md", "report.html"
     assets, receipts = "assets", ".run/receipts"
-    sessions = ".run/sessions.jsonl"
+    sessions, inputs = ".run/sessions.jsonl", ".run/inputs"
 
     def __init__(self, root: str | Path) -> None:
         self.store = open_store(root)

@@ -1,5 +1,6 @@
 """The manifest: what the dataset is and how it came about, and the plan that follows from it."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -492,8 +493,27 @@ def require_manifest(folder: OutputFolder) -> Manifest:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ConfigError(f"{folder.root} holds no dataset of fgsm-pipeline: there is no manifest.json.")
+        raise _no_dataset(folder)
     return manifest
+
+
+def check_dataset(folder: OutputFolder) -> None:
+    """See that there is a dataset, before libraries are imported to read it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    # What else there is to say of a manifest says whoever reads it.
+    with contextlib.suppress(OSError):
+        try:
+            with folder.store.open(folder.manifest):
+                pass
+        except (FileNotFoundError, NotADirectoryError):
+            raise _no_dataset(folder) from None
+
+
+def _no_dataset(folder: OutputFolder) -> ConfigError:
+    return ConfigError(f"{folder.root} holds no dataset of fgsm-pipeline: there is no manifest.json.")
 
 
 def current_manifest(folder: OutputFolder) -> Manifest:

@@ -12,7 +12,7 @@ from pipeline.core.console import BLUE, ORANGE, UNLIMITED, as_text, cell, make_t
 from pipeline.core.redaction import presentable
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest, Subset, current_manifest
-from pipeline.output.transfer import Transfer, by_epsilon
+from pipeline.output.transfer import Transfer, by_epsilon, few_right
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -176,6 +176,7 @@ def _notes(manifest: Manifest) -> list[str]:
     ]
     if len(manifest.spaces) > 1:
         notes.append(f"The model that was attacked looks at its images; {next(iter(manifest.spaces))} at all others.")
+        notes += few_right(manifest.transfer)
     if warning := manifest.zero_gradient_warning:
         notes.append(f"WARNING: {warning}")
     if any(subset.bytes is None for subset in manifest.subsets):

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from pipeline.core.variants import maker
 from pipeline.output.folder import Id, Level, Record, Split, VariantCounts, Whole
 
+# A model that predicts less than this share of the clean images right says little about transfer.
+FEW = 0.5
+
 
 class Transfer(Record):
     """What one model makes of the images of one variant in one split.
@@ -69,6 +72,17 @@ def transfer_matrix(counts: Iterable[tuple[str, VariantCounts]]) -> tuple[Transf
             for looking, answers in own.models.items()
         ]
     return tuple(made)
+
+
+def few_right(matrix: Iterable[Transfer]) -> list[str]:
+    """Why a model loses few images that fool another: sentences for those that few clean images could be lost of."""
+    found = {
+        (cell.looking, cell.split): f"{cell.looking} is right in only {cell.clean_correct:,} of {cell.images:,} clean "
+        f"{cell.split} images ({cell.clean_correct / cell.images:.1%}), so there are few that could transfer to it."
+        for cell in matrix
+        if cell.images and cell.clean_correct < FEW * cell.images
+    }
+    return [*found.values()]
 
 
 def by_epsilon(matrix: Sequence[Transfer]) -> list[list[Transfer]]:

@@ -28,6 +28,7 @@ from pipeline.core.variants import maker
 from pipeline.output.folder import OutputFolder, report_files, reported_assets
 from pipeline.output.manifest import Manifest, current_manifest, without_folders
 from pipeline.output.summary import human_bytes
+from pipeline.output.transfer import few_right
 from pipeline.reporting.defence import RULE, Defence, columns, read_defence, statements, tabulate
 from pipeline.reporting.findings import (
     Focus,
@@ -193,7 +194,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     named = (
-        *(columns, headline, hero, human_bytes, mistaken, percent),
+        *(columns, few_right, headline, hero, human_bytes, mistaken, percent),
         *(ratio, statements, tabulate, variant_name, web_image, who_travels),
     )
     environment.filters |= {function.__name__: function for function in named}

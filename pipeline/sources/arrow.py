@@ -135,7 +135,7 @@ def _load_splits(config: HuggingFaceConfig, need_labels: bool, tally: Tally) -> 
     path = str(config.path)
     if "://" in path:
         raise ConfigError("source.path: a URL can be streamed only; set source.streaming: true.")
-    folder = existing_folder(path)
+    folder = existing_folder(config)
     cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
     hub = Path(constants.HF_HUB_CACHE).resolve() / f"datasets--{path.replace('/', '--')}"
     allowed = (folder,) if folder else (cache / "downloads", cache / path.replace("/", "___"), hub)

@@ -5,6 +5,8 @@ stratified split.
 """
 
 from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +32,10 @@ class DigitsConfig(SourceConfig):
 
     kind: Literal["digits"]
     """The 1,797 handwritten digits of scikit-learn, 64x64, splits train and test. They come with the package."""
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +74,16 @@ def digits_split(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     Returns:
         Images (N, 64, 64) uint8, and their classes (N,) int64 in 0..9.
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    # The file of sklearn.datasets.load_digits; scikit-learn takes a second to import.
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    digits = np.loadtxt(str(file), np.int64, delimiter=",")
+    pixels, classes = digits[:, :-1].reshape(-1, 8, 8), digits[:, -1]
     # Every fourth digit of each class is held out: stratified, and the same under every version.
-    rank = np.empty(len(digits.target), dtype=np.int64)
+    rank = np.empty(len(classes), dtype=np.int64)
     for digit in range(len(CLASSES)):
-        rank[digits.target == digit] = np.arange((digits.target == digit).sum())
+        rank[classes == digit] = np.arange((classes == digit).sum())
     rows = np.flatnonzero((rank % 4 == 3) == (split == "test"))
     # 17 grey levels, 0..16, become 0..255; bicubic enlargement overshoots, and Pillow clips it.
-    small = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    small = np.rint(pixels[rows] * (255 / 16)).astype(np.uint8)
     large = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in small]
-    return np.stack([np.asarray(image) for image in large]), digits.target[rows].astype(np.int64)
+    return np.stack([np.asarray(image) for image in large]), classes[rows]

@@ -175,19 +175,17 @@ def _url_folder(path: str) -> str:
     return fixed[: fixed.rfind("/") + 1]
 
 
-def existing_folder(path: str) -> Path | None:
-    """The local folder that a path names, resolved; None where it is the id of a dataset of the Hub.
+def existing_folder(config: HuggingFaceConfig) -> Path | None:
+    """The local folder of a source, resolved; None where its path is the id of a dataset of the Hub.
 
     Raises:
         ConfigError: there is no such folder, or `datasets` would look for its files elsewhere.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        if path.startswith((".", "~", "/")) or path.count("/") > 1:
-            raise ConfigError(f"source.path: there is no folder {folder}.")
+    config.check_paths()
+    if not config.folder.is_dir():
         return None
     # It makes the folder's own name a part of the pattern of its files, and :: is a chain of addresses to it.
-    folder = folder.resolve()
+    folder = config.folder.resolve()
     if sign := re.search(r"[*?\[]|::", str(folder)):
         raise ConfigError(f"source.path: `datasets` takes {sign[0]} in a path for a pattern; rename {folder}.")
     return folder
@@ -203,7 +201,7 @@ def _found_by_datasets(config: HuggingFaceConfig, path: str) -> Listing:
     """The files of a dataset of the Hub or a local folder, as `datasets` finds them."""
     import datasets
 
-    folder = existing_folder(path)
+    folder = existing_folder(config)
     where, load = str(folder or path), datasets.load_dataset_builder
     # With an empty cache, the features are those that the card states and not of files that were there before.
     with opening(path, folder), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:

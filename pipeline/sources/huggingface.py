@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.schema import SourceConfig
-from pipeline.config.section import anchored, is_there
+from pipeline.config.section import anchored, home, is_there
 from pipeline.core.errors import ConfigError
 from pipeline.sources.base import Source, file_names
 
@@ -85,8 +85,18 @@ class HuggingFaceConfig(SourceConfig):
         return self.classes
 
     @property
-    def folder(self) -> Path | None:
-        return Path(self.path)
+    def folder(self) -> Path:
+        return home(self.path)
+
+    def check_paths(self) -> None:
+        # Anything else may be the id of a dataset of the Hub, or an address.
+        named = self.path.startswith((".", "~", "/")) or (self.path.count("/") > 1 and "://" not in self.path)
+        if named and not self.folder.is_dir():
+            raise ConfigError(f"source.path: there is no folder {self.folder}.")
+
+    @property
+    def reads(self) -> tuple[Path, ...] | None:
+        return (self.folder,) if self.folder.is_dir() else None
 
 
 def open_huggingface(config: HuggingFaceConfig, *, need_labels: bool) -> Source:

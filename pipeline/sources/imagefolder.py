@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.schema import SourceConfig
-from pipeline.config.section import anchored
+from pipeline.config.section import anchored, home
 from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name, open_image
 from pipeline.core.left_out import Tally
@@ -34,8 +34,16 @@ class ImageFolderConfig(SourceConfig):
             values["path"] = anchored(path, folder)
 
     @property
-    def folder(self) -> Path | None:
-        return Path(self.path)
+    def folder(self) -> Path:
+        return home(self.path)
+
+    def check_paths(self) -> None:
+        if not self.folder.is_dir():
+            raise ConfigError(f"source.path: there is no folder {self.folder}.")
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        return (self.folder,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +66,8 @@ def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderS
         ConfigError: there is no such folder, or it is none of class folders.
         PipelineError: a part of it cannot be read.
     """
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"source.path: there is no folder {root}.")
+    config.check_paths()
+    root = config.folder
     tally = Tally()
     try:
         folders = _split_folders(root, config)

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.config.schema import SourceConfig
-from pipeline.config.section import anchored
+from pipeline.config.section import anchored, home
 from pipeline.core.errors import ConfigError, explained
 from pipeline.core.images import PILLOW_PIXELS, Opener
 from pipeline.core.origin import Origin
@@ -51,6 +51,12 @@ class TorchvisionConfig(SourceConfig):
         kwargs = values.get("kwargs")
         if isinstance(kwargs, dict) and isinstance(kwargs.get("root"), str):
             kwargs["root"] = anchored(kwargs["root"], folder)
+
+    @property
+    def reads(self) -> tuple[Path, ...] | None:
+        if not {"root"} <= self.kwargs.keys() <= {"root", "download"}:
+            return None  # others may name further files
+        return (home(self.kwargs["root"]),)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

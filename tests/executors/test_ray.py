@@ -201,7 +201,7 @@ def test_workers_write_into_an_object_store(
     s3.make("shared")
     with monkeypatch.context() as here:
         # What waits for its upload lies on the workers' disks.
-        here.setattr("pipeline.engine.estimate.free_bytes", lambda _: 0)
+        here.setattr("pipeline.output.disk.free_bytes", lambda _: 0)
         on_ray(watched_config, "--output", "s3://shared/some/where")
     generate(watched_config)
     there, local = s3.objects("shared", "some/where/"), tmp_path / "out"

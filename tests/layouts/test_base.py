@@ -45,8 +45,8 @@ NO_LAYOUT = {
     ("core/console.py", "images"),
     ("engine/execute.py", "images"),
     ("engine/model_check.py", "images"),
-    ("report/findings.py", "images"),
-    ("report/report.html.jinja", "images"),
+    ("reporting/findings.py", "images"),
+    ("reporting/report.html.jinja", "images"),
 }
 
 

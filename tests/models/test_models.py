@@ -546,9 +546,11 @@ def test_transformers_weights_without_normalisation_or_processor(vit: tuple[Any,
     _, folder = vit
     victim = load(kind="transformers", name="vit", weights=str(folder))
     assert (victim.preprocess, rounded(victim.mean), rounded(victim.std)) == (None, (0.0,), (1.0,))
+    assert not victim.stated
     preprocessing("ViTImageProcessor", {"do_normalize": False, "size": {"height": 32, "width": 32}}, folder)
     victim = load(kind="transformers", name="vit", weights=str(folder))
     assert (rounded(victim.mean), rounded(victim.std)) == ((0.0,), (1.0,))
+    assert victim.stated == {"mean": "weights", "std": "weights"}
     assert victim.preprocess is not None
 
 

@@ -232,13 +232,14 @@ def test_only_the_shards_in_flight_need_room_on_the_disk(
 ) -> None:
     config = write_config(output={"images_per_shard": 10})
     # 40 images of 16 px are about 100 KB at three epsilons, 10 of them a fourth of it.
-    monkeypatch.setattr("pipeline.engine.estimate.free_bytes", lambda _: 60_000)
+    for module in ("output.disk", "engine.estimate"):
+        monkeypatch.setattr(f"pipeline.{module}.free_bytes", lambda _: 60_000)
     assert failed("generate", config).startswith("output.path: ")
     plan = fgsm("plan", config, "--output", out)
-    assert "Warning" not in plan.output
+    assert "\nWarning" not in plan.output
     assert re.search(rf"\b60\.0 KB .*{tmp_path}/temporary, .* KB\b", plan.stdout)
     generate(config, "--output", out)
-    monkeypatch.setattr("pipeline.engine.estimate.free_bytes", lambda _: 6_000)
+    monkeypatch.setattr("pipeline.output.disk.free_bytes", lambda _: 6_000)
     sentence = failed("generate", config, "--output", f"{out}/2")
     assert re.match(rf"output\.path: .*{tmp_path}/temporary .*\b6\.0 KB .*TMPDIR.*output\.images_per_shard", sentence)
 

@@ -13,6 +13,7 @@ from pipeline.core.console import UNLIMITED, as_text
 from pipeline.core.variants import make_variants
 from pipeline.output.manifest import Subset
 from pipeline.output.summary import _subset_table, inspect
+from pipeline.output.transfer import Transfer, few_right
 from tests.conftest import WriteConfig, generate_once, manifest
 from tests.support.several import write_several
 
@@ -106,3 +107,27 @@ def test_the_matrix_of_many_models_fits_a_terminal(write_config: WriteConfig, tm
         for cell in cells
     )
     assert len(answers) == 4 * 3
+    # Beside it stands which models are seldom right.
+    seldom = {cell["looking"] for cell in cells if cell["clean_correct"] < cell["images"] / 2}
+    assert {line.split()[0] for line in said.splitlines() if " is right in only " in line} == seldom != set()
+
+
+def test_why_little_transfers_to_a_model_that_is_seldom_right() -> None:
+    cells = [
+        Transfer(
+            split="test",
+            attack="fgsm",
+            model="good",
+            level=level,
+            looking=looking,
+            images=100,
+            correct=0,
+            clean_correct=clean,
+            lost=0,
+        )
+        for level in (4, 8)
+        for looking, clean in (("good", 50), ("poor", 18))
+    ]
+    (said,) = few_right(cells)
+    assert said.startswith("poor is right in only 18 of 100 clean test images (18.0%)")
+    assert few_right([cell.model_copy(update={"images": 0}) for cell in cells]) == []
