@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.kinds import LAYOUTS
 from pipeline.config.load import load_config, override, parse_config, section_class
 from pipeline.config.reference import meaning
-from pipeline.config.schema import SourceConfig, is_checkpoint
+from pipeline.config.schema import OutputConfig, SourceConfig, is_checkpoint
 from pipeline.config.section import home
 from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name
@@ -143,7 +144,9 @@ def write_config(
     unmatched = _match_classes(raw["model"], found)
     draft.fill("attack.epsilons", "--epsilons", "Epsilons, in grey levels of 255", "2/255, 4/255, 8/255")
     draft.fill("output.path", "--output", "Where does the dataset go", f"out/{plain_id(where)}")
-    draft.fill("output.layout", "--layout", "Layout: images, signs or wide", "images")
+    draft.fill(
+        "output.layout", "--layout", f"Layout: {', '.join(LAYOUTS)}", OutputConfig.model_fields["layout"].default
+    )
     if path.parent.resolve() != Path.cwd():
         for section in ("source", "model", "attack"):
             section_class(section, raw[section]).anchor(raw[section], Path.cwd())

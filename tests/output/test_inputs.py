@@ -145,7 +145,7 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]
         f"output: {{path: {tmp_path / 'out'}, images_per_shard: 4}}\nruntime: {{device: cpu}}\n"
     )
     opened: list[str] = []
-    monkeypatch.setattr("pipeline.generate.say_loading", lambda *names: opened.extend(names))
+    monkeypatch.setattr("pipeline.flow.say_loading", lambda *names: opened.extend(names))
 
     def make() -> str:
         opened.clear()
