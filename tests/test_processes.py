@@ -80,7 +80,9 @@ def test_ten_sigkills_at_random_moments_change_no_byte(slow_config: Path, tmp_pa
     assert not list((out / ".run/tmp").glob("*"))
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_end_within_five_seconds_and_keep_what_is_committed(
     slow_config: Path, tmp_path: Path, start: Start, signum: int, code: int
 ) -> None:
@@ -106,6 +108,7 @@ def test_signals_end_within_five_seconds_and_keep_what_is_committed(
     assert kept.items() <= digests(out).items()
 
 
+@pytest.mark.slow
 def test_an_operator_that_hears_nothing_does_not_hold_the_end_up(
     slow_config: Path, tmp_path: Path, start: Start
 ) -> None:

@@ -82,7 +82,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# The third and the fourth read and write as the first does.
+@pytest.fixture(
+    scope="module",
+    params=["images", "signs", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("targeted", "streamed"))],
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small complete dataset of one kind, with a skipped row and at least two shards."""
     folder, sections = tmp_path_factory.mktemp(request.param), KINDS[request.param]

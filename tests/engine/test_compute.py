@@ -259,6 +259,7 @@ def test_every_model_of_a_process_is_compiled(
     assert not [record for record in caplog.records if "recompile_limit" in record.getMessage()]
 
 
+@pytest.mark.slow
 def test_auto_goes_on_without_a_compiler_and_says_so_once(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -192,6 +192,7 @@ def slow_config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_what_is_predicted_comes_true(slow_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.engine.estimate, "CALIBRATION_SECONDS", 1.5)
     run = open_run(load_config(str(slow_config)))

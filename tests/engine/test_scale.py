@@ -126,6 +126,7 @@ def many(write_config: WriteConfig, folder: Path, shards: int, epsilons: Sequenc
     return config, run
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("shards", [2_000, pytest.param(10_000, marks=pytest.mark.drill)])
 def test_thousands_of_shards(shards: int, write_config: WriteConfig, tmp_path: Path) -> None:

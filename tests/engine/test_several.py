@@ -181,6 +181,7 @@ def test_neither_lanes_nor_a_resumed_run_change_a_byte(
     assert digests(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_pixel_of_a_model_in_float64(write_config: WriteConfig, tmp_path: Path) -> None:
     (tmp_path / "exact.py").write_text(
         (tmp_path / "victim.py").read_text() + "\n\ndef exact():\n    return Net().double()\n"
@@ -326,6 +327,7 @@ def trained(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_the_same_images_fool_another_architecture_and_noise_does_not(tmp_path: Path) -> None:
     """Made on the digits CNN, seen by a perceptron that was trained here: not made for it, and it falls."""
     images, labels = digits_split("train")

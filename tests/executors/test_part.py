@@ -233,6 +233,7 @@ def test_what_parts_have_not_written_a_later_run_writes(place: Place, config: Pa
     assert summary(place.out) == summary(str(place.folder / "local"))
 
 
+@pytest.mark.slow
 def test_who_may_write_beside_a_part(place: Place, config: Path, local: dict[str, str]) -> None:
     begin_here(place, config)
     before = place.shards()
@@ -278,6 +279,7 @@ def test_a_part_of_another_config_is_refused(place: Place, config: Path) -> None
     assert place.shards() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [False, True])
 def test_a_part_that_finds_the_run_begun_meanwhile_resolves_nothing_anew(
     other: bool, place: Place, config: Path, monkeypatch: pytest.MonkeyPatch

@@ -122,6 +122,7 @@ def test_inspect_counts_epsilons_and_sizes_splits(write_config: WriteConfig, tmp
     assert not any(line.startswith("files:") for line in images)
 
 
+@pytest.mark.slow
 def test_plan_says_what_is_written_and_it_is_less(write_config: WriteConfig, tmp_path: Path) -> None:
     epsilons = {"epsilons": ["1/255", "2/255", "4/255", "8/255"]}
     source = write_parquet(tmp_path / "large", [png_bytes(image) for image in random_pixels(24, side=64)], [0] * 24)

@@ -259,6 +259,7 @@ def test_a_run_of_several_models_tells_the_four_claims_in_order(out: Path) -> No
     assert "all sources, 11.0 ± 1.4%" in alt
 
 
+@pytest.mark.slow
 def test_its_picture_is_one_of_the_report_and_the_same_each_time(out: Path) -> None:
     keep(out)
     make(out)

@@ -503,6 +503,7 @@ def test_predictions_without_names_are_numbers(write_config: WriteConfig, tmp_pa
     assert shown <= {str(answer) for answer in answers}
 
 
+@pytest.mark.slow
 def test_large_images_are_shown_smaller(write_config: WriteConfig, tmp_path: Path) -> None:
     generate_once(write_config(**self_labelled(tmp_path, "abc", count=8, side=300)))
     page = make(tmp_path / "out")

@@ -47,6 +47,7 @@ def test_without_a_gpu_all_else_runs(tmp_path: Path) -> None:
     assert bound["images"] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "status"), [("0", "not reached"), ("1", "timed out")])
 def test_the_time_for_all_is_kept(tmp_path: Path, seconds: str, status: str) -> None:
     code, result = check(tmp_path, TOTAL_SECONDS=seconds)

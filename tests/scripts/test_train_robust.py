@@ -435,6 +435,7 @@ def test_results_of_other_settings_are_not_mixed(
     assert (output / "defence.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_results_of_another_run_are_replaced_only_if_that_is_asked_for(
     whole: tuple[Path, Result], output: Path
 ) -> None:
@@ -613,6 +614,7 @@ def test_fgsm_on_the_fly_leaves_batch_norm_as_it_is(digits: Path) -> None:
     assert 0 < int(now.sum()) < len(now)
 
 
+@pytest.mark.slow
 def test_without_noise_in_the_dataset_the_control_is_made(tmp_path: Path) -> None:
     others = {"epsilons": ["8/255"]}
     output = make(
