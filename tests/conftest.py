@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
@@ -299,11 +299,17 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps({**rest, "digest": json_digest(rest)}))
 
 
+def some_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Parameters of a test: those that are kept run in the gate, the others with what is slow."""
+    return [pytest.param(value, marks=() if value in kept else pytest.mark.slow) for value in values]
+
+
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of an object store and a browser are slow; what waits for processes comes first, not alone at the end."""
+    """Tests of an object store, a browser and scripts are slow; what waits for processes comes first, not at the end."""
     for item in items:
-        if {"server", "browser"} & {*getattr(item, "fixturenames", ())} and not item.get_closest_marker("drill"):
+        far = {"server", "browser"} & {*getattr(item, "fixturenames", ())} or item.path.parent.name == "scripts"
+        if far and not item.get_closest_marker("drill"):
             item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in ("test_part.py", "test_processes.py"))
 

@@ -679,7 +679,10 @@ def moving():
 """
 
 
-@pytest.mark.parametrize(("when", "workers"), [("at once", 0), ("a shard is there", 0), ("at once", 1)])
+@pytest.mark.parametrize(
+    ("when", "workers"),
+    [("at once", 1), *(pytest.param(when, 0, marks=pytest.mark.slow) for when in ("at once", "a shard is there"))],
+)
 def test_a_source_that_vanishes_loses_no_row(
     write_config: WriteConfig, tmp_path: Path, when: str, workers: int
 ) -> None:

@@ -20,7 +20,7 @@ from pipeline.models.attacked import AttackedModel
 from pipeline.models.base import Model
 from pipeline.models.load import load_model
 from pipeline.sources.digits import digits_split
-from tests.conftest import random_pixels
+from tests.conftest import random_pixels, some_slow
 from tests.support.configs import section
 
 KINDS = ("bim", "pgd", "mifgsm")
@@ -319,7 +319,7 @@ def test_normalised_gradients() -> None:
     torch.testing.assert_close(found[2], gradient[2].float() / gradient[2].float().abs().sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_slow(KINDS, "pgd"))
 def test_rows_do_not_depend_on_batches_order_or_neighbours(kind: str) -> None:
     attack, victim = made(kind)[0], Model(NanOnWhite())
     whole = attacked(attack, victim)
@@ -364,7 +364,7 @@ def digits() -> tuple[Model, Tensor, Tensor]:
     return victim, torch.from_numpy(images[:100]).unsqueeze(1), torch.from_numpy(labels[:100])
 
 
-@pytest.mark.parametrize("level", [8, 16, 32, 64])
+@pytest.mark.parametrize("level", some_slow([8, 16, 32, 64], 8, 32))
 def test_several_steps_are_stronger_than_one_and_one_than_noise(
     level: int, digits: tuple[Model, Tensor, Tensor]
 ) -> None:

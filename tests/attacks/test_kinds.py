@@ -9,7 +9,7 @@ import yaml
 from pipeline.attacks.load import load_attack
 from pipeline.check.verify import verify
 from pipeline.config.kinds import ATTACKS
-from tests.conftest import fgsm, generate, generate_once, manifest, pixels, rows
+from tests.conftest import fgsm, generate, generate_once, manifest, pixels, rows, some_slow
 from tests.support.configs import section
 
 
@@ -28,7 +28,7 @@ def write(folder: Path, kind: str, **output: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ATTACKS)
+@pytest.mark.parametrize("kind", some_slow(ATTACKS, "pgd"))
 def test_a_run_is_derived_again_to_the_pixel(kind: str, tmp_path: Path) -> None:
     generate_once(write(tmp_path, kind))
     findings = verify(tmp_path / "out", recompute=True)

@@ -288,6 +288,7 @@ def test_fgsm_along_a_gradient_that_is_turned(
     assert all("do not lie along the sign" in problem for problem in findings.problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["wide", "signs"])
 def test_lists_of_attacks_that_were_reordered(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     """One row's entries of two models, or of two attacks, are exchanged."""

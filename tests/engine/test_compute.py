@@ -275,6 +275,7 @@ def test_auto_goes_on_without_a_compiler_and_says_so_once(
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_compilation_that_was_asked_for_must_work(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

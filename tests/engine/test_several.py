@@ -32,6 +32,7 @@ from tests.conftest import (
     manifest,
     pixels,
     rows,
+    some_slow,
 )
 from tests.conftest import fgsm_without_run as fgsm
 from tests.support.forgery import assert_found, forge
@@ -148,7 +149,7 @@ def test_it_is_verified_and_forgeries_of_each_model_s_answers_are_found(
     assert_found("_turned", out, "--recompute")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, "signs", "wide"))
 def test_every_layout_gives_the_same_rows(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     attacks = {**ATTACKS, "pgd": {**ATTACKS["pgd"], "kind": "fgsm", "target": "random", "steps": None}}
     generate_once(write_several(write_config, tmp_path, attacks))
@@ -357,7 +358,7 @@ def test_the_same_images_fool_another_architecture_and_noise_does_not(tmp_path: 
     assert lost["fgsm"] > 0.1 + 2 * lost["noise"]
 
 
-@pytest.mark.parametrize("levels", [["0", "2/255", "8/255"], ["8/255", "5/255"]])
+@pytest.mark.parametrize("levels", some_slow([["0", "2/255", "8/255"], ["8/255", "5/255"]], ["8/255", "5/255"]))
 def test_all_layouts_hold_kept_columns_and_load_the_same_at_any_epsilon(
     write_config: WriteConfig, tmp_path: Path, levels: list[str]
 ) -> None:

@@ -251,6 +251,7 @@ def test_who_may_write_beside_a_part(place: Place, config: Path, local: dict[str
     assert place.shards() == local
 
 
+@pytest.mark.slow
 def test_a_run_that_is_under_way_lets_no_part_in(
     place: Place, config: Path, local: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

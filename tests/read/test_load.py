@@ -32,6 +32,7 @@ from tests.conftest import (
     loaded_by,
     png_bytes,
     random_pixels,
+    some_slow,
     write_parquet,
 )
 
@@ -54,7 +55,7 @@ def write_all(write_config: WriteConfig, folder: Path, **sections: dict[str, Any
         generate(write_config(**{**sections, "output": {"layout": layout, "path": str(folder / layout)}}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_slow(KINDS, "plain", "unlabelled"))
 def test_all_layouts_give_the_same_rows(write_config: WriteConfig, tmp_path: Path, kind: str) -> None:
     sections = KINDS[kind](tmp_path)
     write_all(write_config, tmp_path, **{**sections, "source": {"limit": 16, **sections.get("source", {})}})

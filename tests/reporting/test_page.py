@@ -400,6 +400,7 @@ def test_one_epsilon_is_enough(write_config: WriteConfig, tmp_path: Path) -> Non
     assert len(make(tmp_path / "out").tables["Counts at each epsilon"]) == 3
 
 
+@pytest.mark.slow
 def test_of_many_epsilons_some_have_pictures(write_config: WriteConfig, tmp_path: Path) -> None:
     levels = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89]
     attack = {"epsilons": [f"{level}/255" for level in levels]}

@@ -166,7 +166,6 @@ def test_a_contender_that_fails_shows_what_it_said(tmp_path: Path) -> None:
         benchmark.watch(command, {}, tmp_path / "log")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
     child = "import time; held = b'x' * 60_000_000; time.sleep(1.5)"
@@ -178,7 +177,6 @@ def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
     assert 0 <= watched.others < 1000
 
 
-@pytest.mark.slow
 def test_a_synthetic_photograph_is_as_large_as_a_real_one() -> None:
     images = workloads.encoded_images(workloads.WORKLOADS["resnet18"], None, None)
     mean = sum(len(data) for data, _ in images) / len(images)

@@ -66,7 +66,6 @@ def test_a_row_holds_medians_and_an_estimate() -> None:
     assert line.split()[12:17] == ["3.50", "1.00", "2.00", "0.50", "0.25"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["images", "bits"])
 def test_the_floor_makes_what_a_run_makes(layout: str, tmp_path: Path) -> None:
     photograph, _ = workloads.encoded_images(benchmark_data_plane.SOURCES[224], None, None)[0]

@@ -52,7 +52,6 @@ def test_ours_is_compared_with_the_fastest_other_of_as_many_workers() -> None:
     assert lines[1].split()[:5] == ["training_dataset", "0", "200", "100..300", "1.25"]
 
 
-@pytest.mark.slow
 def test_a_rate_leaves_start_and_end_out() -> None:
     def batches() -> Iterator[tuple[None, list[int]]]:
         for pause, rows in ((0.3, 4), (0.1, 4), (0.1, 2)):

@@ -4,8 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import REPOSITORY
 
 # Scripts are no package: they see each other because Python puts a script's own folder first.
@@ -14,7 +12,6 @@ sys.path.append(str(REPOSITORY / "scripts"))
 import benchmark_start
 
 
-@pytest.mark.slow
 def test_the_first_word_comes_before_the_end(tmp_path: Path) -> None:
     file = tmp_path / "start.json"
     benchmark_start.main(rounds=2, beside=REPOSITORY, only=["help"], json_path=file)

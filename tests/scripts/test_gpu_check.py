@@ -28,7 +28,6 @@ def check(folder: Path, **more: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(file.read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for where there is no GPU")
 def test_without_a_gpu_all_else_runs(tmp_path: Path) -> None:
@@ -47,7 +46,6 @@ def test_without_a_gpu_all_else_runs(tmp_path: Path) -> None:
     assert bound["images"] == 32
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "status"), [("0", "not reached"), ("1", "timed out")])
 def test_the_time_for_all_is_kept(tmp_path: Path, seconds: str, status: str) -> None:
     code, result = check(tmp_path, TOTAL_SECONDS=seconds)

@@ -435,7 +435,6 @@ def test_results_of_other_settings_are_not_mixed(
     assert (output / "defence.json").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_results_of_another_run_are_replaced_only_if_that_is_asked_for(
     whole: tuple[Path, Result], output: Path
 ) -> None:
@@ -509,7 +508,6 @@ def test_one_process_at_a_time_writes_results(output: Path) -> None:
     assert not (output / "defence.json").exists()
 
 
-@pytest.mark.slow
 def test_ctrl_c_is_one_sentence_and_results_stay(output: Path) -> None:
     command = [sys.executable, REPOSITORY / "scripts/train_robust.py", output, *OPTIONS, "--seeds", "5"]
     with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True) as process:
@@ -614,7 +612,6 @@ def test_fgsm_on_the_fly_leaves_batch_norm_as_it_is(digits: Path) -> None:
     assert 0 < int(now.sum()) < len(now)
 
 
-@pytest.mark.slow
 def test_without_noise_in_the_dataset_the_control_is_made(tmp_path: Path) -> None:
     others = {"epsilons": ["8/255"]}
     output = make(
