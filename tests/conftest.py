@@ -306,7 +306,7 @@ def some_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of an object store, a browser and scripts are slow; what waits for processes comes first, not at the end."""
+    """Tests of an object store, a browser and scripts are slow; what waits for processes comes first, not last."""
     for item in items:
         far = {"server", "browser"} & {*getattr(item, "fixturenames", ())} or item.path.parent.name == "scripts"
         if far and not item.get_closest_marker("drill"):
