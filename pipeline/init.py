@@ -363,7 +363,7 @@ def _match_classes(model: Raw, found: Found) -> str:
     if all(same.values()):
         model["label_map"] = same
         return ""
-    return f"; the model has {len(categories)} classes of other names: say in model.label_map how they meet"
+    return f"; the model has {len(categories)} classes of other names: set model.label_map to say which belong together"
 
 
 def _check_files(model: Raw) -> None:
