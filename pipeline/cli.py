@@ -185,7 +185,8 @@ def verify(
             # A disk that cannot be read stays so; a store may answer the next time.
             passing = findings.unread and is_address(output) and not again
             kind = TemporaryError if passing else PipelineError
-            raise kind(f"{output}: {len(findings.problems)} problems{dropped}{again}{first}.")
+            count = "1 problem" if len(findings.problems) == 1 else f"{len(findings.problems)} problems"
+            raise kind(f"{output}: {count}{dropped}{again}{first}.")
 
 
 @app.command()

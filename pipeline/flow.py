@@ -91,7 +91,8 @@ def generate(
                 continue
             finally:
                 jobs.close()
-        if inputs:
+        # What was changed while it was read may be either in the dataset.
+        if inputs and (now := inputs_of(config)) and now.digest == inputs.digest:
             remember(folder, manifest, inputs)
     if warning := manifest.zero_gradient_warning:
         logger.warning("%s.", warning)

@@ -20,6 +20,7 @@ from pipeline.config.schema import OutputConfig, SourceConfig, is_checkpoint
 from pipeline.config.section import home
 from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name
+from pipeline.core.loading import say_loading
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import make_plan, stream_plan
 from pipeline.core.redaction import printable
@@ -87,7 +88,10 @@ class Draft:
     def set(self, key: str, text: str) -> None:
         """Set a key to a value as a person writes it: a list without brackets, a text as it is, null for none."""
         if key in LISTS:
-            text = text if text.startswith("[") else f"[{text}]"
+            # A name such as 2024 or yes is a text, too.
+            words = (word.strip() for word in text.split(","))
+            quoted = ", ".join(json.dumps(word) if key.startswith("source.") else word for word in words)
+            text = text if text.startswith("[") else f"[{quoted}]"
         elif text != "null" and not key.startswith("preprocess."):
             text = json.dumps(text)
         override(self.raw, f"{key}={text}")
@@ -142,7 +146,7 @@ def write_config(
     raw["model"] = {**_model_of(which, raw.get("model", {})), **raw.get("model", {})}
     _ask_model(draft, found)
     unmatched = _match_classes(raw["model"], found)
-    draft.fill("attack.epsilons", "--epsilons", "Epsilons, in grey levels of 255", "2/255, 4/255, 8/255")
+    draft.fill("attack.epsilons", "--epsilons", "Epsilons, each as k/255", "2/255, 4/255, 8/255")
     draft.fill("output.path", "--output", "Where does the dataset go", f"out/{plain_id(where)}")
     draft.fill(
         "output.layout", "--layout", f"Layout: {', '.join(LAYOUTS)}", OutputConfig.model_fields["layout"].default
@@ -205,6 +209,7 @@ def _source_of(data: str) -> Raw:
     if data.startswith((".", "~", "/")):
         raise ConfigError(f"--data: there is no folder {folder}.")
     if "/" not in data:
+        say_loading("torch")
         from torchvision import datasets
 
         if hasattr(datasets, data):
@@ -300,6 +305,7 @@ def _model_of(name: str, said: Mapping[str, Any]) -> Raw:
         return {"kind": "factory", "name": name}
     if home(name).is_dir():
         return {"kind": "transformers", "name": name, "weights": name}
+    say_loading("torch")
     from torchvision import models
 
     if name in models.list_models(module=models):

@@ -186,7 +186,8 @@ class Night:
         self._folder = folder
         self._log_path = folder / f"{self._began:%Y-%m-%dT%H-%M-%S}.log"
         with explained(f"The log {self._log_path} cannot be written", errors=(OSError,)):
-            self._log = stack.enter_context(self._log_path.open("a", encoding="utf-8"))
+            self._log = self._log_path.open("a", encoding="utf-8")
+            stack.callback(_close, self._log)
         self._tell(f"log: {self._log_path}")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             previous = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
@@ -205,7 +206,8 @@ class Night:
         if self._log:
             with contextlib.suppress(OSError):
                 _replace(self._log_path, f"{text}\n\n{self._log_path.read_text(encoding='utf-8')}")
-                self._log = stack.enter_context(self._log_path.open("a", encoding="utf-8"))
+                self._log = self._log_path.open("a", encoding="utf-8")
+                stack.callback(_close, self._log)
             self._tell(f"\n{text}")
         if self._on_end:
             known = {"status": summary["status"], "exit_code": code, "phase": summary["phase"], "text": text}
@@ -434,6 +436,12 @@ def _replace(path: Path, text: str) -> None:
 def _same_python() -> dict[str, str]:
     """The environment in which `python -P -m pipeline` is this package, whatever lies in the working folder."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def _close(file: TextIO) -> None:
+    """Close the log; what a full disk does not take of it is no failure of the night."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _three_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import pipeline
-from pipeline.config.load import load_config
+from pipeline.config.load import as_config, load_config
 from pipeline.core.errors import ConfigError
 from pipeline.output.manifest import SkippedRow
 from pipeline.output.summary import Summary
@@ -160,3 +160,19 @@ def test_the_page_on_python_names_every_function() -> None:
     assert len(page.splitlines()) < 100
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         ast.parse(code)
+
+
+def test_a_checked_config_leaves_open_what_was_left_open(write_config: WriteConfig) -> None:
+    """Sizes that nobody set are those of the weights, also the second time."""
+    once = as_config(write_config(), limit=3)
+    again = as_config(once)
+    assert again == once
+    for name in ("preprocess", "runtime", "output", "source"):
+        assert getattr(again, name).model_fields_set == getattr(once, name).model_fields_set
+    assert "resize" not in again.preprocess.model_fields_set
+
+
+@pytest.mark.parametrize("config", [None, ["digits"], 5])
+def test_what_is_no_config_is_refused(config: Any) -> None:
+    with pytest.raises(ConfigError):
+        pipeline.generate(config)

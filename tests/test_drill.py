@@ -653,9 +653,7 @@ def test_file_altered(site: Site, drill: Drill, tmp_path: Path) -> None:
     for subset in ("clean", "eps-4"):
         shutil.copytree(site.reference, out)
         alter(shard_path(out / subset, "test-00003-of-00012.parquet"))
-        site.start("verify", out).refused(
-            "1 problems; run the generate command that made it after fgsm verify --repair"
-        )
+        site.start("verify", out).refused("1 problem; run the generate command that made it after fgsm verify --repair")
         site.start("verify", out, "--repair").refused("1 damaged shards dropped")
         drill.settle(site, out)
 

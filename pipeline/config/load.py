@@ -90,13 +90,16 @@ def as_config(
     if isinstance(config, str | Path):
         return load_config(str(config), output=path, limit=limit)
     if isinstance(config, Config):
-        config = config.model_dump(mode="json")
+        # What nobody set stays unset: sizes that were not asked for are those of the weights.
+        config = config.model_dump(mode="json", exclude_unset=True)
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"A config is a file's name, a mapping or a Config, and not a {type(config).__name__}.")
     # A copy, as keys are set below; a `Path` is as good as its text.
     raw = _anchor_inputs(_plain(config), Path.cwd())
     if path is not None:
         _override_value(raw, "output.path", path)
     if limit is not None:
-        _override_value(raw, "source.limit", limit)
+        _override_value(raw, "source.limit", int(limit))
     return parse_config(raw)
 
 

@@ -350,6 +350,8 @@ class OutputConfig(Section):
     @field_validator("path")
     @classmethod
     def _usable(cls, path: str) -> str:
+        if not path.strip():
+            raise ValueError("an output needs a name: the working directory itself is not overwritten")
         if is_address(path):
             check_address(path)
         elif path.startswith("~") and home(path) == Path(path):

@@ -82,8 +82,8 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
         PipelineError: the dataset is damaged or incomplete, or the Hub or the connection to it failed.
     """
     check_repository_id(repo_id)
-    folder, manifest = _verified(path, private)
     token = read_token()
+    folder, manifest = _verified(path, private)
     api = HfApi(token=token, library_name="fgsm-pipeline", library_version=__version__)
     with _client_log(token), _client_that_gives_up():
         _patiently(repo_id, token, lambda: _open_repository(api, repo_id, folder, manifest, private))

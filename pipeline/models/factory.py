@@ -25,7 +25,12 @@ class FactoryConfig(NamedModelConfig):
             values["name"] = anchored(name, folder)
 
     def check_paths(self) -> None:
-        super().check_paths()
+        try:
+            super().check_paths()
+        except ConfigError as error:
+            if not self.name.startswith("pipeline.models."):
+                raise
+            raise ConfigError(f"{error} scripts/train_sources.py of the repository trains this model.") from None
         if names_file(self.name):
             require_file(home(self.name.rpartition(":")[0]), "model.name")
 

@@ -60,7 +60,9 @@ def inputs_of(config: Config) -> Inputs | None:
     total, newest, now = hashlib.sha256(), 0, time.time_ns()
     end = time.monotonic() + MOST_SECONDS
     try:
-        for text in (config.model_dump_json(), *_environment()):
+        # With what was set beside what it comes to: sizes that are set are not replaced by those of the weights.
+        said = config.model_dump_json(exclude_unset=True)
+        for text in (config.model_dump_json(), said, *_environment()):
             total.update(f"{text}\0".encode(errors="surrogateescape"))
         for text, changed in itertools.chain.from_iterable(map(_files, roots)):
             total.update(f"{text}\0".encode(errors="surrogateescape"))
@@ -106,6 +108,8 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
     Raises:
         OSError: something cannot be read, or a link leads to nothing.
     """
+    if root.is_symlink():
+        yield _state(str(root), root.lstat())
     if not root.is_dir():
         yield _state(str(root), root.stat())
         return
@@ -119,6 +123,8 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
         seen.add((state.st_dev, state.st_ino))
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda one: one.name):
+                if entry.is_symlink():
+                    yield _state(entry.path, entry.stat(follow_symlinks=False))
                 if not entry.is_dir():
                     yield _state(entry.path, entry.stat())
                 elif root != PACKAGE or entry.name != "__pycache__":

@@ -172,10 +172,12 @@ def _notes(manifest: Manifest) -> list[str]:
     notes = [
         f"run {manifest.run_id}, {state}; {manifest.rows:,} of {manifest.planned} source images, "
         f"{manifest.skipped_rows:,} skipped",
-        f"not moved of the pixel values: {', '.join(manifest.unmoved())}",
+        f"pixel values that did not move: {', '.join(manifest.unmoved())}",
     ]
     if len(manifest.spaces) > 1:
-        notes.append(f"The model that was attacked looks at its images; {next(iter(manifest.spaces))} at all others.")
+        notes.append(
+            f"Answers are those of the attacked model, and of {next(iter(manifest.spaces))} where none was attacked."
+        )
         notes += few_right(manifest.transfer)
     if warning := manifest.zero_gradient_warning:
         notes.append(f"WARNING: {warning}")

@@ -416,7 +416,7 @@ def test_a_manifest_of_another_run_damages_no_shard(made: Path, tmp_path: Path) 
     result = fgsm("verify", out, "--repair")
     assert result.exit_code == 1
     assert re.search(r"manifest\.json .*\brun\b", result.stderr)
-    assert "1 problems" in result.stderr
+    assert "1 problem," in result.stderr
     assert "0 damaged shards" in result.stderr
     assert contents(out) == before
     # As the message advises.

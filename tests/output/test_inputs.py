@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from pipeline.config.load import parse_config
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, PreprocessConfig
 from pipeline.core.errors import ConfigError
 from pipeline.models.digits_net import NETS
 from pipeline.output import inputs
@@ -126,6 +126,21 @@ def test_a_file_that_was_changed_a_moment_ago_settles_first(photos: Path, monkey
     found = inputs_of(config_of(photos.parent))
     assert found is not None
     assert found.settled
+
+
+def test_a_value_that_is_set_is_another_than_the_same_by_default(photos: Path) -> None:
+    """Sizes that are set are not replaced by those that were published with the weights."""
+    asked = {"preprocess": {"interpolation": PreprocessConfig().interpolation}}
+    assert digest(config_of(photos.parent)) != digest(config_of(photos.parent, **asked))
+
+
+def test_a_link_that_was_put_back_is_noticed(photos: Path) -> None:
+    before = digest(config_of(photos.parent))
+    link = photos / "dog"
+    (photos.parent / "kept").symlink_to(link.readlink())  # so that its number is not given out again
+    link.unlink()
+    link.symlink_to(photos.parent / "elsewhere")
+    assert digest(config_of(photos.parent)) != before
 
 
 # --------------------------------------------------------------------------------------------- with generate
