@@ -309,7 +309,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of an object store, a browser and scripts are slow; what waits for processes comes first, not last."""
     for item in items:
         far = {"server", "browser"} & {*getattr(item, "fixturenames", ())} or item.path.parent.name == "scripts"
-        if far and not item.get_closest_marker("drill"):
+        if item.get_closest_marker("drill"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+        elif far:
             item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in ("test_part.py", "test_processes.py"))
 

@@ -34,6 +34,7 @@ FREE = {
             "config.model.weights",
             "config.models.*.weights",
             "config.models.*.title",
+            "config.model.title",
             "config.output.path",
             "config.output.title",
         ),
