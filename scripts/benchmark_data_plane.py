@@ -23,6 +23,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -140,8 +141,9 @@ def hold_lock(config: Mapping[str, Any], cores: int) -> float:
     ) as sampler:
         spend(config, cores)
         sampler.send_signal(signal.SIGINT)
-    # A line is a stack and how many samples found it.
-    return sum(int(line.rpartition(" ")[2]) for line in record.read_text().splitlines()) / LOCK_SAMPLES_PER_S
+    # A line is a stack and how many samples found it. A name of a function may hold a line's end.
+    counts = re.findall(r" (\d+)$", record.read_text(), re.MULTILINE)
+    return sum(map(int, counts)) / LOCK_SAMPLES_PER_S
 
 
 def count_threads() -> dict[str, float]:
