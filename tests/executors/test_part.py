@@ -166,6 +166,7 @@ def summary(out: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- side by side
 
 
+@pytest.mark.slow
 def test_two_parts_write_what_one_process_writes(place: Place, config: Path, local: dict[str, str]) -> None:
     (place.folder / "meet").write_text("2")
     parts = [place.start(config, "--part", f"{index}/2") for index in range(2)]
