@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.check import check_paths
 from pipeline.config.load import as_config
 from pipeline.config.schema import Config
+from pipeline.core.loading import say_loading
 from pipeline.core.logs import logging_to_stderr
 from pipeline.output.summary import Summary
 
@@ -79,6 +81,8 @@ def plan(
     """
     with logging_to_stderr():
         checked = as_config(config, output=output, limit=limit)
+        check_paths(checked)
+        say_loading("torch", "datasets")
         from pipeline.engine.estimate import plan_run
 
         return plan_run(checked)

@@ -143,13 +143,9 @@ def plan(
     """Estimate rows, bytes, files, time and memory of a run from some of its batches. Nothing is kept."""
     with _boundary(debug):
         loaded = _load(config, overrides, output, limit)
-        from pipeline.config.check import check_paths
+        from pipeline.api import plan as make
 
-        check_paths(loaded)
-        say_loading("torch", "datasets")
-        from pipeline.engine.estimate import plan_run
-
-        planned = plan_run(loaded)
+        planned = make(loaded)
         _say(json.dumps(asdict(planned), indent=1) if as_json else planned)
         for warning in planned.warnings:
             _say(f"Warning: {warning}", err=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.check import check_paths
 from pipeline.config.kinds import LAYOUTS
 from pipeline.config.load import load_config, override, parse_config, section_class
 from pipeline.config.reference import meaning
@@ -21,7 +22,6 @@ from pipeline.config.section import home
 from pipeline.core.errors import ConfigError
 from pipeline.core.images import is_image_name
 from pipeline.core.loading import say_loading
-from pipeline.core.own_code import names_file
 from pipeline.core.plan import make_plan, stream_plan
 from pipeline.core.redaction import printable
 from pipeline.core.variants import plain_id
@@ -154,7 +154,6 @@ def write_config(
     if path.parent.resolve() != Path.cwd():
         for section in ("source", "model", "attack"):
             section_class(section, raw[section]).anchor(raw[section], Path.cwd())
-    _check_files(raw["model"])
     _write(path, _render(raw, found))
     return path, f"{found}{unmatched}"
 
@@ -182,7 +181,7 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
     try:
-        load_config(str(path))
+        check_paths(load_config(str(path)))
     except ConfigError:
         path.unlink()
         raise
@@ -370,14 +369,6 @@ def _match_classes(model: Raw, found: Found) -> str:
         model["label_map"] = same
         return ""
     return f"; the model has {len(categories)} classes of other names: set model.label_map to say which belong together"
-
-
-def _check_files(model: Raw) -> None:
-    named = {"name": model["name"].rpartition(":")[0]} if names_file(str(model.get("name"))) else {}
-    named |= {"weights": model["weights"]} if is_checkpoint(str(model.get("weights"))) else {}
-    for key, file in named.items():
-        if not home(file).is_file():
-            raise ConfigError(f"model.{key}: there is no file {file}.")
 
 
 # --------------------------------------------------------------------------------------------------------------- text

@@ -26,12 +26,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
 from pipeline.core.addresses import is_address
+from pipeline.core.console import duration
 from pipeline.core.errors import ConfigError, PipelineError, ShardsFailedError, TemporaryError, explained, first_line
 from pipeline.core.logs import TIME_FORMAT
 from pipeline.core.redaction import presentable
@@ -306,9 +307,9 @@ class Night:
             took = time.monotonic() - began
             state["seconds"], state["exit_code"] = round(state["seconds"] + took, 1), code
             if code == 0:
-                self._say(f"fgsm {name} took {_duration(took)}.")
+                self._say(f"fgsm {name} took {duration(took)}.")
                 return 0
-            self._say(f"fgsm {name} ended with {_told(code)} after {_duration(took)}.")
+            self._say(f"fgsm {name} ended with {_told(code)} after {duration(took)}.")
             if code < 0 or not self._last:
                 self._last = _told(code)
             if (now := self._count_shards(shards)) != shards:
@@ -408,7 +409,7 @@ class Night:
             now = time.monotonic()
             if now - said >= self._silent:
                 said = now
-                self._say(f"{name} is still at work after {_duration(now - began)}, with {_memory(child.pid)}.")
+                self._say(f"{name} is still at work after {duration(now - began)}, with {_memory(child.pid)}.")
             if now >= self._kill_at:
                 self._kill_at = float("inf")
                 self._say(f"{name} takes too long to end, and is killed.")
@@ -453,7 +454,7 @@ def _three_lines(summary: Mapping[str, Any]) -> list[str]:
     what = "done in" if summary["status"] == "done" else what
     why = "" if summary["reason"] is None else f"; {summary['reason']}"
     began, ended = (datetime.fromisoformat(summary[key]).strftime(TIME_FORMAT) for key in ("started", "ended"))
-    took = f"{_duration(summary['seconds'])}, from {began} to {ended}"
+    took = f"{duration(summary['seconds'])}, from {began} to {ended}"
     first = f"{summary['output'] or summary['config']}: {what} {took}; tries: {tries}{why}"
     if not (dataset := summary["dataset"]):
         return [first, "no dataset that can be read", "accuracy: not known"]
@@ -466,10 +467,6 @@ def _three_lines(summary: Mapping[str, Any]) -> list[str]:
         second += f", published as {summary['repository']}"
     shares = [f"{subset} {share:.2%}" for subset, share in dataset["accuracy"].items()]
     return [first, second, f"accuracy: {', '.join(shares) or 'nothing is labelled'}"]
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _told(code: int) -> str:

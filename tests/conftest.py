@@ -37,7 +37,7 @@ from pipeline.core.images import decode_image
 from pipeline.executors.part import parse_part
 from pipeline.layouts import registry
 from pipeline.output.folder import json_digest
-from pipeline.output.summary import summary_table
+from pipeline.output.summary import Summary
 from tests.support.variants import fgsm_at
 
 # Other tests run on the same cores: how long an example takes says nothing.
@@ -368,7 +368,7 @@ def generate(config: Path, *arguments: str) -> str:
     logger.handlers[:] = [logging.StreamHandler(log)]
     logger.setLevel(logging.INFO)
     loaded = load_config(str(config), options["overrides"] or (), output=options["output"], limit=options["limit"])
-    table = summary_table(
+    table = Summary(
         pipeline.flow.generate(
             loaded,
             overwrite=options["overwrite"],

@@ -34,7 +34,7 @@ from pipeline.engine.decode import read_image
 from pipeline.output.card import render_card
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, current_manifest, require_manifest
-from pipeline.output.summary import inspect, summary_table
+from pipeline.output.summary import Summary, inspect
 from pipeline.read.load import _addresses
 from pipeline.reporting.page import report
 from tests.conftest import random_pixels, shard_path, write_sealed
@@ -438,7 +438,7 @@ def test_any_manifest_or_receipt_gets_problems_or_a_sentence(
             json.loads(text).get("split_rows") if isinstance(content, dict) else 0
         ):
             return
-        for look in (lambda: verify(out), lambda: summary_table(current_manifest(OutputFolder(out)))):
+        for look in (lambda: verify(out), lambda: str(Summary(current_manifest(OutputFolder(out))))):
             try:
                 found = look()
                 for problem in getattr(found, "problems", ()):

@@ -29,12 +29,11 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it names th
     disable_progress_bars,
     hf_raise_for_status,
     http_backoff,
-    httpx,
 )
 
 from pipeline import __version__
 from pipeline.check.verify import verify
-from pipeline.core.errors import ConfigError, PipelineError, TemporaryError, causes, first_line, listing
+from pipeline.core.errors import ConfigError, PipelineError, TemporaryError, causes, first_line, is_temporary, listing
 from pipeline.core.redaction import redact_answer
 from pipeline.hub.account import check_repository_id, read_token
 from pipeline.output.card import moved_card
@@ -337,18 +336,16 @@ def _sentence(error: Exception, repo_id: str) -> str:
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Whether it is worth another attempt: the connection, or a Hub that is busy or broken."""
+    """Whether it is worth another attempt: what `is_temporary` says, and what only uploads meet."""
     for cause in causes(error):
         if isinstance(cause, HfHubHTTPError):
-            status: int = cause.response.status_code
             # Files are put into a storage, at addresses that expire; another attempt gets new ones.
-            return status in (408, 409, 412, 429) or status >= 500 or cause.response.request.method == "PUT"
-        if isinstance(cause, OfflineModeIsEnabled):
-            return False
+            if cause.response.status_code in (409, 412) or cause.response.request.method == "PUT":
+                return True
         # A page of HTML instead of an answer comes from a proxy before a Hub that is down.
-        if isinstance(cause, (httpx.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)):
+        elif isinstance(cause, json.JSONDecodeError):
             return True
-    return False
+    return is_temporary(error)
 
 
 def redact(text: str, token: str) -> str:

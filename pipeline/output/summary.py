@@ -73,11 +73,6 @@ def inspect(path: str | Path) -> Summary:
     return Summary(current_manifest(OutputFolder(path)), str(path))
 
 
-def summary_table(manifest: Manifest) -> str:
-    """A summary as plain text."""
-    return as_text(Summary(manifest))
-
-
 def _subset_table(subsets: Sequence[Subset], console: "Console", options: "ConsoleOptions") -> "Table":
     """A line for each variant of each split. A column without a value is left out.
 

@@ -34,7 +34,7 @@ from pipeline.output.folder import (
     shard_file,
 )
 from pipeline.output.manifest import MOST_SKIPPED, SkippedRow, summarise
-from pipeline.output.summary import summary_table
+from pipeline.output.summary import Summary
 from tests.conftest import REPOSITORY, WriteConfig, fgsm, generate, png_bytes, random_pixels, write_parquet
 
 FILE_BYTES = 12_345
@@ -220,7 +220,7 @@ def test_all_skipped_rows_are_counted_and_some_listed(write_config: WriteConfig)
     assert manifest.skipped[:4] == tuple(
         SkippedRow(split="test", source_index=index, reason="cannot identify image file") for index in (0, 1, 2, 0)
     )
-    assert "10,003 skipped" in summary_table(manifest)
+    assert "10,003 skipped" in str(Summary(manifest))
     assert "10,003 source images that cannot be decoded, the first 10,000 of them listed" in render_card(manifest)
     whole = summarise(run.manifest(), {few.name: receipts[few.name]})
     assert "3 source images that cannot be decoded, listed" in render_card(whole)
