@@ -104,28 +104,31 @@ def test_a_plan_is_values(write_config: WriteConfig) -> None:
     assert re.search(r"^source images +40 ", str(planned), re.MULTILINE)
 
 
-def test_lines_of_the_log_are_shown_for_as_long_as_it_runs(
-    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def complete(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The config of a run that is complete."""
     config = write_config(source={"limit": 8})
     generate_once(config)
     capsys.readouterr()
+    return config
+
+
+def test_lines_of_the_log_are_shown_for_as_long_as_it_runs(
+    complete: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     logger = unlogged(monkeypatch)
-    pipeline.generate(config)
+    pipeline.generate(complete)
     assert "already there" in capsys.readouterr().err
     assert not logger.handlers
     assert logger.level == logging.NOTSET
 
 
 def test_a_program_that_logs_is_left_to_itself(
-    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    complete: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write_config(source={"limit": 8})
-    generate_once(config)
-    capsys.readouterr()
     logger = unlogged(monkeypatch)
     logging.getLogger().addHandler(logging.NullHandler())
-    pipeline.generate(config)
+    pipeline.generate(complete)
     assert capsys.readouterr().err == ""
     assert not logger.handlers
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 import pipeline
 from pipeline.core.errors import ConfigError
 from pipeline.read import stream
 from pipeline.read.dataset import TrainingDataset
 from tests.conftest import LAYOUTS
+from tests.support.ranks import read_in_two_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
@@ -78,18 +79,7 @@ def test_ranks_workers_and_states_give_the_same_columns(
     monkeypatch.setattr(stream, "WINDOW_ROWS", 15)
     folder = several / "wide"
     alone = plain(DataLoader(opened(folder, columns=COLUMNS), batch_size=8))
-    union = []
-    for rank in range(2):
-        loaders: list[Any] = []
-        for _ in range(2):
-            data = opened(folder, columns=COLUMNS, rank=rank, world_size=2)
-            loaders.append(StatefulDataLoader(data, batch_size=4, num_workers=workers))
-        batches = iter(loaders[0])
-        union += plain(list(islice(batches, 2)))
-        loaders[1].load_state_dict(loaders[0].state_dict())
-        rest = plain(list(batches))
-        assert plain(loaders[1]) == rest
-        union += rest
+    union = read_in_two_ranks(partial(opened, folder), plain, workers, columns=COLUMNS)
     assert sorted(union) == sorted(alone)
 
 

@@ -1,6 +1,6 @@
 """The clean image beside each image that is shown, from every layout, for every reader."""
 
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
-from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.transforms.v2 import RandomCrop
 
 import pipeline
 from pipeline.read import stream
 from tests.conftest import LAYOUTS
+from tests.support.ranks import read_in_two_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
@@ -89,16 +89,5 @@ def test_ranks_workers_and_states_give_the_same_pairs(
         return [pair.numpy().tobytes() for pairs, _ in batches for pair in pairs]
 
     alone = plain(DataLoader(opened(several / layout, pairs=True), batch_size=8))
-    union = []
-    for rank in range(2):
-        loaders: list[Any] = []
-        for _ in range(2):
-            data = opened(several / layout, pairs=True, rank=rank, world_size=2)
-            loaders.append(StatefulDataLoader(data, batch_size=4, num_workers=workers))
-        batches = iter(loaders[0])
-        union += plain(list(islice(batches, 2)))
-        loaders[1].load_state_dict(loaders[0].state_dict())
-        rest = plain(list(batches))
-        assert plain(loaders[1]) == rest
-        union += rest
+    union = read_in_two_ranks(partial(opened, several / layout), plain, workers, pairs=True)
     assert sorted(union) == sorted(alone)
