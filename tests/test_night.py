@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,15 @@ def test_without_a_token_nothing_is_begun(write_config: WriteConfig, monkeypatch
     assert not list(config.parent.glob("out*"))
 
 
+@pytest.fixture
+def heard(signum: signal.Signals) -> Iterator[None]:
+    """A signal that is not ignored, as a shell ignores Ctrl-C for what it starts in the background."""
+    former = signal.signal(signum, signal.SIG_DFL)
+    yield
+    signal.signal(signum, former)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_command_and_the_night_in_order(site: Site, signum: signal.Signals, code: int) -> None:
     assert (
