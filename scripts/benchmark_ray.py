@@ -14,12 +14,16 @@ import json
 import logging
 import multiprocessing
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmark import machine, rotated
 
 from pipeline.config.load import load_config
 
@@ -28,12 +32,13 @@ LOCAL = 0
 WARM_SHARDS = 2
 
 
-def measure(workers: int, arguments: argparse.Namespace, output: str, sender: Any) -> None:
+def measure(workers: int, arguments: argparse.Namespace, images_per_shard: int, output: str, sender: Any) -> None:
     """The body of a process: time one case.
 
     Args:
         workers: of Ray, or `LOCAL`.
         arguments: of the command line.
+        images_per_shard: the size of a shard.
         output: the folder to write to.
         sender: takes the images that were timed, the seconds, and a digest of all that was written.
     """
@@ -48,7 +53,7 @@ def measure(workers: int, arguments: argparse.Namespace, output: str, sender: An
     from pipeline.output.folder import OutputFolder, committed
 
     logging.basicConfig(format=f"{workers or 'local'}: %(message)s", level=logging.INFO)
-    overrides = [f"output.images_per_shard={arguments.images_per_shard}", *arguments.overrides]
+    overrides = [f"output.images_per_shard={images_per_shard}", *arguments.overrides]
     if workers:
         overrides.append(f"runtime.ray.workers={workers}")
     config = load_config(arguments.config, overrides, output=output, limit=arguments.images)
@@ -71,12 +76,14 @@ def measure(workers: int, arguments: argparse.Namespace, output: str, sender: An
     sender.send((sum(map(len, shards[WARM_SHARDS:])), seconds, digest.hexdigest()))
 
 
-def run(workers: int, arguments: argparse.Namespace) -> tuple[int, float, str]:
+def run(workers: int, arguments: argparse.Namespace, images_per_shard: int) -> tuple[int, float, str]:
     """Time one case in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        process = context.Process(target=measure, args=(workers, arguments, f"{folder}/output", sender))
+        process = context.Process(
+            target=measure, args=(workers, arguments, images_per_shard, f"{folder}/output", sender)
+        )
         process.start()
         sender.close()
         try:
@@ -104,41 +111,46 @@ def table(seconds: dict[int, list[float]], images: int) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure all cases, print the table, and write the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--images", type=int, help="the first N of the source [all]")
-    parser.add_argument("--images-per-shard", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--scratch", help="a folder for what is written, and removed again")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args(argv)
+def measure_all(arguments: argparse.Namespace, images_per_shard: int) -> dict[str, Any]:
+    """Time all cases in turns with shards of one size, print the table, and return the numbers."""
     cases = [LOCAL, *arguments.workers]
     seconds: dict[int, list[float]] = {case: [] for case in cases}
     loads: dict[int, list[float]] = {case: [] for case in cases}
     digests = set()
     for turn in range(arguments.rounds):
-        start = turn % len(cases)
-        for case in [*cases[start:], *cases[:start]]:
+        for case in rotated(cases, turn):
             loads[case].append(round(os.getloadavg()[0], 1))
-            images, wall, digest = run(case, arguments)
+            images, wall, digest = run(case, arguments, images_per_shard)
             seconds[case].append(wall)
             digests.add(digest)
             print(f"{name(case)}: {wall:.1f} s, load average before {loads[case][-1]}", flush=True)
     print(table(seconds, images))
     if len(digests) > 1:
         raise SystemExit("The executors wrote different bytes.")
+    return {
+        "images": images,
+        "images_per_shard": images_per_shard,
+        "seconds": {name(case): seconds[case] for case in cases},
+        "load_before": {name(case): loads[case] for case in cases},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure all cases, print the table, and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--images", type=int, help="the first N of the source [all]")
+    parser.add_argument("--images-per-shard", type=int, nargs="+", default=[4096], help="each is measured")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--scratch", help="a folder for what is written, and removed again")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    runs = [measure_all(arguments, size) for size in arguments.images_per_shard]
     if arguments.json:
+        figures = {"command": shlex.join(sys.argv), "machine": machine(), "runs": runs}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {
-            "images": images,
-            "images_per_shard": arguments.images_per_shard,
-            "seconds": {name(case): seconds[case] for case in cases},
-            "load_before": {name(case): loads[case] for case in cases},
-        }
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
