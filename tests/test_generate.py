@@ -11,6 +11,7 @@ import resource
 import shlex
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,25 @@ def test_bytes_depend_neither_on_workers_nor_on_the_folder(write_config: WriteCo
     generate(write_config(), "--output", str(tmp_path / "elsewhere"), "--set", "runtime.workers=2")
     assert digests(tmp_path / "elsewhere") == digests(tmp_path / "out")
     assert manifest(tmp_path / "elsewhere")["run_id"] == manifest(tmp_path / "out")["run_id"]
+
+
+def test_pictures_that_are_encoded_together_are_of_bounded_bytes(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = set[int]()
+
+    def encode(pictures: Tensor, image_format: ImageFormat) -> pa.StructArray:
+        if threading.current_thread().name.startswith("encode"):  # not those of the estimate
+            sizes.add(pictures.nbytes)
+        return encode_column(pictures, image_format)
+
+    generate_once(write_config())
+    monkeypatch.setattr("pipeline.layouts.base.encode_column", encode)
+    limit = 5 * 3 * 16 * 16
+    monkeypatch.setattr("pipeline.engine.execute.BYTES_PER_TASK", limit)
+    generate(write_config(), "--output", str(tmp_path / "elsewhere"))
+    assert max(sizes) == limit
+    assert digests(tmp_path / "elsewhere") == digests(tmp_path / "out")
 
 
 def test_a_moved_source_and_model_are_the_same_run(

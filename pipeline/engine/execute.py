@@ -8,6 +8,7 @@ number of batches is in flight, so memory does not grow with the dataset.
 import contextlib
 import json
 import logging
+import math
 import time
 import zlib
 from collections import deque
@@ -41,6 +42,8 @@ from pipeline.output.shards import ShardWriter
 BATCHES_IN_FLIGHT = 2
 # Images of one encoding task: enough to hide the hand-over, few enough to keep every core busy.
 IMAGES_PER_TASK = 32
+# Bytes of its pixels at most, as a column of Arrow holds less than 2 GiB.
+BYTES_PER_TASK = 2**30
 # Where the rows of a source are not known, the share that may be skipped is one of at least so many.
 SKIPPED_AMONG = 1000
 
@@ -277,11 +280,12 @@ def _encode(
 ) -> list[list[Future[pa.StructArray]]]:
     """Begin to encode a batch: for each stored picture, its rows in pieces that follow each other."""
     encode = busy.timed("encode", run.layout.encode)
+    size = max(1, min(IMAGES_PER_TASK, BYTES_PER_TASK // math.prod(run.reader.shape)))
     return [
         [
             encoders.submit(encode, column, piece, run.image_format)
             for part in parts
-            for piece in part.pictures[index].split(IMAGES_PER_TASK)
+            for piece in part.pictures[index].split(size)
         ]
         for index, column in enumerate(run.pictures)
     ]

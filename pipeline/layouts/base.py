@@ -421,5 +421,9 @@ def encode_column(images_u8: "Tensor", image_format: "ImageFormat") -> pa.Struct
     """
     from pipeline.core.images import encode_images
 
-    encoded = pa.array(encode_images(images_u8, image_format), pa.binary())
+    pictures = encode_images(images_u8, image_format)
+    ends = np.cumsum([0, *map(len, pictures)], dtype=np.int32)
+    # Joined first: Python lets other threads go on meanwhile, and Arrow does not while it copies values one by one.
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(pictures))]
+    encoded = pa.Array.from_buffers(pa.binary(), len(pictures), buffers)
     return pa.StructArray.from_arrays([encoded, pa.nulls(len(encoded), pa.string())], ["bytes", "path"])
