@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show of this checkout, in less than eight minutes on an H100 with 16 cores: the tests marked gpu,
-# datasets made twice whose bytes must be equal, and the benchmark.
+# datasets made twice and by several processes at once, whose bytes must be equal, and the benchmark.
 #
 #     scripts/gpu_check.sh FOLDER [WHEELS]
 #
@@ -10,6 +10,7 @@
 # as passed, and "gpu" is null in the file. What is measured can be set in the environment:
 : "${WORKLOAD:=resnet50}" "${VARIANTS:=bf16-eager bf16-eager-signs bf16 bf16-signs}"
 : "${CONTENDERS:=ours bound torchattacks}" "${LIMIT:=4096}" "${PEER_IMAGES:=768}" "${BATCH_SIZE:=256}"
+: "${PARTS:=4}" # processes that share the GPU, each with an interpreter of its own
 : "${TOTAL_SECONDS:=465}" # for all steps together
 set -uo pipefail
 
@@ -66,9 +67,24 @@ twice() {
         step "$name-$turn" 75 python -m pipeline generate "$config" "$@" --output "$scratch/$name/$turn" || return
     done
     # shellcheck disable=SC2016
-    step "$name-equal" 20 bash -euo pipefail -c 'cd "$0/1"; find . -name "*.parquet" -exec sha256sum {} + | tee ../digests
-        cd ../2; sha256sum --check --quiet --strict ../digests' "$scratch/$name"
+    step "$name-equal" 20 bash -euo pipefail -c 'cd "$0/1"; find . -name "*.parquet" -exec sha256sum {} + | tee "$0.digests"
+        cd ../2; sha256sum --check --quiet --strict "$0.digests"' "$scratch/$name"
     rm -rf "${scratch:?}/$name"
+}
+
+# in_parts NAME CONFIG: make the dataset of `twice` once more, by several processes side by side.
+in_parts() {
+    local name=$1 config=$2
+    # shellcheck disable=SC2016
+    step "$name-parts" 75 bash -uo pipefail -c 'failed=0
+        for ((part = 0; part < $2; part++)); do
+            python -m pipeline generate "$0" --output "$1" --part "$part/$2" &
+        done
+        for ((part = 0; part < $2; part++)); do wait -n || failed=1; done
+        exit "$failed"' "$config" "$scratch/$name-parts" "$PARTS" || return
+    # shellcheck disable=SC2016
+    step "$name-parts-equal" 20 bash -c 'cd "$0-parts" && sha256sum --check --quiet --strict "$0.digests"' "$scratch/$name"
+    rm -rf "${scratch:?}/$name-parts"
 }
 
 touch "$scratch/steps"
@@ -78,13 +94,14 @@ if [ -n "$wheels" ]; then
     step install 60 python -m pip install -q --no-index --no-deps --no-compile --target "$scratch/site" "$wheels"/*.whl
 fi
 step prepare 90 python scripts/gpu_report.py prepare "$scratch" --workload "$WORKLOAD" --variant "${VARIANTS%% *}" \
-    --batch-size "$BATCH_SIZE" --images $((LIMIT / 4)) "${options[@]}" || exit
+    --batch-size "$BATCH_SIZE" --images "$LIMIT" "${options[@]}" || exit
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
 # Without the plugins that happen to be installed.
 step tests 120 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -m gpu -q -rs -p pytest_timeout -p no:cacheprovider \
     "${files[@]}"
 twice attacks digits-ensemble --limit $((LIMIT / 4)) --set 'attacks.pgd={kind: pgd, epsilons: [32/255]}'
 twice workload "$scratch/workload.json"
+in_parts workload "$scratch/workload.json"
 for variant in $VARIANTS; do options+=(--variant "$variant"); done
 options+=(--limit "$LIMIT" --peer-images "$PEER_IMAGES" --batch-size "$BATCH_SIZE" --json "$scratch/benchmark.json")
 step benchmark "$TOTAL_SECONDS" python scripts/benchmark.py --workload "$WORKLOAD" --rounds 1 "${options[@]}"

@@ -13,7 +13,7 @@ import torch
 from tests.conftest import REPOSITORY
 
 SIZES = {"LIMIT": "32", "PEER_IMAGES": "16", "BATCH_SIZE": "8"}
-TINY = {"WORKLOAD": "digits", "VARIANTS": "eager", "CONTENDERS": "ours bound", **SIZES}
+TINY = {"WORKLOAD": "digits", "VARIANTS": "eager", "CONTENDERS": "ours bound", "PARTS": "2", **SIZES}
 # Bash's tools, but the Python of these tests.
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
@@ -37,8 +37,9 @@ def test_without_a_gpu_all_else_runs(tmp_path: Path) -> None:
     assert result["machine"]["gpu"] is None
     assert " skipped, " in result["tests"]
     assert "passed" not in result["tests"], "a test marked gpu ran on the CPU"
-    assert result["bytes_equal"] == {"attacks": True, "workload": True}
-    assert all(".parquet" in result["steps"][f"{name}-equal"]["log"][0] for name in result["bytes_equal"])
+    assert result["bytes_equal"] == {"attacks": True, "workload": True, "workload-parts": True}
+    assert all(".parquet" in result["steps"][f"{name}-equal"]["log"][0] for name in ("attacks", "workload"))
+    assert sum(" images/s" in line for line in result["steps"]["workload-parts"]["log"]) == 2
     (workload,) = result["benchmark"]["workloads"]
     ours, bound = workload["contenders"]
     assert ours["share_of_bound"] > 0
@@ -46,7 +47,7 @@ def test_without_a_gpu_all_else_runs(tmp_path: Path) -> None:
     assert bound["images"] == 32
 
 
-@pytest.mark.parametrize(("seconds", "status"), [("0", "not reached"), ("1", "timed out")])
+@pytest.mark.parametrize(("seconds", "status"), [("0", "not reached"), ("2", "timed out")])
 def test_the_time_for_all_is_kept(tmp_path: Path, seconds: str, status: str) -> None:
     code, result = check(tmp_path, TOTAL_SECONDS=seconds)
     assert code == 1
