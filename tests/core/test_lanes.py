@@ -68,8 +68,16 @@ def test_chunks_come_back_in_order_and_empty_ones_are_left_out() -> None:
         assert [future.result() for future in futures] == [([0, 1], [True, True]), ([6, 7], [True, False])]
 
 
-def test_each_core_has_a_lane_of_one_thread_and_the_caller_keeps_its_own() -> None:
-    before = torch.get_num_threads()
+def test_lanes_and_who_feeds_them_have_one_thread_and_the_caller_gets_its_own_back() -> None:
+    own = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check_threads_of_lanes(2)
+    finally:
+        torch.set_num_threads(own)
+
+
+def check_threads_of_lanes(before: int) -> None:
     together = threading.Barrier(available_cores(), timeout=30)
 
     def look(rows: Tensor, valid: Tensor) -> tuple[int, int]:
@@ -80,6 +88,8 @@ def test_each_core_has_a_lane_of_one_thread_and_the_caller_keeps_its_own() -> No
     count = available_cores()
     with Lanes(CPU, 1) as lanes:
         seen = [f.result() for f in lanes.submit(look, torch.arange(count), valid=torch.ones(count, dtype=torch.bool))]
+        beside = torch.get_num_threads()  # of who feeds the lanes
+    assert beside == 1
     assert len({thread for thread, _ in seen}) == count
     assert {threads for _, threads in seen} == {1}
     assert torch.get_num_threads() == before
