@@ -48,7 +48,7 @@ from pipeline.core.lanes import available_cores
 
 PEERS = ("torchattacks", "foolbox", "art")
 CONTENDERS = ("ours", "bound", "plain", *PEERS)
-OURS = ("fgsm-pipeline", "torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
+OURS = ("fgsm-pipeline", "torch", "torchvision", "datasets", "pyarrow", "pillow", "imagecodecs", "numpy")
 PACKAGES = (*OURS, "torchattacks", "foolbox", "adversarial-robustness-toolbox")
 # The grey levels of --epsilon-cost, by how many there are.
 COST_LEVELS = {1: (1,), 2: (1, 2), 4: (1, 2, 4, 8), 8: (1, 2, 4, 8, 12, 16, 24, 32)}

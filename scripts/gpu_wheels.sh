@@ -20,5 +20,5 @@ for glibc in 2_28 2_27 2_24 2_17 2_12 2_5; do target+=(--platform "manylinux_${g
 target+=(--platform manylinux2014_x86_64)
 python -m pip download -q -d "$folder" "${target[@]}" huggingface_hub pydantic typer pytest pytest-timeout hypothesis
 # Their dependencies are torch, or there.
-python -m pip download -q -d "$folder" "${target[@]}" --no-deps datasets dill multiprocess torchattacks "$@"
+python -m pip download -q -d "$folder" "${target[@]}" --no-deps datasets dill imagecodecs multiprocess torchattacks "$@"
 du -ch "$folder"/*.whl

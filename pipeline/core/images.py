@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Literal
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -22,8 +23,8 @@ from pipeline.core.redaction import redact
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The largest side of a WebP image: its header holds 14 bits.
-WEBP_MAX_SIDE = 16_383
+# The largest side of a WebP image that is written: its header holds 14 bits, and the encoder takes one pixel less.
+WEBP_MAX_SIDE = 16_382
 
 # What the operating system says of a broken file, or of a path in a row that can be none. Whatever else it says passes
 # or is mended, and a row that is skipped is so for ever.
@@ -114,13 +115,19 @@ def encode_images(images_u8: "Tensor", image_format: ImageFormat) -> list[bytes]
 
 
 def _encode(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
-    image = Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]))
-    buffer = io.BytesIO()
+    pixels = np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
     if image_format == "webp":
-        image.save(buffer, "WEBP", lossless=True, quality=0, method=0)
-    else:
-        # Level 1: attacked pixels are close to noise, and more effort buys 9% at twice the time.
-        image.save(buffer, "PNG", compress_level=1)
+        try:
+            # The bytes that Pillow gives, without an image and a stream of Python's for each: at 32 px a run is a third
+            # faster for it, at 224 px as fast. It wants the strides of a plain array, also along a side of one pixel.
+            return bytes(
+                imagecodecs.webp_encode(pixels.ravel().reshape(pixels.shape), lossless=True, level=0, method=0)
+            )
+        except imagecodecs.WebpError as error:  # nothing else can go wrong with pixels of a size that WebP has
+            raise MemoryError(str(error)) from error
+    buffer = io.BytesIO()
+    # Level 1: attacked pixels are close to noise, and more effort buys 9% at twice the time.
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -305,6 +307,31 @@ def test_images_in_channels_last_memory_are_stored_alike() -> None:
         )
 
 
+ENCODE_WITHOUT_MEMORY = """
+import resource, torch
+from pipeline.core.images import encode_images
+image = torch.zeros(1, 3, 8_000, 8_000, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + int(ROOM), -1))
+try:
+    encode_images(image, "webp")
+except MemoryError:
+    print("no memory")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs the size of the process from /proc")
+@pytest.mark.parametrize("room", [10e6, 400e6])
+def test_encoding_that_gets_no_memory_says_so(room: float) -> None:
+    """Before the pixels are taken over, and after."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENCODE_WITHOUT_MEMORY.replace("ROOM", str(room))], capture_output=True, text=True
+    )
+    assert done.stdout == "no memory\n", done.stderr
+
+
 @pytest.mark.parametrize("data", [b"", b"no image", NOISE[: len(NOISE) // 2]])
 def test_stored_bytes_that_are_no_image(data: bytes) -> None:
     with pytest.raises(UndecodableError):
@@ -315,10 +342,10 @@ def test_stored_bytes_that_are_no_image(data: bytes) -> None:
     ("channels", "height", "width", "image_format"),
     [
         (3, 32, 32, "webp"),
-        (3, 16_383, 1, "webp"),
-        (3, 1, 16_383, "webp"),
-        (3, 16_384, 1, "png"),
-        (3, 1, 16_384, "png"),
+        (3, 16_382, 1, "webp"),
+        (3, 1, 16_382, "webp"),
+        (3, 16_383, 1, "png"),
+        (3, 1, 16_383, "png"),
         (1, 32, 32, "png"),
     ],
 )
