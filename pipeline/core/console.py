@@ -186,13 +186,19 @@ class Bar:
             began, count = self._started, 0
         return (self.fresh - count) / max(self._updated - began, 1e-9)
 
+    @property
+    def left(self) -> float | None:
+        """How many seconds it still takes; None without a total or a rate."""
+        rate = self.rate
+        return None if self.total is None or not rate else (self.total - self.done) / rate
+
     def facts(self) -> list[str]:
         """How many, how fast, and how long it still takes."""
         count = f"{self.done:,}" if self.total is None else f"{self.done:,} of {self.total:,}"
-        rate = self.rate
+        rate, seconds = self.rate, self.left
         if not rate:
             return [f"{count} {self.unit}"]
-        left = [] if self.total is None else [f"{duration((self.total - self.done) / rate)} left"]
+        left = [] if seconds is None else [f"{duration(seconds)} left"]
         if self.done == self.total:
             left = [f"in {duration(self._updated - self._started)}"]
         return [f"{count} {self.unit}", f"{rate:,.1f} {self.unit}/s", *left]
