@@ -471,6 +471,11 @@ def reported_receipts(folder: OutputFolder) -> str | None:
     return _report_says(folder, "fgsm-receipts")
 
 
+def reported_titles(folder: OutputFolder) -> str:
+    """The digest of the titles that the report shows, "" where none were given."""
+    return _report_says(folder, "fgsm-titles") or ""
+
+
 def reported_assets(folder: OutputFolder) -> set[tuple[str, str]]:
     """What the report lists as written by it: the name of a picture in the folder, and its sha256.
 

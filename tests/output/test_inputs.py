@@ -199,3 +199,16 @@ def test_the_note_of_another_run_does_not_count(digits: Callable[[], str], tmp_p
     edition, rest = note.read_text().split()
     note.write_text(f"{edition[::-1]} {rest}\n")
     assert digits().startswith("opened")
+
+
+def test_a_title_of_before_is_noticed_whatever_the_note_says(digits: Callable[[], str], tmp_path: Path) -> None:
+    note, config, card = (tmp_path / name for name in ("out/.run/inputs", "config.yaml", "out/README.md"))
+    before, text = note.read_bytes(), config.read_text()
+    config.write_text(text.replace("output: {", "output: {title: Another, "))
+    assert digits().startswith("opened")
+    assert "# Another\n" in card.read_text()
+    # As where the note could not be written a second time.
+    note.write_bytes(before)
+    config.write_text(text)
+    assert digits().startswith("opened")
+    assert "# Another\n" not in card.read_text()
