@@ -171,7 +171,7 @@ def _execute(
     generation = folder.generation(over=overwrite) if recorded is None else recorded.generation
     output = str(Path(folder.root).absolute()) if folder.store.local else folder.root
     job = Job(config, output, recorded, generation)
-    opened = executor.call(job.open)
+    opened, warnings = executor.call(job.open)
     job = replace(job, recorded=opened)
     if recorded is not None or not (overwrite or executor.part):
         _check_same(opened, recorded, folder)
@@ -181,6 +181,8 @@ def _execute(
         return recorded
     for line in executor.call(job.describe):
         logger.info("%s", line)
+    if recorded is not None:
+        _warn_again(folder, recorded)
     _check_room(executor, job, folder, [shard for shard in shards if shard.name not in done], overwrite)
     own = executor.share(shards)
     with folder.store.held(unlocked=unlocked, part=executor.part):
@@ -192,6 +194,7 @@ def _execute(
                 raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
             begun = _begin(folder, _titled(config, folder, recorded) if recorded else opened, overwrite)
             begun, done, missing = _take_up(folder, begun, shards, own)
+            folder.keep_warnings(begun.edition, warnings)
         try:
             session = _write(executor, job, folder, opened, missing, list(done.values())) if missing else None
         except BaseException:
@@ -342,8 +345,15 @@ def _is_current(config: Config, folder: OutputFolder, recorded: Manifest, done: 
     current = current and titles_of(recorded.resolved) == titles_of(config)
     if current:
         logger.info("All %d shards are already there.", len(done))
+        _warn_again(folder, recorded)
         folder.store.tidy()
     return current
+
+
+def _warn_again(folder: OutputFolder, recorded: Manifest) -> None:
+    """Say what was warned of when a run began: its models are not looked at a second time."""
+    for warning in folder.kept_warnings(recorded.edition):
+        logger.warning("%s.", warning)
 
 
 def _titled(config: Config, folder: OutputFolder, recorded: Manifest) -> Manifest:

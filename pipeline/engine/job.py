@@ -56,11 +56,12 @@ class Job:
     recorded: Manifest | None
     generation: int
 
-    def open(self) -> Manifest:
+    def open(self) -> tuple[Manifest, tuple[str, ...]]:
         """Open the run, and keep it open in this process.
 
         Returns:
-            The manifest as it is before anything is written, of the device and the packages that are here.
+            The manifest as it is before anything is written, of the device and the packages that are here, and the
+            warnings of a run that begins.
 
         Raises:
             ConfigError: as `open_run`.
@@ -69,7 +70,7 @@ class Job:
         close()
         run = open_run(self.config, self.recorded, self.generation)
         _opened = _Opened(self.config, run)
-        return run.manifest()
+        return run.manifest(), run.warnings
 
     def describe(self) -> list[str]:
         """As `describe_run`."""

@@ -1,5 +1,6 @@
 """Inputs: a complete run is said to be complete without PyTorch only while nothing that it is made of has changed."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -212,3 +213,18 @@ def test_a_title_of_before_is_noticed_whatever_the_note_says(digits: Callable[[]
     config.write_text(text)
     assert digits().startswith("opened")
     assert "# Another\n" not in card.read_text()
+
+
+@pytest.mark.parametrize(("edition", "said"), [("its own", True), ("0123456789abcdef", False)])
+def test_a_warning_is_said_again_unopened(digits: Callable[[], str], tmp_path: Path, edition: str, said: bool) -> None:
+    own = (tmp_path / "out/.run/inputs").read_text().split()[0]
+    kept = {"edition": own if edition == "its own" else edition, "warnings": ["model: it is old"]}
+    (tmp_path / "out/.run/warnings").write_text(json.dumps(kept))
+    again = digits()
+    assert again.startswith("All 2 shards are already there.")
+    assert ("model: it is old.\n" in again) == said
+
+
+def test_warnings_that_cannot_be_read_are_none(digits: Callable[[], str], tmp_path: Path) -> None:
+    (tmp_path / "out/.run/warnings").write_text("[")
+    assert digits().startswith("All 2 shards are already there.")
