@@ -1,7 +1,7 @@
 """Generate: the whole flow, from a config to a complete dataset.
 
 What is there already is found out first, and what is missing is executed and summed up. An executor does the work, in
-this process or elsewhere; what its receipts say is judged here. PyTorch and `datasets` take seconds to import, so they
+this process or elsewhere; its receipts are checked here. PyTorch and `datasets` take seconds to import, so they
 are imported only once it is known that there is something to open.
 """
 
@@ -242,7 +242,7 @@ def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -
 def _write(
     executor: Executor, job: "Job", folder: OutputFolder, opened: Manifest, shards: Sequence[Shard], done: list[Receipt]
 ) -> tuple[Progress, dict[str, float]]:
-    """Have some shards written, show how far they are, and judge their receipts.
+    """Have some shards written, show how far they are, and check their receipts.
 
     Args:
         executor: does the work.

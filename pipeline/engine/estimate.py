@@ -366,7 +366,7 @@ def _rate(per_second: float) -> str:
 
 
 def hub_warnings(plan: Plan, subsets: int, size: float | None) -> list[str]:
-    """What the Hub would not take of a dataset, and the setting that mends it.
+    """What the Hub would not take of a dataset, and the setting that solves it.
 
     Args:
         plan: of the run.

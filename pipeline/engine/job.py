@@ -93,7 +93,7 @@ class Job:
             shards: those to write.
             folder: the output, where this process holds it.
             done: receipts of all other shards, whose skipped rows count against `runtime.max_skipped`. None where they
-                are not known, as on a worker: then the caller judges, and a shard that has a receipt by now, of a
+                are not known, as on a worker: then the caller counts, and a shard that has a receipt by now, of a
                 worker that was lost right after its commit, is not written again.
             tell: called with the counts of each batch.
 

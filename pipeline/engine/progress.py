@@ -122,7 +122,7 @@ def bottleneck(shares: Mapping[str, float], shared_cores: bool, layouts: Sequenc
     together = sum(shares.get(one, 0.0) for one in ("load", "attack", "encode")) if shared_cores else 0.0
     if max(share, together) < LIMIT:
         return "No stage was busy for half of the time: the run was short, waited for its source, or shared its cores."
-    who, mend = STAGES[stage]
+    who, fix = STAGES[stage]
     if stage in ("encode", "write") and layouts:
-        mend += f", or layout {' or '.join(layouts)}"
-    return f"{who} the limit: {mend} would make it faster."
+        fix += f", or layout {' or '.join(layouts)}"
+    return f"{who} the limit: {fix} would make it faster."
