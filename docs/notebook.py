@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 import pipeline
 
 # %% [markdown]
-# What would it take? Nothing is kept of this.
+# First estimate time, memory and bytes. This leaves nothing behind.
 
 # %%
 pipeline.plan("digits", limit=100)
 
 # %% [markdown]
-# Make it. A bar and the lines of the log appear below the cell, and the result shows as a table.
+# Make the dataset. A progress bar and the log appear below the cell, and the result is shown as a table.
 
 # %%
 pipeline.generate("digits", output="out/notebook", limit=100)
@@ -36,18 +36,18 @@ config = {
 pipeline.generate(config)
 
 # %% [markdown]
-# Are the files what they should be?
+# Check every file, image and prediction.
 
 # %%
 print("problems:", pipeline.verify("out/notebook", recompute=True).problems)
 
 # %% [markdown]
-# Read it back: a `Dataset` of the library `datasets`, at any epsilon.
+# Read it back at any epsilon, as a `Dataset` of the library `datasets`.
 
 # %%
 rows = pipeline.load("out/notebook", [0, "64/255"], split="test")
 clean, attacked = rows[0], rows[len(rows) // 2]
-print(clean["prediction"], "became", attacked["prediction"], "- sure to", round(attacked["confidence"], 2))
+print(f"{clean['prediction']} became {attacked['prediction']}, with a confidence of {attacked['confidence']:.2f}")
 attacked["image"]
 
 # %% [markdown]
@@ -67,7 +67,7 @@ for _ in range(3):
 print(f"loss {loss.item():.2f}")
 
 # %% [markdown]
-# The clean image beside the attacked one, with what made it:
+# The clean image next to the attacked one, with the epsilon and whether the attacked image fools the model:
 
 # %%
 pairs = pipeline.training_dataset("out/notebook", "train", pairs=True, columns=["label", "epsilon", "fooled"])
@@ -76,7 +76,7 @@ clean_u8, attacked_u8 = images_u8.unbind(1)
 print(f"{fooled.float().mean():.0%} of these fool the model")
 
 # %% [markdown]
-# The report: what the attack did, for people.
+# Make the report, a page that shows what the attack did.
 
 # %%
 pipeline.report("out/notebook")

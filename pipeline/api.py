@@ -69,7 +69,7 @@ def plan(
     """Say what `generate` would take: rows, bytes, files, time and memory, measured on some batches. Nothing is kept.
 
         planned = pipeline.plan("digits")
-        print(planned)  # as `fgsm plan` prints it
+        print(planned)  # as `fgsm plan` prints it; a notebook shows it as HTML
         planned.seconds, planned.bytes, planned.warnings
 
     Args:

@@ -211,10 +211,11 @@ def report(output: Output, debug: Debug = False) -> None:
 
 def _report_on(manifest: "Manifest", path: str, debug: bool) -> None:
     """Make the report of a complete dataset unless it is there. Without it the dataset is as complete."""
-    from pipeline.output.folder import OutputFolder, reported_receipts
+    from pipeline.output.folder import OutputFolder
+    from pipeline.output.manifest import has_report
 
     folder = OutputFolder(path)
-    if reported_receipts(folder) == manifest.receipts:
+    if has_report(folder, manifest):
         return
     say_loading("matplotlib")
     try:

@@ -1,7 +1,7 @@
 """Generate: the whole flow, from a config to a complete dataset.
 
 What is there already is found out first, and what is missing is executed and summed up. An executor does the work, in
-this process or elsewhere; what its receipts say is judged here. PyTorch and `datasets` take seconds to import, so they
+this process or elsewhere; its receipts are checked here. PyTorch and `datasets` take seconds to import, so they
 are imported only once it is known that there is something to open.
 """
 
@@ -23,11 +23,11 @@ from pipeline.core.plan import Shard
 from pipeline.engine.progress import Busy, Progress
 from pipeline.executors import EXECUTORS, PART
 from pipeline.executors.base import Executor
-from pipeline.output.card import card_agrees, write_summaries
+from pipeline.output.card import card_agrees, renew_titles, write_summaries
 from pipeline.output.disk import check_disk, in_flight
 from pipeline.output.folder import OutputFolder, Receipt, committed
 from pipeline.output.inputs import Inputs, inputs_of, is_unchanged, remember
-from pipeline.output.manifest import Manifest, ended, read_manifest, summarise
+from pipeline.output.manifest import Manifest, ended, read_manifest, summarise, titles_of, with_titles
 from pipeline.output.settings import another_run, check_settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def generate(
         check_paths(config)
         inputs = inputs_of(config) if part is None else None
     if inputs and not overwrite:
-        manifest = _unchanged(folder, inputs)
+        manifest = _unchanged(config, folder, inputs)
     while manifest is None:
         recorded = None if overwrite else read_manifest(folder)
         if recorded is not None:
@@ -99,13 +99,13 @@ def generate(
     return manifest
 
 
-def _unchanged(folder: OutputFolder, inputs: Inputs) -> Manifest | None:
+def _unchanged(config: Config, folder: OutputFolder, inputs: Inputs) -> Manifest | None:
     """The manifest of a dataset that is complete and was made of the same things; None of any other."""
     recorded = read_manifest(folder)
     if recorded is None or not is_unchanged(folder, recorded, inputs):
         return None
     done = committed(folder, recorded.edition, recorded.plan.shards)
-    return recorded if _is_current(folder, recorded, done) else None
+    return recorded if _is_current(config, folder, recorded, done) else None
 
 
 def _check_part(executor: str, overwrite: bool, unlocked: bool) -> None:
@@ -171,16 +171,18 @@ def _execute(
     generation = folder.generation(over=overwrite) if recorded is None else recorded.generation
     output = str(Path(folder.root).absolute()) if folder.store.local else folder.root
     job = Job(config, output, recorded, generation)
-    opened = executor.call(job.open)
+    opened, warnings = executor.call(job.open)
     job = replace(job, recorded=opened)
     if recorded is not None or not (overwrite or executor.part):
         _check_same(opened, recorded, folder)
     shards = opened.plan.shards
     done = {} if overwrite else committed(folder, opened.edition, shards)
-    if recorded is not None and _is_current(folder, recorded, done):
+    if recorded is not None and _is_current(config, folder, recorded, done):
         return recorded
     for line in executor.call(job.describe):
         logger.info("%s", line)
+    if recorded is not None:
+        _warn_again(folder, recorded)
     _check_room(executor, job, folder, [shard for shard in shards if shard.name not in done], overwrite)
     own = executor.share(shards)
     with folder.store.held(unlocked=unlocked, part=executor.part):
@@ -190,8 +192,9 @@ def _execute(
             same = folder.generation(over=True) == generation if overwrite else read_manifest(folder) == recorded
             if not same:
                 raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
-            begun = _begin(folder, recorded or opened, overwrite)
+            begun = _begin(folder, _titled(config, folder, recorded) if recorded else opened, overwrite)
             begun, done, missing = _take_up(folder, begun, shards, own)
+            folder.keep_warnings(begun.edition, warnings)
         try:
             session = _write(executor, job, folder, opened, missing, list(done.values())) if missing else None
         except BaseException:
@@ -239,7 +242,7 @@ def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -
 def _write(
     executor: Executor, job: "Job", folder: OutputFolder, opened: Manifest, shards: Sequence[Shard], done: list[Receipt]
 ) -> tuple[Progress, dict[str, float]]:
-    """Have some shards written, show how far they are, and judge their receipts.
+    """Have some shards written, show how far they are, and check their receipts.
 
     Args:
         executor: does the work.
@@ -335,13 +338,33 @@ def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Seq
         time.sleep(POLL_SECONDS)
 
 
-def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Receipt]) -> bool:
-    """Whether a dataset is complete, and manifest and card say what follows from the receipts; says so if it is."""
+def _is_current(config: Config, folder: OutputFolder, recorded: Manifest, done: Mapping[str, Receipt]) -> bool:
+    """Whether a dataset is complete, manifest and card say what follows from the receipts, and the titles are those of
+    the config; says so if it is."""
     current = recorded.complete and summarise(ended(recorded), done) == recorded and card_agrees(folder, recorded)
+    current = current and titles_of(recorded.resolved) == titles_of(config)
     if current:
         logger.info("All %d shards are already there.", len(done))
+        _warn_again(folder, recorded)
         folder.store.tidy()
     return current
+
+
+def _warn_again(folder: OutputFolder, recorded: Manifest) -> None:
+    """Say what was warned of when a run began: its models are not looked at a second time."""
+    for warning in folder.kept_warnings(recorded.edition):
+        logger.warning("%s.", warning)
+
+
+def _titled(config: Config, folder: OutputFolder, recorded: Manifest) -> Manifest:
+    """The manifest of a run that goes on, and its card, with the titles that the config has now."""
+    if titles_of(recorded.resolved) == titles_of(config):
+        return recorded
+    titled = with_titles(recorded, config)
+    # The card comes first: while the manifest has the old titles, a run that was killed here does this again.
+    renew_titles(folder, recorded, titled)
+    logger.info("The titles have changed: the card is written again.")
+    return titled
 
 
 def _take_up(

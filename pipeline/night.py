@@ -430,8 +430,12 @@ class Night:
 
 def _replace(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError:  # as on a disk that is full: the part that was written would take up room for nothing
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _same_python() -> dict[str, str]:

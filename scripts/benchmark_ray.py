@@ -61,7 +61,7 @@ def measure(workers: int, arguments: argparse.Namespace, images_per_shard: int, 
     kind: type[Executor] = RayExecutor if workers else LocalExecutor
     with kind(config.runtime) as executor:
         job = Job(config, str(Path(folder.root).absolute()), None, 0)
-        opened = executor.call(job.open)
+        opened, _ = executor.call(job.open)
         job, shards = replace(job, recorded=opened), opened.plan.shards
         write = job.write if executor.remote else functools.partial(job.write, folder=folder, done=[])
         if len(shards) < 2 * WARM_SHARDS:

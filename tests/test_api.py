@@ -1,8 +1,10 @@
 """What users import: the functions of `pipeline`, and what a notebook shows of them."""
 
 import ast
+import html
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,16 @@ def test_a_plan_is_values(write_config: WriteConfig) -> None:
     planned = pipeline.plan(write_config())
     assert (planned.source_images, planned.rows, planned.warnings) == (40, 120, [])
     assert re.search(r"^source images +40 ", str(planned), re.MULTILINE)
+
+
+def test_a_notebook_shows_a_plan_as_a_table_without_markup_of_others(write_config: WriteConfig) -> None:
+    planned = replace(pipeline.plan(write_config()), output="<b>&\x1b")
+    page = planned._repr_html_()
+    cells = re.findall("<td>([^<]*)</td>", page)
+    rows = [f"{name} {value}" for name, value in zip(cells[::2], map(html.unescape, cells[1::2]), strict=True)]
+    assert rows == [re.sub(" {2,}", " ", line) for line in str(planned).splitlines()]
+    assert "&lt;b&gt;&amp;" in cells[-1]
+    assert "\x1b" not in page
 
 
 @pytest.fixture

@@ -154,6 +154,28 @@ def test_the_same_command_again_does_nothing(write_config: WriteConfig, tmp_path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
 
 
+def test_a_title_that_was_changed_reaches_the_card_and_the_report(write_config: WriteConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert fgsm("generate", write_config(output={"title": "Old photos"}, model={"title": "Old net"})).exit_code == 0
+    before, run_id = digests(out), manifest(out)["run_id"]
+    with (out / "README.md").open("a") as card:
+        card.write("\nThanks to Ian.\n")
+    config = write_config(output={"title": "New photos"}, model={"title": "New net"})
+    assert fgsm("generate", config).exit_code == 0
+    for name in ("README.md", "report.html"):
+        text = (out / name).read_text()
+        assert [title in text for title in ("New photos", "New net", "Old photos", "Old net")] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+    assert (out / "README.md").read_text().endswith("\nThanks to Ian.\n")
+    assert (digests(out), manifest(out)["run_id"]) == (before, run_id)
+    assert fgsm("verify", out).exit_code == 0
+    assert "All 3 shards are already there" in generate(config)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_missing_shards_are_written_again_byte_for_byte(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     config = write_config(output={"layout": layout})

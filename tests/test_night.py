@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -262,6 +263,31 @@ def test_each_line_of_the_log_has_one_time(site: Site) -> None:
     assert all(re.match(f"{time_} (?!{time_})", line) for line in lines.splitlines())
     for said in ("no time", "a time", " 50%", "100%", r"\x1b[31mred"):
         assert re.search(f"^{time_} {re.escape(said)}$", lines, re.MULTILINE)
+
+
+@pytest.mark.parametrize("room", [0, 4000])
+def test_a_disk_that_is_full_for_the_log_does_not_end_the_night(site: Site, room: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def tell(line: str) -> None:
+        site.said.append(line)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # from the first line on, once the log is open
+
+    # The commands can write what they like.
+    program = ["/bin/sh", "-c", 'ulimit -S -f unlimited; exec "$0" "$@"', sys.executable, "-I", "-S"]
+    try:
+        code = site.night(
+            {"generate": [{"say": "a" * 5000}]}, tell=tell, program=[*program, str(site.folder / "fake.py")]
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 0
+    assert site.phases == ["generate", "verify", "report"]
+    assert ": done in " in site.said[-1]
+    (log,) = (site.folder / "out.night").glob("*.log")
+    assert log.stat().st_size == room
+    assert not list((site.folder / "out.night").glob("*.new")), "what is cut short takes up no room"
+    assert room == 0 or site.summary["status"] == "done"
 
 
 def test_two_nights_on_one_output_do_not_meet(site: Site) -> None:

@@ -28,7 +28,7 @@ class NoiseConfig(AttackConfig):
     """Noise, which asks no model: it has no label to lead away from, needs none in the source, and has no target."""
 
     kind: Literal["noise"] = "noise"
-    """Random signs: the control, which asks no model and needs no labels."""
+    """Random signs: the control, which uses no model and needs no labels."""
     asks_model: ClassVar[bool] = False
     # They are what runs without labels have. Left out where a config is written down, as it may not say them.
     label: SkipJsonSchema[Literal["prediction"]] = Field("prediction", exclude=True)
@@ -47,7 +47,9 @@ class NoiseConfig(AttackConfig):
     @classmethod
     def _asks_no_model(cls, value: Any) -> Any:
         if value is not None:
-            raise ValueError(f"{value!r} has no meaning with kind noise, which asks no model; leave the key out")
+            raise ValueError(
+                f"{value!r} has no meaning with kind noise, which does not use the model; leave the key out"
+            )
         return value
 
 

@@ -162,7 +162,8 @@ class ModelConfig(Section):
     """The model's class for each class of the dataset, by name or index: {cat: 281, dog: 207}. `identity`: class i of
     the dataset is class i of the model. Needed where the two differ in number or order."""
     title: str | None = None
-    """The model's name for people, in the report and the card. It changes no image. Left out: its id."""
+    """The model's name for people, in the report and the card. It changes no image. You can change it later and run
+    `generate` again. Left out: its id."""
 
     @classmethod
     def anchor(cls, values: dict[str, Any], folder: Path) -> None:
@@ -344,8 +345,8 @@ class OutputConfig(Section):
     images_per_shard: Count = 4096
     """Source images in a shard, the unit that is written, resumed and given to a worker."""
     title: str | None = None
-    """The dataset's name for people, in the report and the card. It changes no image. It is taken when the run begins.
-    Left out: the source's name and the attacks."""
+    """The dataset's name for people, in the report and the card. It changes no image. You can change it later and run
+    `generate` again. Left out: the source's name and the attacks."""
 
     @field_validator("path")
     @classmethod

@@ -1,11 +1,13 @@
 """The console: tables, colours, links and progress, with rich on a terminal and as plain text elsewhere.
 
 Text comes from datasets too, so all of it goes through `cell`: rich reads no markup in it, and a terminal no commands.
+For a notebook `html_cell` does the same.
 rich is imported where it is used, as a command that prints a sentence does without it.
 """
 
 import contextlib
 import functools
+import html
 import io
 import logging
 import sys
@@ -72,6 +74,23 @@ def make_table(
     for row in zip(*columns.values(), strict=True):
         table.add_row(*(value if hasattr(value, "__rich_console__") else cell(value) for value in row))
     return table
+
+
+def html_table(columns: Mapping[str, Sequence[object]], head: bool = True) -> str:
+    """A table as HTML, which a notebook shows.
+
+    Args:
+        columns, head: as in `make_table`; cells are values.
+    """
+    names = "".join(f"<th>{html_cell(name)}</th>" for name in columns)
+    rows = ("".join(f"<td>{html_cell(value)}</td>" for value in row) for row in zip(*columns.values(), strict=True))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table>{f'<thead><tr>{names}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
+
+
+def html_cell(value: object) -> str:
+    """A value as HTML that is only shown: without credentials, control characters or markup."""
+    return html.escape(presentable(str(value)))
 
 
 def link(text: str, path: str) -> "Text":
@@ -186,13 +205,19 @@ class Bar:
             began, count = self._started, 0
         return (self.fresh - count) / max(self._updated - began, 1e-9)
 
+    @property
+    def left(self) -> float | None:
+        """How many seconds it still takes; None without a total or a rate."""
+        rate = self.rate
+        return None if self.total is None or not rate else (self.total - self.done) / rate
+
     def facts(self) -> list[str]:
         """How many, how fast, and how long it still takes."""
         count = f"{self.done:,}" if self.total is None else f"{self.done:,} of {self.total:,}"
-        rate = self.rate
+        rate, seconds = self.rate, self.left
         if not rate:
             return [f"{count} {self.unit}"]
-        left = [] if self.total is None else [f"{duration((self.total - self.done) / rate)} left"]
+        left = [] if seconds is None else [f"{duration(seconds)} left"]
         if self.done == self.total:
             left = [f"in {duration(self._updated - self._started)}"]
         return [f"{count} {self.unit}", f"{rate:,.1f} {self.unit}/s", *left]

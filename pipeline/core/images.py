@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # The largest side of a WebP image that is written: its header holds 14 bits, and the encoder takes one pixel less.
 WEBP_MAX_SIDE = 16_382
 
-# What the operating system says of a broken file, or of a path in a row that can be none. Whatever else it says passes
-# or is mended, and a row that is skipped is so for ever.
+# What the operating system says of a broken file, or of a path in a row that cannot be one. Any other error goes away
+# or can be fixed, so it must not skip a row: a row that is skipped stays so.
 IMAGE_ERRORS = (errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.EISDIR, errno.ENAMETOOLONG)
 # What images of datasets come in, as Pillow names it: JPEG is MPO too, PPM its whole family, BMP also DIB.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")

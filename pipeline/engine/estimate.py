@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.config.schema import Config
 from pipeline.core.addresses import is_address
-from pipeline.core.console import BLUE, as_text, duration, make_table
+from pipeline.core.console import BLUE, as_text, duration, html_table, make_table
 from pipeline.core.images import UndecodableError
 from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
@@ -269,8 +269,16 @@ class PlannedRun:
     def __repr__(self) -> str:
         return as_text(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same in HTML."""
+        return html_table(self._columns(), head=False)
+
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:
         del console, options
+        yield make_table(self._columns(), 2, {"": BLUE}, head=False)
+
+    def _columns(self) -> dict[str, list[str]]:
+        """What is estimated, and how much."""
         width, height = self.image_size
         splits = ", ".join(f"{name} {count(rows)}" for name, rows in self.splits.items())
         memory = f"about {human_bytes(self.memory)} with all workers"
@@ -294,7 +302,7 @@ class PlannedRun:
             "batch": f"{self.batch_size}",
             "output": f"{self.output} (run {self.run_id})",
         }
-        yield make_table({"": [*facts], " ": [*facts.values()]}, 2, {"": BLUE}, head=False)
+        return {"": [*facts], " ": [*facts.values()]}
 
 
 def plan_run(config: Config) -> PlannedRun:
@@ -358,7 +366,7 @@ def _rate(per_second: float) -> str:
 
 
 def hub_warnings(plan: Plan, subsets: int, size: float | None) -> list[str]:
-    """What the Hub would not take of a dataset, and the setting that mends it.
+    """What the Hub would not take of a dataset, and the setting that solves it.
 
     Args:
         plan: of the run.

@@ -64,7 +64,7 @@ def write_shards(
         folder: where they go.
         shards: those to write.
         others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`; None where they are
-            not known here, and the caller judges.
+            not known here, and the caller counts.
         busy: takes the seconds of each stage.
         tell: called with the counts of each batch.
 
@@ -88,7 +88,7 @@ def write_shards(
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 read += batch.place.stop - batch.place.start
-                _check_skipped(run, batch, skipped, read, judges=others is not None)
+                _check_skipped(run, batch, skipped, read, counts=others is not None)
                 busy.add("load", batch.seconds)
                 scores = _score(run, batch, parts)
                 encoded = _encode(encoders, parts, run, busy)
@@ -194,7 +194,7 @@ def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[
         raise _too_large(batch.name, len(batch.labels)) from error
 
 
-def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, judges: bool) -> None:
+def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, counts: bool) -> None:
     """Stop where undecodable images are not to be skipped, or are too many: of all, or of those read so far."""
     if not batch.skipped:
         return
@@ -202,7 +202,7 @@ def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, judges: b
     row = f"{name_row(batch.shard, last.source_index, last.file)} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
         raise RowError(f"source: {row}, and runtime.on_error is fail.")
-    if judges:
+    if counts:
         check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, row)
 
 

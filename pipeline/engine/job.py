@@ -56,11 +56,12 @@ class Job:
     recorded: Manifest | None
     generation: int
 
-    def open(self) -> Manifest:
+    def open(self) -> tuple[Manifest, tuple[str, ...]]:
         """Open the run, and keep it open in this process.
 
         Returns:
-            The manifest as it is before anything is written, of the device and the packages that are here.
+            The manifest as it is before anything is written, of the device and the packages that are here, and the
+            warnings of a run that begins.
 
         Raises:
             ConfigError: as `open_run`.
@@ -69,7 +70,7 @@ class Job:
         close()
         run = open_run(self.config, self.recorded, self.generation)
         _opened = _Opened(self.config, run)
-        return run.manifest()
+        return run.manifest(), run.warnings
 
     def describe(self) -> list[str]:
         """As `describe_run`."""
@@ -92,7 +93,7 @@ class Job:
             shards: those to write.
             folder: the output, where this process holds it.
             done: receipts of all other shards, whose skipped rows count against `runtime.max_skipped`. None where they
-                are not known, as on a worker: then the caller judges, and a shard that has a receipt by now, of a
+                are not known, as on a worker: then the caller counts, and a shard that has a receipt by now, of a
                 worker that was lost right after its commit, is not written again.
             tell: called with the counts of each batch.
 

@@ -1,14 +1,20 @@
 """Progress of a run, and how busy its stages are."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import ParamSpec, TypeVar
 
-from pipeline.core.console import LOG_SECONDS, Bar
+from pipeline.core.console import LOG_SECONDS, Bar, duration
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+# A run says when it is expected to end after the rate was measured for so many seconds, if so many are left.
+MEASURED_SECONDS, LONG_SECONDS = 30.0, 60.0
+
+logger = logging.getLogger(__name__)
 
 
 class Busy:
@@ -62,12 +68,16 @@ class Busy:
 
 
 class Progress(Bar):
-    """Counts source images, and says how often each variant is predicted right."""
+    """Counts source images, and says how often each variant is predicted right.
+
+    A long run says once when it is expected to end.
+    """
 
     def __init__(self, total: int | None, done: int, subsets: Sequence[str], log_seconds: float = LOG_SECONDS) -> None:
         super().__init__(total, done, log_seconds=log_seconds)
         self._labelled = 0
         self._correct = dict.fromkeys(subsets, 0)
+        self._told_end = False
 
     def update(self, images: int, labelled: int, correct: Mapping[str, int]) -> None:
         """Add a batch: source images finished, how many of them are labelled, and right ones by the name
@@ -78,6 +88,15 @@ class Progress(Bar):
         if self._labelled:
             self.notes = [f"{subset} {count / self._labelled:.0%}" for subset, count in self._correct.items()]
         self.advance(images)
+        if self._first and not self._told_end and self._updated - self._first[0] >= MEASURED_SECONDS:
+            self._told_end = True
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        if self.left is not None and self.left >= LONG_SECONDS:
+            minutes = timedelta(minutes=round(self.left / 60))
+            end = f"{datetime.now() + minutes:%Y-%m-%d %H:%M}"
+            logger.info("Expected: about %s more, until %s.", duration(minutes.total_seconds()), end)
 
 
 # What each stage is called, and what helps where it is the limit.
@@ -103,7 +122,7 @@ def bottleneck(shares: Mapping[str, float], shared_cores: bool, layouts: Sequenc
     together = sum(shares.get(one, 0.0) for one in ("load", "attack", "encode")) if shared_cores else 0.0
     if max(share, together) < LIMIT:
         return "No stage was busy for half of the time: the run was short, waited for its source, or shared its cores."
-    who, mend = STAGES[stage]
+    who, fix = STAGES[stage]
     if stage in ("encode", "write") and layouts:
-        mend += f", or layout {' or '.join(layouts)}"
-    return f"{who} the limit: {mend} would make it faster."
+        fix += f", or layout {' or '.join(layouts)}"
+    return f"{who} the limit: {fix} would make it faster."

@@ -80,7 +80,8 @@ VECTOR_UNITS = ("amx", "avx", "bf16", "dot", "fma", "i8mm", "neon", "sme", "sve"
 class Run:
     """An opened run: its resolved config and everything made from it.
 
-    models: by id, the first of which looks at what is of no model. attacks: in the order of the variants.
+    models: by id, the first of which looks at what is of no model. attacks: in the order of the variants. warnings:
+    what was said of its models when it began, each without a full stop; none of a run that is resumed.
     """
 
     config: Config
@@ -95,6 +96,7 @@ class Run:
     identity: dict[str, Any]
     asked_batch_size: int
     generation: int
+    warnings: tuple[str, ...]
 
     @property
     def attacker(self) -> Attacker:
@@ -204,9 +206,10 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(classes))
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
+    warnings: list[str] = []
     if recorded is None:
-        _warn_unstated(config, models)
-        _check_models(config, attacker, reader, plan)
+        warnings += _warn_unstated(config, models)
+        warnings += _check_models(config, attacker, reader, plan)
         compiled, batch_size = _resolve_compile(attacker, device, shape, plan, config)
     plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
@@ -225,6 +228,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         identity=_identity(resolved, source, shape, loaded, models, chunk_images(device, plan.batch_size, shape)),
         asked_batch_size=asked_batch_size,
         generation=generation if recorded is None else recorded.generation,
+        warnings=tuple(warnings),
     )
 
 
@@ -306,8 +310,13 @@ def make_attacker(config: Config, models: Mapping[str, Model], attacks: tuple[Mo
     return Attacker(models, attacks, LAYOUTS[config.output.kind].stored)
 
 
-def _warn_unstated(config: Config, models: Mapping[str, Model]) -> None:
-    """Warn of trained models of which nobody says how their input is normalised: it may well be wrong."""
+def _warn_unstated(config: Config, models: Mapping[str, Model]) -> list[str]:
+    """Warn of trained models of which nobody says how their input is normalised: it may well be wrong.
+
+    Returns:
+        The warnings.
+    """
+    said = []
     for name, model in models.items():
         section = config.all_models[name]
         missing = [f"model.{key}" for key in ("mean", "std") if key not in model.stated]
@@ -317,11 +326,16 @@ def _warn_unstated(config: Config, models: Mapping[str, Model]) -> None:
                 "input is normalised, so it is given images in [0, 1] as they are; set model.mean and model.std to "
                 "what it was trained with (to [0.0] and [1.0] if it wants them so)"
             )
-            logger.warning("%s.", with_key(sentence, config, "model", name))
+            said.append(with_key(sentence, config, "model", name))
+            logger.warning("%s.", said[-1])
+    return said
 
 
-def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> None:
+def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> list[str]:
     """Look once at what the models make of images of the source, and say what should be known.
+
+    Returns:
+        The warnings that were given.
 
     Raises:
         ConfigError: as `check_model` and `check_attack`, or the code of one raises something.
@@ -329,8 +343,9 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
     size = chunk_images(torch.device("cpu"), plan.batch_size, reader.shape)
     count = max(size, min(SAMPLE_IMAGES, SAMPLE_VALUES // math.prod(reader.shape)))
     images, labels = reader.sample(plan, count)
+    said: list[str] = []
     if not len(images):
-        return  # the run says which cannot be decoded
+        return said  # the run says which cannot be decoded
     for name, model in attacker.models.items():
         attacks = [each for each in attacker.attacks if each.model == name]
         pixels = images.to(model.mean.device)
@@ -340,10 +355,12 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
             with naming(config, "model", name):
                 found = _look(model, attacks, pixels, own_labels, size)
             for sentence in found:
-                logger.warning("%s.", named(sentence, config, "model", name))
+                said.append(named(sentence, config, "model", name))
+                logger.warning("%s.", said[-1])
             fit_batch_size(check, size, quiet=True)
         except CodeError as error:
             raise ConfigError(f"{error} (images of the source, before the run)") from error
+    return said
 
 
 def _look(model: Model, attacks: Sequence[ModelAttack], images: Tensor, labels: Tensor, size: int) -> list[str]:

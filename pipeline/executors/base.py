@@ -1,4 +1,4 @@
-"""What an executor is: where and how often the shards of a run are tried. What came of it, the caller judges.
+"""What an executor is: where and how often the shards of a run are tried. The caller checks the result.
 
 The caller opens the run, finds out which shards are missing, and hands them to an executor with a function that writes
 some of them. It counts the receipts that come back, and says in the end what is there and what is not.

@@ -37,8 +37,8 @@ from pipeline.core.errors import ConfigError, PipelineError, TemporaryError, cau
 from pipeline.core.redaction import redact_answer
 from pipeline.hub.account import check_repository_id, read_token
 from pipeline.output.card import moved_card
-from pipeline.output.folder import SUBSETS, OutputFolder, report_files, reported_receipts
-from pipeline.output.manifest import Manifest, published, require_manifest
+from pipeline.output.folder import SUBSETS, OutputFolder, report_files
+from pipeline.output.manifest import Manifest, has_report, published, require_manifest
 from pipeline.output.summary import human_bytes
 
 # Seconds between our attempts at an upload that fails for a passing reason. The client repeats most requests itself,
@@ -87,7 +87,7 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
     with _client_log(token), _client_that_gives_up():
         _patiently(repo_id, token, lambda: _open_repository(api, repo_id, folder, manifest, private))
         _move_card(folder, manifest, repo_id)
-        if reported_receipts(folder) != manifest.receipts:
+        if not has_report(folder, manifest):
             from pipeline.reporting.page import write_report  # and with it matplotlib, which is seldom needed here
 
             logger.info("Making the report.")
@@ -110,7 +110,7 @@ def dry_run(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
     files = list_files(folder, manifest)
     lines = [f"{human_bytes(file.size):>8}  {name}" for name, file in files.items()]
     others = _left_out(folder, files)
-    if reported_receipts(folder) != manifest.receipts:
+    if not has_report(folder, manifest):
         lines.append(f"{'?':>8}  report.html and assets/, which publish makes again")
         others = [name for name in others if name != folder.report and not name.startswith(f"{folder.assets}/")]
     lines += [f"{'not':>8}  {name}, which is not of this dataset" for name in others]

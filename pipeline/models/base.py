@@ -20,6 +20,8 @@ from pipeline.models.label_space import Labelled, LabelSpace, join_labels
 # The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
 # of a process, in two batch sizes.
 COMPILED_FORMS = 256
+# `preprocess.mode` of images by their channels.
+MODES = {1: "L", 3: "RGB"}
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -153,7 +155,7 @@ class Model(nn.Module):
 
         Args:
             source: the dataset's class names and labels.
-            shape: (C, H, W) of its images.
+            shape: (C, H, W) of its images, C 1 or 3.
             label_map: as `join_labels`.
             attacked: as `count_classes`.
 
@@ -163,7 +165,7 @@ class Model(nn.Module):
         self.space = join_labels(source, self.classes, self.count_classes(shape, attacked=attacked), label_map)
 
     def count_classes(self, shape: tuple[int, int, int], *, attacked: bool = True) -> int:
-        """The number of classes, found by running one black image of that (C, H, W) forward and back.
+        """The number of classes, found by running one black image of that (C, H, W), C 1 or 3, forward and back.
 
         A model that is not attacked need not let a gradient through.
 
@@ -171,9 +173,19 @@ class Model(nn.Module):
             ConfigError: the model does not take such images, does not return logits, or lets no gradient through.
         """
         failed = f"model: it does not take images of shape {shape} (channels, height, width)"
-        with explained(failed, kind=ConfigError):  # the model is the user's code
-            image = self.unit(torch.zeros((1, *shape), dtype=torch.uint8, device=self.mean.device)).requires_grad_()
-            logits = self._differentiable(image)
+        try:
+            with explained(failed, kind=ConfigError):  # the model is the user's code
+                image = self.unit(self._black_image(shape)).requires_grad_()
+                logits = self._differentiable(image)
+        except ConfigError as error:
+            channels, *size = shape
+            (other,) = MODES.keys() - {channels}
+            if not self._takes((other, *size)):
+                raise
+            raise ConfigError(
+                f"model: it takes images in mode {MODES[other]}, and these are in mode {MODES[channels]}; set "
+                f"preprocess.mode: {MODES[other]}."
+            ) from error
         if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
             raise ConfigError(
                 f"model: it returned a tensor of shape {tuple(logits.shape)}; logits (images, classes) "
@@ -184,6 +196,17 @@ class Model(nn.Module):
         ):
             raise ConfigError("model: no gradient reaches its input; does it run under torch.no_grad or detach?")
         return int(logits.shape[1])
+
+    def _takes(self, shape: Sequence[int]) -> bool:
+        """Whether it makes logits of a black image of that (C, H, W)."""
+        with contextlib.suppress(Exception), torch.no_grad():  # whatever the user's code raises
+            self._logits_of_pixels(self._black_image(shape))
+            return True
+        return False
+
+    def _black_image(self, shape: Sequence[int]) -> Tensor:
+        """One image of that (C, H, W), (1, C, H, W) uint8."""
+        return torch.zeros((1, *shape), dtype=torch.uint8, device=self.mean.device)
 
 
 def _of_a_row(values: Tensor, images: Tensor) -> Tensor:

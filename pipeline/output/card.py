@@ -295,12 +295,35 @@ def moved_card(text: str, manifest: Manifest, location: str) -> str:
         manifest: of the run that it describes.
         location: a Hub id.
     """
-    after = render_card(manifest, location).split("\n")
-    moved: dict[str, str] = {}
-    # Its owner may have added an example that loads something else.
-    for former in dict.fromkeys(re.findall(r'(?:datasets\.load_dataset|pipeline\.load)\("([^"\n]+)"', text)):
-        moved |= zip(render_card(manifest, former).split("\n"), after, strict=True)
-    return "\n".join(moved.get(line, line) for line in text.split("\n"))
+    after = render_card(manifest, location)
+    return _with_lines(text, {render_card(manifest, former): after for former in _locations(text)})
+
+
+def renew_titles(folder: OutputFolder, former: Manifest, manifest: Manifest) -> None:
+    """Put other titles into the card of a run; whatever its owner has added stays.
+
+    Args:
+        folder: of the dataset.
+        former: the manifest that the card was written for. A card of anything else is left as it is.
+        manifest: the same with other titles.
+    """
+    if card_agrees(folder, former):
+        text = folder.store.read(folder.card).decode()
+        cards = {render_card(former, one): render_card(manifest, one) for one in (HERE, *_locations(text))}
+        folder.store.write(folder.card, _with_lines(text, cards).encode())
+
+
+def _locations(text: str) -> list[str]:
+    """What the examples of a card load; its owner may have added one that loads something else."""
+    return list(dict.fromkeys(re.findall(r'(?:datasets\.load_dataset|pipeline\.load)\("([^"\n]+)"', text)))
+
+
+def _with_lines(text: str, cards: Mapping[str, str]) -> str:
+    """A card with each line of a rendered one as another has it, which says the same line by line."""
+    lines: dict[str, str] = {}
+    for before, after in cards.items():
+        lines |= zip(before.split("\n"), after.split("\n"), strict=True)
+    return "\n".join(lines.get(line, line) for line in text.split("\n"))
 
 
 def _values(manifest: Manifest, location: str) -> dict[str, Any]:

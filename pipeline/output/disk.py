@@ -39,10 +39,10 @@ def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
         sizes = folder.store.sizes()
         free += sum(sizes[name] for name in folder.owned(folder.editions()))
     if needed > free:
-        what, mend = "", "choose another disk, fewer epsilons or a source.limit."
+        what, fix = "", "choose another disk, fewer epsilons or a source.limit."
         if not local:
             what = " for a shard before its upload"
-            mend = "name a larger one with TMPDIR, or make output.images_per_shard smaller."
+            fix = "name a larger one with TMPDIR, or make output.images_per_shard smaller."
         raise PipelineError(
-            f"output.path: about {human_bytes(needed)} are needed{what} and {disk} has {human_bytes(free)} free; {mend}"
+            f"output.path: about {human_bytes(needed)} are needed{what} and {disk} has {human_bytes(free)} free; {fix}"
         )

@@ -8,6 +8,7 @@ OUTPUT/report.html, OUTPUT/assets/*.png             what it looks like
 OUTPUT/defence.json                                 what training on it bought, where somebody measured it: the user's
 OUTPUT/.run/receipts/test-00000-of-00004-RUN.json   a shard without a receipt does not exist
 OUTPUT/.run/sessions.jsonl                          how fast each session that wrote something was
+OUTPUT/.run/warnings                                what was warned of when the run began, to be said again
 OUTPUT/.run/inputs                                  a digest of what the complete dataset was made of: see inputs.py
 
 RUN is the edition: the run's id. No two runs write files of the same name, so whatever one of them writes late, after
@@ -126,6 +127,13 @@ def json_digest(value: Any) -> str:
 
 def _own_digest(content: Mapping[str, Any]) -> str:
     return json_digest({key: value for key, value in content.items() if key != "digest"})
+
+
+class Warned(Record):
+    """What was warned of when the run of an edition began, each warning without a full stop."""
+
+    edition: Edition
+    warnings: tuple[str, ...]
 
 
 class SealedRecord(Record):
@@ -290,7 +298,7 @@ class OutputFolder:
 
     manifest, card, report = "manifest.json", "README.md", "report.html"
     assets, receipts = "assets", ".run/receipts"
-    sessions, inputs = ".run/sessions.jsonl", ".run/inputs"
+    sessions, inputs, warnings = ".run/sessions.jsonl", ".run/inputs", ".run/warnings"
 
     def __init__(self, root: str | Path) -> None:
         self.store = open_store(root)
@@ -391,6 +399,19 @@ class OutputFolder:
             before = b""
         self.store.write(self.sessions, before + line.encode() + b"\n")
 
+    def keep_warnings(self, edition: str, warnings: Sequence[str]) -> None:
+        """Keep what was warned of when a run began, if anything was, in place of what was kept of a former run."""
+        if warnings:
+            kept = Warned(edition=edition, warnings=tuple(warnings))
+            self.store.write(self.warnings, kept.model_dump_json(indent=1).encode())
+
+    def kept_warnings(self, edition: str) -> tuple[str, ...]:
+        """What was warned of when a run began."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            kept = Warned.model_validate_json(self.store.read(self.warnings))
+            return kept.warnings if kept.edition == edition else ()
+        return ()
+
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
@@ -469,6 +490,11 @@ def _report_says(folder: OutputFolder, key: str) -> str | None:
 def reported_receipts(folder: OutputFolder) -> str | None:
     """The digest of the receipts that the report is of, None where there is no report that says."""
     return _report_says(folder, "fgsm-receipts")
+
+
+def reported_titles(folder: OutputFolder) -> str:
+    """The digest of the titles that the report shows, "" where none were given."""
+    return _report_says(folder, "fgsm-titles") or ""
 
 
 def reported_assets(folder: OutputFolder) -> set[tuple[str, str]]:

@@ -51,6 +51,8 @@ from pipeline.output.folder import (
     json_digest,
     name_edition,
     receipts_digest,
+    reported_receipts,
+    reported_titles,
     shard_file,
     uncollected,
 )
@@ -230,6 +232,12 @@ class Manifest(SealedRecord):
         """What people call each model, by its id."""
         return {name: model.title or name for name, model in self.resolved.all_models.items()}
 
+    @property
+    def titles_digest(self) -> str:
+        """A digest of the titles of the dataset and its models, 16 hex digits; "" where none has one."""
+        titles = titles_of(self.resolved)
+        return json_digest(titles)[:16] if any(titles) else ""
+
     def on_ray(self, attack: str | None) -> bool:
         """Whether an attack's images lie along one direction, so that those of any epsilon can be made from them."""
         return bool(self.identity.get(f"attacks.{attack}.{ON_RAY}", True))
@@ -301,6 +309,28 @@ class Manifest(SealedRecord):
         """How many source rows the whole run has, for people; streamed ones are counted as they come."""
         rows = self.rows + self.skipped_rows if self.complete else self.plan.total
         return "an unknown number of" if rows is None else f"{rows:,}"
+
+
+def titles_of(config: Config) -> list[str | None]:
+    """The titles of a dataset and of its models. They are no part of the run's identity."""
+    return [config.output.title, *(model.title for model in config.all_models.values())]
+
+
+def with_titles(manifest: Manifest, config: Config) -> Manifest:
+    """The manifest of a run with the titles that its config has now."""
+    own = manifest.resolved
+    models = {
+        name: model.model_copy(update={"title": config.all_models[name].title})
+        for name, model in own.all_models.items()
+    }
+    output = own.output.model_copy(update={"title": config.output.title})
+    titled = own.with_models(models).model_copy(update={"output": output})
+    return manifest.model_copy(update={"config": titled.model_dump(mode="json")})
+
+
+def has_report(folder: OutputFolder, manifest: Manifest) -> bool:
+    """Whether there is a report of the shards in a manifest, under the titles in it."""
+    return (reported_receipts(folder), reported_titles(folder)) == (manifest.receipts, manifest.titles_digest)
 
 
 def without_folders(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """`fgsm inspect`: what a dataset holds, as a table, from the counts alone: no file is opened."""
 
-import html
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.console import BLUE, ORANGE, UNLIMITED, as_text, cell, make_table
-from pipeline.core.redaction import presentable
+from pipeline.core.console import BLUE, ORANGE, UNLIMITED, as_text, cell, html_cell, html_table, make_table
 from pipeline.output.folder import OutputFolder, split_of
 from pipeline.output.manifest import Manifest, Subset, current_manifest
 from pipeline.output.transfer import Transfer, by_epsilon, few_right
@@ -44,12 +42,8 @@ class Summary:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the same in HTML, without the transfer matrix."""
-        columns = _columns(self.manifest.subsets)
-        head = "".join(f"<th>{_html(name)}</th>" for name in columns)
-        rows = ["".join(f"<td>{_html(value)}</td>" for value in row) for row in zip(*columns.values(), strict=True)]
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        notes = "<br>".join(map(_html, _notes(self.manifest)))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{notes}</p>"
+        notes = "<br>".join(map(html_cell, _notes(self.manifest)))
+        return f"{html_table(_columns(self.manifest.subsets))}<p>{notes}</p>"
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:
         manifest = self.manifest
@@ -104,10 +98,6 @@ def _columns(subsets: Sequence[Subset]) -> dict[str, Sequence[object]]:
     """The cells of the table by the heads of its columns; one without a value is left out."""
     cells = zip(*map(_cells, subsets), strict=True) if subsets else itertools.repeat(())
     return {head: own for head, own in zip(HEAD, cells, strict=False) if not own or set(own) != {"-"}}
-
-
-def _html(value: object) -> str:
-    return html.escape(presentable(str(value)))
 
 
 def _split_and_level(row: Sequence[Transfer]) -> tuple[str, int]:

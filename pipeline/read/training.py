@@ -6,7 +6,7 @@ Nothing here can make a dataset: reading needs neither the attack nor a victim, 
 import logging
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
@@ -163,6 +163,7 @@ def training_dataset(
     if not paths:
         raise ConfigError("path_or_repo: got none; name a dataset, or several.")
     by_name = weights if isinstance(weights, Mapping) else {}
+    of_datasets = None if isinstance(weights, Mapping) else _listed(weights, len(paths))
     options = _Options(split, by_name, float(clean), only, tuple(columns), pairs, shuffle, operator.index(seed))
     streams, manifests = list[Stream](), list[Manifest]()
     for number, path in enumerate(paths):
@@ -176,7 +177,7 @@ def training_dataset(
         manifests.append(manifest)
         _check_alike(paths, manifests)
         streams.append(_open(root, None if local else name, manifest, variants, options, number))
-    parts = _parts([stream.rows for stream in streams], None if isinstance(weights, Mapping) else weights)
+    parts = _parts([stream.rows for stream in streams], of_datasets)
     data = TrainingDataset(streams, parts, classes=manifests[0].dataset_classes, place=place)
     _ = data.place  # refused where it cannot be known
     return data
@@ -244,15 +245,25 @@ def _open(
     return stream
 
 
+def _listed(weights: Iterable[float] | None, count: int) -> list[float] | None:
+    """The weights of so many datasets, which are checked before any of these is opened."""
+    if weights is None:
+        return None
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise ConfigError(f"weights: got {weights!r}; give a list of numbers, or a mapping of names to numbers.")
+    listed = list(weights)
+    for weight in listed:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < math.inf:
+            raise ConfigError(f"weights: got {weight!r}; the weight of a dataset is a number above 0.")
+    if len(listed) != count:
+        raise ConfigError(f"weights: there are {len(listed)} for {count} datasets; give one for each.")
+    return listed
+
+
 def _parts(rows: Sequence[int], weights: Sequence[float] | None) -> Sequence[int]:
     """How many images of an epoch are of each dataset: all of its rows, or as the weights say, of as many in all."""
     if weights is None:
         return rows
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < math.inf:
-            raise ConfigError(f"weights: got {weight!r}; the weight of a dataset is a number above 0.")
-    if len(weights) != len(rows):
-        raise ConfigError(f"weights: there are {len(weights)} for {len(rows)} datasets; give one for each.")
     total = math.fsum(weights)
     ends = [round(sum(rows) * math.fsum(weights[:count]) / total) for count in range(len(weights) + 1)]
     parts = [stop - start for start, stop in pairwise(ends)]

@@ -1,7 +1,10 @@
 """How busy the stages were."""
 
+import logging
+import re
 import threading
 import time
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -59,6 +62,27 @@ def test_the_rate_leaves_out_the_first_batch_which_waited_for_the_start(monkeypa
         now[0] = 11.0
         progress.update(100, 0, {})
         assert progress.rate == 100.0
+
+
+# 3,000 are counted, in the last 30 s 2,000 of them: 24 minutes and 15 seconds are left of the first run.
+@pytest.mark.parametrize(("total", "told"), [(100_000, True), (6_000, False), (None, False)])
+def test_a_long_run_says_once_when_it_should_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, total: int | None, told: bool
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipeline.engine.progress.time.monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO, "pipeline"), Progress(total, 0, [], log_seconds=1e9) as progress:
+        for now[0] in (20.0, 40.0, 49.0):
+            progress.update(1_000, 0, {})
+        assert not caplog.messages, "the rate is not yet known"
+        for now[0] in (50.0, 60.0, 70.0):
+            progress.update(0, 0, {})
+    assert len(caplog.messages) == told
+    for said in caplog.messages:
+        found = re.fullmatch(r"Expected: about 0:24:00 more, until ([\d-]+ [\d:]+)\.", said)
+        assert found
+        end = datetime.fromisoformat(found[1]) - timedelta(minutes=24)
+        assert abs(datetime.now() - end) <= timedelta(minutes=1)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import WriteConfig, fgsm, generate, generate_once
+from tests.conftest import WriteConfig, fgsm, generate, generate_once, shard_path
 
 
 def test_a_run_says_what_it_was_resolved_to(write_config: WriteConfig) -> None:
@@ -36,6 +36,20 @@ def test_a_normalisation_that_nobody_states_is_a_warning(write_config: WriteConf
     said = generate(config)
     assert f"\n{key}.std: neither the config" in said
     assert "neither the config" not in generate(config, "--overwrite", "--set", f"{key}.std=[1.0]")
+
+
+def test_a_warning_is_said_again_as_long_as_its_run_is_there(write_config: WriteConfig, tmp_path: Path) -> None:
+    config, warning = write_config(source={"limit": 32}), "neither the config"
+    assert warning in generate(config)
+    again = generate(config)
+    assert "All 2 shards are already there." in again
+    assert again.count(warning) == 1
+    shard_path(tmp_path, "out/.run/receipts/test-00001-of-00002.json").unlink()
+    assert generate(config).count(warning) == 1
+    # What took its place was not warned of.
+    stated = write_config(source={"limit": 32}, model={"mean": [0.5], "std": [0.5]})
+    assert warning not in generate(stated, "--overwrite")
+    assert warning not in generate(stated)
 
 
 def test_a_warning_says_that_it_is_one(write_config: WriteConfig) -> None:

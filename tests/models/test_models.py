@@ -21,9 +21,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.config.load import parse_config
 from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError, TemporaryError
 from pipeline.engine.decode import read_image
+from pipeline.engine.run import open_run
 from pipeline.models.base import Model
 from pipeline.models.checkpoints import load_checkpoint
 from pipeline.models.digits import DigitsConfig
@@ -169,7 +171,7 @@ class Returning(nn.Module):
 @pytest.mark.parametrize(
     ("module", "options", "shape", "named"),
     [
-        (nn.Conv2d(3, 4, 3), {}, (1, 8, 8), r"\(1, 8, 8\) .*: "),
+        (nn.Conv2d(2, 4, 3), {}, (1, 8, 8), r"\(1, 8, 8\) .*: "),
         (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), {}, (3, 8, 8), r"\(3, 8, 8\) .*: "),
         (nn.Flatten(), {"mean": (0.5, 0.5)}, (3, 2, 2), r"\(3, 2, 2\) .*: "),
         (nn.Flatten(), {"std": (0.5,) * 4}, (3, 2, 2), r"\(3, 2, 2\) .*: "),
@@ -201,6 +203,33 @@ def test_models_whose_classes_cannot_be_counted(
     with pytest.raises(ConfigError, match=f"^model: .*{named}") as caught:
         Model(module, **options).count_classes(shape)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "shape", "mode"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()), {}, (3, 8, 8), "L"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), {}, (1, 8, 8), "RGB"),
+        (nn.Flatten(), {"mean": IMAGENET_MEAN}, (1, 8, 8), "RGB"),
+    ],
+)
+def test_a_model_of_other_channels_names_the_mode_that_it_needs(
+    module: nn.Module, options: dict[str, Any], shape: tuple[int, int, int], mode: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^model: .* preprocess\.mode: {mode}\.$"):
+        Model(module, **options).count_classes(shape)
+
+
+def test_digits_that_are_not_grayscale_name_the_mode(tmp_path: Path) -> None:
+    values = {
+        "source": {"kind": "digits", "limit": 2},
+        "preprocess": {"interpolation": "nearest"},
+        "model": {"kind": "digits"},
+        "attack": {"epsilons": ["8/255"]},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    with pytest.raises(ConfigError, match=r"preprocess\.mode: L\.$"):
+        open_run(parse_config(values))
 
 
 def test_classes_are_counted() -> None:

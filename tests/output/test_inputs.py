@@ -1,5 +1,6 @@
 """Inputs: a complete run is said to be complete without PyTorch only while nothing that it is made of has changed."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -199,3 +200,31 @@ def test_the_note_of_another_run_does_not_count(digits: Callable[[], str], tmp_p
     edition, rest = note.read_text().split()
     note.write_text(f"{edition[::-1]} {rest}\n")
     assert digits().startswith("opened")
+
+
+def test_a_title_of_before_is_noticed_whatever_the_note_says(digits: Callable[[], str], tmp_path: Path) -> None:
+    note, config, card = (tmp_path / name for name in ("out/.run/inputs", "config.yaml", "out/README.md"))
+    before, text = note.read_bytes(), config.read_text()
+    config.write_text(text.replace("output: {", "output: {title: Another, "))
+    assert digits().startswith("opened")
+    assert "# Another\n" in card.read_text()
+    # As where the note could not be written a second time.
+    note.write_bytes(before)
+    config.write_text(text)
+    assert digits().startswith("opened")
+    assert "# Another\n" not in card.read_text()
+
+
+@pytest.mark.parametrize(("edition", "said"), [("its own", True), ("0123456789abcdef", False)])
+def test_a_warning_is_said_again_unopened(digits: Callable[[], str], tmp_path: Path, edition: str, said: bool) -> None:
+    own = (tmp_path / "out/.run/inputs").read_text().split()[0]
+    kept = {"edition": own if edition == "its own" else edition, "warnings": ["model: it is old"]}
+    (tmp_path / "out/.run/warnings").write_text(json.dumps(kept))
+    again = digits()
+    assert again.startswith("All 2 shards are already there.")
+    assert ("model: it is old.\n" in again) == said
+
+
+def test_warnings_that_cannot_be_read_are_none(digits: Callable[[], str], tmp_path: Path) -> None:
+    (tmp_path / "out/.run/warnings").write_text("[")
+    assert digits().startswith("All 2 shards are already there.")

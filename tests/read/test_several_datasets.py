@@ -160,11 +160,19 @@ def test_a_state_of_other_weights_or_datasets_is_refused(folders: list[Path]) ->
 
 
 @pytest.mark.parametrize(
-    "weights", [[1], [1, 0], [1, -2], [1, math.inf], [1, math.nan], [True, 1], [1, "2"], [1, 1e-9], [], "13"], ids=str
+    "weights",
+    [[1], [1, 0], [0, 0], [1, -2], [1, math.inf], [1, math.nan], [True, 1], [1, "2"], [1, 1e-9], [], "13", 2, 0, True],
+    ids=str,
 )
 def test_weights_that_cannot_be_are_one_sentence(folders: list[Path], weights: Any) -> None:
     with pytest.raises(ConfigError, match=r"^weights: .*\.$"):
         opened(folders, weights=weights)
+
+
+def test_weights_are_checked_before_anything_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.read.training.manifest_folder", None)
+    with pytest.raises(ConfigError, match=r"^weights: "):
+        pipeline.training_dataset(["user/one", "user/two"], weights=[1])
 
 
 def test_no_dataset_is_one_sentence() -> None:
