@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from pipeline.config.check import check_paths
 from pipeline.config.kinds import LAYOUTS
@@ -27,6 +25,7 @@ from pipeline.core.addresses import is_address
 from pipeline.core.errors import ConfigError, TemporaryError, is_offline
 from pipeline.core.images import is_image_name
 from pipeline.core.loading import say_loading
+from pipeline.core.own_code import forget_files
 from pipeline.core.plan import make_plan, stream_plan
 from pipeline.core.redaction import printable
 from pipeline.core.variants import plain_id
@@ -99,8 +98,8 @@ class Found:
         return bool(self.modes) and self.modes <= {"L", "1"}
 
     @property
-    def labels(self) -> Mapping[str, NDArray[np.int64]]:
-        """None, as labels are left to the run: see `label_space.Labelled`."""
+    def labels(self) -> Mapping[str, Any]:
+        """None, as the run looks at them: see `label_space.Labelled`."""
         return {}
 
     def __str__(self) -> str:
@@ -247,6 +246,7 @@ def write_config(
             for line in assumed:
                 logger.info("%s", line)
             draft.ask_again(error, AGAIN)
+            forget_files()
     if path.parent.resolve() != Path.cwd():
         for section in ("source", "model", "attack"):
             section_class(section, raw[section]).anchor(raw[section], Path.cwd())
@@ -453,7 +453,7 @@ def _ask_source(draft: Draft, source: Raw, key: str, sentence: str) -> None:
     assert draft.ask is not None
     question = f"{sentence[0].upper()}{sentence[1:]}".rstrip(".")
     unlabelled = "attack.label" in sentence
-    answer = draft.ask(f"{question} ({NONE}: that)", NONE) if unlabelled else draft.ask(question, None)
+    answer = draft.ask(f"{question} ({NONE}: set that)", NONE) if unlabelled else draft.ask(question, None)
     if unlabelled and answer.strip() == NONE:
         _set_key(draft.said, "attack.label", "prediction")
     else:
@@ -567,7 +567,9 @@ def _fill_model(draft: Draft, raw: Raw, where: str, found: Found) -> None:
         model.setdefault("kwargs", {"num_classes": len(found.classes)})
     if not published and kind != "digits":
         for key, meant in (("mean", "is subtracted from images in [0, 1]"), ("std", "they are divided by then")):
-            question = f"The {key} that {meant}, as in the training: one number, or one for each channel"
+            question = (
+                f"The {key} that {meant}, as in the training: one number, or one for each channel ({NONE}: nothing)"
+            )
             draft.fill(raw, f"model.{key}", question, NONE)
     _fill_preprocess(draft, raw, found, published)
     if kind == "torchvision" and published and found.classes:
