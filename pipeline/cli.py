@@ -286,13 +286,15 @@ def init(
     weights: Annotated[
         str | None, typer.Option("--weights", help="A checkpoint, or the name of published weights.")
     ] = None,
-    epsilons: Annotated[str | None, typer.Option("--epsilons", help="Such as 2/255,4/255,8/255.")] = None,
+    epsilons: Annotated[
+        str | None, typer.Option("--epsilons", help="In 255ths, such as 2,4,8, or 2/255,4/255.")
+    ] = None,
     layout: Annotated[str | None, typer.Option("--layout", help="images, signs or wide.")] = None,
     output: OutputOption = None,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Write a config that runs: looks at the images and the model, and asks for what no option says."""
+    """Write a config that runs: tries the images and the model as a run would, and asks for what no option says."""
     with _boundary(debug):
         from pipeline.init import write_config
 
@@ -304,10 +306,12 @@ def init(
             "output.path": output,
         }
         asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-        written, found = write_config(
+        written, said = write_config(
             path, data=data, model=model, keys=keys, overrides=overrides or (), ask=_ask if asks else None
         )
-        _say(f"Found {found}.\nWrote {written}.\n\nNext: fgsm plan {shlex.quote(str(written))}", err=True)
+        quoted = shlex.quote(str(written))
+        lines = [*said, f"Wrote {written}.", "", f"Next: fgsm plan {quoted}", f"      fgsm generate {quoted}"]
+        _say("\n".join(lines), err=True)
 
 
 def _ask(question: str, default: str | None) -> str:

@@ -103,13 +103,15 @@ _CONNECTION_ERRORS = {
 _BUSY = (408, 425, 429)
 
 
+def is_offline(error: BaseException) -> bool:
+    """Whether the network was needed where HF_HUB_OFFLINE forbids it."""
+    return any(re.search("OfflineMode|offline mode is enabled", f"{type(cause)} {cause}") for cause in causes(error))
+
+
 def is_temporary(error: BaseException) -> bool:
     """Whether the network failed, or a server that is busy or broken, so that the same may succeed later."""
-    found = list(causes(error))
     # The Hub's client calls it a lost connection where HF_HUB_OFFLINE forbids one.
-    if any(re.search("OfflineMode|offline mode is enabled", f"{type(cause)} {cause}") for cause in found):
-        return False
-    return any(_failed_on_the_way(cause) for cause in found)
+    return not is_offline(error) and any(_failed_on_the_way(cause) for cause in causes(error))
 
 
 def _failed_on_the_way(error: BaseException) -> bool:

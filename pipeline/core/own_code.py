@@ -23,6 +23,9 @@ from pipeline.core.errors import (
     system_refusal,
 )
 
+# How the names of modules begin that are files of the user's own.
+OWN = "_fgsm_own_"
+
 
 def names_file(name: str) -> bool:
     """Whether a name is `path/to/file.py:callable` rather than a module's."""
@@ -56,7 +59,7 @@ def import_own(name: str, key: str) -> Callable[..., Any]:
 
 def _import_file(path: Path, key: str) -> ModuleType:
     require_file(path, key)  # though it was imported before
-    name = f"_fgsm_own_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    name = f"{OWN}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         loader = SourceFileLoader(name, str(path))
         spec = importlib.util.spec_from_file_location(name, path, loader=loader)
@@ -68,6 +71,12 @@ def _import_file(path: Path, key: str) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def forget_files() -> None:
+    """Import files of the user's own anew the next time, as they may be changed by then."""
+    for name in [name for name in sys.modules if name.startswith(OWN)]:
+        del sys.modules[name]
 
 
 def own_files(name: str, found: Callable[..., Any]) -> list[Path]:
