@@ -153,11 +153,7 @@ def explained(
 
 
 def require_file(path: Path, key: str) -> None:
-    """See that a file is there which the config names under a key.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Raise a ConfigError unless a file is there, which the config names under a key."""
     if not path.is_file():
         raise ConfigError(f"{key}: there is no file {path}.")
 

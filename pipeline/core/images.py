@@ -145,32 +145,22 @@ def open_stored(
 
 
 def decode_image(data: bytes, shape: Sequence[int] | None = None) -> "Tensor":
-    """Read a stored image back, exactly.
-
-    Args:
-        data: the encoded image.
-        shape: (C, H, W) that it must have, checked before anything is decoded; None takes any.
-
-    Returns:
-        (C, H, W) uint8.
+    """Read a stored image back, exactly: (C, H, W) uint8, of that shape or, for None, of any.
 
     Raises:
-        UndecodableError: the bytes are no image, or one of another shape.
+        UndecodableError: the bytes are no image, or one of another shape. Nothing of such a one is decoded.
     """
     with _stored(data, shape, STORED_FORMATS) as image:
         return to_tensor(image)
 
 
 def decode_images(data: Sequence[bytes], image_format: ImageFormat, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Read stored images of one shape back, exactly.
+    """Read N stored images of one shape back, exactly: (N, H, W, C) uint8.
 
     Args:
-        data: N encoded images.
+        data: the encoded images.
         image_format: theirs. Left to find out, Pillow tries one after the other: at 32 px as long as decoding takes.
         shape: (C, H, W) of each.
-
-    Returns:
-        (N, H, W, C) uint8.
 
     Raises:
         UndecodableError: one is no image of that format and shape.

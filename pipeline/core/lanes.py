@@ -56,13 +56,7 @@ def available_cores() -> int:
 
 
 def chunk_images(device: torch.device, batch_size: int, shape: tuple[int, int, int]) -> int:
-    """Rows that are computed at once: part of a batch on a CPU, all of it elsewhere.
-
-    Args:
-        device: the device.
-        batch_size: rows of a batch.
-        shape: (C, H, W) of an image.
-    """
+    """Rows that are computed at once: part of a batch on a CPU, all of it elsewhere. `shape` is (C, H, W)."""
     if device.type != "cpu":
         return batch_size
     least, most = CHUNK_IMAGES

@@ -70,15 +70,12 @@ def decode_cells(
     shape: tuple[int, int, int],
     decode: Callable[[Sequence[bytes]], NDArray[np.uint8]],
 ) -> NDArray[np.uint8]:
-    """Stored pictures, however they are stored.
+    """Stored pictures, however they are stored, as (N, H, W, C) uint8.
 
     Args:
         cells: N pictures, each an encoded image, or the two planes of a sign map.
         shape: (C, H, W) of each.
-        decode: (N, H, W, C) uint8 from N encoded images.
-
-    Returns:
-        (N, H, W, C) uint8.
+        decode: the same from N encoded images.
     """
     channels, height, width = shape
     first, *zero = zip(*cells, strict=True)

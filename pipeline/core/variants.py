@@ -96,15 +96,10 @@ def group_variants(made: Iterable[tuple[int, str, str | None]]) -> tuple[Variant
 
 
 def by_attack(variants: Sequence[Variant]) -> list[list[int]]:
-    """Which variants are made by each attack on each model: their indices, in order.
-
-    Args:
-        variants: of a run, clean first.
-    """
+    """Which variants of a run, clean first, are made by each attack on each model: their indices, in order."""
     found: dict[tuple[str | None, str | None], list[int]] = {}
-    for index, variant in enumerate(variants):
-        if index:
-            found.setdefault((variant.attack, variant.model), []).append(index)
+    for index, variant in enumerate(variants[1:], start=1):
+        found.setdefault((variant.attack, variant.model), []).append(index)
     return list(found.values())
 
 
