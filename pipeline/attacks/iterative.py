@@ -107,7 +107,6 @@ class BIMConfig(IterativeConfig):
         return min(level + 4, math.ceil(1.25 * level))
 
     def _default_step(self, level: int, steps: int) -> int:
-        del level, steps
         return 1
 
 
@@ -125,7 +124,6 @@ class PGDConfig(IterativeConfig):
 }"""
 
     def _default_steps(self, level: int) -> int:
-        del level
         return 10
 
     def _default_step(self, level: int, steps: int) -> int:
@@ -149,7 +147,6 @@ class MIFGSMConfig(IterativeConfig):
     """How much of the sum of former gradients is kept at each step; 0 forgets them."""
 
     def _default_steps(self, level: int) -> int:
-        del level
         return 10
 
     def _default_step(self, level: int, steps: int) -> int:
@@ -182,7 +179,6 @@ class BIM:
     def perturb(
         self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
     ) -> Perturbed:
-        del draws
         shared, taken, made = images, 0, []
         for level in levels:
             steps, size = self.schedule[level]
@@ -224,7 +220,6 @@ class MIFGSM:
     def perturb(
         self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
     ) -> Perturbed:
-        del draws
         first, made = _normalised(model.gradient(images, classes)), []
         for level in levels:
             steps, size = self.schedule[level]

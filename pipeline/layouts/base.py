@@ -290,7 +290,6 @@ class Layout(ABC):
 
     def fields(self, column: str) -> tuple[str, ...]:
         """The fields of a column of pictures that hold bytes: a picture is stored as one value of each."""
-        del column
         return IMAGE_FIELDS
 
     def encode(self, column: str, pictures_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
@@ -301,7 +300,6 @@ class Layout(ABC):
             pictures_u8: (N, C, H, W) uint8 on the CPU, as `stored` gives them.
             image_format: of encoded images.
         """
-        del column
         return encode_column(pictures_u8, image_format)
 
     def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
@@ -311,7 +309,6 @@ class Layout(ABC):
             images: V times (N, C, H, W) uint8, clean first.
             directions: (N, C, H, W) int8 in -1, 0, 1, one for each attack on each model, in the order of the variants.
         """
-        del directions
         return tuple(images)
 
     @abstractmethod
@@ -365,7 +362,6 @@ class Layout(ABC):
 
     def describe(self, picture: Picture) -> str:
         """What the card says of a picture."""
-        del picture
         return "lossless"
 
     @abstractmethod
@@ -374,7 +370,6 @@ class Layout(ABC):
 
     def example(self, variants: Sequence[Variant]) -> str:
         """Markdown for the card: how attacked images are read from a row without this package; empty if plainly."""
-        del variants
         return ""
 
 

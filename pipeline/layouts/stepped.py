@@ -65,7 +65,6 @@ class SteppedImage:
 
     def decode_example(self, value: Any, token_per_repo_id: Mapping[str, Any] | None = None) -> Any:
         """The image of a cell, as PIL's; what is one already stays."""
-        del token_per_repo_id
         if not isinstance(value, dict):
             return value
         if value["direction"] is None:

@@ -87,7 +87,6 @@ class Source(ABC):
             Names of files, each with the rows at which its shards end, None for one shard of unknown length. Nothing
             where shards are cut from a permutation of the rows.
         """
-        del most
         return {}
 
     @abstractmethod
@@ -121,7 +120,6 @@ class Source(ABC):
 
     def name_of(self, cell: Any) -> str | None:
         """The name of the file that a cell's image has to itself, for people, in valid UTF-8; None for none."""
-        del cell
         return None
 
 

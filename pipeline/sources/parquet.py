@@ -115,7 +115,6 @@ class ParquetSource(StreamedSource):
                     yield _normalised(self, file, pa.Table.from_batches([batch]))
 
     def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
-        del plan  # rows come as the files have them
         with contextlib.closing(Fetchers(FETCHERS)) as pool:
             fetching = in_order(
                 self._row_groups(shards, pool),

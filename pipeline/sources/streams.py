@@ -92,7 +92,6 @@ class StreamedSource(Source):
         """The rows of a shard, a few at a time, for who stops early: little more is fetched than is asked for."""
 
     def sample(self, plan: Plan, shards: Sequence[Shard], count: int) -> Iterator[SampleRow]:
-        del plan  # rows come as the files have them
         return itertools.islice(itertools.chain.from_iterable(map(self._head_rows, shards)), min(count, HEAD_ROWS))
 
     def _head_rows(self, shard: Shard) -> Iterator[SampleRow]:

@@ -157,7 +157,6 @@ class TarSource(StreamedSource):
         yield from (table for table, _ in self._tables(self.file_of(shard), HEAD_ROWS))
 
     def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
-        del plan  # rows come as the files have them
         for shard in shards:
             rows, file = 0, self.file_of(shard)
             for table, left_out in self._tables(file, TABLE_ROWS):
