@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import ValidationError, create_model
 
-from pipeline.config.kinds import ATTACKS, MODELS, OWN_ATTACK, OWN_ATTACK_SECTION, SOURCES
+from pipeline.config.kinds import KINDS, OWN_ATTACK, OWN_ATTACK_SECTION
 from pipeline.config.reference import all_keys, kind_sections, nearest
 from pipeline.config.schema import AttackConfig, Config, ModelConfig, SourceConfig
 from pipeline.config.section import Section
@@ -26,7 +26,6 @@ MOST_DEPTH = 50
 # Characters of a value that a message quotes, and of a message that quotes.
 MOST_QUOTED, MOST_SAID = 200, 500
 
-KINDS = {"source": SOURCES, "model": MODELS, "attack": ATTACKS}
 # What all kinds of a section have.
 BASES: dict[str, type[Section]] = {"source": SourceConfig, "model": ModelConfig, "attack": AttackConfig}
 
@@ -141,12 +140,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 
 
 def section_class(key: str, values: Any) -> type[Section]:
-    """The section that a kind has.
-
-    Args:
-        key: `source`, `model` or `attack`.
-        values: the section, not yet checked. Where they name no kind, the section that is returned refuses them.
-    """
+    """The section that a kind of source, model or attack has. If the values name none, it is one that refuses them."""
     kind = values.get("kind") if isinstance(values, Mapping) else None
     if key == "attack" and kind is None:
         kind = "fgsm"
@@ -264,11 +258,7 @@ class _Loader(BoundedLoader):
 
 
 def _parse_yaml(text: str) -> Any:
-    """A YAML text as values.
-
-    Raises:
-        ValueError: it is none; the message says why.
-    """
+    """A YAML text as values; a ValueError says why it is none."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     # Dates, numbers and keys that cannot be: PyYAML passes on what Python says of them.
@@ -297,11 +287,7 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], assignment: str) -> None:
-    """Set a key of a config that is a mapping.
-
-    Args:
-        raw: the config, not yet checked.
-        assignment: `key=value`, a dotted key and a YAML value.
+    """Set a key of a config that is not yet checked: `key=value`, a dotted key and a YAML value.
 
     Raises:
         ConfigError: it is none, or sets a key within what is no section.
@@ -338,12 +324,7 @@ def _sentence(error: ValidationError, section: type[Section], where: tuple[str, 
     """The first problem of a failed validation, as one sentence that names the key.
 
     A wrong kind comes first, as other kinds have other keys; then an unknown key, as what is missing is often the key
-    that it was meant to be.
-
-    Args:
-        error: of the validation.
-        section: what was validated; the whole config, where `where` is empty.
-        where: its location in the config.
+    that it was meant to be. `where` is the section's location in the config, empty for the whole config.
     """
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda one: (one["loc"] != ("kind",), one["type"] != "extra_forbidden"))
@@ -385,13 +366,7 @@ def _kind(section: type[Section]) -> str | None:
 
 
 def _known_keys(section: type[Section], key: str, where: tuple[str, ...]) -> str:
-    """What a message says after an unknown key: what was meant, or what there is.
-
-    Args:
-        section: that does not have it.
-        key: the last part of its name.
-        where: the location in the config of a section that has kinds.
-    """
+    """What a message says after an unknown key: what was meant, or what there is; `where` as in `_sentence`."""
     kinds = kind_sections()[where[0].removesuffix("s")] if where else {}
     others = [name for name, other in kinds.items() if key in other.model_fields]
     if near := None if others else nearest(key, section.model_fields):

@@ -4,7 +4,6 @@ Sources, models and attacks have kinds, and each kind its own section (`kinds.py
 kinds have, and the sections without kinds. Settings travel as arguments from here on; nothing reads the environment.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -219,18 +218,12 @@ class NamedModelConfig(ModelConfig):
         return self.name, self.kwargs
 
 
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"{value} is no number")
-    return value
-
-
 class AttackConfig(Section):
     """How the images at each epsilon are made: what every kind has."""
 
     kind: str = "fgsm"
     """The attack."""
-    epsilons: tuple[str | Annotated[float, BeforeValidator(_no_boolean)], ...] = Field(min_length=1)
+    epsilons: tuple[str | Annotated[float, Field(strict=True)], ...] = Field(min_length=1)
     """The epsilons, a list: the most that any pixel value may move. Whole grey levels such as 8/255, or decimals in
     [1/255, 1]. Each makes one set of attacked images."""
     label: Literal["dataset", "prediction"] = "dataset"
@@ -378,9 +371,9 @@ class OutputConfig(Section):
 def _check_gpus(value: Any) -> Any:
     if value == "auto":
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= 1 or value % 1 == 0):
-        raise ValueError(f"got {value!r}; allowed: auto, a share of a GPU from 0 to 1, or a whole number")
-    if value < 0 or not math.isfinite(value):
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    # Of infinity and of what is no number the remainder is no number either.
+    if not number or value < 0 or not (value <= 1 or value % 1 == 0):
         raise ValueError(f"got {value!r}; allowed: auto, a share of a GPU from 0 to 1, or a whole number")
     return float(value)
 
@@ -486,23 +479,17 @@ class Config(Section):
                         "first"
                     )
                 # Folders and columns are called by them, and some file systems and databases do not tell case.
-                twice = [other for other in [*values][:index] if other.lower() == name.lower()]
-                if twice:
+                if twice := [other for other in [*values][:index] if other.lower() == name.lower()]:
                     raise ValueError(f"{one}s: the ids {twice[0]} and {name} differ in case alone; rename one")
         titles = [model.title or name for name, model in self.all_models.items()]
         if twice := [title for title in titles if titles.count(title) > 1]:
             raise ValueError(f"models: two of them are called {twice[0]!r}; give each a title of its own")
         for name, attack in self.all_attacks.items():
-            unknown = [model for model in attack.models or () if model not in self.all_models]
-            if unknown:
-                raise ValueError(
-                    f"{self.key('attack', name)}.models: there is no model {unknown[0]!r}; there are "
-                    f"{', '.join(self.all_models)}"
-                )
-            models = attack.models or ()
-            twice = [model for model in models if models.count(model) > 1]
-            if twice:
-                raise ValueError(f"{self.key('attack', name)}.models names {twice[0]} twice")
+            key, models = f"{self.key('attack', name)}.models", attack.models or ()
+            if unknown := [model for model in models if model not in self.all_models]:
+                raise ValueError(f"{key}: there is no model {unknown[0]!r}; there are {', '.join(self.all_models)}")
+            if twice := [model for model in models if models.count(model) > 1]:
+                raise ValueError(f"{key} names {twice[0]} twice")
         self._check_names()
 
     def _check_names(self) -> None:
@@ -527,12 +514,7 @@ class Config(Section):
                     )
 
     def key(self, section: str, name: str) -> str:
-        """The key of a model or an attack, for messages.
-
-        Args:
-            section: `model` or `attack`.
-            name: its id.
-        """
+        """The key of a model or an attack by its id, for messages; `section` is `model` or `attack`."""
         return section if getattr(self, section) is not None else f"{section}s.{name}"
 
     @property
