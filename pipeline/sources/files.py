@@ -160,11 +160,7 @@ def system_of(url: str) -> tuple[Any, str]:
 
 
 def answered(call: Callable[[], Item]) -> Item:
-    """What a server answers to one question.
-
-    Raises:
-        TimeoutError: it does not.
-    """
+    """What a server answers to one question; a TimeoutError where it does not."""
     with contextlib.closing(Fetchers(1)) as pool:
         return pool.submit(call).result(SILENT_SECONDS)
 

@@ -154,11 +154,7 @@ def measured(
 
 
 def measure(name: str, url: str) -> SourceFile:
-    """A file with its size and a mark of its content.
-
-    Raises:
-        ConfigError: its size is not known.
-    """
+    """A file with its size and a mark of its content; a ConfigError where its size is not known."""
     system, path = system_of(url)
     info = system.info(path)
     if info.get("size") is None:

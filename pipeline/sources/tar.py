@@ -212,10 +212,7 @@ LABELS_OF_TARS = (b"V", b"D")
 
 
 class _Tar:
-    """One tar while it is read, front to back.
-
-    max_pixels: that an image may have; its bytes are bounded by them.
-    """
+    """One tar while it is read, front to back. The bytes of an image are bounded by `max_pixels`."""
 
     def __init__(self, file: SourceFile, block: int, max_pixels: int = 0) -> None:
         self.file, self.max_pixels = file, max_pixels
@@ -353,11 +350,8 @@ def _count_samples(file: SourceFile) -> int:
 def _side_by_side(
     source: TarSource, file: SourceFile, samples: Iterator[dict[str, bytes | None]]
 ) -> Iterator[dict[str, bytes | None]]:
-    """The samples, none of which is there in parts: in a tar that is sorted by type, labels would be lost.
-
-    Only the names of samples that lack something are kept in mind, as numbers.
-    """
-    parts: set[int] = set()
+    """The samples, none of which is there in parts: in a tar that is sorted by type, labels would be lost."""
+    parts: set[int] = set()  # hashes of the names of samples that lack something
     fields = source.fields
     needed = {name for name in (fields.label, *fields.kept) if name is not None}
     for sample in samples:
@@ -381,11 +375,7 @@ def _table_of(source: TarSource, file: SourceFile, samples: Sequence[Mapping[str
 
 
 def _image_of(file: SourceFile, sample: Mapping[str, bytes | None], fields: Fields) -> bytes | None:
-    """The image of a sample: the one that the config names, or the only one.
-
-    Raises:
-        RowError: there are several.
-    """
+    """The image of a sample: the one that the config names, or the only one."""
     images = [field for field in sample if _is_the_image(fields, field)]
     if len(images) > 1:
         raise RowError(
