@@ -209,7 +209,7 @@ def _begins_with_rows(path: str) -> bool:
 
 
 def _folder_builder(folder: Path, name: str | None, **options: Any) -> Any:
-    """The builder of `datasets` for a local folder; of a folder of images it reads those that are read elsewhere here."""
+    """The builder of `datasets` for a local folder; of a folder of images it reads what other kinds of source read."""
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 

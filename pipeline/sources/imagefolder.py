@@ -140,12 +140,15 @@ class _ClassFolders:
     Links are followed, and each folder is read once: those that lie there first, then those that links lead to. So no
     label depends on the order of names, and a loop of links ends. A link to a file that is read under its own name is
     left out too. Any other link to a file is an image: stores that keep equal files once are folders of such links.
-    A link that would make an image one of two classes is a ConfigError, one to nothing an OSError. Names in messages are
-    relative to `root`.
+
+    Raises:
+        ConfigError: a link would make an image one of two classes.
+        OSError: a file or folder cannot be read, or is not where a link leads to.
     """
 
     def __init__(self, folder: Path, root: Path, tally: Tally) -> None:
         self.images: dict[str, list[str]] = {}
+        # Names in messages are relative to the root.
         self._root, self._tally = root, tally
         # The class and the path of each folder that was read, by its real path.
         self._read: dict[Path, tuple[str, str]] = {}
