@@ -149,16 +149,10 @@ class Model(nn.Module):
         *,
         attacked: bool = True,
     ) -> None:
-        """Find out how its classes meet a dataset's, and keep that as `space`.
-
-        Args:
-            source: the dataset's class names and labels.
-            shape: (C, H, W) of its images.
-            label_map: as `join_labels`.
-            attacked: as `count_classes`.
+        """Find out how its classes meet a dataset's, and keep that as `space`; see `count_classes` and `join_labels`.
 
         Raises:
-            ConfigError: as `count_classes` and `join_labels`.
+            ConfigError: as these.
         """
         self.space = join_labels(source, self.classes, self.count_classes(shape, attacked=attacked), label_map)
 
@@ -202,11 +196,7 @@ def _input_dtype(module: nn.Module) -> torch.dtype:
 
 
 def _logits_of(output: Any) -> Tensor:
-    """The logits of what a module returned: a tensor, or `logits` of a mapping or an object, as transformers wrap them.
-
-    Raises:
-        ConfigError: it is neither, or holds no floating-point numbers.
-    """
+    """The logits of what a module returned: a tensor, or `logits` of the mapping or object that it wraps them in."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ConfigError(
