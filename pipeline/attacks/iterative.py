@@ -51,9 +51,9 @@ class IterativeConfig(AttackConfig):
     """How far each step goes, written and rounded like an epsilon. Left out: `bim` 1/255, `pgd` 2.5 k / steps, `mifgsm`
     k / steps, k the epsilon."""
 
-    @abstractmethod
     def _default_steps(self, level: int) -> int:
         """How many steps are taken at an epsilon in grey levels."""
+        return 10
 
     @abstractmethod
     def _default_step(self, level: int, steps: int) -> int:
@@ -123,9 +123,6 @@ class PGDConfig(IterativeConfig):
   url={https://arxiv.org/abs/1706.06083}
 }"""
 
-    def _default_steps(self, level: int) -> int:
-        return 10
-
     def _default_step(self, level: int, steps: int) -> int:
         return max(1, round(2.5 * level / steps))
 
@@ -145,9 +142,6 @@ class MIFGSMConfig(IterativeConfig):
     # What float32 cannot hold would make of 0 something that is no number.
     decay: Annotated[float, Field(ge=0, le=1e38, strict=True)] = 1.0
     """How much of the sum of former gradients is kept at each step; 0 forgets them."""
-
-    def _default_steps(self, level: int) -> int:
-        return 10
 
     def _default_step(self, level: int, steps: int) -> int:
         return max(1, round(level / steps))
