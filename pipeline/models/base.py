@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError, explained
 from pipeline.core.own_code import naming_failure
-from pipeline.models.label_space import Labelled, LabelSpace, join_labels
+from pipeline.models.label_space import LabelSpace
 
 # The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
 # of a process, in two batch sizes.
@@ -30,7 +30,7 @@ class Model(nn.Module):
     own code that made it; `stated` says where its `mean` and its `std` come from, config or weights, and has no entry
     for what nobody states; `preprocess` is what its weights were published with, None where they say nothing; `key`,
     of its section in the config, and `files`, of the user's own code that made it, are for messages; `space`, how its
-    classes meet the dataset's, is there once `join` has been called.
+    classes meet the dataset's, is set once the dataset is known.
 
     Activations lie channels last, which every convolution measured liked better: on a CPU ResNet-20 at 32 px and
     ResNet-18 at 224 px gained 8 to 18%, and tensor cores want it.
@@ -140,21 +140,6 @@ class Model(nn.Module):
         except BaseException:
             self._differentiable, self._inferred = self._logits, self._logits_of_pixels
             raise
-
-    def join(
-        self,
-        source: Labelled,
-        shape: tuple[int, int, int],
-        label_map: Mapping[str | int, str | int] | str | None,
-        *,
-        attacked: bool = True,
-    ) -> None:
-        """Find out how its classes meet a dataset's, and keep that as `space`; see `count_classes` and `join_labels`.
-
-        Raises:
-            ConfigError: as these.
-        """
-        self.space = join_labels(source, self.classes, self.count_classes(shape, attacked=attacked), label_map)
 
     def count_classes(self, shape: tuple[int, int, int], *, attacked: bool = True) -> int:
         """The number of classes, found by running one black image of that (C, H, W) forward and back.
