@@ -8,7 +8,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,12 +53,11 @@ def _import_file(path: Path, key: str) -> ModuleType:
     require_file(path, key)  # though it was imported before
     name = f"_fgsm_own_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
-        loader = SourceFileLoader(name, str(path))
-        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-        assert spec is not None
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # as with any name that ends in .py
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            loader.exec_module(sys.modules[name])
+            spec.loader.exec_module(sys.modules[name])
         except BaseException:
             del sys.modules[name]
             raise

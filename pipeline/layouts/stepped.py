@@ -100,11 +100,7 @@ class SteppedImage:
         """Cells as they are, or images as `datasets` stores them."""
         if pa.types.is_struct(storage.type) and storage.type.get_field_index("picture") >= 0:
             return storage.cast(self.pa_type)
-        pictures = datasets.Image().cast_storage(storage).field("bytes")
-        nulls = pa.nulls(len(pictures), pa.binary())
-        return pa.StructArray.from_arrays(
-            [pictures, nulls, nulls, pa.repeat(pa.scalar(0, pa.uint8()), len(pictures))], fields=list(self.pa_type)
-        )
+        return stepped_cells(pa.chunked_array([datasets.Image().cast_storage(storage)]), None, 0).combine_chunks()
 
     def embed_storage(self, *_: Any, **__: Any) -> pa.Array:
         """Called where `datasets` uploads, for readers that do not have this feature."""
