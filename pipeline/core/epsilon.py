@@ -11,11 +11,7 @@ LEVEL_SLACK = 1e-6
 
 
 def epsilon_value(epsilon: str | float, key: str = "epsilons") -> float:
-    """An epsilon, or a step that is written like one, as a number: `k/255` or a decimal.
-
-    Args:
-        epsilon: as it was written.
-        key: what a message calls it.
+    """An epsilon, or a step that is written like one, as a number: `k/255` or a decimal. `key` is for messages.
 
     Raises:
         ValueError: it is neither, or lies outside [1/255, 1].

@@ -104,12 +104,8 @@ def by_attack(variants: Sequence[Variant]) -> list[list[int]]:
 
 
 def at_levels(recorded: Sequence[Variant], levels: Iterable[int]) -> tuple[Variant, ...]:
-    """What each attack makes of each model at some levels, in their order; those need not be recorded.
-
-    Args:
-        recorded: the variants of a run, clean first.
-        levels: in grey levels; 0 is clean.
-    """
+    """What each attack makes of each model at some grey levels, in their order, clean at 0; they need not be among the
+    recorded variants of the run, of which clean is the first."""
     attacked = {variant.pair: variant for variant in recorded[1:] or recorded}
     return tuple(
         variant for level in levels for variant in ([one.at(level) for one in attacked.values()] if level else [CLEAN])

@@ -76,21 +76,13 @@ class Model(nn.Module):
         return images_u8.to(self.mean.dtype).div_(255).contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] to logits (N, classes), in float32 or float64.
-
-        Raises:
-            CodeError: the module raises something.
-        """
+        """(N, C, H, W) in [0, 1] to logits (N, classes), in float32 or float64; a CodeError if the module fails."""
         with self.naming_failure():
             return self._differentiable(images)
 
     @torch.inference_mode()
     def predict(self, images_u8: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted.
-
-        Raises:
-            CodeError: the module raises something.
-        """
+        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted; a CodeError if the module fails."""
         with self.naming_failure():
             return self._inferred(images_u8)
 

@@ -142,11 +142,7 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
 def map_classes(
     label_map: Mapping[str | int, str | int], classes: Sequence[str], model_classes: Sequence[str] | None, count: int
 ) -> NDArray[np.int64]:
-    """The model's index of each dataset class, as `label_map` says.
-
-    Raises:
-        ConfigError: it names a class that is not there, or leaves one out.
-    """
+    """The model's index of each dataset class, as `label_map` says; a ConfigError where it does not say all."""
     translated: dict[str, int] = {}
     for key, value in label_map.items():
         name = (

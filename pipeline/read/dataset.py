@@ -64,11 +64,7 @@ class TrainingDataset(IterableDataset[tuple[Any, ...]]):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Rank and world size: as given, else torch.distributed's.
-
-        Raises:
-            ConfigError: they were not given, and accelerate runs in several processes.
-        """
+        """Rank and world size: as given, else torch.distributed's; a ConfigError where accelerate needs them given."""
         if self._place is not None:
             return self._place
         distributed = torch.distributed

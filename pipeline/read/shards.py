@@ -93,10 +93,7 @@ class Shards:
         self._kept: dict[Path, pq.ParquetFile] | None = None
 
     def open(self, entries: Mapping[str, int]) -> None:
-        """Read the footers.
-
-        Args:
-            entries: the files of every subset relative to the folder, and their sizes.
+        """Read the footers of the files, given by their names relative to the folder with their sizes.
 
         Raises:
             PipelineError: a file is missing, is not the one that the manifest lists, or is listed in one subset only.

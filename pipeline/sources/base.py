@@ -195,11 +195,7 @@ def check_labels(labels: Labels, where: str, kind: type[PipelineError]) -> None:
 
 
 def file_names(splits: Mapping[str, Item]) -> dict[str, Item]:
-    """What belongs to each split, by the split's name in file names and on the Hub.
-
-    Raises:
-        ConfigError: two splits would have the same name, or one would have none that a file may have.
-    """
+    """What belongs to each split, by the split's name in file names and on the Hub; a ConfigError if that is taken."""
     renamed = {re.sub(r"[^\w.]", "_", name): content for name, content in splits.items()}
     for name in renamed:
         if not re.match(r"\w", name):
@@ -221,11 +217,7 @@ def digest_of(parts: Iterable[bytes | str]) -> str:
 
 
 def class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The dataset's class names: its own, or `source.classes` where it has none.
-
-    Raises:
-        ConfigError: both name them, and differ.
-    """
+    """The dataset's class names: its own, or `source.classes` where it has none; a ConfigError where they differ."""
     if own is None:
         return config.class_names
     if config.class_names is not None and tuple(config.class_names) != tuple(own):
@@ -234,11 +226,7 @@ def class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, .
 
 
 def chosen_splits(config: SourceConfig, own: Sequence[str]) -> Sequence[str]:
-    """The splits that the config names, or the only one.
-
-    Raises:
-        ConfigError: it names one that is not there, or none where there are several.
-    """
+    """The splits that the config names, or the only one; a ConfigError where these are not there."""
     if config.split is None and len(own) > 1:
         raise ConfigError(f"source.split: name one or more of the source's splits: {', '.join(own)}.")
     check_splits(config.split or own, own)

@@ -97,11 +97,7 @@ def classes_of(feature: Any) -> Sequence[str] | None:
 def label_indices(
     column: pa.ChunkedArray, classes: Sequence[str] | None, where: str, kind: type[PipelineError]
 ) -> Labels:
-    """Integers or texts as labels, (N,) int64 with -1 for null.
-
-    Raises:
-        PipelineError: of that kind: a text is none of the classes.
-    """
+    """Integers or texts as labels, (N,) int64 with -1 for null; an error of that kind for a text that is no class."""
     if is_text(column.type):
         indices = pc.index_in(column, pa.array(classes or (), column.type))
         unknown = column.filter(pc.and_(pc.is_null(indices), pc.is_valid(column)))

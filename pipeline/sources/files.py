@@ -172,11 +172,7 @@ def _url_folder(path: str) -> str:
 
 
 def existing_folder(config: HuggingFaceConfig) -> Path | None:
-    """The local folder of a source, resolved; None where its path is the id of a dataset of the Hub.
-
-    Raises:
-        ConfigError: there is no such folder, or `datasets` would look for its files elsewhere.
-    """
+    """The local folder of a source, resolved; None where its path is the id of a dataset of the Hub."""
     config.check_paths()
     if not config.folder.is_dir():
         return None
@@ -214,10 +210,7 @@ def _found_by_datasets(config: HuggingFaceConfig, path: str) -> Listing:
 def origin_of(path: str, info: Any, revision: str | None) -> Origin:
     """What a dataset of the Hub, or a local copy of one, says of itself; nothing is asked of the network for it.
 
-    Args:
-        path: its id or folder.
-        info: what `datasets` knows of it.
-        revision: the commit of the Hub that is read, where there is one.
+    `path` is its id or folder, `info` what `datasets` knows of it, `revision` the commit of the Hub that is read.
     """
     from huggingface_hub import try_to_load_from_cache
 

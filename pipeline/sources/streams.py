@@ -117,11 +117,7 @@ Streamed = TypeVar("Streamed", bound=StreamedSource)
 def make_streamed(
     kind: type[Streamed], listing: Listing, listed: Mapping[str, tuple[SourceFile, ...]], fields: Fields, **more: Any
 ) -> Streamed:
-    """The source of some files that were looked at; `more` is what only its kind knows.
-
-    Raises:
-        ConfigError: a split is known to have no row.
-    """
+    """The source of some files that were looked at; `more` is what only its kind knows."""
     for split, own in listed.items():
         if total_rows(own) == 0:
             raise ConfigError(f"source: split {split} is empty.")
@@ -139,11 +135,7 @@ def make_streamed(
 def measured(
     found: Sequence[tuple[str, str]], look: Callable[[SourceFile], tuple[SourceFile, Found]]
 ) -> Iterator[tuple[SourceFile, Found]]:
-    """The files of a split, by name and URL, with their sizes, marks and what a look into each has found.
-
-    Raises:
-        ConfigError: one cannot be read, or its size is not known.
-    """
+    """The files of a split, by name and URL, with their sizes, marks and what a look into each has found."""
     with contextlib.closing(Fetchers(min(PLANNERS, len(found)))) as pool:
         # With a limit who asks stops after a few: no more than PLANNERS are looked at in vain.
         looks = in_order(found, lambda file: pool.submit(lambda: look(measure(*file))), PLANNERS)
