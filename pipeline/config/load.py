@@ -78,11 +78,8 @@ def as_config(
     Args:
         config: a file or the name of a shipped config, as `load_config`; a mapping of the same keys, in which relative
             input paths are relative to the working directory; or one that was checked already.
-        output: overrides `output.path`.
-        limit: overrides `source.limit`.
 
-    Raises:
-        ConfigError: as `load_config`.
+    The overrides and errors are those of `load_config`.
     """
     path = None if output is None else str(output)
     if isinstance(config, str | Path):

@@ -121,10 +121,7 @@ def nearest(key: str, names: Iterable[str]) -> str | None:
 
 
 def explain(name: str) -> str:
-    """What a key means, as text.
-
-    Args:
-        name: dotted, such as `attack.epsilons` or `models.vit.weights`; of a section its keys are listed.
+    """What a key means, as text: `attack.epsilons` or `models.vit.weights`. Of a section its keys are listed.
 
     Raises:
         ConfigError: there is no such key; the message names the nearest.

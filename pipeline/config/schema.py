@@ -127,11 +127,7 @@ class PreprocessConfig(Section):
 
 
 def check_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Refuse a mean and a std that cannot be those of images in [0, 1].
-
-    Raises:
-        ValueError: they cannot; the message begins with the key.
-    """
+    """Refuse a mean and a std that cannot be those of images in [0, 1], by a ValueError that begins with the key."""
     for key, values, sensible, allowed in (
         ("mean", mean, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
         # 1/255 gives the model grey levels, and 1 leaves images as they are.
@@ -241,11 +237,7 @@ class AttackConfig(Section):
     asks_model: ClassVar[bool] = True
 
     def attacked(self, models: Sequence[str]) -> tuple[str | None, ...]:
-        """The models that it attacks: `models`, or all that there are; (None,) where it asks none.
-
-        Args:
-            models: the ids of all models of the run.
-        """
+        """The models that it attacks: its own, or all `models` of the run, by their ids; (None,) where it asks none."""
         if not self.asks_model:
             return (None,)
         return tuple(models) if self.models is None else self.models

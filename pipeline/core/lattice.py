@@ -48,11 +48,7 @@ def step_array(
 
 
 def picture_to_sign(picture_u8: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """A stored sign map back to int8 in -1, 0, 1.
-
-    Raises:
-        ValueError: the picture holds another value than 0, 127 and 254.
-    """
+    """A stored sign map back to int8 in -1, 0, 1; a ValueError for another value than 0, 127 and 254."""
     sign = picture_u8 // SIGN_UNIT
     if not np.array_equal(sign * SIGN_UNIT, picture_u8):
         raise ValueError("a sign map holds other values than 0, 127 and 254")

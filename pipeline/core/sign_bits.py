@@ -15,10 +15,7 @@ POSITIVE, ZERO = "positive", "zero"
 
 
 def picture_to_bits(pictures_u8: NDArray[np.uint8]) -> pa.StructArray:
-    """Sign maps as they are stored.
-
-    Args:
-        pictures_u8: (N, H, W, C) uint8: 0, 127 and 254 for -1, 0 and 1.
+    """Sign maps as they are stored, from pictures (N, H, W, C) uint8: 0, 127 and 254 for -1, 0 and 1.
 
     Returns:
         N rows of POSITIVE and ZERO, binary, of H * W * C bits each, the first in the highest bit of the first byte.

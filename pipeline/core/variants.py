@@ -71,9 +71,6 @@ def make_variants(attacks: Mapping[str, tuple[Sequence[str | None], Sequence[int
 
     Args:
         attacks: by id, the models that each attacks (None: it asks none) and its epsilons in grey levels.
-
-    Returns:
-        (V,) of them.
     """
     models = {model for attacked, _ in attacks.values() for model in attacked if model is not None}
     made = [CLEAN]

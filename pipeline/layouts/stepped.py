@@ -74,11 +74,8 @@ class SteppedImage:
         return Image.fromarray(step_array(picture, sign, value["level"]))
 
     def sign_of(self, value: Mapping[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-        """The picture of a cell and the sign along which it moves, int8 in -1, 0, 1, each (H, W) or (H, W, 3).
-
-        Raises:
-            PipelineError: it has no such sign.
-        """
+        """The picture of a cell and the sign along which it moves, int8 in -1, 0, 1, each (H, W) or (H, W, 3); a
+        PipelineError where there is none."""
         try:
             picture = _decode(value["picture"])
             if value.get("zero") is None:

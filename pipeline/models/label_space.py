@@ -76,7 +76,6 @@ def join_labels(
     """Decide how the dataset's classes and the model's meet.
 
     Args:
-        source: its class names, if any, and all labels.
         model_classes: the model's class names, None where unknown.
         count: the number of the model's classes.
         label_map: {dataset class: model class}, `identity`, or None.

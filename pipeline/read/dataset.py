@@ -184,11 +184,7 @@ def counts_before(parts: Sequence[int], position: int) -> list[int]:
     """How many of the first positions of an epoch are of each dataset.
 
     They are spread out evenly: in any stretch each has its share of the positions, to within a few. Each further
-    position is one more of exactly one dataset.
-
-    Args:
-        parts: how many of all positions are of each, 1 or more.
-        position: how many of them are the first, 0 to the sum of `parts`.
+    position is one more of exactly one dataset. `parts` says how many of all positions are of each, 1 or more.
     """
     counts, left = [], sum(parts)
     for part in parts:

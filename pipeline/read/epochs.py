@@ -44,12 +44,8 @@ class EpochCounter:
         self._shared.share_memory_()
 
     def set(self, epoch: int, place: tuple[int, int]) -> None:
-        """Say which epoch the next iteration is of; the one after it is of the next.
-
-        Args:
-            epoch: 0 or more.
-            place: rank and world size. Where all is one rank's, it is said to ranks as well that are started later.
-        """
+        """Say which epoch, 0 or more, the next iteration is of; the one after it is of the next. The place is rank and
+        world size. Where all is one rank's, it is said to ranks as well that are started later."""
         rank, world = place
         rows = self._shared if world == 1 else self._shared[rank % RANKS][None]
         rows[:, SET] = epoch

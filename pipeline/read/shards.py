@@ -62,8 +62,6 @@ class Shards:
     It holds paths and row counts, no image: that is what a worker process is given.
 
     Args:
-        root: the dataset's folder.
-        manifest: the dataset's.
         variants: (V,) of them, by whose index all else names them.
         shows_clean: whether the clean image is ever shown as it is.
         pairs: whether the clean image comes with each image.

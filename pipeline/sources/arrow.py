@@ -89,12 +89,7 @@ class ArrowSource(IndexedSource[Any]):
 
 
 def open_arrow(config: HuggingFaceConfig, *, need_labels: bool) -> ArrowSource:
-    """Have `datasets` prepare the dataset, and read its labels.
-
-    Raises:
-        ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
-        PipelineError: an image cannot be read.
-    """
+    """Have `datasets` prepare the dataset, and read its labels; see `open_source`."""
     tally = Tally()
     opened, allowed = _load_splits(config, need_labels, tally)
     first = next(iter(opened.values()))

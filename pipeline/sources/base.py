@@ -103,11 +103,7 @@ class Source(ABC):
     @abstractmethod
     def sample(self, plan: Plan, shards: Sequence[Shard], count: int) -> Iterator[SampleRow]:
         """Up to `count` rows of some shards, one by one for who stops early: from all over them where that costs no
-        more, else from their head.
-
-        Raises:
-            PipelineError: as `tables`.
-        """
+        more, else from their head. Errors are those of `tables`."""
 
     @abstractmethod
     def open(self, cell: Any) -> Image.Image:

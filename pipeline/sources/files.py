@@ -95,10 +95,8 @@ def own_files(builder: Any, config: HuggingFaceConfig) -> dict[str, list[tuple[s
     """The (name, URL) of the files of each split that a builder of `datasets` has found; nothing of them was read.
 
     A dataset's card may name any file of this machine, or of another dataset: only its own are read into one that is
-    published. A link in a local folder is followed, as the cache of the Hub is made of them.
-
-    Raises:
-        ConfigError: one lies elsewhere.
+    published, and others are a ConfigError. A link in a local folder is followed, as the cache of the Hub is made of
+    them.
     """
     folder = Path(str(config.path)).expanduser()
     hub = rf"hf://datasets/{re.escape(str(builder.repo_id))}@[^/]+/"

@@ -60,12 +60,7 @@ class FolderSource(IndexedSource[Sequence[str]]):
 
 
 def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderSource:
-    """Find the images of each class, all of which are labelled.
-
-    Raises:
-        ConfigError: there is no such folder, or it is none of class folders.
-        PipelineError: a part of it cannot be read.
-    """
+    """Find the images of each class, all of which are labelled."""
     config.check_paths()
     root = config.folder
     tally = Tally()

@@ -43,11 +43,7 @@ HEAD_BUFFER = 2**18
 
 
 def open_parquet(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool) -> "ParquetSource":
-    """Read the footers of Parquet files, and find the columns that are used.
-
-    Raises:
-        ConfigError: a file cannot be read, a split has no rows, or a column is missing or differs between files.
-    """
+    """Read the footers of Parquet files, and find the columns that are used."""
     # Of files with the same schema that of the first.
     schemas: dict[bytes, tuple[str, pa.Schema]] = {}
 

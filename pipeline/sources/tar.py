@@ -77,11 +77,7 @@ SIDE_BY_SIDE = "(The files of a sample must be next to each other in a tar, as `
 
 def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool) -> "TarSource":
     """Find what the samples of tars hold. With a limit they are counted, one tar after another, so that none is read
-    that is not taken.
-
-    Raises:
-        ConfigError: a tar cannot be read, or its samples lack what is asked for.
-    """
+    that is not taken."""
 
     def counted(found: Sequence[tuple[str, str]]) -> Iterator[SourceFile]:
         for file, _ in measured(found, lambda file: (file, None)):

@@ -73,12 +73,7 @@ class TorchvisionSource(IndexedSource[Any]):
 
 
 def open_torchvision(config: TorchvisionConfig, *, need_labels: bool) -> TorchvisionSource:
-    """Make the dataset of each split, all of whose images are labelled.
-
-    Raises:
-        ConfigError: there is no such class, or it is none of a classification dataset.
-        PipelineError: an image cannot be read.
-    """
+    """Make the dataset of each split, all of whose images are labelled."""
     import torchvision
 
     kind = getattr(torchvision.datasets, str(config.path), None)
