@@ -166,22 +166,21 @@ def _subsets(
         found[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
         if None in found[subset].values():
             raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened(subset))}.")
-        for rows in found[subset].values():
-            if not _fits(layout, column, rows.features or {}):
-                raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
+        refused = f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns"
+        with explained(refused, errors=(AttributeError, KeyError, ValueError), kind=ConfigError):
+            for rows in found[subset].values():
+                stored = rows.features or {}
+                _ = stored[column]
+                _columns(layout, stored)
     return found
 
 
-def _fits(layout: Layout, picture: str, stored: Mapping[str, Any]) -> bool:
-    """Whether a subset has the columns that a layout has, and one of pictures."""
-    try:
-        return picture in stored and bool(_columns(layout, stored))
-    except (AttributeError, KeyError, ValueError):
-        return False
-
-
 def _columns(layout: Layout, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The features of layout images but the image, from those of any subset."""
+    """The features of layout images but the image, from those of any subset.
+
+    Raises:
+        AttributeError, KeyError, ValueError: it has others.
+    """
     answers = {**stored[ATTACKS].feature, **stored} if layout.per_image else stored
     names = list(answers)
     return {name: answers[name] for name in [*(column.name for column in columns_of(names)), *kept_columns(names)]}
