@@ -196,8 +196,8 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     attacked = {variant.model for variant in config.variants}
     for name, model in models.items():
         with naming(config, "model", name):
-            count = model.count_classes(shape, attacked=name in attacked)
-            model.space = join_labels(source, model.classes, count, config.all_models[name].label_map)
+            count, label_map = model.count_classes(shape, attacked=name in attacked), config.all_models[name].label_map
+            model.space = join_labels(source.classes, source.labels, model.classes, count, label_map)
     spaces = {name: model.space for name, model in models.items()}
     attacks = make_attacks(config, {name: each.attack for name, each in loaded.items()}, spaces)
     attacker = make_attacker(config, models, attacks)
