@@ -83,13 +83,10 @@ class EpochCounter:
         if worker is not None:
             self._own = os.getpid(), times, chosen
             if worker.id == 0:
-                self._tell(row, chosen)
+                cell, loader = _loader()
+                row[cell + 1] = chosen
+                row[cell] = loader  # last, as the others read the epoch once they see it
         return chosen
-
-    def _tell(self, row: torch.Tensor, epoch: int) -> None:
-        cell, loader = _loader()
-        row[cell + 1] = epoch
-        row[cell] = loader
 
     def _hear(self, row: torch.Tensor) -> int:
         cell, loader = _loader()
