@@ -40,7 +40,7 @@ def sign_to_picture(sign: Tensor) -> Tensor:
 def step_array(
     images_u8: NDArray[np.uint8], sign: NDArray[np.int8], levels: int | NDArray[np.int16]
 ) -> NDArray[np.uint8]:
-    """`step`, in NumPy: arguments and result as there, levels as int16."""
+    """`step`, in NumPy; `levels` are one whole number or an int16 array, and all else is as there."""
     moved = sign.astype(np.int16)
     moved *= levels
     moved += images_u8
