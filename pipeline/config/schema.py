@@ -7,7 +7,7 @@ kinds have, and the sections without kinds. Settings travel as arguments from he
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -407,35 +407,24 @@ class RuntimeConfig(Section):
     """What each worker of `--executor ray` is given. It changes no image."""
 
 
-def _one_kind(value: Any) -> Any:
-    """A section comes checked as the section of its kind: see `load.parse_config`."""
-    if not isinstance(value, Section):
-        raise TypeError("parse_config makes the sections that have kinds")
-    return value
-
-
-Kind = TypeVar("Kind", bound=Section)
-# A section of some kind, which has more keys than what all kinds have.
-OfKind = Annotated[SerializeAsAny[Kind], BeforeValidator(_one_kind)]
-
-
 class Config(Section):
     """One run.
 
     There is `model`, or `models` by id; `attack`, or `attacks` by id. `all_models` and `all_attacks` are both forms.
+    `load.parse_config` makes one: it checks each section that has kinds as that of its kind, which has more keys.
     """
 
-    source: OfKind[SourceConfig]
+    source: SerializeAsAny[SourceConfig]
     """Where the images come from."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """The size and mode that images are given before the attack. What is stored has this size."""
-    model: OfKind[ModelConfig] | None = None
+    model: SerializeAsAny[ModelConfig] | None = None
     """The model that is attacked. For several, use `models`."""
-    models: dict[str, OfKind[ModelConfig]] = Field(default_factory=dict)
+    models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)
     """Several models in place of `model`, each under an id of yours. Each predicts every image."""
-    attack: OfKind[AttackConfig] | None = None
+    attack: SerializeAsAny[AttackConfig] | None = None
     """How images are attacked. For several attacks, use `attacks`."""
-    attacks: dict[str, OfKind[AttackConfig]] = Field(default_factory=dict)
+    attacks: dict[str, SerializeAsAny[AttackConfig]] = Field(default_factory=dict)
     """Several attacks in place of `attack`, each under an id of yours."""
     output: OutputConfig
     """Where the dataset goes, and in what form."""
