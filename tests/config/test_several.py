@@ -134,7 +134,6 @@ PGD = {**FGSM, "kind": "pgd"}
         ({"attack": {**PGD, "steps": 0}}, "attack.steps"),
         ({"attack": None, "attacks": {"p": {**PGD, "steps": 0}}}, "attacks.p.steps"),
         ({"attack": None, "attacks": {"p": {**FGSM, "kind": "bmi"}}}, "attacks.p.kind"),
-        ({"evaluators": [{"id": "a", **DIGITS}]}, "evaluators"),
         (
             {
                 **{"model": None, "models": {"b_c": DIGITS, "c": DIGITS}},
