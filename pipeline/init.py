@@ -97,11 +97,6 @@ class Found:
         """Whether all images that were looked at are grayscale."""
         return bool(self.modes) and self.modes <= {"L", "1"}
 
-    @property
-    def labels(self) -> Mapping[str, Any]:
-        """None, as the run looks at them: see `label_space.Labelled`."""
-        return {}
-
     def __str__(self) -> str:
         counts = (f"{name} {'?' if rows is None else f'{rows:,}'}" for name, rows in self.splits.items())
         said = [f"images in {', '.join(counts)}"]
@@ -610,7 +605,7 @@ def _match_classes(model: Raw, found: Found) -> None:
         same = {name: named.get(name.lower().replace("_", " ")) for name in found.classes}
         if all(same.values()):
             model["label_map"] = same
-    join_labels(found, categories, len(categories), model.get("label_map"))
+    join_labels(found.classes, {}, categories, len(categories), model.get("label_map"))
 
 
 # --------------------------------------------------------------------------------------------------------------- text

@@ -44,5 +44,4 @@ class FGSM:
     def perturb(
         self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
     ) -> Perturbed:
-        del draws
         return Perturbed.along(images, model.gradient(images, classes), levels)

@@ -51,9 +51,9 @@ class IterativeConfig(AttackConfig):
     """How far each step goes, written and rounded like an epsilon. Left out: `bim` 1/255, `pgd` 2.5 k / steps, `mifgsm`
     k / steps, k the epsilon."""
 
-    @abstractmethod
     def _default_steps(self, level: int) -> int:
         """How many steps are taken at an epsilon in grey levels."""
+        return 10
 
     @abstractmethod
     def _default_step(self, level: int, steps: int) -> int:
@@ -107,7 +107,6 @@ class BIMConfig(IterativeConfig):
         return min(level + 4, math.ceil(1.25 * level))
 
     def _default_step(self, level: int, steps: int) -> int:
-        del level, steps
         return 1
 
 
@@ -123,10 +122,6 @@ class PGDConfig(IterativeConfig):
   year={2018},
   url={https://arxiv.org/abs/1706.06083}
 }"""
-
-    def _default_steps(self, level: int) -> int:
-        del level
-        return 10
 
     def _default_step(self, level: int, steps: int) -> int:
         return max(1, round(2.5 * level / steps))
@@ -147,10 +142,6 @@ class MIFGSMConfig(IterativeConfig):
     # What float32 cannot hold would make of 0 something that is no number.
     decay: Annotated[float, Field(ge=0, le=1e38, strict=True)] = 1.0
     """How much of the sum of former gradients is kept at each step; 0 forgets them."""
-
-    def _default_steps(self, level: int) -> int:
-        del level
-        return 10
 
     def _default_step(self, level: int, steps: int) -> int:
         return max(1, round(level / steps))
@@ -182,7 +173,6 @@ class BIM:
     def perturb(
         self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
     ) -> Perturbed:
-        del draws
         shared, taken, made = images, 0, []
         for level in levels:
             steps, size = self.schedule[level]
@@ -224,7 +214,6 @@ class MIFGSM:
     def perturb(
         self, model: "AttackedModel", images: "Tensor", classes: "Tensor", levels: Sequence[int], draws: "Tensor"
     ) -> Perturbed:
-        del draws
         first, made = _normalised(model.gradient(images, classes)), []
         for level in levels:
             steps, size = self.schedule[level]

@@ -64,6 +64,5 @@ class Noise:
     ) -> Perturbed:
         from pipeline.core.draws import draw_words
 
-        del model, classes
         signs = 2 * (draw_words(draws, images.shape[1:], SALT) % 2) - 1
         return Perturbed.along(images, signs.float(), levels)

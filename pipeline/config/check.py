@@ -36,16 +36,8 @@ def check_paths(config: Config) -> None:
 
 @contextlib.contextmanager
 def naming(config: Config, section: str, name: str) -> Iterator[None]:
-    """What cannot be used within is of one model, or of one attack, and the message says of which.
-
-    Args:
-        config: of the run.
-        section: `model` or `attack`, with which messages within begin.
-        name: its id.
-
-    Raises:
-        ConfigError: as raised within, with the key that the config has.
-    """
+    """What cannot be used within is of the model or the attack of that id, and the message begins with the key that the
+    config has, in place of `section`: `model` or `attack`."""
     try:
         yield
     except (ConfigError, TemporaryError) as error:

@@ -42,6 +42,7 @@ ATTACKS = {
 }
 # An attack of the user's own has no line: the config names the file.
 OWN_ATTACK, OWN_ATTACK_SECTION = "path/to/file.py:Attack", "pipeline.attacks.own:OwnAttackConfig"
+KINDS = {"source": SOURCES, "model": MODELS, "attack": ATTACKS}
 LAYOUTS = {
     "images": "pipeline.layouts.images:Images",
     "signs": "pipeline.layouts.signs:Signs",

@@ -13,20 +13,18 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import ValidationError, create_model
 
-from pipeline.config.kinds import ATTACKS, MODELS, OWN_ATTACK, OWN_ATTACK_SECTION, SOURCES
+from pipeline.config.kinds import KINDS, OWN_ATTACK, OWN_ATTACK_SECTION
 from pipeline.config.reference import all_keys, kind_sections, nearest
 from pipeline.config.schema import AttackConfig, Config, ModelConfig, SourceConfig
 from pipeline.config.section import Section
 from pipeline.core.errors import ConfigError, first_line, shortened
 from pipeline.core.redaction import find_secret, printable
-from pipeline.core.variants import plain_id
 
 # How deep a config may go: far deeper than any needs.
 MOST_DEPTH = 50
 # Characters of a value that a message quotes, and of a message that quotes.
 MOST_QUOTED, MOST_SAID = 200, 500
 
-KINDS = {"source": SOURCES, "model": MODELS, "attack": ATTACKS}
 # What all kinds of a section have.
 BASES: dict[str, type[Section]] = {"source": SourceConfig, "model": ModelConfig, "attack": AttackConfig}
 
@@ -80,11 +78,8 @@ def as_config(
     Args:
         config: a file or the name of a shipped config, as `load_config`; a mapping of the same keys, in which relative
             input paths are relative to the working directory; or one that was checked already.
-        output: overrides `output.path`.
-        limit: overrides `source.limit`.
 
-    Raises:
-        ConfigError: as `load_config`.
+    The overrides and errors are those of `load_config`.
     """
     path = None if output is None else str(output)
     if isinstance(config, str | Path):
@@ -129,8 +124,6 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
                 "reads."
             )
         _check_recordable(raw)
-        if "evaluators" in raw:
-            raise ConfigError(_without_evaluators(raw))
         values: dict[str, Any] = dict(raw)
         for key, where, section in _sections(raw):
             checked = _checked(section_class(key, section), _without_empty(key, section), where)
@@ -141,12 +134,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 
 
 def section_class(key: str, values: Any) -> type[Section]:
-    """The section that a kind has.
-
-    Args:
-        key: `source`, `model` or `attack`.
-        values: the section, not yet checked. Where they name no kind, the section that is returned refuses them.
-    """
+    """The section that a kind of source, model or attack has. If the values name none, it is one that refuses them."""
     kind = values.get("kind") if isinstance(values, Mapping) else None
     if key == "attack" and kind is None:
         kind = "fgsm"
@@ -215,23 +203,6 @@ def _checked(section: type[AnySection], values: Any, where: tuple[str, ...]) -> 
         raise ConfigError(printable(_sentence(error, section, where))) from None
 
 
-def _without_evaluators(raw: Mapping[str, Any]) -> str:
-    """What a config of an earlier version is told, which has `evaluators`: the lines that say the same now."""
-    model, others = raw.get("model"), raw["evaluators"]
-    named = [other for other in others if isinstance(other, Mapping)] if isinstance(others, list | tuple) else []
-    models: dict[str, Any] = {}
-    if isinstance(model, Mapping):
-        models[plain_id(str(model.get("name") or model.get("kind")))] = dict(model)
-    attacking = [*models]
-    models |= {str(other.get("id")): {key: other[key] for key in other if key != "id"} for other in named}
-    # In this order, as the first model looks at clean images.
-    lines = yaml.safe_dump({"models": models}, default_flow_style=True, sort_keys=False, width=10_000).strip()[1:-1]
-    return (
-        "evaluators is no key any more: a model that no attack names looks on. In place of model and evaluators write "
-        f"{_quoted(lines, MOST_SAID)}, and in attack models: [{', '.join(attacking)}]."
-    )
-
-
 class BoundedLoader(yaml.SafeLoader):
     """YAML of a bounded depth and without aliases: nine lines of aliases to aliases are a billion values."""
 
@@ -264,11 +235,7 @@ class _Loader(BoundedLoader):
 
 
 def _parse_yaml(text: str) -> Any:
-    """A YAML text as values.
-
-    Raises:
-        ValueError: it is none; the message says why.
-    """
+    """A YAML text as values; a ValueError says why it is none."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     # Dates, numbers and keys that cannot be: PyYAML passes on what Python says of them.
@@ -297,11 +264,7 @@ def _anchor_inputs(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], assignment: str) -> None:
-    """Set a key of a config that is a mapping.
-
-    Args:
-        raw: the config, not yet checked.
-        assignment: `key=value`, a dotted key and a YAML value.
+    """Set a key of a config that is not yet checked: `key=value`, a dotted key and a YAML value.
 
     Raises:
         ConfigError: it is none, or sets a key within what is no section.
@@ -338,12 +301,7 @@ def _sentence(error: ValidationError, section: type[Section], where: tuple[str, 
     """The first problem of a failed validation, as one sentence that names the key.
 
     A wrong kind comes first, as other kinds have other keys; then an unknown key, as what is missing is often the key
-    that it was meant to be.
-
-    Args:
-        error: of the validation.
-        section: what was validated; the whole config, where `where` is empty.
-        where: its location in the config.
+    that it was meant to be. `where` is the section's location in the config, empty for the whole config.
     """
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda one: (one["loc"] != ("kind",), one["type"] != "extra_forbidden"))
@@ -385,13 +343,7 @@ def _kind(section: type[Section]) -> str | None:
 
 
 def _known_keys(section: type[Section], key: str, where: tuple[str, ...]) -> str:
-    """What a message says after an unknown key: what was meant, or what there is.
-
-    Args:
-        section: that does not have it.
-        key: the last part of its name.
-        where: the location in the config of a section that has kinds.
-    """
+    """What a message says after an unknown key: what was meant, or what there is; `where` as in `_sentence`."""
     kinds = kind_sections()[where[0].removesuffix("s")] if where else {}
     others = [name for name, other in kinds.items() if key in other.model_fields]
     if near := None if others else nearest(key, section.model_fields):

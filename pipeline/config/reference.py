@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Union
 
 from pydantic import Field, create_model
 
-from pipeline.config.kinds import ATTACKS, MODELS, OWN_ATTACK, OWN_ATTACK_SECTION, SOURCES
+from pipeline.config.kinds import KINDS, OWN_ATTACK, OWN_ATTACK_SECTION
 from pipeline.config.schema import Config
 from pipeline.config.section import Section
 from pipeline.core.errors import ConfigError
@@ -55,10 +55,7 @@ class Key(NamedTuple):
 @cache
 def kind_sections() -> Mapping[str, Sections]:
     """The sections of all kinds of `source`, `model` and `attack`."""
-    found = {
-        key: {name: resolve_name(kind.section) for name, kind in kinds.items()}
-        for key, kinds in {"source": SOURCES, "model": MODELS, "attack": ATTACKS}.items()
-    }
+    found = {key: {name: resolve_name(kind.section) for name, kind in kinds.items()} for key, kinds in KINDS.items()}
     found["attack"][OWN_ATTACK] = resolve_name(OWN_ATTACK_SECTION)
     return found
 
@@ -124,10 +121,7 @@ def nearest(key: str, names: Iterable[str]) -> str | None:
 
 
 def explain(name: str) -> str:
-    """What a key means, as text.
-
-    Args:
-        name: dotted, such as `attack.epsilons` or `models.vit.weights`; of a section its keys are listed.
+    """What a key means, as text: `attack.epsilons` or `models.vit.weights`. Of a section its keys are listed.
 
     Raises:
         ConfigError: there is no such key; the message names the nearest.
@@ -138,15 +132,13 @@ def explain(name: str) -> str:
     dotted = ".".join([first, *rest])
     keys = [key for key in all_keys() if key.name == dotted]
     if not keys:
-        whole, last = ({part(key.name): key.name for key in all_keys()} for part in (str, _last))
-        near = whole.get(nearest(dotted, whole) or "") or last.get(nearest(dotted, last) or "")
+        whole = [key.name for key in all_keys()]
+        last = {key.rpartition(".")[2]: key for key in whole}
+        near = nearest(dotted, whole) or last.get(nearest(dotted, last) or "")
         hint = f"did you mean {near}?" if near else f"the sections are {', '.join(Config.model_fields)}."
         raise ConfigError(f"{name} is no key of the config; {hint}")
-    return "\n\n".join(map(_explained, keys)) + "".join(_listed(dotted))
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+    inside = dict.fromkeys(key.name for key in all_keys() if key.name.rpartition(".")[0] == dotted)
+    return "\n\n".join(map(_explained, keys)) + "".join(f"\n  {name}" for name in inside)
 
 
 def meaning(name: str, kind: str = "") -> str:
@@ -164,12 +156,6 @@ def _explained(key: Key) -> str:
     head = f"{key.name}: {key.type.replace('`', '')}, {default}"
     everyone = len(key.kinds) in (0, len(kind_sections().get(section, ())))
     return f"{head}\n{meaning.replace('`', '')}" + ("" if everyone else f"\nRead by kind {', '.join(key.kinds)}.")
-
-
-def _listed(section: str) -> Iterable[str]:
-    """A line for each key of a section."""
-    for name in dict.fromkeys(key.name for key in all_keys() if key.name.rpartition(".")[0] == section):
-        yield f"\n  {name}"
 
 
 def _kinds_of(section: str) -> Iterable[tuple[str, str]]:

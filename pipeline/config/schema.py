@@ -4,11 +4,10 @@ Sources, models and attacks have kinds, and each kind its own section (`kinds.py
 kinds have, and the sections without kinds. Settings travel as arguments from here on; nothing reads the environment.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -128,11 +127,7 @@ class PreprocessConfig(Section):
 
 
 def check_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Refuse a mean and a std that cannot be those of images in [0, 1].
-
-    Raises:
-        ValueError: they cannot; the message begins with the key.
-    """
+    """Refuse a mean and a std that cannot be those of images in [0, 1], by a ValueError that begins with the key."""
     for key, values, sensible, allowed in (
         ("mean", mean, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
         # 1/255 gives the model grey levels, and 1 leaves images as they are.
@@ -220,18 +215,12 @@ class NamedModelConfig(ModelConfig):
         return self.name, self.kwargs
 
 
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"{value} is no number")
-    return value
-
-
 class AttackConfig(Section):
     """How the images at each epsilon are made: what every kind has."""
 
     kind: str = "fgsm"
     """The attack."""
-    epsilons: tuple[str | Annotated[float, BeforeValidator(_no_boolean)], ...] = Field(min_length=1)
+    epsilons: tuple[str | Annotated[float, Field(strict=True)], ...] = Field(min_length=1)
     """The epsilons, a list: the most that any pixel value may move. Whole grey levels such as 8/255, or decimals in
     [1/255, 1]. Each makes one set of attacked images."""
     label: Literal["dataset", "prediction"] = "dataset"
@@ -249,11 +238,7 @@ class AttackConfig(Section):
     asks_model: ClassVar[bool] = True
 
     def attacked(self, models: Sequence[str]) -> tuple[str | None, ...]:
-        """The models that it attacks: `models`, or all that there are; (None,) where it asks none.
-
-        Args:
-            models: the ids of all models of the run.
-        """
+        """The models that it attacks: its own, or all `models` of the run, by their ids; (None,) where it asks none."""
         if not self.asks_model:
             return (None,)
         return tuple(models) if self.models is None else self.models
@@ -379,9 +364,9 @@ class OutputConfig(Section):
 def _check_gpus(value: Any) -> Any:
     if value == "auto":
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= 1 or value % 1 == 0):
-        raise ValueError(f"got {value!r}; allowed: auto, a share of a GPU from 0 to 1, or a whole number")
-    if value < 0 or not math.isfinite(value):
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    # Of infinity and of what is no number the remainder is no number either.
+    if not number or value < 0 or not (value <= 1 or value % 1 == 0):
         raise ValueError(f"got {value!r}; allowed: auto, a share of a GPU from 0 to 1, or a whole number")
     return float(value)
 
@@ -423,35 +408,24 @@ class RuntimeConfig(Section):
     """What each worker of `--executor ray` is given. It changes no image."""
 
 
-def _one_kind(value: Any) -> Any:
-    """A section comes checked as the section of its kind: see `load.parse_config`."""
-    if not isinstance(value, Section):
-        raise TypeError("parse_config makes the sections that have kinds")
-    return value
-
-
-Kind = TypeVar("Kind", bound=Section)
-# A section of some kind, which has more keys than what all kinds have.
-OfKind = Annotated[SerializeAsAny[Kind], BeforeValidator(_one_kind)]
-
-
 class Config(Section):
     """One run.
 
     There is `model`, or `models` by id; `attack`, or `attacks` by id. `all_models` and `all_attacks` are both forms.
+    `load.parse_config` makes one: it checks each section that has kinds as that of its kind, which has more keys.
     """
 
-    source: OfKind[SourceConfig]
+    source: SerializeAsAny[SourceConfig]
     """Where the images come from."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """The size and mode that images are given before the attack. What is stored has this size."""
-    model: OfKind[ModelConfig] | None = None
+    model: SerializeAsAny[ModelConfig] | None = None
     """The model that is attacked. For several, use `models`."""
-    models: dict[str, OfKind[ModelConfig]] = Field(default_factory=dict)
+    models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)
     """Several models in place of `model`, each under an id of yours. Each predicts every image."""
-    attack: OfKind[AttackConfig] | None = None
+    attack: SerializeAsAny[AttackConfig] | None = None
     """How images are attacked. For several attacks, use `attacks`."""
-    attacks: dict[str, OfKind[AttackConfig]] = Field(default_factory=dict)
+    attacks: dict[str, SerializeAsAny[AttackConfig]] = Field(default_factory=dict)
     """Several attacks in place of `attack`, each under an id of yours."""
     output: OutputConfig
     """Where the dataset goes, and in what form."""
@@ -487,23 +461,17 @@ class Config(Section):
                         "first"
                     )
                 # Folders and columns are called by them, and some file systems and databases do not tell case.
-                twice = [other for other in [*values][:index] if other.lower() == name.lower()]
-                if twice:
+                if twice := [other for other in [*values][:index] if other.lower() == name.lower()]:
                     raise ValueError(f"{one}s: the ids {twice[0]} and {name} differ in case alone; rename one")
         titles = [model.title or name for name, model in self.all_models.items()]
         if twice := [title for title in titles if titles.count(title) > 1]:
             raise ValueError(f"models: two of them are called {twice[0]!r}; give each a title of its own")
         for name, attack in self.all_attacks.items():
-            unknown = [model for model in attack.models or () if model not in self.all_models]
-            if unknown:
-                raise ValueError(
-                    f"{self.key('attack', name)}.models: there is no model {unknown[0]!r}; there are "
-                    f"{', '.join(self.all_models)}"
-                )
-            models = attack.models or ()
-            twice = [model for model in models if models.count(model) > 1]
-            if twice:
-                raise ValueError(f"{self.key('attack', name)}.models names {twice[0]} twice")
+            key, models = f"{self.key('attack', name)}.models", attack.models or ()
+            if unknown := [model for model in models if model not in self.all_models]:
+                raise ValueError(f"{key}: there is no model {unknown[0]!r}; there are {', '.join(self.all_models)}")
+            if twice := [model for model in models if models.count(model) > 1]:
+                raise ValueError(f"{key} names {twice[0]} twice")
         self._check_names()
 
     def _check_names(self) -> None:
@@ -528,12 +496,7 @@ class Config(Section):
                     )
 
     def key(self, section: str, name: str) -> str:
-        """The key of a model or an attack, for messages.
-
-        Args:
-            section: `model` or `attack`.
-            name: its id.
-        """
+        """The key of a model or an attack by its id, for messages; `section` is `model` or `attack`."""
         return section if getattr(self, section) is not None else f"{section}s.{name}"
 
     @property

@@ -33,13 +33,8 @@ class ConfigError(PipelineError):
 
 
 class ShardsFailedError(PipelineError):
-    """Some shards failed, each as often as it was tried; all others were committed.
-
-    Args:
-        reasons: why, by the names of the shards.
-        total: so many were tried.
-        retries: how often each, after the first try.
-    """
+    """Some of the `total` shards that were tried failed, also in all of their retries; all others were committed.
+    `reasons` says why, by the shards' names."""
 
     exit_code = 3
 
@@ -155,11 +150,7 @@ def explained(
 
 
 def require_file(path: Path, key: str) -> None:
-    """See that a file is there which the config names under a key.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Raise a ConfigError unless a file is there, which the config names under a key."""
     if not path.is_file():
         raise ConfigError(f"{key}: there is no file {path}.")
 

@@ -53,16 +53,13 @@ def in_order(
     most: float,
     size: Callable[[Item], float] = lambda _: 1,
 ) -> Iterator[tuple[Item, "Future[Result]"]]:
-    """Work on items in other threads, a bounded number of them ahead of use.
+    """Each item with its future, in order: other threads work on items, a bounded number of them ahead of use.
 
     Args:
         items: what to work on.
         submit: begins with an item.
         most: what the sizes of the items ahead may sum up to. One is ahead in any case.
         size: the size of an item; by default items are counted.
-
-    Returns:
-        Each item with its future, in order.
     """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     held = 0.0

@@ -51,11 +51,7 @@ class OtherShapeError(UndecodableError):
 
 
 def open_image(file: Path | str | IO[bytes]) -> Image.Image:
-    """Open an image of one of FORMATS; its pixels are decoded later.
-
-    Raises:
-        OSError, ValueError, SyntaxError: as Pillow, for what is none.
-    """
+    """Open an image of one of FORMATS; its pixels are decoded later. Errors are Pillow's, for what is none."""
     return Image.open(file, formats=FORMATS)
 
 
@@ -101,15 +97,12 @@ def choose_format(channels: int, height: int, width: int) -> ImageFormat:
 
 
 def encode_images(images_u8: "Tensor", image_format: ImageFormat) -> list[bytes]:
-    """Encode images losslessly.
+    """Encode N images losslessly.
 
     Args:
         images_u8: (N, C, H, W) uint8 on the CPU, C 1 or 3; WebP takes 3 only. Channels last in memory, there is
             nothing to copy.
         image_format: measured on 224-px images: WebP at its fastest takes 1.5 to 3.6 ms, PNG 5.
-
-    Returns:
-        N encoded images.
     """
     return [_encode(pixels, image_format) for pixels in images_u8.permute(0, 2, 3, 1).numpy()]
 
@@ -152,32 +145,22 @@ def open_stored(
 
 
 def decode_image(data: bytes, shape: Sequence[int] | None = None) -> "Tensor":
-    """Read a stored image back, exactly.
-
-    Args:
-        data: the encoded image.
-        shape: (C, H, W) that it must have, checked before anything is decoded; None takes any.
-
-    Returns:
-        (C, H, W) uint8.
+    """Read a stored image back, exactly: (C, H, W) uint8, of that shape or, for None, of any.
 
     Raises:
-        UndecodableError: the bytes are no image, or one of another shape.
+        UndecodableError: the bytes are no image, or one of another shape. Nothing of such a one is decoded.
     """
     with _stored(data, shape, STORED_FORMATS) as image:
         return to_tensor(image)
 
 
 def decode_images(data: Sequence[bytes], image_format: ImageFormat, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Read stored images of one shape back, exactly.
+    """Read N stored images of one shape back, exactly: (N, H, W, C) uint8.
 
     Args:
-        data: N encoded images.
+        data: the encoded images.
         image_format: theirs. Left to find out, Pillow tries one after the other: at 32 px as long as decoding takes.
         shape: (C, H, W) of each.
-
-    Returns:
-        (N, H, W, C) uint8.
 
     Raises:
         UndecodableError: one is no image of that format and shape.

@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -57,13 +56,7 @@ def available_cores() -> int:
 
 
 def chunk_images(device: torch.device, batch_size: int, shape: tuple[int, int, int]) -> int:
-    """Rows that are computed at once: part of a batch on a CPU, all of it elsewhere.
-
-    Args:
-        device: the device.
-        batch_size: rows of a batch.
-        shape: (C, H, W) of an image.
-    """
+    """Rows that are computed at once: part of a batch on a CPU, all of it elsewhere. `shape` is (C, H, W)."""
     if device.type != "cpu":
         return batch_size
     least, most = CHUNK_IMAGES
@@ -101,9 +94,7 @@ class Lanes:
             sys.setswitchinterval(SWITCH_SECONDS)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         # Threads started later would take over the lanes' single one.
         torch.set_num_threads(self._threads)

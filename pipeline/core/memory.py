@@ -1,7 +1,6 @@
 """The memory of this process, seen now and then."""
 
 import threading
-from types import TracebackType
 
 import psutil
 
@@ -20,9 +19,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
 

@@ -8,7 +8,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,11 +32,7 @@ def names_file(name: str) -> bool:
 
 
 def import_own(name: str, key: str) -> Callable[..., Any]:
-    """Import the callable that a name names. This runs the user's code.
-
-    Args:
-        name: `package.module:callable` or `path/to/file.py:callable`.
-        key: of the config, for messages, such as `model.name`.
+    """Import the callable that a name names; `key`, of the config, is for messages. This runs the user's code.
 
     Raises:
         ConfigError: there is no such file or module, it fails on import, or it has no such callable.
@@ -61,12 +56,11 @@ def _import_file(path: Path, key: str) -> ModuleType:
     require_file(path, key)  # though it was imported before
     name = f"{OWN}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
-        loader = SourceFileLoader(name, str(path))
-        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-        assert spec is not None
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # as with any name that ends in .py
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            loader.exec_module(sys.modules[name])
+            spec.loader.exec_module(sys.modules[name])
         except BaseException:
             del sys.modules[name]
             raise
@@ -80,15 +74,8 @@ def forget_files() -> None:
 
 
 def own_files(name: str, found: Callable[..., Any]) -> list[Path]:
-    """The files of the code that a name names: the one that it names, and where the callable itself is written.
-
-    Args:
-        name: as `import_own`.
-        found: what that returned.
-
-    Returns:
-        One or two whole paths, in the order of the files' names.
-    """
+    """The file that a name names, and the one in which `found` is written, which `import_own` returned for that name:
+    one or two whole paths, in the order of the files' names."""
     where = name.rpartition(":")[0]
     named = where if names_file(name) else sys.modules[where].__file__
     files = {Path(file).expanduser().resolve() for file in (named, source_file(found)) if file}

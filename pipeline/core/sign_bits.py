@@ -15,10 +15,7 @@ POSITIVE, ZERO = "positive", "zero"
 
 
 def picture_to_bits(pictures_u8: NDArray[np.uint8]) -> pa.StructArray:
-    """Sign maps as they are stored.
-
-    Args:
-        pictures_u8: (N, H, W, C) uint8: 0, 127 and 254 for -1, 0 and 1.
+    """Sign maps as they are stored, from pictures (N, H, W, C) uint8: 0, 127 and 254 for -1, 0 and 1.
 
     Returns:
         N rows of POSITIVE and ZERO, binary, of H * W * C bits each, the first in the highest bit of the first byte.
@@ -70,15 +67,12 @@ def decode_cells(
     shape: tuple[int, int, int],
     decode: Callable[[Sequence[bytes]], NDArray[np.uint8]],
 ) -> NDArray[np.uint8]:
-    """Stored pictures, however they are stored.
+    """Stored pictures, however they are stored, as (N, H, W, C) uint8.
 
     Args:
         cells: N pictures, each an encoded image, or the two planes of a sign map.
         shape: (C, H, W) of each.
-        decode: (N, H, W, C) uint8 from N encoded images.
-
-    Returns:
-        (N, H, W, C) uint8.
+        decode: the same from N encoded images.
     """
     channels, height, width = shape
     first, *zero = zip(*cells, strict=True)

@@ -71,9 +71,6 @@ def make_variants(attacks: Mapping[str, tuple[Sequence[str | None], Sequence[int
 
     Args:
         attacks: by id, the models that each attacks (None: it asks none) and its epsilons in grey levels.
-
-    Returns:
-        (V,) of them.
     """
     models = {model for attacked, _ in attacks.values() for model in attacked if model is not None}
     made = [CLEAN]
@@ -96,25 +93,16 @@ def group_variants(made: Iterable[tuple[int, str, str | None]]) -> tuple[Variant
 
 
 def by_attack(variants: Sequence[Variant]) -> list[list[int]]:
-    """Which variants are made by each attack on each model: their indices, in order.
-
-    Args:
-        variants: of a run, clean first.
-    """
+    """Which variants of a run, clean first, are made by each attack on each model: their indices, in order."""
     found: dict[tuple[str | None, str | None], list[int]] = {}
-    for index, variant in enumerate(variants):
-        if index:
-            found.setdefault((variant.attack, variant.model), []).append(index)
+    for index, variant in enumerate(variants[1:], start=1):
+        found.setdefault((variant.attack, variant.model), []).append(index)
     return list(found.values())
 
 
 def at_levels(recorded: Sequence[Variant], levels: Iterable[int]) -> tuple[Variant, ...]:
-    """What each attack makes of each model at some levels, in their order; those need not be recorded.
-
-    Args:
-        recorded: the variants of a run, clean first.
-        levels: in grey levels; 0 is clean.
-    """
+    """What each attack makes of each model at some grey levels, in their order, clean at 0; they need not be among the
+    recorded variants of the run, of which clean is the first."""
     attacked = {variant.pair: variant for variant in recorded[1:] or recorded}
     return tuple(
         variant for level in levels for variant in ([one.at(level) for one in attacked.values()] if level else [CLEAN])

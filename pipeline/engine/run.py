@@ -44,7 +44,7 @@ from pipeline.engine.scores import contents_of
 from pipeline.layouts.base import Layout, make_features, subsets_of
 from pipeline.layouts.registry import LAYOUTS
 from pipeline.models.base import Model
-from pipeline.models.label_space import LabelSpace
+from pipeline.models.label_space import LabelSpace, join_labels
 from pipeline.models.load import load_model
 from pipeline.output.folder import name_edition
 from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
@@ -198,7 +198,8 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     attacked = {variant.model for variant in config.variants}
     for name, model in models.items():
         with naming(config, "model", name):
-            model.join(source, shape, config.all_models[name].label_map, attacked=name in attacked)
+            count, label_map = model.count_classes(shape, attacked=name in attacked), config.all_models[name].label_map
+            model.space = join_labels(source.classes, source.labels, model.classes, count, label_map)
     spaces = {name: model.space for name, model in models.items()}
     attacks = make_attacks(config, {name: each.attack for name, each in loaded.items()}, spaces)
     attacker = make_attacker(config, models, attacks)

@@ -290,18 +290,10 @@ class Layout(ABC):
 
     def fields(self, column: str) -> tuple[str, ...]:
         """The fields of a column of pictures that hold bytes: a picture is stored as one value of each."""
-        del column
         return IMAGE_FIELDS
 
     def encode(self, column: str, pictures_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
-        """What a column of pictures holds of some of them, without loss.
-
-        Args:
-            column: one of those that `pictures` names.
-            pictures_u8: (N, C, H, W) uint8 on the CPU, as `stored` gives them.
-            image_format: of encoded images.
-        """
-        del column
+        """What a column of pictures holds of those that `stored` gives, (N, C, H, W) uint8 on the CPU; lossless."""
         return encode_column(pictures_u8, image_format)
 
     def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
@@ -311,7 +303,6 @@ class Layout(ABC):
             images: V times (N, C, H, W) uint8, clean first.
             directions: (N, C, H, W) int8 in -1, 0, 1, one for each attack on each model, in the order of the variants.
         """
-        del directions
         return tuple(images)
 
     @abstractmethod
@@ -365,7 +356,6 @@ class Layout(ABC):
 
     def describe(self, picture: Picture) -> str:
         """What the card says of a picture."""
-        del picture
         return "lossless"
 
     @abstractmethod
@@ -374,17 +364,11 @@ class Layout(ABC):
 
     def example(self, variants: Sequence[Variant]) -> str:
         """Markdown for the card: how attacked images are read from a row without this package; empty if plainly."""
-        del variants
         return ""
 
 
 def subsets_of(layout: Layout, variants: Sequence[Variant]) -> tuple[str, ...]:
-    """The subsets that a layout stores: each is a folder, and a config of the Hub's.
-
-    Args:
-        layout: of the dataset.
-        variants: those that are recorded, clean first.
-    """
+    """The subsets that a layout stores of the recorded variants: each is a folder, and a config of the Hub's."""
     return tuple(dict.fromkeys(picture.subset for picture in layout.pictures(variants)))
 
 
@@ -413,12 +397,7 @@ def make_features(layout: Layout, contents: Contents) -> Any:
 
 
 def encode_column(images_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
-    """Images as an Arrow column of `datasets`, losslessly encoded.
-
-    Args:
-        images_u8: (N, C, H, W) uint8 on the CPU.
-        image_format: as `encode_images`.
-    """
+    """Images, (N, C, H, W) uint8 on the CPU, as an Arrow column of `datasets`, losslessly encoded."""
     from pipeline.core.images import encode_images
 
     pictures = encode_images(images_u8, image_format)

@@ -74,12 +74,10 @@ class Images(Layout):
     def answers(
         self, name: str, variants: Sequence[Variant], recorded: Sequence[Variant], read: ColumnReader
     ) -> list[pa.Array]:
-        del recorded
         return [read(self.subset(variant), name).combine_chunks() for variant in variants]
 
     def recorded(self, subsets: Sequence[str], first: Callable[[str, str], Any]) -> tuple[Variant, ...] | None:
         # Not the first rows: a subset that nobody asks for would be downloaded for them.
-        del first
         # The card lists them together, too: as `all`, and where there are several attacks or models as `eps-K`.
         own = [name for name in subsets if name != CLEAN.subset and re.fullmatch(self.subsets, name)]
         parted = [name for name in own if name.count("-") > 1]

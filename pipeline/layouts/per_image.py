@@ -140,11 +140,7 @@ class PerImage(Layout):
 
 
 def _entries(lists: pa.ChunkedArray, count: int) -> pa.StructArray:
-    """The entries of N lists `attacks`, (N * count,): row after row, each with all variants but clean.
-
-    Raises:
-        ValueError: a list does not have so many.
-    """
+    """The entries of N lists `attacks`, (N * count,): row after row, each with all variants but clean."""
     # A null list has no length, and `equal` says null of it.
     if lists.null_count or not pc.all(pc.equal(pc.list_value_length(lists), count), min_count=0).as_py():
         raise ValueError(f"the attacks of a row are not the run's {count}")

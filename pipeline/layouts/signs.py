@@ -67,7 +67,6 @@ class Signs(PerImage):
         return "0, 127 and 254 for the signs -1, 0 and +1, lossless" if picture.column.startswith(SIGN) else "lossless"
 
     def summary(self, subset: str, variants: Sequence[Variant]) -> str:
-        del subset, variants
         return "Clean images, and the sign that leads to every epsilon"
 
     def example(self, variants: Sequence[Variant]) -> str:

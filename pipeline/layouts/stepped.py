@@ -65,7 +65,6 @@ class SteppedImage:
 
     def decode_example(self, value: Any, token_per_repo_id: Mapping[str, Any] | None = None) -> Any:
         """The image of a cell, as PIL's; what is one already stays."""
-        del token_per_repo_id
         if not isinstance(value, dict):
             return value
         if value["direction"] is None:
@@ -75,11 +74,8 @@ class SteppedImage:
         return Image.fromarray(step_array(picture, sign, value["level"]))
 
     def sign_of(self, value: Mapping[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-        """The picture of a cell and the sign along which it moves, int8 in -1, 0, 1, each (H, W) or (H, W, 3).
-
-        Raises:
-            PipelineError: it has no such sign.
-        """
+        """The picture of a cell and the sign along which it moves, int8 in -1, 0, 1, each (H, W) or (H, W, 3); a
+        PipelineError where there is none."""
         try:
             picture = _decode(value["picture"])
             if value.get("zero") is None:
@@ -101,11 +97,7 @@ class SteppedImage:
         """Cells as they are, or images as `datasets` stores them."""
         if pa.types.is_struct(storage.type) and storage.type.get_field_index("picture") >= 0:
             return storage.cast(self.pa_type)
-        pictures = datasets.Image().cast_storage(storage).field("bytes")
-        nulls = pa.nulls(len(pictures), pa.binary())
-        return pa.StructArray.from_arrays(
-            [pictures, nulls, nulls, pa.repeat(pa.scalar(0, pa.uint8()), len(pictures))], fields=list(self.pa_type)
-        )
+        return stepped_cells(pa.chunked_array([datasets.Image().cast_storage(storage)]), None, 0).combine_chunks()
 
     def embed_storage(self, *_: Any, **__: Any) -> pa.Array:
         """Called where `datasets` uploads, for readers that do not have this feature."""

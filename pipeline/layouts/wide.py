@@ -29,7 +29,6 @@ class Wide(PerImage):
         return f"at epsilon {picture.column.rpartition('_')[2]}/255, lossless"
 
     def summary(self, subset: str, variants: Sequence[Variant]) -> str:
-        del subset, variants
         return "Clean images, each beside its attacked ones"
 
     def example(self, variants: Sequence[Variant]) -> str:

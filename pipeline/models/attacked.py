@@ -47,11 +47,7 @@ class AttackedModel:
         return self._logits
 
     def predict(self, images_u8: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted.
-
-        Raises:
-            TypeError: the images are not uint8.
-        """
+        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted; a TypeError for other images."""
         if images_u8.dtype != torch.uint8:
             raise TypeError(f"model.predict takes images of type uint8, and was given {_described(images_u8)}")
         return self._model.predict(images_u8)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError, explained
 from pipeline.core.own_code import naming_failure
-from pipeline.models.label_space import Labelled, LabelSpace, join_labels
+from pipeline.models.label_space import LabelSpace
 
 # The compiler gives up on code that it has met in so many forms, 8 by default; this code it meets with every model
 # of a process, in two batch sizes.
@@ -32,7 +32,7 @@ class Model(nn.Module):
     own code that made it; `stated` says where its `mean` and its `std` come from, config or weights, and has no entry
     for what nobody states; `preprocess` is what its weights were published with, None where they say nothing; `key`,
     of its section in the config, and `files`, of the user's own code that made it, are for messages; `space`, how its
-    classes meet the dataset's, is there once `join` has been called.
+    classes meet the dataset's, is set once the dataset is known.
 
     Activations lie channels last, which every convolution measured liked better: on a CPU ResNet-20 at 32 px and
     ResNet-18 at 224 px gained 8 to 18%, and tensor cores want it.
@@ -78,21 +78,13 @@ class Model(nn.Module):
         return images_u8.to(self.mean.dtype).div_(255).contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] to logits (N, classes), in float32 or float64.
-
-        Raises:
-            CodeError: the module raises something.
-        """
+        """(N, C, H, W) in [0, 1] to logits (N, classes), in float32 or float64; a CodeError if the module fails."""
         with self.naming_failure():
             return self._differentiable(images)
 
     @torch.inference_mode()
     def predict(self, images_u8: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted.
-
-        Raises:
-            CodeError: the module raises something.
-        """
+        """(N, C, H, W) uint8 to logits (N, classes), where no gradient is wanted; a CodeError if the module fails."""
         with self.naming_failure():
             return self._inferred(images_u8)
 
@@ -142,27 +134,6 @@ class Model(nn.Module):
         except BaseException:
             self._differentiable, self._inferred = self._logits, self._logits_of_pixels
             raise
-
-    def join(
-        self,
-        source: Labelled,
-        shape: tuple[int, int, int],
-        label_map: Mapping[str | int, str | int] | str | None,
-        *,
-        attacked: bool = True,
-    ) -> None:
-        """Find out how its classes meet a dataset's, and keep that as `space`.
-
-        Args:
-            source: the dataset's class names and labels.
-            shape: (C, H, W) of its images, C 1 or 3.
-            label_map: as `join_labels`.
-            attacked: as `count_classes`.
-
-        Raises:
-            ConfigError: as `count_classes` and `join_labels`.
-        """
-        self.space = join_labels(source, self.classes, self.count_classes(shape, attacked=attacked), label_map)
 
     def count_classes(self, shape: tuple[int, int, int], *, attacked: bool = True) -> int:
         """The number of classes, found by running one black image of that (C, H, W), C 1 or 3, forward and back.
@@ -225,11 +196,7 @@ def _input_dtype(module: nn.Module) -> torch.dtype:
 
 
 def _logits_of(output: Any) -> Tensor:
-    """The logits of what a module returned: a tensor, or `logits` of a mapping or an object, as transformers wrap them.
-
-    Raises:
-        ConfigError: it is neither, or holds no floating-point numbers.
-    """
+    """The logits of what a module returned: a tensor, or `logits` of the mapping or object that it wraps them in."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ConfigError(

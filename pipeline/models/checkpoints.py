@@ -47,11 +47,7 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _state_dict(content: Any, expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The state dict that a checkpoint holds for a module of the expected keys.
-
-    Raises:
-        ConfigError: it holds none, or several of which not exactly one fits.
-    """
+    """The state dict that a checkpoint holds for a module of the expected keys; of several, one must fit."""
     found = {name: _without_prefix(weights, expected) for name, weights in _state_dicts(content)}
     if not found:
         keys = f"; its keys are {listing([*map(repr, content)])}" if isinstance(content, dict) and content else ""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,17 +11,6 @@ from torch import Tensor
 
 from pipeline.core.batches import UNLABELLED
 from pipeline.core.errors import ConfigError, listing
-
-
-class Labelled(Protocol):
-    """What of a source decides how classes meet: their names, and of splits whose rows are known the label of each,
-    (N,) int64, -1 for unlabelled."""
-
-    @property
-    def classes(self) -> tuple[str, ...] | None: ...
-
-    @property
-    def labels(self) -> Mapping[str, NDArray[np.int64]]: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,8 @@ class LabelSpace:
 
 
 def join_labels(
-    source: Labelled,
+    classes: Sequence[str] | None,
+    labels: Mapping[str, NDArray[np.int64]],
     model_classes: Sequence[str] | None,
     count: int,
     label_map: Mapping[str | int, str | int] | str | None,
@@ -76,7 +65,8 @@ def join_labels(
     """Decide how the dataset's classes and the model's meet.
 
     Args:
-        source: its class names, if any, and all labels.
+        classes: the dataset's class names, None where unknown.
+        labels: of each split whose rows are known, (N,) int64, -1 for unlabelled.
         model_classes: the model's class names, None where unknown.
         count: the number of the model's classes.
         label_map: {dataset class: model class}, `identity`, or None.
@@ -85,10 +75,9 @@ def join_labels(
         ConfigError: they differ in count or in order and `label_map` does not say how they meet, it is
             incomplete, or a label lies outside the classes.
     """
-    classes = source.classes
     if isinstance(label_map, Mapping):
-        to_model = map_classes(label_map, classes or _numbered(source), model_classes, count)
-        classes = classes or _numbered(source)
+        classes = classes or _numbered(labels)
+        to_model = map_classes(label_map, classes, model_classes, count)
     else:
         if classes is not None and label_map is None:
             _check_agreement(classes, model_classes, count)
@@ -99,7 +88,7 @@ def join_labels(
         # A dataset that does not name its classes holds the model's own indices.
         classes = classes or tuple(model_classes or map(str, range(count)))
         to_model = np.arange(len(classes))
-    _check_range(source, len(classes))
+    _check_range(labels, len(classes))
     recorded = classes if is_one_to_one(to_model, count) else model_classes
     return LabelSpace(
         _distinct(classes),
@@ -119,14 +108,14 @@ def recorded_indices(to_model: NDArray[np.int64], count: int) -> NDArray[np.int6
     return (np.argsort(to_model) if is_one_to_one(to_model, count) else np.arange(count)).astype(np.int64)
 
 
-def _numbered(source: Labelled) -> tuple[str, ...]:
+def _numbered(labels: Mapping[str, NDArray[np.int64]]) -> tuple[str, ...]:
     """Names for classes that have none, as many as the labels need."""
-    if not source.labels:
+    if not labels:
         raise ConfigError(
             "source.classes: name the classes that model.label_map maps, as a streamed source is not read ahead to "
             "find them."
         )
-    return tuple(map(str, range(1 + max(int(labels.max()) for labels in source.labels.values()))))
+    return tuple(map(str, range(1 + max(int(own.max()) for own in labels.values()))))
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
@@ -142,11 +131,7 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
 def map_classes(
     label_map: Mapping[str | int, str | int], classes: Sequence[str], model_classes: Sequence[str] | None, count: int
 ) -> NDArray[np.int64]:
-    """The model's index of each dataset class, as `label_map` says.
-
-    Raises:
-        ConfigError: it names a class that is not there, or leaves one out.
-    """
+    """The model's index of each dataset class, as `label_map` says; a ConfigError where it does not say all."""
     translated: dict[str, int] = {}
     for key, value in label_map.items():
         name = (
@@ -195,9 +180,9 @@ def _plain(name: str) -> str:
     return name.split(",")[0].strip().replace("_", " ").casefold()
 
 
-def _check_range(source: Labelled, count: int) -> None:
-    for split, labels in source.labels.items():
-        highest = int(labels.max())
+def _check_range(labels: Mapping[str, NDArray[np.int64]], count: int) -> None:
+    for split, own in labels.items():
+        highest = int(own.max())
         if highest >= count and highest != UNLABELLED:
             raise ConfigError(
                 f"source: split {split} has label {highest}, outside the {count} classes (0 to {count - 1}); "

@@ -20,12 +20,9 @@ from pipeline.models.loaded import Loaded
 def load_model(
     config: ModelConfig, *, seed: int, device: torch.device, bf16: bool = False, key: str = "model"
 ) -> Model:
-    """Load the model that a section of a config names.
+    """Load the model that a section of a config names. The weights of an untrained one follow from the seed.
 
     Args:
-        config: the section.
-        seed: of the weights of an untrained model.
-        device: where it runs.
         bf16: whether PyTorch's autocast takes it to bfloat16.
         key: of the section, for messages of a run.
 

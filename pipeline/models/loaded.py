@@ -36,11 +36,7 @@ class Loaded:
 
 
 def import_extra(name: str) -> Any:
-    """Import a library that an extra of this package brings.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Import a library that an extra of this package brings; a ConfigError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:

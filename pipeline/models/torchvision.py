@@ -28,11 +28,7 @@ class TorchvisionConfig(NamedModelConfig):
 
 
 def find_weights(name: str, wanted: str) -> Any:
-    """Published weights of a model, as torchvision has them; nothing is downloaded.
-
-    Raises:
-        ConfigError: it has none of that name.
-    """
+    """Published weights of a model, as torchvision has them; a ConfigError if it has none. Nothing is downloaded."""
     from torchvision import models
 
     available = models.get_model_weights(name)

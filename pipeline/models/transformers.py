@@ -91,10 +91,8 @@ def load(config: TransformersConfig) -> Loaded:
 
 
 def _processor_statistics(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """What a transformers image processor subtracts from images in [0, 1], and what it divides them by then.
-
-    It does so to what its own rescaling gives, which may be grey levels.
-    """
+    """What a transformers image processor subtracts from images in [0, 1], and what it divides them by then."""
+    # It does so to what its own rescaling gives, which may be grey levels.
     white = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1)
     mean = _channels(processor["image_mean"]) if processor.get("do_normalize") else [0.0]
     # EfficientNet divides images for a classifier once more.
@@ -108,11 +106,7 @@ def _channels(values: float | Sequence[float]) -> list[float]:
 
 
 def _processor_sizes(processor: Mapping[str, Any]) -> PreprocessConfig | None:
-    """A transformers image processor in torchvision's terms, None where it states no size.
-
-    Raises:
-        ConfigError: it does to images what `preprocess` cannot express.
-    """
+    """A transformers image processor in torchvision's terms, None where it states no size."""
     from PIL import Image
 
     filter_name = Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR)).name.lower()

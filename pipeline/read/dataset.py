@@ -64,11 +64,7 @@ class TrainingDataset(IterableDataset[tuple[Any, ...]]):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Rank and world size: as given, else torch.distributed's.
-
-        Raises:
-            ConfigError: they were not given, and accelerate runs in several processes.
-        """
+        """Rank and world size: as given, else torch.distributed's; a ConfigError where accelerate needs them given."""
         if self._place is not None:
             return self._place
         distributed = torch.distributed
@@ -188,11 +184,7 @@ def counts_before(parts: Sequence[int], position: int) -> list[int]:
     """How many of the first positions of an epoch are of each dataset.
 
     They are spread out evenly: in any stretch each has its share of the positions, to within a few. Each further
-    position is one more of exactly one dataset.
-
-    Args:
-        parts: how many of all positions are of each, 1 or more.
-        position: how many of them are the first, 0 to the sum of `parts`.
+    position is one more of exactly one dataset. `parts` says how many of all positions are of each, 1 or more.
     """
     counts, left = [], sum(parts)
     for part in parts:

@@ -44,12 +44,8 @@ class EpochCounter:
         self._shared.share_memory_()
 
     def set(self, epoch: int, place: tuple[int, int]) -> None:
-        """Say which epoch the next iteration is of; the one after it is of the next.
-
-        Args:
-            epoch: 0 or more.
-            place: rank and world size. Where all is one rank's, it is said to ranks as well that are started later.
-        """
+        """Say which epoch, 0 or more, the next iteration is of; the one after it is of the next. The place is rank and
+        world size. Where all is one rank's, it is said to ranks as well that are started later."""
         rank, world = place
         rows = self._shared if world == 1 else self._shared[rank % RANKS][None]
         rows[:, SET] = epoch
@@ -87,13 +83,10 @@ class EpochCounter:
         if worker is not None:
             self._own = os.getpid(), times, chosen
             if worker.id == 0:
-                self._tell(row, chosen)
+                cell, loader = _loader()
+                row[cell + 1] = chosen
+                row[cell] = loader  # last, as the others read the epoch once they see it
         return chosen
-
-    def _tell(self, row: torch.Tensor, epoch: int) -> None:
-        cell, loader = _loader()
-        row[cell + 1] = epoch
-        row[cell] = loader
 
     def _hear(self, row: torch.Tensor) -> int:
         cell, loader = _loader()

@@ -160,35 +160,26 @@ def _subsets(
     pictures: Iterable[Picture],
     split: str | None,
 ) -> dict[str, Mapping[str, Any]]:
-    """The splits of the subsets that hold some pictures, by the names of these; one split alone, if it is named.
-
-    Raises:
-        ConfigError: there is no such split, or a subset has not the columns that it must have.
-    """
+    """The splits of the subsets that hold some pictures, by the names of these; one split alone, if it is named."""
     found: dict[str, Mapping[str, Any]] = {}
     for subset, column in pictures:
         found[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
         if None in found[subset].values():
             raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened(subset))}.")
-        for rows in found[subset].values():
-            if not _fits(layout, column, rows.features or {}):
-                raise ConfigError(f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns.")
+        refused = f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns"
+        with explained(refused, errors=(AttributeError, KeyError, ValueError), kind=ConfigError):
+            for rows in found[subset].values():
+                stored = rows.features or {}
+                _ = stored[column]
+                _columns(layout, stored)
     return found
-
-
-def _fits(layout: Layout, picture: str, stored: Mapping[str, Any]) -> bool:
-    """Whether a subset has the columns that a layout has, and one of pictures."""
-    try:
-        return picture in stored and bool(_columns(layout, stored))
-    except (AttributeError, KeyError, ValueError):
-        return False
 
 
 def _columns(layout: Layout, stored: Mapping[str, Any]) -> dict[str, Any]:
     """The features of layout images but the image, from those of any subset.
 
     Raises:
-        AttributeError, KeyError, ValueError: there are others.
+        AttributeError, KeyError, ValueError: it has others.
     """
     answers = {**stored[ATTACKS].feature, **stored} if layout.per_image else stored
     names = list(answers)
@@ -196,11 +187,7 @@ def _columns(layout: Layout, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _addresses(place: str, manifest: Manifest, subset: str) -> dict[str, list[str]]:
-    """The files of a subset by split, `subset/split-00000-of-00004-RUN.parquet`.
-
-    Raises:
-        ConfigError: none is there yet, or the manifest lists one that is none of its shards.
-    """
+    """The files of a subset by split, `subset/split-00000-of-00004-RUN.parquet`."""
     files: dict[str, list[str]] = {split: [] for split in manifest.split_rows}
     splits = {shard_file(subset, shard, manifest.edition): shard.split for shard in manifest.plan.shards}
     for path in (entry.path for entry in manifest.files if entry.path.startswith(f"{subset}/")):

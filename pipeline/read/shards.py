@@ -62,8 +62,6 @@ class Shards:
     It holds paths and row counts, no image: that is what a worker process is given.
 
     Args:
-        root: the dataset's folder.
-        manifest: the dataset's.
         variants: (V,) of them, by whose index all else names them.
         shows_clean: whether the clean image is ever shown as it is.
         pairs: whether the clean image comes with each image.
@@ -93,10 +91,7 @@ class Shards:
         self._kept: dict[Path, pq.ParquetFile] | None = None
 
     def open(self, entries: Mapping[str, int]) -> None:
-        """Read the footers.
-
-        Args:
-            entries: the files of every subset relative to the folder, and their sizes.
+        """Read the footers of the files, given by their names relative to the folder with their sizes.
 
         Raises:
             PipelineError: a file is missing, is not the one that the manifest lists, or is listed in one subset only.

@@ -51,15 +51,8 @@ class Draws:
 
 
 class Stream:
-    """See the module.
-
-    Args:
-        shards: opened.
-        draws: what is drawn for a row.
-        columns: what comes with an image.
-        shuffle: whether each epoch has an order of its own; else it is as stored.
-        receipts: a digest of the receipts of the dataset, that is of what its files hold.
-    """
+    """See the module. `columns` come with an image; `receipts` is a digest of the receipts of the dataset, that is of
+    what its files hold. Unless they shuffle, epochs are in the order in which rows are stored."""
 
     def __init__(
         self, shards: Shards, draws: Draws, *, columns: tuple[str, ...], shuffle: bool, receipts: str | None

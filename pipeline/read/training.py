@@ -97,16 +97,8 @@ def training_dataset(
     Every worker ends with a short batch of its own, so with several there may be more batches than `len(loader)` says;
     with `drop_last` each of them drops its own.
 
-    Lightning takes the loader as it is. It stops after `len(loader)` batches, so with several workers it leaves the
-    last short batches of an epoch out unless the batch size divides every worker's share. On several devices give
-    `Trainer(limit_train_batches=data.rows // (world_size * batch_size))`. Use torchdata's StatefulDataLoader to
-    resume from a checkpoint within an epoch.
-
-    accelerate in one process takes the loader as it is, too. In several it shares out itself what a prepared loader
-    reads, so give `rank=0, world_size=1`; without them this is an error. It fills the last batches up with images that
-    were shown already, unless `drop_last=True` or the batches come out even. Every process, or the first for all of
-    them, then reads all images. Where reading is the bottleneck do not prepare the loader: give
-    `rank=accelerator.process_index, world_size=accelerator.num_processes`, and move batches to the device yourself.
+    Lightning and accelerate take the loader as it is. docs/recipes.md has a loop for each, and says what to give where
+    there are several devices or processes.
 
     Shuffling takes row groups in any order and mixes the rows of a few. That is as good as a permutation where the
     dataset was made with `source.shuffle: true`, the default. One made with `source.shuffle: false` has the source's
@@ -157,8 +149,7 @@ def training_dataset(
     place = _place(rank, world_size)
     asked = None if epsilons is None else reading_levels(epsilons)
     clean = (0.0 if pairs else 0.5) if clean is None else clean
-    _check_numbers(seed, clean, asked)
-    _check_columns(columns)
+    _check_arguments(seed, clean, asked, only, columns)
     paths = [path_or_repo] if isinstance(path_or_repo, str | Path) else list(path_or_repo)
     if not paths:
         raise ConfigError("path_or_repo: got none; name a dataset, or several.")
@@ -210,20 +201,11 @@ def _local(path_or_repo: str | Path) -> Path | None:
 def _open(
     root: Path, repo: str | None, manifest: Manifest, variants: Sequence[Variant], options: _Options, number: int
 ) -> Stream:
-    """Open one dataset.
-
-    Args:
-        root: its folder.
-        repo: its Hub id, from where the files needed are downloaded first; None: all are there.
-        manifest: its manifest.
-        variants: those to read, clean first if it is among them.
-        options: what is asked of it.
-        number: which of the datasets it is.
-    """
+    """Open one dataset, the `number`-th of all. Files of a Hub id, `repo`, are downloaded into its folder first."""
     attacked = [variant for variant in variants if variant != CLEAN]
     shares = draw_shares(attacked, options.weights)
     if options.only is not None:
-        _check_only(options.only, attacked, manifest)
+        _check_recorded("only", attacked, manifest)
     _check_split(manifest, options.split, repo or str(root))
     # What is never drawn is not looked for.
     drawn = [index for index, share in enumerate(shares) if share and options.clean < 1]
@@ -288,17 +270,18 @@ def _check_alike(paths: Sequence[str | Path], manifests: Sequence[Manifest]) -> 
             )
 
 
-def _check_numbers(seed: SupportsIndex, clean: float, levels: Sequence[int] | None) -> None:
-    """Refuse numbers that cannot be; the levels are epsilons in grey levels."""
+def _check_arguments(
+    seed: SupportsIndex, clean: float, levels: Sequence[int] | None, only: str | None, columns: Sequence[str]
+) -> None:
+    """Refuse what cannot be, before anything is read; the levels are epsilons in grey levels."""
     if not isinstance(seed, SupportsIndex) or operator.index(seed) < 0:
         raise ConfigError(f"seed: got {seed}; it is a whole number, 0 or more.")
     if isinstance(clean, bool) or not 0 <= clean <= 1:
         raise ConfigError(f"clean: got {clean}; it is the share of clean images, from 0 to 1.")
     if levels is not None and 0 in levels:
         raise ConfigError("epsilons: 0 is the clean image, whose share is `clean`; leave it out.")
-
-
-def _check_columns(columns: Sequence[str]) -> None:
+    if only is not None and only not in get_args(Only):
+        raise ConfigError(f"only: got {only!r}; it is one of {', '.join(get_args(Only))}, or None.")
     unknown = [columns] if isinstance(columns, str) else [name for name in columns if name not in COLUMNS]
     if unknown or not columns:
         got = repr(unknown[0]) if unknown else "none"
@@ -329,12 +312,6 @@ def _tell_without(stream: Stream, only: Only, split: str) -> None:
         "only=%r: %s of %s images in %r have no such variant%s.",
         *(only, f"{none:,}", f"{stream.rows:,}", split, " and are always shown clean" if none else ""),
     )
-
-
-def _check_only(only: str, attacked: Sequence[Variant], manifest: Manifest) -> None:
-    if only not in get_args(Only):
-        raise ConfigError(f"only: got {only!r}; it is one of {', '.join(get_args(Only))}, or None.")
-    _check_recorded("only", attacked, manifest)
 
 
 def _check_recorded(key: str, variants: Sequence[Variant], manifest: Manifest) -> None:

@@ -89,12 +89,7 @@ class ArrowSource(IndexedSource[Any]):
 
 
 def open_arrow(config: HuggingFaceConfig, *, need_labels: bool) -> ArrowSource:
-    """Have `datasets` prepare the dataset, and read its labels.
-
-    Raises:
-        ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
-        PipelineError: an image cannot be read.
-    """
+    """Have `datasets` prepare the dataset, and read its labels; see `open_source`."""
     tally = Tally()
     opened, allowed = _load_splits(config, need_labels, tally)
     first = next(iter(opened.values()))
@@ -125,10 +120,7 @@ def _rows(dataset: Any, fields: Fields) -> Any:
 
 
 def _load_splits(config: HuggingFaceConfig, need_labels: bool, tally: Tally) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to.
-
-    `tally` counts the files of a local folder that are in none of them.
-    """
+    """The wanted splits as `datasets.Dataset`s, and the folders their image paths may lead to."""
     import datasets
     from huggingface_hub import constants
 
@@ -212,11 +204,7 @@ def _begins_with_rows(path: str) -> bool:
 
 
 def _folder_builder(folder: Path, name: str | None, **options: Any) -> Any:
-    """The builder of `datasets` for a local folder; of a folder of images it reads those that are read elsewhere here.
-
-    Raises:
-        ConfigError: an image's name is no UTF-8, or a link makes an image one of two classes.
-    """
+    """The builder of `datasets` for a local folder; of a folder of images it reads what other kinds of source read."""
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -276,11 +264,7 @@ def _without_second(files: Sequence[str]) -> list[str]:
 
 
 def _count_unread(builder: Any, loaded: Mapping[str, Any], folder: Path, tally: Tally) -> None:
-    """Count the files of a local folder that `datasets` reads for no split, but for the card.
-
-    Raises:
-        OSError: a file is not where a link leads to.
-    """
+    """Count the files of a local folder that `datasets` reads for no split, but for the card."""
     read = {file for files in (builder.config.data_files or {}).values() for file in files}
     if any(Path(file).name in getattr(builder, "METADATA_FILENAMES", ()) for file in read):
         # Then only images that it names are rows.
@@ -291,7 +275,7 @@ def _count_unread(builder: Any, loaded: Mapping[str, Any], folder: Path, tally: 
             continue
         if is_litter(path.name):
             reason = LITTER_REASON
-        elif not stat.S_ISDIR(path.stat().st_mode):
+        elif not stat.S_ISDIR(path.stat().st_mode):  # raises where a link leads to nothing
             reason = "files that `datasets` reads for no split"
         elif path.is_symlink():
             reason = "links to folders, which `datasets` does not follow"
@@ -324,11 +308,7 @@ def _arrow_schema(path: str) -> pa.Schema:
 
 
 def _check_saved(folder: Path) -> None:
-    """What a `save_to_disk` folder lists of splits and files is its own: `datasets` would open any path there.
-
-    Raises:
-        ConfigError: it lists something else.
-    """
+    """Refuse a `save_to_disk` folder that lists other files than its own: `datasets` would open any path there."""
     listed = []
     for path in (folder / "dataset_dict.json", *folder.rglob("state.json")):
         if path.is_file():
@@ -340,11 +320,9 @@ def _check_saved(folder: Path) -> None:
 
 
 def _listing_digest(folder: Path) -> str:
-    """A digest of a folder's files by name, size and time.
-
-    `datasets` keys its cache of a local folder that has a card by neither time nor content, and would
-    return the rows it saw first.
-    """
+    """A digest of a folder's files by name, size and time."""
+    # `datasets` keys its cache of a local folder that has a card by neither time nor content, and would return the rows
+    # it saw first.
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     states = ((path.relative_to(folder), path.stat()) for path in files)
     listing = (f"{path}:{state.st_size}:{state.st_mtime_ns}" for path, state in states)

@@ -87,7 +87,6 @@ class Source(ABC):
             Names of files, each with the rows at which its shards end, None for one shard of unknown length. Nothing
             where shards are cut from a permutation of the rows.
         """
-        del most
         return {}
 
     @abstractmethod
@@ -104,11 +103,7 @@ class Source(ABC):
     @abstractmethod
     def sample(self, plan: Plan, shards: Sequence[Shard], count: int) -> Iterator[SampleRow]:
         """Up to `count` rows of some shards, one by one for who stops early: from all over them where that costs no
-        more, else from their head.
-
-        Raises:
-            PipelineError: as `tables`.
-        """
+        more, else from their head. Errors are those of `tables`."""
 
     @abstractmethod
     def open(self, cell: Any) -> Image.Image:
@@ -121,7 +116,6 @@ class Source(ABC):
 
     def name_of(self, cell: Any) -> str | None:
         """The name of the file that a cell's image has to itself, for people, in valid UTF-8; None for none."""
-        del cell
         return None
 
 
@@ -197,11 +191,7 @@ def check_labels(labels: Labels, where: str, kind: type[PipelineError]) -> None:
 
 
 def file_names(splits: Mapping[str, Item]) -> dict[str, Item]:
-    """What belongs to each split, by the split's name in file names and on the Hub.
-
-    Raises:
-        ConfigError: two splits would have the same name, or one would have none that a file may have.
-    """
+    """What belongs to each split, by the split's name in file names and on the Hub; a ConfigError if that is taken."""
     renamed = {re.sub(r"[^\w.]", "_", name): content for name, content in splits.items()}
     for name in renamed:
         if not re.match(r"\w", name):
@@ -223,11 +213,7 @@ def digest_of(parts: Iterable[bytes | str]) -> str:
 
 
 def class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The dataset's class names: its own, or `source.classes` where it has none.
-
-    Raises:
-        ConfigError: both name them, and differ.
-    """
+    """The dataset's class names: its own, or `source.classes` where it has none; a ConfigError where they differ."""
     if own is None:
         return config.class_names
     if config.class_names is not None and tuple(config.class_names) != tuple(own):
@@ -236,11 +222,7 @@ def class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, .
 
 
 def chosen_splits(config: SourceConfig, own: Sequence[str]) -> Sequence[str]:
-    """The splits that the config names, or the only one.
-
-    Raises:
-        ConfigError: it names one that is not there, or none where there are several.
-    """
+    """The splits that the config names, or the only one; a ConfigError where these are not there."""
     if config.split is None and len(own) > 1:
         raise ConfigError(f"source.split: name one or more of the source's splits: {', '.join(own)}.")
     check_splits(config.split or own, own)

@@ -37,8 +37,7 @@ def find_columns(
         need_labels: whether a dataset without a label column is an error.
 
     Raises:
-        ConfigError: a column is not there, or differs between two files: the same numbers would mean other classes;
-            or it holds no labels.
+        ConfigError: a column is not there, or means something else in two files, or holds no labels.
     """
     import datasets
 
@@ -64,11 +63,8 @@ def find_columns(
 def _check_types(
     schemas: Mapping[str, pa.Schema], features: Mapping[str, Any], stated: Mapping[str, Any], fields: Fields
 ) -> None:
-    """Refuse columns that do not mean the same in each file, or not what they must.
-
-    Raises:
-        ConfigError: there is one.
-    """
+    """Refuse columns that do not mean the same in each file, as the same numbers would be other classes, or not what
+    they must."""
     for name, feature in features.items():
         if isinstance(feature, pa.DataType):
             raise ConfigError(f"source: column {name} holds {feature}, of which `datasets` has no type.")
@@ -101,11 +97,7 @@ def classes_of(feature: Any) -> Sequence[str] | None:
 def label_indices(
     column: pa.ChunkedArray, classes: Sequence[str] | None, where: str, kind: type[PipelineError]
 ) -> Labels:
-    """Integers or texts as labels, (N,) int64 with -1 for null.
-
-    Raises:
-        PipelineError: of that kind: a text is none of the classes.
-    """
+    """Integers or texts as labels, (N,) int64 with -1 for null; an error of that kind for a text that is no class."""
     if is_text(column.type):
         indices = pc.index_in(column, pa.array(classes or (), column.type))
         unknown = column.filter(pc.and_(pc.is_null(indices), pc.is_valid(column)))
@@ -185,11 +177,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _column_of(key: str, named: str | None, features: Mapping[str, Any], kind: Any) -> str | None:
-    """The column that a key of the config names, else the only one of that kind, None where there is none.
-
-    Raises:
-        ConfigError: there is none of that name, or there are several of the kind.
-    """
+    """The column that a key of the config names, else the only one of that kind, None where there is none."""
     if named is not None:
         if named not in features:
             raise ConfigError(f"source.{key}: there is no column {named}; the columns are {', '.join(features)}.")

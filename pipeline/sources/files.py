@@ -95,10 +95,8 @@ def own_files(builder: Any, config: HuggingFaceConfig) -> dict[str, list[tuple[s
     """The (name, URL) of the files of each split that a builder of `datasets` has found; nothing of them was read.
 
     A dataset's card may name any file of this machine, or of another dataset: only its own are read into one that is
-    published. A link in a local folder is followed, as the cache of the Hub is made of them.
-
-    Raises:
-        ConfigError: one lies elsewhere.
+    published, and others are a ConfigError. A link in a local folder is followed, as the cache of the Hub is made of
+    them.
     """
     folder = Path(str(config.path)).expanduser()
     hub = rf"hf://datasets/{re.escape(str(builder.repo_id))}@[^/]+/"
@@ -160,11 +158,7 @@ def system_of(url: str) -> tuple[Any, str]:
 
 
 def answered(call: Callable[[], Item]) -> Item:
-    """What a server answers to one question.
-
-    Raises:
-        TimeoutError: it does not.
-    """
+    """What a server answers to one question; a TimeoutError where it does not."""
     with contextlib.closing(Fetchers(1)) as pool:
         return pool.submit(call).result(SILENT_SECONDS)
 
@@ -176,11 +170,7 @@ def _url_folder(path: str) -> str:
 
 
 def existing_folder(config: HuggingFaceConfig) -> Path | None:
-    """The local folder of a source, resolved; None where its path is the id of a dataset of the Hub.
-
-    Raises:
-        ConfigError: there is no such folder, or `datasets` would look for its files elsewhere.
-    """
+    """The local folder of a source, resolved; None where its path is the id of a dataset of the Hub."""
     config.check_paths()
     if not config.folder.is_dir():
         return None
@@ -218,10 +208,7 @@ def _found_by_datasets(config: HuggingFaceConfig, path: str) -> Listing:
 def origin_of(path: str, info: Any, revision: str | None) -> Origin:
     """What a dataset of the Hub, or a local copy of one, says of itself; nothing is asked of the network for it.
 
-    Args:
-        path: its id or folder.
-        info: what `datasets` knows of it.
-        revision: the commit of the Hub that is read, where there is one.
+    `path` is its id or folder, `info` what `datasets` knows of it, `revision` the commit of the Hub that is read.
     """
     from huggingface_hub import try_to_load_from_cache
 

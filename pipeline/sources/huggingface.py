@@ -100,12 +100,7 @@ class HuggingFaceConfig(SourceConfig):
 
 
 def open_huggingface(config: HuggingFaceConfig, *, need_labels: bool) -> Source:
-    """Open the dataset; nothing of one that is streamed is read but its head and what says how it is laid out.
-
-    Raises:
-        ConfigError: it is not there, is empty, or lacks the splits or columns that are asked for.
-        PipelineError: an image cannot be read.
-    """
+    """Open the dataset; nothing of one that is streamed is read but its head and what says how it is laid out."""
     from pipeline.sources.arrow import open_arrow
     from pipeline.sources.files import find_files
 

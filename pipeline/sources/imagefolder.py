@@ -60,12 +60,7 @@ class FolderSource(IndexedSource[Sequence[str]]):
 
 
 def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderSource:
-    """Find the images of each class, all of which are labelled.
-
-    Raises:
-        ConfigError: there is no such folder, or it is none of class folders.
-        PipelineError: a part of it cannot be read.
-    """
+    """Find the images of each class, all of which are labelled."""
     config.check_paths()
     root = config.folder
     tally = Tally()
@@ -109,11 +104,7 @@ def _digest(paths: Mapping[str, Sequence[str]], folders: Mapping[str, Path]) -> 
 
 
 def _common_classes(listed: Mapping[str, Mapping[str, Sequence[str]]], root: Path, tally: Tally) -> list[str]:
-    """The class names, which are the same for all splits; a class may be without images in some of them, not in all.
-
-    Raises:
-        ConfigError: there are none, they differ, or a folder without images may be a class or not.
-    """
+    """The class names, which are the same for all splits; a class may be without images in some of them, not in all."""
     first = next(iter(listed.values()))
     if not first:
         raise ConfigError(f"source.path: {root} is not a folder of class folders: there is no folder in it.")
@@ -144,21 +135,15 @@ class _ClassFolders:
     Links are followed, and each folder is read once: those that lie there first, then those that links lead to. So no
     label depends on the order of names, and a loop of links ends. A link to a file that is read under its own name is
     left out too. Any other link to a file is an image: stores that keep equal files once are folders of such links.
+
+    Raises:
+        ConfigError: a link would make an image one of two classes.
+        OSError: a file or folder cannot be read, or is not where a link leads to.
     """
 
     def __init__(self, folder: Path, root: Path, tally: Tally) -> None:
-        """List them.
-
-        Args:
-            folder: of the class folders.
-            root: of the source, to which names in messages are relative.
-            tally: counts what is left out.
-
-        Raises:
-            ConfigError: a link would make an image one of two classes.
-            OSError: a file or folder cannot be read, or is not where a link leads to.
-        """
         self.images: dict[str, list[str]] = {}
+        # Names in messages are relative to the root.
         self._root, self._tally = root, tally
         # The class and the path of each folder that was read, by its real path.
         self._read: dict[Path, tuple[str, str]] = {}

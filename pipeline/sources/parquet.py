@@ -43,11 +43,7 @@ HEAD_BUFFER = 2**18
 
 
 def open_parquet(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool) -> "ParquetSource":
-    """Read the footers of Parquet files, and find the columns that are used.
-
-    Raises:
-        ConfigError: a file cannot be read, a split has no rows, or a column is missing or differs between files.
-    """
+    """Read the footers of Parquet files, and find the columns that are used."""
     # Of files with the same schema that of the first.
     schemas: dict[bytes, tuple[str, pa.Schema]] = {}
 
@@ -115,7 +111,6 @@ class ParquetSource(StreamedSource):
                     yield _normalised(self, file, pa.Table.from_batches([batch]))
 
     def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
-        del plan  # rows come as the files have them
         with contextlib.closing(Fetchers(FETCHERS)) as pool:
             fetching = in_order(
                 self._row_groups(shards, pool),

@@ -92,7 +92,6 @@ class StreamedSource(Source):
         """The rows of a shard, a few at a time, for who stops early: little more is fetched than is asked for."""
 
     def sample(self, plan: Plan, shards: Sequence[Shard], count: int) -> Iterator[SampleRow]:
-        del plan  # rows come as the files have them
         return itertools.islice(itertools.chain.from_iterable(map(self._head_rows, shards)), min(count, HEAD_ROWS))
 
     def _head_rows(self, shard: Shard) -> Iterator[SampleRow]:
@@ -118,11 +117,7 @@ Streamed = TypeVar("Streamed", bound=StreamedSource)
 def make_streamed(
     kind: type[Streamed], listing: Listing, listed: Mapping[str, tuple[SourceFile, ...]], fields: Fields, **more: Any
 ) -> Streamed:
-    """The source of some files that were looked at; `more` is what only its kind knows.
-
-    Raises:
-        ConfigError: a split is known to have no row.
-    """
+    """The source of some files that were looked at; `more` is what only its kind knows."""
     for split, own in listed.items():
         if total_rows(own) == 0:
             raise ConfigError(f"source: split {split} is empty.")
@@ -140,11 +135,7 @@ def make_streamed(
 def measured(
     found: Sequence[tuple[str, str]], look: Callable[[SourceFile], tuple[SourceFile, Found]]
 ) -> Iterator[tuple[SourceFile, Found]]:
-    """The files of a split, by name and URL, with their sizes, marks and what a look into each has found.
-
-    Raises:
-        ConfigError: one cannot be read, or its size is not known.
-    """
+    """The files of a split, by name and URL, with their sizes, marks and what a look into each has found."""
     with contextlib.closing(Fetchers(min(PLANNERS, len(found)))) as pool:
         # With a limit who asks stops after a few: no more than PLANNERS are looked at in vain.
         looks = in_order(found, lambda file: pool.submit(lambda: look(measure(*file))), PLANNERS)
@@ -155,11 +146,7 @@ def measured(
 
 
 def measure(name: str, url: str) -> SourceFile:
-    """A file with its size and a mark of its content.
-
-    Raises:
-        ConfigError: its size is not known.
-    """
+    """A file with its size and a mark of its content; a ConfigError where its size is not known."""
     system, path = system_of(url)
     info = system.info(path)
     if info.get("size") is None:

@@ -77,11 +77,7 @@ SIDE_BY_SIDE = "(The files of a sample must be next to each other in a tar, as `
 
 def open_tars(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool) -> "TarSource":
     """Find what the samples of tars hold. With a limit they are counted, one tar after another, so that none is read
-    that is not taken.
-
-    Raises:
-        ConfigError: a tar cannot be read, or its samples lack what is asked for.
-    """
+    that is not taken."""
 
     def counted(found: Sequence[tuple[str, str]]) -> Iterator[SourceFile]:
         for file, _ in measured(found, lambda file: (file, None)):
@@ -157,7 +153,6 @@ class TarSource(StreamedSource):
         yield from (table for table, _ in self._tables(self.file_of(shard), HEAD_ROWS))
 
     def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
-        del plan  # rows come as the files have them
         for shard in shards:
             rows, file = 0, self.file_of(shard)
             for table, left_out in self._tables(file, TABLE_ROWS):
@@ -213,10 +208,7 @@ LABELS_OF_TARS = (b"V", b"D")
 
 
 class _Tar:
-    """One tar while it is read, front to back.
-
-    max_pixels: that an image may have; its bytes are bounded by them.
-    """
+    """One tar while it is read, front to back. The bytes of an image are bounded by `max_pixels`."""
 
     def __init__(self, file: SourceFile, block: int, max_pixels: int = 0) -> None:
         self.file, self.max_pixels = file, max_pixels
@@ -354,11 +346,8 @@ def _count_samples(file: SourceFile) -> int:
 def _side_by_side(
     source: TarSource, file: SourceFile, samples: Iterator[dict[str, bytes | None]]
 ) -> Iterator[dict[str, bytes | None]]:
-    """The samples, none of which is there in parts: in a tar that is sorted by type, labels would be lost.
-
-    Only the names of samples that lack something are kept in mind, as numbers.
-    """
-    parts: set[int] = set()
+    """The samples, none of which is there in parts: in a tar that is sorted by type, labels would be lost."""
+    parts: set[int] = set()  # hashes of the names of samples that lack something
     fields = source.fields
     needed = {name for name in (fields.label, *fields.kept) if name is not None}
     for sample in samples:
@@ -382,11 +371,7 @@ def _table_of(source: TarSource, file: SourceFile, samples: Sequence[Mapping[str
 
 
 def _image_of(file: SourceFile, sample: Mapping[str, bytes | None], fields: Fields) -> bytes | None:
-    """The image of a sample: the one that the config names, or the only one.
-
-    Raises:
-        RowError: there are several.
-    """
+    """The image of a sample: the one that the config names, or the only one."""
     images = [field for field in sample if _is_the_image(fields, field)]
     if len(images) > 1:
         raise RowError(

@@ -15,7 +15,7 @@ from pydantic import Field
 from pipeline.config.schema import SourceConfig
 from pipeline.config.section import anchored, home
 from pipeline.core.errors import ConfigError, explained
-from pipeline.core.images import PILLOW_PIXELS, Opener
+from pipeline.core.images import PILLOW_PIXELS
 from pipeline.core.origin import Origin
 from pipeline.sources.base import (
     DIGEST_SAMPLES,
@@ -73,12 +73,7 @@ class TorchvisionSource(IndexedSource[Any]):
 
 
 def open_torchvision(config: TorchvisionConfig, *, need_labels: bool) -> TorchvisionSource:
-    """Make the dataset of each split, all of whose images are labelled.
-
-    Raises:
-        ConfigError: there is no such class, or it is none of a classification dataset.
-        PipelineError: an image cannot be read.
-    """
+    """Make the dataset of each split, all of whose images are labelled."""
     import torchvision
 
     kind = getattr(torchvision.datasets, str(config.path), None)
@@ -109,7 +104,7 @@ def _digest(source: TorchvisionSource, config: TorchvisionConfig) -> str:
     content: list[bytes | str] = [str(config.path), json.dumps(options, sort_keys=True, default=str)]
     for name, labels in source.labels.items():
         cells = ({"split": name, "row": row} for row in spread(len(labels), DIGEST_SAMPLES))
-        content += [name, labels.tobytes(), *sampled(partial(_pixels, partial(source.open, cell)) for cell in cells)]
+        content += [name, labels.tobytes(), *sampled(partial(_pixels, source, cell) for cell in cells)]
     return digest_of(content)
 
 
@@ -138,10 +133,10 @@ def _torchvision_labels(dataset: Any, config: TorchvisionConfig) -> Labels:
     return labels.astype(np.int64)
 
 
-def _pixels(opener: Opener) -> bytes:
+def _pixels(source: TorchvisionSource, cell: Any) -> bytes:
     """The pixels of an image that a dataset of torchvision decodes by itself; none that Pillow would warn of."""
     # It may have been raised for what was read before.
     Image.MAX_IMAGE_PIXELS = PILLOW_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return np.asarray(opener()).tobytes()
+        return np.asarray(source.open(cell)).tobytes()

@@ -134,7 +134,6 @@ PGD = {**FGSM, "kind": "pgd"}
         ({"attack": {**PGD, "steps": 0}}, "attack.steps"),
         ({"attack": None, "attacks": {"p": {**PGD, "steps": 0}}}, "attacks.p.steps"),
         ({"attack": None, "attacks": {"p": {**FGSM, "kind": "bmi"}}}, "attacks.p.kind"),
-        ({"evaluators": [{"id": "a", **DIGITS}]}, "evaluators"),
         (
             {
                 **{"model": None, "models": {"b_c": DIGITS, "c": DIGITS}},
@@ -153,17 +152,6 @@ def test_an_id_cannot_stand_twice(tmp_path: Any) -> None:
     (tmp_path / "config.yaml").write_text("models: {a: {kind: digits}, a: {kind: digits}}")
     with pytest.raises(ConfigError, match=r"/config\.yaml .*\bkey a\b"):
         load_config(str(tmp_path / "config.yaml"))
-
-
-def test_evaluators_are_told_the_lines_that_say_the_same_now() -> None:
-    with pytest.raises(ConfigError) as refused:
-        parsed(evaluators=[{"id": "other", "kind": "timm", "name": "vit"}])
-    lines = "models: {digits: {kind: digits}, other: {kind: timm, name: vit}}, and in attack models: [digits]"
-    assert lines in str(refused.value)
-    # The first model looks at clean images: that is the one that was attacked, whatever the others are called.
-    with pytest.raises(ConfigError) as refused:
-        parsed(evaluators=[{"id": "a", **DIGITS}])
-    assert "models: {digits: {kind: digits}, a: {kind: digits}}" in str(refused.value)
 
 
 def test_a_credential_within_a_model_is_refused_and_not_shown() -> None:

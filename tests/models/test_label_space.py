@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import ConfigError
 from pipeline.models.label_space import LabelSpace, join_labels
-from pipeline.sources.digits import ArraySource
 
 PETS = ("cat", "dog", "eel")
 LabelMap = Mapping[str | int, str | int] | str | None
-
-
-def source_of(classes: Sequence[str] | None, *labels: Sequence[int]) -> ArraySource:
-    """A dataset with these labels, a sequence for each split."""
-    splits = {f"split{i}": np.array(values, dtype=np.int64) for i, values in enumerate(labels or ([0, 1, 2, 0],))}
-    return ArraySource(labels=splits, rows={}, classes=None if classes is None else tuple(classes), digest="")
 
 
 def join(
@@ -31,9 +24,8 @@ def join(
     count: int | None = None,
     labels: Sequence[int] = (0, 1, 2, 0),
 ) -> LabelSpace:
-    return join_labels(
-        source_of(classes, labels), model_classes, len(model_classes or ()) if count is None else count, label_map
-    )
+    count = len(model_classes or ()) if count is None else count
+    return join_labels(classes, {"test": np.array(labels, dtype=np.int64)}, model_classes, count, label_map)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +142,7 @@ def test_two_swapped_classes_of_many_are_another_order(swapped: tuple[int, int])
     others = [*names]
     others[first], others[second] = names[second], names[first]
     with pytest.raises(ConfigError, match=rf"^model\.label_map: .*class {first} .*{names[second]!r}"):
-        join_labels(ArraySource(labels={}, rows={}, classes=tuple(names), digest=""), others, 200, None)
+        join_labels(names, {}, others, 200, None)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +206,9 @@ def test_dataset_without_names_takes_the_models(label_map: LabelMap) -> None:
     [(None, None), (PETS, None), (PETS, "identity"), (PETS, {"cat": 0, "dog": 1, "eel": 2})],
 )
 def test_label_outside_the_classes(classes: Sequence[str] | None, label_map: LabelMap) -> None:
-    source = source_of(classes, [0, 1], [2, 3])
+    labels = {"split0": np.array([0, 1]), "split1": np.array([2, 3])}
     with pytest.raises(ConfigError, match=r"^source: .*split1 .* 3, .* 3 class.*\b2\)"):
-        join_labels(source, PETS, 3, label_map)
+        join_labels(classes, labels, PETS, 3, label_map)
 
 
 def test_unlabelled_rows_are_no_label_outside_the_classes() -> None:

@@ -10,7 +10,6 @@ from pipeline.core.variants import Variant
 from pipeline.engine.scores import score
 from pipeline.layouts.base import Scores
 from pipeline.models.label_space import LabelSpace, join_labels
-from pipeline.sources.digits import ArraySource
 from tests.conftest import CLASSES
 
 
@@ -20,9 +19,7 @@ def space_of(
     count: int = 3,
     label_map: Mapping[str | int, str | int] | None = None,
 ) -> LabelSpace:
-    labels = {"test": np.zeros(1, dtype=np.int64)}
-    source = ArraySource(labels=labels, rows={}, classes=None if classes is None else tuple(classes), digest="")
-    return join_labels(source, model_classes, count, label_map)
+    return join_labels(classes, {"test": np.zeros(1, dtype=np.int64)}, model_classes, count, label_map)
 
 
 SAME = space_of()
