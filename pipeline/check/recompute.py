@@ -25,14 +25,7 @@ from pipeline.core.lattice import step
 from pipeline.core.plan import Plan
 from pipeline.core.variants import by_attack
 from pipeline.engine.compute import Attacker, ModelAttack, compile_models, look, own_copy
-from pipeline.engine.run import (
-    choose_device,
-    load_attacks,
-    load_run_model,
-    make_attacker,
-    make_attacks,
-    versions,
-)
+from pipeline.engine.run import choose_device, load_attacks, load_run_model, make_attacks, versions
 from pipeline.engine.scores import own_models, score
 from pipeline.layouts.base import Scores, model_columns
 from pipeline.models.attacked import AttackedModel
@@ -86,7 +79,7 @@ def open_recomputation(manifest: Manifest, plan: Plan, findings: Findings) -> It
         _check_unchanged(manifest, f"models.{name}", config.key("model", name), model.digest)
         model.space = spaces[name]
     attacks = make_attacks(config, {name: attack.attack for name, attack in loaded.items()}, spaces)
-    attacker = make_attacker(config, models, attacks)
+    attacker = Attacker(models, attacks, manifest.layout.stored)
     compiled_alike = True
     if config.runtime.compile:
         try:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
@@ -24,7 +24,7 @@ from pipeline import __version__
 from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
 from pipeline.config.check import check_paths, named, naming, with_key
-from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
+from pipeline.config.schema import Config, PreprocessConfig
 from pipeline.core.errors import CodeError, ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
@@ -51,8 +51,6 @@ from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, iden
 from pipeline.output.settings import take_over
 from pipeline.sources.base import Source
 from pipeline.sources.registry import open_source
-
-ModelSection = TypeVar("ModelSection", bound=ModelConfig)
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +97,7 @@ class Run:
     @property
     def attacker(self) -> Attacker:
         """The attacks on chunks of rows."""
-        return make_attacker(self.config, self.models, self.attacks)
+        return Attacker(self.models, self.attacks, self.layout.stored)
 
     @property
     def spaces(self) -> dict[str, LabelSpace]:
@@ -199,7 +197,8 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
             model.join(source, shape, config.all_models[name].label_map, attacked=name in attacked)
     spaces = {name: model.space for name, model in models.items()}
     attacks = make_attacks(config, {name: each.attack for name, each in loaded.items()}, spaces)
-    attacker = make_attacker(config, models, attacks)
+    layout = LAYOUTS[config.output.kind]
+    attacker = Attacker(models, attacks, layout.stored)
     classes = next(iter(spaces.values())).dataset_classes
     reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(classes))
     # A run that is resumed has decided; it compiles when it has something to write.
@@ -219,7 +218,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         reader=reader,
         models=models,
         attacks=attacks,
-        features=make_features(LAYOUTS[config.output.kind], contents_of(resolved, spaces, source.kept)),
+        features=make_features(layout, contents_of(resolved, spaces, source.kept)),
         device=device,
         image_format=image_format,
         identity=_identity(resolved, source, shape, loaded, models, chunk_images(device, plan.batch_size, shape)),
@@ -263,10 +262,7 @@ def open_run_source(config: Config) -> Source:
 
 
 def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> PreprocessConfig:
-    """What the weights of the first model that says something were published with, where the config has no sizes.
-
-    The models see the same images.
-    """
+    """Where the config has no sizes, those that come with the weights of the first model that has some."""
     published = next((model.preprocess for model in models.values() if model.preprocess), None)
     if published is None or asked.model_fields_set & {"resize", "crop", "interpolation"}:
         return asked
@@ -280,8 +276,7 @@ def make_attacks(
 
     Args:
         config: of the run.
-        loaded: the attacks by their ids.
-        spaces: how the classes of each model translate, by its id.
+        loaded, spaces: the attacks, and how the classes of the models translate, by their ids.
 
     Raises:
         ConfigError: a target is no class of the dataset or of a model.
@@ -301,11 +296,6 @@ def make_attacks(
     return tuple(made)
 
 
-def make_attacker(config: Config, models: Mapping[str, Model], attacks: tuple[ModelAttack, ...]) -> Attacker:
-    """All attacks of a run on chunks of rows."""
-    return Attacker(models, attacks, LAYOUTS[config.output.kind].stored)
-
-
 def _warn_unstated(config: Config, models: Mapping[str, Model]) -> None:
     """Warn of trained models of which nobody says how their input is normalised: it may well be wrong."""
     for name, model in models.items():
@@ -321,11 +311,7 @@ def _warn_unstated(config: Config, models: Mapping[str, Model]) -> None:
 
 
 def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> None:
-    """Look once at what the models make of images of the source, and say what should be known.
-
-    Raises:
-        ConfigError: as `check_model` and `check_attack`, or the code of one raises something.
-    """
+    """Look once at what the models make of images of the source, and say what should be known."""
     size = chunk_images(torch.device("cpu"), plan.batch_size, reader.shape)
     count = max(size, min(SAMPLE_IMAGES, SAMPLE_VALUES // math.prod(reader.shape)))
     images, labels = reader.sample(plan, count)
@@ -364,12 +350,7 @@ def _look_at_attacks(model: Model, attacks: Sequence[ModelAttack], images: Tenso
 
 
 def load_run_model(name: str, config: Config, device: torch.device) -> Model:
-    """A model of a run, in the run's precision.
-
-    Args:
-        name: its id.
-        config: of the run.
-        device: where it runs.
+    """A model of a run by its id, on a device, in the run's precision.
 
     Raises:
         ConfigError: as `load_model`.
@@ -392,20 +373,17 @@ def _resolved(
     runtime: Mapping[str, Any],
 ) -> Config:
     """A config with what was decided in place of each `auto`; `runtime` holds those of that section."""
-    normalised = {name: _normalised(config.all_models[name], model) for name, model in models.items()}
-    return config.with_models(normalised).model_copy(
+    sections = {}
+    for name, model in models.items():
+        mean, std = (tuple(values.flatten().tolist()) for values in (model.mean, model.std))
+        sections[name] = config.all_models[name].model_copy(update={"mean": mean, "std": std})
+    return config.with_models(sections).model_copy(
         update={
             "preprocess": preprocess,
             "output": config.output.model_copy(update={"image_format": image_format}),
             "runtime": config.runtime.model_copy(update=runtime),
         }
     )
-
-
-def _normalised(section: ModelSection, model: Model) -> ModelSection:
-    """A model's section with the mean and std that it came to have."""
-    mean, std = (tuple(values.flatten().tolist()) for values in (model.mean, model.std))
-    return section.model_copy(update={"mean": mean, "std": std})
 
 
 def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, ...]]:
@@ -420,16 +398,7 @@ def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, .
 def _resolve_compile(
     attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, config: Config
 ) -> tuple[bool, int]:
-    """Resolve `runtime.compile` and the batch size of a new run, by trying out what it will do.
-
-    On a CPU chunks are small, and memory is not tried.
-
-    Returns:
-        Whether the models are compiled, and the batch size that fits.
-
-    Raises:
-        ConfigError: compilation was asked for, and fails; or not even one image fits.
-    """
+    """Whether the models of a new run are compiled, and the batch size that fits, by trying out what it will do."""
     wanted = config.runtime.compile
     compiles = worth_compiling(device, plan.total or 0) if wanted == "auto" else wanted
 
@@ -443,7 +412,7 @@ def _resolve_compile(
                     raise ConfigError(f"runtime.compile: {error}; leave the key out, or set it to false.") from error
                 logger.warning("%s; the run goes on without.", error)
                 compiles = False
-        if device.type != "cpu":
+        if device.type != "cpu":  # there chunks are small, and fit
             rehearse(attacker, device, shape, size)
 
     size = fit_batch_size(attempt, plan.batch_size)
