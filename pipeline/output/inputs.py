@@ -103,11 +103,7 @@ def _environment() -> Iterator[str]:
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:
-    """All that lies at or below a path, through links too: its name and state, and the time of its last change.
-
-    Raises:
-        OSError: something cannot be read, or a link leads to nothing.
-    """
+    """All that lies at or below a path, through links too: its name and state, and the time of its last change."""
     if root.is_symlink():
         yield _state(str(root), root.lstat())
     if not root.is_dir():
