@@ -28,7 +28,7 @@ from pipeline.output.disk import check_disk, in_flight
 from pipeline.output.folder import OutputFolder, Receipt, committed
 from pipeline.output.inputs import Inputs, inputs_of, is_unchanged, remember
 from pipeline.output.manifest import Manifest, ended, read_manifest, summarise
-from pipeline.output.settings import another_run, check_settings
+from pipeline.output.settings import another_run, check_settings, version_changes
 
 if TYPE_CHECKING:
     from pipeline.engine.job import Job, Written
@@ -348,10 +348,5 @@ def _check_same(opened: Manifest, recorded: Manifest | None, folder: OutputFolde
         return
     if recorded.run_id != opened.run_id:
         raise another_run(folder, recorded, opened.identity, recorded.identity)
-    changed = [
-        f"{name} {recorded.versions.get(name)} then, {here} now"
-        for name, here in opened.versions.items()
-        if here != recorded.versions.get(name)
-    ]
-    if changed:
+    if changed := version_changes(recorded.versions, opened.versions):
         logger.warning("Resuming in another environment, where last digits may differ: %s.", "; ".join(changed))

@@ -54,6 +54,7 @@ from pipeline.output.folder import (
     shard_file,
 )
 from pipeline.output.manifest import ON_RAY, Manifest, altered_manifest, contradictions, summarise
+from pipeline.output.settings import version_changes
 from pipeline.output.shards import FOOTER_KEY
 
 
@@ -150,11 +151,7 @@ def check_summaries(folder: OutputFolder, manifest: Manifest, plan: Plan, findin
 
 
 def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
-    """The columns that a manifest says its files have.
-
-    Raises:
-        PipelineError: they cannot be read, or are not those that a run of its config writes.
-    """
+    """The columns that a manifest says its files have, which are those that a run of its config writes."""
     config = manifest.resolved
     try:
         features = datasets.Features.from_dict(manifest.features)
@@ -209,11 +206,15 @@ class ShardCheck:
             if self.recomputation is not None:
                 self.recomputation.compare_environment(receipt)
             for entry in receipt.files:
-                self._check_size(shard, entry)
+                if entry.path not in self.sizes:
+                    raise DamageError(f"{entry.path} is missing.")
+                self._compare_file(shard, entry, "bytes", self.sizes[entry.path])
             with contextlib.ExitStack() as stack:
                 root = self._fetch(stack, receipt)
                 for entry in receipt.files:
-                    self._check_digest(shard, entry, root)
+                    with (root / entry.path).open("rb") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    self._compare_file(shard, entry, "sha256", digest)
                 self._check_rows(shard, receipt, root)
         except DamageError as damage:
             self.findings.damage(shard.name, str(damage))
@@ -248,16 +249,6 @@ class ShardCheck:
             return stack.enter_context(self.folder.store.fetched([entry.path for entry in receipt.files]))
         except PipelineError as error:  # a store's sentence
             raise UnreadError(str(error)) from None
-
-    def _check_size(self, shard: Shard, entry: FileEntry) -> None:
-        size = self.sizes.get(entry.path)
-        if size is None:
-            raise DamageError(f"{entry.path} is missing.")
-        self._compare_file(shard, entry, "bytes", size)
-
-    def _check_digest(self, shard: Shard, entry: FileEntry, root: Path) -> None:
-        with (root / entry.path).open("rb") as file:
-            self._compare_file(shard, entry, "sha256", hashlib.file_digest(file, "sha256").hexdigest())
 
     def _compare_file(self, shard: Shard, entry: FileEntry, key: str, found: Any) -> None:
         """A file is as its receipt says. Where the manifest lists it as it was found, the receipt was altered."""
@@ -309,10 +300,7 @@ class ShardCheck:
         least: NDArray[np.int64],
         most: NDArray[np.int64],
     ) -> None:
-        """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now.
-
-        Of the values that an attack does not move, (V,) the least and the most that there can be are known.
-        """
+        """The counts of a receipt are those of its rows; of the values that do not move bounds are known, (V,) each."""
         if len(receipt.counts) != len(found):
             raise DamageError(f"{self._receipt(shard)} counts other epsilons than the run has.")
         for index, (said, here, name) in enumerate(zip(receipt.counts, found, self._names(shard), strict=True)):
@@ -412,11 +400,7 @@ class ShardCheck:
         original: Batch | None,
         receipt: Receipt,
     ) -> tuple[list[VariantCounts], NDArray[np.int64]]:
-        """Check one batch of every subset.
-
-        Returns:
-            What its rows of each variant add up to, and its least and most zero signs, (2, V).
-        """
+        """What one batch of every subset adds up to in each variant, and its least and most zero signs, (2, V)."""
         rows = self.plan.rows(shard, place)[mask]
         files, names = dict(zip(self.stored, self._files(shard), strict=True)), self._names(shard)
         stored = dict(zip(self.stored, subsets, strict=True))
@@ -529,12 +513,12 @@ class ShardCheck:
     def _report_decoded(self, name: str, receipt: Receipt, what: str) -> None:
         """What is decoded otherwise than in the run is damage only where the same libraries decode."""
         here = {package: importlib.metadata.version(package) for package in ("pillow", "torchvision")}
-        then = {package: str(receipt.versions.get(package)) for package in here}
-        if here == then:
+        changes = version_changes({package: receipt.versions[package] for package in here}, here)
+        if not changes:
             raise DamageError(f"{name} has {what} that are not the source's.")
-        others = ", ".join(f"{package} {then[package]} then, {here[package]} now" for package in here)
         self.findings.problems.append(
-            f"{name} has {what} that are not the source's as it is decoded here ({others}); nothing is dropped for it."
+            f"{name} has {what} that are not the source's as it is decoded here ({', '.join(changes)}); nothing is "
+            "dropped for it."
         )
 
     def _unpack(

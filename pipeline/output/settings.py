@@ -62,6 +62,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} ({_short(there.get(key))} there, {_short(here.get(key))} here)" for key in keys)
 
 
+def version_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What the `versions` of a run differ in from those of another session, for a person."""
+    names = {**then, **now}
+    return [f"{key} {then.get(key)} then, {now.get(key)} now" for key in names if then.get(key) != now.get(key)]
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
