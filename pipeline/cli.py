@@ -355,11 +355,8 @@ def night(
 
 
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
-    """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown.
-
-    What rich can draw has seen to that itself: see `console.cell`.
-    """
-    if hasattr(text, "__rich_console__"):
+    """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown."""
+    if hasattr(text, "__rich_console__"):  # it has seen to that itself: see `console.cell`
         show(text, sys.stderr if err else sys.stdout)
     else:
         typer.echo(presentable(str(text), keep), err=err)

@@ -153,11 +153,7 @@ class Night:
     # ---------------------------------------------------------------------------------------------- before and after
 
     def _check(self) -> str:
-        """What would only be noticed hours later. Returns where the dataset goes.
-
-        Raises:
-            ConfigError: the config cannot be used, or nothing could be published.
-        """
+        """Refuse at once what would only be noticed hours later. Returns where the dataset goes."""
         from pipeline.config.load import load_config
 
         path = load_config(self._config, self._overrides, output=self._asked).output.path
@@ -169,11 +165,7 @@ class Night:
         return path if is_address(path) else str(Path(path).expanduser())
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        """Open the log, and say what became of the night before.
-
-        Raises:
-            PipelineError: another night is at work on the same output.
-        """
+        """Open the log, unless another night is at work on the same output, and say what became of the one before."""
         assert self._output is not None
         folder = night_folder(self._output)
         handle = os.open(folder, os.O_RDONLY)

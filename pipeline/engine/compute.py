@@ -156,15 +156,9 @@ def attack_images(
 def look(
     models: Mapping[str, Model], images: Sequence[Tensor], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """What models make of images.
+    """The id of each model, and its logits of V times (N, C, H, W) uint8 images, clean first.
 
-    Args:
-        models: by their ids.
-        images: V times (N, C, H, W) uint8, clean first.
-        clean: the logits of the clean images, of models that were asked for their gradient.
-
-    Yields:
-        Each model's id, and its logits of the V images.
+    `clean` are the logits of the clean images, of models that were asked for their gradient.
     """
     for name, model in models.items():
         yield name, [clean[name] if name in clean else model.predict(images[0]), *map(model.predict, images[1:])]
@@ -213,10 +207,7 @@ class Attacker:
         """Attack a chunk and wait for the outcome.
 
         Args:
-            images_u8: (N, C, H, W) uint8 on the device, as the other tensors.
-            labels: (N, E) int64, of each model its own index; -1 for unlabelled.
-            draws: (N,) int64 random numbers, as `attack_images`.
-            valid: (N,) bool, the M rows that count.
+            images_u8, labels, draws, valid: as `attack_images`, on the device; M rows are valid.
 
         Raises:
             CodeError: a model or an attack raises something.
@@ -308,12 +299,12 @@ def rehearse(
 
 
 def fit_batch_size(attempt: Callable[[int], None], batch_size: int, *, quiet: bool = False) -> int:
-    """Halve a batch until it fits in the device's memory.
+    """The first of `batch_size`, half of it, ... rows that fit in the device's memory.
 
     Args:
-        attempt: computes a batch of that many rows; raises torch.OutOfMemoryError.
-        batch_size: the size to begin with.
-        quiet: say nothing of a smaller one.
+        attempt: computes a batch of so many rows; raises torch.OutOfMemoryError where they do not fit.
+        batch_size: rows to begin with.
+        quiet: do not warn of a smaller batch.
 
     Raises:
         ConfigError: not even one image fits.

@@ -91,22 +91,16 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _gray_to_8_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Gray of 16 or 12 bits as 8 bits; any other image as it is.
-
-    Args:
-        image: the pixels.
-        opened: the same image as it was opened: turned upright, it no longer knows what it was read from.
-
-    Raises:
-        UndecodableError: nobody knows which value is white.
-    """
+    """Gray of 16 or 12 bits as 8 bits; any other image as it is. `opened` is it before it was turned."""
     # Pillow has 16 bits of PNG and PPM as mode I too, whose values are then 0 to 65,535.
     if image.mode == "F" or (image.mode == "I" and opened.format not in ("PNG", "PPM")):
+        # Nobody knows which value is white.
         raise UndecodableError(
             f"{'floating-point' if image.mode == 'F' else '32-bit or signed'} pixels have no fixed range"
         )
     if not image.mode.startswith("I"):
         return image
+    # Turned upright, it no longer knows what it was read from.
     tags = opened.tag_v2 if isinstance(opened, TiffImagePlugin.TiffImageFile) else {}
     white = 4095 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 65_535
     values = np.clip(np.asarray(image).astype(np.int64), 0, white)

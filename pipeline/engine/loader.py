@@ -111,11 +111,9 @@ class Reader:
             )
 
     def sample(self, plan: Plan, count: int) -> tuple[Tensor, Tensor]:
-        """Some images of the run.
+        """Up to `count` images of the run, (n, C, H, W) uint8, and their labels, (n,) int64, -1 for unlabelled.
 
-        Returns:
-            Up to `count` images, (n, C, H, W) uint8, and their labels, (n,) int64, -1 for unlabelled. What cannot be
-            decoded, or is of another size, is left to the run.
+        What cannot be decoded, or is of another size, is left to the run.
         """
         images, labels = [], []
         # A request for each further file would be many.
@@ -197,9 +195,7 @@ def load_batches(
     """Read the batches of some shards, in order.
 
     Args:
-        reader: opens and decodes rows.
-        plan: the run's plan.
-        shards: those to read.
+        reader, plan, shards: what reads rows, and which.
         workers: decoding threads, beside one that fetches; 0 does both in this one, as batches are asked for, and
             `auto` takes the cores at hand.
         pin: put images, labels and masks into page-locked memory, from which copies to CUDA are asynchronous.

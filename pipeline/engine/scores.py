@@ -135,10 +135,9 @@ def count(
 
     Args:
         variant: which.
-        rows: M of them, with the columns of layout images.
-        clean: those of the same images when clean.
-        models: the ids of all models.
-        zero_signs: values that the attack does not move.
+        rows, clean: M rows of layout images, and those of the same images when clean.
+        models: the ids of all.
+        zero_signs: how many values the attack does not move.
     """
     known = np.asarray(rows.column("label").is_valid())
     correct, fooled = (_flags(rows, name) for name in ("correct", "fooled"))

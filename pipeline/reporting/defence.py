@@ -58,11 +58,7 @@ class Spread:
 
 
 def compare(ours: Sequence[float], others: Sequence[float]) -> int | None:
-    """Which of two arms has the larger errors, by their differences within each seed.
-
-    Args:
-        ours: one error for each seed.
-        others: those of the other arm, of the same seeds in the same order.
+    """Which of two arms has the larger errors, one for each seed, by their differences within each seed.
 
     Returns:
         1 where ours are larger and -1 where they are smaller; 0 where the 95% interval of the difference has 0 in it.

@@ -58,11 +58,8 @@ def by_interest(splits: Sequence[str]) -> list[str]:
 
 
 def images_of(manifest: Manifest, split: str) -> str:
-    """What the images of a split are called: `test images`.
-
-    Where nobody named the only split, `images`: those of a folder without splits are stored as `train`, whatever they
-    are.
-    """
+    """What the images of a split are called: `test images`."""
+    # Those of a folder without splits are stored as `train`, whatever they are.
     unnamed = manifest.config["source"].get("split") is None and [*manifest.split_rows] == ["train"]
     return "images" if unnamed else f"{split} images"
 

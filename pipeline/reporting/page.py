@@ -92,14 +92,9 @@ def report(path: str | Path) -> str:
 
 
 def write_report(folder: OutputFolder, manifest: Manifest) -> str:
-    """Write report.html and assets/*.png; the former last, so that it stands for all of them.
+    """Write assets/*.png and then report.html, which stands for all of them; returns where that is.
 
-    Args:
-        folder: of the dataset.
-        manifest: of the files that are there, as `current_manifest` gives it.
-
-    Returns:
-        The path or address of report.html.
+    The manifest is of the files that are there, as `current_manifest` gives it.
 
     Raises:
         PipelineError: a file cannot be read, the disk refuses, or a file of others lies where one goes.
