@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
 from pipeline.core.memory import PeakMemory
 from pipeline.core.plan import Plan, Shard
-from pipeline.engine.decode import read_image
 from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
 from pipeline.engine.progress import Busy
 from pipeline.engine.resolved import count, describe_run, planned
@@ -82,7 +80,7 @@ def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
     reader, found = run.reader, []
     for row in run.source.sample(run.plan, shards, SAMPLES):
         with contextlib.suppress(UndecodableError):
-            found.append(read_image(partial(run.source.open, row.cell), reader.preprocess, reader.max_pixels))
+            found.append(reader.decode(row.cell))
     return torch.stack(found) if found else torch.zeros((0, *reader.shape), dtype=torch.uint8)
 
 

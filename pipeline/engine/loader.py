@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,9 +91,13 @@ class Reader:
             left_out=left_out,
         )
 
+    def decode(self, cell: Any) -> Tensor:
+        """The image of a cell, (C, H, W) uint8, of any size; raises what `read_image` does."""
+        return read_image(partial(self.source.open, cell), self.preprocess, self.max_pixels)
+
     def _pixels(self, row: SampleRow) -> NDArray[np.uint8]:
         """The pixels of a row, (H, W, C)."""
-        found = read_image(partial(self.source.open, row.cell), self.preprocess, self.max_pixels)
+        found = self.decode(row.cell)
         if tuple(found.shape) != self.shape:
             raise _mixed_sizes(self.shape, found.shape, _name(self.source, row))
         return found.permute(1, 2, 0).numpy()
@@ -120,7 +125,7 @@ class Reader:
         shards = plan.shards if plan.shards[0].file is None else plan.shards[:1]
         for row in _samples(self.source, plan, shards, count):
             with contextlib.suppress(UndecodableError):
-                pixels = read_image(partial(self.source.open, row.cell), self.preprocess, self.max_pixels)
+                pixels = self.decode(row.cell)
                 if tuple(pixels.shape) == self.shape:
                     images.append(pixels)
                     outside = self.classes is not None and row.label >= self.classes
