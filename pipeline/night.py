@@ -295,7 +295,9 @@ class Night:
             self._record(self._summarise(None))
             self._say(f"fgsm {shlex.join(arguments)}")
             began = time.monotonic()
-            code = self._run(f"fgsm {name}", [*self._program, *arguments], _same_python())
+            # So that `python -P -m pipeline` is this package, whatever lies in the working folder.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            code = self._run(f"fgsm {name}", [*self._program, *arguments], environment)
             took = time.monotonic() - began
             state["seconds"], state["exit_code"] = round(state["seconds"] + took, 1), code
             if code == 0:
@@ -424,11 +426,6 @@ def _replace(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
-
-
-def _same_python() -> dict[str, str]:
-    """The environment in which `python -P -m pipeline` is this package, whatever lies in the working folder."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def _close(file: TextIO) -> None:

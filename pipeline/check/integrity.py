@@ -1,9 +1,4 @@
-"""Integrity: does the dataset hold what its receipts and its manifest say, down to the pixel?
-
-Every file's digest, schema, row count and columns, every source row accounted for, and every image the clean one moved
-by its epsilon, along one sign where the attack has one. A batch of any layout is first read back as its images and as a
-table of what is recorded of each variant.
-"""
+"""Integrity: what `verify` checks of manifest, card, listing and shards without asking a model."""
 
 import contextlib
 import hashlib
@@ -44,15 +39,7 @@ from pipeline.engine.scores import complete_scores, contents_of, count, own_mode
 from pipeline.layouts.base import LABEL, Scores, kept_columns, make_features, model_columns
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.output.card import make_configs, read_configs
-from pipeline.output.folder import (
-    FileEntry,
-    OutputFolder,
-    Receipt,
-    VariantCounts,
-    add_up,
-    committed,
-    shard_file,
-)
+from pipeline.output.folder import FileEntry, OutputFolder, Receipt, VariantCounts, add_up, committed, shard_file
 from pipeline.output.manifest import ON_RAY, Manifest, altered_manifest, contradictions, summarise
 from pipeline.output.settings import version_changes
 from pipeline.output.shards import FOOTER_KEY

@@ -106,7 +106,7 @@ def attack_images(
         draws: (N,) int64 random numbers for random targets, and for attacks that need them.
     """
     order = list(models)
-    of_rows = valid.view(-1, 1)
+    ignored = ~valid.view(-1, 1)
     images, own, directions, classes, zero_signs = [images_u8], [order[0]], [], [], []
     finite, in_ball = [], []
     # Attacks with one goal on one model share its forward pass of the clean images, and their gradient.
@@ -137,7 +137,7 @@ def attack_images(
     logits: dict[int, Tensor] = {}
     predictions, finite_logits = [], []
     for name, answers in look(models, images, clean):
-        finite_logits.append(torch.stack([all_finite(values, of_rows) for values in answers]).all())
+        finite_logits.append(torch.stack([(torch.isfinite(values) | ignored).all() for values in answers]).all())
         predictions.append(torch.stack([values.argmax(1) for values in answers]))
         logits |= {index: values for index, values in enumerate(answers) if own[index] == name}
     return Attacked(
@@ -170,18 +170,12 @@ def count_zeros(values: Tensor, valid: Tensor) -> Tensor:
     return ((values[0].numel() - values.sum((1, 2, 3))) * valid).sum()
 
 
-def all_finite(values: Tensor, valid: Tensor) -> Tensor:
-    """Whether all values of the valid rows are numbers, a scalar bool."""
-    return (torch.isfinite(values) | ~valid).all()
-
-
 @dataclass(frozen=True)
 class Part:
     """The M valid rows of a chunk, attacked, on the CPU.
 
-    pictures: what is stored of them, each (M, C, H, W) uint8. Of V variants: logits, V times (M, classes), by the row's
-    own model; predictions (E, V, M) int64, of every model, as its own index; zero_signs (V,) int64, values that the
-    attack does not move. classes: (A, M) int64, whose loss each attack changed.
+    pictures: what is stored of them, each (M, C, H, W) uint8. predictions: (E, V, M) int64, each model's own indices.
+    The others are as in `Attacked`, of M rows.
     """
 
     pictures: tuple[Tensor, ...]

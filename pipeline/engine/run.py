@@ -30,14 +30,7 @@ from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
 from pipeline.core.variants import Variant
-from pipeline.engine.compute import (
-    Attacker,
-    ModelAttack,
-    compile_models,
-    fit_batch_size,
-    rehearse,
-    worth_compiling,
-)
+from pipeline.engine.compute import Attacker, ModelAttack, compile_models, fit_batch_size, rehearse, worth_compiling
 from pipeline.engine.loader import Reader, Shape, find_shape
 from pipeline.engine.model_check import check_attack, check_model
 from pipeline.engine.scores import contents_of

@@ -58,7 +58,7 @@ class Summary:
             yield cell("")
             yield cell("Transfer, in percent: what each model gets right, and what it loses of what")
             yield cell("it gets right when clean")
-            for (split, level), rows in itertools.groupby(matrix, _split_and_level):
+            for (split, level), rows in itertools.groupby(matrix, lambda row: (row[0].split, row[0].level)):
                 yield from _transfer_tables(f"{split} {level}/255", list(rows), options.max_width)
         yield cell("")
         yield from map(cell, _notes(manifest))
@@ -104,10 +104,6 @@ def _columns(subsets: Sequence[Subset]) -> dict[str, Sequence[object]]:
 
 def _html(value: object) -> str:
     return html.escape(presentable(str(value)))
-
-
-def _split_and_level(row: Sequence[Transfer]) -> tuple[str, int]:
-    return row[0].split, row[0].level
 
 
 def _transfer_tables(title: str, rows: Sequence[Sequence[Transfer]], width: int) -> Iterator["RenderableType"]:
