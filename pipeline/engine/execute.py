@@ -304,16 +304,9 @@ class _Sink:
     ) -> Receipt | None:
         """Write a batch. If it was the last of its shard, commit that and return the receipt."""
         if self._failed:
-            return None  # it was waiting when another failed, and must not complete that one's shard
-        try:
-            return self._add(batch, scores, zero_signs, encoded)
-        except BaseException:
-            self._failed = True
-            raise
-
-    def _add(
-        self, batch: Batch, scores: Scores, zero_signs: Tensor, encoded: Sequence[Sequence[Future[pa.StructArray]]]
-    ) -> Receipt | None:
+            return None
+        # Until all of it is done: batches that wait when one fails are dropped, as they must not complete its shard.
+        self._failed = True
         run = self.run
         if self._open is None:
             columns = picture_columns(run.layout, run.variants)
@@ -327,11 +320,12 @@ class _Sink:
         # By the wall, without the encoders: what holds a writer up is the disk.
         self.busy.timed("write", self._open.write, time.perf_counter)(tables)
         self._count(batch, dict(zip(run.stored, tables, strict=True)), zero_signs)
-        if not batch.ends_shard:
-            return None
-        receipt = self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
-        self.close()
-        self._start()
+        receipt = None
+        if batch.ends_shard:
+            receipt = self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
+            self.close()
+            self._start()
+        self._failed = False
         return receipt
 
     def _count(self, batch: Batch, tables: Mapping[str, pa.Table], zero_signs: Tensor) -> None:
