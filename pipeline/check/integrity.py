@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ class ShardCheck:
     """Checks one shard after another: its files side by side, batch by batch."""
 
     folder: OutputFolder
-    manifest: InitVar[Manifest]
+    manifest: Manifest
     plan: Plan
     sizes: Mapping[str, int]
     findings: Findings
@@ -167,12 +167,11 @@ class ShardCheck:
     decoders: Executor
     progress: Progress
 
-    def __post_init__(self, manifest: Manifest) -> None:
-        self.shape = manifest.shape
+    def __post_init__(self) -> None:
+        manifest = self.manifest
         self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
         self.levels = [variant.level for variant in self.variants]
-        self.layout, self.run_id, config = manifest.layout, manifest.run_id, manifest.resolved
-        self.seed = config.runtime.seed
+        self.layout, self.shape, config = manifest.layout, manifest.shape, manifest.resolved
         # Of each attack on each model: the indices of its variants.
         self.attacks = by_attack(self.variants)
         self.on_ray = [index > 0 and manifest.on_ray(one.attack) for index, one in enumerate(self.variants)]
@@ -184,7 +183,6 @@ class ShardCheck:
         self.own_classes = [len(self.spaces[name].to_recorded) for name in own_models(self.variants, self.models)]
         targets = {name: attack.target for name, attack in config.all_attacks.items()}
         self.targeted = [one.attack is not None and targets[one.attack] is not None for one in self.variants]
-        self.labels = len(manifest.dataset_classes)
 
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
@@ -370,7 +368,7 @@ class ShardCheck:
 
     def _check_footer(self, name: str, metadata: Mapping[bytes, bytes], shard: Shard, subset: str, rows: int) -> None:
         """What the file says of itself is what it is taken for."""
-        expected = {"run_id": self.run_id, "shard": shard.name, "rows": rows, "subset": subset}
+        expected = {"run_id": self.manifest.run_id, "shard": shard.name, "rows": rows, "subset": subset}
         try:
             found = json.loads(metadata.get(FOOTER_KEY.encode(), b""))
         except ValueError:
@@ -408,7 +406,7 @@ class ShardCheck:
             for index in indices:
                 self._check_pixels(index, names[index], images, sign, clean)
         if self.recomputation is not None and len(rows):
-            draws = draw_numbers(self.seed, shard, rows)
+            draws = draw_numbers(self.manifest.resolved.runtime.seed, shard, rows)
             self.recomputation.check(names, mask, images, signs, recorded, clean, draws)
         counts = [count(one, table, clean, self.models) for one, table in zip(self.variants, tables, strict=True)]
         zero = [(0, 0), *(self._count_zero_signs(index, images, signs) for index in range(1, len(images)))]
@@ -440,7 +438,9 @@ class ShardCheck:
     def _check_ranges(self, name: str, table: pa.Table, variant: int) -> None:
         """Classes are classes, and probabilities are such."""
         own = self.own_classes[variant]
-        classes_of = {LABEL: self.labels, "prediction": own} | ({"target": own} if self.targeted[variant] else {})
+        classes_of = {LABEL: len(self.manifest.dataset_classes), "prediction": own} | (
+            {"target": own} if self.targeted[variant] else {}
+        )
         if len(self.models) > 1:
             classes_of |= {model_columns(name)[0]: len(space.to_recorded) for name, space in self.spaces.items()}
         for column, classes in classes_of.items():
