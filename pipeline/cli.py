@@ -392,7 +392,11 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
     """Turn what a user can cause into one sentence and an exit code; anything else keeps its traceback."""
     from pipeline.core.interrupts import interruptible
 
-    _log_to_stderr()
+    # A log that is read in the morning wants times; a person at a terminal does not.
+    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
+    logger = logging.getLogger("pipeline")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
     try:
         # Without a folder torch's libraries end the process.
         with explained("The working folder is gone", "run the command from another one", kind=ConfigError):
@@ -409,14 +413,6 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
             _say(traceback.format_exc(), err=True)
         _say(f"Error: {known}", err=True, keep="")
         raise typer.Exit(known.exit_code) from None
-
-
-def _log_to_stderr() -> None:
-    # A log that is read in the morning wants times; a person at a terminal does not.
-    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
-    logger = logging.getLogger("pipeline")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
 
 
 class _Descriptor(io.FileIO):

@@ -167,7 +167,14 @@ def _execute(
             if not same:
                 raise PipelineError(f"{folder.root} was changed by another run meanwhile; run the same command again.")
             begun = _begin(folder, recorded or opened, overwrite)
-            begun, done, missing = _take_up(folder, begun, shards, own)
+            # What is there of the run is summed up, and what is left of shards that were not committed is removed.
+            sizes = folder.store.sizes()
+            done = committed(folder, begun.edition, shards, sizes)
+            begun = write_summaries(folder, begun, done)
+            if done:
+                logger.info("%d of %d shards are already there.", len(done), len(shards))
+            missing = [shard for shard in own if shard.name not in done]
+            folder.forget(missing, begun.edition, sizes)
         try:
             session = _write(executor, job, folder, opened, missing, list(done.values())) if missing else None
         except BaseException:
@@ -292,23 +299,6 @@ def _is_current(folder: OutputFolder, recorded: Manifest, done: Mapping[str, Rec
         logger.info("All %d shards are already there.", len(done))
         folder.store.tidy()
     return current
-
-
-def _take_up(
-    folder: OutputFolder, begun: Manifest, shards: Sequence[Shard], own: Sequence[Shard]
-) -> tuple[Manifest, dict[str, Receipt], list[Shard]]:
-    """Sum up what is there of a run, and remove what is left of shards that were not committed.
-
-    Returns the manifest as it is now, the receipts that are there, and which of this process's own shards are missing.
-    """
-    sizes = folder.store.sizes()
-    done = committed(folder, begun.edition, shards, sizes)
-    begun = write_summaries(folder, begun, done)
-    if done:
-        logger.info("%d of %d shards are already there.", len(done), len(shards))
-    missing = [shard for shard in own if shard.name not in done]
-    folder.forget(missing, begun.edition, sizes)
-    return begun, done, missing
 
 
 def _begin(folder: OutputFolder, manifest: Manifest, overwrite: bool) -> Manifest:
