@@ -156,7 +156,7 @@ def attack_images(
 def look(
     models: Mapping[str, Model], images: Sequence[Tensor], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """The id of each model, and its logits of V times (N, C, H, W) uint8 images, clean first.
+    """Yield the id of each model, and its logits of V times (N, C, H, W) uint8 images, clean first.
 
     `clean` are the logits of the clean images, of models that were asked for their gradient.
     """
@@ -272,9 +272,8 @@ def rehearse(
         CodeError: a model or an attack raises something.
         torch.OutOfMemoryError: the batch is too large.
     """
-    zeros, labels = (
-        torch.zeros(shape, dtype=torch.int64) for shape in (batch_size, (batch_size, len(attacker.models)))
-    )
+    zeros = torch.zeros(batch_size, dtype=torch.int64)
+    labels = torch.zeros((batch_size, len(attacker.models)), dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -293,7 +292,7 @@ def rehearse(
 
 
 def fit_batch_size(attempt: Callable[[int], None], batch_size: int, *, quiet: bool = False) -> int:
-    """The first of `batch_size`, half of it, ... rows that fit in the device's memory.
+    """Halve a batch until it fits in the device's memory; returns how many rows do.
 
     Args:
         attempt: computes a batch of so many rows; raises torch.OutOfMemoryError where they do not fit.
