@@ -279,7 +279,7 @@ def _receipts(
 
 
 def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Sequence[Shard]) -> None:
-    """Wait until what other machines have written is seen in the output from here, as it soon is in a shared folder."""
+    """Wait until the output, as it is seen from here, holds what other machines have written; not for ever."""
     if not executor.remote:
         return  # what is removed meanwhile the caller names
     end = time.monotonic() + SHARED_SECONDS

@@ -49,12 +49,7 @@ SUMMARY = "summary.json"
 
 
 def allowed_tries(phase: str, code: int) -> int:
-    """How often in a row a phase may end with a code, without anything new in the dataset.
-
-    Args:
-        phase: `generate`, `verify`, `report` or `publish`.
-        code: its exit code; negative for a signal that killed it.
-    """
+    """How often in a row a phase may end with an exit code (negative: a signal) without anything new in the dataset."""
     if code == TemporaryError.exit_code:
         return PATIENT_TRIES
     # Above 128: somebody has stopped this command and not the night, such as a guard against running out of memory.
@@ -472,7 +467,6 @@ def _memory(pid: int) -> str:
 
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
-        return (
-            f"{human_bytes(sum(p.memory_info().rss for p in (process, *process.children(recursive=True))))} in memory"
-        )
+        sizes = [each.memory_info().rss for each in (process, *process.children(recursive=True))]
+        return f"{human_bytes(sum(sizes))} in memory"
     return "memory unknown"

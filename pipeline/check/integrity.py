@@ -438,9 +438,9 @@ class ShardCheck:
     def _check_ranges(self, name: str, table: pa.Table, variant: int) -> None:
         """Classes are classes, and probabilities are such."""
         own = self.own_classes[variant]
-        classes_of = {LABEL: len(self.manifest.dataset_classes), "prediction": own} | (
-            {"target": own} if self.targeted[variant] else {}
-        )
+        classes_of = {LABEL: len(self.manifest.dataset_classes), "prediction": own}
+        if self.targeted[variant]:
+            classes_of["target"] = own
         if len(self.models) > 1:
             classes_of |= {model_columns(name)[0]: len(space.to_recorded) for name, space in self.spaces.items()}
         for column, classes in classes_of.items():

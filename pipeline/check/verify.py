@@ -94,9 +94,7 @@ def verify(
 
 
 def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
-    """Say what code of the user's is about to run because a manifest names it; a dataset never brings its own along.
-
-    It may be that of a model or of an attack.
+    """Say what code of the user's, of a model or an attack, is about to run because a manifest names it.
 
     Raises:
         ConfigError: the code may lie in the dataset's own folder.

@@ -327,12 +327,9 @@ def _rate(per_second: float) -> str:
 
 
 def hub_warnings(plan: Plan, subsets: int, size: float | None) -> list[str]:
-    """What the Hub would not take of a dataset, and the setting that helps.
+    """What the Hub would not take of a dataset with a folder for each subset, and the setting that helps.
 
-    Args:
-        plan: of the run.
-        subsets: how many folders there are.
-        size: bytes of all files, None where that is not known.
+    `size` are the bytes of all files, None where that is not known.
     """
     shards, splits = len(plan.shards), planned(plan)
     folder, repository = shards > HUB_FOLDER_FILES, shards * subsets > HUB_REPOSITORY_FILES - HUB_OTHER_FILES

@@ -195,16 +195,12 @@ def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, judges: b
 
 
 def check_share_skipped(skipped: int, total: int | None, read: int, most: float, shard: Shard, last: Skipped) -> None:
-    """Stop where too many rows were skipped, of all in the source or, where `total` is None, of those read so far.
+    """Stop where more than a share of the rows, `most` in [0, 1], was skipped.
 
-    Args:
-        skipped, total, read: numbers of rows.
-        most: the share of them that may be skipped, in [0, 1].
-        shard: that the last one is of.
-        last: named in the message.
+    It is of all in the source or, where `total` is None, of those read so far. `last` is the last one, in `shard`.
 
     Raises:
-        RowError: there are more.
+        RowError: more were.
     """
     if skipped > most * (max(read, SKIPPED_AMONG) if total is None else total):
         raise RowError(

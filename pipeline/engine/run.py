@@ -265,11 +265,7 @@ def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> Preproc
 def make_attacks(
     config: Config, loaded: Mapping[str, Attack], spaces: Mapping[str, LabelSpace]
 ) -> tuple[ModelAttack, ...]:
-    """The attacks of a run, each on one model, in the order of the variants.
-
-    Args:
-        config: of the run.
-        loaded, spaces: the attacks, and how the classes of the models translate, by their ids.
+    """The loaded attacks, each on one model, in the order of the variants; `spaces` are those of all models by id.
 
     Raises:
         ConfigError: a target is no class of the dataset or of a model.

@@ -140,10 +140,6 @@ class Resources:
 def share_out(runtime: RuntimeConfig, nodes: Sequence[Mapping[str, float]]) -> Resources:
     """Decide what each worker is given: on GPUs one each and its part of the node's CPUs, else all CPUs of a node.
 
-    Args:
-        runtime: as `Executor` has it.
-        nodes: the resources of each.
-
     Raises:
         ConfigError: no node has what one worker needs.
     """

@@ -379,7 +379,7 @@ class OutputFolder:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the garbage collector, which would walk over 10,000 receipts again and again, two thirds of the time."""
+    """Without the garbage collector: walking over 10,000 receipts again and again, it would triple the time."""
     collects = gc.isenabled()
     gc.disable()
     try:

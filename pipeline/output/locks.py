@@ -65,10 +65,7 @@ class UnsupportedError(Exception):
 class StoreLock:
     """The lock of a prefix, once it is taken; `token` names this holder.
 
-    Args:
-        objects: the store.
-        name: of the lock.
-        patience: seconds to wait for a holder that lives; each new holder is waited for anew.
+    A holder that lives is waited for `patience` seconds, and each new one anew.
 
     Raises:
         ConfigError: the store does not honour conditions.

@@ -323,7 +323,7 @@ class ObjectStore(Store):
             raise self._failure(error) from None
 
     def _raise_conflict(self, error: BaseException, *, replaces: bool) -> None:
-        """Tell a store's answer to a condition from all else that can fail: `replaces` is that of `IfMatch`."""
+        """Tell a store's answer to a condition from all else that can fail. `replaces`: the condition was `IfMatch`."""
         answers = [getattr(cause, "response", None) for cause in causes(error)]
         status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
         # Another may write the object at this very moment (409); what is to be replaced may be gone (404).

@@ -69,11 +69,7 @@ def make_groups(
 ) -> list[Group]:
     """The most instructive rows of a sample, in the groups of `choose_rows`, with their images.
 
-    Args:
-        folder, manifest: of the dataset.
-        sample: in every variant: what is said of a row holds for all of them.
-        shown: the variants to show, as a focus has them.
-        name: of a recorded class.
+    The sample is in every variant: what is said of a row holds for all of them. `name` is that of a recorded class.
 
     Raises:
         PipelineError: a picture cannot be read or decoded.
