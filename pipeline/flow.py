@@ -26,7 +26,7 @@ from pipeline.executors.base import Executor
 from pipeline.output.card import card_agrees, write_summaries
 from pipeline.output.disk import check_disk, in_flight
 from pipeline.output.folder import OutputFolder, Receipt, committed
-from pipeline.output.inputs import Inputs, inputs_of, is_unchanged, remember
+from pipeline.output.inputs import inputs_of, is_unchanged, remember
 from pipeline.output.manifest import Manifest, ended, read_manifest, summarise
 from pipeline.output.settings import another_run, check_settings, version_changes
 
@@ -77,14 +77,14 @@ def generate(
             finally:
                 jobs.close()
         # What was changed while it was read may be either in the dataset.
-        if inputs and (now := inputs_of(config)) and now.digest == inputs.digest:
+        if inputs and inputs_of(config) == inputs:
             remember(folder, manifest, inputs)
     if warning := manifest.zero_gradient_warning:
         logger.warning("%s.", warning)
     return manifest
 
 
-def _unchanged(folder: OutputFolder, inputs: Inputs) -> Manifest | None:
+def _unchanged(folder: OutputFolder, inputs: str) -> Manifest | None:
     """The manifest of a dataset that is complete and was made of the same things; None of any other."""
     recorded = read_manifest(folder)
     if recorded is None or not is_unchanged(folder, recorded, inputs):
