@@ -25,6 +25,7 @@ from pipeline.attacks.load import load_attack
 from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, refuse_rows
 from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
+from pipeline.core.console import Bar
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.core.lattice import common_sign, distance, step, stored_sign
@@ -33,7 +34,6 @@ from pipeline.core.sign_bits import decode_cells
 from pipeline.core.variants import by_attack
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
-from pipeline.engine.progress import Progress
 from pipeline.engine.run import PACKAGES
 from pipeline.engine.scores import complete_scores, contents_of, count, own_models
 from pipeline.layouts.base import LABEL, Scores, kept_columns, make_features, model_columns
@@ -165,7 +165,7 @@ class ShardCheck:
     recomputation: Recomputation | None
     reader: Reader | None
     decoders: Executor
-    progress: Progress
+    progress: Bar
 
     def __post_init__(self) -> None:
         manifest = self.manifest
@@ -410,7 +410,7 @@ class ShardCheck:
             self.recomputation.check(names, mask, images, signs, recorded, clean, draws)
         counts = [count(one, table, clean, self.models) for one, table in zip(self.variants, tables, strict=True)]
         zero = [(0, 0), *(self._count_zero_signs(index, images, signs) for index in range(1, len(images)))]
-        self.progress.update(len(mask), 0, {})
+        self.progress.advance(len(mask))
         return counts, np.array(zero).T
 
     def _recorded(self, tables: Sequence[pa.Table], labels: NDArray[np.int64]) -> Scores:
