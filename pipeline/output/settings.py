@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, shortened
 from pipeline.output.folder import OutputFolder
 from pipeline.output.manifest import Manifest, identity_with
 
@@ -69,5 +69,4 @@ def version_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shortened(json.dumps(value), 40)
