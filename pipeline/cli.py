@@ -360,11 +360,8 @@ def night(
 
 
 def _say(text: object, *, err: bool = False, keep: str = "\n") -> None:
-    """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown.
-
-    What rich can draw has seen to that itself: see `console.cell`.
-    """
-    if hasattr(text, "__rich_console__"):
+    """Print for people: names out of a dataset are no commands to a terminal, and no credential is shown."""
+    if hasattr(text, "__rich_console__"):  # it has seen to that itself: see `console.cell`
         show(text, sys.stderr if err else sys.stdout)
     else:
         typer.echo(presentable(str(text), keep), err=err)
@@ -400,7 +397,11 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
     """Turn what a user can cause into one sentence and an exit code; anything else keeps its traceback."""
     from pipeline.core.interrupts import interruptible
 
-    _log_to_stderr()
+    # A log that is read in the morning wants times; a person at a terminal does not.
+    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
+    logger = logging.getLogger("pipeline")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
     try:
         # Without a folder torch's libraries end the process.
         with explained("The working folder is gone", "run the command from another one", kind=ConfigError):
@@ -417,14 +418,6 @@ def _boundary(debug: bool, farewell: str = "Interrupted.") -> Iterator[None]:
             _say(traceback.format_exc(), err=True)
         _say(f"Error: {known}", err=True, keep="")
         raise typer.Exit(known.exit_code) from None
-
-
-def _log_to_stderr() -> None:
-    # A log that is read in the morning wants times; a person at a terminal does not.
-    handler = StderrHandler("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s")
-    logger = logging.getLogger("pipeline")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
 
 
 class _Descriptor(io.FileIO):

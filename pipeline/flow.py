@@ -26,9 +26,9 @@ from pipeline.executors.base import Executor
 from pipeline.output.card import card_agrees, renew_titles, write_summaries
 from pipeline.output.disk import check_disk, in_flight
 from pipeline.output.folder import OutputFolder, Receipt, committed
-from pipeline.output.inputs import Inputs, inputs_of, is_unchanged, remember
+from pipeline.output.inputs import inputs_of, is_unchanged, remember
 from pipeline.output.manifest import Manifest, ended, read_manifest, summarise, titles_of, with_titles
-from pipeline.output.settings import another_run, check_settings
+from pipeline.output.settings import another_run, check_settings, version_changes
 
 if TYPE_CHECKING:
     from pipeline.engine.job import Job, Written
@@ -47,25 +47,10 @@ def generate(
     part: tuple[int, int] | None = None,
     unlocked: bool = False,
 ) -> Manifest:
-    """Write the dataset that a config describes, or what is missing of it.
-
-    Args:
-        config: the run.
-        overwrite: remove the run that is in the output folder first: the files whose names end in its id. All else
-            stays.
-        executor: a name of `EXECUTORS`: `local` works in this process, `ray` on a cluster; the bytes are the same.
-        part: (i, n), to write only part i of n, counted from 0, while other processes write the others; see
-            executors/part.py.
-        unlocked: do without a lock, where the file system or the object store has none: the caller sees to it that no
-            second run writes there.
+    """Write the dataset that a config describes, or what is missing of it; as `pipeline.generate`.
 
     Returns:
         The manifest of the complete dataset; of a part, that of the dataset as far as it is there.
-
-    Raises:
-        ConfigError: the config, or what it names, cannot be used; nothing was written.
-        ShardsFailedError: some shards failed on a cluster; the others were committed.
-        PipelineError: the run failed, or shards were removed while it went on; what was committed is kept.
     """
     folder = OutputFolder(config.output.path)
     folder.check_usable()
@@ -92,14 +77,14 @@ def generate(
             finally:
                 jobs.close()
         # What was changed while it was read may be either in the dataset.
-        if inputs and (now := inputs_of(config)) and now.digest == inputs.digest:
+        if inputs and inputs_of(config) == inputs:
             remember(folder, manifest, inputs)
     if warning := manifest.zero_gradient_warning:
         logger.warning("%s.", warning)
     return manifest
 
 
-def _unchanged(config: Config, folder: OutputFolder, inputs: Inputs) -> Manifest | None:
+def _unchanged(config: Config, folder: OutputFolder, inputs: str) -> Manifest | None:
     """The manifest of a dataset that is complete and was made of the same things; None of any other."""
     recorded = read_manifest(folder)
     if recorded is None or not is_unchanged(folder, recorded, inputs):
@@ -109,11 +94,7 @@ def _unchanged(config: Config, folder: OutputFolder, inputs: Inputs) -> Manifest
 
 
 def _check_part(executor: str, overwrite: bool, unlocked: bool) -> None:
-    """Refuse what does not go with a part.
-
-    Raises:
-        ConfigError: something does not.
-    """
+    """Refuse what does not go with a part."""
     if executor != "local":
         raise ConfigError(f"--part: a part is written by this process; leave out --executor {executor}.")
     if overwrite:
@@ -126,11 +107,7 @@ def _check_part(executor: str, overwrite: bool, unlocked: bool) -> None:
 
 
 def _executor(name: str, config: Config, recorded: Manifest | None, part: tuple[int, int] | None) -> Executor:
-    """Whoever does the work.
-
-    Raises:
-        ConfigError: nobody has that name, or what it needs is not installed.
-    """
+    """Whoever does the work; refuses a name that nobody has, and one whose library is not installed."""
     if name not in EXECUTORS:
         raise ConfigError(f"--executor: got {name!r}; allowed: {', '.join(EXECUTORS)}.")
     runtime = config.runtime
@@ -162,8 +139,7 @@ def _execute(
 ) -> Manifest:
     """Find out what is missing, and have it written.
 
-    Raises:
-        _BegunOtherwiseError: the run is to be opened again, as the manifest that is there now has it.
+    After a `_BegunOtherwiseError` the run is to be opened again, as the manifest that is there now has it.
     """
     from pipeline.engine.execute import tell_speed
     from pipeline.engine.job import Job
@@ -223,12 +199,7 @@ def _check_room(executor: Executor, job: "Job", folder: OutputFolder, missing: l
 
 
 def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -> Manifest | None:
-    """The manifest that a part goes on with: another may have begun the run, or summed it up, since it was read.
-
-    Raises:
-        ConfigError: what is there is of another run.
-        _BegunOtherwiseError: as `_execute`.
-    """
+    """The manifest that a part goes on with: another may have begun the run, or summed it up, since it was read."""
     there = read_manifest(folder)
     if there is None and recorded is None:
         _check_same(opened, None, folder)
@@ -242,26 +213,11 @@ def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -
 def _write(
     executor: Executor, job: "Job", folder: OutputFolder, opened: Manifest, shards: Sequence[Shard], done: list[Receipt]
 ) -> tuple[Progress, dict[str, float]]:
-    """Have some shards written, show how far they are, and check their receipts.
+    """Have some shards written, show how far they are, and check their receipts; `done` are those of all others.
 
-    Args:
-        executor: does the work.
-        job: the run that was begun.
-        folder: of the dataset; this process holds it.
-        opened: the manifest of the run.
-        shards: those to write.
-        done: receipts of all others that are there.
-
-    Returns:
-        How far it came and how fast, and how busy each stage was, 1 for always.
-
-    Raises:
-        ShardsFailedError: some failed each time they were tried; all others were committed.
-        PipelineError: too many rows were skipped, what was written is not in the folder, the executor ended before all
-            was written, or what ends the run.
+    Returns how far it came and how fast, and how busy each stage was, 1 for always.
     """
     from pipeline.engine.execute import check_share_skipped
-    from pipeline.engine.loader import name_row
 
     by_name, here, failed, busy = {shard.name: shard for shard in shards}, list[Receipt](), None, Busy()
     skipped, read = sum(len(receipt.skipped) for receipt in done), sum(receipt.planned for receipt in done)
@@ -285,9 +241,7 @@ def _write(
                     here.append(receipt)
                     skipped, read = skipped + len(receipt.skipped), read + receipt.planned
                     if receipt.skipped:
-                        row = receipt.skipped[-1]
-                        last = f"{name_row(shard, row.source_index, row.file)} cannot be decoded ({row.reason})"
-                        check_share_skipped(skipped, total, read, most, last)
+                        check_share_skipped(skipped, total, read, most, shard, receipt.skipped[-1])
         except ShardsFailedError as error:
             failed = error
     _see(executor, folder, opened, [by_name[receipt.shard] for receipt in here])
@@ -321,11 +275,7 @@ def _receipts(
 
 
 def _see(executor: Executor, folder: OutputFolder, opened: Manifest, shards: Sequence[Shard]) -> None:
-    """See that what other machines have written is in the output, as it is seen from here.
-
-    Raises:
-        PipelineError: it is not, within the time after which a shared folder shows it.
-    """
+    """Wait until the output, as it is seen from here, holds what other machines have written; not for ever."""
     if not executor.remote:
         return  # what is removed meanwhile the caller names
     end = time.monotonic() + SHARED_SECONDS
@@ -372,14 +322,7 @@ def _take_up(
 ) -> tuple[Manifest, dict[str, Receipt], list[Shard]]:
     """Sum up what is there of a run, and remove what is left of shards that were not committed.
 
-    Args:
-        folder: of the dataset, which nobody else changes meanwhile.
-        begun: the manifest of the run.
-        shards: of its plan.
-        own: those that this process is to write.
-
-    Returns:
-        The manifest as it is now, the receipts of the shards that are there, by name, and which of its own are missing.
+    Returns the manifest as it is now, the receipts of the shards that are there by name, and which of `own` are missing.
     """
     sizes = folder.store.sizes()
     done = committed(folder, begun.edition, shards, sizes)
@@ -407,11 +350,7 @@ def _begin(folder: OutputFolder, manifest: Manifest, overwrite: bool) -> Manifes
 
 
 def _check_complete(folder: OutputFolder, shards: Sequence[Shard], done: Mapping[str, Receipt]) -> None:
-    """The end of a run is success only where all is there.
-
-    Raises:
-        PipelineError: something removed shards while the run went on.
-    """
+    """The end of a run is success only where all is there."""
     gone = [shard.name for shard in shards if shard.name not in done]
     if gone:
         raise PipelineError(
@@ -432,10 +371,5 @@ def _check_same(opened: Manifest, recorded: Manifest | None, folder: OutputFolde
         return
     if recorded.run_id != opened.run_id:
         raise another_run(folder, recorded, opened.identity, recorded.identity)
-    changed = [
-        f"{name} {recorded.versions.get(name)} then, {here} now"
-        for name, here in opened.versions.items()
-        if here != recorded.versions.get(name)
-    ]
-    if changed:
+    if changed := version_changes(recorded.versions, opened.versions):
         logger.warning("Resuming in another environment, where last digits may differ: %s.", "; ".join(changed))

@@ -49,12 +49,7 @@ SUMMARY = "summary.json"
 
 
 def allowed_tries(phase: str, code: int) -> int:
-    """How often in a row a phase may end with a code, without anything new in the dataset.
-
-    Args:
-        phase: `generate`, `verify`, `report` or `publish`.
-        code: its exit code; negative for a signal that killed it.
-    """
+    """How often in a row a phase may end with an exit code (negative: a signal) without anything new in the dataset."""
     if code == TemporaryError.exit_code:
         return PATIENT_TRIES
     # Above 128: somebody has stopped this command and not the night, such as a guard against running out of memory.
@@ -153,11 +148,7 @@ class Night:
     # ---------------------------------------------------------------------------------------------- before and after
 
     def _check(self) -> str:
-        """What would only be noticed hours later. Returns where the dataset goes.
-
-        Raises:
-            ConfigError: the config cannot be used, or nothing could be published.
-        """
+        """Refuse at once what would only be noticed hours later. Returns where the dataset goes."""
         from pipeline.config.load import load_config
 
         path = load_config(self._config, self._overrides, output=self._asked).output.path
@@ -169,11 +160,7 @@ class Night:
         return path if is_address(path) else str(Path(path).expanduser())
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        """Open the log, and say what became of the night before.
-
-        Raises:
-            PipelineError: another night is at work on the same output.
-        """
+        """Open the log, unless another night is at work on the same output, and say what became of the one before."""
         assert self._output is not None
         folder = night_folder(self._output)
         handle = os.open(folder, os.O_RDONLY)
@@ -303,7 +290,9 @@ class Night:
             self._record(self._summarise(None))
             self._say(f"fgsm {shlex.join(arguments)}")
             began = time.monotonic()
-            code = self._run(f"fgsm {name}", [*self._program, *arguments], _same_python())
+            # So that `python -P -m pipeline` is this package, whatever lies in the working folder.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            code = self._run(f"fgsm {name}", [*self._program, *arguments], environment)
             took = time.monotonic() - began
             state["seconds"], state["exit_code"] = round(state["seconds"] + took, 1), code
             if code == 0:
@@ -438,11 +427,6 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def _same_python() -> dict[str, str]:
-    """The environment in which `python -P -m pipeline` is this package, whatever lies in the working folder."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-
 def _close(file: TextIO) -> None:
     """Close the log; what a full disk does not take of it is no failure of the night."""
     with contextlib.suppress(OSError):
@@ -487,7 +471,6 @@ def _memory(pid: int) -> str:
 
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
-        return (
-            f"{human_bytes(sum(p.memory_info().rss for p in (process, *process.children(recursive=True))))} in memory"
-        )
+        sizes = [each.memory_info().rss for each in (process, *process.children(recursive=True))]
+        return f"{human_bytes(sum(sizes))} in memory"
     return "memory unknown"

@@ -15,8 +15,8 @@ and on more images: the difference is what the further images took, and start-up
 - `images/s` are those of the machine, of one core and of all at hand; what 16 cores would carry is a straight line
   through the two: an estimate. `others` is how many cores the machine spent on something else meanwhile: rates count on
   an idle machine only, CPU milliseconds suffer less.
-- `floor` is decoding and resizing with Pillow, encoding with imagecodecs or NumPy and writing with pyarrow, alone in one
-  thread, of the same images and of attacked ones as the victim's are.
+- `floor` is decoding and resizing with Pillow, encoding with imagecodecs or NumPy and writing with pyarrow, alone in
+  one thread, of the same images and of attacked ones as the victim's are.
 """
 
 import io

@@ -59,16 +59,10 @@ class UnreadError(Exception):
 
 
 def refuse_rows(name: str, wrong: NDArray[np.bool_], what: str, table: pa.Table) -> None:
-    """Refuse rows that are wrong.
-
-    Args:
-        name: of the file.
-        wrong: (M,) which of its rows are.
-        what: there is in them, in the plural.
-        table: the rows.
+    """Refuse the rows of a file where `wrong`, (M,) bool, says so; `what` names them in the plural.
 
     Raises:
-        DamageError: any is; it names the first.
+        DamageError: there are some; it names the first.
     """
     if wrong.any():
         first = table.slice(int(wrong.argmax()), 1)

@@ -1,9 +1,4 @@
-"""Integrity: does the dataset hold what its receipts and its manifest say, down to the pixel?
-
-Every file's digest, schema, row count and columns, every source row accounted for, and every image the clean one moved
-by its epsilon, along one sign where the attack has one. A batch of any layout is first read back as its images and as a
-table of what is recorded of each variant.
-"""
+"""Integrity: what `verify` checks of manifest, card, listing and shards without asking a model."""
 
 import contextlib
 import hashlib
@@ -13,7 +8,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +25,7 @@ from pipeline.attacks.load import load_attack
 from pipeline.check.findings import DamageError, Findings, UnreadError, column_of, refuse_rows
 from pipeline.check.recompute import Recomputation
 from pipeline.core.batches import UNLABELLED, Batch
+from pipeline.core.console import Bar
 from pipeline.core.errors import ConfigError, PipelineError, first_line
 from pipeline.core.images import OtherShapeError, UndecodableError, decode_image
 from pipeline.core.lattice import common_sign, distance, step, stored_sign
@@ -38,22 +34,14 @@ from pipeline.core.sign_bits import decode_cells
 from pipeline.core.variants import by_attack
 from pipeline.engine.execute import draw_numbers
 from pipeline.engine.loader import Reader, load_batches
-from pipeline.engine.progress import Progress
 from pipeline.engine.run import PACKAGES
 from pipeline.engine.scores import complete_scores, contents_of, count, own_models
 from pipeline.layouts.base import LABEL, Scores, kept_columns, make_features, model_columns
 from pipeline.models.label_space import LabelSpace, is_one_to_one, map_classes, recorded_indices
 from pipeline.output.card import make_configs, read_configs
-from pipeline.output.folder import (
-    FileEntry,
-    OutputFolder,
-    Receipt,
-    VariantCounts,
-    add_up,
-    committed,
-    shard_file,
-)
+from pipeline.output.folder import FileEntry, OutputFolder, Receipt, VariantCounts, add_up, committed, shard_file
 from pipeline.output.manifest import ON_RAY, Manifest, altered_manifest, contradictions, summarise
+from pipeline.output.settings import version_changes
 from pipeline.output.shards import FOOTER_KEY
 
 
@@ -150,11 +138,7 @@ def check_summaries(folder: OutputFolder, manifest: Manifest, plan: Plan, findin
 
 
 def _features(manifest: Manifest, folder: OutputFolder) -> datasets.Features:
-    """The columns that a manifest says its files have.
-
-    Raises:
-        PipelineError: they cannot be read, or are not those that a run of its config writes.
-    """
+    """The columns that a manifest says its files have, which are those that a run of its config writes."""
     config = manifest.resolved
     try:
         features = datasets.Features.from_dict(manifest.features)
@@ -174,21 +158,20 @@ class ShardCheck:
     """Checks one shard after another: its files side by side, batch by batch."""
 
     folder: OutputFolder
-    manifest: InitVar[Manifest]
+    manifest: Manifest
     plan: Plan
     sizes: Mapping[str, int]
     findings: Findings
     recomputation: Recomputation | None
     reader: Reader | None
     decoders: Executor
-    progress: Progress
+    progress: Bar
 
-    def __post_init__(self, manifest: Manifest) -> None:
-        self.shape = manifest.shape
+    def __post_init__(self) -> None:
+        manifest = self.manifest
         self.variants, self.stored, self.edition = manifest.variants, manifest.stored, manifest.edition
         self.levels = [variant.level for variant in self.variants]
-        self.layout, self.run_id, config = manifest.layout, manifest.run_id, manifest.resolved
-        self.seed = config.runtime.seed
+        self.layout, self.shape, config = manifest.layout, manifest.shape, manifest.resolved
         # Of each attack on each model: the indices of its variants.
         self.attacks = by_attack(self.variants)
         self.on_ray = [index > 0 and manifest.on_ray(one.attack) for index, one in enumerate(self.variants)]
@@ -200,7 +183,6 @@ class ShardCheck:
         self.own_classes = [len(self.spaces[name].to_recorded) for name in own_models(self.variants, self.models)]
         targets = {name: attack.target for name, attack in config.all_attacks.items()}
         self.targeted = [one.attack is not None and targets[one.attack] is not None for one in self.variants]
-        self.labels = len(manifest.dataset_classes)
 
     def check(self, shard: Shard, receipt: Receipt) -> None:
         """Check a shard; what is wrong goes to the findings."""
@@ -209,11 +191,15 @@ class ShardCheck:
             if self.recomputation is not None:
                 self.recomputation.compare_environment(receipt)
             for entry in receipt.files:
-                self._check_size(shard, entry)
+                if entry.path not in self.sizes:
+                    raise DamageError(f"{entry.path} is missing.")
+                self._compare_file(shard, entry, "bytes", self.sizes[entry.path])
             with contextlib.ExitStack() as stack:
                 root = self._fetch(stack, receipt)
                 for entry in receipt.files:
-                    self._check_digest(shard, entry, root)
+                    with (root / entry.path).open("rb") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    self._compare_file(shard, entry, "sha256", digest)
                 self._check_rows(shard, receipt, root)
         except DamageError as damage:
             self.findings.damage(shard.name, str(damage))
@@ -248,16 +234,6 @@ class ShardCheck:
             return stack.enter_context(self.folder.store.fetched([entry.path for entry in receipt.files]))
         except PipelineError as error:  # a store's sentence
             raise UnreadError(str(error)) from None
-
-    def _check_size(self, shard: Shard, entry: FileEntry) -> None:
-        size = self.sizes.get(entry.path)
-        if size is None:
-            raise DamageError(f"{entry.path} is missing.")
-        self._compare_file(shard, entry, "bytes", size)
-
-    def _check_digest(self, shard: Shard, entry: FileEntry, root: Path) -> None:
-        with (root / entry.path).open("rb") as file:
-            self._compare_file(shard, entry, "sha256", hashlib.file_digest(file, "sha256").hexdigest())
 
     def _compare_file(self, shard: Shard, entry: FileEntry, key: str, found: Any) -> None:
         """A file is as its receipt says. Where the manifest lists it as it was found, the receipt was altered."""
@@ -309,10 +285,7 @@ class ShardCheck:
         least: NDArray[np.int64],
         most: NDArray[np.int64],
     ) -> None:
-        """The counts of a receipt are those of the rows; the file's sha256 is that of the receipt by now.
-
-        Of the values that an attack does not move, (V,) the least and the most that there can be are known.
-        """
+        """The counts of a receipt are those of its rows; of the values that do not move bounds are known, (V,) each."""
         if len(receipt.counts) != len(found):
             raise DamageError(f"{self._receipt(shard)} counts other epsilons than the run has.")
         for index, (said, here, name) in enumerate(zip(receipt.counts, found, self._names(shard), strict=True)):
@@ -395,7 +368,7 @@ class ShardCheck:
 
     def _check_footer(self, name: str, metadata: Mapping[bytes, bytes], shard: Shard, subset: str, rows: int) -> None:
         """What the file says of itself is what it is taken for."""
-        expected = {"run_id": self.run_id, "shard": shard.name, "rows": rows, "subset": subset}
+        expected = {"run_id": self.manifest.run_id, "shard": shard.name, "rows": rows, "subset": subset}
         try:
             found = json.loads(metadata.get(FOOTER_KEY.encode(), b""))
         except ValueError:
@@ -412,11 +385,7 @@ class ShardCheck:
         original: Batch | None,
         receipt: Receipt,
     ) -> tuple[list[VariantCounts], NDArray[np.int64]]:
-        """Check one batch of every subset.
-
-        Returns:
-            What its rows of each variant add up to, and its least and most zero signs, (2, V).
-        """
+        """What one batch of every subset adds up to in each variant, and its least and most zero signs, (2, V)."""
         rows = self.plan.rows(shard, place)[mask]
         files, names = dict(zip(self.stored, self._files(shard), strict=True)), self._names(shard)
         stored = dict(zip(self.stored, subsets, strict=True))
@@ -437,11 +406,11 @@ class ShardCheck:
             for index in indices:
                 self._check_pixels(index, names[index], images, sign, clean)
         if self.recomputation is not None and len(rows):
-            draws = draw_numbers(self.seed, shard, rows)
+            draws = draw_numbers(self.manifest.resolved.runtime.seed, shard, rows)
             self.recomputation.check(names, mask, images, signs, recorded, clean, draws)
         counts = [count(one, table, clean, self.models) for one, table in zip(self.variants, tables, strict=True)]
         zero = [(0, 0), *(self._count_zero_signs(index, images, signs) for index in range(1, len(images)))]
-        self.progress.update(len(mask), 0, {})
+        self.progress.advance(len(mask))
         return counts, np.array(zero).T
 
     def _recorded(self, tables: Sequence[pa.Table], labels: NDArray[np.int64]) -> Scores:
@@ -469,7 +438,9 @@ class ShardCheck:
     def _check_ranges(self, name: str, table: pa.Table, variant: int) -> None:
         """Classes are classes, and probabilities are such."""
         own = self.own_classes[variant]
-        classes_of = {LABEL: self.labels, "prediction": own} | ({"target": own} if self.targeted[variant] else {})
+        classes_of = {LABEL: len(self.manifest.dataset_classes), "prediction": own}
+        if self.targeted[variant]:
+            classes_of["target"] = own
         if len(self.models) > 1:
             classes_of |= {model_columns(name)[0]: len(space.to_recorded) for name, space in self.spaces.items()}
         for column, classes in classes_of.items():
@@ -529,12 +500,12 @@ class ShardCheck:
     def _report_decoded(self, name: str, receipt: Receipt, what: str) -> None:
         """What is decoded otherwise than in the run is damage only where the same libraries decode."""
         here = {package: importlib.metadata.version(package) for package in ("pillow", "torchvision")}
-        then = {package: str(receipt.versions.get(package)) for package in here}
-        if here == then:
+        changes = version_changes({package: receipt.versions[package] for package in here}, here)
+        if not changes:
             raise DamageError(f"{name} has {what} that are not the source's.")
-        others = ", ".join(f"{package} {then[package]} then, {here[package]} now" for package in here)
         self.findings.problems.append(
-            f"{name} has {what} that are not the source's as it is decoded here ({others}); nothing is dropped for it."
+            f"{name} has {what} that are not the source's as it is decoded here ({', '.join(changes)}); nothing is "
+            "dropped for it."
         )
 
     def _unpack(

@@ -25,20 +25,14 @@ from pipeline.core.lattice import step
 from pipeline.core.plan import Plan
 from pipeline.core.variants import by_attack
 from pipeline.engine.compute import Attacker, ModelAttack, compile_models, look, own_copy
-from pipeline.engine.run import (
-    choose_device,
-    load_attacks,
-    load_run_model,
-    make_attacker,
-    make_attacks,
-    versions,
-)
+from pipeline.engine.run import choose_device, load_attacks, load_run_model, make_attacks, versions
 from pipeline.engine.scores import own_models, score
 from pipeline.layouts.base import Scores, model_columns
 from pipeline.models.attacked import AttackedModel
 from pipeline.models.label_space import LabelSpace
 from pipeline.output.folder import Receipt
 from pipeline.output.manifest import Manifest
+from pipeline.output.settings import version_changes
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +80,7 @@ def open_recomputation(manifest: Manifest, plan: Plan, findings: Findings) -> It
         _check_unchanged(manifest, f"models.{name}", config.key("model", name), model.digest)
         model.space = spaces[name]
     attacks = make_attacks(config, {name: attack.attack for name, attack in loaded.items()}, spaces)
-    attacker = make_attacker(config, models, attacks)
+    attacker = Attacker(models, attacks, manifest.layout.stored)
     compiled_alike = True
     if config.runtime.compile:
         try:
@@ -123,14 +117,10 @@ class _Answer:
 
 
 def _look_again(attacker: Attacker, clipped: bool, *chunk: Tensor) -> _Answer:
-    """Ask the models about a chunk again, and attack it again.
+    """Ask the models about a chunk again, and attack it again. `clipped`: the stored sign is 0 where clip(x + s) is x.
 
-    Args:
-        attacker: the attacks, and the models that are asked.
-        clipped: whether the stored sign is 0 where clip(x + s) is x.
-        chunk: V times (N, C, H, W) uint8, A times the stored sign (N, C, H, W) int8, the model's index (N, A) int64 of
-            the class whose loss each attack changed, the random numbers of the rows (N,) int64, then which rows are
-            valid, (N,) bool.
+    The chunk: V times the images (N, C, H, W) uint8; A times the stored sign (N, C, H, W) int8; the model's index of
+    the class whose loss each attack changed, (N, A) int64; random numbers, (N,) int64; valid rows, (N,) bool.
     """
     *pictures, classes, draws, valid = chunk
     images, signs = pictures[: -len(attacker.attacks)], pictures[-len(attacker.attacks) :]
@@ -196,12 +186,7 @@ class Recomputation:
 
     def compare_environment(self, receipt: Receipt) -> None:
         """Each shard has its own: a run may have been resumed elsewhere."""
-        here = self.versions
-        changes = [
-            f"{name} {receipt.versions.get(name)} then, {here.get(name)} now"
-            for name in {**receipt.versions, **here}
-            if receipt.versions.get(name) != here.get(name)
-        ]
+        changes = version_changes(receipt.versions, self.versions)
         changes += [] if self.compiled_alike else ["not compiled now"]
         self.exact = not changes
         self.findings.changes.update(changes)
@@ -223,8 +208,7 @@ class Recomputation:
             mask: (N,) which rows of the run's batch are stored; M of them are.
             images: V times (M, C, H, W) uint8, clean first.
             signs: A times (M, C, H, W) int8, the direction of each attack that is stored, or follows from the images.
-            recorded: what the rows say of these images.
-            clean: the rows of the clean images.
+            recorded, clean: what the rows say of all these images, and the rows of the clean ones.
             draws: (M,) random numbers of the rows.
         """
         labels = torch.from_numpy(recorded.label.filled(UNLABELLED))
@@ -288,10 +272,8 @@ class Recomputation:
         return whole
 
     def _own_classes(self, attack: ModelAttack, labels: Tensor, recorded: Scores) -> Tensor:
-        """Each row's own class, by which an attack goes, (M,) the model's indices.
-
-        As it is recorded: a prediction that lies on a near tie may fall otherwise here.
-        """
+        """Each row's own class, by which an attack goes, (M,) the model's indices."""
+        # A prediction is taken as it is recorded: one that lies on a near tie may fall otherwise here.
         space = self.spaces[attack.model]
         clean = recorded.prediction[recorded.models.index(attack.model), 0]
         own = torch.from_numpy(np.argsort(space.to_recorded)[clean])
@@ -366,11 +348,9 @@ class Recomputation:
         clean: pa.Table,
         strict: bool,
     ) -> None:
-        """The images of an attack are those that it makes, or lie along the sign of its direction, but for rounding.
-
-        A CPU gives each gradient again to the last digit; of CUDA some backward passes (of adaptive pooling and
-        resizing) add in any order. What asks no model is the same everywhere.
-        """
+        """The images of an attack are those that it makes, or lie along the sign of its direction, but for rounding."""
+        # A CPU gives each gradient again to the last digit; of CUDA some backward passes (of adaptive pooling and
+        # resizing) add in any order. What asks no model is the same everywhere.
         exact, on_ray = not attack.asks_model or (strict and self.lanes.device.type == "cpu"), attack.attack.on_ray
         wrong = (differing > 0 if exact else share > (self.sign_tolerance if on_ray else VALUE_TOLERANCE)).numpy()
         self.findings.near_tie_signs += int(differing.numpy()[~wrong].sum())

@@ -18,12 +18,12 @@ from pathlib import Path
 from pipeline.check.findings import MOST_UNREAD, Findings
 from pipeline.check.integrity import ShardCheck, check_listing, check_manifest, check_summaries
 from pipeline.check.recompute import open_recomputation
+from pipeline.core.console import Bar
 from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.core.lanes import available_cores
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan
 from pipeline.engine.loader import Reader
-from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run_source
 from pipeline.output.card import write_summaries
 from pipeline.output.folder import OutputFolder, read_receipts, shard_file
@@ -80,7 +80,7 @@ def verify(
         reader = _open_source(manifest, findings) if source and shards else None
         decoders = stack.enter_context(ThreadPoolExecutor(available_cores()))
         rows = sum(receipts[shard.name].planned for shard in shards)
-        progress = stack.enter_context(Progress(rows, 0, ()))
+        progress = stack.enter_context(Bar(rows))
         checker = ShardCheck(folder, manifest, plan, sizes, findings, recomputation, reader, decoders, progress)
         for shard in shards:
             if findings.unread == MOST_UNREAD:
@@ -94,9 +94,7 @@ def verify(
 
 
 def announce_factories(folder: OutputFolder, manifest: Manifest) -> None:
-    """Say what code of the user's is about to run because a manifest names it; a dataset never brings its own along.
-
-    It may be that of a model or of an attack.
+    """Say what code of the user's, of a model or an attack, is about to run because a manifest names it.
 
     Raises:
         ConfigError: the code may lie in the dataset's own folder.

@@ -106,7 +106,7 @@ def attack_images(
         draws: (N,) int64 random numbers for random targets, and for attacks that need them.
     """
     order = list(models)
-    of_rows = valid.view(-1, 1)
+    ignored = ~valid.view(-1, 1)
     images, own, directions, classes, zero_signs = [images_u8], [order[0]], [], [], []
     finite, in_ball = [], []
     # Attacks with one goal on one model share its forward pass of the clean images, and their gradient.
@@ -137,7 +137,7 @@ def attack_images(
     logits: dict[int, Tensor] = {}
     predictions, finite_logits = [], []
     for name, answers in look(models, images, clean):
-        finite_logits.append(torch.stack([all_finite(values, of_rows) for values in answers]).all())
+        finite_logits.append(torch.stack([(torch.isfinite(values) | ignored).all() for values in answers]).all())
         predictions.append(torch.stack([values.argmax(1) for values in answers]))
         logits |= {index: values for index, values in enumerate(answers) if own[index] == name}
     return Attacked(
@@ -156,15 +156,9 @@ def attack_images(
 def look(
     models: Mapping[str, Model], images: Sequence[Tensor], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """What models make of images.
+    """Yield the id of each model, and its logits of V times (N, C, H, W) uint8 images, clean first.
 
-    Args:
-        models: by their ids.
-        images: V times (N, C, H, W) uint8, clean first.
-        clean: the logits of the clean images, of models that were asked for their gradient.
-
-    Yields:
-        Each model's id, and its logits of the V images.
+    `clean` are the logits of the clean images, of models that were asked for their gradient.
     """
     for name, model in models.items():
         yield name, [clean[name] if name in clean else model.predict(images[0]), *map(model.predict, images[1:])]
@@ -176,18 +170,12 @@ def count_zeros(values: Tensor, valid: Tensor) -> Tensor:
     return ((values[0].numel() - values.sum((1, 2, 3))) * valid).sum()
 
 
-def all_finite(values: Tensor, valid: Tensor) -> Tensor:
-    """Whether all values of the valid rows are numbers, a scalar bool."""
-    return (torch.isfinite(values) | ~valid).all()
-
-
 @dataclass(frozen=True)
 class Part:
     """The M valid rows of a chunk, attacked, on the CPU.
 
-    pictures: what is stored of them, each (M, C, H, W) uint8. Of V variants: logits, V times (M, classes), by the row's
-    own model; predictions (E, V, M) int64, of every model, as its own index; zero_signs (V,) int64, values that the
-    attack does not move. classes: (A, M) int64, whose loss each attack changed.
+    pictures: what is stored of them, each (M, C, H, W) uint8. predictions: (E, V, M) int64, each model's own indices.
+    The others are as in `Attacked`, of M rows.
     """
 
     pictures: tuple[Tensor, ...]
@@ -213,10 +201,7 @@ class Attacker:
         """Attack a chunk and wait for the outcome.
 
         Args:
-            images_u8: (N, C, H, W) uint8 on the device, as the other tensors.
-            labels: (N, E) int64, of each model its own index; -1 for unlabelled.
-            draws: (N,) int64 random numbers, as `attack_images`.
-            valid: (N,) bool, the M rows that count.
+            images_u8, labels, draws, valid: as `attack_images`, on the device; M rows are valid.
 
         Raises:
             CodeError: a model or an attack raises something.
@@ -287,9 +272,8 @@ def rehearse(
         CodeError: a model or an attack raises something.
         torch.OutOfMemoryError: the batch is too large.
     """
-    zeros, labels = (
-        torch.zeros(shape, dtype=torch.int64) for shape in (batch_size, (batch_size, len(attacker.models)))
-    )
+    zeros = torch.zeros(batch_size, dtype=torch.int64)
+    labels = torch.zeros((batch_size, len(attacker.models)), dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -308,12 +292,12 @@ def rehearse(
 
 
 def fit_batch_size(attempt: Callable[[int], None], batch_size: int, *, quiet: bool = False) -> int:
-    """Halve a batch until it fits in the device's memory.
+    """Halve a batch until it fits in the device's memory; returns how many rows do.
 
     Args:
-        attempt: computes a batch of that many rows; raises torch.OutOfMemoryError.
-        batch_size: the size to begin with.
-        quiet: say nothing of a smaller one.
+        attempt: computes a batch of so many rows; raises torch.OutOfMemoryError where they do not fit.
+        batch_size: rows to begin with.
+        quiet: do not warn of a smaller batch.
 
     Raises:
         ConfigError: not even one image fits.

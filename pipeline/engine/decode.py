@@ -47,7 +47,9 @@ def read_image(opener: Opener, preprocess: PreprocessConfig, max_pixels: int) ->
     try:
         with opener() as image:
             _check_pixels(image.width, image.height, max_pixels)
-            _check_resized(image.width, image.height, preprocess, max_pixels)
+            if isinstance(preprocess.resize, int):  # a thin strip is small until its shorter side is resized to 256
+                scale = preprocess.resize / min(image.width, image.height)
+                _check_pixels(round(image.width * scale), round(image.height * scale), max_pixels)
             pixels = _convert(_gray_to_8_bits(_upright(image), image), preprocess.mode)
             return _resize(pixels, preprocess)
     except UndecodableError:
@@ -75,13 +77,6 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise UndecodableError(f"{width}x{height} pixels are more than runtime.max_pixels = {max_pixels}")
 
 
-def _check_resized(width: int, height: int, preprocess: PreprocessConfig, max_pixels: int) -> None:
-    """A thin strip is small until its shorter side is resized to 256."""
-    if isinstance(preprocess.resize, int):
-        scale = preprocess.resize / min(width, height)
-        _check_pixels(round(width * scale), round(height * scale), max_pixels)
-
-
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -91,22 +86,16 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _gray_to_8_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Gray of 16 or 12 bits as 8 bits; any other image as it is.
-
-    Args:
-        image: the pixels.
-        opened: the same image as it was opened: turned upright, it no longer knows what it was read from.
-
-    Raises:
-        UndecodableError: nobody knows which value is white.
-    """
+    """Gray of 16 or 12 bits as 8 bits; any other image as it is. `opened` is the image before it was turned."""
     # Pillow has 16 bits of PNG and PPM as mode I too, whose values are then 0 to 65,535.
     if image.mode == "F" or (image.mode == "I" and opened.format not in ("PNG", "PPM")):
+        # Nobody knows which value is white.
         raise UndecodableError(
             f"{'floating-point' if image.mode == 'F' else '32-bit or signed'} pixels have no fixed range"
         )
     if not image.mode.startswith("I"):
         return image
+    # Turned upright, it no longer knows what it was read from.
     tags = opened.tag_v2 if isinstance(opened, TiffImagePlugin.TiffImageFile) else {}
     white = 4095 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 65_535
     values = np.clip(np.asarray(image).astype(np.int64), 0, white)

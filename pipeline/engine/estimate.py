@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ from pipeline.core.lanes import lane_count
 from pipeline.core.lattice import step
 from pipeline.core.memory import PeakMemory
 from pipeline.core.plan import Plan, Shard
-from pipeline.engine.decode import read_image
 from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
 from pipeline.engine.progress import Busy
 from pipeline.engine.resolved import count, describe_run, planned
@@ -59,11 +57,10 @@ HUB_OTHER_FILES = 100
 
 
 def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
-    """Bytes that some shards will take, as far as it is known how many rows they have, from encoding a few of their
-    images with random signs.
+    """Bytes that some shards will take, as far as it is known how many rows they have.
 
-    Random signs compress worse than a gradient's, so this leans to the high side. None is 0, as hardly one of a
-    gradient's is.
+    A few of their images are encoded with random signs, of which none is 0, as hardly one of a gradient's is. They
+    compress worse than a gradient's, so this leans to the high side.
     """
     images = _samples(run, shards)
     if not len(images):
@@ -83,7 +80,7 @@ def _samples(run: Run, shards: Sequence[Shard]) -> Tensor:
     reader, found = run.reader, []
     for row in run.source.sample(run.plan, shards, SAMPLES):
         with contextlib.suppress(UndecodableError):
-            found.append(read_image(partial(run.source.open, row.cell), reader.preprocess, reader.max_pixels))
+            found.append(reader.decode(row.cell))
     return torch.stack(found) if found else torch.zeros((0, *reader.shape), dtype=torch.uint8)
 
 
@@ -168,10 +165,8 @@ def _pass(run: Run, rows: int) -> _Pass:
 
 
 def _parts(plan: Plan, rows: int) -> list[Shard]:
-    """The first rows of some shards that lie spread over the plan, about so many together.
-
-    A part is no shorter than a batch where there are rows enough for one: padding would be computed for nothing.
-    """
+    """The first rows of some shards that lie spread over the plan, about so many together."""
+    # No part is shorter than a batch where there are rows enough for one: padding would be computed for nothing.
     count = min(CALIBRATION_SHARDS, max(1, rows // plan.batch_size))
     # Short shards make up for it by their number.
     count = min(
@@ -200,35 +195,6 @@ def _unseen_bytes(run: Run, seen: _Pass) -> int:
     batches = missing * (pixels + seen.row_bytes) * (2 + BATCHES_IN_FLIGHT)
     group = min(ROW_GROUP_BYTES * len(run.stored), ROW_GROUP_ROWS * seen.row_bytes)
     return int(batches + max(0.0, group - seen.longest * seen.row_bytes))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take: files, their bytes, and seconds, from what a calibration took.
-
-    Bytes and seconds are None where a source is streamed whose length is not known.
-    """
-
-    files: int
-    bytes: int | None
-    seconds: float | None
-    seen: Calibration
-
-
-def estimate(run: Run) -> Estimate:
-    """Estimate the whole run.
-
-    Raises:
-        PipelineError: as `calibrate`.
-    """
-    seen, images = calibrate(run), run.plan.total
-    files = len(run.plan.shards) * len(run.stored)
-    return Estimate(
-        files=files,
-        bytes=None if images is None else int(images * seen.row_bytes + files * seen.file_bytes),
-        seconds=None if images is None else seen.start + images * seen.seconds,
-        seen=seen,
-    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -319,12 +285,15 @@ def plan_run(config: Config) -> PlannedRun:
     for line in describe_run(run):
         logger.info("%s", line)
     logger.info("Measuring on some batches.")
-    plan, disk = estimate(run), folder.store.disk
-    images, free = run.plan.total, free_bytes(disk.resolve())
-    warnings = hub_warnings(run.plan, len(run.stored), plan.bytes)
+    seen, images, shards = calibrate(run), run.plan.total, run.plan.shards
+    files = len(shards) * len(run.stored)
+    size = None if images is None else int(images * seen.row_bytes + files * seen.file_bytes)
+    disk = folder.store.disk
+    free = free_bytes(disk.resolve())
+    warnings = hub_warnings(run.plan, len(run.stored), size)
     needed = None
-    if plan.bytes is not None and images:
-        needed = int(plan.bytes * sum(shard.rows or 0 for shard in in_flight(folder, run.plan.shards)) / images)
+    if size is not None and images:
+        needed = int(size * sum(shard.rows or 0 for shard in in_flight(folder, shards)) / images)
         if needed > free:
             warnings.append(f"{disk} has {human_bytes(free)} free, and about {human_bytes(needed)} are needed.")
     _, height, width = run.reader.shape
@@ -335,20 +304,20 @@ def plan_run(config: Config) -> PlannedRun:
         mode=run.config.preprocess.mode,
         variants=[variant.subset for variant in run.variants],
         rows=None if images is None else images * len(run.stored),
-        files=plan.files,
-        shards=len(run.plan.shards),
-        bytes=plan.bytes,
+        files=files,
+        shards=len(shards),
+        bytes=size,
         image_format=run.image_format,
         disk=str(disk),
         at_once=needed,
         free_bytes=free,
-        seconds=None if plan.seconds is None else opening + plan.seconds,
-        start_seconds=opening + plan.seen.start,
-        images_per_second=1 / plan.seen.seconds,
-        measured_images=plan.seen.images,
+        seconds=None if images is None else opening + seen.start + images * seen.seconds,
+        start_seconds=opening + seen.start,
+        images_per_second=1 / seen.seconds,
+        measured_images=seen.images,
         device=run.device.type,
-        memory=plan.seen.memory,
-        device_memory=plan.seen.device_memory,
+        memory=seen.memory,
+        device_memory=seen.device_memory,
         batch_size=run.plan.batch_size,
         output=folder.root,
         run_id=run.run_id,
@@ -366,12 +335,9 @@ def _rate(per_second: float) -> str:
 
 
 def hub_warnings(plan: Plan, subsets: int, size: float | None) -> list[str]:
-    """What the Hub would not take of a dataset, and the setting that solves it.
+    """What the Hub would not take of a dataset with a folder for each subset, and the setting that helps.
 
-    Args:
-        plan: of the run.
-        subsets: how many are stored, each a folder.
-        size: bytes of all files, None where that is not known.
+    `size` are the bytes of all files, None where that is not known.
     """
     shards, splits = len(plan.shards), planned(plan)
     folder, repository = shards > HUB_FOLDER_FILES, shards * subsets > HUB_REPOSITORY_FILES - HUB_OTHER_FILES

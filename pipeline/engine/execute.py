@@ -57,19 +57,15 @@ logger = logging.getLogger(__name__)
 def write_shards(
     run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
 ) -> Generator[Receipt, None, None]:
-    """Attack, encode and commit some shards, in order.
+    """Attack, encode and commit some shards of a run, in order; yields the receipt of each.
 
     Args:
         run: the opened run, compiled if it is to be.
-        folder: where they go.
-        shards: those to write.
+        folder, shards: which to write, and where.
         others: receipts of other shards, whose skipped rows count against `runtime.max_skipped`; None where they are
             not known here, and the caller counts.
         busy: takes the seconds of each stage.
         tell: called with the counts of each batch.
-
-    Yields:
-        The receipt of each shard that was committed.
 
     Raises:
         RowError: a row stops the run.
@@ -109,14 +105,7 @@ def write_shards(
 
 
 def tell_speed(folder: OutputFolder, progress: Progress, shares: Mapping[str, float], opened: Manifest) -> None:
-    """Say how fast a session was, what kept it busy and what was its limit, and keep it for the report.
-
-    Args:
-        folder: of the dataset.
-        progress: of the session.
-        shares: how busy each stage was, 1 for always.
-        opened: the manifest of the run.
-    """
+    """Say how fast a session was, how busy each stage (1 for always) and what its limit; keep it for the report."""
     device, variants = opened.versions["device"], opened.variants
     busy = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
     logger.info("Busy: %s; %s images/s.", busy, f"{progress.rate:,.1f}")
@@ -161,7 +150,7 @@ def attack_ahead(run: Run, batches: Iterable[Batch], busy: Busy) -> Generator[tu
         busy: takes the seconds of the attack.
 
     Yields:
-        Each batch, and its valid rows, attacked, in parts that follow each other.
+        Each batch, and its valid rows, attacked, in consecutive parts.
 
     Raises:
         CodeError: a model or an attack raises something; names the batch.
@@ -199,31 +188,29 @@ def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, counts: b
     if not batch.skipped:
         return
     runtime, last = run.config.runtime, batch.skipped[-1]
-    row = f"{name_row(batch.shard, last.source_index, last.file)} cannot be decoded ({last.reason})"
     if runtime.on_error == "fail":
-        raise RowError(f"source: {row}, and runtime.on_error is fail.")
+        raise RowError(f"source: {_undecodable(batch.shard, last)}, and runtime.on_error is fail.")
     if counts:
-        check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, row)
+        check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, batch.shard, last)
 
 
-def check_share_skipped(skipped: int, total: int | None, read: int, most: float, last: str) -> None:
-    """Stop where too many rows were skipped.
+def check_share_skipped(skipped: int, total: int | None, read: int, most: float, shard: Shard, last: Skipped) -> None:
+    """Stop where more than a share of the rows, `most` in [0, 1], was skipped.
 
-    Args:
-        skipped: so many were.
-        total: rows of the source; where that is None, it is a share of those that were read so far.
-        read: rows of the source that were read so far.
-        most: the share of them that may be.
-        last: the last one and why, for a person.
+    It is of all in the source or, where `total` is None, of those read so far. `last` is the last one, in `shard`.
 
     Raises:
-        RowError: there are more.
+        RowError: more were.
     """
     if skipped > most * (max(read, SKIPPED_AMONG) if total is None else total):
         raise RowError(
             f"source: {skipped} of {total or read} rows could not be decoded, more than runtime.max_skipped = "
-            f"{most:g} allows; the last: {last}."
+            f"{most:g} allows; the last: {_undecodable(shard, last)}."
         )
+
+
+def _undecodable(shard: Shard, row: Skipped) -> str:
+    return f"{name_row(shard, row.source_index, row.file)} cannot be decoded ({row.reason})"
 
 
 def _too_large(what: str, size: int) -> PipelineError:
@@ -260,15 +247,9 @@ def _draws(run: Run, batch: Batch) -> Tensor:
 
 
 def draw_numbers(seed: int, shard: Shard, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A random number for each of some source rows of a shard; it depends on the seed and the row alone.
+    """A random number for each of some source rows of a shard, (M,) int64, in [0, 2**31).
 
-    Args:
-        seed: of the run.
-        shard: that they are of.
-        rows: (M,) their numbers in the source.
-
-    Returns:
-        (M,) int64, 0 or more.
+    They depend on the run's seed, the file of a streamed source, and the row numbers (M,) alone.
     """
     # Rows of a source that is streamed are counted in each file anew.
     key = [seed, *([zlib.crc32(shard.file.encode())] if shard.file else [])]
@@ -298,10 +279,7 @@ def _progress_counts(batch: Batch, scores: Scores) -> tuple[int, int, dict[str, 
 
 
 class _Sink:
-    """Where encoded batches go, in order: the shard being written, and its counts so far.
-
-    Used by one thread, the writer's.
-    """
+    """The shard that is being written, batch by batch, and its counts so far. Only the writer's thread uses it."""
 
     def __init__(self, run: Run, folder: OutputFolder, busy: Busy) -> None:
         self.run, self.folder, self.busy = run, folder, busy
@@ -320,24 +298,11 @@ class _Sink:
     def add(
         self, batch: Batch, scores: Scores, zero_signs: Tensor, encoded: Sequence[Sequence[Future[pa.StructArray]]]
     ) -> Receipt | None:
-        """Write a batch, and commit its shard if it was the last one.
-
-        Batches that were already waiting when one failed are dropped: they must not complete its shard.
-
-        Returns:
-            The receipt of a shard that was committed.
-        """
+        """Write a batch. If it was the last of its shard, commit that and return the receipt."""
         if self._failed:
             return None
-        try:
-            return self._add(batch, scores, zero_signs, encoded)
-        except BaseException:
-            self._failed = True
-            raise
-
-    def _add(
-        self, batch: Batch, scores: Scores, zero_signs: Tensor, encoded: Sequence[Sequence[Future[pa.StructArray]]]
-    ) -> Receipt | None:
+        # Until all of it is done: batches that wait when one fails are dropped, as they must not complete its shard.
+        self._failed = True
         run = self.run
         if self._open is None:
             columns = picture_columns(run.layout, run.variants)
@@ -351,11 +316,12 @@ class _Sink:
         # By the wall, without the encoders: what holds a writer up is the disk.
         self.busy.timed("write", self._open.write, time.perf_counter)(tables)
         self._count(batch, dict(zip(run.stored, tables, strict=True)), zero_signs)
-        if not batch.ends_shard:
-            return None
-        receipt = self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
-        self.close()
-        self._start()
+        receipt = None
+        if batch.ends_shard:
+            receipt = self.busy.timed("write", self._open.commit, time.perf_counter)(self._receipt(batch.shard))
+            self.close()
+            self._start()
+        self._failed = False
         return receipt
 
     def _count(self, batch: Batch, tables: Mapping[str, pa.Table], zero_signs: Tensor) -> None:

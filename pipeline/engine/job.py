@@ -33,14 +33,9 @@ class Written:
     seconds: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class _Opened:
-    config: Config
-    run: Run
-
-
-# The run that this process has opened, with the victim on its device. It is opened once, not for each shard.
-_opened: _Opened | None = None
+# The run that this process has opened, with the victim on its device, and the config that it was opened with. It is
+# opened once, not for each shard.
+_opened: tuple[Config, Run] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Job:
         global _opened
         close()
         run = open_run(self.config, self.recorded, self.generation)
-        _opened = _Opened(self.config, run)
+        _opened = self.config, run
         return run.manifest(), run.warnings
 
     def describe(self) -> list[str]:
@@ -87,18 +82,15 @@ class Job:
         done: Sequence[Receipt] | None = None,
         tell: Tell = lambda *_: None,
     ) -> Generator[Written, None, None]:
-        """Write some shards of the run.
+        """Write some shards of the run; yields each once it is committed.
 
         Args:
             shards: those to write.
             folder: the output, where this process holds it.
-            done: receipts of all other shards, whose skipped rows count against `runtime.max_skipped`. None where they
-                are not known, as on a worker: then the caller counts, and a shard that has a receipt by now, of a
-                worker that was lost right after its commit, is not written again.
+            done: receipts of all other shards, as the `others` of `write_shards`. None where they are not known, as on
+                a worker: then a shard that has a receipt by now, of a worker that was lost right after its commit, is
+                not written again.
             tell: called with the counts of each batch.
-
-        Yields:
-            Each shard once it is committed.
 
         Raises:
             PipelineError: as `write_shards`, or this machine has something else under the config's names than what the
@@ -124,16 +116,17 @@ class Job:
         global _opened
         recorded = self.recorded
         assert recorded is not None
-        if _opened is None or _opened.config != self.config or _opened.run.run_id != recorded.run_id:
-            close()
-            run = open_run(self.config, recorded)
-            if run.run_id != recorded.run_id:
-                raise PipelineError(
-                    f"the node {socket.gethostname()} reads something else under the same names: "
-                    f"{differences(recorded.identity, run.identity)}; all nodes must read the same source and weights"
-                )
-            _opened = _Opened(self.config, run)
-        return _opened.run
+        if _opened is not None and _opened[0] == self.config and _opened[1].run_id == recorded.run_id:
+            return _opened[1]
+        close()
+        run = open_run(self.config, recorded)
+        if run.run_id != recorded.run_id:
+            raise PipelineError(
+                f"the node {socket.gethostname()} reads something else under the same names: "
+                f"{differences(recorded.identity, run.identity)}; all nodes must read the same source and weights"
+            )
+        _opened = self.config, run
+        return run
 
 
 def close() -> None:

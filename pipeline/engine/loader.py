@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,9 +91,13 @@ class Reader:
             left_out=left_out,
         )
 
+    def decode(self, cell: Any) -> Tensor:
+        """The image of a cell, (C, H, W) uint8, of any size; raises what `read_image` does."""
+        return read_image(partial(self.source.open, cell), self.preprocess, self.max_pixels)
+
     def _pixels(self, row: SampleRow) -> NDArray[np.uint8]:
         """The pixels of a row, (H, W, C)."""
-        found = read_image(partial(self.source.open, row.cell), self.preprocess, self.max_pixels)
+        found = self.decode(row.cell)
         if tuple(found.shape) != self.shape:
             raise _mixed_sizes(self.shape, found.shape, _name(self.source, row))
         return found.permute(1, 2, 0).numpy()
@@ -111,18 +116,16 @@ class Reader:
             )
 
     def sample(self, plan: Plan, count: int) -> tuple[Tensor, Tensor]:
-        """Some images of the run.
+        """Up to `count` images of the run, (n, C, H, W) uint8, and their labels, (n,) int64, -1 for unlabelled.
 
-        Returns:
-            Up to `count` images, (n, C, H, W) uint8, and their labels, (n,) int64, -1 for unlabelled. What cannot be
-            decoded, or is of another size, is left to the run.
+        What cannot be decoded, or is of another size, is left to the run.
         """
         images, labels = [], []
         # A request for each further file would be many.
         shards = plan.shards if plan.shards[0].file is None else plan.shards[:1]
         for row in _samples(self.source, plan, shards, count):
             with contextlib.suppress(UndecodableError):
-                pixels = read_image(partial(self.source.open, row.cell), self.preprocess, self.max_pixels)
+                pixels = self.decode(row.cell)
                 if tuple(pixels.shape) == self.shape:
                     images.append(pixels)
                     outside = self.classes is not None and row.label >= self.classes
@@ -197,9 +200,7 @@ def load_batches(
     """Read the batches of some shards, in order.
 
     Args:
-        reader: opens and decodes rows.
-        plan: the run's plan.
-        shards: those to read.
+        reader, plan, shards: what reads rows, and which.
         workers: decoding threads, beside one that fetches; 0 does both in this one, as batches are asked for, and
             `auto` takes the cores at hand.
         pin: put images, labels and masks into page-locked memory, from which copies to CUDA are asynchronous.

@@ -73,8 +73,7 @@ def check_attack(attack: ModelAttack, model: Model, images_u8: Tensor, labels: T
     """Look once at what an attack makes of images of the source: whether it keeps what it promises.
 
     Args:
-        attack: with its goal and its epsilons.
-        model: that it attacks.
+        attack, model: the attack with its goal and its epsilons, on this model.
         images_u8: (N, C, H, W) uint8 on the model's device.
         labels: (N,) int64 model indices on the same device, -1 for unlabelled.
 
@@ -248,10 +247,8 @@ def _check_repeated(model: Model, pairs: Mapping[str, Sequence[tuple[Tensor, Ten
 
 
 def _check_neighbours(model: Model, images_u8: Tensor, logits: Tensor) -> None:
-    """What a model says of an image is to depend on that image alone.
-
-    It is asked about half of them, and with black and white ones in place of the others.
-    """
+    """What a model says of an image is to depend on that image alone."""
+    # It is asked about half of them, and with black and white ones in place of the others.
     some = images_u8[: (len(images_u8) + 1) // 2]
     others = torch.zeros_like(some)
     others[1::2] = 255

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
@@ -24,20 +24,13 @@ from pipeline import __version__
 from pipeline.attacks.base import Attack, Goal
 from pipeline.attacks.load import LoadedAttack, load_attack
 from pipeline.config.check import check_paths, named, naming, with_key
-from pipeline.config.schema import Config, ModelConfig, PreprocessConfig
+from pipeline.config.schema import Config, PreprocessConfig
 from pipeline.core.errors import CodeError, ConfigError, PipelineError
 from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
 from pipeline.core.variants import Variant
-from pipeline.engine.compute import (
-    Attacker,
-    ModelAttack,
-    compile_models,
-    fit_batch_size,
-    rehearse,
-    worth_compiling,
-)
+from pipeline.engine.compute import Attacker, ModelAttack, compile_models, fit_batch_size, rehearse, worth_compiling
 from pipeline.engine.loader import Reader, Shape, find_shape
 from pipeline.engine.model_check import check_attack, check_model
 from pipeline.engine.scores import contents_of
@@ -51,8 +44,6 @@ from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, iden
 from pipeline.output.settings import take_over
 from pipeline.sources.base import Source
 from pipeline.sources.registry import open_source
-
-ModelSection = TypeVar("ModelSection", bound=ModelConfig)
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +92,7 @@ class Run:
     @property
     def attacker(self) -> Attacker:
         """The attacks on chunks of rows."""
-        return make_attacker(self.config, self.models, self.attacks)
+        return Attacker(self.models, self.attacks, self.layout.stored)
 
     @property
     def spaces(self) -> dict[str, LabelSpace]:
@@ -202,7 +193,8 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
             model.space = join_labels(source.classes, source.labels, model.classes, count, label_map)
     spaces = {name: model.space for name, model in models.items()}
     attacks = make_attacks(config, {name: each.attack for name, each in loaded.items()}, spaces)
-    attacker = make_attacker(config, models, attacks)
+    layout = LAYOUTS[config.output.kind]
+    attacker = Attacker(models, attacks, layout.stored)
     classes = next(iter(spaces.values())).dataset_classes
     reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(classes))
     # A run that is resumed has decided; it compiles when it has something to write.
@@ -223,7 +215,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         reader=reader,
         models=models,
         attacks=attacks,
-        features=make_features(LAYOUTS[config.output.kind], contents_of(resolved, spaces, source.kept)),
+        features=make_features(layout, contents_of(resolved, spaces, source.kept)),
         device=device,
         image_format=image_format,
         identity=_identity(resolved, source, shape, loaded, models, chunk_images(device, plan.batch_size, shape)),
@@ -268,10 +260,7 @@ def open_run_source(config: Config) -> Source:
 
 
 def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> PreprocessConfig:
-    """What the weights of the first model that says something were published with, where the config has no sizes.
-
-    The models see the same images.
-    """
+    """Where the config has no sizes, those that come with the weights of the first model that has some."""
     published = next((model.preprocess for model in models.values() if model.preprocess), None)
     if published is None or asked.model_fields_set & {"resize", "crop", "interpolation"}:
         return asked
@@ -281,12 +270,7 @@ def _preprocess(asked: PreprocessConfig, models: Mapping[str, Model]) -> Preproc
 def make_attacks(
     config: Config, loaded: Mapping[str, Attack], spaces: Mapping[str, LabelSpace]
 ) -> tuple[ModelAttack, ...]:
-    """The attacks of a run, each on one model, in the order of the variants.
-
-    Args:
-        config: of the run.
-        loaded: the attacks by their ids.
-        spaces: how the classes of each model translate, by its id.
+    """The loaded attacks, each on one model, in the order of the variants; `spaces` are those of all models by id.
 
     Raises:
         ConfigError: a target is no class of the dataset or of a model.
@@ -306,17 +290,8 @@ def make_attacks(
     return tuple(made)
 
 
-def make_attacker(config: Config, models: Mapping[str, Model], attacks: tuple[ModelAttack, ...]) -> Attacker:
-    """All attacks of a run on chunks of rows."""
-    return Attacker(models, attacks, LAYOUTS[config.output.kind].stored)
-
-
 def _warn_unstated(config: Config, models: Mapping[str, Model]) -> list[str]:
-    """Warn of trained models of which nobody says how their input is normalised: it may well be wrong.
-
-    Returns:
-        The warnings.
-    """
+    """Warn of trained models of which nobody says how their input is normalised, and return the warnings."""
     said = []
     for name, model in models.items():
         section = config.all_models[name]
@@ -333,14 +308,7 @@ def _warn_unstated(config: Config, models: Mapping[str, Model]) -> list[str]:
 
 
 def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> list[str]:
-    """Look once at what the models make of images of the source, and say what should be known.
-
-    Returns:
-        The warnings that were given.
-
-    Raises:
-        ConfigError: as `check_model` and `check_attack`, or the code of one raises something.
-    """
+    """Look once at what the models make of images of the source, say what should be known, and return the warnings."""
     size = chunk_images(torch.device("cpu"), plan.batch_size, reader.shape)
     count = max(size, min(SAMPLE_IMAGES, SAMPLE_VALUES // math.prod(reader.shape)))
     images, labels = reader.sample(plan, count)
@@ -382,12 +350,7 @@ def _look_at_attacks(model: Model, attacks: Sequence[ModelAttack], images: Tenso
 
 
 def load_run_model(name: str, config: Config, device: torch.device) -> Model:
-    """A model of a run, in the run's precision.
-
-    Args:
-        name: its id.
-        config: of the run.
-        device: where it runs.
+    """A model of a run by its id, on a device, in the run's precision.
 
     Raises:
         ConfigError: as `load_model`.
@@ -410,20 +373,17 @@ def _resolved(
     runtime: Mapping[str, Any],
 ) -> Config:
     """A config with what was decided in place of each `auto`; `runtime` holds those of that section."""
-    normalised = {name: _normalised(config.all_models[name], model) for name, model in models.items()}
-    return config.with_models(normalised).model_copy(
+    sections = {}
+    for name, model in models.items():
+        mean, std = (tuple(values.flatten().tolist()) for values in (model.mean, model.std))
+        sections[name] = config.all_models[name].model_copy(update={"mean": mean, "std": std})
+    return config.with_models(sections).model_copy(
         update={
             "preprocess": preprocess,
             "output": config.output.model_copy(update={"image_format": image_format}),
             "runtime": config.runtime.model_copy(update=runtime),
         }
     )
-
-
-def _normalised(section: ModelSection, model: Model) -> ModelSection:
-    """A model's section with the mean and std that it came to have."""
-    mean, std = (tuple(values.flatten().tolist()) for values in (model.mean, model.std))
-    return section.model_copy(update={"mean": mean, "std": std})
 
 
 def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, ...]]:
@@ -438,16 +398,7 @@ def _streamed(source: Source, config: Config) -> dict[str, tuple[StreamedFile, .
 def _resolve_compile(
     attacker: Attacker, device: torch.device, shape: Shape, plan: Plan, config: Config
 ) -> tuple[bool, int]:
-    """Resolve `runtime.compile` and the batch size of a new run, by trying out what it will do.
-
-    On a CPU chunks are small, and memory is not tried.
-
-    Returns:
-        Whether the models are compiled, and the batch size that fits.
-
-    Raises:
-        ConfigError: compilation was asked for, and fails; or not even one image fits.
-    """
+    """Whether the models of a new run are compiled, and the batch size that fits, by trying out what it will do."""
     wanted = config.runtime.compile
     compiles = worth_compiling(device, plan.total or 0) if wanted == "auto" else wanted
 
@@ -461,7 +412,7 @@ def _resolve_compile(
                     raise ConfigError(f"runtime.compile: {error}; leave the key out, or set it to false.") from error
                 logger.warning("%s; the run goes on without.", error)
                 compiles = False
-        if device.type != "cpu":
+        if device.type != "cpu":  # there chunks are small, and fit
             rehearse(attacker, device, shape, size)
 
     size = fit_batch_size(attempt, plan.batch_size)

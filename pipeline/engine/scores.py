@@ -19,13 +19,7 @@ from pipeline.output.folder import VariantCounts, count_model
 
 
 def contents_of(config: Config, spaces: Mapping[str, LabelSpace], kept: Mapping[str, Any]) -> Contents:
-    """What the columns of a run's dataset follow from.
-
-    Args:
-        config: of the run.
-        spaces: names of the dataset's classes and of what each model's predictions are recorded as, by its id.
-        kept: features of the carried-through columns.
-    """
+    """What the columns of a run's dataset follow from. `spaces` are by model, `kept` the features of kept columns."""
     recorded = [space.recorded_classes for space in spaces.values()]
     # Rows of several models share a column: it has names where they mean the same by an index.
     common = recorded[0] if all(classes == recorded[0] for classes in recorded) else None
@@ -135,10 +129,9 @@ def count(
 
     Args:
         variant: which.
-        rows: M of them, with the columns of layout images.
-        clean: those of the same images when clean.
-        models: the ids of all models.
-        zero_signs: values that the attack does not move.
+        rows, clean: M rows of layout images, and those of the same images when clean.
+        models: the ids of all.
+        zero_signs: how many values the attack does not move.
     """
     known = np.asarray(rows.column("label").is_valid())
     correct, fooled = (_flags(rows, name) for name in ("correct", "fooled"))

@@ -36,7 +36,7 @@ class Executor(ABC):
 
         Args:
             runtime: the config's section, with the device of the run that is resumed.
-            part: (i, n), which of n parts is to be written here; None for all of the run.
+            part: (i, n), the part to write of n; None for all of the run.
         """
         del part
         self.runtime = runtime
@@ -64,11 +64,7 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, shards: Sequence[Shard], write: Write) -> "Generator[Written | None, None, None]":
-        """Have some shards written.
-
-        Args:
-            shards: those to write.
-            write: writes some of them.
+        """Have some shards written, by `write` here or elsewhere.
 
         Yields:
             Each shard once it is committed, in any order; None now and then while others work, for the caller to see

@@ -140,10 +140,6 @@ class Resources:
 def share_out(runtime: RuntimeConfig, nodes: Sequence[Mapping[str, float]]) -> Resources:
     """Decide what each worker is given: on GPUs one each and its part of the node's CPUs, else all CPUs of a node.
 
-    Args:
-        runtime: the config's section, with the device of the run that is resumed.
-        nodes: the resources of each node.
-
     Raises:
         ConfigError: no node has what one worker needs.
     """
@@ -295,11 +291,7 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _connect() -> None:
-    """Join the cluster that RAY_ADDRESS or the machine names, or start one of this machine's cores.
-
-    Raises:
-        PipelineError: the cluster that is named does not answer or does not take this process, or none can be started.
-    """
+    """Join the cluster that RAY_ADDRESS or the machine names, or start one of this machine's cores."""
     address = os.environ.get("RAY_ADDRESS") or read_ray_address()
     if address and address != "local":
         # A local cluster in its place would be a day's work on one machine.

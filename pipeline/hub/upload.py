@@ -86,7 +86,11 @@ def publish(path: str | Path, repo_id: str, *, private: bool | None = None) -> s
     api = HfApi(token=token, library_name="fgsm-pipeline", library_version=__version__)
     with _client_log(token), _client_that_gives_up():
         _patiently(repo_id, token, lambda: _open_repository(api, repo_id, folder, manifest, private))
-        _move_card(folder, manifest, repo_id)
+        folder.store.watch()
+        text = folder.store.read(folder.card).decode()
+        moved = moved_card(text, manifest, repo_id)  # whose examples load from the Hub
+        if moved != text:
+            folder.store.write(folder.card, moved.encode())
         if not has_report(folder, manifest):
             from pipeline.reporting.page import write_report  # and with it matplotlib, which is seldom needed here
 
@@ -215,15 +219,6 @@ def _published_run(api: HfApi, repo_id: str, manifest: str) -> str | None:
         return None
     run_id = content.get("run_id") if isinstance(content, dict) else None
     return run_id if isinstance(run_id, str) else None
-
-
-def _move_card(folder: OutputFolder, manifest: Manifest, repo_id: str) -> None:
-    """Let the card's examples load from the Hub."""
-    folder.store.watch()
-    text = folder.store.read(folder.card).decode()
-    moved = moved_card(text, manifest, repo_id)
-    if moved != text:
-        folder.store.write(folder.card, moved.encode())
 
 
 def _left_by_an_earlier_upload(manifest: Manifest, files: Mapping[str, OwnFile], there: Iterable[str]) -> list[str]:

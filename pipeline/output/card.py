@@ -55,18 +55,10 @@ MEANINGS = {
 def write_summaries(
     folder: OutputFolder, manifest: Manifest, receipts: Mapping[str, Receipt] | None = None
 ) -> Manifest:
-    """Write the manifest and the card as they follow from the receipts that are there.
+    """Write the manifest and the card as they follow from the receipts that are there; returns the manifest as written.
 
     A card that lists the right subsets is left alone, with whatever its owner has added to it. A README.md that is no
-    card of a run is the user's, and never replaced.
-
-    Args:
-        folder: the output folder.
-        manifest: of the run.
-        receipts: of the shards that are there, where they have just been read.
-
-    Returns:
-        The manifest as written.
+    card of a run is the user's, and never replaced. `receipts` are read where they have not just been.
 
     Raises:
         PipelineError: the disk refused, or README.md is the user's.
@@ -111,11 +103,7 @@ _OneLine.add_representer(
 
 
 def make_configs(manifest: Manifest) -> list[dict[str, Any]]:
-    """The subsets of a dataset as the Hub's YAML lists them.
-
-    Args:
-        manifest: of the run, with the digest of the receipts there are.
-    """
+    """The subsets of a dataset as the Hub's YAML lists them, with the digest of its receipts."""
     layout, stored, variants = manifest.layout, manifest.stored, manifest.variants
     stamp = f"run {manifest.run_id}, receipts {manifest.receipts[:16]}"
     configs = [_config(subset, manifest, [subset], f"{layout.summary(subset, variants)}; {stamp}") for subset in stored]
@@ -147,7 +135,7 @@ def read_configs(folder: OutputFolder) -> list[dict[str, Any]] | None:
 
 def _front(manifest: Manifest) -> dict[str, Any]:
     """The card's YAML. No counts: `datasets` refuses to load where one is wrong."""
-    origin, configs = manifest.origin, make_configs(manifest)
+    origin, configs, attacks = manifest.origin, make_configs(manifest), manifest.resolved.all_attacks.values()
     stated = (origin.license or "").strip().lower()
     front = {
         "pretty_name": _title(manifest),
@@ -156,17 +144,13 @@ def _front(manifest: Manifest) -> dict[str, Any]:
         "task_categories": ["image-classification"],
         # Rows of the default config, which holds all subsets.
         "size_categories": [size_category(manifest.rows * len(manifest.stored))],
-        "tags": [*TAGS, *_kinds(manifest)],
+        # Of the attacks, those that have a name in the literature.
+        "tags": [*TAGS, *dict.fromkeys(attack.kind for attack in attacks if attack.paper)],
         # Of the default config; all have the same features, and of a thousand classes one list is long enough.
         "dataset_info": _dataset_info(configs[0]["config_name"], manifest),
         "configs": configs,
     }
     return {key: value for key, value in front.items() if value}
-
-
-def _kinds(manifest: Manifest) -> list[str]:
-    """The kinds of the attacks that have a name in the literature."""
-    return list(dict.fromkeys(attack.kind for attack in manifest.resolved.all_attacks.values() if attack.paper))
 
 
 def _dataset_info(config: str, manifest: Manifest) -> dict[str, Any]:
@@ -277,12 +261,7 @@ def _template() -> jinja2.Template:
 
 
 def render_card(manifest: Manifest, location: str = HERE) -> str:
-    """The card's text.
-
-    Args:
-        manifest: of the run.
-        location: what the examples load: the folder itself, its address in an object store, or a Hub id.
-    """
+    """The card's text; `location` is what its examples load: a folder, an address in an object store, or a Hub id."""
     front = yaml.dump(_front(manifest), Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=float("inf"))
     return f"---\n{front}---\n\n{_template().render(_values(manifest, location))}"
 
@@ -336,10 +315,10 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
         **{name: getattr(manifest, name) for name in ("planned", "variants", "stored", "edition", "layout", "titles")},
         "title": _title(manifest),
         "epsilons": [f"{level}/255" for level in levels[1:]],
-        "requested": [_requested(level, epsilon) for level, epsilon in _all_requested(attacks.values())],
+        "requested": _requested(attacks.values()),
         "readable": _readable(manifest),
         "groups": ["attack", "model", "epsilon"] if len(by_attack(manifest.variants)) > 1 else ["epsilon"],
-        "gathered": next((one["config_name"] for one in make_configs(manifest)[::-1] if _gathers(one, manifest)), None),
+        "gathered": _gathered(manifest),
         "location": location,
         "here": location == HERE,
         "address": is_address(location),
@@ -369,9 +348,10 @@ def _values(manifest: Manifest, location: str) -> dict[str, Any]:
     }
 
 
-def _gathers(config: Mapping[str, Any], manifest: Manifest) -> bool:
-    """Whether a config of the card holds all subsets at one epsilon."""
-    return config["config_name"].startswith("eps-") and config["config_name"] not in manifest.stored
+def _gathered(manifest: Manifest) -> str | None:
+    """The last config of the card that holds all subsets at one epsilon; None where there is none."""
+    names = [config["config_name"] for config in make_configs(manifest)]
+    return next((name for name in reversed(names) if name.startswith("eps-") and name not in manifest.stored), None)
 
 
 def _readable(manifest: Manifest) -> int | None:
@@ -382,15 +362,14 @@ def _readable(manifest: Manifest) -> int | None:
     return max(set.intersection(*bound), default=None) if bound else free[0]
 
 
-def _all_requested(attacks: Iterable[AttackConfig]) -> list[tuple[int, str | float]]:
-    """Each epsilon of any attack as it was asked for, by rising level."""
-    found = {(level, epsilon) for attack in attacks for level, epsilon in attack.requested.items()}
-    return sorted(found, key=lambda pair: (pair[0], str(pair[1])))
-
-
-def _requested(level: int, epsilon: str | float) -> str:
-    exact = re.sub(r"\s", "", str(epsilon)) == f"{level}/255"
-    return f"{level} ({level}/255 = {level / 255:.4f}{'' if exact else f', asked for as {epsilon}'})"
+def _requested(attacks: Iterable[AttackConfig]) -> list[str]:
+    """Each epsilon of any attack, and as what it was asked for, by rising level."""
+    asked = {(level, str(epsilon)) for attack in attacks for level, epsilon in attack.requested.items()}
+    said = []
+    for level, epsilon in sorted(asked):
+        exact = re.sub(r"\s", "", epsilon) == f"{level}/255"
+        said.append(f"{level} ({level}/255 = {level / 255:.4f}{'' if exact else f', asked for as {epsilon}'})")
+    return said
 
 
 def _describe(manifest: Manifest, features: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -408,11 +387,8 @@ def _describe(manifest: Manifest, features: Mapping[str, Any]) -> Iterator[dict[
         for column in ("prediction", "correct", "clean_prediction", "clean_correct"):
             meanings[f"{column}_{model}"] = f"as {column}, of model {model}"
     for name, feature in features.items():
-        yield {
-            "name": name,
-            "type": _type_name(feature),
-            "meaning": meanings.get(name, "from the source, unchanged"),
-        }
+        meaning = meanings.get(name, "from the source, unchanged")
+        yield {"name": name, "type": _type_name(feature), "meaning": meaning}
 
 
 def _type_name(feature: Any) -> str:

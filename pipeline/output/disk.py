@@ -23,15 +23,10 @@ def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
 
 
 def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:
-    """Refuse to start a run that cannot end. Overwriting frees what is there.
-
-    Args:
-        needed: bytes that it will write.
-        folder: where they go.
-        overwrite: whether what is there goes first.
+    """Refuse to start a run that needs more bytes than are free; overwriting frees what is there.
 
     Raises:
-        PipelineError: the free space is less than the estimate.
+        PipelineError: it does.
     """
     local, disk = folder.store.local, folder.store.disk
     free = free_bytes(disk.resolve())

@@ -76,12 +76,7 @@ def local_folder(path_or_repo: str | Path) -> Path | None:
 
 
 def name_edition(run_id: str, generation: int) -> str:
-    """What ends the names of a run's files: its id.
-
-    Args:
-        run_id: of the run.
-        generation: how often the place had been started over when the run began; see `Manifest.generation`.
-    """
+    """What ends the names of a run's files: its id, and in a store that was started over `Manifest.generation`."""
     return f"{run_id}-{generation}" if generation else run_id
 
 
@@ -185,19 +180,12 @@ class ModelCounts(Record):
     exposed: Whole = 0
     transferred: Whole = 0
 
-    def __add__(self, other: "ModelCounts") -> "ModelCounts":
-        # Not checked: of numbers that others wrote the sum may be more than any of them may.
-        return ModelCounts.model_construct(
-            **{key: getattr(self, key) + getattr(other, key) for key in type(self).model_fields}
-        )
-
 
 def count_model(clean: Flags, now: Flags, fooled: Flags) -> ModelCounts:
     """Count what a model says of M labelled images of a variant.
 
     Args:
-        clean: (M,) bool, whether it is right about the clean image.
-        now: (M,) bool, whether it is right about this one.
+        clean, now: (M,) bool, whether it is right about the clean image, and about this one.
         fooled: (M,) bool, whether this one fools the model that it was made of.
     """
     lost = clean & ~now
@@ -369,9 +357,6 @@ class OutputFolder:
 
         What all runs have under one name is replaced, not removed: a request to remove it that arrives late would take
         another run's.
-
-        Raises:
-            PipelineError: the disk or the store refused.
         """
         self.store.delete(self.owned(editions))
         with contextlib.suppress(FileNotFoundError):
@@ -415,9 +400,7 @@ class OutputFolder:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the garbage collector, which would walk over all that has been read so far again and again: with 10,000
-    receipts that is two thirds of the time, and there is no garbage among them.
-    """
+    """Without the garbage collector: walking over 10,000 receipts again and again, it would triple the time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -431,9 +414,7 @@ def uncollected() -> Iterator[None]:
 def read_receipts(folder: OutputFolder, sizes: Iterable[str] | None = None) -> tuple[dict[str, Receipt], list[str]]:
     """All receipts by the stem of their file, sorted, and the names of files that are no receipts or were altered.
 
-    Args:
-        folder: of the dataset.
-        sizes: its listing, where that is at hand.
+    `sizes` is the folder's listing, where that is at hand.
     """
     listed = folder.store.sizes() if sizes is None else sizes
     names = sorted(name for name in listed if name.startswith(f"{folder.receipts}/") and name.endswith(".json"))
@@ -453,11 +434,7 @@ def committed(
 ) -> dict[str, Receipt]:
     """The receipts of some shards, by their names, whose files are there with the sizes they state.
 
-    Args:
-        folder: of the dataset.
-        edition: of the run.
-        shards: of its plan.
-        sizes: the folder's listing, where that is at hand.
+    `sizes` is the folder's listing, where that is at hand.
     """
     sizes = folder.store.sizes() if sizes is None else sizes
     found, _ = read_receipts(folder, sizes)

@@ -21,7 +21,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.schema import Config
@@ -40,18 +39,12 @@ VARIABLES = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_",
 INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """digest: a sha256 of all that a run is made of. settled: whether no file was changed so shortly before that the
-    next change could have the same time.
+def inputs_of(config: Config) -> str | None:
+    """A sha256 of all that a run of a config would be made of now.
+
+    None where files do not say it, cannot be read, are too many, or one was changed so shortly before that its next
+    change could have the same time.
     """
-
-    digest: str
-    settled: bool
-
-
-def inputs_of(config: Config) -> Inputs | None:
-    """What a run of a config would be made of now; None where files do not say it, cannot be read, or are too many."""
     roots = [PACKAGE]
     for section in (config.source, *config.all_models.values(), *config.all_attacks.values()):
         if section.reads is None:
@@ -71,25 +64,25 @@ def inputs_of(config: Config) -> Inputs | None:
                 return None
     except OSError:  # whoever opens the run says what it is
         return None
-    return Inputs(total.hexdigest(), newest < now - SETTLED)
+    return total.hexdigest() if newest < now - SETTLED else None
 
 
-def remember(folder: OutputFolder, manifest: Manifest, inputs: Inputs) -> None:
+def remember(folder: OutputFolder, manifest: Manifest, inputs: str) -> None:
     """Note down what a complete run was made of. Without the note the next command takes longer, and that is all."""
-    if manifest.complete and inputs.settled:
+    if manifest.complete:
         with contextlib.suppress(PipelineError):
             folder.store.write(folder.inputs, _note(manifest, inputs))
 
 
-def is_unchanged(folder: OutputFolder, manifest: Manifest, inputs: Inputs) -> bool:
+def is_unchanged(folder: OutputFolder, manifest: Manifest, inputs: str) -> bool:
     """Whether a run that was complete was made of the same things."""
     with contextlib.suppress(FileNotFoundError, PipelineError):
         return folder.store.read(folder.inputs) == _note(manifest, inputs)
     return False
 
 
-def _note(manifest: Manifest, inputs: Inputs) -> bytes:
-    return f"{manifest.edition} {inputs.digest}\n".encode()
+def _note(manifest: Manifest, inputs: str) -> bytes:
+    return f"{manifest.edition} {inputs}\n".encode()
 
 
 def _environment() -> Iterator[str]:
@@ -103,11 +96,7 @@ def _environment() -> Iterator[str]:
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:
-    """All that lies at or below a path, through links too: its name and state, and the time of its last change.
-
-    Raises:
-        OSError: something cannot be read, or a link leads to nothing.
-    """
+    """All that lies at or below a path, through links too: its name and state, and the time of its last change."""
     if root.is_symlink():
         yield _state(str(root), root.lstat())
     if not root.is_dir():

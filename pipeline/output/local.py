@@ -286,11 +286,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove a folder if it is a temporary one that a process of this user has made.
-
-    Raises:
-        OSError: it is in use, or has no marker.
-    """
+    """Remove a folder if a process of this user has made it; an OSError where it is in use, or has no marker."""
     if re.fullmatch(rf"{TEMPORARY}[a-z0-9_]{{8}}", folder.name) and folder.lstat().st_uid == os.getuid():
         with os.fdopen(os.open(folder / MARKER, os.O_RDONLY | os.O_NOFOLLOW), "rb") as marker:
             if marker.read() == MARK:

@@ -65,10 +65,7 @@ class UnsupportedError(Exception):
 class StoreLock:
     """The lock of a prefix, once it is taken; `token` names this holder.
 
-    Args:
-        objects: the store.
-        name: of the lock.
-        patience: seconds to wait for a holder that lives; each new holder is waited for anew.
+    A holder that lives is waited for `patience` seconds, and each new one anew.
 
     Raises:
         ConfigError: the store does not honour conditions.
@@ -138,11 +135,7 @@ class StoreLock:
         return json.dumps({**own, **more}).encode()
 
     def _take(self, patience: float) -> str:
-        """Make the lock, or replace one that was released or has not changed for STALE_SECONDS; its version.
-
-        Raises:
-            PipelineError: its holder lives.
-        """
+        """Make the lock, or replace one that was released or has not changed for STALE_SECONDS; its version."""
         root, holder, since = self._objects.root, None, 0.0
         while True:
             found = self._objects.look(self._name)
@@ -167,11 +160,7 @@ class StoreLock:
                 return self._objects.replace(self._name, self._content(beat=0), found[1] if found else None)
 
     def _probe(self) -> None:
-        """See that the store honours both conditions: neither of these writes may succeed.
-
-        Raises:
-            UnsupportedError: one did.
-        """
+        """See that the store honours both conditions: neither of these writes may succeed."""
         for version, header in ((None, "If-None-Match"), ('"no such version"', "If-Match")):
             with contextlib.suppress(ConflictError):
                 self._objects.replace(self._name, self._content(probe=header), version)
@@ -186,11 +175,7 @@ class StoreLock:
 
 
 def refuse_parts(objects: "ObjectStore", names: Iterable[str]) -> None:
-    """See that parts work no more; what those that were killed have left is taken over.
-
-    Args:
-        objects: the store.
-        names: of their locks.
+    """See that parts work no more, by the names of their locks; those of parts that were killed are taken over.
 
     Raises:
         PipelineError: one lives.
@@ -202,11 +187,8 @@ def refuse_parts(objects: "ObjectStore", names: Iterable[str]) -> None:
 
 
 def part_locks(names: Iterable[str], part: str = "") -> list[str]:
-    """The locks of parts beside which nobody else may write: all, or for a part those of another number of parts.
-
-    Args:
-        names: of files.
-        part: as `Store.held` has it.
+    """The locks among the names of files beside which nobody else may write: those of all parts, or for a part (I-of-N)
+    those of another number of parts.
     """
     beside = f"-of-{part.partition('-of-')[2]}" if part else None
     return [name for name in names if name.startswith(PART) and not (beside and name.endswith(beside))]

@@ -336,8 +336,7 @@ def has_report(folder: OutputFolder, manifest: Manifest) -> bool:
 def without_folders(value: Any) -> Any:
     """A config, or a part of one, as it is shown to others: of the machine's own paths only their names are left.
 
-    They name its users and its disks, and lead nowhere elsewhere. Here they stay in manifest.json, by which
-    `verify --recompute` finds the model again.
+    They name its users and its disks. Here they stay in manifest.json, by which `verify --recompute` finds the model.
     """
     if isinstance(value, str):
         local = value.startswith(("/", "~", "./", "../")) or re.match(r"([\w+]+::)*(file|local)://", value)
@@ -423,6 +422,18 @@ def identity_of(
     return identity
 
 
+def identity_with(manifest: Manifest, config: Config) -> dict[str, Any]:
+    """As `identity_of`, of a config over the source and the models that a manifest records."""
+    return identity_of(
+        config,
+        split_rows=manifest.split_rows,
+        streamed=manifest.streamed,
+        shape=manifest.shape,
+        dataset_classes=manifest.dataset_classes,
+        label_maps={name: space.to_model for name, space in manifest.spaces.items()},
+    )
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON gives it back. Infinity is a text, as JSON has no number for it."""
     return from_json(to_json(value, fallback=str, inf_nan_mode="strings"))
@@ -436,14 +447,7 @@ def run_id_of(identity: Mapping[str, Any]) -> str:
 def contradictions(manifest: Manifest) -> list[str]:
     """The keys of a manifest that do not agree with its identity, or with each other."""
     config = manifest.resolved
-    identity = identity_of(
-        config,
-        split_rows=manifest.split_rows,
-        streamed=manifest.streamed,
-        shape=manifest.shape,
-        dataset_classes=manifest.dataset_classes,
-        label_maps={name: space.to_model for name, space in manifest.spaces.items()},
-    )
+    identity = identity_with(manifest, config)
     wrong = [key for key, value in identity.items() if manifest.identity.get(key) != value]
     source = config.source
     stated = {
@@ -592,11 +596,8 @@ def plan_of(
 
 @uncollected()
 def summarise(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Manifest:
-    """The manifest with everything that follows from the receipts: totals, files, skipped rows, their digest.
-
-    Args:
-        manifest: of the run; only what was decided at its start is kept.
-        receipts: of the shards that are there, by name.
+    """The manifest with what follows from the receipts of the shards that are there, by name; of the old one only what
+    was decided when the run began is kept.
     """
     ordered = [receipts[name] for name in sorted(receipts)]
     subsets = _subsets(manifest, ordered)

@@ -27,14 +27,7 @@ from pipeline.core.errors import (
 )
 from pipeline.core.redaction import redact_answer
 from pipeline.output.local import temporary_folder
-from pipeline.output.locks import (
-    LOCK,
-    ConflictError,
-    StoreLock,
-    UnsupportedError,
-    part_locks,
-    refuse_parts,
-)
+from pipeline.output.locks import LOCK, ConflictError, StoreLock, UnsupportedError, part_locks, refuse_parts
 from pipeline.output.store import Store
 
 # The S3 client ends an attempt after so long without a byte, and makes so many: half a minute in all where the store
@@ -307,16 +300,11 @@ class ObjectStore(Store):
         return f"{self._base}/{name}"
 
     def _ask(self, verb: str, *arguments: Any, patience: float = 0.0, **options: Any) -> Any:
-        """Call the client; what it cannot do is one sentence.
+        """Call a method of the client; what it cannot do is one sentence, but for a FileNotFoundError on reading.
 
-        Args:
-            verb: a method of fsspec's, with its arguments and options. A write has a condition with `mode="create"`
-                (the object does not exist), or with `IfMatch` (it is still of that version).
-            patience: seconds beyond the usual ones; infinite where the client itself gives up if nothing more arrives.
-
-        Raises:
-            FileNotFoundError: what is read does not exist.
-            ConflictError, UnsupportedError: of a write with a condition, as `replace`.
+        A write has a condition with `mode="create"` (the object does not exist), or with `IfMatch` (it is still of that
+        version), and may raise what `replace` does. `patience` are seconds beyond the usual ones; infinite where the
+        client itself gives up if nothing more arrives.
         """
         system = self._system
         if system.async_impl and patience < math.inf:
@@ -335,15 +323,7 @@ class ObjectStore(Store):
             raise self._failure(error) from None
 
     def _raise_conflict(self, error: BaseException, *, replaces: bool) -> None:
-        """Tell a store's answer to a condition from all else that can fail.
-
-        Args:
-            replaces: the condition was that the object is still of some version, not that it does not exist.
-
-        Raises:
-            ConflictError: the condition does not hold.
-            UnsupportedError: the store knows no conditions.
-        """
+        """Tell a store's answer to a condition from all else that can fail. `replaces`: the condition was `IfMatch`."""
         answers = [getattr(cause, "response", None) for cause in causes(error)]
         status = next((answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers if answer), None)
         # Another may write the object at this very moment (409); what is to be replaced may be gone (404).

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, shortened
 from pipeline.output.folder import OutputFolder
-from pipeline.output.manifest import Manifest, identity_of
+from pipeline.output.manifest import Manifest, identity_with
 
 
 def take_over(config: Config, recorded: Manifest) -> Config:
@@ -39,14 +39,8 @@ def check_settings(config: Config, recorded: Manifest, folder: OutputFolder) -> 
     preprocess = asked.preprocess
     if not preprocess.model_fields_set & {"resize", "crop", "interpolation"}:
         preprocess = then.preprocess.model_copy(update={"mode": preprocess.mode})
-    here = identity_of(
-        asked.with_models({**asked.all_models, **models}).model_copy(update={"preprocess": preprocess}),
-        split_rows=recorded.split_rows,
-        streamed=recorded.streamed,
-        shape=recorded.shape,
-        dataset_classes=recorded.dataset_classes,
-        label_maps={name: space.to_model for name, space in recorded.spaces.items()},
-    )
+    whole = asked.with_models({**asked.all_models, **models}).model_copy(update={"preprocess": preprocess})
+    here = identity_with(recorded, whole)
     there = {key: recorded.identity.get(key) for key in here}
     if here != there:
         raise another_run(folder, recorded, here, there)
@@ -68,6 +62,11 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} ({_short(there.get(key))} there, {_short(here.get(key))} here)" for key in keys)
 
 
+def version_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What the `versions` of a run differ in from those of another session, for a person."""
+    names = {**then, **now}
+    return [f"{key} {then.get(key)} then, {now.get(key)} now" for key in names if then.get(key) != now.get(key)]
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shortened(json.dumps(value), 40)

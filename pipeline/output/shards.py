@@ -93,11 +93,7 @@ class ShardWriter:
     def commit(self, receipt: Receipt) -> Receipt:
         """Close every file and put it into its place, then write the receipt, which is the commit.
 
-        Args:
-            receipt: the shard's, still without files.
-
-        Returns:
-            The receipt as written.
+        `receipt` is still without files; it is returned as written.
 
         Raises:
             PipelineError: the disk or the store refused; then there is no receipt.

@@ -92,11 +92,9 @@ class Store(Protocol):
         """Local folders in which some files, given with their bytes, lie under their names: a bounded part in each."""
 
     def refuse_links(self, name: str = "") -> None:
-        """Refuse links that lead out of the output, before anything is written, deleted or published through one. An
-        object store has no links.
+        """Refuse links that lead out of the output, before anything is written, deleted or published through one.
 
-        Args:
-            name: a file; by default the whole output is searched.
+        Looks at one file, by default at all. An object store has no links.
 
         Raises:
             ConfigError: there is one.
@@ -146,12 +144,7 @@ class Store(Protocol):
         return contextlib.nullcontext()
 
     def _locked(self, name: str, patience: float = 0.0) -> AbstractContextManager[object]:
-        """A lock by its file's name, against all others; each new holder of it is waited for so many seconds anew.
-
-        Raises:
-            ConfigError: there are no locks.
-            PipelineError: another has it.
-        """
+        """A lock by its file's name, against all others; each new holder of it is waited for so many seconds anew."""
 
     def _exclusive(self, patience: float = 0.0) -> AbstractContextManager[None]:
         """The lock beside which no run works, nor any part that is not of this process's run."""

@@ -52,7 +52,7 @@ class Summary:
             yield cell("")
             yield cell("Transfer, in percent: what each model gets right, and what it loses of what")
             yield cell("it gets right when clean")
-            for (split, level), rows in itertools.groupby(matrix, _split_and_level):
+            for (split, level), rows in itertools.groupby(matrix, lambda row: (row[0].split, row[0].level)):
                 yield from _transfer_tables(f"{split} {level}/255", list(rows), options.max_width)
         yield cell("")
         yield from map(cell, _notes(manifest))
@@ -68,18 +68,14 @@ def inspect(path: str | Path) -> Summary:
 
 
 def _subset_table(subsets: Sequence[Subset], console: "Console", options: "ConsoleOptions") -> "Table":
-    """A line for each variant of each split. A column without a value is left out.
-
-    On a terminal that is too narrow, so is `epsilon`, in which the names of subsets end, and heads are short. Where
-    there is room, a bar shows accuracy.
-    """
+    """A line for each variant of each split; where there is room, with a bar that shows accuracy."""
     from rich.progress_bar import ProgressBar
 
     columns = _columns(subsets)
     styles = {"accuracy": BLUE, "acc.": BLUE, "fooled": ORANGE}
     table, wide = make_table(columns, 3, styles), options.update(max_width=UNLIMITED)
     natural = console.measure(table, options=wide).maximum
-    if natural > options.max_width:
+    if natural > options.max_width:  # names of subsets end in their epsilon
         columns = {SHORT.get(head, head): own for head, own in columns.items() if head != "epsilon"}
         table = make_table(columns, 2, styles)
         table.padding = (0, 1, 0, 0)
@@ -100,26 +96,19 @@ def _columns(subsets: Sequence[Subset]) -> dict[str, Sequence[object]]:
     return {head: own for head, own in zip(HEAD, cells, strict=False) if not own or set(own) != {"-"}}
 
 
-def _split_and_level(row: Sequence[Transfer]) -> tuple[str, int]:
-    return row[0].split, row[0].level
-
-
 def _transfer_tables(title: str, rows: Sequence[Sequence[Transfer]], width: int) -> Iterator["RenderableType"]:
-    """The matrix at one epsilon: a line for each attack on each model, a column for each model that looks.
-
-    Where the columns do not fit beside each other, the rest of them stands below. Bold is the model that was attacked,
-    orange what loses half.
-    """
+    """The matrix at one epsilon: a line for each attack on each model, a column for each model that looks."""
     made = [row[0].maker for row in rows]
     columns = {asked[0].looking: [*map(_transfer_cell, asked)] for asked in zip(*rows, strict=True)}
     room = width - max(map(len, [title, *made]))
     fit = max(1, room // (2 + max(len("100.0, 100.0"), *map(len, columns))))
     yield cell("")
-    for start in range(0, len(columns), fit):
+    for start in range(0, len(columns), fit):  # what does not fit beside the others stands below
         yield make_table({title: made, **dict(list(columns.items())[start : start + fit])})
 
 
 def _transfer_cell(one: Transfer) -> "Text":
+    # Bold is the model that was attacked, orange what loses half.
     style = "bold " * (one.looking == one.model) + ORANGE * ((one.share_lost or 0) >= 0.5)
     return cell(f"{_percent(one.accuracy)}, {_percent(one.share_lost)}", style.strip())
 

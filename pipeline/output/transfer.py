@@ -46,9 +46,7 @@ class Transfer(Record):
 def transfer_matrix(counts: Iterable[tuple[str, VariantCounts]]) -> tuple[Transfer, ...]:
     """The matrix of a dataset: by split, in the order of the variants and of the models.
 
-    Args:
-        counts: the split, and what the images of one variant in it add up to, in the order of the variants, clean
-        first.
+    `counts` are splits, and what the images of one variant in each add up to, clean first.
     """
     made: list[Transfer] = []
     clean: dict[str, VariantCounts] = {}

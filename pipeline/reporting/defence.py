@@ -5,15 +5,14 @@ The script writes defence.json into the dataset's folder, after each training; t
 
 import logging
 import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
 from pipeline.core.errors import PipelineError
-from pipeline.output.folder import OutputFolder
+from pipeline.output.folder import OutputFolder, Record
 
 DEFENCE = "defence.json"
 
@@ -59,11 +58,7 @@ class Spread:
 
 
 def compare(ours: Sequence[float], others: Sequence[float]) -> int | None:
-    """Which of two arms has the larger errors, by their differences within each seed.
-
-    Args:
-        ours: one error for each seed.
-        others: those of the other arm, of the same seeds in the same order.
+    """Which of two arms has the larger errors, one for each seed, by their differences within each seed.
 
     Returns:
         1 where ours are larger and -1 where they are smaller; 0 where the 95% interval of the difference has 0 in it.
@@ -78,11 +73,7 @@ def compare(ours: Sequence[float], others: Sequence[float]) -> int | None:
     return 1 if mean > 0 else -1
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Arm(_Strict):
+class Arm(Record):
     """What one kind of training shows beside clean images.
 
     kind: nothing, random signs, stored images of one source model or of all, the model's own FGSM made in each step, or
@@ -94,7 +85,7 @@ class Arm(_Strict):
     kind: Literal["clean", "noise", "one", "all", "fly", "both"]
 
 
-class Outcome(_Strict):
+class Outcome(Record):
     """What one trained model makes of some images of the test split.
 
     images: clean, stored or noise as the dataset has them, or made anew by an attack. against: whose gradient made
@@ -122,7 +113,7 @@ class Outcome(_Strict):
         return self
 
 
-class Training(_Strict):
+class Training(Record):
     """One training of an arm, and its tests.
 
     images: seen in `seconds`, of which reading, attacks and steps are parts, tests not. history: after each epoch the
@@ -137,7 +128,7 @@ class Training(_Strict):
     tests: tuple[Outcome, ...]
 
 
-class Defence(_Strict):
+class Defence(Record):
     """All trainings on one dataset.
 
     seconds: of the whole, over all sessions. receipts: the digest of the dataset's receipts, which changes when shards
@@ -158,14 +149,14 @@ class Defence(_Strict):
     arms: tuple[Arm, ...]
     trainings: tuple[Training, ...]
     receipts: str = ""
-    digests: dict[str, str] = {}
-    held_out_errors: dict[str, dict[int, float]] = {}
+    digests: dict[str, str] = Field(default_factory=dict)
+    held_out_errors: dict[str, dict[int, float]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_what_there_is(self) -> Self:
         if not self.levels or not self.arms:
             raise ValueError("there is no epsilon or no arm")
-        if any(count > 1 for count in Counter((one.arm, one.seed) for one in self.trainings).values()):
+        if len({(one.arm, one.seed) for one in self.trainings}) < len(self.trainings):
             raise ValueError("an arm was trained twice with one seed")
         return self
 

@@ -58,11 +58,8 @@ def by_interest(splits: Sequence[str]) -> list[str]:
 
 
 def images_of(manifest: Manifest, split: str) -> str:
-    """What the images of a split are called: `test images`.
-
-    Where nobody named the only split, `images`: those of a folder without splits are stored as `train`, whatever they
-    are.
-    """
+    """What the images of a split are called: `test images`."""
+    # Those of a folder without splits are stored as `train`, whatever they are.
     unnamed = manifest.config["source"].get("split") is None and [*manifest.split_rows] == ["train"]
     return "images" if unnamed else f"{split} images"
 
@@ -188,9 +185,7 @@ def matrices(manifest: Manifest) -> dict[str, list[list[Transfer]]]:
 def who_travels(rows: Sequence[Sequence[Transfer]], level: int) -> str:
     """Whose images other models lose most on, against noise of the same epsilon, in a sentence; empty if none can say.
 
-    Args:
-        rows: of the matrix of one split.
-        level: in grey levels; of those at which it can be said, the nearest is spoken of.
+    It is about one split, and of the epsilons at which it can be said, about the one nearest to `level`.
     """
     noise = {row[0].level: row for row in rows if row[0].model is None}
     shares = ((_lost_by_others(row, row[0].model), row) for row in rows if row[0].model is not None)

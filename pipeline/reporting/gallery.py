@@ -67,18 +67,9 @@ Names = Callable[[int], str]
 def make_groups(
     folder: OutputFolder, manifest: Manifest, sample: Sample, shown: Sequence[Variant], name: Names
 ) -> list[Group]:
-    """The most instructive rows of a sample, with their images.
+    """The most instructive rows of a sample, in the groups of `choose_rows`, with their images.
 
-    Args:
-        folder: of the dataset.
-        manifest: of it.
-        sample: in every variant: what is said of a row holds for all of them.
-        shown: the variants to show, as a focus has them.
-        name: of a recorded class.
-
-    Returns:
-        Groups that have rows: what the smallest epsilon fools, the most confident mistakes, and what resists. Where
-        there is nothing of these, the surest answers: a sample that has rows gives at least one group.
+    The sample is in every variant: what is said of a row holds for all of them. `name` is that of a recorded class.
 
     Raises:
         PipelineError: a picture cannot be read or decoded.
@@ -91,11 +82,10 @@ def make_groups(
 
 
 def choose_rows(sample: Sample, shown: Sequence[Variant]) -> list[tuple[str, str, list[int]]]:
-    """The rows of each group, with its title and what they have in common; groups without rows are left out.
+    """The rows of each group that has some, with its title and what they have in common.
 
-    Args:
-        sample: in every variant.
-        shown: the variants with pictures: the most confident are chosen by these, as they must be seen to be.
+    The groups are what the smallest epsilon fools, the most confident mistakes (in the variants that are shown, as they
+    must be seen to be), and what resists. Where there is nothing of these, it is the surest answers.
     """
     variants, first, seen = sample.variants, sample.onset, sample.at(shown)
     never = len(variants)
@@ -177,11 +167,7 @@ def _verdict(sample: Sample, index: int, row: int) -> tuple[str, str]:
 def _read_images(
     folder: OutputFolder, manifest: Manifest, variants: Sequence[Variant], shard: str, row: int
 ) -> tuple[list[Image.Image], Image.Image]:
-    """A row's image in each variant, clean first, and the sign map: -1, 0 and 1 as 0, 127 and 254.
-
-    Where no sign map is stored, it is the sign of how the last image differs from the clean one: 0 also where clipping
-    held it.
-    """
+    """A row's image in each variant, clean first, and the sign map: -1, 0 and 1 as 0, 127 and 254."""
     layout, recorded = manifest.layout, manifest.variants
     sources = [layout.source(one, recorded) for one in variants]
     pictures = dict.fromkeys(picture for source in sources for picture in source)
@@ -200,7 +186,7 @@ def _read_images(
             images.append(stepped.decode_example(value))
         if layout.stores_sign:
             _, sign = stepped.sign_of(value)
-        else:
+        else:  # how the last image differs from the clean one: 0 also where clipping held it
             sign = stored_sign(np.asarray(images[0]), np.asarray(images[-1]), is_map=False)
     return images, Image.fromarray(((sign + 1) * SIGN_UNIT).astype(np.uint8))
 

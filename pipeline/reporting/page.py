@@ -92,14 +92,9 @@ def report(path: str | Path) -> str:
 
 
 def write_report(folder: OutputFolder, manifest: Manifest) -> str:
-    """Write report.html and assets/*.png; the former last, so that it stands for all of them.
+    """Write assets/*.png and then report.html, which stands for all of them; returns where that is.
 
-    Args:
-        folder: of the dataset.
-        manifest: of the files that are there, as `current_manifest` gives it.
-
-    Returns:
-        The path or address of report.html.
+    The manifest is of the files that are there, as `current_manifest` gives it.
 
     Raises:
         PipelineError: a file cannot be read, the disk refuses, or a file of others lies where one goes.
@@ -111,14 +106,15 @@ def write_report(folder: OutputFolder, manifest: Manifest) -> str:
     own = set(report_files(folder))
     _refuse_foreign(folder, own, written)
     listed = {(name, hashlib.sha256(data).hexdigest()) for name, data in written.items()}
-    if not listed <= reported_assets(folder):
+    before = reported_assets(folder)
+    if not listed <= before:
         # Listed before they are written: a picture that a killed report leaves behind is still known as ours.
-        _write_page(folder, view, "", listed | reported_assets(folder))
+        _write_page(folder, view, "", listed | before)
     former = own - {folder.report} - written.keys()
     if folder.store.local:
         folder.store.delete(former)
     else:  # a late delete could take a picture of another run; listed they are still known as ours
-        listed |= {(name, digest) for name, digest in reported_assets(folder) if name in former}
+        listed |= {(name, digest) for name, digest in before if name in former}
     for name, data in written.items():
         folder.store.write(name, data)
     _write_page(folder, view, manifest.receipts, listed)

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from pipeline.core.variants import CLEAN, Variant
 from pipeline.output.transfer import Transfer
 from pipeline.reporting.defence import Spread
+from pipeline.reporting.findings import percent
 
 # Inches. On a phone's 360 px a point is then a pixel.
 WIDTH, HEIGHT, LEGEND_LINE = 4.8, 3.6, 0.2
@@ -151,8 +152,10 @@ def draw_matrix(rows: Sequence[Sequence[Transfer]], images: str) -> bytes:
                 axes.spines[:].set_visible(False)
                 for (y, x), cell in np.ndenumerate(np.array(block, dtype=object)):
                     own = "bold" if cell.looking == cell.model else "normal"
-                    axes.text(x + 0.5, y + 0.36, whole(cell.share_lost), ha="center", va="center", size=8, weight=own)
-                    axes.text(x + 0.5, y + 0.74, whole(cell.accuracy), ha="center", va="center", size=6)
+                    axes.text(
+                        x + 0.5, y + 0.36, percent(cell.share_lost, 0), ha="center", va="center", size=8, weight=own
+                    )
+                    axes.text(x + 0.5, y + 0.74, percent(cell.accuracy, 0), ha="center", va="center", size=6)
         return png(figure)
 
 
@@ -191,11 +194,6 @@ def draw_defence(
         axes.grid(axis="x")
         figure.legend(loc="outside lower left", ncols=6, handlelength=1)
         return png(figure)
-
-
-def whole(share: float | None) -> str:
-    """A share in whole percents."""
-    return "-" if share is None else f"{share:.0%}"
 
 
 def png(figure: Figure) -> bytes:

@@ -99,13 +99,9 @@ def shown_variants(manifest: Manifest) -> tuple[Variant, ...]:
 
 
 def read_sample(folder: OutputFolder, manifest: Manifest, split: str, most: int) -> Sample | None:
-    """Read the scores of about so many rows of a split in the `shown_variants`; None where it has none.
+    """Read the scores of about `most` rows of a split in the `shown_variants`; None where it has none.
 
-    Args:
-        folder: of the dataset.
-        manifest: with the files that are there.
-        split: one of the manifest's.
-        most: rows to read; those without a label are left out, if any row of the dataset has one.
+    The manifest lists the files that are there. Rows without a label are left out, if any row of the dataset has one.
 
     Raises:
         PipelineError: a file cannot be read, or holds other rows than the manifest says.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from pipeline.config.load import load_config
 from pipeline.core.lanes import lane_count
 from pipeline.core.memory import PeakMemory
 from pipeline.core.plan import Plan, Shard, make_plan
-from pipeline.engine.estimate import _Pass, calibrate, estimate, hub_warnings
+from pipeline.engine.estimate import _Pass, calibrate, hub_warnings, plan_run
 from pipeline.engine.execute import write_shards
 from pipeline.engine.run import Run, open_run
 from pipeline.output.folder import OutputFolder, Receipt
@@ -195,13 +196,12 @@ def slow_config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_what_is_predicted_comes_true(slow_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.engine.estimate, "CALIBRATION_SECONDS", 1.5)
-    run = open_run(load_config(str(slow_config)))
-    predicted = estimate(run)
-    assert 24 <= predicted.seen.images < 480
+    predicted = plan_run(load_config(str(slow_config)))
+    assert 24 <= predicted.measured_images < 480
     assert predicted.bytes is not None and predicted.seconds is not None
     # Four forwards of each image sleep, in as many lanes as there are; half of a pass at most is taken for its start.
-    least = 4 * 0.002 / lane_count(run.device)
-    assert predicted.seen.seconds > least / 2
+    least = 4 * 0.002 / lane_count(torch.device(predicted.device))
+    assert 1 / predicted.images_per_second > least / 2
     assert predicted.seconds > 480 * least / 2
     generate(slow_config)
     files = list((tmp_path / "out").rglob("*.parquet"))
@@ -212,11 +212,11 @@ def test_what_is_predicted_comes_true(slow_config: Path, tmp_path: Path, monkeyp
 @pytest.mark.drill
 def test_what_is_predicted_comes_true_by_the_clock(slow_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.engine.estimate, "CALIBRATION_SECONDS", 1.5)
-    predicted = estimate(open_run(load_config(str(slow_config))))
+    predicted = plan_run(load_config(str(slow_config)))
     began = time.perf_counter()
     generate(slow_config)
     assert predicted.seconds is not None
-    # Opening, the card and the manifest come on top.
+    # The card and the manifest come on top.
     assert 0.5 < predicted.seconds / (time.perf_counter() - began) < 1.5
 
 
