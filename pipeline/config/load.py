@@ -19,6 +19,7 @@ from pipeline.config.schema import AttackConfig, Config, ModelConfig, SourceConf
 from pipeline.config.section import Section
 from pipeline.core.errors import ConfigError, first_line, shortened
 from pipeline.core.redaction import find_secret, printable
+from pipeline.core.variants import plain_id
 
 # How deep a config may go: far deeper than any needs.
 MOST_DEPTH = 50
@@ -124,6 +125,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
                 "reads."
             )
         _check_recordable(raw)
+        if "evaluators" in raw:
+            raise ConfigError(_without_evaluators(raw))
         values: dict[str, Any] = dict(raw)
         for key, where, section in _sections(raw):
             checked = _checked(section_class(key, section), _without_empty(key, section), where)
@@ -201,6 +204,23 @@ def _checked(section: type[AnySection], values: Any, where: tuple[str, ...]) -> 
         return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError(printable(_sentence(error, section, where))) from None
+
+
+def _without_evaluators(raw: Mapping[str, Any]) -> str:
+    """What a config of an earlier version is told, which has `evaluators`: the lines that say the same now."""
+    model, others = raw.get("model"), raw["evaluators"]
+    named = [other for other in others if isinstance(other, Mapping)] if isinstance(others, list | tuple) else []
+    models: dict[str, Any] = {}
+    if isinstance(model, Mapping):
+        models[plain_id(str(model.get("name") or model.get("kind")))] = dict(model)
+    attacking = [*models]
+    models |= {str(other.get("id")): {key: other[key] for key in other if key != "id"} for other in named}
+    # In this order, as the first model looks at clean images.
+    lines = yaml.safe_dump({"models": models}, default_flow_style=True, sort_keys=False, width=10_000).strip()[1:-1]
+    return (
+        "evaluators is no key any more: a model that no attack names looks on. In place of model and evaluators write "
+        f"{_quoted(lines, MOST_SAID)}, and in attack models: [{', '.join(attacking)}]."
+    )
 
 
 class BoundedLoader(yaml.SafeLoader):

@@ -154,6 +154,17 @@ def test_an_id_cannot_stand_twice(tmp_path: Any) -> None:
         load_config(str(tmp_path / "config.yaml"))
 
 
+def test_evaluators_are_told_the_lines_that_say_the_same_now() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parsed(evaluators=[{"id": "other", "kind": "timm", "name": "vit"}])
+    lines = "models: {digits: {kind: digits}, other: {kind: timm, name: vit}}, and in attack models: [digits]"
+    assert lines in str(refused.value)
+    # The first model looks at clean images: that is the one that was attacked, whatever the others are called.
+    with pytest.raises(ConfigError) as refused:
+        parsed(evaluators=[{"id": "a", **DIGITS}])
+    assert "models: {digits: {kind: digits}, a: {kind: digits}}" in str(refused.value)
+
+
 def test_a_credential_within_a_model_is_refused_and_not_shown() -> None:
     with pytest.raises(ConfigError) as refused:
         several({"a": {"kind": "timm", "name": "vit", "kwargs": {"token": "hf_" + "a" * 30}}})
