@@ -322,7 +322,7 @@ def _take_up(
 ) -> tuple[Manifest, dict[str, Receipt], list[Shard]]:
     """Sum up what is there of a run, and remove what is left of shards that were not committed.
 
-    Returns the manifest as it is now, the receipts of the shards that are there by name, and which of `own` are missing.
+    Returns the manifest as it is now, the receipts of the shards that are there, and which of `own` are missing.
     """
     sizes = folder.store.sizes()
     done = committed(folder, begun.edition, shards, sizes)

@@ -500,7 +500,7 @@ class ShardCheck:
     def _report_decoded(self, name: str, receipt: Receipt, what: str) -> None:
         """What is decoded otherwise than in the run is damage only where the same libraries decode."""
         here = {package: importlib.metadata.version(package) for package in ("pillow", "torchvision")}
-        changes = version_changes({package: receipt.versions[package] for package in here}, here)
+        changes = version_changes({name: then for name, then in receipt.versions.items() if name in here}, here)
         if not changes:
             raise DamageError(f"{name} has {what} that are not the source's.")
         self.findings.problems.append(
