@@ -114,7 +114,8 @@ class Draft:
     """What is said of a config, and who answers what that leaves open; without `ask` defaults do, if there are.
 
     said: sections with what options say and what a look at the images has shown. answers: texts, by the key or the
-    option that stands for the question. former: those that could not be used, which are the defaults the next time.
+    option that stands for the question. former: those that may be wrong, which are the defaults the next time; "" for
+    one that is.
     """
 
     said: Raw
@@ -171,7 +172,9 @@ class Draft:
         for key in questions[named]:
             section, _, name = key.partition(".")
             said = self.said.get(section, {}).pop(name, None)
-            self.former[key] = self.answers.pop(key, "" if said is None else _flow(said))
+            former = self.answers.pop(key, "" if said is None else _flow(said))
+            # What is known to be wrong is no default; the others are asked again because one of them may be.
+            self.former[key] = "" if key == named else former
 
 
 def _set_key(raw: Raw, key: str, text: str) -> None:
