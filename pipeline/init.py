@@ -281,6 +281,7 @@ def _fill(draft: Draft, where: str, found: Found) -> Raw:
     """The config, with answers to what is still open."""
     raw = copy.deepcopy(draft.said)
     _fill_model(draft, raw, where, found)
+    raw["attack"] = {"kind": "fgsm", **raw.get("attack", {})}
     draft.fill(raw, "attack.epsilons", "Epsilons, in 255ths or as fractions such as 2/255", "2, 4, 8")
     draft.fill(raw, "output.path", "The folder that the dataset is written to", _free_output(where))
     rows = _first_sentence(meaning("output.layout")).replace("`", "").rstrip(".")
@@ -626,13 +627,17 @@ def _render(raw: Raw, said: Sequence[str]) -> str:
     lines = ["# Written by fgsm init. `fgsm config` explains these keys and all others.", "#"]
     for line in said:
         lines += textwrap.wrap(line, 110, initial_indent="# ", subsequent_indent="#   ")
-    lines += ["#", "# A key with a # before it is not set: take the # away to set it."]
+    lines += [
+        "#",
+        "# A key with a # before it is not set: take the # away to set it. Paths are relative to the folder of this file,",
+        "# but output.path to the folder where the command runs.",
+    ]
     for name in SECTIONS:
         values = raw.get(name)
         if values:
             lines += ["", *_comment(meaning(name)), f"{name}:"]
             for key, value in {**values, **_often_set(name, values), **values}.items():
-                lines += _comment(meaning(f"{name}.{key}", values.get("kind", "fgsm")), "  ")
+                lines += _comment(meaning(f"{name}.{key}", values.get("kind", "")), "  ")
                 lines.append(f"  {'' if key in values else '# '}{key}: {_flow(value)}")
     return "\n".join(lines) + "\n"
 
