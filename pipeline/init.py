@@ -629,8 +629,8 @@ def _render(raw: Raw, said: Sequence[str]) -> str:
         lines += textwrap.wrap(line, 110, initial_indent="# ", subsequent_indent="#   ")
     lines += [
         "#",
-        "# A key with a # before it is not set: take the # away to set it. Paths are relative to the folder of this file,",
-        "# but output.path to the folder where the command runs.",
+        "# A key with a # before it is not set: take the # away to set it.",
+        "# Paths are relative to the folder of this file, and output.path to the folder where the command runs.",
     ]
     for name in SECTIONS:
         values = raw.get(name)
