@@ -243,7 +243,7 @@ def write_config(
             untried = _try_run(raw, found)
             break
         except ConfigError as error:
-            for line in assumed:
+            for line in assumed if ask is None else ():
                 logger.info("%s", line)
             draft.ask_again(error, AGAIN)
             forget_files()
@@ -562,19 +562,22 @@ def _fill_model(draft: Draft, raw: Raw, where: str, found: Found) -> None:
     )
     draft.fill(raw, "model.label_map", question, NONE, only_again=True)
     model = raw["model"] = {**made, **raw.get("model", {})}
-    weights = model.get("weights")
-    published = bool(weights) and not is_checkpoint(weights)
+    published = _is_published(model)
     if kind in ("torchvision", "timm") and not published and found.classes:
         model.setdefault("kwargs", {"num_classes": len(found.classes)})
     if not published and kind != "digits":
         for key, meant in (("mean", "is subtracted from images in [0, 1]"), ("std", "they are divided by then")):
-            question = (
-                f"The {key} that {meant}, as in the training: one number, or one for each channel ({NONE}: nothing)"
-            )
+            question = f"The {key} that {meant}, as in the training: one number, or one for each channel ({NONE}: no normalisation)"
             draft.fill(raw, f"model.{key}", question, NONE)
     _fill_preprocess(draft, raw, found, published)
     if kind == "torchvision" and published and found.classes:
         _match_classes(model, found)
+
+
+def _is_published(model: Raw) -> bool:
+    """Whether its weights are published ones, which bring mean, std and size."""
+    weights = model.get("weights")
+    return bool(weights and not is_checkpoint(weights))
 
 
 def _fill_preprocess(draft: Draft, raw: Raw, found: Found, published: bool) -> None:
@@ -644,8 +647,7 @@ def _render(raw: Raw, said: Sequence[str]) -> str:
 
 def _often_set(section: str, values: Raw) -> Mapping[str, Any]:
     """What might be set in a section. Mean and std of models that bring their own are no matter of choice."""
-    weights = values.get("weights")
-    brings = section == "model" and (values["kind"] == "digits" or bool(weights and not is_checkpoint(weights)))
+    brings = section == "model" and (values["kind"] == "digits" or _is_published(values))
     return {} if brings else OFTEN_SET.get(section, {})
 
 
