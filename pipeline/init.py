@@ -241,7 +241,7 @@ def write_config(
             untried = _try_run(raw, found)
             break
         except ConfigError as error:
-            for line in assumed:
+            for line in assumed if ask is None else ():
                 logger.info("%s", line)
             draft.ask_again(error, AGAIN)
             forget_files()
@@ -279,6 +279,7 @@ def _fill(draft: Draft, where: str, found: Found) -> Raw:
     """The config, with answers to what is still open."""
     raw = copy.deepcopy(draft.said)
     _fill_model(draft, raw, where, found)
+    raw["attack"] = {"kind": "fgsm", **raw.get("attack", {})}
     draft.fill(raw, "attack.epsilons", "Epsilons, in 255ths or as fractions such as 2/255", "2, 4, 8")
     draft.fill(raw, "output.path", "The folder that the dataset is written to", _free_output(where))
     rows = _first_sentence(meaning("output.layout")).replace("`", "").rstrip(".")
@@ -559,19 +560,22 @@ def _fill_model(draft: Draft, raw: Raw, where: str, found: Found) -> None:
     )
     draft.fill(raw, "model.label_map", question, NONE, only_again=True)
     model = raw["model"] = {**made, **raw.get("model", {})}
-    weights = model.get("weights")
-    published = bool(weights) and not is_checkpoint(weights)
+    published = _is_published(model)
     if kind in ("torchvision", "timm") and not published and found.classes:
         model.setdefault("kwargs", {"num_classes": len(found.classes)})
     if not published and kind != "digits":
         for key, meant in (("mean", "is subtracted from images in [0, 1]"), ("std", "they are divided by then")):
-            question = (
-                f"The {key} that {meant}, as in the training: one number, or one for each channel ({NONE}: nothing)"
-            )
+            question = f"The {key} that {meant}, as in the training: one number, or one for each channel ({NONE}: no normalisation)"
             draft.fill(raw, f"model.{key}", question, NONE)
     _fill_preprocess(draft, raw, found, published)
     if kind == "torchvision" and published and found.classes:
         _match_classes(model, found)
+
+
+def _is_published(model: Raw) -> bool:
+    """Whether its weights are published ones, which bring mean, std and size."""
+    weights = model.get("weights")
+    return bool(weights and not is_checkpoint(weights))
 
 
 def _fill_preprocess(draft: Draft, raw: Raw, found: Found, published: bool) -> None:
@@ -624,21 +628,24 @@ def _render(raw: Raw, said: Sequence[str]) -> str:
     lines = ["# Written by fgsm init. `fgsm config` explains these keys and all others.", "#"]
     for line in said:
         lines += textwrap.wrap(line, 110, initial_indent="# ", subsequent_indent="#   ")
-    lines += ["#", "# A key with a # before it is not set: take the # away to set it."]
+    lines += [
+        "#",
+        "# A key with a # before it is not set: take the # away to set it.",
+        "# Paths are relative to the folder of this file, and output.path to the folder where the command runs.",
+    ]
     for name in SECTIONS:
         values = raw.get(name)
         if values:
             lines += ["", *_comment(meaning(name)), f"{name}:"]
             for key, value in {**values, **_often_set(name, values), **values}.items():
-                lines += _comment(meaning(f"{name}.{key}", values.get("kind", "fgsm")), "  ")
+                lines += _comment(meaning(f"{name}.{key}", values.get("kind", "")), "  ")
                 lines.append(f"  {'' if key in values else '# '}{key}: {_flow(value)}")
     return "\n".join(lines) + "\n"
 
 
 def _often_set(section: str, values: Raw) -> Mapping[str, Any]:
     """What might be set in a section. Mean and std of models that bring their own are no matter of choice."""
-    weights = values.get("weights")
-    brings = section == "model" and (values["kind"] == "digits" or bool(weights and not is_checkpoint(weights)))
+    brings = section == "model" and (values["kind"] == "digits" or _is_published(values))
     return {} if brings else OFTEN_SET.get(section, {})
 
 

@@ -214,7 +214,7 @@ def test_a_person_is_asked_for_what_is_not_said_and_for_what_the_data_do_not_tel
     assert yaml.safe_load(path.read_text()) == {
         "source": {"kind": "huggingface", "path": "two", "split": ["train", "test"]},
         "model": {"kind": "factory", "name": "victim.py:make", "mean": [0.5], "std": [0.25]},
-        "attack": {"epsilons": ["4/255", "8/255", 0.1]},
+        "attack": {"kind": "fgsm", "epsilons": ["4/255", "8/255", 0.1]},
         "output": {"path": "here", "layout": "wide"},
     }
 
