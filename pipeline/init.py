@@ -119,7 +119,7 @@ class Draft:
     """What is said of a config, and who answers what that leaves open; without `ask` defaults do, if there are.
 
     said: sections with what options say and what a look at the images has shown. answers: texts, by the key or the
-    option that stands for the question. former: those that could not be used, which are the defaults the next time.
+    option that stands for the question. former: those that are asked for again, with the answers that may be kept.
     """
 
     said: Raw
@@ -176,7 +176,9 @@ class Draft:
         for key in questions[named]:
             section, _, name = key.partition(".")
             said = self.said.get(section, {}).pop(name, None)
-            self.former[key] = self.answers.pop(key, "" if said is None else _flow(said))
+            former = self.answers.pop(key, "" if said is None else _flow(said))
+            # What is surely wrong is not offered again.
+            self.former[key] = former if len(questions[named]) > 1 else ""
 
 
 def _set_key(raw: Raw, key: str, text: str) -> None:
@@ -567,7 +569,9 @@ def _fill_model(draft: Draft, raw: Raw, where: str, found: Found) -> None:
         model.setdefault("kwargs", {"num_classes": len(found.classes)})
     if not published and kind != "digits":
         for key, meant in (("mean", "is subtracted from images in [0, 1]"), ("std", "they are divided by then")):
-            question = f"The {key} that {meant}, as in the training: one number, or one for each channel ({NONE}: no normalisation)"
+            question = (
+                f"The {key} that {meant}, as in the training: one number or one for each channel ({NONE}: skip this)"
+            )
             draft.fill(raw, f"model.{key}", question, NONE)
     _fill_preprocess(draft, raw, found, published)
     if kind == "torchvision" and published and found.classes:
