@@ -565,7 +565,9 @@ def _fill_model(draft: Draft, raw: Raw, where: str, found: Found) -> None:
         model.setdefault("kwargs", {"num_classes": len(found.classes)})
     if not published and kind != "digits":
         for key, meant in (("mean", "is subtracted from images in [0, 1]"), ("std", "they are divided by then")):
-            question = f"The {key} that {meant}, as in the training: one number, or one for each channel ({NONE}: no normalisation)"
+            question = (
+                f"The {key} that {meant}, as in the training: one number or one for each channel ({NONE}: skip this)"
+            )
             draft.fill(raw, f"model.{key}", question, NONE)
     _fill_preprocess(draft, raw, found, published)
     if kind == "torchvision" and published and found.classes:
