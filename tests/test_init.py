@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 import pipeline
 from pipeline.config.load import load_config
@@ -417,7 +417,13 @@ def test_from_parquet_and_a_folder_of_transformers_to_a_dataset(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "error", [None, OfflineModeIsEnabled("offline mode is enabled")], ids=["no network", "offline"]
+    "error",
+    [
+        None,
+        OfflineModeIsEnabled("offline mode is enabled"),
+        LocalEntryNotFoundError("not in the disk cache and outgoing traffic has been disabled"),
+    ],
+    ids=["no network", "offline", "offline and not in the cache"],
 )
 def test_a_model_that_cannot_be_downloaded_now_is_said_and_the_config_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
