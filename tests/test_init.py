@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 import pipeline
 from pipeline.config.load import load_config
@@ -159,14 +159,12 @@ def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
         (["--data", "photos", "--model", "victim.py:make", "--epsilons", "many"], "attack.epsilons"),
         (["--data", "photos", "--model", "victim.py:make", "--set", "model.nam=x"], "model.nam"),
         (["--data", "photos", "--split", "a:b", "--model", "victim.py:make"], "source.split"),
-        (["--data", "photos", "--model", "victim.py"], "--model"),
         (["--data", "photos", "--model", "victim.py:make", "--weights", "part.pt"], "model.weights"),
         (["--data", "photos", "--model", "victim.py:make", "--set", "model.kwargs={classes: 7}"], "model.label_map"),
         (["--data", "photos", "--model", "sized.py:make"], "model"),
         (["--data", "photos", "--model", "resnet18"], "model.label_map"),
         (["--data", "photos", "--model", "victim.py:make", "--set", "attack.epsilons=[2]"], "attack.epsilons"),
         (["--data", "photos", "--model", "victim.py:make", "--output", "photos/out"], "output.path"),
-        (["no/own.yaml", "--data", "photos", "--model", "victim.py:make"], "no/own.yaml"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(
@@ -182,6 +180,21 @@ def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(
     assert result.exit_code == 2, result.output
     assert result.stderr.splitlines()[-1].startswith(f"Error: {named}")
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_a_folder_that_the_config_cannot_go_to_is_found_before_anything_is_asked(tmp_path: Path) -> None:
+    put(tmp_path / "photos")
+    person = Person()
+    with pytest.raises(ConfigError, match=r"^no/own.yaml "):
+        write_config(Path("no/own.yaml"), data="photos", ask=person)
+    assert person.asked == []
+
+
+@pytest.mark.parametrize("model", ["victim.py", "whole.pt"])
+def test_a_file_alone_is_no_model(tmp_path: Path, model: str) -> None:
+    put(tmp_path / "photos")
+    with pytest.raises(ConfigError, match=r"^--model: .*--weights"):
+        write_config(None, data="photos", model=model)
 
 
 def test_what_was_assumed_is_said_before_an_error_that_may_come_from_it(tmp_path: Path) -> None:
@@ -266,7 +279,7 @@ OTHERS = {key: text for key, text in SAID.items() if key not in ("--data", "--mo
         ({"model.mean": "7"}, "model.mean", ["0.5"], "model.mean", [0.5]),
         ({"attack.epsilons": "many"}, "attack.epsilons", ["2, 4"], "attack.epsilons", ["2/255", "4/255"]),
         ({"attack.epsilons": "300"}, "attack.epsilons", ["255"], "attack.epsilons", ["255/255"]),
-        ({"output.layout": "rows"}, "output.layout", ["wide"], "output.layout", "wide"),
+        ({"output.layout": "rows"}, "output.layout", [""], "output.layout", "images"),
         ({"output.path": "photos/out"}, "output.path", ["out"], "output.path", "out"),
         ({"output.path": "victim.py"}, "output.path", ["out"], "output.path", "out"),
     ],
@@ -404,7 +417,13 @@ def test_from_parquet_and_a_folder_of_transformers_to_a_dataset(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "error", [None, OfflineModeIsEnabled("offline mode is enabled")], ids=["no network", "offline"]
+    "error",
+    [
+        None,
+        OfflineModeIsEnabled("offline mode is enabled"),
+        LocalEntryNotFoundError("not in the disk cache and outgoing traffic has been disabled"),
+    ],
+    ids=["no network", "offline", "offline and not in the cache"],
 )
 def test_a_model_that_cannot_be_downloaded_now_is_said_and_the_config_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None

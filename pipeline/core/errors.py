@@ -100,7 +100,8 @@ _BUSY = (408, 425, 429)
 
 def is_offline(error: BaseException) -> bool:
     """Whether the network was needed where HF_HUB_OFFLINE forbids it."""
-    return any(re.search("OfflineMode|offline mode is enabled", f"{type(cause)} {cause}") for cause in causes(error))
+    words = "OfflineMode|offline mode is enabled|outgoing traffic has been disabled"
+    return any(re.search(words, f"{type(cause)} {cause}") for cause in causes(error))
 
 
 def is_temporary(error: BaseException) -> bool:
