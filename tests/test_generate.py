@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,7 @@ from pipeline.engine.progress import Progress
 from pipeline.engine.run import open_run
 from pipeline.layouts.base import encode_column
 from pipeline.output.manifest import FORMAT_VERSION
+from pipeline.output.shards import ShardWriter
 from tests.conftest import (
     CLASSES,
     FACTORY,
@@ -918,6 +920,24 @@ def test_what_failed_first_is_what_the_user_reads(write_config: WriteConfig, mon
     assert result.exit_code == 1
     assert "the shard could not be written" in result.stderr
     assert "the manifest" not in result.stderr
+
+
+def test_batches_that_wait_when_one_fails_are_not_written(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They must not complete its shard."""
+    tried = []
+
+    def refuse(self: ShardWriter, tables: Sequence[pa.Table]) -> None:
+        tried.append((self.shard.name, len(tables)))
+        raise PipelineError("the batch could not be written")
+
+    monkeypatch.setattr(ShardWriter, "write", refuse)
+    result = fgsm("generate", write_config(runtime={"batch_size": 4}))
+    assert result.exit_code == 1
+    assert "the batch could not be written" in result.stderr
+    assert len(tried) == 1
+    assert not list((tmp_path / "out/.run/receipts").glob("*.json"))
 
 
 def test_a_file_system_without_locks_is_one_sentence(
