@@ -11,7 +11,11 @@ LEVEL_SLACK = 1e-6
 
 
 def epsilon_value(epsilon: str | float, key: str = "epsilons") -> float:
-    """An epsilon, or a step that is written like one, as a number: `k/255` or a decimal. `key` is for messages.
+    """An epsilon, or a step that is written like one, as a number: `k/255` or a decimal.
+
+    Args:
+        epsilon: as it was written.
+        key: what a message calls it.
 
     Raises:
         ValueError: it is neither, or lies outside [1/255, 1].
@@ -32,9 +36,13 @@ def epsilon_value(epsilon: str | float, key: str = "epsilons") -> float:
 
 
 def epsilon_level(epsilon: str | float, rounding: str, key: str = "epsilons") -> int:
-    """The epsilon on the 8-bit lattice, in grey levels 1..255; errors as `epsilon_value`.
+    """The epsilon on the 8-bit lattice, in grey levels 1..255.
 
-    Rounding `down` keeps the image inside the ball asked for; `nearest` is there to compare with float papers.
+    Rounding `down` keeps the image inside the ball asked for; `nearest` is there to compare with
+    float papers.
+
+    Raises:
+        ValueError: as `epsilon_value`.
     """
     scaled = 255 * epsilon_value(epsilon, key)
     return math.floor(scaled + LEVEL_SLACK) if rounding == "down" else round(scaled)

@@ -145,10 +145,10 @@ def open_stored(
 
 
 def decode_image(data: bytes, shape: Sequence[int] | None = None) -> "Tensor":
-    """Read a stored image back, exactly: (C, H, W) uint8, of that shape or, for None, of any.
+    """Read a stored image back, exactly, as (C, H, W) uint8; `shape` is the (C, H, W) that it must have, None for any.
 
     Raises:
-        UndecodableError: the bytes are no image, or one of another shape. Nothing of such a one is decoded.
+        UndecodableError: the bytes are no image, or its header says another shape; then nothing is decoded.
     """
     with _stored(data, shape, STORED_FORMATS) as image:
         return to_tensor(image)

@@ -40,7 +40,13 @@ def sign_to_picture(sign: Tensor) -> Tensor:
 def step_array(
     images_u8: NDArray[np.uint8], sign: NDArray[np.int8], levels: int | NDArray[np.int16]
 ) -> NDArray[np.uint8]:
-    """`step`, in NumPy; `levels` are one whole number or an int16 array, and all else is as there."""
+    """`step`, in NumPy.
+
+    Args:
+        images_u8: x, uint8, any shape.
+        sign: s, int8 in -1, 0, 1, the same shape.
+        levels: k, 0..255, one or an int16 array that broadcasts: one for each image.
+    """
     moved = sign.astype(np.int16)
     moved *= levels
     moved += images_u8
@@ -48,7 +54,11 @@ def step_array(
 
 
 def picture_to_sign(picture_u8: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """A stored sign map back to int8 in -1, 0, 1; a ValueError for another value than 0, 127 and 254."""
+    """A stored sign map back to int8 in -1, 0, 1.
+
+    Raises:
+        ValueError: the picture holds another value than 0, 127 and 254.
+    """
     sign = picture_u8 // SIGN_UNIT
     if not np.array_equal(sign * SIGN_UNIT, picture_u8):
         raise ValueError("a sign map holds other values than 0, 127 and 254")
@@ -62,7 +72,8 @@ def stored_sign(images_u8: NDArray[np.uint8], direction_u8: NDArray[np.uint8], *
 
     Args:
         images_u8: x, uint8, any shape.
-        direction_u8: the same shape: with `is_map` the sign map as a picture, else x_k of any k but 0.
+        direction_u8: the same shape: the sign map as a picture, or x_k of any k but 0.
+        is_map: which of them.
 
     Returns:
         int8 in -1, 0, 1.

@@ -37,7 +37,7 @@ def find_columns(
         need_labels: whether a dataset without a label column is an error.
 
     Raises:
-        ConfigError: a column is not there, or means something else in two files, or holds no labels.
+        ConfigError: a column is not there, does not mean the same in all files, or holds no labels.
     """
     import datasets
 
@@ -63,8 +63,8 @@ def find_columns(
 def _check_types(
     schemas: Mapping[str, pa.Schema], features: Mapping[str, Any], stated: Mapping[str, Any], fields: Fields
 ) -> None:
-    """Refuse columns that do not mean the same in each file, as the same numbers would be other classes, or not what
-    they must."""
+    """Refuse columns that do not mean the same in each file (a number would be another class), or do not hold images or
+    labels."""
     for name, feature in features.items():
         if isinstance(feature, pa.DataType):
             raise ConfigError(f"source: column {name} holds {feature}, of which `datasets` has no type.")
