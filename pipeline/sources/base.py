@@ -1,7 +1,8 @@
 """A source as everything else sees it: its splits, and its rows as tables of image, label and kept columns.
 
-A kind of source is a class below `Source` in a module of its own and a line in `registry.py`. Nobody asks which kind it
-has. Most have an `IndexedSource`'s shape: any row can be read by its number, and all labels are known before the run.
+A kind of source is a class below `Source` in a module of its own and a line in `config/kinds.py`. Nobody asks which
+kind it has. Most have an `IndexedSource`'s shape: any row can be read by its number, and all labels are known before
+the run.
 """
 
 import hashlib
