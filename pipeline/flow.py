@@ -158,7 +158,7 @@ def _execute(
     for line in executor.call(job.describe):
         logger.info("%s", line)
     if recorded is not None:
-        _warn_again(folder, recorded)
+        _warn_again(config, folder, recorded)
     _check_room(executor, job, folder, [shard for shard in shards if shard.name not in done], overwrite)
     own = executor.share(shards)
     with folder.store.held(unlocked=unlocked, part=executor.part):
@@ -295,15 +295,18 @@ def _is_current(config: Config, folder: OutputFolder, recorded: Manifest, done: 
     current = current and titles_of(recorded.resolved) == titles_of(config)
     if current:
         logger.info("All %d shards are already there.", len(done))
-        _warn_again(folder, recorded)
+        _warn_again(config, folder, recorded)
         folder.store.tidy()
     return current
 
 
-def _warn_again(folder: OutputFolder, recorded: Manifest) -> None:
-    """Say what was warned of when a run began: its models are not looked at a second time."""
+def _warn_again(config: Config, folder: OutputFolder, recorded: Manifest) -> None:
+    """Say what was warned of when a run began: its models are not looked at a second time. A mean and a std that the
+    config states by now are those that were taken, or it would be another run."""
+    stated = {name for name, model in config.all_models.items() if model.mean is not None and model.std is not None}
     for warning in folder.kept_warnings(recorded.edition):
-        logger.warning("%s.", warning)
+        if warning.unstated not in stated:
+            logger.warning("%s.", warning.text)
 
 
 def _titled(config: Config, folder: OutputFolder, recorded: Manifest) -> Manifest:
@@ -312,8 +315,10 @@ def _titled(config: Config, folder: OutputFolder, recorded: Manifest) -> Manifes
         return recorded
     titled = with_titles(recorded, config)
     # The card comes first: while the manifest has the old titles, a run that was killed here does this again.
-    renew_titles(folder, recorded, titled)
-    logger.info("The titles have changed: the card is written again.")
+    if renew_titles(folder, recorded, titled):
+        logger.info("The titles have changed: the card is written again.")
+    else:
+        logger.warning("The titles have changed, and %s has others than before: change them there.", folder.card)
     return titled
 
 

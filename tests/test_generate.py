@@ -178,6 +178,34 @@ def test_a_title_that_was_changed_reaches_the_card_and_the_report(write_config: 
     assert "All 3 shards are already there" in generate(config)
 
 
+def test_lines_of_the_owner_stay_where_they_read_like_the_title(write_config: WriteConfig, tmp_path: Path) -> None:
+    card = tmp_path / "out/README.md"
+    generate(write_config(output={"title": "Intro"}))
+    card.write_text(f"{card.read_text()}\n# Intro\n\nBy Ian.\n")
+    generate(write_config(output={"title": "Photos"}))
+    assert [line for line in card.read_text().splitlines() if line in ("# Photos", "# Intro")] == [
+        "# Photos",
+        "# Intro",
+    ]
+
+
+def test_a_card_with_the_line_ends_of_windows_gets_its_new_title(write_config: WriteConfig, tmp_path: Path) -> None:
+    card = tmp_path / "out/README.md"
+    generate(write_config(output={"title": "Old photos"}))
+    card.write_bytes(card.read_bytes().replace(b"\n", b"\r\n"))
+    generate(write_config(output={"title": "New photos"}))
+    assert b"\r\n# New photos\r\n" in card.read_bytes()
+    assert b"Old photos" not in card.read_bytes()
+
+
+def test_a_title_that_the_owner_has_changed_is_left_to_them(write_config: WriteConfig, tmp_path: Path) -> None:
+    card = tmp_path / "out/README.md"
+    generate(write_config(output={"title": "Old photos"}))
+    card.write_text(card.read_text().replace("Old photos", "Photos of Ian"))
+    assert "README.md has others than before" in generate(write_config(output={"title": "New photos"}))
+    assert "# Photos of Ian" in card.read_text()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_missing_shards_are_written_again_byte_for_byte(write_config: WriteConfig, tmp_path: Path, layout: str) -> None:
     config = write_config(output={"layout": layout})

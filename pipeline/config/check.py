@@ -36,8 +36,8 @@ def check_paths(config: Config) -> None:
 
 @contextlib.contextmanager
 def naming(config: Config, section: str, name: str) -> Iterator[None]:
-    """What cannot be used within is of the model or the attack of that id, and the message begins with the key that the
-    config has, in place of `section`: `model` or `attack`."""
+    """Errors that are raised within name the key that the config has for the model or attack of that id, such as
+    `models.vit`, in place of `section`, which is `model` or `attack`."""
     try:
         yield
     except (ConfigError, TemporaryError) as error:

@@ -111,8 +111,9 @@ def _encode(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
     pixels = np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
     if image_format == "webp":
         try:
-            # The bytes that Pillow gives, without an image and a stream of Python's for each: at 32 px a run is a third
-            # faster for it, at 224 px as fast. It wants the strides of a plain array, also along a side of one pixel.
+            # The bytes that Pillow gives, without an image and a stream of Python's for each: with a model that costs
+            # nothing a run makes 1.4 times as many images a second at 32 px, and as many at 224 px. The encoder wants
+            # the strides of a plain array, also along a side of one pixel.
             return bytes(
                 imagecodecs.webp_encode(pixels.ravel().reshape(pixels.shape), lossless=True, level=0, method=0)
             )

@@ -74,8 +74,8 @@ def forget_files() -> None:
 
 
 def own_files(name: str, found: Callable[..., Any]) -> list[Path]:
-    """The file that a name names, and the one in which `found` is written, which `import_own` returned for that name:
-    one or two whole paths, in the order of the files' names."""
+    """The file that `name` names, and the one that defines `found`, which `import_own` returned for it: one or two
+    absolute paths, in the order of the files' names."""
     where = name.rpartition(":")[0]
     named = where if names_file(name) else sys.modules[where].__file__
     files = {Path(file).expanduser().resolve() for file in (named, source_file(found)) if file}

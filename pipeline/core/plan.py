@@ -114,6 +114,8 @@ def make_plan(
         split_rows: rows of each split.
         shuffle: cut from a permutation, which follows from `seed`, rather than in the source's order.
         limit: keep the first so many of each split's order.
+        images_per_shard: rows of a full shard.
+        batch_size: rows of a batch at most.
 
     Raises:
         ConfigError: there would be more than MOST_SHARDS shards.

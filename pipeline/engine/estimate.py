@@ -59,8 +59,8 @@ HUB_OTHER_FILES = 100
 def estimate_bytes(run: Run, shards: Sequence[Shard]) -> int:
     """Bytes that some shards will take, as far as it is known how many rows they have.
 
-    A few of their images are encoded with random signs, of which none is 0, as hardly one of a gradient's is. They
-    compress worse than a gradient's, so this leans to the high side.
+    A few of their images are encoded with random signs. None of these is 0; of a gradient's hardly any is. They
+    compress worse than a gradient's, so the estimate is rather too high.
     """
     images = _samples(run, shards)
     if not len(images):

@@ -84,7 +84,7 @@ def write_shards(
             for batch, parts in attacked:
                 skipped += len(batch.skipped)
                 read += batch.place.stop - batch.place.start
-                _check_skipped(run, batch, skipped, read, counts=others is not None)
+                _check_skipped(run, batch, skipped, read, here=others is not None)
                 busy.add("load", batch.seconds)
                 scores = _score(run, batch, parts)
                 encoded = _encode(encoders, parts, run, busy)
@@ -183,14 +183,14 @@ def _arrive(batch: Batch, futures: Sequence[Future[Part]]) -> tuple[Batch, list[
         raise _too_large(batch.name, len(batch.labels)) from error
 
 
-def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, counts: bool) -> None:
+def _check_skipped(run: Run, batch: Batch, skipped: int, read: int, *, here: bool) -> None:
     """Stop where undecodable images are not to be skipped, or are too many: of all, or of those read so far."""
     if not batch.skipped:
         return
     runtime, last = run.config.runtime, batch.skipped[-1]
     if runtime.on_error == "fail":
         raise RowError(f"source: {_undecodable(batch.shard, last)}, and runtime.on_error is fail.")
-    if counts:
+    if here:
         check_share_skipped(skipped, run.plan.total, read, runtime.max_skipped, batch.shard, last)
 
 

@@ -16,7 +16,7 @@ from pipeline.engine.execute import Tell, compile_as_begun, write_shards
 from pipeline.engine.progress import Busy
 from pipeline.engine.resolved import describe_run
 from pipeline.engine.run import Run, open_run
-from pipeline.output.folder import OutputFolder, Receipt
+from pipeline.output.folder import OutputFolder, Receipt, RunWarning
 from pipeline.output.manifest import Manifest
 from pipeline.output.settings import differences
 
@@ -51,12 +51,12 @@ class Job:
     recorded: Manifest | None
     generation: int
 
-    def open(self) -> tuple[Manifest, tuple[str, ...]]:
+    def open(self) -> tuple[Manifest, tuple[RunWarning, ...] | None]:
         """Open the run, and keep it open in this process.
 
         Returns:
             The manifest as it is before anything is written, of the device and the packages that are here, and the
-            warnings of a run that begins.
+            warnings of a run that begins; None of one that goes on.
 
         Raises:
             ConfigError: as `open_run`.

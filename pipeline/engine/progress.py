@@ -96,7 +96,7 @@ class Progress(Bar):
         if self.left is not None and self.left >= LONG_SECONDS:
             minutes = timedelta(minutes=round(self.left / 60))
             end = f"{datetime.now() + minutes:%Y-%m-%d %H:%M}"
-            logger.info("Expected: about %s more, until %s.", duration(minutes.total_seconds()), end)
+            logger.info("Expected to end at %s, in about %s.", end, duration(minutes.total_seconds()))
 
 
 # What each stage is called, and what helps where it is the limit.

@@ -39,7 +39,7 @@ from pipeline.layouts.registry import LAYOUTS
 from pipeline.models.base import Model
 from pipeline.models.label_space import LabelSpace, join_labels
 from pipeline.models.load import load_model
-from pipeline.output.folder import name_edition
+from pipeline.output.folder import RunWarning, name_edition
 from pipeline.output.manifest import ON_RAY, Manifest, Space, StreamedFile, identity_of, plan_of, run_id_of
 from pipeline.output.settings import take_over
 from pipeline.sources.base import Source
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 # Images of the source that a model is looked at with: so many, or as many as have so many values.
 SAMPLE_IMAGES, SAMPLE_VALUES = 64, 64 * 3 * 224 * 224
 
-PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy")
+PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy", "imagecodecs")
 # Environment variables by which the math libraries choose other kernels, whose sums run in another order.
 MATH_SETTINGS = (
     "ATEN_CPU_CAPABILITY",
@@ -72,7 +72,7 @@ class Run:
     """An opened run: its resolved config and everything made from it.
 
     models: by id, the first of which looks at what is of no model. attacks: in the order of the variants. warnings:
-    what was said of its models when it began, each without a full stop; none of a run that is resumed.
+    what was said of its models when it began; None of a run that is resumed.
     """
 
     config: Config
@@ -87,7 +87,7 @@ class Run:
     identity: dict[str, Any]
     asked_batch_size: int
     generation: int
-    warnings: tuple[str, ...]
+    warnings: tuple[RunWarning, ...] | None
 
     @property
     def attacker(self) -> Attacker:
@@ -199,10 +199,9 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
     reader = Reader(source, preprocess, config.runtime.max_pixels, shape, len(classes))
     # A run that is resumed has decided; it compiles when it has something to write.
     compiled, batch_size = config.runtime.compile, plan.batch_size
-    warnings: list[str] = []
+    warnings = None
     if recorded is None:
-        warnings += _warn_unstated(config, models)
-        warnings += _check_models(config, attacker, reader, plan)
+        warnings = (*_warn_unstated(config, models), *_check_models(config, attacker, reader, plan))
         compiled, batch_size = _resolve_compile(attacker, device, shape, plan, config)
     plan = replace(plan, batch_size=batch_size)
     image_format = _image_format(config, shape)
@@ -221,7 +220,7 @@ def open_run(config: Config, recorded: Manifest | None = None, generation: int =
         identity=_identity(resolved, source, shape, loaded, models, chunk_images(device, plan.batch_size, shape)),
         asked_batch_size=asked_batch_size,
         generation=generation if recorded is None else recorded.generation,
-        warnings=tuple(warnings),
+        warnings=warnings,
     )
 
 
@@ -290,7 +289,7 @@ def make_attacks(
     return tuple(made)
 
 
-def _warn_unstated(config: Config, models: Mapping[str, Model]) -> list[str]:
+def _warn_unstated(config: Config, models: Mapping[str, Model]) -> list[RunWarning]:
     """Warn of trained models of which nobody says how their input is normalised, and return the warnings."""
     said = []
     for name, model in models.items():
@@ -302,17 +301,17 @@ def _warn_unstated(config: Config, models: Mapping[str, Model]) -> list[str]:
                 "input is normalised, so it is given images in [0, 1] as they are; set model.mean and model.std to "
                 "what it was trained with (to [0.0] and [1.0] if it wants them so)"
             )
-            said.append(with_key(sentence, config, "model", name))
-            logger.warning("%s.", said[-1])
+            said.append(RunWarning(text=with_key(sentence, config, "model", name), unstated=name))
+            logger.warning("%s.", said[-1].text)
     return said
 
 
-def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> list[str]:
+def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan) -> list[RunWarning]:
     """Look once at what the models make of images of the source, say what should be known, and return the warnings."""
     size = chunk_images(torch.device("cpu"), plan.batch_size, reader.shape)
     count = max(size, min(SAMPLE_IMAGES, SAMPLE_VALUES // math.prod(reader.shape)))
     images, labels = reader.sample(plan, count)
-    said: list[str] = []
+    said: list[RunWarning] = []
     if not len(images):
         return said  # the run says which cannot be decoded
     for name, model in attacker.models.items():
@@ -324,8 +323,8 @@ def _check_models(config: Config, attacker: Attacker, reader: Reader, plan: Plan
             with naming(config, "model", name):
                 found = _look(model, attacks, pixels, own_labels, size)
             for sentence in found:
-                said.append(named(sentence, config, "model", name))
-                logger.warning("%s.", said[-1])
+                said.append(RunWarning(text=named(sentence, config, "model", name)))
+                logger.warning("%s.", said[-1].text)
             fit_batch_size(check, size, quiet=True)
         except CodeError as error:
             raise ConfigError(f"{error} (images of the source, before the run)") from error

@@ -11,6 +11,7 @@ puts in is escaped for Markdown unless it says otherwise.
 import contextlib
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,18 +279,25 @@ def moved_card(text: str, manifest: Manifest, location: str) -> str:
     return _with_lines(text, {render_card(manifest, former): after for former in _locations(text)})
 
 
-def renew_titles(folder: OutputFolder, former: Manifest, manifest: Manifest) -> None:
+def renew_titles(folder: OutputFolder, former: Manifest, manifest: Manifest) -> bool:
     """Put other titles into the card of a run; whatever its owner has added stays.
 
     Args:
         folder: of the dataset.
-        former: the manifest that the card was written for. A card of anything else is left as it is.
+        former: the manifest that the card was written for. A card of anything else is left to `write_summaries`.
         manifest: the same with other titles.
+
+    Returns:
+        False where the card has neither the former title of the dataset nor the new one.
     """
-    if card_agrees(folder, former):
-        text = folder.store.read(folder.card).decode()
-        cards = {render_card(former, one): render_card(manifest, one) for one in (HERE, *_locations(text))}
-        folder.store.write(folder.card, _with_lines(text, cards).encode())
+    if not card_agrees(folder, former):
+        return True
+    text = folder.store.read(folder.card).decode()
+    cards = {render_card(former, one): render_card(manifest, one) for one in (HERE, *_locations(text))}
+    renewed = _with_lines(text, cards)
+    folder.store.write(folder.card, renewed.encode())
+    heading = next(line for line in render_card(manifest).split("\n") if line.startswith("# "))
+    return heading in renewed.splitlines()
 
 
 def _locations(text: str) -> list[str]:
@@ -298,11 +306,20 @@ def _locations(text: str) -> list[str]:
 
 
 def _with_lines(text: str, cards: Mapping[str, str]) -> str:
-    """A card with each line of a rendered one as another has it, which says the same line by line."""
-    lines: dict[str, str] = {}
+    """A card with each line of a rendered one as another has it, which says the same line by line.
+
+    A line is replaced as often as it was rendered, from above: further ones are its owner's.
+    """
+    lines, left = dict[str, str](), Counter[str]()
     for before, after in cards.items():
         lines |= zip(before.split("\n"), after.split("\n"), strict=True)
-    return "\n".join(lines.get(line, line) for line in text.split("\n"))
+        left |= Counter(before.split("\n"))
+    written = []
+    for whole in text.split("\n"):
+        line = whole.removesuffix("\r")  # an editor of Windows may have added these
+        left[line] -= 1
+        written.append(lines[line] + whole[len(line) :] if left[line] >= 0 else whole)
+    return "\n".join(written)
 
 
 def _values(manifest: Manifest, location: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
 from pipeline.core.addresses import is_address
-from pipeline.core.errors import ConfigError, listing
+from pipeline.core.errors import ConfigError, PipelineError, listing
 from pipeline.core.left_out import LeftOut, Skipped
 from pipeline.core.plan import Shard
 from pipeline.core.variants import ID, SUBSET, Variant
@@ -124,11 +124,19 @@ def _own_digest(content: Mapping[str, Any]) -> str:
     return json_digest({key: value for key, value in content.items() if key != "digest"})
 
 
+class RunWarning(Record):
+    """A warning of when a run began, without a full stop. `unstated` is the model whose mean or std nobody had stated,
+    where the warning is of that."""
+
+    text: str
+    unstated: str | None = None
+
+
 class Warned(Record):
-    """What was warned of when the run of an edition began, each warning without a full stop."""
+    """What was warned of when the run of an edition began."""
 
     edition: Edition
-    warnings: tuple[str, ...]
+    warnings: tuple[RunWarning, ...]
 
 
 class SealedRecord(Record):
@@ -384,15 +392,16 @@ class OutputFolder:
             before = b""
         self.store.write(self.sessions, before + line.encode() + b"\n")
 
-    def keep_warnings(self, edition: str, warnings: Sequence[str]) -> None:
-        """Keep what was warned of when a run began, if anything was, in place of what was kept of a former run."""
-        if warnings:
+    def keep_warnings(self, edition: str, warnings: Sequence[RunWarning] | None) -> None:
+        """Keep what was warned of when a run began, in place of what was kept before; None, of one that goes on,
+        changes nothing."""
+        if warnings or (warnings is not None and self.kept_warnings(edition)):
             kept = Warned(edition=edition, warnings=tuple(warnings))
             self.store.write(self.warnings, kept.model_dump_json(indent=1).encode())
 
-    def kept_warnings(self, edition: str) -> tuple[str, ...]:
-        """What was warned of when a run began."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
+    def kept_warnings(self, edition: str) -> tuple[RunWarning, ...]:
+        """What was warned of when a run began; nothing where that cannot be read."""
+        with contextlib.suppress(FileNotFoundError, ValueError, PipelineError):
             kept = Warned.model_validate_json(self.store.read(self.warnings))
             return kept.warnings if kept.edition == edition else ()
         return ()

@@ -187,9 +187,8 @@ def refuse_parts(objects: "ObjectStore", names: Iterable[str]) -> None:
 
 
 def part_locks(names: Iterable[str], part: str = "") -> list[str]:
-    """The locks among the names of files beside which nobody else may write: those of all parts, or for a part (I-of-N)
-    those of another number of parts.
-    """
+    """Of some file names, the locks that forbid others to write: those of all parts or, for a part I-of-N, those of
+    another N."""
     beside = f"-of-{part.partition('-of-')[2]}" if part else None
     return [name for name in names if name.startswith(PART) and not (beside and name.endswith(beside))]
 

@@ -300,7 +300,8 @@ class ObjectStore(Store):
         return f"{self._base}/{name}"
 
     def _ask(self, verb: str, *arguments: Any, patience: float = 0.0, **options: Any) -> Any:
-        """Call a method of the client; what it cannot do is one sentence, but for a FileNotFoundError on reading.
+        """Call a method of the client. An error is raised as one sentence; a missing file that is read stays a
+        FileNotFoundError.
 
         A write has a condition with `mode="create"` (the object does not exist), or with `IfMatch` (it is still of that
         version), and may raise what `replace` does. `patience` are seconds beyond the usual ones; infinite where the

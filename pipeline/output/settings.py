@@ -63,7 +63,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def version_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What the `versions` of a run differ in from those of another session, for a person."""
+    """Each version that differs between a run and another session, as text."""
     names = {**then, **now}
     return [f"{key} {then.get(key)} then, {now.get(key)} now" for key in names if then.get(key) != now.get(key)]
 

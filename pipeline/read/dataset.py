@@ -184,7 +184,8 @@ def counts_before(parts: Sequence[int], position: int) -> list[int]:
     """How many of the first positions of an epoch are of each dataset.
 
     They are spread out evenly: in any stretch each has its share of the positions, to within a few. Each further
-    position is one more of exactly one dataset. `parts` says how many of all positions are of each, 1 or more.
+    position is one more of exactly one dataset. `parts` says how many of all positions are of each, 1 or more;
+    `position` is from 0 to their sum.
     """
     counts, left = [], sum(parts)
     for part in parts:

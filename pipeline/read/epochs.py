@@ -44,8 +44,8 @@ class EpochCounter:
         self._shared.share_memory_()
 
     def set(self, epoch: int, place: tuple[int, int]) -> None:
-        """Say which epoch, 0 or more, the next iteration is of; the one after it is of the next. The place is rank and
-        world size. Where all is one rank's, it is said to ranks as well that are started later."""
+        """Say which epoch, 0 or more, the next iteration is of; the iteration after it is of the next epoch. The place
+        is rank and world size. With world size 1 it also holds for ranks that start later."""
         rank, world = place
         rows = self._shared if world == 1 else self._shared[rank % RANKS][None]
         rows[:, SET] = epoch

@@ -166,7 +166,9 @@ def _subsets(
         found[subset] = opened(subset) if split is None else {split: opened(subset).get(split)}
         if None in found[subset].values():
             raise ConfigError(f"split: {place} has no split {split!r}; it has {', '.join(opened(subset))}.")
-        refused = f"{place} is no dataset of fgsm-pipeline: its subset {subset} has other columns"
+        refused = (
+            f"{place} is no dataset of fgsm-pipeline: its subset {subset} lacks columns, or has them in another form"
+        )
         with explained(refused, errors=(AttributeError, KeyError, ValueError), kind=ConfigError):
             for rows in found[subset].values():
                 stored = rows.features or {}

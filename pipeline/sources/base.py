@@ -192,7 +192,8 @@ def check_labels(labels: Labels, where: str, kind: type[PipelineError]) -> None:
 
 
 def file_names(splits: Mapping[str, Item]) -> dict[str, Item]:
-    """What belongs to each split, by the split's name in file names and on the Hub; a ConfigError if that is taken."""
+    """What belongs to each split, by the split's name in file names and on the Hub; a ConfigError if two splits would
+    have the same name, or one a name that no file may have."""
     renamed = {re.sub(r"[^\w.]", "_", name): content for name, content in splits.items()}
     for name in renamed:
         if not re.match(r"\w", name):
@@ -223,7 +224,8 @@ def class_names(config: SourceConfig, own: Sequence[str] | None) -> tuple[str, .
 
 
 def chosen_splits(config: SourceConfig, own: Sequence[str]) -> Sequence[str]:
-    """The splits that the config names, or the only one; a ConfigError where these are not there."""
+    """The splits that the config names, or the only one; a ConfigError where one is not there, or none is named of
+    several."""
     if config.split is None and len(own) > 1:
         raise ConfigError(f"source.split: name one or more of the source's splits: {', '.join(own)}.")
     check_splits(config.split or own, own)

@@ -100,7 +100,8 @@ class HuggingFaceConfig(SourceConfig):
 
 
 def open_huggingface(config: HuggingFaceConfig, *, need_labels: bool) -> Source:
-    """Open the dataset; nothing of one that is streamed is read but its head and what says how it is laid out."""
+    """Open the dataset; nothing of one that is streamed is read but its head and what says how it is laid out. Errors
+    are those of `open_source`."""
     from pipeline.sources.arrow import open_arrow
     from pipeline.sources.files import find_files
 

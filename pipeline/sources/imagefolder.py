@@ -60,7 +60,8 @@ class FolderSource(IndexedSource[Sequence[str]]):
 
 
 def open_imagefolder(config: ImageFolderConfig, *, need_labels: bool) -> FolderSource:
-    """Find the images of each class, all of which are labelled."""
+    """Find the images of each class, all of which are labelled. Errors are those of
+    `open_source`."""
     config.check_paths()
     root = config.folder
     tally = Tally()

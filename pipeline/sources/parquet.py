@@ -43,7 +43,8 @@ HEAD_BUFFER = 2**18
 
 
 def open_parquet(config: HuggingFaceConfig, listing: Listing, *, need_labels: bool) -> "ParquetSource":
-    """Read the footers of Parquet files, and find the columns that are used."""
+    """Read the footers of Parquet files, and find the columns that are used. Errors are those of
+    `open_source`."""
     # Of files with the same schema that of the first.
     schemas: dict[bytes, tuple[str, pa.Schema]] = {}
 

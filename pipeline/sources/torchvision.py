@@ -73,7 +73,8 @@ class TorchvisionSource(IndexedSource[Any]):
 
 
 def open_torchvision(config: TorchvisionConfig, *, need_labels: bool) -> TorchvisionSource:
-    """Make the dataset of each split, all of whose images are labelled."""
+    """Make the dataset of each split, all of whose images are labelled. Errors are those of
+    `open_source`."""
     import torchvision
 
     kind = getattr(torchvision.datasets, str(config.path), None)

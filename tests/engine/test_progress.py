@@ -79,7 +79,7 @@ def test_a_long_run_says_once_when_it_should_end(
             progress.update(0, 0, {})
     assert len(caplog.messages) == told
     for said in caplog.messages:
-        found = re.fullmatch(r"Expected: about 0:24:00 more, until ([\d-]+ [\d:]+)\.", said)
+        found = re.fullmatch(r"Expected to end at ([\d-]+ [\d:]+), in about 0:24:00\.", said)
         assert found
         end = datetime.fromisoformat(found[1]) - timedelta(minutes=24)
         assert abs(datetime.now() - end) <= timedelta(minutes=1)

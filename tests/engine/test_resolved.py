@@ -52,6 +52,28 @@ def test_a_warning_is_said_again_as_long_as_its_run_is_there(write_config: Write
     assert warning not in generate(stated)
 
 
+@pytest.mark.parametrize("again", [(), ("--overwrite",)])
+def test_a_warning_of_the_normalisation_ends_when_that_is_stated(
+    write_config: WriteConfig, again: tuple[str, ...]
+) -> None:
+    """What was taken without a word is stated now: the run is the same, and is warned of no more."""
+    warning = "neither the config"
+    assert warning in generate(write_config(source={"limit": 2}))
+    stated = write_config(source={"limit": 2}, model={"mean": [0.0], "std": [1.0]})
+    assert warning not in generate(stated, *again)
+    said = generate(stated)
+    assert "already there" in said
+    assert warning not in said
+
+
+def test_kept_warnings_that_cannot_be_read_are_none(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config(source={"limit": 2})
+    assert "neither the config" in generate(config)
+    (tmp_path / "out/.run/warnings").unlink()
+    (tmp_path / "out/.run/warnings").mkdir()
+    assert "neither the config" not in generate(config)
+
+
 def test_a_warning_says_that_it_is_one(write_config: WriteConfig) -> None:
     said = fgsm("generate", write_config(source={"limit": 2})).stderr
     assert re.search(r"^[\d-]+ [\d:,]+ Warning: model\.mean and model\.std: ", said, re.MULTILINE)
