@@ -215,7 +215,7 @@ def test_a_title_of_before_is_noticed_whatever_the_note_says(digits: Callable[[]
 @pytest.mark.parametrize(("edition", "said"), [("its own", True), ("0123456789abcdef", False)])
 def test_a_warning_is_said_again_unopened(digits: Callable[[], str], tmp_path: Path, edition: str, said: bool) -> None:
     own = (tmp_path / "out/.run/inputs").read_text().split()[0]
-    kept = {"edition": own if edition == "its own" else edition, "warnings": ["model: it is old"]}
+    kept = {"edition": own if edition == "its own" else edition, "warnings": [{"text": "model: it is old"}]}
     (tmp_path / "out/.run/warnings").write_text(json.dumps(kept))
     again = digits()
     assert again.startswith("All 2 shards are already there.")
