@@ -1,6 +1,5 @@
 """Init: a config that runs, from a look at the images and the model, and from what a person answers."""
 
-import contextlib
 import copy
 import importlib.util
 import itertools
@@ -22,7 +21,7 @@ from pipeline.config.reference import meaning
 from pipeline.config.schema import OutputConfig, SourceConfig, is_checkpoint
 from pipeline.config.section import home, is_there
 from pipeline.core.addresses import is_address
-from pipeline.core.errors import ConfigError, TemporaryError, is_offline
+from pipeline.core.errors import ConfigError, PipelineError, TemporaryError, first_line, is_offline, shortened
 from pipeline.core.images import is_image_name
 from pipeline.core.loading import say_loading
 from pipeline.core.own_code import forget_files
@@ -47,8 +46,20 @@ NONE, SIDE, SPLIT = "none", "224", "train"
 # Options and keys as messages name them, which begin with the one that is wrong.
 NAMED = re.compile(r"--\w+|\b(?:source|preprocess|model|attack|output)(?:\.\w+|(?=: ))")
 MODEL, SIZE = ("--model", "model.weights", "model.kwargs"), ("preprocess.crop", "preprocess.resize")
+# The questions whose answers become keys that messages name.
+ASKED_BY = {
+    "source": "--data",
+    "source.path": "--data",
+    "model.kind": "--model",
+    "model.name": "--model",
+    "preprocess.resize": "preprocess.crop",
+}
 # What is asked again, by what a message names: while the images are looked at, and after that.
-DATA_AGAIN = {"--data": ["--data"], "source.path": ["--data"]}
+DATA_AGAIN: Mapping[str, Sequence[str]] = {
+    **{key: ["--data"] for key in ("--data", "source", "source.path")},
+    # These questions come up while the images are looked at.
+    **{key: ["--data", key] for key in ("source.split", "source.classes")},
+}
 AGAIN: Mapping[str, Sequence[str]] = {
     "--model": ["--model"],
     "model.kind": ["--model"],
@@ -60,7 +71,8 @@ AGAIN: Mapping[str, Sequence[str]] = {
     "model": [*MODEL, *SIZE, "preprocess.mode"],
     "preprocess.resize": SIZE,
     "preprocess.crop": SIZE,
-    **{key: [key] for key in ("model.mean", "model.std", "attack.epsilons", "output.path", "output.layout")},
+    **{key: [key] for key in ("preprocess.mode", "model.mean", "model.std")},
+    **{key: [key] for key in ("attack.epsilons", "output.path", "output.layout")},
 }
 
 # Keys that stand in the file as comments, with what they might be.
@@ -155,7 +167,7 @@ class Draft:
         if text not in ("", NONE):
             _set_key(raw, key, text)
 
-    def ask_again(self, error: ConfigError, questions: Mapping[str, Sequence[str]]) -> None:
+    def ask_again(self, error: PipelineError, questions: Mapping[str, Sequence[str]]) -> None:
         """Say what is wrong, and forget what was said of it, so that it is asked again.
 
         Args:
@@ -163,7 +175,7 @@ class Draft:
             questions: the keys whose questions are asked again, by the key that the error names.
 
         Raises:
-            ConfigError: that error, where nobody can be asked or no question would help.
+            PipelineError: that error, where nobody can be asked or no question would help.
         """
         named = next((key for key in NAMED.findall(str(error)) if key in questions), None)
         if self.ask is None or named is None:
@@ -173,8 +185,10 @@ class Draft:
             section, _, name = key.partition(".")
             said = self.said.get(section, {}).pop(name, None)
             former = self.answers.pop(key, "" if said is None else _flow(said))
-            # What is known to be wrong is no default; the others are asked again because one of them may be.
-            self.former[key] = "" if key == named else former
+            # What is known to be wrong is no default; the others are asked again because one of them may be. Where the
+            # network failed the answer may be right.
+            wrong = key == ASKED_BY.get(named, named) and not isinstance(error, TemporaryError)
+            self.former[key] = "" if wrong else former
 
 
 def _set_key(raw: Raw, key: str, text: str) -> None:
@@ -186,6 +200,7 @@ def _set_key(raw: Raw, key: str, text: str) -> None:
     Raises:
         ConfigError: it is no value.
     """
+    written = text
     if key == "attack.epsilons":
         words = (word.strip() for word in text.strip("[] ").split(","))
         text = f"[{', '.join(f'{word}/255' if word.isdecimal() else word for word in words)}]"
@@ -198,7 +213,10 @@ def _set_key(raw: Raw, key: str, text: str) -> None:
         text = text if text.startswith("{") else f"{{{re.sub(r' *[=:] *', ': ', text)}}}"
     elif text != "null" and not key.startswith("preprocess."):
         text = json.dumps(text)
-    override(raw, f"{key}={text}")
+    try:
+        override(raw, f"{key}={text}")
+    except ConfigError:  # it names an option, and what the text was made into
+        raise ConfigError(f"{key}: {shortened(repr(written))} is not a YAML value.") from None
 
 
 def write_config(
@@ -224,8 +242,8 @@ def write_config(
         ask: asks a person; None where nobody can answer.
 
     Returns:
-        The file's path, and lines for people: what was found, what was assumed, and that the model could not be tried
-        where it could not be downloaded.
+        The file's path, and lines for people: what was assumed, and that the model could not be tried where it could
+        not be downloaded. What was found is logged before anything else is asked.
 
     Raises:
         ConfigError: the file is there, something is not said and has no default, or cannot be used.
@@ -233,6 +251,7 @@ def write_config(
     """
     draft = _begin({"--data": data, "--model": model}, keys or {}, overrides, ask)
     path, where, found = _look_at_images(draft, path)
+    logger.info("Found %s.", found)
     while True:
         assumed: list[str] = []
         try:
@@ -248,10 +267,10 @@ def write_config(
     if path.parent.resolve() != Path.cwd():
         for section in ("source", "model", "attack"):
             section_class(section, raw[section]).anchor(raw[section], Path.cwd())
-    lines = [f"Found {found}.", *assumed, *untried]
+    lines = [*assumed, *untried]
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(_render(raw, lines))
+            file.write(_render(raw, [f"Found {found}.", *lines]))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
     return path, lines
@@ -380,7 +399,7 @@ def _look_at_images(draft: Draft, path: Path | None) -> tuple[Path, str, Found]:
         try:
             source = {**_source_of(where), **draft.said.get("source", {})}
             found = _look(draft, source)
-        except ConfigError as error:
+        except PipelineError as error:
             draft.ask_again(error, DATA_AGAIN)
         else:
             draft.said["source"] = source
@@ -441,7 +460,7 @@ def _look(draft: Draft, source: Raw) -> Found:
         need_labels = draft.said.get("attack", {}).get("label") != "prediction"
         try:
             return _open(source, need_labels=need_labels)
-        except ConfigError as error:
+        except PipelineError as error:  # what a tar holds is seen when it is read
             if draft.ask is None or not (key := re.match(ANSWERABLE, str(error))):
                 raise
             _ask_source(draft, source, key[1], str(error)[key.end() :])
@@ -470,7 +489,6 @@ def _open(source: Raw, *, need_labels: bool) -> Found:
         opened = open_source(_parsed(streamed), need_labels=need_labels)
         if not all(name.lower().endswith(TABLES) for own in opened.files(LOOKED_AT).values() for name, _ in own):
             source["streaming"] = True  # what `datasets` makes of tars has other columns
-        return _sample(opened, streamed)
     except ConfigError as error:
         if re.match(ANSWERABLE.replace("|classes", ""), str(error)):
             raise
@@ -478,6 +496,7 @@ def _open(source: Raw, *, need_labels: bool) -> Found:
             hint = " To download all of it and look again, add --set source.streaming=false."
             raise ConfigError(f"{error}{hint if 'stream' in str(error) else ''}") from None
         return _sample(open_source(_parsed(source), need_labels=need_labels), source)
+    return _sample(opened, streamed)
 
 
 def _parsed(source: Raw) -> SourceConfig:
@@ -486,16 +505,27 @@ def _parsed(source: Raw) -> SourceConfig:
 
 
 def _sample(source: Any, opened: Raw) -> Found:
+    """Look at some images of an opened source.
+
+    Raises:
+        ConfigError: none of them can be opened.
+        PipelineError: as `Source.sample`.
+    """
     if files := source.files(LOOKED_AT):
         plan = stream_plan(files, batch_size=1)
     else:
         plan = make_plan(source.splits, shuffle=False, seed=0, limit=None, images_per_shard=4096, batch_size=1)
-    sizes, modes = set(), set()
+    sizes, modes, broken = set(), set(), ""
     for row in itertools.islice(source.sample(plan, plan.shards, LOOKED_AT), LOOKED_AT):
-        # Whatever a library raises of a broken image: generate counts such rows, and names them.
-        with contextlib.suppress(Exception), source.open(row.cell) as image:
-            sizes.add(image.size)
-            modes.add(image.mode)
+        try:
+            with source.open(row.cell) as image:
+                sizes.add(image.size)
+                modes.add(image.mode)
+        except Exception as error:  # whatever a library raises of a broken image
+            broken = printable(f"{source.name_of(row.cell) or f'in {row.shard.split}'} ({first_line(error)})")
+    # Where there are others generate counts the broken ones, and names them.
+    if broken and not sizes:
+        raise ConfigError(f"source: no image that was looked at can be opened; the last one is {broken}.")
     return Found(source.splits, source.classes, frozenset(sizes), frozenset(modes), opened)
 
 

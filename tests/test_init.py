@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 import pipeline
 from pipeline.config.load import load_config
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, TemporaryError
 from pipeline.core.own_code import import_own
 from pipeline.init import write_config
 from tests.conftest import FACTORY, fgsm, generate, manifest, png_bytes, random_pixels, write_parquet
@@ -76,10 +76,11 @@ class Person:
     """Answers questions in turn, those with an empty answer by their default, and remembers them."""
 
     def __init__(self, *answers: str) -> None:
-        self.answers, self.asked = [*answers], list[str]()
+        self.answers, self.asked, self.defaults = [*answers], list[str](), list[str | None]()
 
     def __call__(self, question: str, default: str | None) -> str:
         self.asked.append(question)
+        self.defaults.append(default)
         return self.answers.pop(0) or default or ""
 
 
@@ -219,11 +220,10 @@ def test_a_person_is_asked_for_what_is_not_said_and_for_what_the_data_do_not_tel
     for split in ("train", "test"):
         write_parquet(tmp_path / "two", IMAGES, [index % 3 for index in range(6)], split)
     person = Person("two", "train, test", "victim.py:make", "", "0.5", "0.25", "4, 8/255, 0.1", "here", "wide")
-    path, said = write_config(None, ask=person)
+    path, _ = write_config(None, ask=person)
     assert not person.answers
     assert "train, test" in person.asked[1]
     assert path.name == "two.yaml"
-    assert "6" in said[0]
     assert yaml.safe_load(path.read_text()) == {
         "source": {"kind": "huggingface", "path": "two", "split": ["train", "test"]},
         "model": {"kind": "factory", "name": "victim.py:make", "mean": [0.5], "std": [0.25]},
@@ -248,6 +248,8 @@ SAID = {
 
 # That without what the model is.
 OTHERS = {key: text for key, text in SAID.items() if key not in ("--data", "--model", "model.weights")}
+# Images of one channel, and a model that takes them.
+ONE_CHANNEL = {"--data": "gray", "model.weights": "one.pt", "model.kwargs": "channels: 1"}
 
 
 @pytest.mark.parametrize(
@@ -255,6 +257,9 @@ OTHERS = {key: text for key, text in SAID.items() if key not in ("--data", "--mo
     [
         ({"--data": "./gone"}, "--data", ["photos"], "source.path", "photos"),
         ({"--data": "hollow"}, "source.path", ["photos"], "source.path", "photos"),
+        ({"--data": "junk.parquet"}, "source", ["photos"], "source.path", "photos"),
+        ({"--data": "junk.tar"}, "source", ["photos"], "source.path", "photos"),
+        ({"--data": "broken"}, "source", ["photos"], "source.path", "photos"),
         ({"--model": "nosuchnet"}, "--model", ["victim.py:make"], "model.name", "victim.py:make"),
         ({"--model": "victim.py:none"}, "model.name", ["victim.py:make", "", ""], "model.name", "victim.py:make"),
         ({"model.weights": "gone.pt"}, "model.weights", ["", "whole.pt", ""], "model.weights", "whole.pt"),
@@ -276,6 +281,16 @@ OTHERS = {key: text for key, text in SAID.items() if key not in ("--data", "--mo
         ({"model.kwargs": "colours=3"}, "model", ["", "", "none", "", ""], "model.kwargs", None),
         ({"--model": "sized.py:make", "model.weights": ""}, "model", ["", "", "", "", "8"], "preprocess.crop", 8),
         ({"--data": "gray"}, "model", ["", "", "", "RGB", ""], "preprocess.mode", "RGB"),
+        ({"--data": "gray"}, "preprocess.mode", ["", "", "", "8", "", "RGB"], "preprocess.mode", "RGB"),
+        (
+            {"model.kwargs": "colours=3"},
+            "model.kwargs",
+            ["", "", "{a", "", "", "classes=3", "", ""],
+            "model.kwargs",
+            {"classes": 3},
+        ),
+        ({**ONE_CHANNEL, "model.mean": "0.5, 0.5, 0.5"}, "model.mean", ["0.5"], "model.mean", [0.5]),
+        ({**ONE_CHANNEL, "model.std": "0.5, 0.5, 0.5"}, "model.std", ["0.5"], "model.std", [0.5]),
         ({"model.mean": "7"}, "model.mean", ["0.5"], "model.mean", [0.5]),
         ({"attack.epsilons": "many"}, "attack.epsilons", ["2, 4"], "attack.epsilons", ["2/255", "4/255"]),
         ({"attack.epsilons": "300"}, "attack.epsilons", ["255"], "attack.epsilons", ["255/255"]),
@@ -299,6 +314,10 @@ def test_what_cannot_be_used_is_said_and_asked_again(
     weights = save_weights("whole.pt")
     torch.save({name: value for name, value in weights.items() if name != "conv.bias"}, "part.pt")
     save_weights("seven.pt", classes=7)
+    save_weights("one.pt", channels=1)
+    put(tmp_path / "broken", [b"no image"] * 6)
+    for name in ("junk.parquet", "junk.tar"):
+        (tmp_path / name).write_bytes(b"junk" * 1000)
     said, person = {name: text for name, text in {**SAID, **wrong}.items() if text}, Person(*answers)
     data, model = said.pop("--data"), said.pop("--model")
     if "model.weights" in wrong and not wrong["model.weights"]:
@@ -308,6 +327,118 @@ def test_what_cannot_be_used_is_said_and_asked_again(
     assert [message for message in caplog.messages if message.startswith(named) and "\n" not in message]
     section, _, name = key.partition(".")
     assert yaml.safe_load(path.read_text())[section].get(name) == value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "answers", "asked", "default"),
+    [
+        ({"--data": "hollow"}, ["photos"], "Where are the images", None),
+        ({"--data": "broken"}, ["photos"], "Where are the images", None),
+        ({"--model": "victim.py:none"}, ["victim.py:make", "", ""], "Which model", None),
+        ({"--data": "mixed"}, ["none", "", "8"], "side in pixels", "224"),
+    ],
+)
+def test_what_was_refused_is_no_default(
+    tmp_path: Path, wrong: dict[str, str], answers: Sequence[str], asked: str, default: str | None
+) -> None:
+    put(tmp_path / "photos")
+    mixed(tmp_path / "mixed")
+    (put(tmp_path / "hollow") / "no images").mkdir()
+    put(tmp_path / "broken", [b"no image"] * 6)
+    save_weights("whole.pt")
+    said, person = {**SAID, **wrong}, Person(*answers)
+    data, model = said.pop("--data"), said.pop("--model")
+    write_config(Path("own.yaml"), data=data, model=model, keys=said, ask=person)
+    defaults = [offered for question, offered in zip(person.asked, person.defaults, strict=True) if asked in question]
+    assert defaults[-1] == default
+    assert not set(defaults) & {*wrong.values(), *answers}
+
+
+def test_a_library_that_is_not_there_makes_the_model_the_wrong_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "photos")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    person = Person("victim.py:make", "none")
+    write_config(None, data="photos", model="some/net", keys=OTHERS, ask=person)
+    assert "Which model" in person.asked[0]
+    assert person.defaults[0] is None
+
+
+def test_where_the_network_failed_the_data_are_asked_for_again_and_the_answer_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "photos")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TemporaryError("source.path: pqx/y cannot be opened: no network")
+
+    monkeypatch.setattr("pipeline.sources.huggingface.open_huggingface", fail)
+    person = Person("photos", "none")
+    path, _ = write_config(None, data="pqx/y", model="victim.py:make", keys=OTHERS, ask=person)
+    assert person.defaults[0] == "pqx/y"
+    assert yaml.safe_load(path.read_text())["source"]["path"] == "photos"
+    with pytest.raises(TemporaryError):
+        write_config(None, data="pqx/y", model="victim.py:make", keys=OTHERS)
+
+
+def test_images_of_which_none_can_be_opened_are_refused_before_anything_else_is_asked(tmp_path: Path) -> None:
+    put(tmp_path / "photos", [b"no image"] * 6)
+    with pytest.raises(ConfigError, match=r"^source: .*\.png"):
+        write_config(None, data="photos")
+
+
+def test_tables_of_which_no_image_can_be_opened_are_not_copied(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "tables", [b"no image"] * 6, [index % 3 for index in range(6)])
+    with pytest.raises(ConfigError, match=r"^source: "):
+        write_config(None, data="tables")
+    assert not [*Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")]
+
+
+def test_what_is_no_value_is_named_by_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.kwargs: "):
+        write_config(None, data="digits", keys={"model.kwargs": "{a"})
+
+
+@pytest.mark.parametrize("split", ["[a", "a:b"])
+def test_a_name_for_a_split_that_cannot_be_is_asked_for_again(tmp_path: Path, split: str) -> None:
+    put(tmp_path / "photos")
+    keys = {key: text for key, text in OTHERS.items() if key != "source.split"}
+    person = Person(split, *(["photos"] if split == "[a" else []), "fine", "none")
+    path, _ = write_config(None, data="photos", model="victim.py:make", keys=keys, ask=person)
+    assert not person.answers
+    assert yaml.safe_load(path.read_text())["source"]["split"] == ["fine"]
+
+
+def test_classes_are_asked_for_where_a_tar_has_labels_of_text(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "a.tar", [{"png": image, "cls": NAMES[index % 2].encode()} for index, image in enumerate(IMAGES)]
+    )
+    keys = {key: text for key, text in OTHERS.items() if key != "source.split"}
+    person = Person("test", "cat, dog, eel", "none")
+    path, _ = write_config(None, data="a.tar", model="victim.py:make", keys=keys, ask=person)
+    assert not person.answers
+    assert yaml.safe_load(path.read_text())["source"]["classes"] == ["cat", "dog", "eel"]
+
+
+def test_what_was_found_is_said_once_before_the_model_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "photos")
+    caplog.set_level("INFO", "pipeline")
+    person = Person("victim.py:make", "none")
+    before: list[str] = []
+
+    def ask(question: str, default: str | None) -> str:
+        before.extend(caplog.messages if "Which model" in question else ())
+        return person(question, default)
+
+    path, said = write_config(None, data="photos", ask=ask, keys=OTHERS)
+    (found,) = [message for message in before if "images in test 6" in message]
+    assert "cat, dog" in found
+    assert caplog.messages.count(found) == 1
+    assert not [line for line in said if "images in test 6" in line]
+    assert "images in test 6" in path.read_text()
 
 
 def test_code_that_was_changed_meanwhile_is_read_again(tmp_path: Path) -> None:
@@ -399,14 +530,26 @@ def test_from_images_and_a_checkpoint_to_a_dataset_that_is_read(tmp_path: Path) 
     assert stored == {pixels.tobytes() for pixels in random_pixels(6)}
 
 
-def test_from_parquet_and_a_folder_of_transformers_to_a_dataset(tmp_path: Path) -> None:
+def save_transformer(folder: Path) -> None:
+    """A model of images of 32 px in RGB, with the mean and std that it was published with."""
     import transformers
 
     names = dict(enumerate(("cat", "dog", "eel")))
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16, id2label=names)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def test_a_mean_that_was_published_is_not_what_is_wrong(tmp_path: Path) -> None:
+    save_transformer(tmp_path / "vit")
+    gray(tmp_path / "gray")
+    with pytest.raises(ConfigError, match=r"^model: "):
+        write_config(None, data="gray", model="vit", overrides=["preprocess.mode=L", "preprocess.crop=8"])
+
+
+def test_from_parquet_and_a_folder_of_transformers_to_a_dataset(tmp_path: Path) -> None:
+    save_transformer(tmp_path / "vit")
     parquet(tmp_path / "tables")
     result = fgsm("init", "--data", "tables", "--model", "vit")
     assert result.exit_code == 0, result.output

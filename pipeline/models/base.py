@@ -141,7 +141,8 @@ class Model(nn.Module):
         A model that is not attacked need not let a gradient through.
 
         Raises:
-            ConfigError: the model does not take such images, does not return logits, or lets no gradient through.
+            ConfigError: the model or its mean or std does not take such images, or the model does not return logits or
+                lets no gradient through.
         """
         failed = f"model: it does not take images of shape {shape} (channels, height, width)"
         try:
@@ -152,6 +153,7 @@ class Model(nn.Module):
             channels, *size = shape
             (other,) = MODES.keys() - {channels}
             if not self._takes((other, *size)):
+                self._check_normalisation(channels)
                 raise
             raise ConfigError(
                 f"model: it takes images in mode {MODES[other]}, and these are in mode {MODES[channels]}; set "
@@ -167,6 +169,18 @@ class Model(nn.Module):
         ):
             raise ConfigError("model: no gradient reaches its input; does it run under torch.no_grad or detach?")
         return int(logits.shape[1])
+
+    def _check_normalisation(self, channels: int) -> None:
+        """Refuse, by a ConfigError, a mean or a std of neither one value nor one for each channel.
+
+        Those that were published with the weights are right, and the images are of the wrong mode.
+        """
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if self.stated.get(key) != "weights" and values.numel() not in (1, channels):
+                raise ConfigError(
+                    f"model.{key}: it has {values.numel()} values; give one, or one for each channel, of which "
+                    f"images in mode {MODES[channels]} have {channels}."
+                )
 
     def _takes(self, shape: Sequence[int]) -> bool:
         """Whether it makes logits of a black image of that (C, H, W)."""

@@ -173,8 +173,6 @@ class Returning(nn.Module):
     [
         (nn.Conv2d(2, 4, 3), {}, (1, 8, 8), r"\(1, 8, 8\) .*: "),
         (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), {}, (3, 8, 8), r"\(3, 8, 8\) .*: "),
-        (nn.Flatten(), {"mean": (0.5, 0.5)}, (3, 2, 2), r"\(3, 2, 2\) .*: "),
-        (nn.Flatten(), {"std": (0.5,) * 4}, (3, 2, 2), r"\(3, 2, 2\) .*: "),
         (nn.LSTM(2, 5), {}, (1, 2, 2), r"\(1, 2, 2\) .*: "),
         (nn.Identity(), {}, (3, 2, 2), r"\(1, 3, 2, 2\); "),
         (nn.Flatten(0), {}, (3, 2, 2), r"\(12,\); "),
@@ -203,6 +201,13 @@ def test_models_whose_classes_cannot_be_counted(
     with pytest.raises(ConfigError, match=f"^model: .*{named}") as caught:
         Model(module, **options).count_classes(shape)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "count"), [("mean", 2), ("std", 4)])
+def test_a_mean_or_std_of_other_channels_is_named(key: str, count: int) -> None:
+    options: dict[str, Any] = {key: (0.5,) * count}
+    with pytest.raises(ConfigError, match=rf"^model\.{key}: "):
+        Model(nn.Flatten(), **options).count_classes((3, 2, 2))
 
 
 @pytest.mark.parametrize(
