@@ -189,6 +189,8 @@ class Draft:
             # network failed the answer may be right.
             wrong = key == ASKED_BY.get(named, named) and not isinstance(error, TemporaryError)
             self.former[key] = "" if wrong else former
+        if "preprocess.mode" in self.former and (advised := re.search(r"set preprocess\.mode: (\w+)", str(error))):
+            self.former["preprocess.mode"] = advised[1]
 
 
 def _set_key(raw: Raw, key: str, text: str) -> None:

@@ -281,6 +281,8 @@ ONE_CHANNEL = {"--data": "gray", "model.weights": "one.pt", "model.kwargs": "cha
         ({"model.kwargs": "colours=3"}, "model", ["", "", "none", "", ""], "model.kwargs", None),
         ({"--model": "sized.py:make", "model.weights": ""}, "model", ["", "", "", "", "8"], "preprocess.crop", 8),
         ({"--data": "gray"}, "model", ["", "", "", "RGB", ""], "preprocess.mode", "RGB"),
+        # The mode that the model takes is the default then.
+        ({"--data": "gray"}, "model", ["", "", "", "", ""], "preprocess.mode", "RGB"),
         ({"--data": "gray"}, "preprocess.mode", ["", "", "", "8", "", "RGB"], "preprocess.mode", "RGB"),
         (
             {"model.kwargs": "colours=3"},
