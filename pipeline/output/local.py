@@ -28,6 +28,8 @@ RECEIPTS, SCRATCH = ".run/receipts", ".run/tmp"
 TEMPORARY = "fgsm-pipeline-"
 MARKER = ".fgsm-pipeline"
 MARK = b"A temporary folder of fgsm-pipeline, to be removed when no process has locked this file.\n"
+# How long a process that has taken a lock may need to write its number there.
+NAMING_SECONDS = 1.0
 
 
 class LocalStore(Store):
@@ -239,8 +241,9 @@ class LocalStore(Store):
                 now = os.pread(lock, 100, 0).decode(errors="replace").strip()
                 if now != holder:
                     holder, since = now, time.monotonic()
-                if time.monotonic() - since >= patience:
-                    raise in_use(self.root, f"process {holder}")
+                # Who has just taken it has not yet written who it is.
+                if time.monotonic() - since >= (patience if holder else max(patience, NAMING_SECONDS)):
+                    raise in_use(self.root, f"process {holder or 'unknown'}")
                 time.sleep(0.05)
             with writing(self.disk):
                 os.ftruncate(lock, 0)

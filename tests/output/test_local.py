@@ -47,6 +47,20 @@ def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(("written", "said"), [("4711", "process 4711"), ("", "process unknown")])
+def test_a_process_that_has_just_taken_the_lock_has_time_to_say_who_it_is(
+    tmp_path: Path, written: str, said: str
+) -> None:
+    (tmp_path / ".run").mkdir()
+    with (tmp_path / ".run/lock").open("w+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        late = threading.Timer(0.2, lambda: (lock.write(written), lock.flush()))
+        late.start()
+        with pytest.raises(PipelineError, match=said), open_store(tmp_path).held():
+            pass
+        late.join()
+
+
 def _hold(folder: Path) -> None:
     with (folder / ".run/lock").open("a+") as lock:
         try:
