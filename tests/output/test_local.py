@@ -54,7 +54,7 @@ def test_a_process_that_has_just_taken_the_lock_has_time_to_say_who_it_is(
     (tmp_path / ".run").mkdir()
     with (tmp_path / ".run/lock").open("w+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        late = threading.Timer(0.2, lambda: (lock.write(written), lock.flush()))
+        late = threading.Timer(0.2, lambda: print(written, end="", file=lock, flush=True))
         late.start()
         with pytest.raises(PipelineError, match=said), open_store(tmp_path).held():
             pass
