@@ -6,7 +6,6 @@ some of them. It counts the receipts that come back, and says in the end what is
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pipeline.config.schema import RuntimeConfig
@@ -45,9 +44,7 @@ class Executor(ABC):
         return self
 
     # Empty, and meant to be: most executors have nothing to end.
-    def __exit__(  # noqa: B027
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:  # noqa: B027
         """Let go of what it needs."""
 
     def share(self, shards: Sequence[Shard]) -> Sequence[Shard]:
