@@ -22,7 +22,7 @@ from pipeline.core.loading import say_loading
 from pipeline.core.plan import Shard
 from pipeline.engine.progress import Busy, Progress
 from pipeline.executors import EXECUTORS, PART
-from pipeline.executors.base import Executor
+from pipeline.executors.base import Executor, Work
 from pipeline.output.card import card_agrees, renew_titles, write_summaries
 from pipeline.output.disk import check_disk, in_flight
 from pipeline.output.folder import OutputFolder, Receipt, committed
@@ -227,8 +227,15 @@ def _write(
     finished = sum(receipt.planned for receipt in done if receipt.shard in own)
     subsets = [variant.subset for variant in opened.variants]
     with Progress(sum(rows) if len(rows) == len(own) else None, finished, subsets) as progress:
-        write = functools.partial(job.write, folder=folder, done=done, tell=progress.update)
-        run = executor.run(shards, job.write if executor.remote else write)
+        own_files = not executor.remote and folder.store.local
+        work = Work(
+            here=functools.partial(job.write, folder=folder, done=done, tell=progress.update),
+            elsewhere=functools.partial(job.write, folder=folder) if own_files else job.write,
+            tell=progress.update,
+            processes=job.processes,
+            handles=folder.store.handles(),
+        )
+        run = executor.run(shards, work)
         try:
             with contextlib.closing(_receipts(run, folder, busy)) as receipts:
                 for receipt in receipts:

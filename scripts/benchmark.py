@@ -53,7 +53,7 @@ PACKAGES = (*OURS, "torchattacks", "foolbox", "adversarial-robustness-toolbox")
 # The grey levels of --epsilon-cost, by how many there are.
 COST_LEVELS = {1: (1,), 2: (1, 2), 4: (1, 2, 4, 8), 8: (1, 2, 4, 8, 12, 16, 24, 32)}
 # Commits of one run of ours: the first and the last bound the steady part.
-SHARDS = 8
+SHARDS = 32
 SAMPLE_SECONDS = 0.25
 # Looking at the memory takes some 15 ms for a gigabyte: at most 2% of one core goes into it.
 SAMPLE_SHARE = 0.02
@@ -85,16 +85,17 @@ VARIANTS = COMPUTED | {f"{name}{SIGNS}": replace(variant, layout="signs") for na
 
 @dataclass(frozen=True)
 class Case:
-    """One contender under one setting; the peers know only the variant `eager`."""
+    """One contender under one setting; the peers know only the variant `eager`, and ours alone how many processes."""
 
     contender: str
     variant: str
     levels: tuple[int, ...]
     images: int
+    processes: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.contender} {self.variant}" if self.contender in ("ours", "bound") else self.contender
+        return case_name(self.contender, self.variant, self.processes)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,13 @@ class Measurement:
     peak_gpu_memory: float | None
     others_cores: float | None
     busy: dict[str, float]
+
+
+def case_name(contender: str, variant: str, processes: int | None) -> str:
+    """What a case is called; `processes` is None where ours decides."""
+    if contender not in ("ours", "bound"):
+        return contender
+    return f"{contender} {variant}" + (f" x{processes}" if processes else "")
 
 
 class BenchmarkError(Exception):
@@ -195,11 +203,11 @@ def compare(rows: Sequence[Row]) -> list[Row]:
 
 
 def _comparisons(row: Row, named: Mapping[str, Row]) -> Row:
-    rate, name = row["images_per_s"], row["variant"]
+    rate, name, processes = row["images_per_s"], row["variant"], row["processes"]
     variant = VARIANTS[name]
     bound = named.get(f"bound {name.removesuffix(SIGNS)}")
-    uncompiled = named.get(f"ours {variant_name(replace(variant, compile=False))}")
-    stored = [f"ours {name.removesuffix(SIGNS)}", *PEERS] if name.endswith(SIGNS) else PEERS
+    uncompiled = named.get(case_name("ours", variant_name(replace(variant, compile=False)) or "", processes))
+    stored = [case_name("ours", name.removesuffix(SIGNS), processes), *PEERS] if name.endswith(SIGNS) else PEERS
     repaid = None
     if variant.compile and uncompiled and row["compile_s"] is not None:
         repaid = break_even(cold_compile_s(row, named.values()), uncompiled["images_per_s"], rate)
@@ -335,7 +343,12 @@ class Bench:
                 "layout": variant.layout,
                 "images_per_shard": images_per_shard(case.images, work.batch_size),
             },
-            "runtime": {"batch_size": work.batch_size, "precision": variant.precision, "compile": variant.compile},
+            "runtime": {
+                "batch_size": work.batch_size,
+                "precision": variant.precision,
+                "compile": variant.compile,
+                "processes": case.processes or "auto",
+            },
         }
 
     def measure(self, case: Case) -> Measurement:
@@ -411,20 +424,25 @@ def run_rounds(
             yield known
 
 
-def list_cases(workload: Workload, contenders: Sequence[str], variants: Sequence[str]) -> list[Case]:
-    """Who runs on a workload: ours in each variant, a bound for each way to compute, and the others once.
+def list_cases(
+    workload: Workload, contenders: Sequence[str], variants: Sequence[str], processes: Sequence[int]
+) -> list[Case]:
+    """Who runs on a workload: ours in each variant and in each number of processes, or in as many as it decides; a
+    bound for each way to compute; and the others once.
 
     Of several models the others make no dataset.
     """
     contenders = [name for name in contenders if name in ("ours", "bound") or not workload.more_models]
     computed = dict.fromkeys(variant.removesuffix(SIGNS) for variant in variants)
     named = {"ours": variants, "bound": list(computed)}
+    counts: tuple[Sequence[int | None], ...] = ([None], processes or [None])
     # The bound is as fast as ours, and in memory from its first image on.
     sizes = {"ours": workload.images, "bound": min(workload.images, 3 * workload.peer_images)}
     return [
-        Case(contender, variant, workload.levels, sizes.get(contender, workload.peer_images))
+        Case(contender, variant, workload.levels, sizes.get(contender, workload.peer_images), count)
         for contender in contenders
         for variant in named.get(contender, ["eager"])
+        for count in counts[contender == "ours"]
     ]
 
 
@@ -629,6 +647,9 @@ def main(
             "may be repeated."
         ),
     ] = None,
+    processes: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of ours (default: as it decides); may be repeated.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each contender runs.")] = 3,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Images for ours, its bound, and at most the others.")
@@ -653,7 +674,7 @@ def main(
         check_installed(contenders)
         for name in works:
             work = sized(WORKLOADS[name], limit, peer_images, batch_size)
-            cases = list_cases(work, contenders, variant or default_variants(work))
+            cases = list_cases(work, contenders, variant or default_variants(work), processes or [])
             cost_cases = list_cost_cases(work, contenders) if epsilon_cost else []
             with tempfile.TemporaryDirectory(prefix="fgsm-benchmark-") as scratch:
                 bench = Bench(work, weights if name == "cifar" else None, Path(scratch))

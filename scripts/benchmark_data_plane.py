@@ -199,7 +199,8 @@ def config_of(case: Case, images: int, source: Path, output: Path) -> Row:
         "preprocess": SOURCES[case.side].preprocess,
         "attack": {"epsilons": [f"{level}/255" for level in COST_LEVELS[case.epsilons]]},
         "output": {"path": str(output), **LAYOUTS[case.layout]},
-        "runtime": {"batch_size": SOURCES[case.side].batch_size, "device": "cpu", "compile": False},
+        # One process: the stages are read off its threads.
+        "runtime": {"batch_size": SOURCES[case.side].batch_size, "device": "cpu", "compile": False, "processes": 1},
     }
 
 

@@ -47,7 +47,8 @@ def measure(workers: int, arguments: argparse.Namespace, images_per_shard: int, 
     from dataclasses import replace
 
     from pipeline.engine.job import Job
-    from pipeline.executors.base import Executor
+    from pipeline.engine.processes import Processes
+    from pipeline.executors.base import Executor, Work
     from pipeline.executors.local import LocalExecutor
     from pipeline.executors.ray import RayExecutor
     from pipeline.output.folder import OutputFolder, committed
@@ -63,13 +64,18 @@ def measure(workers: int, arguments: argparse.Namespace, images_per_shard: int, 
         job = Job(config, str(Path(folder.root).absolute()), None, 0)
         opened, _ = executor.call(job.open)
         job, shards = replace(job, recorded=opened), opened.plan.shards
-        write = job.write if executor.remote else functools.partial(job.write, folder=folder, done=[])
+        work = Work(
+            here=functools.partial(job.write, folder=folder, done=[]),
+            elsewhere=job.write,
+            tell=lambda *_: None,
+            processes=lambda _: Processes(),
+        )
         if len(shards) < 2 * WARM_SHARDS:
             raise SystemExit(f"{len(shards)} shards are too few to time; give more --images, or fewer a shard.")
         with folder.store.held():
-            deque(executor.run(shards[:WARM_SHARDS], write), maxlen=0)
+            deque(executor.run(shards[:WARM_SHARDS], work), maxlen=0)
             began = time.monotonic()
-            deque(executor.run(shards[WARM_SHARDS:], write), maxlen=0)
+            deque(executor.run(shards[WARM_SHARDS:], work), maxlen=0)
             seconds = time.monotonic() - began
     written = committed(folder, opened.edition, shards)
     digest = hashlib.sha256("".join(file.sha256 for name in sorted(written) for file in written[name].files).encode())

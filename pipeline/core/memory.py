@@ -1,10 +1,23 @@
-"""The memory of this process, seen now and then."""
+"""The memory of this machine, and of this process."""
 
+import contextlib
 import threading
+from pathlib import Path
 
 import psutil
 
 SAMPLE_SECONDS = 0.05
+# What a container may have at most, and has, as Linux tells it (control groups, version 2).
+CONTAINER = Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int:
+    """Bytes that can still be taken: of the machine, or of the container that this process is in."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # not in one, or one without a limit, which says "max"
+        most, used = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
+        return min(free, most - used)
+    return free
 
 
 class PeakMemory:

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_shards(
-    run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
+    run: Run, folder: OutputFolder, shards: Iterable[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
 ) -> Generator[Receipt, None, None]:
     """Attack, encode and commit some shards of a run, in order; yields the receipt of each.
 

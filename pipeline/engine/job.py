@@ -2,7 +2,7 @@
 
 import contextlib
 import socket
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic_core import from_json
@@ -13,6 +13,7 @@ from pipeline.core.lanes import available_cores, lane_count
 from pipeline.core.plan import Shard
 from pipeline.engine.estimate import estimate_bytes
 from pipeline.engine.execute import Tell, compile_as_begun, write_shards
+from pipeline.engine.processes import Processes, share_machine
 from pipeline.engine.progress import Busy
 from pipeline.engine.resolved import describe_run
 from pipeline.engine.run import Run, open_run
@@ -75,9 +76,13 @@ class Job:
         """Bytes that some shards will take."""
         return estimate_bytes(self._run(), shards)
 
+    def processes(self, shards: Sequence[Shard]) -> Processes:
+        """As `share_machine`."""
+        return share_machine(self._run(), shards)
+
     def write(
         self,
-        shards: Sequence[Shard],
+        shards: Iterable[Shard],
         folder: OutputFolder | None = None,
         done: Sequence[Receipt] | None = None,
         tell: Tell = lambda *_: None,
@@ -102,9 +107,9 @@ class Job:
         workers = {"load": cores, "attack": lane_count(run.device), "encode": cores, "write": 1}
         before = dict.fromkeys(workers, 0.0)
         if done is None:
-            there = {shard.name: _read_receipt(folder, shard, run.edition) for shard in shards}
+            there = {shard: _read_receipt(folder, shard, run.edition) for shard in shards}
             yield from (Written(receipt, {}) for receipt in there.values() if receipt)
-            shards = [shard for shard in shards if not there[shard.name]]
+            shards = [shard for shard, receipt in there.items() if not receipt]
         with contextlib.closing(write_shards(run, folder, shards, done, busy, tell)) as receipts:
             for receipt in receipts:
                 now = {stage: busy.seconds.get(stage, 0.0) / count for stage, count in workers.items()}

@@ -195,7 +195,7 @@ def _name(source: Source, row: SampleRow) -> str:
 
 
 def load_batches(
-    reader: Reader, plan: Plan, shards: Sequence[Shard], workers: int | str, *, pin: bool = False
+    reader: Reader, plan: Plan, shards: Iterable[Shard], workers: int | str, *, pin: bool = False
 ) -> Generator[Batch, None, None]:
     """Read the batches of some shards, in order.
 

@@ -78,19 +78,21 @@ class Progress(Bar):
         self._labelled = 0
         self._correct = dict.fromkeys(subsets, 0)
         self._told_end = False
+        self._mutex = threading.Lock()
 
     def update(self, images: int, labelled: int, correct: Mapping[str, int]) -> None:
         """Add a batch: source images finished, how many of them are labelled, and right ones by the name
-        of their subset."""
-        self._labelled += labelled
-        for subset, count in correct.items():
-            self._correct[subset] += count
-        if self._labelled:
-            self.notes = [f"{subset} {count / self._labelled:.0%}" for subset, count in self._correct.items()]
-        self.advance(images)
-        if self._first and not self._told_end and self._updated - self._first[0] >= MEASURED_SECONDS:
-            self._told_end = True
-            self._tell_end()
+        of their subset. From any thread."""
+        with self._mutex:
+            self._labelled += labelled
+            for subset, count in correct.items():
+                self._correct[subset] += count
+            if self._labelled:
+                self.notes = [f"{subset} {count / self._labelled:.0%}" for subset, count in self._correct.items()]
+            self.advance(images)
+            if self._first and not self._told_end and self._updated - self._first[0] >= MEASURED_SECONDS:
+                self._told_end = True
+                self._tell_end()
 
     def _tell_end(self) -> None:
         if self.left is not None and self.left >= LONG_SECONDS:

@@ -1,22 +1,47 @@
 """What an executor is: where and how often the shards of a run are tried. The caller checks the result.
 
-The caller opens the run, finds out which shards are missing, and hands them to an executor with a function that writes
+The caller opens the run, finds out which shards are missing, and hands them to an executor with functions that write
 some of them. It counts the receipts that come back, and says in the end what is there and what is not.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from pipeline.config.schema import RuntimeConfig
 from pipeline.core.plan import Shard
 
 if TYPE_CHECKING:
     from pipeline.engine.job import Written  # which imports PyTorch
+    from pipeline.engine.processes import Processes
 
 Result = TypeVar("Result")
-# Writes some shards, and yields each once it is committed. It can be sent to another process.
-Write = Callable[[Sequence[Shard]], "Generator[Written, None, None]"]
+# Called with a batch's source images, how many of them are labelled, and how many of those are right in each subset.
+Tell = Callable[[int, int, Mapping[str, int]], None]
+
+
+class Write(Protocol):
+    """Writes some shards, and yields each once it is committed; says of each batch that it is done."""
+
+    def __call__(self, shards: Iterable[Shard], *, tell: Tell = ...) -> "Generator[Written, None, None]": ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """How shards are written, and by how many.
+
+    here: writes in this process, which holds the output. elsewhere: the same in another process, to which it can be
+    sent by `pickle`. tell: shows progress, from any thread; `here` is called with it. processes: how many processes of
+    this machine should write some shards. handles: what a process of this machine must inherit to hold the output too,
+    numbers of open files.
+    """
+
+    here: Write
+    elsewhere: Write
+    tell: Tell
+    processes: "Callable[[Sequence[Shard]], Processes]"
+    handles: Sequence[int] = ()
 
 
 class Executor(ABC):
@@ -60,8 +85,8 @@ class Executor(ABC):
         return function(*arguments)
 
     @abstractmethod
-    def run(self, shards: Sequence[Shard], write: Write) -> "Generator[Written | None, None, None]":
-        """Have some shards written, by `write` here or elsewhere.
+    def run(self, shards: Sequence[Shard], work: Work) -> "Generator[Written | None, None, None]":
+        """Have some shards written, here or elsewhere.
 
         Yields:
             Each shard once it is committed, in any order; None now and then while others work, for the caller to see

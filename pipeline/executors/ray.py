@@ -29,7 +29,7 @@ from pipeline.core.lanes import given_cores
 from pipeline.core.plan import Shard
 from pipeline.core.redaction import redact
 from pipeline.engine.job import Written
-from pipeline.executors.base import Executor, Result, Write
+from pipeline.executors.base import Executor, Result, Work, Write
 
 # After its first try: a worker that died, a node that went, an error.
 RETRIES = 3
@@ -212,7 +212,7 @@ class RayExecutor(Executor):
             retry_exceptions=retry_exceptions,
         )(function)
 
-    def run(self, shards: Sequence[Shard], write: Write) -> Generator[Written | None, None, None]:
+    def run(self, shards: Sequence[Shard], work: Work) -> Generator[Written | None, None, None]:
         """Have every shard tried, a bounded number at a time: see Executor."""
         task, waiting = self._remote(write_on_worker, retry_exceptions=True), deque(shards)
         flying: dict[Any, Shard] = {}
@@ -223,7 +223,7 @@ class RayExecutor(Executor):
             while waiting and len(flying) < window:
                 shard = waiting.popleft()
                 # By value with each task: an object that is shared must be fetched from here, one more thing to fail.
-                flying[task.options(name=f"write {shard.name}").remote(self._context, write, shard)] = shard
+                flying[task.options(name=f"write {shard.name}").remote(self._context, work.elsewhere, shard)] = shard
 
         try:
             submit()

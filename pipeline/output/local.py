@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -43,6 +43,9 @@ class LocalStore(Store):
         # While it is held: handles of the folder and, by their names, of its locks.
         self._handle: int | None = None
         self._locks: dict[str, int] = {}
+
+    def handles(self) -> Sequence[int]:
+        return [handle for handle in (self._handle, *self._locks.values()) if handle is not None]
 
     def at(self, name: str) -> str:
         return str(self.disk / name)

@@ -7,7 +7,7 @@ Every failure is a `PipelineError` of one sentence, but for a `FileNotFoundError
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -32,6 +32,11 @@ class Store(Protocol):
     session: str = ""
     # Of a run that is held in parts, the one that this process has.
     _part: str = ""
+
+    def handles(self) -> Sequence[int]:
+        """The open files by which it is held, as numbers. A process that inherits them, and is given this object by
+        `pickle`, holds the output too: it is free only when that has ended as well."""
+        return ()
 
     def at(self, name: str) -> str:
         """The whole path or address of a file, for messages and other libraries."""

@@ -9,15 +9,15 @@ import pytest
 from pipeline.core.plan import Shard
 from pipeline.engine.job import Written
 from pipeline.executors import EXECUTORS
-from pipeline.executors.base import Executor, Write
+from pipeline.executors.base import Executor, Work
 from tests.conftest import WriteConfig, digests, fgsm, generate
 
 
 class Forgetful(Executor):
     """Writes all shards but the last."""
 
-    def run(self, shards: Sequence[Shard], write: Write) -> Generator[Written | None, None, None]:
-        yield from write(shards[:-1])
+    def run(self, shards: Sequence[Shard], work: Work) -> Generator[Written | None, None, None]:
+        yield from work.here(shards[:-1])
 
 
 def test_an_executor_that_loses_a_shard_is_named(

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_two_runs_in_one_process_cannot_hold_one_folder(tmp_path: Path) -> None:
         raise KeyError
     with open_store(folder).held():
         pass
+
+
+def test_a_process_that_inherits_what_holds_a_folder_holds_it_too(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "out")
+    with store.held():
+        beside = subprocess.Popen(["sleep", "100"], pass_fds=store.handles())
+    try:
+        with pytest.raises(PipelineError, match=f"process {os.getpid()}"), store.held():
+            pass
+    finally:
+        beside.kill()
+        beside.wait()
+    with store.held():
+        pass
+    assert list(store.handles()) == []
 
 
 @pytest.mark.parametrize(("written", "said"), [("4711", "process 4711"), ("", "process unknown")])

@@ -137,12 +137,14 @@ def test_columns_line_up() -> None:
 
 def test_ours_runs_in_each_variant_and_has_a_bound_for_each_way_to_compute() -> None:
     work = replace(workloads.WORKLOADS["resnet18"], images=512, peer_images=192)
-    cases = benchmark.list_cases(work, benchmark.CONTENDERS, ["eager", "eager-signs", "bf16"])
+    cases = benchmark.list_cases(work, benchmark.CONTENDERS, ["eager", "eager-signs", "bf16"], [])
     names = [one.name for one in cases]
     assert names[:5] == ["ours eager", "ours eager-signs", "ours bf16", "bound eager", "bound bf16"]
     assert names[5:] == ["plain", "torchattacks", "foolbox", "art"]
     assert {one.name: one.images for one in cases}["bound bf16"] == 512
     assert {one.name: one.images for one in cases}["art"] == 192
+    several = benchmark.list_cases(work, ["ours", "bound"], ["eager"], [1, 4])
+    assert [one.name for one in several] == ["ours eager x1", "ours eager x4", "bound eager"]
     cost = benchmark.list_cost_cases(work, benchmark.CONTENDERS)
     assert {len(one.levels) for one in cost} == {1, 2, 4, 8}
     assert {one.contender for one in cost} == {"ours", *benchmark.PEERS}

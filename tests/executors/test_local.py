@@ -1,0 +1,357 @@
+"""Several processes of one machine share a run: they write what one does, and lose nothing when one is lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterable, Sequence
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.config.schema import RuntimeConfig
+from pipeline.core.lanes import available_cores
+from pipeline.core.plan import Shard
+from pipeline.engine.job import Written
+from pipeline.engine.processes import Processes
+from pipeline.executors import local
+from pipeline.executors.base import Work
+from pipeline.executors.local import LocalExecutor
+from pipeline.output.folder import Receipt
+from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, png_bytes, random_pixels, write_parquet
+from tests.support.processes import start as start
+from tests.support.processes import wait_for
+from tests.support.s3 import S3, there
+from tests.support.s3 import bucket as bucket
+from tests.support.s3 import s3 as s3
+from tests.support.s3 import server as server
+from tests.support.several import EVERY_KIND, write_several
+
+THREE = ("--set", "runtime.processes=3")
+
+# A victim that does what files beside it say, in each process that writes shards. Those that the run has started can be
+# told from the one that has started them by their command.
+WATCHED = """
+
+import os, pathlib, signal, sys, time
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Watched(Net):
+    def forward(self, x):
+        if len(x) < 2 or not (HERE / "out/manifest.json").exists():  # the run is being opened
+            return super().forward(x)
+        helper = "pipeline.executors.helper" in pathlib.Path("/proc/self/cmdline").read_text()
+        (HERE / f"{'helper' if helper else 'first'} {os.getpid()}").touch()
+        while (HERE / "meet").exists() and len(list(HERE.glob("helper *"))) < int((HERE / "meet").read_text()):
+            time.sleep(0.01)
+        if helper and (HERE / "fail").exists():
+            raise RuntimeError("no more memory for a helper")
+        if helper and (HERE / "kill once").exists():
+            (HERE / "kill once").unlink(missing_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+"""
+
+
+@pytest.fixture
+def config(write_config: WriteConfig, factory_file: Path, tmp_path: Path) -> Path:
+    """48 images in 12 shards of two batches."""
+    factory_file.write_text(FACTORY + WATCHED)
+    write_parquet(tmp_path / "many", [png_bytes(image) for image in random_pixels(48)], [i % 3 for i in range(48)])
+    return write_config(
+        source={"path": str(tmp_path / "many")},
+        model={"name": f"{factory_file}:Watched"},
+        output={"images_per_shard": 4},
+        runtime={"batch_size": 2},
+    )
+
+
+@pytest.fixture
+def alone(config: Path, tmp_path: Path) -> dict[str, str]:
+    """What one process writes."""
+    generate(config, "--output", str(tmp_path / "alone"), "--set", "runtime.processes=1")
+    assert len(list(tmp_path.glob("helper *"))) == 0
+    return digests(tmp_path / "alone")
+
+
+def helpers_of(folder: Path) -> list[int]:
+    """The processes that have attacked beside the one that was started."""
+    return [int(file.name.split()[1]) for file in folder.glob("helper *")]
+
+
+def all_gone(processes: Sequence[int]) -> bool:
+    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in processes)
+
+
+# -------------------------------------------------------------------------------------------- side by side
+
+
+def test_three_processes_write_what_one_writes(config: Path, alone: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "meet").write_text("2")
+    generate(config, *THREE)
+    assert len(helpers_of(tmp_path)) == 2, "all were at work at once"
+    assert digests(tmp_path / "out") == alone
+    (session,) = map(json.loads, (tmp_path / "out/.run/sessions.jsonl").read_text().splitlines())
+    assert session["images"] == 48, "progress counts the batches of all"
+    assert all(0 <= share <= 1.5 for share in session["busy"].values())
+    assert all_gone(helpers_of(tmp_path))
+    assert fgsm("verify", tmp_path / "out", "--recompute").exit_code == 0
+
+
+@pytest.mark.slow
+def test_every_kind_of_attack_on_several_models(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_several(write_config, tmp_path, EVERY_KIND)
+    generate(config, "--output", str(tmp_path / "alone"))
+    generate(config, *THREE)
+    assert digests(tmp_path / "out") == digests(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_in_an_object_store(config: Path, alone: dict[str, str], tmp_path: Path, s3: S3, bucket: str) -> None:
+    del alone
+    out = f"s3://{bucket}/some/where"
+    generate(config, "--output", out, "--part", "0/12")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.json").touch()
+    (tmp_path / "meet").write_text("2")
+    generate(config, "--output", out, *THREE)
+    generate(config, "--output", f"s3://{bucket}/alone", "--set", "runtime.processes=1")
+    written, expected = there(s3, out), there(s3, f"s3://{bucket}/alone")
+    assert {name: data for name, data in written.items() if name.endswith(".parquet")} == {
+        name: data for name, data in expected.items() if name.endswith(".parquet")
+    }
+    assert len(helpers_of(tmp_path)) == 2
+
+
+def test_the_number_of_processes_may_change_between_sessions(
+    config: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "meet").write_text("2")
+    generate(config, "--part", "0/2", *THREE)
+    assert len(helpers_of(tmp_path)) == 2, "a part shares its machine if it is told to"
+    assert "6 of 12 shards" in generate(config, "--set", "runtime.processes=2")
+    assert digests(tmp_path / "out") == alone
+
+
+# ------------------------------------------------------------------------------------------ one that is lost
+
+
+def test_a_process_that_is_killed_loses_no_row(config: Path, alone: dict[str, str], tmp_path: Path) -> None:
+    for name in ("meet", "kill once"):
+        (tmp_path / name).write_text("2")
+    said = generate(config, *THREE)
+    assert re.search(r"processes .* is lost", said)
+    assert digests(tmp_path / "out") == alone
+
+
+def test_a_process_that_cannot_go_on_leaves_the_work_to_the_others(
+    config: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    for name in ("meet", "fail"):
+        (tmp_path / name).write_text("2")
+    said = generate(config, *THREE)
+    assert len(re.findall(r"no more memory for a helper", said)) == 2
+    assert digests(tmp_path / "out") == alone
+
+
+def test_what_stops_every_process_is_said_as_one_process_says_it(write_config: WriteConfig, tmp_path: Path) -> None:
+    images = [png_bytes(image) for image in random_pixels(40)]
+    images[37] = b"no image"
+    source = {"path": str(write_parquet(tmp_path / "broken", images, [0] * 40)), "shuffle": False}
+    config = write_config(source=source, output={"images_per_shard": 4}, runtime={"batch_size": 2, "on_error": "fail"})
+    several, one = (
+        fgsm("generate", config, "--output", tmp_path / f"out-{count}", "--set", f"runtime.processes={count}")
+        for count in (3, 1)
+    )
+    assert several.exit_code == one.exit_code == 1
+    errors = [re.findall("Error: .*", result.stderr) for result in (several, one)]
+    assert errors[0] == errors[1]
+    assert "row 37" in errors[0][0]
+
+
+# ------------------------------------------------------------------------------------------------ the end
+
+
+def test_no_process_outlives_one_that_is_killed(
+    config: Path, alone: dict[str, str], tmp_path: Path, start: Any
+) -> None:
+    (tmp_path / "meet").write_text("3")  # nobody gets so far
+    run = start("generate", config, *THREE)
+    wait_for(lambda: len(helpers_of(tmp_path)) == 2 or not run.is_alive())
+    os.kill(run.pid, signal.SIGKILL)
+    run.join()
+    wait_for(lambda: all_gone(helpers_of(tmp_path)), 10)
+    (tmp_path / "meet").unlink()
+    generate(config, *THREE)
+    assert digests(tmp_path / "out") == alone
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_processes(number: int, config: Path, tmp_path: Path, start: Any) -> None:
+    (tmp_path / "meet").write_text("3")
+    run = start("generate", config, *THREE)
+    wait_for(lambda: len(helpers_of(tmp_path)) == 2 or not run.is_alive())
+    os.kill(run.pid, number)
+    run.join(10)
+    assert run.exitcode == 128 + number, (tmp_path / "log").read_text()
+    wait_for(lambda: all_gone(helpers_of(tmp_path)), 5)
+
+
+def test_ctrl_c_in_a_terminal_is_left_to_the_process_that_was_started(config: Path, tmp_path: Path, start: Any) -> None:
+    (tmp_path / "meet").write_text("3")
+    run = start("generate", config, *THREE)
+    wait_for(lambda: len(helpers_of(tmp_path)) == 2 or not run.is_alive())
+    assert all(os.getpgid(pid) != os.getpgid(run.pid) for pid in helpers_of(tmp_path))
+    os.killpg(run.pid, signal.SIGINT)
+    run.join(10)
+    assert run.exitcode == 130
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+# ----------------------------------------------------------------------------------------- who does what
+
+
+def shards_of(count: int) -> list[Shard]:
+    return [Shard("test", index, count, 10 * index, 10 * index + 10) for index in range(count)]
+
+
+@pytest.fixture
+def helpers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Helpers that this test plays: each has a connection over which it asks."""
+    made: list[Any] = []
+
+    class Played:
+        def __init__(self, index: int, work: Work, processes: Processes, cores: int) -> None:
+            del work, processes
+            self.works, self.index, self.cores, self.ended = True, index, cores, False
+            self.connection, self.other = Pipe()
+            made.append(self)
+
+        def end(self) -> None:
+            self.ended = True
+            self.connection.close()
+
+        def ask(self) -> list[Shard]:
+            self.other.send(("ask", None))
+            return list(self.other.recv())
+
+    monkeypatch.setattr(local, "_Helper", Played)
+    return made
+
+
+class Here:
+    """Writes shards in this process, and keeps which and with how many cores."""
+
+    def __init__(self, after: Callable[[Shard], None]) -> None:
+        self.after, self.written, self.cores = after, list[str](), list[int]()
+
+    def __call__(self, shards: Iterable[Shard], *, tell: Any = None) -> Generator[Written, None, None]:
+        del tell
+        for shard in shards:
+            self.written.append(shard.name)
+            self.cores.append(available_cores())
+            self.after(shard)
+            yield receipt_of(shard)
+
+
+def receipt_of(shard: Shard) -> Written:
+    receipt = Receipt.model_construct(**{"shard": shard.name})  # type: ignore[arg-type]
+    return Written(receipt, {})
+
+
+def run_team(here: Here, shards: Sequence[Shard], count: int) -> list[str]:
+    """What a run yields, by name."""
+    work = Work(here=here, elsewhere=here, tell=lambda *_: None, processes=lambda _: Processes(count))
+    return [written.receipt.shard for written in LocalExecutor(RuntimeConfig()).run(shards, work) if written]
+
+
+def test_shards_are_handed_out_in_ever_smaller_portions(helpers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.core.lanes.os.sched_getaffinity", lambda _: set(range(5)))
+    shards, portions = shards_of(32), list[int]()
+
+    def work_beside(shard: Shard) -> None:
+        if shard.index:
+            return
+        (helper,) = helpers
+        while portion := helper.ask():
+            portions.append(len(portion))
+            for one in portion:
+                helper.other.send(("written", receipt_of(one)))
+
+    here = Here(work_beside)
+    names = run_team(here, shards, 2)
+    assert sorted(names) == [shard.name for shard in shards]
+    assert len(here.written) + sum(portions) == 32
+    assert portions[0] == 6, "half of a half of what is left after the first portion"
+    assert portions == sorted(portions, reverse=True)
+    assert (here.cores[0], helpers[0].cores) == (3, 2)
+    assert helpers[0].ended
+
+
+def test_a_process_takes_the_cores_of_those_that_are_lost(helpers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.core.lanes.os.sched_getaffinity", lambda _: set(range(6)))
+    shards = shards_of(40)
+
+    def lose(shard: Shard) -> None:
+        if shard.index == 1:
+            helpers[0].ask()
+            for helper in helpers:
+                helper.other.close()
+            wait_for(lambda: not any(helper.works for helper in helpers))
+
+    here = Here(lose)
+    names = run_team(here, shards, 3)
+    assert sorted(names) == [shard.name for shard in shards], "each once, those that were handed out too"
+    assert here.cores == [2, 2, *[6] * 38]
+
+
+def test_helpers_are_ended_where_a_run_is_stopped(helpers: list[Any]) -> None:
+    def fail(shard: Shard) -> None:
+        raise ArithmeticError(shard.name)
+
+    with pytest.raises(ArithmeticError):
+        run_team(Here(fail), shards_of(4), 3)
+    assert [helper.ended for helper in helpers] == [True, True]
+
+
+def test_a_short_run_starts_no_other_process(helpers: list[Any]) -> None:
+    here = Here(lambda _: None)
+    assert len(run_team(here, shards_of(4), 1)) == 4
+    assert not helpers
+
+
+# --------------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.parametrize(
+    ("seen", "given"),
+    [(None, ["1", "0", "1"]), ("2, 5", ["5", "2", "5"]), ("GPU-a,GPU-b", ["GPU-b", "GPU-a", "GPU-b"])],
+)
+def test_each_process_has_one_of_the_gpus(seen: str | None, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert [local._environment(index, 2)["CUDA_VISIBLE_DEVICES"] for index in (1, 2, 3)] == given
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_without_several_gpus_each_process_sees_what_the_first_one_sees(
+    gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert local._environment(1, gpus)["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_a_process_imports_what_the_first_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    command = [sys.executable, "-P", "-c", "import beside, pipeline; print(beside.__file__, pipeline.__file__)"]
+    found = subprocess.run(command, env=local._environment(1, 0), capture_output=True, text=True, check=True)
+    assert found.stdout.split()[0] == str(tmp_path / "beside.py")
