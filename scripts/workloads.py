@@ -97,6 +97,16 @@ WORKLOADS = {
             peer_images=2_048,
             more_models={name: _factory("small_models", name) for name in ("cnn", "mlp")},
         ),
+        Workload(
+            name="data-plane",
+            title="a model that costs nothing, 32 px: everything but the model",
+            model=_factory("small_models", "free") | {"kwargs": {"classes": 10}},
+            preprocess={},
+            levels=(1, 2, 4, 8),
+            batch_size=256,
+            images=98_304,
+            peer_images=2_048,
+        ),
         _imagenet("resnet18", batch_size=64, images=512, peer_images=192),
         _imagenet("resnet50", batch_size=32, images=256, peer_images=96),
         Workload(

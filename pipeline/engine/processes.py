@@ -1,8 +1,8 @@
 """How many processes of this machine share a run.
 
-Python runs one thread of a process at a time, and the threads that read, encode and drive the device all need it for
-every image. Several processes do not wait for each other. On 2 cores and CIFAR-10 two processes of one core each make
-1.1 times as many images a second as one process of two cores; where a GPU computes, the difference is larger.
+Python runs one thread of a process at a time, and the threads that read, encode and drive the device all need their
+turn for every image. Several processes do not wait for each other. With a model that costs nothing, at 32 px on 2
+cores, two processes make 1.4 times as many images a second as one, and 1.9 times as many in layout `signs`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ LEAST_CORES = {"cpu": 1, "cuda": 2}
 # Rows that a process must have to write: it takes some 5 s of a core to start.
 LEAST_ROWS = {"cpu": 16_384, "cuda": 4_096}
 # Processes at most, on a CPU and on each GPU.
-MOST = 8
+MOST = {"cpu": 8, "cuda": 4}
 # What a shard counts whose number of rows is not known: one of the default size.
 UNKNOWN_ROWS = 4096
 # Memory of a process that works, against that of one that has just opened the run.
@@ -54,14 +54,19 @@ def share_machine(run: Run, shards: Sequence[Shard]) -> Processes:
         return Processes()
     rows = sum(UNKNOWN_ROWS if shard.rows is None else shard.rows for shard in shards)
     devices = max(gpus, 1)
-    count = min(available_cores() // LEAST_CORES[device], MOST * devices, rows // LEAST_ROWS[device], len(shards))
+    count = min(
+        available_cores() // LEAST_CORES[device], MOST[device] * devices, rows // LEAST_ROWS[device], len(shards)
+    )
     if count <= 1:
         return Processes()
     if not gpus:
         need = HOST_GROWTH * psutil.Process().memory_info().rss
         return Processes(min(count, 1 + int(available_bytes() // need)))
-    # As the run will, which one that is resumed has not done yet.
-    rehearse(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
+    try:
+        # As the run will, which one that is resumed has not done yet.
+        rehearse(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
+    except torch.OutOfMemoryError:
+        return Processes(min(count, gpus), gpus)  # what is wrong with the first GPU the run will say
     free, total = torch.cuda.mem_get_info(run.device)
     held = torch.cuda.memory_reserved(run.device)
     need = GPU_GROWTH * torch.cuda.max_memory_reserved(run.device) + CONTEXT_BYTES

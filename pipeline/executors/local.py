@@ -19,7 +19,6 @@ from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from pipeline.core.errors import listing
 from pipeline.core.lanes import available_cores, given_cores
 from pipeline.core.plan import Shard
 from pipeline.executors.base import Executor, Work
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 # How often the caller sees to its lock while it waits for the others.
 POLL_SECONDS = 0.5
+# What a helper has said is heard within so many seconds of its end.
+LISTEN_SECONDS = 1.0
 # Shards are handed out in ever smaller portions, so that all processes end at about the same time: this part of what
 # each would get if all were handed out at once.
 PORTION = 0.5
@@ -72,10 +73,12 @@ class _Team:
         with contextlib.ExitStack() as stack:
             for index in range(1, count):
                 helper = _Helper(index, self._work, self._processes, shares[index])
+                stack.callback(helper.connection.close)
+                thread = threading.Thread(target=self._listen, args=(helper,), daemon=True, name="helper")
+                thread.start()
+                stack.callback(thread.join, LISTEN_SECONDS)
                 stack.callback(helper.end)
                 self._helpers.append(helper)
-            for helper in self._helpers:
-                threading.Thread(target=self._listen, args=(helper,), daemon=True, name="helper").start()
             self._stack = stack.pop_all()
         self._own_cores = shares[0]
         return self
@@ -132,7 +135,7 @@ class _Team:
     def _listen(self, helper: "_Helper") -> None:
         """Hand shards to a helper and take what it reports, until it ends."""
         begun: dict[str, Shard] = {}
-        reason = "it ended"
+        reason = ""
         try:
             while True:
                 kind, content = helper.connection.recv()
@@ -148,17 +151,14 @@ class _Team:
                     begun.pop(content.receipt.shard)
                     self._arrived.put(content)
                 else:
-                    reason = content
+                    reason = content.rstrip(".")
                     return
         except (OSError, EOFError):
             pass
         finally:
-            if begun or reason != "it ended":
-                logger.warning(
-                    "One of the processes that share the work is lost (%s); the others write %s.",
-                    reason,
-                    listing(list(begun)) or "its share",
-                )
+            if begun or reason:
+                reason = reason or "it was ended from outside"
+                logger.warning("A process that shared the work has ended: %s. The others write its shards.", reason)
             with self._mutex:
                 self._waiting.extendleft(reversed(begun.values()))
                 helper.works = False
@@ -189,7 +189,6 @@ class _Helper:
         """End it at once: a shard is there with its receipt or not at all."""
         self._process.kill()
         self._process.wait()
-        self.connection.close()
 
 
 def _environment(index: int, gpus: int) -> dict[str, str]:

@@ -89,7 +89,7 @@ def test_on_a_gpu_memory_and_cores_limit_them(run: Run, monkeypatch: pytest.Monk
     many = shards_of(1000, 4096)
     # 1.25 times 4 GiB and one for CUDA; this process holds its 4 GiB already, and its own share of CUDA's.
     run = on_gpus(run, monkeypatch, 1, free=75 * GIB, peak=4 * GIB, held=4 * GIB)
-    assert share_machine(run, many) == Processes(8, 1, 6 / 80)
+    assert share_machine(run, many) == Processes(4, 1, 6 / 80)
     with given_cores(4):
         assert share_machine(run, many).count == 2
     run = on_gpus(run, monkeypatch, 1, free=13 * GIB, peak=4 * GIB, held=4 * GIB)
@@ -102,6 +102,18 @@ def test_several_gpus_have_processes_each(run: Run, monkeypatch: pytest.MonkeyPa
     run = on_gpus(run, monkeypatch, 4, free=39 * GIB, peak=40 * GIB, held=40 * GIB)
     assert share_machine(run, shards_of(1000, 4096)) == Processes(4, 4, 51 / 80)
     assert share_machine(asking(run, 8), shards_of(1000, 4096)) == Processes(8, 4)
+
+
+@pytest.mark.parametrize(("gpus", "count"), [(1, 1), (4, 4)])
+def test_where_a_batch_no_longer_fits_a_gpu_it_has_no_second_process(
+    gpus: int, count: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    run = on_gpus(run, monkeypatch, gpus, free=0, peak=0)
+    monkeypatch.setattr(processes, "rehearse", refuse)
+    assert share_machine(run, shards_of(1000, 4096)) == Processes(count, gpus)
 
 
 def test_a_device_of_another_kind_has_one(run: Run) -> None:
