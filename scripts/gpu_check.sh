@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show of this checkout, in less than eight minutes on an H100 with 16 cores: the tests marked gpu,
-# datasets made twice and by several processes at once, whose bytes must be equal, and the benchmark.
+# datasets made twice and by several processes, whose bytes must be equal, and the benchmark in one and in several.
 #
 #     scripts/gpu_check.sh FOLDER [WHEELS]
 #
@@ -8,9 +8,9 @@
 # machine without a network; they are installed for this run alone. The exit code is 1 where a step failed, was stopped
 # at its time limit or was not reached. Without a GPU the same runs on the CPU: there the tests are skipped, which counts
 # as passed, and "gpu" is null in the file. What is measured can be set in the environment:
-: "${WORKLOAD:=resnet50}" "${VARIANTS:=bf16-eager bf16-eager-signs bf16 bf16-signs}"
+: "${WORKLOAD:=resnet50}" "${VARIANTS:=bf16-eager bf16 bf16-signs}"
 : "${CONTENDERS:=ours bound torchattacks}" "${LIMIT:=4096}" "${PEER_IMAGES:=768}" "${BATCH_SIZE:=256}"
-: "${PARTS:=4}" # processes that share the GPU, each with an interpreter of its own
+: "${PROCESSES:=4}" # that share the GPU, each with an interpreter of its own
 : "${TOTAL_SECONDS:=465}" # for all steps together
 set -uo pipefail
 
@@ -72,19 +72,14 @@ twice() {
     rm -rf "${scratch:?}/$name"
 }
 
-# in_parts NAME CONFIG: make the dataset of `twice` once more, by several processes side by side.
-in_parts() {
+# shared NAME CONFIG: make the dataset of `twice` once more, by several processes.
+shared() {
     local name=$1 config=$2
+    step "$name-shared" 75 python -m pipeline generate "$config" --output "$scratch/$name-shared" \
+        --set "runtime.processes=$PROCESSES" || return
     # shellcheck disable=SC2016
-    step "$name-parts" 75 bash -uo pipefail -c 'failed=0
-        for ((part = 0; part < $2; part++)); do
-            python -m pipeline generate "$0" --output "$1" --part "$part/$2" &
-        done
-        for ((part = 0; part < $2; part++)); do wait -n || failed=1; done
-        exit "$failed"' "$config" "$scratch/$name-parts" "$PARTS" || return
-    # shellcheck disable=SC2016
-    step "$name-parts-equal" 20 bash -c 'cd "$0-parts" && sha256sum --check --quiet --strict "$0.digests"' "$scratch/$name"
-    rm -rf "${scratch:?}/$name-parts"
+    step "$name-shared-equal" 20 bash -c 'cd "$0-shared" && sha256sum --check --quiet --strict "$0.digests"' "$scratch/$name"
+    rm -rf "${scratch:?}/$name-shared"
 }
 
 touch "$scratch/steps"
@@ -101,8 +96,9 @@ step tests 120 env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -m gpu -q -
     "${files[@]}"
 twice attacks digits-ensemble --limit $((LIMIT / 4)) --set 'attacks.pgd={kind: pgd, epsilons: [32/255]}'
 twice workload "$scratch/workload.json"
-in_parts workload "$scratch/workload.json"
+shared workload "$scratch/workload.json"
 for variant in $VARIANTS; do options+=(--variant "$variant"); done
+for count in 1 "$PROCESSES"; do options+=(--processes "$count"); done
 options+=(--limit "$LIMIT" --peer-images "$PEER_IMAGES" --batch-size "$BATCH_SIZE" --json "$scratch/benchmark.json")
 step benchmark "$TOTAL_SECONDS" python scripts/benchmark.py --workload "$WORKLOAD" --rounds 1 "${options[@]}"
 exit "$failed"

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -362,6 +363,29 @@ def test_sigkill(site: Site, drill: Drill, whole: float, tmp_path: Path) -> None
         seen.append(receipts(out))
         drill.settle(site, out)
     assert len(set(seen)) > 5, f"seed {SEED}: the kills must fall between different commits, not {seen}"
+
+
+def test_sigkill_of_one_of_several(sites: Callable[..., Site], drill: Drill, tmp_path: Path) -> None:
+    """SIGKILL of one of three processes that share a run, at a random moment"""
+    site, moments, times = sites("shared", 480, runtime={"processes": 3}), random.Random(SEED), 9
+    for attempt in range(times):
+        out = tmp_path / f"out-{attempt}"
+        with site.slow():
+            run = site.generate(out)
+            others: list[psutil.Process] = []
+
+            def both_are_there(run: Run = run, found: list[psutil.Process] = others) -> bool:
+                found[:] = [one for one in psutil.Process(run.pid).children() if "helper" in " ".join(one.cmdline())]
+                return len(found) == 2
+
+            wait_for(both_are_there)
+            # From their start to the middle of their work; the first process in every third run.
+            time.sleep(8 * (attempt + moments.random()) / times)
+            victim = [psutil.Process(run.pid), *others][attempt % 3]
+            victim.kill()
+            assert run.end() == (0 if attempt % 3 else KILLED), f"seed {SEED}: {run.said}"
+        psutil.wait_procs(others, 10)
+        drill.settle(site, out)
 
 
 def test_sigterm(site: Site, drill: Drill, whole: float, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from pipeline.core.lattice import step
 from pipeline.core.memory import PeakMemory
 from pipeline.core.plan import Plan, Shard
 from pipeline.engine.execute import BATCHES_IN_FLIGHT, write_shards
+from pipeline.engine.processes import share_machine
 from pipeline.engine.progress import Busy
 from pipeline.engine.resolved import count, describe_run, planned
 from pipeline.engine.run import Run, open_run
@@ -203,7 +204,8 @@ class PlannedRun:
 
     Counts, bytes and seconds are None where a source is streamed whose length is not known. disk: the folder in which
     bytes lie, at_once the most of them there; free_bytes of its disk. start_seconds: to open the run and to start;
-    seconds: all of it, with that. memory and device_memory: the most bytes at once; the latter is None without CUDA.
+    seconds: all of it, with that; both are those of one process, however many share the work. memory and device_memory:
+    the most bytes at once, in all processes; the latter is None without CUDA.
     warnings: what will not fit on the disk or the Hub.
     """
 
@@ -225,6 +227,7 @@ class PlannedRun:
     images_per_second: float
     measured_images: int
     device: str
+    processes: int
     memory: int
     device_memory: int | None
     batch_size: int
@@ -247,7 +250,7 @@ class PlannedRun:
         """What is estimated, and how much."""
         width, height = self.image_size
         splits = ", ".join(f"{name} {count(rows)}" for name, rows in self.splits.items())
-        memory = f"about {human_bytes(self.memory)} with all workers"
+        memory = f"about {human_bytes(self.memory)}"
         if self.device_memory is not None:
             memory += f", {human_bytes(self.device_memory)} on the device"
         files = f"{self.files:,} Parquet files in {self.shards:,} shards"
@@ -263,6 +266,7 @@ class PlannedRun:
             "files": files,
             "bytes": size,
             "time": f"{_about(self.seconds, duration)} on {self.device}, {_rate(self.images_per_second)} images/s",
+            "processes": f"{self.processes}{', measured with one' if self.processes > 1 else ''}",
             "memory": f"{memory}, at its peak",
             "measured": f"on {self.measured_images:,} images, after {self.start_seconds:.1f} s to open and to start",
             "batch": f"{self.batch_size}",
@@ -286,6 +290,8 @@ def plan_run(config: Config) -> PlannedRun:
         logger.info("%s", line)
     logger.info("Measuring on some batches.")
     seen, images, shards = calibrate(run), run.plan.total, run.plan.shards
+    processes = share_machine(run, shards)
+    on_each_gpu = -(-processes.count // max(processes.gpus, 1))
     files = len(shards) * len(run.stored)
     size = None if images is None else int(images * seen.row_bytes + files * seen.file_bytes)
     disk = folder.store.disk
@@ -316,8 +322,9 @@ def plan_run(config: Config) -> PlannedRun:
         images_per_second=1 / seen.seconds,
         measured_images=seen.images,
         device=run.device.type,
-        memory=seen.memory,
-        device_memory=seen.device_memory,
+        processes=processes.count,
+        memory=seen.memory * processes.count,
+        device_memory=None if seen.device_memory is None else seen.device_memory * on_each_gpu,
         batch_size=run.plan.batch_size,
         output=folder.root,
         run_id=run.run_id,

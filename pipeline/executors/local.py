@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
+from pipeline.core.errors import first_line
 from pipeline.core.lanes import available_cores, given_cores
 from pipeline.core.plan import Shard
 from pipeline.executors.base import Executor, Work
@@ -64,6 +65,7 @@ class _Team:
         self._mutex = threading.Lock()
         self._arrived: queue.SimpleQueue[Written | None] = queue.SimpleQueue()
         self._helpers: list[_Helper] = []
+        self._over = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "_Team":
@@ -72,18 +74,21 @@ class _Team:
         shares = [max(1, cores + (index < more)) for index in range(count)]
         with contextlib.ExitStack() as stack:
             for index in range(1, count):
-                helper = _Helper(index, self._work, self._processes, shares[index])
-                stack.callback(helper.connection.close)
-                thread = threading.Thread(target=self._listen, args=(helper,), daemon=True, name="helper")
-                thread.start()
-                stack.callback(thread.join, LISTEN_SECONDS)
+                try:
+                    helper = _Helper(index, self._work, self._processes, shares[index])
+                except (OSError, MemoryError) as error:
+                    logger.warning("No further process can be started (%s); the others do its work.", first_line(error))
+                    break
                 stack.callback(helper.end)
                 self._helpers.append(helper)
+                helper.thread = threading.Thread(target=self._listen, args=(helper,), daemon=True, name="helper")
+                helper.thread.start()
             self._stack = stack.pop_all()
         self._own_cores = shares[0]
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over = True
         self._stack.close()
 
     def run(self) -> "Generator[Written | None, None, None]":
@@ -92,8 +97,9 @@ class _Team:
             # A helper that is lost puts back what it had before it counts as ended.
             working = self._working
             if self._waiting:
-                with given_cores(self._own_cores) if working else contextlib.nullcontext():
-                    for written in self._work.here(self._own(working)):
+                own_cores = given_cores(self._own_cores) if working else contextlib.nullcontext()
+                with own_cores, contextlib.closing(self._work.here(self._own(working))) as receipts:
+                    for written in receipts:
                         yield written
                         yield from self._drain()
             elif working:
@@ -135,7 +141,7 @@ class _Team:
     def _listen(self, helper: "_Helper") -> None:
         """Hand shards to a helper and take what it reports, until it ends."""
         begun: dict[str, Shard] = {}
-        reason = ""
+        reason: str | None = "it was ended from outside"
         try:
             while True:
                 kind, content = helper.connection.recv()
@@ -144,6 +150,7 @@ class _Team:
                     begun = {shard.name: shard for shard in shards}
                     helper.connection.send(shards)
                     if not shards:
+                        reason = None
                         return
                 elif kind == "batch":
                     self._work.tell(*content)
@@ -156,8 +163,7 @@ class _Team:
         except (OSError, EOFError):
             pass
         finally:
-            if begun or reason:
-                reason = reason or "it was ended from outside"
+            if reason is not None and not self._over:
                 logger.warning("A process that shared the work has ended: %s. The others write its shards.", reason)
             with self._mutex:
                 self._waiting.extendleft(reversed(begun.values()))
@@ -165,7 +171,9 @@ class _Team:
 
 
 class _Helper:
-    """A process beside this one that writes shards: see executors/helper.py."""
+    """A process beside this one that writes shards: see executors/helper.py. `thread` listens to it."""
+
+    thread: threading.Thread | None = None
 
     def __init__(self, index: int, work: Work, processes: "Processes", cores: int) -> None:
         self.works = True
@@ -189,6 +197,9 @@ class _Helper:
         """End it at once: a shard is there with its receipt or not at all."""
         self._process.kill()
         self._process.wait()
+        if self.thread is not None and self.thread.is_alive():
+            self.thread.join(LISTEN_SECONDS)
+        self.connection.close()
 
 
 def _environment(index: int, gpus: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Several processes of one machine share a run: they write what one does, and lose nothing when one is lost."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -171,6 +172,18 @@ def test_a_process_that_cannot_go_on_leaves_the_work_to_the_others(
     assert digests(tmp_path / "out") == alone
 
 
+def test_a_process_that_cannot_be_started_is_done_without(
+    config: Path, alone: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(local.subprocess, "Popen", refuse)
+    said = generate(config, *THREE)
+    assert said.count(os.strerror(errno.EAGAIN)) == 1
+    assert digests(tmp_path / "out") == alone
+
+
 def test_what_stops_every_process_is_said_as_one_process_says_it(write_config: WriteConfig, tmp_path: Path) -> None:
     images = [png_bytes(image) for image in random_pixels(40)]
     images[37] = b"no image"
@@ -210,7 +223,9 @@ def test_a_signal_ends_all_processes(number: int, config: Path, tmp_path: Path, 
     wait_for(lambda: len(helpers_of(tmp_path)) == 2 or not run.is_alive())
     os.kill(run.pid, number)
     run.join(10)
-    assert run.exitcode == 128 + number, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert run.exitcode == 128 + number, said
+    assert "shared the work" not in said, "those that it has ended itself are no news"
     wait_for(lambda: all_gone(helpers_of(tmp_path)), 5)
 
 

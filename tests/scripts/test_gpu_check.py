@@ -13,7 +13,7 @@ import torch
 from tests.conftest import REPOSITORY
 
 SIZES = {"LIMIT": "32", "PEER_IMAGES": "16", "BATCH_SIZE": "8"}
-TINY = {"WORKLOAD": "digits", "VARIANTS": "eager", "CONTENDERS": "ours bound", "PARTS": "2", **SIZES}
+TINY = {"WORKLOAD": "digits", "VARIANTS": "eager", "CONTENDERS": "ours bound", "PROCESSES": "2", **SIZES}
 # Bash's tools, but the Python of these tests.
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
@@ -37,11 +37,12 @@ def test_without_a_gpu_all_else_runs(tmp_path: Path) -> None:
     assert result["machine"]["gpu"] is None
     assert " skipped, " in result["tests"]
     assert "passed" not in result["tests"], "a test marked gpu ran on the CPU"
-    assert result["bytes_equal"] == {"attacks": True, "workload": True, "workload-parts": True}
+    assert result["bytes_equal"] == {"attacks": True, "workload": True, "workload-shared": True}
     assert all(".parquet" in result["steps"][f"{name}-equal"]["log"][0] for name in ("attacks", "workload"))
-    assert sum(" images/s" in line for line in result["steps"]["workload-parts"]["log"]) == 2
+    assert any("2 processes" in line for line in result["steps"]["workload-shared"]["log"])
     (workload,) = result["benchmark"]["workloads"]
-    ours, bound = workload["contenders"]
+    ours, several, bound = workload["contenders"]
+    assert (ours["processes"], several["processes"]) == (1, 2)
     assert ours["share_of_bound"] > 0
     assert {"load", "attack", "encode", "write"} <= ours["busy"].keys()
     assert bound["images"] == 32
