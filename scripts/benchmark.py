@@ -6,8 +6,8 @@
 Every contender runs in a process of its own, once a round, and each round starts with another one, so that what else
 the machine does hits all alike. Reported are medians over the rounds, and the spread of the rates.
 
-- A steady rate is that between the first and the last commit (ours) or batch (the others); what came before is the
-  start-up, and a compilation is told apart from it. The first that computes in some way compiles with an empty cache,
+- A steady rate is that of the last two thirds of the images, between commits (ours) or batches (the others). Start-up is
+  what the whole took longer than all images at that rate; a compilation is told apart from it. The first that computes in some way compiles with an empty cache,
   which the others, such as the bound, then find.
 - Memory is the peak of the proportional set sizes (PSS) of all its processes, so that what workers share counts once.
 - `others` is how many cores the machine spent on something else meanwhile. Contenders suffer from it
@@ -134,11 +134,12 @@ def steady(marks: Marks, launched: float) -> tuple[float, float]:
         launched: when the process was started.
 
     Returns:
-        Images a second from the first mark to the last, and the seconds until the first image was begun.
+        Images a second of the last two thirds, when all processes work, and the seconds that starting took.
     """
-    if len(marks) < 2:
+    end, last = marks[-1]
+    begin, first = next(mark for mark in marks if mark[1] >= last / 3)
+    if first == last:
         raise BenchmarkError("A steady rate needs at least two batches; give more images.")
-    (begin, first), (end, last) = marks[0], marks[-1]
     rate = (last - first) / (end - begin)
     return rate, max(0.0, begin - launched - first / rate)
 

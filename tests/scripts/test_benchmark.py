@@ -29,11 +29,11 @@ def measured(rate: float, compile_s: float | None = None, stored: float | None =
     return Measurement(rate, 2.0, compile_s, stored, 5e8, None, 0.1, {"load": 9.0, "attack": 90.0})
 
 
-def test_a_steady_rate_leaves_the_first_commit_out() -> None:
-    # Launched at 100, first commit of 10 images at 108, then 10 images each second.
-    rate, startup = benchmark.steady([(108.0, 10), (109.0, 20), (111.0, 40)], launched=100.0)
+def test_a_steady_rate_leaves_the_first_third_out() -> None:
+    # Launched at 100, first commit of 10 images at 108, another 20 while a second process starts, then 10 a second.
+    rate, startup = benchmark.steady([(108.0, 10), (112.0, 30), (114.0, 50), (118.0, 90)], launched=100.0)
     assert rate == 10
-    assert startup == 7
+    assert startup == 9
     assert benchmark.steady([(1.0, 10), (2.0, 11)], launched=0.0)[1] == 0
     with pytest.raises(benchmark.BenchmarkError, match="two batches"):
         benchmark.steady([(1.0, 10)], launched=0.0)
