@@ -32,6 +32,7 @@ from pipeline.output.settings import another_run, check_settings, version_change
 
 if TYPE_CHECKING:
     from pipeline.engine.job import Job, Written
+    from pipeline.engine.processes import Processes
 
 # A shared folder may show late what another machine wrote: a client of NFS remembers for a minute what there was.
 SHARED_SECONDS, POLL_SECONDS = 60.0, 0.5
@@ -159,8 +160,9 @@ def _execute(
         logger.info("%s", line)
     if recorded is not None:
         _warn_again(config, folder, recorded)
-    _check_room(executor, job, folder, [shard for shard in shards if shard.name not in done], overwrite)
     own = executor.share(shards)
+    missing = [shard for shard in shards if shard.name not in done]
+    processes = _prepare(executor, job, folder, missing, {shard.name for shard in own}, overwrite)
     with folder.store.held(unlocked=unlocked, part=executor.part):
         with folder.store.alone():
             if executor.part:
@@ -172,7 +174,8 @@ def _execute(
             begun, done, missing = _take_up(folder, begun, shards, own)
             folder.keep_warnings(begun.edition, warnings)
         try:
-            session = _write(executor, job, folder, opened, missing, list(done.values())) if missing else None
+            already = [*done.values()]
+            session = _write(executor, job, folder, opened, missing, already, processes) if missing else None
         except BaseException:
             # The card must describe the shards that are there; but what failed first is what the user must read.
             with contextlib.suppress(PipelineError), folder.store.alone():
@@ -192,10 +195,20 @@ def _execute(
     return manifest
 
 
-def _check_room(executor: Executor, job: "Job", folder: OutputFolder, missing: list[Shard], overwrite: bool) -> None:
-    """See that the disk of this machine has room for the shards that are to be written."""
+def _prepare(
+    executor: Executor, job: "Job", folder: OutputFolder, missing: list[Shard], own: set[str], overwrite: bool
+) -> "Processes":
+    """Decide how many processes of this machine write those that are missing of `own`, and see that its disk has room
+    for all that are missing."""
+    from pipeline.engine.processes import Processes
+
+    processes = Processes()
+    if not executor.remote:
+        processes = job.processes([shard for shard in missing if shard.name in own], alone=not executor.part)
     if folder.store.local or not executor.remote:  # what waits for its upload lies on the workers' disks
-        check_disk(executor.call(job.estimate_bytes, in_flight(folder, missing)), folder, overwrite=overwrite)
+        at_once = in_flight(folder, missing, processes.count)
+        check_disk(executor.call(job.estimate_bytes, at_once), folder, overwrite=overwrite)
+    return processes
 
 
 def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -> Manifest | None:
@@ -211,9 +224,16 @@ def _joined(folder: OutputFolder, opened: Manifest, recorded: Manifest | None) -
 
 
 def _write(
-    executor: Executor, job: "Job", folder: OutputFolder, opened: Manifest, shards: Sequence[Shard], done: list[Receipt]
+    executor: Executor,
+    job: "Job",
+    folder: OutputFolder,
+    opened: Manifest,
+    shards: Sequence[Shard],
+    done: list[Receipt],
+    processes: "Processes",
 ) -> tuple[Progress, dict[str, float]]:
-    """Have some shards written, show how far they are, and check their receipts; `done` are those of all others.
+    """Have some shards written, show how far they are, and check their receipts; `done` are those of all others, to
+    which each that arrives is added.
 
     Returns how far it came and how fast, and how busy each stage was, 1 for always.
     """
@@ -227,13 +247,14 @@ def _write(
     finished = sum(receipt.planned for receipt in done if receipt.shard in own)
     subsets = [variant.subset for variant in opened.variants]
     with Progress(sum(rows) if len(rows) == len(own) else None, finished, subsets) as progress:
-        own_files = not executor.remote and folder.store.local
+        handles = () if executor.remote else folder.store.handles()
         work = Work(
             here=functools.partial(job.write, folder=folder, done=done, tell=progress.update),
-            elsewhere=functools.partial(job.write, folder=folder) if own_files else job.write,
+            # By the folder that is held, where a process inherits what holds it; else by its address.
+            elsewhere=functools.partial(job.write, folder=folder) if handles else job.write,
             tell=progress.update,
-            processes=job.processes,
-            handles=folder.store.handles(),
+            processes=processes,
+            handles=handles,
         )
         run = executor.run(shards, work)
         try:
@@ -246,6 +267,7 @@ def _write(
                         right = {counts.subset: counts.correct for counts in receipt.counts}
                         progress.update(receipt.planned, receipt.counts[0].labelled, right)
                     here.append(receipt)
+                    done.append(receipt)  # a further portion counts the rows that were skipped in all
                     skipped, read = skipped + len(receipt.skipped), read + receipt.planned
                     if receipt.skipped:
                         check_share_skipped(skipped, total, read, most, shard, receipt.skipped[-1])

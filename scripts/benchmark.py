@@ -6,9 +6,9 @@
 Every contender runs in a process of its own, once a round, and each round starts with another one, so that what else
 the machine does hits all alike. Reported are medians over the rounds, and the spread of the rates.
 
-- A steady rate is that of the last two thirds of the images, between commits (ours) or batches (the others). Start-up is
-  what the whole took longer than all images at that rate; a compilation is told apart from it. The first that computes in some way compiles with an empty cache,
-  which the others, such as the bound, then find.
+- A steady rate is that of the last two thirds of the images, between commits (ours) or batches (the others). What
+  the whole takes longer than that is the start-up, and a compilation is told apart from it. The first that computes in
+  some way compiles with an empty cache, which the others, such as the bound, then find.
 - Memory is the peak of the proportional set sizes (PSS) of all its processes, so that what workers share counts once.
 - `others` is how many cores the machine spent on something else meanwhile. Contenders suffer from it
   unequally: figures count on an idle machine only.
@@ -44,7 +44,7 @@ import torch
 import typer
 from workloads import ROOT, WORKLOADS, Workload, encoded_images, write_source
 
-from pipeline.core.lanes import available_cores
+from pipeline.core.cores import available_cores
 
 PEERS = ("torchattacks", "foolbox", "art")
 CONTENDERS = ("ours", "bound", "plain", *PEERS)

@@ -52,8 +52,8 @@ from PIL import Image
 from workloads import IMAGENET, WORKLOADS, Encoded, encoded_images, write_source
 
 from pipeline.config.load import load_config
+from pipeline.core.cores import available_cores
 from pipeline.core.images import encode_images
-from pipeline.core.lanes import available_cores
 from pipeline.core.lattice import sign_to_picture, step
 from pipeline.core.sign_bits import picture_to_bits
 from pipeline.flow import generate

@@ -68,7 +68,7 @@ def measure(workers: int, arguments: argparse.Namespace, images_per_shard: int, 
             here=functools.partial(job.write, folder=folder, done=[]),
             elsewhere=job.write,
             tell=lambda *_: None,
-            processes=lambda _: Processes(),
+            processes=Processes(),
         )
         if len(shards) < 2 * WARM_SHARDS:
             raise SystemExit(f"{len(shards)} shards are too few to time; give more --images, or fewer a shard.")

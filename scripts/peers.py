@@ -33,7 +33,7 @@ from torchvision import models, transforms
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.core.lanes import available_cores
+from pipeline.core.cores import available_cores
 from pipeline.models.checkpoints import load_checkpoint
 from pipeline.models.digits_net import NETS
 

@@ -43,9 +43,9 @@ from training import descent, shifted
 
 from pipeline.check.verify import announce_factories
 from pipeline.config.schema import ModelConfig
+from pipeline.core.cores import available_cores
 from pipeline.core.errors import ConfigError, Interrupted, NonFiniteError, PipelineError
 from pipeline.core.interrupts import interruptible
-from pipeline.core.lanes import available_cores
 from pipeline.engine.run import choose_device, load_run_model, versions
 from pipeline.models.base import Model
 from pipeline.models.factory import FactoryConfig

@@ -19,8 +19,8 @@ from pipeline.check.findings import MOST_UNREAD, Findings
 from pipeline.check.integrity import ShardCheck, check_listing, check_manifest, check_summaries
 from pipeline.check.recompute import open_recomputation
 from pipeline.core.console import Bar
+from pipeline.core.cores import available_cores
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.core.lanes import available_cores
 from pipeline.core.own_code import names_file
 from pipeline.core.plan import Plan
 from pipeline.engine.loader import Reader

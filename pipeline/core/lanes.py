@@ -9,16 +9,16 @@ On an accelerator a lane has a stream of its own and takes whole batches: while 
 the other computes.
 """
 
-import contextlib
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from pipeline.core.cores import available_cores
 
 # Lanes of an accelerator: one computes while the other's copies are under way.
 DEVICE_LANES = 2
@@ -32,27 +32,6 @@ CHUNK_IMAGES = (8, 64)
 SWITCH_SECONDS = 0.0002
 
 Result = TypeVar("Result")
-
-
-# Cores that this process was given of those that it could use; None for all.
-_given: int | None = None
-
-
-@contextlib.contextmanager
-def given_cores(count: int) -> Iterator[None]:
-    """Take no more than so many cores, for a process that shares its machine with others of its kind."""
-    global _given
-    before, _given = _given, count
-    try:
-        yield
-    finally:
-        _given = before
-
-
-def available_cores() -> int:
-    """The CPU cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if _given is None else min(cores, _given)
 
 
 def chunk_images(device: torch.device, batch_size: int, shape: tuple[int, int, int]) -> int:

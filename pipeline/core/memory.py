@@ -2,21 +2,25 @@
 
 import contextlib
 import threading
-from pathlib import Path
 
 import psutil
 
+from pipeline.core.container import groups
+
 SAMPLE_SECONDS = 0.05
-# What a container may have at most, and has, as Linux tells it (control groups, version 2).
-CONTAINER = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
     """Bytes that can still be taken: of the machine, or of the container that this process is in."""
     free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # not in one, or one without a limit, which says "max"
-        most, used = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
-        return min(free, most - used)
+    for group, (most,) in groups("memory.max"):
+        if most != "max":
+            used = int((group / "memory.current").read_text())
+            # Files that were read or written stay in memory until that is needed.
+            with contextlib.suppress(OSError, KeyError):
+                lines = (group / "memory.stat").read_text().splitlines()
+                used -= int(dict(line.split() for line in lines)["inactive_file"])
+            free = min(free, int(most) - used)
     return free
 
 

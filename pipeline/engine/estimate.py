@@ -291,7 +291,7 @@ def plan_run(config: Config) -> PlannedRun:
     logger.info("Measuring on some batches.")
     seen, images, shards = calibrate(run), run.plan.total, run.plan.shards
     processes = share_machine(run, shards)
-    on_each_gpu = -(-processes.count // max(processes.gpus, 1))
+    on_each_gpu = -(-processes.count // max(len(processes.gpus), 1))
     files = len(shards) * len(run.stored)
     size = None if images is None else int(images * seen.row_bytes + files * seen.file_bytes)
     disk = folder.store.disk
@@ -299,7 +299,7 @@ def plan_run(config: Config) -> PlannedRun:
     warnings = hub_warnings(run.plan, len(run.stored), size)
     needed = None
     if size is not None and images:
-        needed = int(size * sum(shard.rows or 0 for shard in in_flight(folder, shards)) / images)
+        needed = int(size * sum(shard.rows or 0 for shard in in_flight(folder, shards, processes.count)) / images)
         if needed > free:
             warnings.append(f"{disk} has {human_bytes(free)} free, and about {human_bytes(needed)} are needed.")
     _, height, width = run.reader.shape

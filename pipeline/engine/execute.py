@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pipeline.config import kinds
 from pipeline.core.batches import Batch
+from pipeline.core.cores import available_cores
 from pipeline.core.errors import CodeError, NonFiniteError, PipelineError, RowError
-from pipeline.core.lanes import Lanes, available_cores
+from pipeline.core.lanes import Lanes
 from pipeline.core.left_out import LeftOut, Skipped, sum_left_out
 from pipeline.core.plan import Shard
 from pipeline.engine.compute import Part, compile_models
@@ -55,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_shards(
-    run: Run, folder: OutputFolder, shards: Iterable[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
+    run: Run, folder: OutputFolder, shards: Sequence[Shard], others: Sequence[Receipt] | None, busy: Busy, tell: Tell
 ) -> Generator[Receipt, None, None]:
     """Attack, encode and commit some shards of a run, in order; yields the receipt of each.
 

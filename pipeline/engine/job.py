@@ -2,14 +2,15 @@
 
 import contextlib
 import socket
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic_core import from_json
 
 from pipeline.config.schema import Config
+from pipeline.core.cores import available_cores
 from pipeline.core.errors import PipelineError
-from pipeline.core.lanes import available_cores, lane_count
+from pipeline.core.lanes import lane_count
 from pipeline.core.plan import Shard
 from pipeline.engine.estimate import estimate_bytes
 from pipeline.engine.execute import Tell, compile_as_begun, write_shards
@@ -76,13 +77,13 @@ class Job:
         """Bytes that some shards will take."""
         return estimate_bytes(self._run(), shards)
 
-    def processes(self, shards: Sequence[Shard]) -> Processes:
+    def processes(self, shards: Sequence[Shard], *, alone: bool) -> Processes:
         """As `share_machine`."""
-        return share_machine(self._run(), shards)
+        return share_machine(self._run(), shards, alone=alone)
 
     def write(
         self,
-        shards: Iterable[Shard],
+        shards: Sequence[Shard],
         folder: OutputFolder | None = None,
         done: Sequence[Receipt] | None = None,
         tell: Tell = lambda *_: None,

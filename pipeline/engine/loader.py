@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pipeline.config.schema import MOST_PIXELS, PreprocessConfig
 from pipeline.core.batches import UNLABELLED, Batch
+from pipeline.core.cores import available_cores
 from pipeline.core.errors import ConfigError, PipelineError, RowError
 from pipeline.core.fetchers import ahead, in_order
 from pipeline.core.images import UndecodableError
-from pipeline.core.lanes import available_cores
 from pipeline.core.left_out import LeftOut, Skipped
 from pipeline.core.plan import Plan, Shard
 from pipeline.engine.decode import read_image
@@ -195,7 +195,7 @@ def _name(source: Source, row: SampleRow) -> str:
 
 
 def load_batches(
-    reader: Reader, plan: Plan, shards: Iterable[Shard], workers: int | str, *, pin: bool = False
+    reader: Reader, plan: Plan, shards: Sequence[Shard], workers: int | str, *, pin: bool = False
 ) -> Generator[Batch, None, None]:
     """Read the batches of some shards, in order.
 

@@ -1,75 +1,81 @@
 """How many processes of this machine share a run.
 
 Python runs one thread of a process at a time, and the threads that read, encode and drive the device all need their
-turn for every image. Several processes do not wait for each other. With a model that costs nothing, at 32 px on 2
-cores, two processes make 1.4 times as many images a second as one, and 1.9 times as many in layout `signs`.
+turn for every image. Several processes do not wait for each other: docs/performance.md has figures.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 
-from pipeline.core.lanes import available_cores
+from pipeline.core.cores import available_cores
 from pipeline.core.memory import available_bytes
 from pipeline.core.plan import Shard
-from pipeline.engine.compute import rehearse
+from pipeline.engine.execute import BATCHES_IN_FLIGHT
 from pipeline.engine.run import Run
 
-# Cores that a process has at least, by the kind of device that computes.
-LEAST_CORES = {"cpu": 1, "cuda": 2}
-# Rows that a process must have to write: it takes some 5 s of a core to start.
-LEAST_ROWS = {"cpu": 16_384, "cuda": 4_096}
-# Processes at most, on a CPU and on each GPU.
-MOST = {"cpu": 8, "cuda": 4}
+# Rows that each process must have to write: it takes some 5 s of a core to start.
+LEAST_ROWS = 16_384
 # What a shard counts whose number of rows is not known: one of the default size.
 UNKNOWN_ROWS = 4096
-# Memory of a process that works, against that of one that has just opened the run.
-HOST_GROWTH = 2.0
-# Of a GPU: what the allocator may need beyond the largest batch, and what CUDA itself takes.
-GPU_GROWTH, CONTEXT_BYTES = 1.25, 2**30
+# Processes that are started unasked.
+MOST = 8
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How a machine is shared: `count` processes on `gpus` GPUs, which take turns in being given to one.
+    """How a machine is shared by `count` processes.
 
-    `gpu_share` is the part of its GPU's memory that a process may take, in (0, 1]; None for no limit.
+    gpus: the numbers of the GPUs that are given to one after the other; none without CUDA. gpu_share: the part of its
+    GPU's memory that each but the first may take, in (0, 1).
     """
 
     count: int = 1
-    gpus: int = 0
+    gpus: tuple[int, ...] = ()
     gpu_share: float | None = None
 
 
-def share_machine(run: Run, shards: Sequence[Shard]) -> Processes:
-    """Decide how many processes write some shards of an opened run: as asked, or as many as cores, memory and rows
-    are worth."""
+def share_machine(run: Run, shards: Sequence[Shard], *, alone: bool = True) -> Processes:
+    """Decide how many processes write some shards of an opened run.
+
+    As many as the config asks for, but no more than there are shards. If it leaves that open: on a CPU as many as rows,
+    cores and memory are worth, and with other devices one, as nobody has measured more there.
+
+    Args:
+        run, shards: what is to be written.
+        alone: whether other processes that this one knows nothing of may write the same run on this machine; then one,
+            unless the config asks for more.
+    """
     asked, device = run.config.runtime.processes, run.device.type
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
     if asked != "auto":
-        return Processes(min(asked, len(shards)), gpus)
-    if device not in LEAST_CORES:
+        count = min(asked, len(shards))
+        gpus = _alike() if device == "cuda" else ()
+        beside = -(-count // max(1, len(gpus)))
+        return Processes(count, gpus, 1 / beside if gpus and beside > 1 else None)
+    if device != "cpu" or not alone:
         return Processes()
     rows = sum(UNKNOWN_ROWS if shard.rows is None else shard.rows for shard in shards)
-    devices = max(gpus, 1)
-    count = min(
-        available_cores() // LEAST_CORES[device], MOST[device] * devices, rows // LEAST_ROWS[device], len(shards)
-    )
+    count = min(available_cores(), MOST, rows // LEAST_ROWS, len(shards))
     if count <= 1:
         return Processes()
-    if not gpus:
-        need = HOST_GROWTH * psutil.Process().memory_info().rss
-        return Processes(min(count, 1 + int(available_bytes() // need)))
-    try:
-        # As the run will, which one that is resumed has not done yet.
-        rehearse(run.attacker, run.device, run.reader.shape, run.plan.batch_size)
-    except torch.OutOfMemoryError:
-        return Processes(min(count, gpus), gpus)  # what is wrong with the first GPU the run will say
-    free, total = torch.cuda.mem_get_info(run.device)
-    held = torch.cuda.memory_reserved(run.device)
-    need = GPU_GROWTH * torch.cuda.max_memory_reserved(run.device) + CONTEXT_BYTES
-    # This process is on the first GPU and has its context; of the others no more is known than that they are alike.
-    each = max(1, int((free + held + CONTEXT_BYTES) // need))
-    return Processes(min(count, each * gpus), gpus, min(1.0, need / total))
+    held = psutil.Process().memory_info().rss
+    room = (available_bytes() + held) // (held + _bytes_in_flight(run))
+    return Processes(max(1, min(count, room)))
+
+
+def _alike() -> tuple[int, ...]:
+    """The GPUs that are like the first one: others would be slower, and could compute other last digits."""
+    known = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return tuple(
+        n for n, one in enumerate(known) if (one.name, one.total_memory) == (known[0].name, known[0].total_memory)
+    )
+
+
+def _bytes_in_flight(run: Run) -> int:
+    """Bytes of the batches that a process holds at once: read ahead, attacked, encoded and waiting to be written."""
+    read_ahead, attacked = available_cores() + 1, 2 + BATCHES_IN_FLIGHT
+    pictures = read_ahead + attacked * len(run.pictures)
+    return run.plan.batch_size * math.prod(run.reader.shape) * pictures

@@ -5,7 +5,7 @@ some of them. It counts the receipts that come back, and says in the end what is
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -24,7 +24,7 @@ Tell = Callable[[int, int, Mapping[str, int]], None]
 class Write(Protocol):
     """Writes some shards, and yields each once it is committed; says of each batch that it is done."""
 
-    def __call__(self, shards: Iterable[Shard], *, tell: Tell = ...) -> "Generator[Written, None, None]": ...
+    def __call__(self, shards: Sequence[Shard], *, tell: Tell = ...) -> "Generator[Written, None, None]": ...
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,14 @@ class Work:
     """How shards are written, and by how many.
 
     here: writes in this process, which holds the output. elsewhere: the same in another process, to which it can be
-    sent by `pickle`. tell: shows progress, from any thread; `here` is called with it. processes: how many processes of
-    this machine should write some shards. handles: what a process of this machine must inherit to hold the output too,
-    numbers of open files.
+    sent by `pickle`; on this machine that inherits `handles`, numbers of open files, to hold the output too. tell:
+    shows progress, from any thread; `here` calls it. processes: how many of this machine should write.
     """
 
     here: Write
     elsewhere: Write
     tell: Tell
-    processes: "Callable[[Sequence[Shard]], Processes]"
+    processes: "Processes"
     handles: Sequence[int] = ()
 
 

@@ -7,17 +7,18 @@ more. It reports batches, shards that are committed, and why it cannot go on. Wh
 import contextlib
 import logging
 import os
+import pickle
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pipeline.core.errors import PipelineError, first_line
-from pipeline.core.lanes import given_cores
+from pipeline.core.cores import given_cores
+from pipeline.core.errors import NonFiniteError, PipelineError, RowError, first_line
 from pipeline.core.plan import Shard
-from pipeline.executors.base import Write
 
 
 class _Caller:
@@ -26,14 +27,19 @@ class _Caller:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._mutex = threading.Lock()
-        self._answers: queue.SimpleQueue[list[Shard]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True, name="caller").start()
 
-    def listen(self) -> None:
-        """Take its answers. It ends when the caller is gone, and this process with it, whatever it is doing."""
+    def _listen(self) -> None:
+        """Take its messages. It ends when the caller is gone, and this process with it, whatever it is doing."""
         with contextlib.suppress(OSError, EOFError):
             while True:
-                self._answers.put(self._connection.recv())
+                self._messages.put(self._connection.recv_bytes())
         os._exit(1)
+
+    def hear(self) -> Any:
+        """Its next message."""
+        return pickle.loads(self._messages.get())
 
     def say(self, kind: str, content: Any = None) -> None:
         """Send a message, from any thread."""
@@ -44,18 +50,19 @@ class _Caller:
         """Ask for shards until there are no more."""
         while True:
             self.say("ask")
-            if not (shards := self._answers.get()):
+            if not (shards := self.hear()):
                 return
             yield shards
 
 
-def work(caller: _Caller, write: Write, cores: int, gpu_share: float | None) -> None:
+def work(caller: _Caller) -> None:
     """Write what the caller hands out."""
 
     def tell(images: int, labelled: int, correct: Mapping[str, int]) -> None:
-        caller.say("batch", (images, labelled, correct))
+        caller.say("batch", (images, labelled, dict(correct)))
 
     try:
+        write, cores, gpu_share = caller.hear()
         if gpu_share is not None:
             import torch
 
@@ -65,20 +72,24 @@ def work(caller: _Caller, write: Write, cores: int, gpu_share: float | None) -> 
                 with contextlib.closing(write(shards, tell=tell)) as written:
                     for each in written:
                         caller.say("written", each)
+    except (RowError, NonFiniteError) as error:  # what ends the run, whoever writes
+        caller.say("error", error)
     except Exception as error:
-        of_ours = isinstance(error, PipelineError)
-        caller.say("failed", str(error) if of_ours else f"{type(error).__name__}: {first_line(error)}")
+        # Without what to do about it, as the run goes on.
+        said = str(error).partition("; ")[0] if isinstance(error, PipelineError) else first_line(error)
+        caller.say("failed", said or type(error).__name__)
 
 
 def main() -> None:
     """Work for the process at the other end of the socket that the command line names."""
+    # These are meant for the caller, which ends this process.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # What is worth saying is said by the caller, which has opened the same run.
     logging.getLogger("pipeline").addHandler(logging.NullHandler())
-    connection = Connection(int(sys.argv[1]))
-    write, cores, gpu_share = connection.recv()
-    caller = _Caller(connection)
-    threading.Thread(target=caller.listen, daemon=True, name="caller").start()
-    work(caller, write, cores, gpu_share)
+    socket = int(sys.argv[1])
+    os.set_inheritable(socket, False)
+    work(_Caller(Connection(socket)))
     # The caller waits for nothing more of it; tearing down CUDA would take a second.
     os._exit(0)
 

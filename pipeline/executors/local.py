@@ -1,7 +1,7 @@
 """This machine writes the shards: this process and, in a run that is long enough, others beside it.
 
 The others are started here, are handed shards over a socket, and end with this process, however that ends. They do not
-compute anything that this process would not: a shard that one of them fails to write is handed out again, in the end to
+compute anything that this process would not: shards that one of them fails to write are handed out again, in the end to
 this process, whose error is then that of the run.
 """
 
@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -19,22 +20,21 @@ from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from pipeline.core.errors import first_line
-from pipeline.core.lanes import available_cores, given_cores
+from pipeline.core.cores import available_cores, given_cores
+from pipeline.core.errors import PipelineError, first_line
 from pipeline.core.plan import Shard
 from pipeline.executors.base import Executor, Work
 
 if TYPE_CHECKING:
     from pipeline.engine.job import Written  # which imports PyTorch
-    from pipeline.engine.processes import Processes
 
 # How often the caller sees to its lock while it waits for the others.
 POLL_SECONDS = 0.5
-# What a helper has said is heard within so many seconds of its end.
-LISTEN_SECONDS = 1.0
+# A process that was ended is gone within so many seconds, or is left to itself.
+END_SECONDS = 2.0
 # Shards are handed out in ever smaller portions, so that all processes end at about the same time: this part of what
-# each would get if all were handed out at once.
-PORTION = 0.5
+# each would get if all were handed out at once, but no more than so many.
+PORTION, MOST_SHARDS = 0.5, 8
 
 logger = logging.getLogger(__name__)
 
@@ -43,171 +43,206 @@ class LocalExecutor(Executor):
     """This machine does the work."""
 
     def run(self, shards: Sequence[Shard], work: Work) -> "Generator[Written | None, None, None]":
-        if (processes := self.processes(shards, work)).count <= 1:
+        self.workers = work.processes.count
+        if self.workers == 1:
             # All at once: the stages of one shard overlap with those of the next.
             yield from work.here(shards)
             return
-        self.workers = processes.count
-        logger.info("%d processes of this machine share the work.", processes.count)
-        with _Team(shards, work, processes) as team:
+        logger.info("%d processes of this machine share the work.", self.workers)
+        with _Team(shards, work) as team:
             yield from team.run()
-
-    def processes(self, shards: Sequence[Shard], work: Work) -> "Processes":
-        """How many processes write some shards."""
-        return work.processes(shards)
 
 
 class _Team:
     """This process and its helpers, and the shards that nobody has begun; a context that ends the helpers."""
 
-    def __init__(self, shards: Sequence[Shard], work: Work, processes: "Processes") -> None:
-        self._waiting, self._work, self._processes = deque(shards), work, processes
+    def __init__(self, shards: Sequence[Shard], work: Work) -> None:
+        self._waiting, self._work = deque(shards), work
         self._mutex = threading.Lock()
-        self._arrived: queue.SimpleQueue[Written | None] = queue.SimpleQueue()
+        # What helpers have written, and errors that end the run.
+        self._arrived: queue.SimpleQueue[Written | PipelineError] = queue.SimpleQueue()
         self._helpers: list[_Helper] = []
         self._over = False
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "_Team":
-        count = self._processes.count
-        cores, more = divmod(available_cores(), count)
-        shares = [max(1, cores + (index < more)) for index in range(count)]
-        with contextlib.ExitStack() as stack:
+        count = self._work.processes.count
+        self._cores = available_cores()
+        cores, more = divmod(self._cores, count)
+        try:
             for index in range(1, count):
-                try:
-                    helper = _Helper(index, self._work, self._processes, shares[index])
-                except (OSError, MemoryError) as error:
-                    logger.warning("No further process can be started (%s); the others do its work.", first_line(error))
-                    break
-                stack.callback(helper.end)
+                helper = _Helper(index, self._work, max(1, cores + (index < more)))
                 self._helpers.append(helper)
                 helper.thread = threading.Thread(target=self._listen, args=(helper,), daemon=True, name="helper")
                 helper.thread.start()
-            self._stack = stack.pop_all()
-        self._own_cores = shares[0]
+        except (OSError, MemoryError, RuntimeError) as error:  # the last one is that of a thread
+            logger.warning("No further process can be started (%s); the others do its work.", first_line(error))
+            for helper in self._helpers:
+                helper.works = helper.thread is not None and helper.thread.is_alive()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over = True
-        self._stack.close()
+        for helper in self._helpers:
+            helper.kill()
+        for helper in self._helpers:
+            helper.close()
 
     def run(self) -> "Generator[Written | None, None, None]":
         """Write shards here and have others written, until none is left."""
         while True:
             # A helper that is lost puts back what it had before it counts as ended.
-            working = self._working
-            if self._waiting:
-                own_cores = given_cores(self._own_cores) if working else contextlib.nullcontext()
-                with own_cores, contextlib.closing(self._work.here(self._own(working))) as receipts:
+            theirs = [helper.cores for helper in self._helpers if helper.works]
+            if own := self._take():
+                # Those of helpers that have ended too.
+                with (
+                    given_cores(max(1, self._cores - sum(theirs))),
+                    contextlib.closing(self._work.here(own)) as receipts,
+                ):
                     for written in receipts:
                         yield written
                         yield from self._drain()
-            elif working:
+            elif theirs:
                 with contextlib.suppress(queue.Empty):
-                    yield self._arrived.get(timeout=POLL_SECONDS)
+                    yield _checked(self._arrived.get(timeout=POLL_SECONDS))
                 yield None
             else:
                 yield from self._drain()
                 return
 
-    @property
-    def _working(self) -> int:
-        """Helpers that have not ended."""
-        return sum(helper.works for helper in self._helpers)
-
-    def _own(self, working: int) -> Iterator[Shard]:
-        """A portion of this process, shard by shard, of `working` helpers. If one of them ends, the rest of the portion
-        waits for the next one, as this process has more cores from then on."""
-        portion = deque(self._take())
-        while portion and self._working == working:
-            yield portion.popleft()
-        with self._mutex:
-            self._waiting.extendleft(reversed(portion))
-
     def _take(self) -> list[Shard]:
         """The next portion of the shards that nobody has begun; none where there are none."""
         with self._mutex:
-            working = self._working
+            workers = 1 + sum(helper.works for helper in self._helpers)
             # Without helpers there is nobody to leave any to.
-            count = math.ceil(len(self._waiting) * PORTION / (1 + working) if working else len(self._waiting))
+            share = len(self._waiting) if workers == 1 else math.ceil(len(self._waiting) * PORTION / workers)
+            count = share if workers == 1 else min(share, MOST_SHARDS)
             return [self._waiting.popleft() for _ in range(count)]
 
-    def _drain(self) -> "Iterator[Written | None]":
+    def _drain(self) -> "Iterator[Written]":
         """What the helpers have written by now."""
         with contextlib.suppress(queue.Empty):
             while True:
-                yield self._arrived.get_nowait()
+                yield _checked(self._arrived.get_nowait())
 
     def _listen(self, helper: "_Helper") -> None:
-        """Hand shards to a helper and take what it reports, until it ends."""
-        begun: dict[str, Shard] = {}
-        reason: str | None = "it was ended from outside"
+        """Tell a helper what to do, hand it shards and take what it reports, until it ends."""
+        reason: str | None = ""
         try:
+            helper.connection.send((self._work.elsewhere, helper.cores, self._work.processes.gpu_share))
             while True:
                 kind, content = helper.connection.recv()
                 if kind == "ask":
                     shards = self._take()
-                    begun = {shard.name: shard for shard in shards}
+                    helper.begun = {shard.name: shard for shard in shards}
                     helper.connection.send(shards)
                     if not shards:
                         reason = None
                         return
-                elif kind == "batch":
-                    self._work.tell(*content)
-                elif kind == "written":
-                    begun.pop(content.receipt.shard)
-                    self._arrived.put(content)
-                else:
-                    reason = content.rstrip(".")
+                elif kind == "failed":
+                    reason = content
                     return
+                elif kind == "error":
+                    self._arrived.put(content)
+                    reason = None
+                    return
+                else:
+                    self._report(helper, content)
         except (OSError, EOFError):
-            pass
+            pass  # it has ended
+        except Exception as error:  # what is sent, or was received, is not what it should be
+            reason = f"{type(error).__name__}: {first_line(error)}"
         finally:
-            if reason is not None and not self._over:
-                logger.warning("A process that shared the work has ended: %s. The others write its shards.", reason)
-            with self._mutex:
-                self._waiting.extendleft(reversed(begun.values()))
-                helper.works = False
+            self._let_go(helper, reason)
+
+    def _report(self, helper: "_Helper", content: "tuple[int, int, dict[str, int]] | Written") -> None:
+        """Take a batch, or a shard that is committed."""
+        if isinstance(content, tuple):
+            helper.told(*content)
+            self._work.tell(*content)
+            return
+        receipt = content.receipt
+        del helper.begun[receipt.shard]
+        right = {counts.subset: -counts.correct for counts in receipt.counts}
+        helper.told(-receipt.planned, -receipt.counts[0].labelled, right)
+        self._arrived.put(content)
+
+    def _let_go(self, helper: "_Helper", reason: str | None) -> None:
+        """End a helper, and hand out again what it had begun; `reason` is why it has ended, None where it should."""
+        code = helper.kill(END_SECONDS if reason == "" else 0)
+        if not self._over:
+            if reason is not None:
+                reason = reason or code
+                logger.warning("A process that shared the work has ended (%s). The others write its shards.", reason)
+            # Whoever writes its shards counts their images again.
+            self._work.tell(-helper.images, -helper.labelled, {name: -n for name, n in helper.correct.items()})
+        with self._mutex:
+            self._waiting.extendleft(reversed(helper.begun.values()))
+            helper.works = False
+
+
+def _checked(arrived: "Written | PipelineError") -> "Written":
+    if isinstance(arrived, PipelineError):
+        raise arrived
+    return arrived
 
 
 class _Helper:
-    """A process beside this one that writes shards: see executors/helper.py. `thread` listens to it."""
+    """A process beside this one that writes shards: see executors/helper.py.
+
+    `thread` listens to it. `begun` are the shards that it has and has not committed; `images`, `labelled` and `correct`
+    are what it has told of them.
+    """
 
     thread: threading.Thread | None = None
 
-    def __init__(self, index: int, work: Work, processes: "Processes", cores: int) -> None:
-        self.works = True
+    def __init__(self, index: int, work: Work, cores: int) -> None:
+        self.cores, self.works = cores, True
+        self.begun = dict[str, Shard]()
+        self.images, self.labelled, self.correct = 0, 0, dict[str, int]()
         own, theirs = socket.socketpair()
-        with theirs:
+        with own, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pipeline.executors.helper", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), *work.handles),
-                env=_environment(index, processes.gpus),
+                env=_environment(index, work.processes.gpus),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                # Ctrl-C is meant for this process, which ends the others.
-                process_group=0,
             )
-        self.connection = Connection(own.detach())
-        with contextlib.suppress(OSError):  # it has ended already, as who listens will find
-            self.connection.send((work.elsewhere, cores, processes.gpu_share))
+            self.connection = Connection(own.detach())
 
-    def end(self) -> None:
-        """End it at once: a shard is there with its receipt or not at all."""
+    def told(self, images: int, labelled: int, correct: dict[str, int]) -> None:
+        """Count what it has told of batches, or take off what is committed."""
+        self.images, self.labelled = self.images + images, self.labelled + labelled
+        self.correct = {subset: self.correct.get(subset, 0) + count for subset, count in correct.items()}
+
+    def kill(self, patience: float = 0) -> str:
+        """End it, if it has not ended within so many seconds, and say how it ended. A shard is there with its receipt
+        or not at all."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        code = self._process.returncode
+        return f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
+
+    def close(self) -> None:
+        """Let go of it, after it was ended."""
         if self.thread is not None and self.thread.is_alive():
-            self.thread.join(LISTEN_SECONDS)
+            self.thread.join(END_SECONDS)
         self.connection.close()
 
 
-def _environment(index: int, gpus: int) -> dict[str, str]:
-    """The variables of a helper: it imports what this process does, and sees the one GPU whose turn it is."""
+def _environment(index: int, gpus: Sequence[int]) -> dict[str, str]:
+    """The variables of a helper: it imports what this process does and, of several GPUs, sees one."""
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    if gpus > 1:
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and isinstance(path, str))
+    if len(gpus) > 1:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = seen.split(",") if seen else [str(number) for number in range(gpus)]
-        environment["CUDA_VISIBLE_DEVICES"] = names[index % gpus].strip()
+        number = gpus[index % len(gpus)]
+        environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[number].strip() if seen else str(number)
     return environment

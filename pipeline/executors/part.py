@@ -11,16 +11,11 @@ lock of a part that was killed ends with it (in an object store 30 s later), and
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pipeline.config.schema import RuntimeConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.plan import Shard
-from pipeline.executors.base import Work
 from pipeline.executors.local import LocalExecutor
-
-if TYPE_CHECKING:
-    from pipeline.engine.processes import Processes
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -36,7 +31,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 class PartExecutor(LocalExecutor):
-    """This process does a part of the work."""
+    """This machine does a part of the work: one process, unless `runtime.processes` is a number."""
 
     def __init__(self, runtime: RuntimeConfig, part: tuple[int, int] | None = None) -> None:
         super().__init__(runtime)
@@ -50,9 +45,3 @@ class PartExecutor(LocalExecutor):
 
     def share(self, shards: Sequence[Shard]) -> Sequence[Shard]:
         return shards[self._index :: self._count]
-
-    def processes(self, shards: Sequence[Shard], work: Work) -> "Processes":
-        from pipeline.engine.processes import Processes  # which imports PyTorch
-
-        # Unasked this one alone: the other parts may be on this machine too.
-        return Processes() if self.runtime.processes == "auto" else super().processes(shards, work)

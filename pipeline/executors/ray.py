@@ -24,8 +24,8 @@ import torch
 from ray._private.utils import read_ray_address  # it has no public name
 
 from pipeline.config.schema import RuntimeConfig
+from pipeline.core.cores import given_cores
 from pipeline.core.errors import ConfigError, PipelineError, RowError, ShardsFailedError, causes, explained, first_line
-from pipeline.core.lanes import given_cores
 from pipeline.core.plan import Shard
 from pipeline.core.redaction import redact
 from pipeline.engine.job import Written

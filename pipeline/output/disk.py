@@ -17,9 +17,9 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def in_flight(folder: OutputFolder, shards: Sequence[Shard]) -> Sequence[Shard]:
-    """Of some shards those that are on the local disk at once: all, or for an object store one at a time."""
-    return shards if folder.store.local else sorted(shards, key=lambda shard: shard.rows or 0)[-1:]
+def in_flight(folder: OutputFolder, shards: Sequence[Shard], processes: int) -> Sequence[Shard]:
+    """Of some shards those that are on the local disk at once: all, or for an object store one of each process."""
+    return shards if folder.store.local else sorted(shards, key=lambda shard: shard.rows or 0)[-processes:]
 
 
 def check_disk(needed: int, folder: OutputFolder, *, overwrite: bool) -> None:

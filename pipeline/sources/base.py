@@ -91,7 +91,7 @@ class Source(ABC):
         return {}
 
     @abstractmethod
-    def tables(self, plan: Plan, shards: Iterable[Shard]) -> Generator[Read, None, None]:
+    def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
         """The rows of some shards, in order, in tables that cross no shard: at least one of each.
 
         The first two columns are the image cell, for `open`, and the label, int64 with -1 for unlabelled; those of
@@ -135,7 +135,7 @@ class IndexedSource(Source, Generic[Rows]):
         cells = pa.array([{"split": split, "row": row} for row in rows])
         return joined(cells, self.labels[split][rows], pa.table({}))
 
-    def tables(self, plan: Plan, shards: Iterable[Shard]) -> Generator[Read, None, None]:
+    def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
         for shard in shards:
             for place in plan.batches(shard):
                 yield shard, self.table(shard.split, plan.rows(shard, place).tolist()), ()

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -111,7 +111,7 @@ class ParquetSource(StreamedSource):
                 for batch in parquet.iter_batches(TABLE_ROWS, [group], self.columns, use_threads=False):
                     yield _normalised(self, file, pa.Table.from_batches([batch]))
 
-    def tables(self, plan: Plan, shards: Iterable[Shard]) -> Generator[Read, None, None]:
+    def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
         with contextlib.closing(Fetchers(FETCHERS)) as pool:
             fetching = in_order(
                 self._row_groups(shards, pool),
@@ -125,7 +125,7 @@ class ParquetSource(StreamedSource):
                     rows = future.result(files.SILENT_SECONDS + FETCHERS * group.size / SLOW_BYTES)
                 yield group.shard, rows, ()
 
-    def _row_groups(self, shards: Iterable[Shard], pool: Fetchers) -> Iterator["_RowGroup"]:
+    def _row_groups(self, shards: Sequence[Shard], pool: Fetchers) -> Iterator["_RowGroup"]:
         """The row groups of some shards; of a shard without any, one of no rows."""
         for file, own in itertools.groupby(shards, self.file_of):
             # Before its row groups, which wait for it: threads take what they do in turn.

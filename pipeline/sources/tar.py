@@ -152,7 +152,7 @@ class TarSource(StreamedSource):
     def head(self, shard: Shard) -> Iterator[pa.Table]:
         yield from (table for table, _ in self._tables(self.file_of(shard), HEAD_ROWS))
 
-    def tables(self, plan: Plan, shards: Iterable[Shard]) -> Generator[Read, None, None]:
+    def tables(self, plan: Plan, shards: Sequence[Shard]) -> Generator[Read, None, None]:
         for shard in shards:
             rows, file = 0, self.file_of(shard)
             for table, left_out in self._tables(file, TABLE_ROWS):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.attacks.base import Goal
-from pipeline.core.lanes import Lanes, available_cores, chunk_images, given_cores, lane_count, to_host
+from pipeline.core.cores import available_cores, given_cores
+from pipeline.core.lanes import Lanes, chunk_images, lane_count, to_host
 from pipeline.engine.compute import Part
 from pipeline.models.base import Model
 from tests.conftest import WriteConfig, digests, generate

@@ -9,23 +9,26 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 
 from pipeline.config.schema import RuntimeConfig
-from pipeline.core.lanes import available_cores
+from pipeline.core.cores import available_cores
+from pipeline.core.errors import RowError
 from pipeline.core.plan import Shard
 from pipeline.engine.job import Written
 from pipeline.engine.processes import Processes
 from pipeline.executors import local
-from pipeline.executors.base import Work
+from pipeline.executors.base import Tell, Work, Write
 from pipeline.executors.local import LocalExecutor
-from pipeline.output.folder import Receipt
+from pipeline.output.folder import Receipt, VariantCounts
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, png_bytes, random_pixels, write_parquet
 from tests.support.processes import start as start
 from tests.support.processes import wait_for
@@ -54,6 +57,10 @@ class Watched(Net):
         (HERE / f"{'helper' if helper else 'first'} {os.getpid()}").touch()
         while (HERE / "meet").exists() and len(list(HERE.glob("helper *"))) < int((HERE / "meet").read_text()):
             time.sleep(0.01)
+        while helper and (HERE / "gate").exists():
+            time.sleep(0.01)
+        if (HERE / "slow").exists():
+            time.sleep(0.1)
         if helper and (HERE / "fail").exists():
             raise RuntimeError("no more memory for a helper")
         if helper and (HERE / "kill once").exists():
@@ -61,6 +68,12 @@ class Watched(Net):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 """
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes know only the environment."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -90,7 +103,14 @@ def helpers_of(folder: Path) -> list[int]:
 
 
 def all_gone(processes: Sequence[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in processes)
+    return not any(_lives(pid) for pid in processes)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_free(out: Path) -> bool:
@@ -178,7 +198,7 @@ def test_a_process_that_cannot_be_started_is_done_without(
     def refuse(*_: object, **__: object) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(local.subprocess, "Popen", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     said = generate(config, *THREE)
     assert said.count(os.strerror(errno.EAGAIN)) == 1
     assert digests(tmp_path / "out") == alone
@@ -217,27 +237,21 @@ def test_no_process_outlives_one_that_is_killed(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_processes(number: int, config: Path, tmp_path: Path, start: Any) -> None:
-    (tmp_path / "meet").write_text("3")
+@pytest.mark.parametrize("group", [False, True])
+def test_a_signal_ends_all_processes(group: bool, number: int, config: Path, tmp_path: Path, start: Any) -> None:
+    """Of the first process alone, or of all of them, as Ctrl-C in a terminal and the end of a job of Slurm are."""
+    for name in ("gate", "slow", "meet"):
+        (tmp_path / name).write_text("2")
     run = start("generate", config, *THREE)
     wait_for(lambda: len(helpers_of(tmp_path)) == 2 or not run.is_alive())
-    os.kill(run.pid, number)
+    assert {os.getpgid(pid) for pid in helpers_of(tmp_path)} == {os.getpgid(run.pid)}
+    (os.killpg if group else os.kill)(run.pid, number)
     run.join(10)
     said = (tmp_path / "log").read_text()
     assert run.exitcode == 128 + number, said
+    assert all_gone(helpers_of(tmp_path)), "it has waited for them"
     assert "shared the work" not in said, "those that it has ended itself are no news"
-    wait_for(lambda: all_gone(helpers_of(tmp_path)), 5)
-
-
-def test_ctrl_c_in_a_terminal_is_left_to_the_process_that_was_started(config: Path, tmp_path: Path, start: Any) -> None:
-    (tmp_path / "meet").write_text("3")
-    run = start("generate", config, *THREE)
-    wait_for(lambda: len(helpers_of(tmp_path)) == 2 or not run.is_alive())
-    assert all(os.getpgid(pid) != os.getpgid(run.pid) for pid in helpers_of(tmp_path))
-    os.killpg(run.pid, signal.SIGINT)
-    run.join(10)
-    assert run.exitcode == 130
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in said
 
 
 # ----------------------------------------------------------------------------------------- who does what
@@ -251,21 +265,32 @@ def shards_of(count: int) -> list[Shard]:
 def helpers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Helpers that this test plays: each has a connection over which it asks."""
     made: list[Any] = []
+    real: Any = local._Helper
 
     class Played:
-        def __init__(self, index: int, work: Work, processes: Processes, cores: int) -> None:
-            del work, processes
-            self.works, self.index, self.cores, self.ended = True, index, cores, False
+        def __init__(self, index: int, work: Work, cores: int) -> None:
+            del index, work
+            self.cores, self.works, self.killed, self.thread = cores, True, False, None
+            self.begun = dict[str, Shard]()
+            self.images, self.labelled, self.correct = 0, 0, dict[str, int]()
             self.connection, self.other = Pipe()
             made.append(self)
 
-        def end(self) -> None:
-            self.ended = True
-            self.connection.close()
+        told = real.told
+
+        def kill(self, patience: float = 0) -> str:
+            del patience
+            self.killed = True
+            return "SIGKILL"
+
+        def close(self) -> None:
+            self.other.close()
+            real.close(self)
 
         def ask(self) -> list[Shard]:
             self.other.send(("ask", None))
-            return list(self.other.recv())
+            answer = self.other.recv()
+            return answer if isinstance(answer, list) else self.other.recv()  # after what it is to do
 
     monkeypatch.setattr(local, "_Helper", Played)
     return made
@@ -277,7 +302,7 @@ class Here:
     def __init__(self, after: Callable[[Shard], None]) -> None:
         self.after, self.written, self.cores = after, list[str](), list[int]()
 
-    def __call__(self, shards: Iterable[Shard], *, tell: Any = None) -> Generator[Written, None, None]:
+    def __call__(self, shards: Sequence[Shard], *, tell: Any = None) -> Generator[Written, None, None]:
         del tell
         for shard in shards:
             self.written.append(shard.name)
@@ -287,19 +312,21 @@ class Here:
 
 
 def receipt_of(shard: Shard) -> Written:
-    receipt = Receipt.model_construct(**{"shard": shard.name})  # type: ignore[arg-type]
+    """Of 10 images, 8 of which are labelled, and 5 right."""
+    counts = [VariantCounts.model_construct(**{"subset": "clean", "labelled": 8, "correct": 5})]  # type: ignore[arg-type]
+    receipt = Receipt.model_construct(**{"shard": shard.name, "planned": 10, "counts": counts})  # type: ignore[arg-type]
     return Written(receipt, {})
 
 
-def run_team(here: Here, shards: Sequence[Shard], count: int) -> list[str]:
+def run_team(here: Here, shards: Sequence[Shard], count: int, told: Tell = lambda *_: None) -> list[str]:
     """What a run yields, by name."""
-    work = Work(here=here, elsewhere=here, tell=lambda *_: None, processes=lambda _: Processes(count))
+    work = Work(here=here, elsewhere=cast(Write, print), tell=told, processes=Processes(count))
     return [written.receipt.shard for written in LocalExecutor(RuntimeConfig()).run(shards, work) if written]
 
 
 def test_shards_are_handed_out_in_ever_smaller_portions(helpers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.core.lanes.os.sched_getaffinity", lambda _: set(range(5)))
-    shards, portions = shards_of(32), list[int]()
+    monkeypatch.setattr("pipeline.core.cores.os.sched_getaffinity", lambda _: set(range(5)))
+    shards, portions = shards_of(64), list[int]()
 
     def work_beside(shard: Shard) -> None:
         if shard.index:
@@ -313,28 +340,88 @@ def test_shards_are_handed_out_in_ever_smaller_portions(helpers: list[Any], monk
     here = Here(work_beside)
     names = run_team(here, shards, 2)
     assert sorted(names) == [shard.name for shard in shards]
-    assert len(here.written) + sum(portions) == 32
-    assert portions[0] == 6, "half of a half of what is left after the first portion"
-    assert portions == sorted(portions, reverse=True)
+    assert len(here.written) + sum(portions) == 64
+    assert portions[:4] == [8, 8, 8, 8], "no more at once, so that a process that is slow holds up little"
+    assert portions[4:] == sorted(portions[4:], reverse=True)
+    assert portions[-1] == 1
     assert (here.cores[0], helpers[0].cores) == (3, 2)
-    assert helpers[0].ended
+    assert helpers[0].killed
 
 
-def test_a_process_takes_the_cores_of_those_that_are_lost(helpers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.core.lanes.os.sched_getaffinity", lambda _: set(range(6)))
+def test_a_process_takes_the_cores_of_each_that_is_lost(helpers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.core.cores.os.sched_getaffinity", lambda _: set(range(6)))
     shards = shards_of(40)
 
     def lose(shard: Shard) -> None:
-        if shard.index == 1:
-            helpers[0].ask()
-            for helper in helpers:
-                helper.other.close()
-            wait_for(lambda: not any(helper.works for helper in helpers))
+        if shard.index in (1, 2):
+            helper = helpers[shard.index - 1]
+            helper.ask()
+            helper.other.close()
+            wait_for(lambda: not helper.works)
 
     here = Here(lose)
     names = run_team(here, shards, 3)
     assert sorted(names) == [shard.name for shard in shards], "each once, those that were handed out too"
-    assert here.cores == [2, 2, *[6] * 38]
+    assert here.cores == [*[2] * 7, *[6] * 33], "from its next portion on"
+
+
+def test_images_of_a_shard_that_is_lost_are_counted_once(helpers: list[Any]) -> None:
+    """A helper that is lost has told of batches of a shard that it has committed and of one that it has not."""
+    told, lost = list[tuple[int, int, int]](), list[Shard]()
+
+    def tell(images: int, labelled: int, correct: Mapping[str, int]) -> None:
+        told.append((images, labelled, correct.get("clean", 0)))
+
+    def lose(shard: Shard) -> None:
+        del shard
+        if lost:
+            return
+        (helper,) = helpers
+        lost.extend(helper.ask())
+        for message in [
+            ("batch", (10, 8, {"clean": 5})),
+            ("batch", (6, 4, {"clean": 3})),
+            ("written", receipt_of(lost[0])),
+        ]:
+            helper.other.send(message)
+        helper.other.close()
+        wait_for(lambda: not helper.works)
+
+    names = run_team(Here(lose), shards_of(12), 2, tell)
+    assert len(names) == len(set(names)) == 12
+    assert [sum(column) for column in zip(*told, strict=True)] == [10, 8, 5], "what is committed"
+
+
+def test_what_ends_a_run_ends_it_wherever_it_is_met(helpers: list[Any]) -> None:
+    def meet(shard: Shard) -> None:
+        if not shard.index:
+            (helper,) = helpers
+            helper.ask()
+            helper.other.send(("error", RowError("source: row 37 is broken")))
+            wait_for(lambda: not helper.works)
+
+    here = Here(meet)
+    with pytest.raises(RowError, match="row 37"):
+        run_team(here, shards_of(12), 2)
+    assert len(here.written) == 1
+
+
+def test_a_process_that_is_lost_while_the_first_one_waits_is_replaced_by_it(helpers: list[Any]) -> None:
+    shards = shards_of(2)
+
+    def later(helper: Any) -> None:
+        time.sleep(0.3)
+        helper.other.close()
+
+    def hand_over(shard: Shard) -> None:
+        if not shard.index:
+            (helper,) = helpers
+            assert [one.index for one in helper.ask()] == [1]
+            threading.Thread(target=later, args=(helper,)).start()
+
+    here = Here(hand_over)
+    assert sorted(run_team(here, shards, 2)) == [shard.name for shard in shards]
+    assert here.written == [shard.name for shard in shards]
 
 
 def test_helpers_are_ended_where_a_run_is_stopped(helpers: list[Any]) -> None:
@@ -343,7 +430,7 @@ def test_helpers_are_ended_where_a_run_is_stopped(helpers: list[Any]) -> None:
 
     with pytest.raises(ArithmeticError):
         run_team(Here(fail), shards_of(4), 3)
-    assert [helper.ended for helper in helpers] == [True, True]
+    assert [helper.killed for helper in helpers] == [True, True]
 
 
 def test_a_short_run_starts_no_other_process(helpers: list[Any]) -> None:
@@ -356,27 +443,29 @@ def test_a_short_run_starts_no_other_process(helpers: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seen", "given"),
-    [(None, ["1", "0", "1"]), ("2, 5", ["5", "2", "5"]), ("GPU-a,GPU-b", ["GPU-b", "GPU-a", "GPU-b"])],
+    ("seen", "gpus", "given"),
+    [
+        (None, (0, 1), ["1", "0", "1"]),
+        (None, (0, 2), ["2", "0", "2"]),
+        ("2, 5", (0, 1), ["5", "2", "5"]),
+        ("GPU-a,GPU-b,GPU-c", (0, 2), ["GPU-c", "GPU-a", "GPU-c"]),
+        ("3", (0,), ["3", "3", "3"]),
+        ("3", (), ["3", "3", "3"]),
+    ],
 )
-def test_each_process_has_one_of_the_gpus(seen: str | None, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_gpus_each_process_sees_one(
+    seen: str | None, gpus: tuple[int, ...], given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
-    assert [local._environment(index, 2)["CUDA_VISIBLE_DEVICES"] for index in (1, 2, 3)] == given
-
-
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_without_several_gpus_each_process_sees_what_the_first_one_sees(
-    gpus: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert local._environment(1, gpus)["CUDA_VISIBLE_DEVICES"] == "3"
+    assert [local._environment(index, gpus)["CUDA_VISIBLE_DEVICES"] for index in (1, 2, 3)] == given
 
 
 def test_a_process_imports_what_the_first_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "beside.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/no/text")])  # as notebooks do, which Python passes over
     command = [sys.executable, "-P", "-c", "import beside, pipeline; print(beside.__file__, pipeline.__file__)"]
-    found = subprocess.run(command, env=local._environment(1, 0), capture_output=True, text=True, check=True)
+    found = subprocess.run(command, env=local._environment(1, ()), capture_output=True, text=True, check=True)
     assert found.stdout.split()[0] == str(tmp_path / "beside.py")

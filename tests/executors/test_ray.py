@@ -57,7 +57,7 @@ WATCHED = """
 
 import os, pathlib, signal, time
 
-from pipeline.core.lanes import available_cores
+from pipeline.core.cores import available_cores
 
 HERE = pathlib.Path(__file__).parent
 
