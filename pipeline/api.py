@@ -42,7 +42,7 @@ def generate(
         limit: in place of `source.limit`: only the first so many of each split's order.
         overwrite: remove the run that is in the output folder first: the files whose names end in its id. All else
             stays.
-        executor: `local` works in this process, `ray` on a cluster; the bytes are the same.
+        executor: `local` works on this machine, `ray` on a cluster; the bytes are the same.
         part: (i, n), to write only part i of n, counted from 0, while other processes write the others.
         unlocked: do without a lock, where the file system or the object store has none: the caller sees to it that no
             second run writes there.

@@ -56,7 +56,7 @@ Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N of 
 ExecutorOption = Annotated[
     str,
     typer.Option(
-        "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this process."
+        "--executor", metavar="|".join(EXECUTORS), help="Where the shards are written; local is this machine."
     ),
 ]
 Unlocked = Annotated[

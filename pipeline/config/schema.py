@@ -393,10 +393,10 @@ class RuntimeConfig(Section):
     batch_size: Count = 256
     """Images that are read and computed together. Halved before the run until it fits into the GPU's memory."""
     workers: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] = "auto"
-    """Threads that read and decode images. `auto`: follows from the number of cores."""
+    """Threads of each process that read and decode images. `auto`: follows from the number of cores."""
     processes: Count | Literal["auto"] = "auto"
-    """Processes of this machine that share the work, on all GPUs in sight. `auto`: one in a short run; in a long one as
-    many as cores and memory allow. It changes no image."""
+    """Processes of this machine that share the work. `auto`: in a long run on a CPU as many as cores and memory allow,
+    else one. It changes no image."""
     compile: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     """Whether models are compiled with torch.compile. `auto`: where the run is long enough to gain from it."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
