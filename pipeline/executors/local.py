@@ -176,8 +176,8 @@ class _Team:
             if reason is not None:
                 reason = reason or code
                 logger.warning("A process that shared the work has ended (%s). The others write its shards.", reason)
-            # Whoever writes its shards counts their images again.
-            self._work.tell(-helper.images, -helper.labelled, {name: -n for name, n in helper.correct.items()})
+            if helper.images:  # whoever writes its shards counts them again
+                self._work.tell(-helper.images, -helper.labelled, {name: -n for name, n in helper.correct.items()})
         with self._mutex:
             self._waiting.extendleft(reversed(helper.begun.values()))
             helper.works = False
