@@ -97,7 +97,7 @@ def _unchanged(config: Config, folder: OutputFolder, inputs: str) -> Manifest | 
 def _check_part(executor: str, overwrite: bool, unlocked: bool) -> None:
     """Refuse what does not go with a part."""
     if executor != "local":
-        raise ConfigError(f"--part: a part is written by this process; leave out --executor {executor}.")
+        raise ConfigError(f"--part: a part is written on this machine; leave out --executor {executor}.")
     if overwrite:
         raise ConfigError(
             "--part: with --overwrite each part would remove what the others have written; choose another folder, or "

@@ -136,10 +136,11 @@ def steady(marks: Marks, launched: float) -> tuple[float, float]:
     Returns:
         Images a second of the last two thirds, when all processes work, and the seconds that starting took.
     """
-    end, last = marks[-1]
-    begin, first = next(mark for mark in marks if mark[1] >= last / 3)
-    if first == last:
+    if len(marks) < 2:
         raise BenchmarkError("A steady rate needs at least two batches; give more images.")
+    end, last = marks[-1]
+    # Of two, the first one.
+    begin, first = next(mark for mark in marks if mark[1] >= last / 3)
     rate = (last - first) / (end - begin)
     return rate, max(0.0, begin - launched - first / rate)
 

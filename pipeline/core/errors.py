@@ -178,7 +178,7 @@ def write_failure(path: Path, error: OSError) -> PipelineError:
 
 # What helps where the system refuses something, and the words of the system or of a library by which it is known.
 _REFUSALS: Mapping[str, Sequence[str]] = {
-    "lower runtime.batch_size, runtime.workers or runtime.max_pixels": (
+    "lower runtime.processes, runtime.batch_size, runtime.workers or runtime.max_pixels": (
         *("Cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment"),
     ),
     "allow more open files (`ulimit -n`)": [os.strerror(number) for number in (errno.EMFILE, errno.ENFILE)],
@@ -186,7 +186,7 @@ _REFUSALS: Mapping[str, Sequence[str]] = {
         *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "No usable temporary directory found"),
     ),
     "allow larger files (`ulimit -f`)": [os.strerror(errno.EFBIG)],
-    "allow more processes (`ulimit -u`), or set a smaller runtime.workers": (
+    "allow more processes (`ulimit -u`), or set a smaller runtime.processes or runtime.workers": (
         *(os.strerror(errno.EAGAIN), "can't start new thread"),
     ),
     "correct the path or its permissions (TMPDIR, HF_HOME)": (

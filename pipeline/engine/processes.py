@@ -23,6 +23,8 @@ LEAST_ROWS = 16_384
 UNKNOWN_ROWS = 4096
 # Processes that are started unasked.
 MOST = 8
+# What each core's chunk may need in the models, however many processes there are: ResNet-50 at 224 px takes 0.9 GB.
+CHUNK_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def share_machine(run: Run, shards: Sequence[Shard], *, alone: bool = True) -> P
     if count <= 1:
         return Processes()
     held = psutil.Process().memory_info().rss
-    room = (available_bytes() + held) // (held + _bytes_in_flight(run))
+    free = available_bytes() + held - available_cores() * CHUNK_BYTES
+    room = free // (held + _bytes_in_flight(run))
     return Processes(max(1, min(count, room)))
 
 

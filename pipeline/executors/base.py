@@ -5,7 +5,7 @@ some of them. It counts the receipts that come back, and says in the end what is
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -13,18 +13,17 @@ from pipeline.config.schema import RuntimeConfig
 from pipeline.core.plan import Shard
 
 if TYPE_CHECKING:
-    from pipeline.engine.job import Written  # which imports PyTorch
+    from pipeline.engine.execute import Tell  # which imports PyTorch
+    from pipeline.engine.job import Written
     from pipeline.engine.processes import Processes
 
 Result = TypeVar("Result")
-# Called with a batch's source images, how many of them are labelled, and how many of those are right in each subset.
-Tell = Callable[[int, int, Mapping[str, int]], None]
 
 
 class Write(Protocol):
     """Writes some shards, and yields each once it is committed; says of each batch that it is done."""
 
-    def __call__(self, shards: Sequence[Shard], *, tell: Tell = ...) -> "Generator[Written, None, None]": ...
+    def __call__(self, shards: Sequence[Shard], *, tell: "Tell" = ...) -> "Generator[Written, None, None]": ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Work:
 
     here: Write
     elsewhere: Write
-    tell: Tell
+    tell: "Tell"
     processes: "Processes"
     handles: Sequence[int] = ()
 

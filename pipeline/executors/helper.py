@@ -68,6 +68,8 @@ def work(caller: _Caller) -> None:
 
             torch.cuda.set_per_process_memory_fraction(gpu_share)
         with given_cores(cores):
+            for _ in write([]):  # opens the run, before shards wait for it
+                pass
             for shards in caller.portions():
                 with contextlib.closing(write(shards, tell=tell)) as written:
                     for each in written:
@@ -83,8 +85,10 @@ def work(caller: _Caller) -> None:
 def main() -> None:
     """Work for the process at the other end of the socket that the command line names."""
     # These are meant for the caller, which ends this process.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = signal.SIGINT, signal.SIGTERM
+    for number in numbers:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     # What is worth saying is said by the caller, which has opened the same run.
     logging.getLogger("pipeline").addHandler(logging.NullHandler())
     socket = int(sys.argv[1])

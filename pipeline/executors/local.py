@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.core.cores import available_cores, given_cores
@@ -77,7 +78,8 @@ class _Team:
         except (OSError, MemoryError, RuntimeError) as error:  # the last one is that of a thread
             logger.warning("No further process can be started (%s); the others do its work.", first_line(error))
             for helper in self._helpers:
-                helper.works = helper.thread is not None and helper.thread.is_alive()
+                if helper.thread is None or helper.thread.ident is None:
+                    helper.works = False
         except BaseException:
             self.__exit__()
             raise
@@ -95,6 +97,7 @@ class _Team:
         while True:
             # A helper that is lost puts back what it had before it counts as ended.
             theirs = [helper.cores for helper in self._helpers if helper.works]
+            has_shards = any(helper.begun for helper in self._helpers if helper.works)
             if own := self._take():
                 # Those of helpers that have ended too.
                 with (
@@ -104,7 +107,7 @@ class _Team:
                     for written in receipts:
                         yield written
                         yield from self._drain()
-            elif theirs:
+            elif has_shards:
                 with contextlib.suppress(queue.Empty):
                     yield _checked(self._arrived.get(timeout=POLL_SECONDS))
                 yield None
@@ -112,14 +115,18 @@ class _Team:
                 yield from self._drain()
                 return
 
-    def _take(self) -> list[Shard]:
-        """The next portion of the shards that nobody has begun; none where there are none."""
+    def _take(self, helper: "_Helper | None" = None) -> list[Shard]:
+        """The next portion of the shards that nobody has begun, for a helper or this process; none where there are
+        none."""
         with self._mutex:
             workers = 1 + sum(helper.works for helper in self._helpers)
             # Without helpers there is nobody to leave any to.
             share = len(self._waiting) if workers == 1 else math.ceil(len(self._waiting) * PORTION / workers)
             count = share if workers == 1 else min(share, MOST_SHARDS)
-            return [self._waiting.popleft() for _ in range(count)]
+            shards = [self._waiting.popleft() for _ in range(count)]
+            if helper is not None:
+                helper.begun = {shard.name: shard for shard in shards}
+            return shards
 
     def _drain(self) -> "Iterator[Written]":
         """What the helpers have written by now."""
@@ -135,8 +142,7 @@ class _Team:
             while True:
                 kind, content = helper.connection.recv()
                 if kind == "ask":
-                    shards = self._take()
-                    helper.begun = {shard.name: shard for shard in shards}
+                    shards = self._take(helper)
                     helper.connection.send(shards)
                     if not shards:
                         reason = None
@@ -161,26 +167,31 @@ class _Team:
         """Take a batch, or a shard that is committed."""
         if isinstance(content, tuple):
             helper.told(*content)
-            self._work.tell(*content)
+            self._tell(*content)
             return
         receipt = content.receipt
+        self._arrived.put(content)  # before the shard is off the helper's hands
         del helper.begun[receipt.shard]
         right = {counts.subset: -counts.correct for counts in receipt.counts}
         helper.told(-receipt.planned, -receipt.counts[0].labelled, right)
-        self._arrived.put(content)
 
     def _let_go(self, helper: "_Helper", reason: str | None) -> None:
         """End a helper, and hand out again what it had begun; `reason` is why it has ended, None where it should."""
         code = helper.kill(END_SECONDS if reason == "" else 0)
         if not self._over:
             if reason is not None:
-                reason = reason or code
-                logger.warning("A process that shared the work has ended (%s). The others write its shards.", reason)
+                logger.warning(
+                    "A process that shared the work has ended (%s). The others write its shards.", reason or code
+                )
             if helper.images:  # whoever writes its shards counts them again
-                self._work.tell(-helper.images, -helper.labelled, {name: -n for name, n in helper.correct.items()})
+                self._tell(-helper.images, -helper.labelled, {name: -n for name, n in helper.correct.items()})
         with self._mutex:
             self._waiting.extendleft(reversed(helper.begun.values()))
             helper.works = False
+
+    def _tell(self, images: int, labelled: int, correct: dict[str, int]) -> None:
+        with contextlib.suppress(OSError):  # a terminal that is gone, as the first process will find
+            self._work.tell(images, labelled, correct)
 
 
 def _checked(arrived: "Written | PipelineError") -> "Written":
@@ -192,8 +203,8 @@ def _checked(arrived: "Written | PipelineError") -> "Written":
 class _Helper:
     """A process beside this one that writes shards: see executors/helper.py.
 
-    `thread` listens to it. `begun` are the shards that it has and has not committed; `images`, `labelled` and `correct`
-    are what it has told of them.
+    thread: listens to it. begun: the shards that it has and has not committed; images, labelled, correct: what it has
+    told of them.
     """
 
     thread: threading.Thread | None = None
@@ -203,7 +214,7 @@ class _Helper:
         self.begun = dict[str, Shard]()
         self.images, self.labelled, self.correct = 0, 0, dict[str, int]()
         own, theirs = socket.socketpair()
-        with own, theirs:
+        with own, theirs, _signals_blocked():
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pipeline.executors.helper", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), *work.handles),
@@ -228,7 +239,9 @@ class _Helper:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
         code = self._process.returncode
-        return f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
+        if code is None:
+            return "it does not end"
+        return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
     def close(self) -> None:
         """Let go of it, after it was ended."""
@@ -237,10 +250,22 @@ class _Helper:
         self.connection.close()
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process that is started meanwhile gets none of these before it has said what it does with them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _environment(index: int, gpus: Sequence[int]) -> dict[str, str]:
     """The variables of a helper: it imports what this process does and, of several GPUs, sees one."""
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and isinstance(path, str))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        str(Path(path).absolute()) for path in sys.path if isinstance(path, str)
+    )
     if len(gpus) > 1:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         number = gpus[index % len(gpus)]

@@ -1,5 +1,6 @@
 """The plan: every row once, in shards and batches that depend on the config alone. And `fgsm plan`, which tries it."""
 
+import json
 import pickle
 import re
 import tempfile
@@ -240,11 +241,31 @@ def test_nothing_is_left_behind(write_config: WriteConfig, tmp_path: Path, monke
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     result = fgsm("plan", write_config())
     lines = dict(line.split("  ", 1) for line in result.stdout.splitlines())
-    assert "workers" in lines["memory"]
+    assert lines["processes"].strip() == "1"
     assert re.search(r"\b40 images\b", lines["measured"])
     assert not list(scratch.iterdir())
     assert not (tmp_path / "out").exists()
     assert "Busy" not in result.stderr
+
+
+def test_the_memory_is_that_of_all_processes(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.engine.estimate.PeakMemory", _OneByte)
+    monkeypatch.setattr("pipeline.engine.estimate._unseen_bytes", lambda *_: 0)
+    config = write_config(output={"images_per_shard": 8})
+    found = [
+        json.loads(fgsm("plan", config, "--json", "--set", f"runtime.processes={count}").stdout) for count in (1, 3)
+    ]
+    assert [(plan["processes"], plan["memory"]) for plan in found] == [(1, 1), (3, 3)]
+
+
+class _OneByte:
+    peak = 1
+
+    def __enter__(self) -> "_OneByte":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def test_beside_a_run_it_changes_nothing(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from pipeline.config.schema import RuntimeConfig
 from pipeline.core.cores import available_cores
 from pipeline.core.errors import RowError
 from pipeline.core.plan import Shard
+from pipeline.engine.execute import Tell
 from pipeline.engine.job import Written
 from pipeline.engine.processes import Processes
 from pipeline.executors import local
-from pipeline.executors.base import Tell, Work, Write
+from pipeline.executors.base import Work, Write
 from pipeline.executors.local import LocalExecutor
 from pipeline.output.folder import Receipt, VariantCounts
 from tests.conftest import FACTORY, WriteConfig, digests, fgsm, generate, png_bytes, random_pixels, write_parquet
@@ -100,6 +101,16 @@ def alone(config: Path, tmp_path: Path) -> dict[str, str]:
 def helpers_of(folder: Path) -> list[int]:
     """The processes that have attacked beside the one that was started."""
     return [int(file.name.split()[1]) for file in folder.glob("helper *")]
+
+
+def both_are_there(folder: Path, run: Any) -> None:
+    """Wait until two others attack."""
+
+    def said() -> str:
+        return (folder / "log").read_text() if (folder / "log").exists() else ""
+
+    wait_for(lambda: len(helpers_of(folder)) == 2 or not run.is_alive() or "has ended" in said())
+    assert len(helpers_of(folder)) == 2, said()
 
 
 def all_gone(processes: Sequence[int]) -> bool:
@@ -227,7 +238,7 @@ def test_no_process_outlives_one_that_is_killed(
 ) -> None:
     (tmp_path / "meet").write_text("3")  # nobody gets so far
     run = start("generate", config, *THREE)
-    wait_for(lambda: len(helpers_of(tmp_path)) == 2 or not run.is_alive())
+    both_are_there(tmp_path, run)
     os.kill(run.pid, signal.SIGKILL)
     run.join()
     wait_for(lambda: all_gone(helpers_of(tmp_path)) and is_free(tmp_path / "out"), 10)
@@ -243,7 +254,7 @@ def test_a_signal_ends_all_processes(group: bool, number: int, config: Path, tmp
     for name in ("gate", "slow", "meet"):
         (tmp_path / name).write_text("2")
     run = start("generate", config, *THREE)
-    wait_for(lambda: len(helpers_of(tmp_path)) == 2 or not run.is_alive())
+    both_are_there(tmp_path, run)
     assert {os.getpgid(pid) for pid in helpers_of(tmp_path)} == {os.getpgid(run.pid)}
     (os.killpg if group else os.kill)(run.pid, number)
     run.join(10)
@@ -424,6 +435,41 @@ def test_a_process_that_is_lost_while_the_first_one_waits_is_replaced_by_it(help
     assert here.written == [shard.name for shard in shards]
 
 
+def test_nobody_waits_for_a_helper_that_has_no_shard(helpers: list[Any]) -> None:
+    """One that is slow to start, or has stopped before it asked."""
+    assert len(run_team(Here(lambda _: None), shards_of(6), 3)) == 6
+    assert [helper.killed for helper in helpers] == [True, True]
+
+
+def test_progress_that_cannot_be_shown_loses_no_shard(helpers: list[Any]) -> None:
+    """As where the terminal has gone."""
+
+    def fail(*_: object) -> None:
+        raise BrokenPipeError
+
+    def tell(shard: Shard) -> None:
+        (helper,) = helpers
+        if not shard.index:
+            portion = helper.ask()
+            helper.other.send(("batch", (10, 8, {"clean": 5})))
+            for one in portion:
+                helper.other.send(("written", receipt_of(one)))
+            assert helper.ask(), "it goes on"
+            helper.other.close()
+
+    here = Here(tell)
+    names = run_team(here, shards_of(8), 2, fail)
+    assert sorted(names) == [shard.name for shard in shards_of(8)]
+
+
+def test_how_a_helper_has_ended_is_said_of_any_signal() -> None:
+    for number in (signal.SIGKILL, signal.SIGRTMIN + 6):
+        helper = cast(Any, local._Helper).__new__(local._Helper)
+        helper._process = subprocess.Popen(["sleep", "100"])
+        helper._process.send_signal(number)
+        assert helper.kill(5) == f"signal {int(number)}"
+
+
 def test_helpers_are_ended_where_a_run_is_stopped(helpers: list[Any]) -> None:
     def fail(shard: Shard) -> None:
         raise ArithmeticError(shard.name)
@@ -464,8 +510,9 @@ def test_of_several_gpus_each_process_sees_one(
 
 def test_a_process_imports_what_the_first_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "beside.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path, Path("/no/text")])  # as notebooks do, which Python passes over
+    # "" is the working folder; what is no text, as some notebooks have it, Python passes over.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path, Path("/no/text")])
     command = [sys.executable, "-P", "-c", "import beside, pipeline; print(beside.__file__, pipeline.__file__)"]
     found = subprocess.run(command, env=local._environment(1, ()), capture_output=True, text=True, check=True)
     assert found.stdout.split()[0] == str(tmp_path / "beside.py")
