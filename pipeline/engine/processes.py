@@ -53,7 +53,7 @@ def share_machine(run: Run, shards: Sequence[Shard], *, alone: bool = True) -> P
     """
     asked, device = run.config.runtime.processes, run.device.type
     if asked != "auto":
-        count = min(asked, len(shards))
+        count = max(1, min(asked, len(shards)))
         gpus = _alike() if device == "cuda" else ()
         beside = -(-count // max(1, len(gpus)))
         return Processes(count, gpus, 1 / beside if gpus and beside > 1 else None)

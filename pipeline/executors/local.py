@@ -120,9 +120,9 @@ class _Team:
         none."""
         with self._mutex:
             workers = 1 + sum(helper.works for helper in self._helpers)
-            # Without helpers there is nobody to leave any to.
-            share = len(self._waiting) if workers == 1 else math.ceil(len(self._waiting) * PORTION / workers)
-            count = share if workers == 1 else min(share, MOST_SHARDS)
+            count = len(self._waiting)
+            if workers > 1:  # else there is nobody to leave any to
+                count = min(MOST_SHARDS, math.ceil(count * PORTION / workers))
             shards = [self._waiting.popleft() for _ in range(count)]
             if helper is not None:
                 helper.begun = {shard.name: shard for shard in shards}

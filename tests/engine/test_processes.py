@@ -76,6 +76,7 @@ def test_a_number_is_taken_as_it_is(run: Run) -> None:
     assert share_machine(asking(run, 3), shards_of(100, 1)) == Processes(3)
     assert share_machine(asking(run, 3), shards_of(2, 1)) == Processes(2), "but for shards that are missing"
     assert share_machine(asking(run, 1), MANY) == Processes()
+    assert share_machine(asking(run, 3), []) == Processes(), "where others write all that is missing"
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
