@@ -23,8 +23,9 @@ from pipeline.core.redaction import redact
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The largest side of a WebP image that is written: its header holds 14 bits, and the encoder takes one pixel less.
-WEBP_MAX_SIDE = 16_382
+# The largest side of an image that is written. WebP's header holds 14 bits, and the encoder takes one pixel less;
+# libpng refuses more.
+MAX_SIDE = {"webp": 16_382, "png": 1_000_000}
 
 # What the operating system says of a broken file, or of a path in a row that cannot be one. Any other error goes away
 # or can be fixed, so it must not skip a row: a row that is skipped stays so.
@@ -92,8 +93,8 @@ def to_tensor(image: Image.Image) -> "Tensor":
 
 
 def choose_format(channels: int, height: int, width: int) -> ImageFormat:
-    """What `image_format: auto` means: WebP is smaller and 3 to 9 times faster, but has limits."""
-    return "webp" if channels == 3 and max(height, width) <= WEBP_MAX_SIDE else "png"
+    """What `image_format: auto` means: WebP, which is smaller, but has no gray and no large images."""
+    return "webp" if channels == 3 and max(height, width) <= MAX_SIDE["webp"] else "png"
 
 
 def encode_images(images_u8: "Tensor", image_format: ImageFormat) -> list[bytes]:
@@ -102,27 +103,31 @@ def encode_images(images_u8: "Tensor", image_format: ImageFormat) -> list[bytes]
     Args:
         images_u8: (N, C, H, W) uint8 on the CPU, C 1 or 3; WebP takes 3 only. Channels last in memory, there is
             nothing to copy.
-        image_format: measured on 224-px images: WebP at its fastest takes 1.5 to 3.6 ms, PNG 5.
+        image_format: which takes images of `MAX_SIDE` pixels a side at most.
+
+    Raises:
+        MemoryError: there is not enough.
     """
     return [_encode(pixels, image_format) for pixels in images_u8.permute(0, 2, 3, 1).numpy()]
 
 
 def _encode(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
-    pixels = np.ascontiguousarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-    if image_format == "webp":
-        try:
-            # The bytes that Pillow gives, without an image and a stream of Python's for each: with a model that costs
-            # nothing a run makes 1.4 times as many images a second at 32 px, and as many at 224 px. The encoder wants
-            # the strides of a plain array, also along a side of one pixel.
-            return bytes(
-                imagecodecs.webp_encode(pixels.ravel().reshape(pixels.shape), lossless=True, level=0, method=0)
-            )
-        except imagecodecs.WebpError as error:  # nothing else can go wrong with pixels of a size that WebP has
-            raise MemoryError(str(error)) from error
-    buffer = io.BytesIO()
-    # Level 1: attacked pixels are close to noise, and more effort buys 9% at twice the time.
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    # The encoders want the strides of a plain array, also along a side of one pixel.
+    plain = pixels.ravel().reshape(pixels.shape if pixels.shape[2] == 3 else pixels.shape[:2])
+    try:
+        # Without an image and a stream of Python's for each, as Pillow has them.
+        if image_format == "webp":
+            return bytes(imagecodecs.webp_encode(plain, lossless=True, level=0, method=0))
+        # Attacked pixels are close to noise: to look for more in them than runs, and to choose a filter for each line,
+        # takes twice as long, and photographs become no smaller.
+        png = imagecodecs.PNG
+        options = {"level": 1, "strategy": png.STRATEGY.RLE, "filter": png.FILTER.PAETH}
+        # Bytes at most: a line has one more for its filter, which the encoder's own estimate leaves out. zlib adds an
+        # eighth to what it cannot compress, and the headers take some hundred.
+        filtered = plain.nbytes + len(plain)
+        return bytes(imagecodecs.png_encode(plain, **options, out=filtered + filtered // 4 + 1024))
+    except (imagecodecs.WebpError, imagecodecs.PngError) as error:  # nothing else can go wrong with such sizes
+        raise MemoryError(str(error)) from error
 
 
 def open_stored(

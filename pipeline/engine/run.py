@@ -26,7 +26,7 @@ from pipeline.attacks.load import LoadedAttack, load_attack
 from pipeline.config.check import check_paths, named, naming, with_key
 from pipeline.config.schema import Config, PreprocessConfig
 from pipeline.core.errors import CodeError, ConfigError, PipelineError
-from pipeline.core.images import WEBP_MAX_SIDE, ImageFormat, choose_format
+from pipeline.core.images import MAX_SIDE, ImageFormat, choose_format
 from pipeline.core.lanes import chunk_images
 from pipeline.core.plan import Plan
 from pipeline.core.variants import Variant
@@ -456,14 +456,14 @@ def choose_device(wanted: str, precision: str = "fp32") -> torch.device:
 
 def _image_format(config: Config, shape: tuple[int, int, int]) -> ImageFormat:
     wanted = config.output.image_format
-    if wanted == "auto":
-        return choose_format(*shape)
-    if wanted == "webp" and max(shape[1:]) > WEBP_MAX_SIDE:
+    chosen = choose_format(*shape) if wanted == "auto" else wanted
+    if max(shape[1:]) > MAX_SIDE[chosen]:
+        instead = "use png" if chosen == "webp" else "set preprocess.resize and preprocess.crop"
         raise ConfigError(
-            f"output.image_format: webp holds at most {WEBP_MAX_SIDE} pixels a side, and these images are "
-            f"{shape[2]}x{shape[1]}; use png."
+            f"output.image_format: {chosen} holds at most {MAX_SIDE[chosen]} pixels a side, and these images are "
+            f"{shape[2]}x{shape[1]}; {instead}."
         )
-    return wanted
+    return chosen
 
 
 def _identity(

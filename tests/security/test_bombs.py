@@ -25,7 +25,7 @@ from pipeline.check.verify import verify
 from pipeline.config.load import load_config
 from pipeline.config.schema import PreprocessConfig
 from pipeline.core.errors import ConfigError, PipelineError
-from pipeline.core.images import OtherShapeError, UndecodableError, decode_image, open_image
+from pipeline.core.images import MAX_SIDE, OtherShapeError, UndecodableError, decode_image, open_image
 from pipeline.engine.decode import read_image
 from pipeline.output.folder import OutputFolder, Receipt
 from pipeline.output.manifest import Manifest, require_manifest
@@ -228,6 +228,25 @@ def test_nothing_is_stored_that_could_not_be_read_again(
     assert re.search(r"Error: preprocess: .* 16x16\b.* 255 ", result.stderr)
     assert not (tmp_path / "out/manifest.json").exists()
     smaller = write_config(runtime={"max_pixels": 2**40}, preprocess={"resize": 15})
+    assert fgsm("generate", smaller).exit_code == 0
+
+
+@pytest.mark.parametrize("image_format", ["webp", "png", "auto"])
+@pytest.mark.parametrize("resize", [(16, 17), (17, 16)])
+def test_sides_that_no_encoder_takes_are_refused_first(
+    image_format: str,
+    resize: tuple[int, int],
+    write_config: WriteConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for each in MAX_SIDE:
+        monkeypatch.setitem(MAX_SIDE, each, 16)
+    result = fgsm("generate", write_config(preprocess={"resize": resize}, output={"image_format": image_format}))
+    assert result.exit_code == 2
+    assert re.search(rf"Error: output\.image_format: .* 16 .* {resize[1]}x{resize[0]}\b", result.stderr)
+    assert not (tmp_path / "out/manifest.json").exists()
+    smaller = write_config(preprocess={"resize": 16}, output={"image_format": image_format})
     assert fgsm("generate", smaller).exit_code == 0
 
 
