@@ -26,7 +26,7 @@ from PIL import Image
 from tests.conftest import CLASSES, FACTORY, generate, png_bytes, random_pixels, without_run, write_parquet
 
 GOLDEN = Path(__file__).with_name("golden.json")
-PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "numpy", "scikit-learn")
+PACKAGES = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "imagecodecs", "numpy", "scikit-learn")
 # What differs in its last digits from processor to processor.
 CONFIDENCES = ("confidence", "label_confidence", "clean_confidence", "clean_label_confidence")
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Literal
 
-import imagecodecs
 import numpy as np
+from imagecodecs import PNG, PngError, WebpError, png_encode, webp_encode
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -97,36 +97,38 @@ def choose_format(channels: int, height: int, width: int) -> ImageFormat:
     return "webp" if channels == 3 and max(height, width) <= MAX_SIDE["webp"] else "png"
 
 
-def encode_images(images_u8: "Tensor", image_format: ImageFormat) -> list[bytes]:
+def encode_images(images_u8: "Tensor", image_format: ImageFormat, *, smooth: bool = True) -> list[bytes]:
     """Encode N images losslessly.
 
     Args:
         images_u8: (N, C, H, W) uint8 on the CPU, C 1 or 3; WebP takes 3 only. Channels last in memory, there is
             nothing to copy.
         image_format: which takes images of `MAX_SIDE` pixels a side at most.
+        smooth: whether neighbouring pixels are alike, as in photographs, and not in sign maps: PNG then stores how each
+            differs from its neighbours.
 
     Raises:
         MemoryError: there is not enough.
     """
-    return [_encode(pixels, image_format) for pixels in images_u8.permute(0, 2, 3, 1).numpy()]
+    return [_encode(pixels, image_format, smooth) for pixels in images_u8.permute(0, 2, 3, 1).numpy()]
 
 
-def _encode(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
+def _encode(pixels: NDArray[np.uint8], image_format: ImageFormat, smooth: bool) -> bytes:
     # The encoders want the strides of a plain array, also along a side of one pixel.
     plain = pixels.ravel().reshape(pixels.shape if pixels.shape[2] == 3 else pixels.shape[:2])
     try:
         # Without an image and a stream of Python's for each, as Pillow has them.
         if image_format == "webp":
-            return bytes(imagecodecs.webp_encode(plain, lossless=True, level=0, method=0))
+            return bytes(webp_encode(plain, lossless=True, level=0, method=0))
         # Attacked pixels are close to noise: to look for more in them than runs, and to choose a filter for each line,
         # takes twice as long, and photographs become no smaller.
-        png = imagecodecs.PNG
-        options = {"level": 1, "strategy": png.STRATEGY.RLE, "filter": png.FILTER.PAETH}
-        # Bytes at most: a line has one more for its filter, which the encoder's own estimate leaves out. zlib adds an
-        # eighth to what it cannot compress, and the headers take some hundred.
+        filtering = PNG.FILTER.PAETH if smooth else PNG.FILTER.NONE
+        # Bytes at most: a line has one more for its filter, which the encoder's own estimate leaves out. zlib adds at
+        # most an eighth to what it cannot compress, and PNG 12 bytes to every 8 KiB and less than a hundred in all.
         filtered = plain.nbytes + len(plain)
-        return bytes(imagecodecs.png_encode(plain, **options, out=filtered + filtered // 4 + 1024))
-    except (imagecodecs.WebpError, imagecodecs.PngError) as error:  # nothing else can go wrong with such sizes
+        room = filtered + filtered // 4 + 1024
+        return bytes(png_encode(plain, level=1, strategy=PNG.STRATEGY.RLE, filter=filtering, out=room))
+    except (WebpError, PngError) as error:  # nothing else can go wrong with such sizes
         raise MemoryError(str(error)) from error
 
 

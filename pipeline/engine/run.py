@@ -457,8 +457,9 @@ def choose_device(wanted: str, precision: str = "fp32") -> torch.device:
 def _image_format(config: Config, shape: tuple[int, int, int]) -> ImageFormat:
     wanted = config.output.image_format
     chosen = choose_format(*shape) if wanted == "auto" else wanted
-    if max(shape[1:]) > MAX_SIDE[chosen]:
-        instead = "use png" if chosen == "webp" else "set preprocess.resize and preprocess.crop"
+    side = max(shape[1:])
+    if side > MAX_SIDE[chosen]:
+        instead = "use png" if side <= MAX_SIDE["png"] else "set preprocess.resize and preprocess.crop"
         raise ConfigError(
             f"output.image_format: {chosen} holds at most {MAX_SIDE[chosen]} pixels a side, and these images are "
             f"{shape[2]}x{shape[1]}; {instead}."

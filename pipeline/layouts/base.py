@@ -294,7 +294,7 @@ class Layout(ABC):
 
     def encode(self, column: str, pictures_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
         """What a column of pictures holds of those that `stored` gives, (N, C, H, W) uint8 on the CPU; lossless."""
-        return encode_column(pictures_u8, image_format)
+        return encode_column(pictures_u8, image_format, smooth=column == IMAGE or not self.stores_sign)
 
     def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         """What is encoded, (N, C, H, W) uint8, one for each of `pictures`.
@@ -396,11 +396,11 @@ def make_features(layout: Layout, contents: Contents) -> Any:
     return datasets.Features({**ours, **contents.kept})
 
 
-def encode_column(images_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
-    """Images, (N, C, H, W) uint8 on the CPU, as an Arrow column of `datasets`, losslessly encoded."""
+def encode_column(images_u8: "Tensor", image_format: "ImageFormat", *, smooth: bool = True) -> pa.StructArray:
+    """Images, (N, C, H, W) uint8 on the CPU, as an Arrow column of `datasets`, encoded as by `encode_images`."""
     from pipeline.core.images import encode_images
 
-    pictures = encode_images(images_u8, image_format)
+    pictures = encode_images(images_u8, image_format, smooth=smooth)
     ends = np.cumsum([0, *map(len, pictures)], dtype=np.int32)
     # Joined first: Python lets other threads go on meanwhile, and Arrow does not while it copies values one by one.
     buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(pictures))]
