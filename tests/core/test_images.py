@@ -342,6 +342,7 @@ while not ROOM:  # also what was freed and kept
     try:
         held.append(bytearray(2**16))
     except MemoryError:
+        del held[0]  # room for what is returned, and not for an encoder
         break
 try:
     encode_images(image, "FORMAT")
