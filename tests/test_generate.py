@@ -199,10 +199,10 @@ def test_pictures_that_are_encoded_together_are_of_bounded_bytes(
 ) -> None:
     sizes = set[int]()
 
-    def encode(pictures: Tensor, image_format: ImageFormat, *, smooth: bool) -> pa.StructArray:
+    def encode(pictures: Tensor, image_format: ImageFormat) -> pa.StructArray:
         if threading.current_thread().name.startswith("encode"):  # not those of the estimate
             sizes.add(pictures.nbytes)
-        return encode_column(pictures, image_format, smooth=smooth)
+        return encode_column(pictures, image_format)
 
     generate_once(write_config())
     monkeypatch.setattr("pipeline.layouts.base.encode_column", encode)
@@ -505,12 +505,12 @@ def test_batches_behind_one_that_fails_are_not_committed(
     # The batch after it is already waiting by then, and ends the same shard or is a shard of its own.
     calls = []
 
-    def fail_once(images_u8: Tensor, image_format: ImageFormat, *, smooth: bool) -> pa.StructArray:
+    def fail_once(images_u8: Tensor, image_format: ImageFormat) -> pa.StructArray:
         calls.append(1)
         if len(calls) == 1:
             time.sleep(0.3)
             raise PipelineError("the codec failed")
-        return encode_column(images_u8, image_format, smooth=smooth)
+        return encode_column(images_u8, image_format)
 
     monkeypatch.setattr("pipeline.flow.check_disk", lambda *_, **__: None)
     monkeypatch.setattr("pipeline.layouts.base.encode_column", fail_once)
@@ -885,7 +885,7 @@ def test_large_batches_are_cut_into_row_groups(
 
 def test_what_failed_first_is_what_the_user_reads(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     # A full disk also refuses the manifest that is written on the way out.
-    def fail(*_: Any, **__: Any) -> list[bytes]:
+    def fail(*_: Any) -> list[bytes]:
         monkeypatch.setattr("pipeline.flow.write_summaries", refuse)
         raise PipelineError("the shard could not be written")
 

@@ -291,7 +291,6 @@ def plan_run(config: Config) -> PlannedRun:
     logger.info("Measuring on some batches.")
     seen, images, shards = calibrate(run), run.plan.total, run.plan.shards
     processes = share_machine(run, shards)
-    on_each_gpu = -(-processes.count // max(len(processes.gpus), 1))
     files = len(shards) * len(run.stored)
     size = None if images is None else int(images * seen.row_bytes + files * seen.file_bytes)
     disk = folder.store.disk
@@ -324,7 +323,7 @@ def plan_run(config: Config) -> PlannedRun:
         device=run.device.type,
         processes=processes.count,
         memory=seen.memory * processes.count,
-        device_memory=None if seen.device_memory is None else seen.device_memory * on_each_gpu,
+        device_memory=None if seen.device_memory is None else seen.device_memory * processes.on_each_device,
         batch_size=run.plan.batch_size,
         output=folder.root,
         run_id=run.run_id,

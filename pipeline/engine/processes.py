@@ -31,13 +31,21 @@ CHUNK_BYTES = 2**30
 class Processes:
     """How a machine is shared by `count` processes.
 
-    gpus: the numbers of the GPUs that are given to one after the other; none without CUDA. gpu_share: the part of its
-    GPU's memory that each but the first may take, in (0, 1).
+    gpus: the numbers of the GPUs that are given to one after the other; none without CUDA.
     """
 
     count: int = 1
     gpus: tuple[int, ...] = ()
-    gpu_share: float | None = None
+
+    @property
+    def on_each_device(self) -> int:
+        """How many compute on one device, at most: a GPU, or else that of this process."""
+        return -(-self.count // max(1, len(self.gpus)))
+
+    @property
+    def gpu_share(self) -> float | None:
+        """The part of its GPU's memory that each process but the first may take, in (0, 1); None for all."""
+        return 1 / self.on_each_device if self.gpus and self.on_each_device > 1 else None
 
 
 def share_machine(run: Run, shards: Sequence[Shard], *, alone: bool = True) -> Processes:
@@ -53,19 +61,17 @@ def share_machine(run: Run, shards: Sequence[Shard], *, alone: bool = True) -> P
     """
     asked, device = run.config.runtime.processes, run.device.type
     if asked != "auto":
-        count = max(1, min(asked, len(shards)))
-        gpus = _alike() if device == "cuda" else ()
-        beside = -(-count // max(1, len(gpus)))
-        return Processes(count, gpus, 1 / beside if gpus and beside > 1 else None)
+        return Processes(max(1, min(asked, len(shards))), _alike() if device == "cuda" else ())
     if device != "cpu" or not alone:
         return Processes()
     rows = sum(UNKNOWN_ROWS if shard.rows is None else shard.rows for shard in shards)
-    count = min(available_cores(), MOST, rows // LEAST_ROWS, len(shards))
+    cores = available_cores()
+    count = min(cores, MOST, rows // LEAST_ROWS, len(shards))
     if count <= 1:
         return Processes()
     held = psutil.Process().memory_info().rss
-    free = available_bytes() + held - available_cores() * CHUNK_BYTES
-    room = free // (held + _bytes_in_flight(run))
+    free = available_bytes() + held - cores * CHUNK_BYTES
+    room = free // (held + _bytes_in_flight(run, cores))
     return Processes(max(1, min(count, room)))
 
 
@@ -77,8 +83,8 @@ def _alike() -> tuple[int, ...]:
     )
 
 
-def _bytes_in_flight(run: Run) -> int:
+def _bytes_in_flight(run: Run, cores: int) -> int:
     """Bytes of the batches that a process holds at once: read ahead, attacked, encoded and waiting to be written."""
-    read_ahead, attacked = available_cores() + 1, 2 + BATCHES_IN_FLIGHT
+    read_ahead, attacked = cores + 1, 2 + BATCHES_IN_FLIGHT
     pictures = read_ahead + attacked * len(run.pictures)
     return run.plan.batch_size * math.prod(run.reader.shape) * pictures

@@ -92,6 +92,7 @@ def test_on_gpus_each_has_its_part_of_the_memory(run: Run, monkeypatch: pytest.M
     )
     run = replace(run, device=torch.device("cuda"))
     alike = (0, 1, 3)
-    assert share_machine(asking(run, 3), MANY) == Processes(3, alike), "one each needs no limit"
-    assert share_machine(asking(run, 4), MANY) == Processes(4, alike, 0.5), "two on the first"
-    assert share_machine(asking(run, 9), MANY) == Processes(9, alike, 1 / 3)
+    for count, share in [(3, None), (4, 0.5), (9, 1 / 3)]:  # one each needs no limit
+        shared = share_machine(asking(run, count), MANY)
+        assert shared == Processes(count, alike)
+        assert shared.gpu_share == share
