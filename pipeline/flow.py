@@ -264,8 +264,7 @@ def _write(
                     if executor.remote:
                         if not here:
                             _see(executor, folder, opened, [shard])
-                        right = {counts.subset: counts.correct for counts in receipt.counts}
-                        progress.update(receipt.planned, receipt.counts[0].labelled, right)
+                        progress.update(*receipt.progress)
                     here.append(receipt)
                     done.append(receipt)  # a further portion counts the rows that were skipped in all
                     skipped, read = skipped + len(receipt.skipped), read + receipt.planned

@@ -172,8 +172,7 @@ class _Team:
         receipt = content.receipt
         self._arrived.put(content)  # before the shard is off the helper's hands
         del helper.begun[receipt.shard]
-        right = {counts.subset: -counts.correct for counts in receipt.counts}
-        helper.told(-receipt.planned, -receipt.counts[0].labelled, right)
+        helper.told(*_negative(*receipt.progress))
 
     def _let_go(self, helper: "_Helper", reason: str | None) -> None:
         """End a helper, and hand out again what it had begun; `reason` is why it has ended, None where it should."""
@@ -184,7 +183,7 @@ class _Team:
                     "A process that shared the work has ended (%s). The others write its shards.", reason or code
                 )
             if helper.images:  # whoever writes its shards counts them again
-                self._tell(-helper.images, -helper.labelled, {name: -n for name, n in helper.correct.items()})
+                self._tell(*_negative(helper.images, helper.labelled, helper.correct))
         with self._mutex:
             self._waiting.extendleft(reversed(helper.begun.values()))
             helper.works = False
@@ -198,6 +197,11 @@ def _checked(arrived: "Written | PipelineError") -> "Written":
     if isinstance(arrived, PipelineError):
         raise arrived
     return arrived
+
+
+def _negative(images: int, labelled: int, correct: dict[str, int]) -> tuple[int, int, dict[str, int]]:
+    """What takes back that so many were told."""
+    return -images, -labelled, {subset: -count for subset, count in correct.items()}
 
 
 class _Helper:

@@ -276,6 +276,11 @@ class Receipt(SealedRecord):
     versions: dict[str, str]
     left_out: tuple[LeftOut, ...] = ()
 
+    @property
+    def progress(self) -> tuple[int, int, dict[str, int]]:
+        """Source images, how many of them are labelled, and right ones by the name of their subset."""
+        return self.planned, self.counts[0].labelled, {counts.subset: counts.correct for counts in self.counts}
+
 
 # A file that a run writes, with the edition in which its name ends. A copy of it in any other folder is the user's.
 _NAMED = re.compile(
