@@ -117,7 +117,7 @@ def _encode(pixels: NDArray[np.uint8], image_format: ImageFormat, smooth: bool) 
     # The encoders want the strides of a plain array, also along a side of one pixel.
     plain = pixels.ravel().reshape(pixels.shape if pixels.shape[2] == 3 else pixels.shape[:2])
     try:
-        # Without an image and a stream of Python's for each, as Pillow has them.
+        # Pillow would make an image and a stream in Python for each. WebP's bytes would be the same.
         if image_format == "webp":
             return bytes(webp_encode(plain, lossless=True, level=0, method=0))
         # Attacked pixels are close to noise: to look for more in them than runs, and to choose a filter for each line,

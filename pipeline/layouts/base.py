@@ -294,7 +294,7 @@ class Layout(ABC):
 
     def encode(self, column: str, pictures_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
         """What a column of pictures holds of those that `stored` gives, (N, C, H, W) uint8 on the CPU; lossless."""
-        return encode_column(pictures_u8, image_format, smooth=column == IMAGE or not self.stores_sign)
+        return encode_column(pictures_u8, image_format)
 
     def stored(self, images: "Sequence[Tensor]", directions: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         """What is encoded, (N, C, H, W) uint8, one for each of `pictures`.

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipeline.core.sign_bits import POSITIVE, ZERO, picture_to_bits
 from pipeline.core.variants import CLEAN, Variant
-from pipeline.layouts.base import IMAGE, Picture
+from pipeline.layouts.base import IMAGE, Picture, encode_column
 from pipeline.layouts.per_image import PerImage
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class Signs(PerImage):
         from pipeline.core.lattice import sign_to_picture
 
         return images[0], *map(sign_to_picture, directions)
+
+    def encode(self, column: str, pictures_u8: "Tensor", image_format: "ImageFormat") -> pa.StructArray:
+        return encode_column(pictures_u8, image_format, smooth=column == IMAGE)
 
     def describe(self, picture: Picture) -> str:
         return "0, 127 and 254 for the signs -1, 0 and +1, lossless" if picture.column.startswith(SIGN) else "lossless"

@@ -11,6 +11,7 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -452,3 +453,13 @@ def test_recompute_finds_turned_bits(write_config: WriteConfig, tmp_path: Path) 
     forge(tmp_path / "out", turn_one, FILE)
     assert fgsm("verify", tmp_path / "out").exit_code == 0
     assert_found(f"{FILE} at ", tmp_path / "out", "--recompute")
+
+
+@pytest.mark.parametrize("column", ["sign", "sign_fgsm_resnet"])
+def test_sign_maps_are_stored_as_what_they_are(column: str) -> None:
+    """As PNG in at most two bits a value, and the clean image as in any layout."""
+    signs = 127 * torch.randint(0, 3, (1, 1, 128, 128), dtype=torch.uint8)
+    layout = LAYOUTS["signs"]
+    (stored,) = layout.encode(column, signs, "png").field("bytes").to_pylist()
+    assert len(stored) < signs.numel() / 4
+    assert layout.encode("image", signs, "png") == LAYOUTS["images"].encode("image", signs, "png")
